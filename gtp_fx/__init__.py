@@ -1,0 +1,48 @@
+"""gtp_fx: make any pre-trained vision transformer faster by graph-based token propagation, with no retraining.
+
+    model = gtp_fx.optimize(model, flops_budget=0.74)
+    fast = torch.compile(model, backend="gtp", options={"flops_budget": 0.74})
+
+ARCHITECTURE.md is the map.
+"""
+
+from pathlib import Path as _Path
+
+# In a checkout that is not installed, passes/ and targets/ stand beside this folder, not in it.
+_checkout = _Path(__file__).resolve().parent.parent
+if (_checkout / "passes" / "find_blocks.py").exists() and str(_checkout) not in __path__:
+    __path__.append(str(_checkout))
+
+from gtp_fx.api import optimize  # noqa: E402
+from gtp_fx.errors import (  # noqa: E402
+    BudgetError,
+    CaptureError,
+    GtpError,
+    InputError,
+    OptionError,
+    Refusal,
+    ScheduleError,
+    UnsupportedModelError,
+)
+from gtp_fx.model import OptimizedModel  # noqa: E402
+from gtp_fx.report import Report  # noqa: E402
+from gtp_fx.schedule import Schedule  # noqa: E402
+from gtp_fx.strategies import GTP  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GTP",
+    "BudgetError",
+    "CaptureError",
+    "GtpError",
+    "InputError",
+    "OptimizedModel",
+    "OptionError",
+    "Refusal",
+    "Report",
+    "Schedule",
+    "ScheduleError",
+    "UnsupportedModelError",
+    "optimize",
+]

@@ -1,0 +1,50 @@
+"""`optimize`, the door for modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from gtp_fx.config import Options
+from gtp_fx.errors import OptionError
+from gtp_fx.inputs import call_signature
+from gtp_fx.model import OptimizedModel
+from gtp_fx.schedule import Schedule
+from gtp_fx.strategies import Strategy
+from gtp_fx.targets import Target
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    flops_budget: float | None = None,
+    schedule: str | Schedule | Sequence[int] = "auto",
+    strategy: str | Strategy = "gtp",
+    target: str | Target = "auto",
+    example_inputs: Any = None,
+    dead_tokens: bool = True,
+    compile: bool = True,
+) -> OptimizedModel:
+    """A faster stand-in for a vision transformer, over the same parameters.
+
+    flops_budget: strict upper bound on FLOPs(result) / FLOPs(original), in (0, 1], gtp_fx's own work counted. 1.0 applies
+        the exact passes alone: the numbers are the original's.
+    schedule: "auto" (a prior decides where tokens leave), "uniform" (the paper's constant count per block), a Schedule, or
+        the number of tokens that leave at each attention block, in order. With "auto" and "uniform" a budget is needed.
+    strategy: "gtp", or a value such as `gtp_fx.GTP(alpha=0.2, graph="spatial")`.
+    target: the processor to compile for, by name; "auto" is the machine's own.
+    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the size that the model will be
+        called with; found from timm's `pretrained_cfg` or HF's `config` where None. Any batch is good afterwards.
+    dead_tokens: drop tokens that no output depends on. Exact.
+    compile: let Inductor compile the graph at its first call; False gives an eager FX module.
+
+    `model` is not changed. Raises a `GtpError` (a ValueError): OptionError for a bad value, CaptureError where the graph
+    can't be had, UnsupportedModelError where no token can leave, BudgetError or ScheduleError where the model can't do
+    what was asked.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model={model!r} is no nn.Module; give a model such as timm.create_model('deit_small_patch16_224')")
+    options = Options.of(flops_budget, schedule, strategy, target, dead_tokens)
+    return OptimizedModel(model, call_signature(model, example_inputs), options, compile)

@@ -1,0 +1,61 @@
+"""`torch.compile(model, backend="gtp", options={…})`, the door for graphs that Dynamo captures.
+
+Options are `optimize`'s: flops_budget, schedule, strategy, target, dead_tokens; and "mode", torch.compile's own, which
+torch refuses beside options=. Dynamo calls a backend once a graph, and again for a second batch size: the schedule depends
+on the graph alone, so it is the same each time.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from gtp_fx.capture import capture_dynamo
+from gtp_fx.config import Options
+from gtp_fx.errors import OptionError
+from gtp_fx.pipeline import has_attention, run_passes
+
+log = logging.getLogger(__name__)
+
+
+def gtp(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Rewrite Dynamo's graph and compile it with Inductor. A graph without attention is compiled as it is, with a warning:
+    a graph break leaves such pieces before and behind a model."""
+    from torch._inductor.compile_fx import compile_fx
+
+    chosen = dict(options or {})
+    mode = chosen.pop("mode", mode)
+    checked = Options.from_mapping(chosen)
+    patches = {**_mode_options(mode), **checked.target.inductor}
+    captured = capture_dynamo(gm)
+    if not has_attention(captured):
+        warnings.warn(
+            f"backend 'gtp': this graph of {len(captured.graph.nodes)} nodes has no self-attention over patch tokens; Inductor "
+            f"compiles it as it is",
+            stacklevel=2,
+        )
+        return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+    optimised = run_passes(captured, checked)
+    log.info("%s", optimised.report)
+    return compile_fx(optimised.graph_module, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+
+
+def _mode_options(mode: str | None) -> dict[str, Any]:
+    if mode is None or mode == "default":
+        return {}
+    known = torch._inductor.list_mode_options()
+    if mode not in known:
+        raise OptionError(f"mode={mode!r} is unknown; torch.compile has {', '.join(map(repr, known))}")
+    return dict(known[mode])

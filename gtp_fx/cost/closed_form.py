@@ -1,0 +1,130 @@
+"""FLOPs of every schedule of a graph, as one polynomial in token counts.
+
+The graph is typed with a site after every block that may have one; each operator's formula, applied to typed sizes,
+is then a polynomial in n_1, n_2, … (the patches left after the first, second, … site), and so is their sum. A
+schedule is priced by evaluating it, in microseconds, without building its graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.axes import Dim, Grid, TensorType, TokenAxis, TokenDomain, token_axes
+from gtp_fx.cost.formulas import Sizes, find
+from gtp_fx.infer import Typing
+from gtp_fx.sizes import per_image
+from gtp_fx.strategies.protocol import SiteShape, Strategy
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where tokens may leave: block number, the domain that they leave, channels of the stream.
+
+    images: how many images one run of the graph takes; 1 where the batch is symbolic, and priced as one.
+    """
+
+    block: int
+    domain: TokenDomain
+    prefix: int
+    channels: int
+    images: int = 1
+
+
+@dataclass(frozen=True)
+class FlopsModel:
+    """FLOPs per image of each schedule of one graph.
+
+    expression: the polynomial; its symbols are `symbol_of(domain)`. sites: in graph order. original: what the ratio
+    is taken of. start: FLOPs that the strategy spends once, if any token leaves at all.
+    """
+
+    expression: Any
+    sites: tuple[Site, ...]
+    original: int
+    start: int
+    evaluate: Callable[..., int]
+
+    def flops(self, propagated: Sequence[int]) -> int:
+        """FLOPs per image when `propagated[i]` patches leave at site i."""
+        counts = [left for _, left in tokens_left(self.sites, propagated)]
+        return int(self.evaluate(*counts)) + (self.start if any(propagated) else 0)
+
+    def ratio(self, propagated: Sequence[int]) -> float:
+        return self.flops(propagated) / self.original
+
+
+def flops_model(
+    graph: fx.Graph, typing: Typing, sites: tuple[Site, ...], strategy: Strategy, original: int
+) -> FlopsModel:
+    """The closed form of `graph`, typed with a site after each of `sites`."""
+    total = sympy.Integer(0)
+    read_levels = {axis.domain for kind in _key_types(graph, typing) for axis in token_axes(kind)}
+    for node in graph.nodes:
+        formula = find(node.target) if node.op == "call_function" else None
+        if formula is not None:
+            total += formula(_symbolic_sizes(node, typing))
+    for site in sites:
+        later = any(d.grid == site.domain.grid and d.level > site.domain.level for d in read_levels)
+        total += site.images * strategy.site_flops(_site_shape(site), told=later)
+    symbols = [symbol_of(site.domain.at(site.domain.level + 1)) for site in sites]
+    first = {site.domain.grid: site for site in reversed(sites)}
+    start = sum(site.images * strategy.start_flops(g.shape, site.channels) for g, site in first.items())
+    expression = sympy.expand(total)
+    return FlopsModel(expression, sites, original, start, sympy.lambdify(symbols, expression, "math"))
+
+
+def tokens_left(sites: Sequence[Site], propagated: Sequence[int]) -> list[tuple[int, int]]:
+    """Patches in and out at each site."""
+    left: dict[Grid, int] = {}
+    flow = []
+    for site, count in zip(sites, propagated, strict=True):
+        before = left.get(site.domain.grid, site.domain.whole_count)
+        left[site.domain.grid] = before - count
+        flow.append((before, before - count))
+    return flow
+
+
+def symbol_of(domain: TokenDomain) -> Any:
+    """n_k: the patches of a domain; a number at level 0."""
+    if domain.level == 0:
+        return sympy.Integer(domain.whole_count)
+    return sympy.Symbol(f"n_{domain.level}_{domain.grid.birth}", positive=True, integer=True)
+
+
+def _symbolic_sizes(node: fx.Node, typing: Typing) -> Sizes:
+    answer = typing.answers[node]
+    operands = {operand: _sizes(kind) for operand, kind in answer.operands.items()}
+    for operand in node.all_input_nodes:
+        if operand not in operands and typing.is_tensor(operand):
+            operands[operand] = _sizes(typing.type(operand))
+    assert isinstance(answer.output, tuple)
+    return Sizes(node, operands, _sizes(answer.output))
+
+
+def _sizes(kind: TensorType) -> list[Any]:
+    return [_size(dim) for dim in kind]
+
+
+def _size(dim: Dim) -> Any:
+    return math.prod(
+        factor.prefix + symbol_of(factor.domain) + factor.suffix
+        if isinstance(factor, TokenAxis)
+        else per_image(factor.whole_size)
+        for factor in dim
+    )
+
+
+def _site_shape(site: Site) -> SiteShape:
+    return SiteShape(symbol_of(site.domain), symbol_of(site.domain.at(site.domain.level + 1)), site.channels)
+
+
+def _key_types(graph: fx.Graph, typing: Typing) -> list[TensorType]:
+    attentions = [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default]
+    return [typing.answers[n].operands[n.args[1]][-2:-1] for n in attentions]

@@ -1,0 +1,27 @@
+"""FLOPs of a graph as it stands, per image."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from gtp_fx.cost.formulas import Sizes, find
+from gtp_fx.graphs import tensors_of
+from gtp_fx.sizes import per_image
+
+
+def count_flops(graph: fx.Graph) -> int:
+    """FLOPs of one image through `graph`, whose nodes carry `meta["val"]`. A symbolic batch counts as 1."""
+    return sum(node_flops(node) for node in graph.nodes if node.op == "call_function")
+
+
+def node_flops(node: fx.Node) -> int:
+    """FLOPs of one node for one image."""
+    formula = find(node.target)
+    if formula is None:
+        return 0
+    operands = {n: _sizes(n) for n in node.all_input_nodes if tensors_of(n.meta.get("val"))}
+    return int(formula(Sizes(node, operands, _sizes(node))))
+
+
+def _sizes(node: fx.Node) -> tuple[int, ...]:
+    return tuple(map(per_image, tensors_of(node.meta["val"])[0].shape))

@@ -1,0 +1,93 @@
+"""FLOPs of one operator from the sizes of its operands: 2 per multiply-add, as torch.utils.flop_counter counts.
+
+A formula only multiplies and adds, so sizes may be integers (`count`) or polynomials in token counts (`closed_form`).
+Operators without a formula count nothing, as there: only products and convolutions do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+
+from gtp_fx import ops
+
+assert ops
+
+Size = Any
+"""An int, or a sympy expression in token counts."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shapes around one node. operands: by node, in the type that the node needs; output: of its (first) result."""
+
+    node: fx.Node
+    operands: dict[fx.Node, Sequence[Size]]
+    output: Sequence[Size]
+
+    def __call__(self, position: int) -> Sequence[Size]:
+        return self.operands[self.node.args[position]]  # type: ignore[index]
+
+
+Formula = Callable[[Sizes], Size]
+_formulas: dict[Any, Formula] = {}
+
+
+def formula(*operators: Any) -> Callable[[Formula], Formula]:
+    def register(function: Formula) -> Formula:
+        _formulas.update(dict.fromkeys(operators, function))
+        return function
+
+    return register
+
+
+def find(operator: Any) -> Formula | None:
+    return _formulas.get(operator)
+
+
+@formula(aten.linear.default)
+def linear(sizes: Sizes) -> Size:
+    return 2 * math.prod(sizes(0)) * sizes(1)[0]
+
+
+@formula(aten.matmul.default, aten.mm.default, aten.bmm.default)
+def matmul(sizes: Sizes) -> Size:
+    return 2 * math.prod(sizes.output) * sizes(0)[-1]
+
+
+@formula(aten.addmm.default, aten.baddbmm.default)
+def addmm(sizes: Sizes) -> Size:
+    return 2 * math.prod(sizes.output) * sizes(1)[-1]
+
+
+@formula(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def convolution(sizes: Sizes) -> Size:
+    """The weight [C', C/groups, *kernel] is applied once at every output position."""
+    return 2 * math.prod(sizes.output) * math.prod(sizes(1)[1:])
+
+
+@formula(aten.scaled_dot_product_attention.default, gtp_fx.attention_with_scores.default)
+def attention(sizes: Sizes) -> Size:
+    """q·kᵀ and its product with v."""
+    *batch, queries, features = sizes(0)
+    keys, width = sizes(2)[-2:]
+    return 2 * math.prod(batch) * queries * keys * (features + width)
+
+
+@formula(gtp_fx.token_graph.default)
+def token_graph(sizes: Sizes) -> Size:
+    """Cosine similarity of every pair of patches; a spatial graph asks coordinates only."""
+    _, grid, _, kind, _ = sizes.node.args
+    batch, _, channels = sizes(0)
+    return 0 if kind == "spatial" else 2 * batch * math.prod(grid) ** 2 * channels
+
+
+@formula(gtp_fx.propagate.default)
+def propagate(sizes: Sizes) -> Size:
+    return 2 * math.prod(sizes(1)) * sizes(0)[-1]
+

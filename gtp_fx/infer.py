@@ -1,0 +1,121 @@
+"""The forward walk: a type for every value of a graph.
+
+`infer_types(graph, sites)` runs each node's rule in graph order. A site is a node after which the residual stream is
+shorter: everything that is computed from it has a newer domain, and where an older value meets it the rule asks for
+the older one in the newer type. Nothing is rewritten here; the result says what a rewrite has to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from gtp_fx import rules as _rules  # registers the rules
+from gtp_fx.axes import Dim, TensorType, TokenAxis, plain, token_axes
+from gtp_fx.graphs import is_input
+from gtp_fx.rules.registry import NOTHING, Call, Many, NoRule, Output, Typed, find
+
+assert _rules
+
+
+@dataclass(frozen=True)
+class Typing:
+    """What the walk found.
+
+    types: the type of each node's value as its users see it (after the site, at a site).
+    answers: each rule's answer, for the nodes that have tensors.
+    """
+
+    types: Mapping[fx.Node, Output]
+    answers: Mapping[fx.Node, Typed]
+
+    def type(self, node: fx.Node) -> TensorType:
+        """The type of a node that is a single tensor."""
+        found = self.types.get(node)
+        if not isinstance(found, tuple):
+            raise TypeError(f"{node.name} is not a single tensor")
+        return found
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        return isinstance(self.types.get(node), tuple)
+
+
+def infer_types(graph: fx.Graph, sites: frozenset[fx.Node] = frozenset()) -> Typing:
+    """Types for every node of `graph`, with the stream one level shorter after each node of `sites`.
+
+    Nodes need `meta["val"]` with their shapes. Sites must be tensors with a token axis.
+    """
+    types: dict[fx.Node, Output] = {}
+    answers: dict[fx.Node, Typed] = {}
+    for node in graph.nodes:
+        answer = _answer(node, types)
+        if answer is None:
+            types[node] = None
+            continue
+        answers[node] = answer
+        types[node] = answer.output
+        if node in sites:
+            assert isinstance(answer.output, tuple)
+            types[node] = tuple(_one_shorter(dim) for dim in answer.output)
+    return Typing(types, answers)
+
+
+def whole(tensor_type: TensorType) -> TensorType:
+    """The type with every token back in place."""
+    return tuple(_map_axes(dim, lambda axis: axis.at(0)) for dim in tensor_type)
+
+
+def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> Typed | None:
+    value = node.meta.get("val")
+    if node.op == "output":
+        tensors = [n for n in node.all_input_nodes if isinstance(types.get(n), tuple)]
+        return Typed(None, {n: whole(types[n]) for n in tensors}, follows=NOTHING)  # type: ignore[arg-type]
+    if is_input(node):
+        return Typed(_plain_value(value)) if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor | list | tuple):
+        return None
+    call = Call(node, types)
+    rule = find(node.target)
+    if rule is None:
+        return _barrier(call, "gtp_fx has no rule for this operator")
+    try:
+        answer = rule(call)
+    except NoRule as reason:
+        return _barrier(call, str(reason))
+    if answer.barrier:
+        return replace(answer, operands=_whole_operands(call), follows=NOTHING)
+    return answer
+
+
+def _barrier(call: Call, reason: str) -> Typed:
+    """The answer for what can't be followed: whole inputs, and an output about which nothing is claimed."""
+    return Typed(_plain_value(call.node.meta["val"]), _whole_operands(call), follows=NOTHING, barrier=reason)
+
+
+def _whole_operands(call: Call) -> dict[fx.Node, TensorType]:
+    found = {node: call.types[node] for node in call.node.all_input_nodes}
+    return {node: whole(kind) for node, kind in found.items() if isinstance(kind, tuple)}
+
+
+def _plain_value(value: object) -> Output:
+    if isinstance(value, torch.Tensor):
+        return plain(*value.shape)
+    if isinstance(value, list | tuple):
+        return Many(tuple(plain(*v.shape) for v in value if isinstance(v, torch.Tensor)))
+    return None
+
+
+def _one_shorter(dim: Dim) -> Dim:
+    return _map_axes(dim, lambda axis: axis.at(axis.domain.level + 1))
+
+
+def _map_axes(dim: Dim, change) -> Dim:  # type: ignore[no-untyped-def]
+    return tuple(change(factor) if isinstance(factor, TokenAxis) else factor for factor in dim)
+
+
+def levels(tensor_type: TensorType) -> set[int]:
+    """The levels of the token axes in a type."""
+    return {axis.domain.level for axis in token_axes(tensor_type)}

@@ -1,0 +1,19 @@
+"""GTP's operators, `torch.ops.gtp_fx.*`: the vocabulary of a rewritten graph.
+
+    attention_with_scores   scaled dot-product attention that also ranks its tokens
+    select                  which patch tokens are kept, which are propagated
+    token_graph             who neighbours whom: built once, before the first block
+    propagation_weights     the part of the normalised adjacency that a site needs
+    propagate               kept tokens, plus what they receive from the propagated ones
+    key_bias                log token scale, as attention's additive mask
+
+Each is composite: written once in plain ATen, which is its reference, its autograd, its fake and, where no kernel of the
+target's takes its place, its lowering, since Inductor and export see through it. Importing this package registers them.
+
+Shapes, here and in the modules: B images, H heads, N tokens of a stream (p prefix tokens, then n patch tokens), C channels,
+K kept and P propagated patch tokens, M semantic neighbours of a token, G patch tokens of the whole grid.
+"""
+
+from gtp_fx.ops import attention, graph, propagate, select
+
+__all__ = ["attention", "graph", "propagate", "select"]

@@ -1,0 +1,111 @@
+"""Attention that ranks its tokens (paper, section 3.2), and the bias that tells it how many tokens a key stands for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gtp_fx.ops.register import operator
+
+SCORES = {
+    "mixed-max": "regeneration difficulty x broadcasting ability, each its largest head's (the paper's choice)",
+    "mixed-mean": "the same, each averaged over heads",
+    "broadcast-max": "broadcasting ability alone: attention a token receives, largest head",
+    "broadcast-mean": "the same, averaged over heads",
+    "regenerate-max": "regeneration difficulty alone: attention a token pays itself, largest head",
+    "regenerate-mean": "the same, averaged over heads",
+    "cls-max": "attention that the first prefix token pays, largest head",
+    "cls-mean": "the same, averaged over heads",
+}
+
+
+def _attention_shapes(q, k, v, bias, scale, sparsity, score, prefix):  # type: ignore[no-untyped-def]
+    batch, heads, tokens, _ = q.shape
+    return v.new_empty(batch, heads, tokens, v.shape[-1]), q.new_empty(batch, tokens - prefix, dtype=torch.float32)
+
+
+def _key_bias_shapes(scale_BN, prefix, bias, like):  # type: ignore[no-untyped-def]
+    shape = (scale_BN.shape[0], 1, 1, prefix + scale_BN.shape[1])
+    return like.new_empty(shape if bias is None else torch.broadcast_shapes(shape, bias.shape))
+
+
+@operator(_attention_shapes)
+def attention_with_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    sparsity: float,
+    score: str,
+    prefix: int,
+) -> tuple[Tensor, Tensor]:
+    """Scaled dot-product self-attention, and a score of each patch token: low scores are propagated first.
+
+    q, k, v: [B, H, N, D]. bias: additive, broadcasts to [B, H, N, N]; None for none. scale: None for D**-0.5.
+    sparsity: the paper's theta in (0, 1]; of each head's whole N x N map the int(N^2 (1 - theta)) smallest entries
+    become 0 after softmax, without renormalising (section 3.4); 1 keeps all.
+    score: a name in `SCORES`. prefix: how many of the N tokens are no patches.
+
+    Returns the output [B, H, N, D] and the scores [B, N - prefix] in float32. Softmax and scores are computed in float32,
+    as fused attention does, so bfloat16 ranks tokens by the same numbers up to the rounding of q and k.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.matmul(q, k.transpose(-2, -1)).float() * scale
+    if bias is not None:
+        logits = logits + _additive(bias)
+    map_BHNN = logits.softmax(dim=-1)
+    if sparsity < 1.0:
+        map_BHNN = _sparsify(map_BHNN, sparsity)
+    out = torch.matmul(map_BHNN.to(v.dtype), v)
+    return out, _scores(map_BHNN, score, prefix)
+
+
+@operator(_key_bias_shapes)
+def key_bias(scale_BN: Tensor, prefix: int, bias: Tensor | None, like: Tensor) -> Tensor:
+    """log s_j on the logits of key j, 0 for prefix tokens (paper, section 3.3, proportional attention).
+
+    scale_BN: token scales of the patch tokens [B, n], float32. bias: the attention's own additive mask, to which it is
+    added, or None. like: a tensor in whose dtype the bias is returned, as attention asks of its mask (its query).
+    Returns [B, 1, 1, prefix + n], broadcast to the bias's shape where there is one.
+    """
+    # Not F.pad: under a symbolic batch it would specialise the graph to one batch size.
+    whole_BN = torch.cat([scale_BN.new_zeros(scale_BN.shape[0], prefix), scale_BN.log()], dim=1)
+    scale_bias = whole_BN[:, None, None, :]
+    if bias is not None:
+        scale_bias = scale_bias + _additive(bias)
+    return scale_bias.to(like.dtype)
+
+
+def _additive(bias: Tensor) -> Tensor:
+    """A boolean mask (True: attend) as the bias that it stands for."""
+    if bias.dtype != torch.bool:
+        return bias
+    return torch.zeros((), device=bias.device).masked_fill(~bias, float("-inf"))
+
+
+def _sparsify(map_BHNN: Tensor, sparsity: float) -> Tensor:
+    tokens = map_BHNN.shape[-1]
+    dropped = int(tokens * tokens * (1.0 - sparsity))
+    if dropped < 1:
+        return map_BHNN
+    flat = map_BHNN.flatten(-2)
+    # The k-th smallest. topk from the smaller end: kthvalue has no compiled form that keeps it on the device.
+    threshold = flat.detach().kthvalue(dropped, dim=-1).values[..., None, None]
+    return torch.where(map_BHNN >= threshold, map_BHNN, 0.0)
+
+
+def _scores(map_BHNN: Tensor, score: str, prefix: int) -> Tensor:
+    kind, _, over_heads = score.partition("-")
+    if kind == "cls":
+        return _over_heads(map_BHNN[:, :, 0, prefix:], over_heads)
+    if kind == "broadcast":
+        return _over_heads(map_BHNN.sum(dim=-2)[..., prefix:], over_heads)
+    difficulty = _over_heads(map_BHNN.diagonal(dim1=-2, dim2=-1)[..., prefix:], over_heads)
+    if kind == "regenerate":
+        return difficulty
+    return difficulty * _over_heads(map_BHNN.sum(dim=-2)[..., prefix:], over_heads)
+
+
+def _over_heads(values_BHN: Tensor, how: str) -> Tensor:
+    return values_BHN.amax(dim=1) if how == "max" else values_BHN.mean(dim=1)

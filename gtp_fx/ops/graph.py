@@ -1,0 +1,101 @@
+"""The token graph: who receives from whom (paper, section 3.1).
+
+Â = D^-1/2 A D^-1/2, with A the spatial neighbours, the semantic ones or their union, and D the row degrees. It is
+never held as a matrix: a spatial edge is a question to the coordinates, a semantic one is M indices a token, and a site
+asks for K x P entries of it only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gtp_fx.ops.register import operator
+
+GRAPHS = {
+    "spatial": "the 8 neighbours on the grid (26 where it has three sides)",
+    "semantic": "the M most cosine-similar tokens",
+    "mixed": "the union of both (the paper's choice)",
+}
+
+
+def _graph_shapes(x_BNC, grid, prefix, kind, neighbors):  # type: ignore[no-untyped-def]
+    batch, count = x_BNC.shape[0], x_BNC.shape[1] - prefix
+    near = x_BNC.new_empty(batch, count, 0 if kind == "spatial" else neighbors, dtype=torch.int64)
+    return near, x_BNC.new_empty(batch, count, dtype=torch.float32)
+
+
+def _weight_shapes(near_BGM, inv_sqrt_degree_BG, kept_BK, propagated_BP, grid, kind):  # type: ignore[no-untyped-def]
+    return inv_sqrt_degree_BG.new_empty(*kept_BK.shape, propagated_BP.shape[1])
+
+
+@operator(_graph_shapes)
+def token_graph(x_BNC: Tensor, grid: list[int], prefix: int, kind: str, neighbors: int) -> tuple[Tensor, Tensor]:
+    """The graph over the patch tokens that enter the first block.
+
+    x_BNC: [B, prefix + G, C], G = product of `grid`, row-major. kind: a name in `GRAPHS`. neighbors: M < G.
+    Returns the semantic neighbours [B, G, M] (int64; M = 0 for a spatial graph) and D^-1/2 [B, G] (float32). A token
+    without neighbours has no edges, and 0 here instead of infinity.
+    """
+    batch, count = x_BNC.shape[0], x_BNC.shape[1] - prefix
+    here_GR = _coordinates(grid, x_BNC.device)
+    spatial_GG = _adjacent(here_GR[:, None], here_GR[None, :])
+    if kind == "spatial":
+        near_BGM = torch.zeros(batch, count, 0, dtype=torch.int64, device=x_BNC.device)
+        degree_BG = spatial_GG.sum(dim=-1).float().expand(batch, count)
+    else:
+        near_BGM = _most_similar(x_BNC[:, prefix:].detach(), neighbors)
+        degree_BG = torch.full((batch, count), float(neighbors), device=x_BNC.device)
+        if kind == "mixed":
+            both_BGM = _adjacent(here_GR[None, :, None], here_GR[near_BGM])
+            degree_BG = degree_BG + spatial_GG.sum(dim=-1) - both_BGM.sum(dim=-1)
+    return near_BGM, torch.where(degree_BG > 0, degree_BG.clamp(min=1.0).rsqrt(), 0.0)
+
+
+@operator(_weight_shapes)
+def propagation_weights(
+    near_BGM: Tensor,
+    inv_sqrt_degree_BG: Tensor,
+    kept_BK: Tensor,
+    propagated_BP: Tensor,
+    grid: list[int],
+    kind: str,
+) -> Tensor:
+    """Â[kept, propagated], [B, K, P] in float32: how much of each propagated token a kept one receives.
+
+    near_BGM, inv_sqrt_degree_BG: from `token_graph`. kept_BK, propagated_BP: indices into the whole grid.
+    """
+    edge_BKP = torch.zeros(1, 1, 1, dtype=torch.bool, device=kept_BK.device)
+    if kind != "semantic":
+        here_GR = _coordinates(grid, kept_BK.device)
+        edge_BKP = _adjacent(here_GR[kept_BK][:, :, None], here_GR[propagated_BP][:, None, :])
+    if kind != "spatial":
+        near_BKM = near_BGM.gather(1, kept_BK[..., None].expand(-1, -1, near_BGM.shape[-1]))
+        edge_BKP = edge_BKP | (near_BKM[:, :, None, :] == propagated_BP[:, None, :, None]).any(dim=-1)
+    row_BK1 = inv_sqrt_degree_BG.gather(1, kept_BK)[:, :, None]
+    column_B1P = inv_sqrt_degree_BG.gather(1, propagated_BP)[:, None, :]
+    return torch.where(edge_BKP, row_BK1 * column_B1P, 0.0)
+
+
+def _coordinates(grid: list[int], device: torch.device) -> Tensor:
+    """[G, R]: the position of each patch on a grid of R sides."""
+    index = torch.arange(torch.Size(grid).numel(), device=device)
+    sides = []
+    for side in reversed(grid):
+        sides.append(index % side)
+        index = index.div(side, rounding_mode="floor")
+    return torch.stack(sides[::-1], dim=-1)
+
+
+def _adjacent(a_R: Tensor, b_R: Tensor) -> Tensor:
+    """True where two positions touch, corners included, and differ. Broadcasts over all but the last dimension."""
+    return (a_R - b_R).abs().amax(dim=-1) == 1
+
+
+def _most_similar(x_BGC: Tensor, neighbors: int) -> Tensor:
+    """[B, G, M]: the M tokens of largest cosine similarity to each, itself left out."""
+    unit_BGC = F.normalize(x_BGC.float(), dim=-1)
+    similarity_BGG = torch.matmul(unit_BGC, unit_BGC.transpose(-2, -1))
+    itself_GG = torch.eye(x_BGC.shape[1], dtype=torch.bool, device=x_BGC.device)
+    return similarity_BGG.masked_fill(itself_GG, float("-inf")).topk(neighbors, dim=-1, sorted=False).indices

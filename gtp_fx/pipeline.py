@@ -1,0 +1,90 @@
+"""Running the passes in order, verifying each, recording what each did."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import fx
+
+from gtp_fx.config import Options
+from gtp_fx.cost.count import count_flops
+from gtp_fx.graphs import layer_name
+from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
+from gtp_fx.passes.find_blocks import find_blocks, read_blocks
+from gtp_fx.passes.insert_propagation import insert_propagation
+from gtp_fx.passes.normalise import normalise
+from gtp_fx.passes.split_projections import split_projections
+from gtp_fx.plan import Plan
+from gtp_fx.planning import make_plan
+from gtp_fx.report import PassStep, Report, SiteRow
+from gtp_fx.schedule import Schedule
+from gtp_fx.shapes import check_outputs, propagate_shapes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """A rewritten graph, the schedule that it carries out, and what was done."""
+
+    graph_module: fx.GraphModule
+    schedule: Schedule
+    report: Report
+
+
+def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
+    """Rewrite a captured graph. `captured` is not changed; its nodes carry `meta["val"]`."""
+    steps: list[PassStep] = []
+    original = count_flops(captured.graph)
+
+    def run(name: str, tier: str, rewrite: Callable[[fx.GraphModule], fx.GraphModule], gm: fx.GraphModule) -> fx.GraphModule:
+        result = rewrite(gm)
+        propagate_shapes(result, after=name)
+        steps.append(PassStep(name, tier, count_flops(result.graph)))
+        log.info("%s (%s): %d nodes, %.4f of the FLOPs", name, tier, len(result.graph.nodes), steps[-1].flops / original)
+        return result
+
+    whole_maps = options.strategy.whole_maps
+    gm = run("normalise", "exact", normalise, captured)
+    gm = find_blocks(gm)
+    if options.dead_tokens:
+        gm = run("split_projections", "exact", lambda g: split_projections(g, whole_maps), gm)
+        gm = run("drop_dead_tokens", "exact", lambda g: drop_dead_tokens(g, whole_maps), gm)
+    planned = make_plan(gm, options, original)
+    plan = planned.plan
+    if plan.sites or plan.strategy.rewrites_every_attention:
+        result = run("insert_propagation", "approximate", lambda g: insert_propagation(g, plan), gm)
+    else:
+        result = gm
+    check_outputs(captured, result)
+    after = count_flops(result.graph)
+    if after != planned.flops:
+        raise AssertionError(f"the plan priced this graph at {planned.flops} FLOPs, and it has {after}")
+    report = Report(
+        flops_before=original,
+        flops_after=after,
+        flops_budget=options.flops_budget,
+        strategy=str(options.strategy),
+        target=options.target.name,
+        blocks=len(plan.schedule),
+        passes=tuple(steps),
+        sites=_site_rows(gm, plan),
+        refusals=planned.refusals,
+    )
+    return Optimised(result, plan.schedule, report)
+
+
+def has_attention(captured: fx.GraphModule) -> bool:
+    """True where a captured graph has anything for the passes to work on."""
+    return bool(read_blocks(find_blocks(captured)))
+
+
+def _site_rows(gm: fx.GraphModule, plan: Plan) -> tuple[SiteRow, ...]:
+    layers = {block.index: layer_name(block.attention) for block in read_blocks(gm)}
+    rows = []
+    for site in plan.sites:
+        before, gone = site.prefix + plan.count(site.domain), plan.propagated[site.block]
+        rows.append(SiteRow(site.block, layers[site.block], before, gone, before - gone))
+    return tuple(rows)

@@ -1,0 +1,72 @@
+"""What was done to a model: FLOPs, sites, passes, refusals. Printing it gives tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from gtp_fx.errors import Refusal
+
+
+@dataclass(frozen=True)
+class PassStep:
+    """One pass: its tier ("exact" or "approximate") and the FLOPs per image after it."""
+
+    name: str
+    tier: str
+    flops: int
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site: block number, layer, tokens (prefix included) before and after, how many were propagated."""
+
+    block: int
+    layer: str
+    tokens_in: int
+    propagated: int
+    tokens_out: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """FLOPs are per image, 2 per multiply-add, as torch.utils.flop_counter counts them.
+
+    flops_budget: what was asked, or None. refusals: what was left as it was, and why.
+    """
+
+    flops_before: int
+    flops_after: int
+    flops_budget: float | None
+    strategy: str
+    target: str
+    blocks: int
+    passes: tuple[PassStep, ...]
+    sites: tuple[SiteRow, ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def flops_ratio(self) -> float:
+        return self.flops_after / self.flops_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "flops_ratio": self.flops_ratio}
+
+    def __str__(self) -> str:
+        asked = f" (budget {self.flops_budget:g})" if self.flops_budget is not None else ""
+        lines = [
+            f"{self.flops_before / 1e9:.3f} GFLOPs per image before, {self.flops_after / 1e9:.3f} after: "
+            f"{self.flops_ratio:.4f} of the original's{asked}",
+            f"strategy {self.strategy}; target {self.target}; tokens leave at {len(self.sites)} of {self.blocks} attention blocks",
+        ]
+        steps = [[s.name, s.tier, f"{s.flops / 1e9:.3f}", f"{s.flops / self.flops_before:.4f}"] for s in self.passes]
+        lines += ["", tabulate(steps, ["pass", "tier", "GFLOPs after", "ratio"], disable_numparse=True)]
+        if self.sites:
+            rows = [[s.block, s.layer, s.tokens_in, s.propagated, s.tokens_out] for s in self.sites]
+            lines += ["", tabulate(rows, ["block", "layer", "tokens in", "propagated", "tokens out"])]
+        if self.refusals:
+            lines += ["", "left as it was:", *(f"  - {refusal}" for refusal in self.refusals)]
+        return "\n".join(lines)

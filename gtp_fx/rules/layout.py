@@ -1,0 +1,146 @@
+"""What moves dimensions about without touching values: permutations, views, expand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.axes import (
+    CountOf,
+    Dim,
+    Factor,
+    Plain,
+    TensorType,
+    merge_grids,
+    product,
+    size,
+    split_tokens,
+    token_axes,
+    whole_size,
+)
+from gtp_fx.rules.registry import Call, NoRule, Repair, Typed, rule
+from gtp_fx.sizes import is_symbolic
+
+
+@rule(aten.permute.default)
+def permute(call: Call) -> Typed:
+    x = call.type(0)
+    return Typed(tuple(x[d] for d in call.arg(1)), operands={call.operand(0): x})
+
+
+@rule(aten.transpose.int)
+def transpose(call: Call) -> Typed:
+    x = list(call.type(0))
+    a, b = call.arg(1), call.arg(2)
+    x[a], x[b] = x[b], x[a]
+    return Typed(tuple(x), operands={call.operand(0): call.type(0)})
+
+
+@rule(aten.t.default, aten.numpy_T.default)
+def reverse(call: Call) -> Typed:
+    return Typed(tuple(reversed(call.type(0))), operands={call.operand(0): call.type(0)})
+
+
+@rule(aten.unsqueeze.default)
+def unsqueeze(call: Call) -> Typed:
+    x = list(call.type(0))
+    position = call.arg(1)
+    x.insert(position if position >= 0 else len(x) + 1 + position, (Plain(1),))
+    return Typed(tuple(x), operands={call.operand(0): call.type(0)})
+
+
+@rule(aten.squeeze.dim, aten.squeeze.dims)
+def squeeze(call: Call) -> Typed:
+    x = call.type(0)
+    wanted = call.arg(1)
+    dims = {d % len(x) for d in ([wanted] if isinstance(wanted, int) else wanted)}
+    kept = tuple(dim for i, dim in enumerate(x) if i not in dims or whole_size(dim) != 1)
+    return Typed(kept, operands={call.operand(0): x})
+
+
+@rule(aten.expand.default)
+def expand(call: Call) -> Typed:
+    """Sizes of broadcast dimensions are plain; the others keep their type and their size follows the tokens."""
+    x, shape = call.type(0), call.output_shape()
+    padded: TensorType = ((Plain(1),),) * (len(shape) - len(x)) + x
+    output = tuple(
+        dim if whole_size(dim) == wanted else (Plain(wanted),) for dim, wanted in zip(padded, shape, strict=True)
+    )
+    return Typed(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
+
+
+@rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+def view(call: Call) -> Typed:
+    """Each output dimension is a product of input factors, found by walking both shapes from the outside in."""
+    x = call.type(0)
+    output = regroup([factor for dim in x for factor in split_tokens(dim)], call.output_shape())
+    return Typed(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
+
+
+@rule(aten.flatten.using_ints, aten.unflatten.int)
+def flatten(call: Call) -> Typed:
+    """A view that works out its sizes itself; one that names them (unflatten) must not name a token count."""
+    x = call.type(0)
+    output = regroup([factor for dim in x for factor in split_tokens(dim)], call.output_shape())
+    if call.node.target is aten.unflatten.int:
+        start = call.arg(1) % len(x)
+        if token_axes(output[start : start + len(call.arg(2))]):
+            raise NoRule("it names a number of tokens")
+    return Typed(output, operands={call.operand(0): x})
+
+
+def regroup(factors: Sequence[Factor], shape: Sequence[int]) -> TensorType:
+    """Distribute `factors`, outermost first, over the dimensions of `shape`.
+
+    A plain factor may be split (1152 = 3x6x64); a side of a grid or a token axis may not, it has no meaning in parts.
+    """
+    pending = [factor for factor in reversed(factors) if factor.whole_size != 1]
+    dims: list[Dim] = []
+    for wanted in shape:
+        taken: list[Factor] = []
+        rest = wanted
+        while rest != 1:
+            if not pending:
+                raise NoRule("the view's shape has no match in its input's")
+            factor = pending.pop()
+            if rest % factor.whole_size == 0:
+                taken.append(factor)
+                rest //= factor.whole_size
+            elif isinstance(factor, Plain) and factor.size % rest == 0:
+                taken.append(Plain(rest))
+                pending.append(Plain(factor.size // rest))
+                rest = 1
+            else:
+                raise NoRule("the view cuts through a token axis")
+        dims.append(merge_grids(product(taken)))
+    return tuple(dims)
+
+
+def resize(call: Call, position: int, output: TensorType) -> Repair | None:
+    """A repair of the list of sizes at `position`, for the dimensions whose size follows the tokens."""
+    following = [d for d, dim in enumerate(output) if token_axes((dim,))]
+    if not following:
+        return None
+    sizes: list[Any] = list(call.arg(position))
+    leading = len(output) - len(sizes)
+    shape = call.output_shape()
+
+    def repair(count: CountOf) -> tuple[Any, ...]:
+        new = list(sizes)
+        for d in following:
+            if new[d - leading] == -1:
+                continue  # the operator works it out itself
+            # A symbolic product such as batch*tokens would need arithmetic in the graph; -1 says the same.
+            new[d - leading] = -1 if is_symbolic(shape[d]) else size(output[d], count)
+        if sum(isinstance(s, int) and s == -1 for s in new) > 1:
+            raise NoRule("two sizes of one view follow symbolic token counts")
+        return call.replace({position: new})
+
+    return repair
+
+
+def is_view(node: fx.Node) -> bool:
+    return node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default)

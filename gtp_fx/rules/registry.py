@@ -1,0 +1,175 @@
+"""What a rule is, and where rules are kept.
+
+A rule answers, for one operator: given the types of the inputs, which type has the output, in which type must each
+input come, and which arguments hold sizes that change when tokens leave? The same answer serves three readers:
+`typing` walks the graph with it, `drop_dead_tokens` follows it backwards, `insert_propagation` repairs the graph by it.
+
+    @rule(aten.linear.default)
+    def linear(call):
+        x = call.type(0)
+        call.must_be_plain(x[-1:], "the contracted features")
+        return Typed(output=(*x[:-1], *call.plain_output_dims()[-1:]))
+
+A rule that can't answer raises `NoRule` with the reason. The operator is then a *barrier*, exactly like one that has no
+rule at all: its inputs must be whole and nothing is claimed about its output. So a missing rule costs speed or a named
+refusal, and never a wrong answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from gtp_fx.axes import CountOf, Dim, Plain, TensorType, is_plain, plain, token_axis, whole_size
+from gtp_fx.sizes import shape_of
+
+NOTHING: frozenset[fx.Node] = frozenset()
+"""`follows` of an operator whose every output token needs every input token."""
+
+
+@dataclass(frozen=True)
+class Many:
+    """The types of the items of an operator that returns a list or a tuple."""
+
+    items: tuple[TensorType, ...]
+
+
+Output = TensorType | Many | None
+"""A tensor's type, the types of several, or None for what is no tensor."""
+
+Repair = Callable[[CountOf], tuple[Any, ...]]
+"""New positional arguments for the node, from the token counts of the plan."""
+
+
+class NoRule(Exception):
+    """This operator can't be followed with these inputs; the message is the reason a user reads."""
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A rule's answer.
+
+    output: the type of what the node returns.
+    operands: the type in which a tensor argument must come, where that isn't simply its own.
+    repair: recomputes the arguments that hold sizes; None where there are none.
+    follows: the operands whose first n tokens are all that the output's first n tokens need. None for a token-wise
+        operator, where that holds for every operand; the empty set where the output needs all of everything.
+    leading: for an operand that doesn't follow, how many leading tokens the node reads; every token where unnamed.
+    barrier: the reason why the inputs must be whole; empty where the operator is followed.
+    """
+
+    output: Output
+    operands: dict[fx.Node, TensorType] = field(default_factory=dict)
+    repair: Repair | None = None
+    follows: frozenset[fx.Node] | None = None
+    leading: dict[fx.Node, int] = field(default_factory=dict)
+    barrier: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One node as a rule sees it: arguments by the schema's position, types of the tensors among them."""
+
+    node: fx.Node
+    types: dict[fx.Node, Output]
+
+    def arg(self, position: int, default: Any = None) -> Any:
+        """Positional argument, found among the keyword arguments too (by the schema's name), else `default`."""
+        args = self.node.args
+        if position < len(args):
+            return args[position]
+        schema = getattr(self.node.target, "_schema", None)
+        if schema is not None and position < len(schema.arguments):
+            return self.node.kwargs.get(schema.arguments[position].name, default)
+        return default
+
+    def operand(self, position: int) -> fx.Node:
+        value = self.arg(position)
+        if not isinstance(value, fx.Node):
+            raise NoRule(f"argument {position} is not a tensor")
+        return value
+
+    def type(self, position: int) -> TensorType:
+        return self.type_of(self.operand(position))
+
+    def type_of(self, node: fx.Node) -> TensorType:
+        found = self.types.get(node)
+        if not isinstance(found, tuple):
+            raise NoRule(f"{node.name} is not a single tensor")
+        return found
+
+    def tensors(self) -> list[fx.Node]:
+        """The arguments that are tensors, in order."""
+        return [node for node in self.node.all_input_nodes if self.types.get(node) is not None]
+
+    def output_shape(self) -> tuple[int, ...]:
+        """The node's shape in the original graph, symbols as primes."""
+        return shape_of(self.node)
+
+    def plain_output(self) -> TensorType:
+        return plain(*self.output_shape())
+
+    def replace(self, changes: dict[int, Any]) -> tuple[Any, ...]:
+        """The node's positional arguments with some replaced."""
+        return tuple(changes.get(i, arg) for i, arg in enumerate(self.node.args))
+
+
+Rule = Callable[[Call], Typed]
+_rules: dict[Any, Rule] = {}
+
+
+def rule(*operators: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for some operators (overloads such as `aten.add.Tensor`)."""
+
+    def register(function: Rule) -> Rule:
+        for operator in operators:
+            if operator in _rules:
+                raise AssertionError(f"{operator} has two rules")
+            _rules[operator] = function
+        return function
+
+    return register
+
+
+def find(operator: Any) -> Rule | None:
+    return _rules.get(operator)
+
+
+def require_plain(dims: Sequence[Dim], what: str) -> None:
+    """Refuse a token axis where an operator mixes all of a dimension."""
+    if not all(is_plain(dim) for dim in dims):
+        raise NoRule(f"{what} run over tokens")
+
+
+def join(first: TensorType, second: TensorType) -> TensorType:
+    """The type of two tensors broadcast together: the newer of two levels wins, a plain size takes the token axis.
+
+    A plain dimension as long as a whole token axis pairs with it index by index (a position embedding), so it is
+    that axis at level 0; whoever rewrites must gather from it.
+    """
+    rank = max(len(first), len(second))
+    pad: Dim = (Plain(1),)
+    left = (pad,) * (rank - len(first)) + first
+    right = (pad,) * (rank - len(second)) + second
+    return tuple(_join_dims(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _join_dims(a: Dim, b: Dim) -> Dim:
+    size_a, size_b = whole_size(a), whole_size(b)
+    if size_a == 1:
+        return b
+    if size_b == 1:
+        return a
+    if size_a != size_b:
+        raise NoRule(f"sizes {size_a} and {size_b} do not broadcast")
+    if is_plain(a):
+        return b
+    if is_plain(b) or a == b:
+        return a
+    axis_a, axis_b = token_axis(a), token_axis(b)
+    if axis_a and axis_b and axis_a.at(0) == axis_b.at(0):
+        return a if axis_a.domain.level >= axis_b.domain.level else b
+    raise NoRule("two different token axes meet")

@@ -1,0 +1,137 @@
+"""GTP, graph-based token propagation (arXiv 2311.03035): tokens that leave give their features to their neighbours."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+
+from gtp_fx.axes import TokenAxis
+from gtp_fx.errors import OptionError
+from gtp_fx.ops.attention import SCORES
+from gtp_fx.ops.graph import GRAPHS
+from gtp_fx.strategies.protocol import Attention, Emit, SiteShape, StreamState
+
+
+@dataclass(frozen=True)
+class GTP:
+    """The paper's method and its options.
+
+    score: how tokens are ranked, a name in `gtp_fx.ops.attention.SCORES`.
+    graph: who receives from whom, a name in `gtp_fx.ops.graph.GRAPHS`.
+    neighbors: M, semantic neighbours of a token. alpha: how much of a propagated token is passed on.
+    token_scale: tell attention how many tokens a key stands for.
+    attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves
+        no FLOPs and needs the map in memory.
+    """
+
+    score: str = "mixed-max"
+    graph: str = "mixed"
+    neighbors: int = 8
+    alpha: float = 0.1
+    token_scale: bool = True
+    attention_sparsity: float = 1.0
+
+    name: ClassVar[str] = "gtp"
+
+    def __post_init__(self) -> None:
+        _one_of("score", self.score, SCORES)
+        _one_of("graph", self.graph, GRAPHS)
+        if isinstance(self.neighbors, bool) or not isinstance(self.neighbors, int) or self.neighbors < 1:
+            raise OptionError(f"GTP(neighbors={self.neighbors!r}): give an integer of at least 1 (the paper uses 8)")
+        if not _is_number(self.alpha) or not math.isfinite(self.alpha) or self.alpha < 0:
+            raise OptionError(f"GTP(alpha={self.alpha!r}): give a finite number of 0 or more (the paper uses 0.1 to 0.4)")
+        if not isinstance(self.token_scale, bool):
+            raise OptionError(f"GTP(token_scale={self.token_scale!r}): give True or False")
+        if not _is_number(self.attention_sparsity) or not 0.0 < self.attention_sparsity <= 1.0:
+            raise OptionError(
+                f"GTP(attention_sparsity={self.attention_sparsity!r}): give theta with 0 < theta <= 1; 1 drops nothing"
+            )
+
+    @property
+    def whole_maps(self) -> bool:
+        return self.attention_sparsity < 1.0
+
+    @property
+    def rewrites_every_attention(self) -> bool:
+        return self.attention_sparsity < 1.0
+
+    def refuse(self, axis: TokenAxis) -> str:
+        patches = axis.domain.whole_count
+        if self.score.startswith("cls") and axis.prefix == 0:
+            return f"score={self.score!r} reads the CLS token's attention, and this model has no prefix token"
+        if self.graph != "spatial" and self.neighbors >= patches:
+            return f"neighbors={self.neighbors} needs more than {self.neighbors} patch tokens, and there are {patches}"
+        return ""
+
+    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
+        graph = emit(
+            gtp_fx.token_graph.default,
+            stream,
+            list(axis.domain.grid.shape),
+            axis.prefix,
+            self.graph,
+            self.neighbors,
+        )
+        return StreamState(carried=(emit(operator.getitem, graph, 0), emit(operator.getitem, graph, 1)))
+
+    def attend(self, emit: Emit, attention: Attention, prefix: int) -> tuple[fx.Node, fx.Node]:
+        both = emit(
+            gtp_fx.attention_with_scores.default,
+            attention.q,
+            attention.k,
+            attention.v,
+            attention.bias,
+            attention.scale,
+            self.attention_sparsity,
+            self.score,
+            prefix,
+        )
+        return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
+
+    def reduce(
+        self, emit: Emit, state: StreamState, stream: fx.Node, scores: fx.Node, propagated: int, axis: TokenAxis
+    ) -> tuple[fx.Node, StreamState]:
+        """Indices are into the stream's own patches; the graph is asked by where those stand on the whole grid."""
+        near, inv_sqrt_degree = state.carried
+        split = emit(gtp_fx.select.default, scores, propagated)
+        kept, leaving = emit(operator.getitem, split, 0), emit(operator.getitem, split, 1)
+        kept_index, leaving_index = kept, leaving
+        if state.index is not None:
+            kept_index = emit(aten.gather.default, state.index, 1, kept)
+            leaving_index = emit(aten.gather.default, state.index, 1, leaving)
+        grid = list(axis.domain.grid.shape)
+        weights = emit(
+            gtp_fx.propagation_weights.default, near, inv_sqrt_degree, kept_index, leaving_index, grid, self.graph
+        )
+        shorter = emit(gtp_fx.propagate.default, stream, weights, kept, leaving, self.alpha, axis.prefix)
+        scale = None
+        if self.token_scale:
+            # A token's scale travels like its features: one channel, no prefix. Before the first site all are 1.
+            before = state.scale or emit(aten.ones_like.default, scores)
+            column = emit(aten.unsqueeze.default, before, 2)
+            moved = emit(gtp_fx.propagate.default, column, weights, kept, leaving, self.alpha, 0)
+            scale = emit(aten.squeeze.dim, moved, 2)
+        return shorter, StreamState(kept_index, scale, state.carried)
+
+    def start_flops(self, grid: Sequence[int], channels: int) -> int:
+        return 0 if self.graph == "spatial" else 2 * math.prod(grid) ** 2 * channels
+
+    def site_flops(self, site: SiteShape, told: bool) -> Any:
+        edges = site.patches_out * (site.patches_in - site.patches_out)
+        return 2 * edges * (site.channels + (1 if told and self.token_scale else 0))
+
+
+def _one_of(option: str, value: object, known: dict[str, str]) -> None:
+    if value not in known:
+        names = "\n".join(f"  {name!r}: {meaning}" for name, meaning in known.items())
+        raise OptionError(f"GTP({option}={value!r}) is unknown; {option} is one of\n{names}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

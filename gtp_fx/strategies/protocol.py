@@ -1,0 +1,90 @@
+"""What a strategy is: how it scores tokens, what it does with those that leave, what it tells attention.
+
+The passes decide where and how many; a strategy inserts its operators there, through an `Emit` that places them. It
+also prices them, so that a budget holds with the strategy's own work counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import fx
+
+from gtp_fx.axes import TokenAxis
+
+
+class Emit(Protocol):
+    """Insert a call at the place being rewritten, and return its node."""
+
+    def __call__(self, target: Any, *args: Any) -> fx.Node: ...
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """A site's sizes for pricing: patches in, patches out (numbers or polynomials), channels."""
+
+    patches_in: Any
+    patches_out: Any
+    channels: int
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """What a strategy carries along one stream, as nodes.
+
+    index: [B, n] where on the whole grid the remaining patches stand, ascending; None while all are there.
+    scale: [B, n] how many original tokens each stands for; None where the strategy doesn't say.
+    carried: whatever else it needs at every site.
+    """
+
+    index: fx.Node | None = None
+    scale: fx.Node | None = None
+    carried: tuple[fx.Node, ...] = ()
+
+
+class Strategy(Protocol):
+    """One way of shortening a stream."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def whole_maps(self) -> bool:
+        """True where the whole attention map decides something, so that no query is dead."""
+
+    @property
+    def rewrites_every_attention(self) -> bool:
+        """True where attention differs from the original's even in blocks without a site."""
+
+    def refuse(self, axis: TokenAxis) -> str:
+        """Why this strategy can't work on such tokens; empty where it can."""
+
+    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
+        """At the input of a stream's first block: stream [B, prefix + G, C]."""
+
+    def attend(self, emit: Emit, attention: Attention, prefix: int) -> tuple[fx.Node, fx.Node]:
+        """Replace self-attention: its output, and the scores [B, n] of the patch tokens."""
+
+    def reduce(
+        self, emit: Emit, state: StreamState, stream: fx.Node, scores: fx.Node, propagated: int, axis: TokenAxis
+    ) -> tuple[fx.Node, StreamState]:
+        """At a site: the shorter stream and its state."""
+
+    def start_flops(self, grid: Sequence[int], channels: int) -> int:
+        """FLOPs per image of `start`."""
+
+    def site_flops(self, site: SiteShape, told: bool) -> Any:
+        """FLOPs per image of `reduce`, beyond the attention's own. told: a later attention reads the token scales."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The operands of a scaled dot-product attention node; bias and scale may be None."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    bias: fx.Node | None
+    scale: float | None

@@ -1,0 +1,15 @@
+"""The passes, in the order they run.
+
+    pass                  tier          what it does
+    normalise             exact         one spelling: no asserts, no copies, no dropout that is off
+    find_blocks           exact         marks attention blocks and their residual adds; changes nothing
+    split_projections     exact         a fused q/k/v projection whose parts differ in liveness becomes several
+    drop_dead_tokens      exact         computes nothing for tokens that no output depends on
+    insert_propagation    approximate   lets the plan's tokens leave, and repairs what follows
+
+Between the tiers stands the plan (`gtp_fx.planning`): the approximate pass carries it out. Every pass is a function from a
+graph module to a new one; the shapes of the result are recomputed by running it on fake tensors before the next pass.
+"""
+
+if __name__ != "gtp_fx.passes":
+    raise ImportError("import this package as gtp_fx.passes: under another name its passes would exist twice")

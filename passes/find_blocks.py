@@ -1,0 +1,142 @@
+"""Find the attention blocks: self-attention over tokens, and the residual add that closes its half of the block.
+
+    x ──┬─ norm ─ q, k, v ─ attention ─ projection ─ (scale) ─ add ── site
+        └──────────────────────────────────────────────────────┘
+
+Nothing here knows a class or a layer's name. Attention is an operator whose queries and keys run over the same token
+axis; the residual add is the first addition after it whose other side the attention itself depends on. That holds for
+pre-norm, post-norm, LayerScale and parallel blocks alike, and tells a residual apart from a bias or a mask.
+
+The pass marks nodes (`meta["gtp_block"]`, a `Mark`) and changes nothing, so that later passes can rewrite
+around the marks; `read_blocks` reads them back. Blocks are counted in graph order: that order is the schedule's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.axes import TokenAxis, is_plain, token_axis
+from gtp_fx.errors import Refusal
+from gtp_fx.graphs import ancestors, copy_of, descendants, layer_name, operator_name
+from gtp_fx.infer import Typing, infer_types
+
+MARK = "gtp_block"
+ATTENTION = (aten.scaled_dot_product_attention.default,)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What `find_blocks` leaves on a node: which block, as what ("attention" or "site"), over which whole tokens."""
+
+    index: int
+    role: str
+    axis: TokenAxis
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """One attention block of a graph.
+
+    index: its number in graph order, from 0. layer: module path of its attention.
+    attention: the attention node. site: the residual add after it, or None where there is none to cut at.
+    stream: the block's input, the other side of that add. axis: the tokens it attends over, whole.
+    refusal: why tokens can't leave at this block; None where they can.
+    dead: no patch token is alive behind it, so what a schedule would remove there is gone already.
+    """
+
+    index: int
+    layer: str
+    attention: fx.Node
+    site: fx.Node | None
+    stream: fx.Node | None
+    axis: TokenAxis
+    refusal: Refusal | None = None
+    dead: bool = False
+
+
+def find_blocks(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm` with its blocks marked."""
+    gm = copy_of(gm)
+    typing = infer_types(gm.graph)
+    index = 0
+    for node in gm.graph.nodes:
+        axis = self_attention_axis(node, typing) if node.target in ATTENTION else None
+        if axis is None:
+            continue
+        node.meta[MARK] = Mark(index, "attention", axis)
+        site = _residual_add(node, typing)
+        if site is not None:
+            site.meta[MARK] = Mark(index, "site", axis)
+        index += 1
+    return gm
+
+
+def read_blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
+    """The marked blocks of `gm`, in order, and whether tokens can leave there as the graph stands now."""
+    typing = infer_types(gm.graph)
+    marked = {(node.meta[MARK].role, node.meta[MARK].index): node for node in gm.graph.nodes if MARK in node.meta}
+    blocks = []
+    for (role, index), attention in marked.items():
+        if role == "attention":
+            site = marked.get(("site", index))
+            stream = None if site is None else _other_side(site, descendants(attention) | {attention})
+            refusal = _why_not(attention, site, typing)
+            axis = attention.meta[MARK].axis
+            dead = site is not None and not any(token_axis(dim) for dim in typing.type(site))
+            blocks.append(AttentionBlock(index, layer_name(attention), attention, site, stream, axis, refusal, dead))
+    return tuple(blocks)
+
+
+def self_attention_axis(node: fx.Node, typing: Typing) -> TokenAxis | None:
+    """The token axis that queries and keys share, or None where this isn't self-attention over tokens."""
+    query, key = node.args[0], node.args[1]
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    if typing.answers[node].barrier:
+        return None
+    axis = token_axis(typing.type(query)[-2])
+    return axis if axis is not None and axis == token_axis(typing.type(key)[-2]) else None
+
+
+def _residual_add(attention: fx.Node, typing: Typing) -> fx.Node | None:
+    """The residual add after `attention`: it adds to something that the attention itself came from."""
+    after, before = descendants(attention), ancestors(attention)
+    for node in attention.graph.nodes:  # in graph order: the first one is the closest
+        if node not in after or node.target is not aten.add.Tensor or not typing.is_tensor(node):
+            continue
+        other = _other_side(node, after | {attention})
+        if other is not None and other in before and any(token_axis(dim) for dim in typing.type(other)):
+            return node
+    return None
+
+
+def _other_side(add: fx.Node, after: set[fx.Node]) -> fx.Node | None:
+    """The operand of `add` that doesn't come out of the attention."""
+    operands = [arg for arg in add.args[:2] if isinstance(arg, fx.Node)]
+    sides = [arg for arg in operands if arg not in after]
+    return sides[0] if len(operands) == 2 and len(sides) == 1 else None
+
+
+def _why_not(attention: fx.Node, site: fx.Node | None, typing: Typing) -> Refusal | None:
+    def refuse(reason: str) -> Refusal:
+        return Refusal(layer_name(attention), operator_name(attention), reason)
+
+    if site is None:
+        return refuse("no residual add follows this attention, so there is no stream to shorten")
+    stream = typing.type(site)
+    if not any(token_axis(dim) for dim in stream):
+        return refuse("no patch token is alive after this attention (dead tokens), so none can be propagated")
+    if len(stream) != 3 or token_axis(stream[1]) is None or not (is_plain(stream[0]) and is_plain(stream[2])):
+        return refuse("the residual stream is not laid out as [batch, tokens, channels]")
+    if len(typing.type(attention)) != 4:
+        return refuse("queries are not laid out as [batch, heads, tokens, features]")
+    dropout = attention.args[4] if len(attention.args) > 4 else attention.kwargs.get("dropout_p", 0.0)
+    if dropout:
+        return refuse("attention dropout is active, and the scores' attention has none")
+    if token_axis(stream[1]).suffix:  # type: ignore[union-attr]
+        return refuse("tokens that are no patches stand behind the patches")
+    if token_axis(typing.type(attention)[-2]) != token_axis(stream[1]):
+        return refuse("the attention runs over other tokens than the residual stream")
+    return None

@@ -1,0 +1,50 @@
+"""Exact: strip what says nothing, so that every later pass sees one spelling.
+
+Asserts about metadata, dropouts of a frozen evaluation graph, copies and slices that take everything. Views become
+reshapes, which don't depend on how their input happens to lie in memory, so a later pass may replace what makes it.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx import graphs
+
+_ASSERTS = (aten._assert_tensor_metadata.default,)
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+_COPIES = (aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default)
+
+
+def normalise(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm` without operators that change nothing."""
+    gm = graphs.copy_of(gm)
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _ASSERTS:
+            gm.graph.erase_node(node)
+        elif _changes_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+        elif node.target in _VIEWS:
+            node.target = aten.reshape.default
+    return graphs.finish(gm)
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    if node.target is aten.dropout.default:
+        return not node.args[2] or node.args[1] == 0.0
+    if node.target is aten.slice.Tensor:
+        return _same_shape(node) and (len(node.args) < 5 or node.args[4] == 1)
+    if node.target in (aten.expand.default, aten.reshape.default, *_VIEWS):
+        return _same_shape(node)
+    # A copy of what the graph itself computed can't be told from it: the graph is functional. A copy of an argument
+    # could be returned to the caller, who may write to it.
+    return node.target in _COPIES and not graphs.is_input(node.args[0])
+
+
+def _same_shape(node: fx.Node) -> bool:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return tuple(node.meta["val"].shape) == tuple(source.meta["val"].shape)
