@@ -84,7 +84,8 @@ def _price(graph: fx.Graph, blocks: Sequence[AttentionBlock], options: Options, 
         axis = token_axis(stream[1])
         assert axis is not None
         images = per_image(whole_size(stream[0]))
-        sites.append(Site(block.index, axis.domain, axis.prefix, whole_size(stream[2]), images))
+        heads = whole_size(typing.type(block.attention)[1])
+        sites.append(Site(block.index, axis.domain, axis.prefix, whole_size(stream[2]), heads, images))
     return flops_model(graph, typing, tuple(sites), strategy, original)
 
 

@@ -87,9 +87,10 @@ class _Walk:
         bias = attention.bias
         if keys is not None and state is not None and state.scale is not None:
             bias = emit(gtp_fx.key_bias.default, state.scale, keys.prefix, bias, attention.q)
-        if block is not None and self._is_scored(block):
+        scored = block is not None and block.index in self.plan.propagated
+        if block is not None and (scored or self.plan.strategy.rewrites_every_attention):
             operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale)
-            output, self.scores[block.index] = self.plan.strategy.attend(emit, operands, block.axis.prefix)
+            output, self.scores[block.index] = self.plan.strategy.attend(emit, operands, block.axis.prefix, scored)
             node.replace_all_uses_with(output)
             self.graph.erase_node(node)  # dead code elimination leaves it: attention may draw random numbers
         elif bias is not attention.bias:
@@ -106,9 +107,6 @@ class _Walk:
             emit, self.states[grid], site, self.scores[block.index], self.plan.propagated[block.index], block.axis
         )
         site.replace_all_uses_with(shorter, delete_user_cb=lambda user: user not in emit.inserted)
-
-    def _is_scored(self, block: AttentionBlock) -> bool:
-        return block.index in self.plan.propagated or self.plan.strategy.rewrites_every_attention
 
     def _start(self, grid: Grid) -> StreamState:
         """The strategy's state of a stream, from what enters its first block, wherever its first site is."""

@@ -16,7 +16,7 @@ import sympy
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.axes import Dim, Grid, TensorType, TokenAxis, TokenDomain, token_axes
+from gtp_fx.axes import Dim, TensorType, TokenAxis, TokenDomain, token_axes
 from gtp_fx.cost.formulas import Sizes, find
 from gtp_fx.infer import Typing
 from gtp_fx.sizes import per_image
@@ -25,7 +25,7 @@ from gtp_fx.strategies.protocol import SiteShape, Strategy
 
 @dataclass(frozen=True)
 class Site:
-    """A place where tokens may leave: block number, the domain that they leave, channels of the stream.
+    """A place where tokens may leave: block number, the domain that they leave, channels and heads of the stream.
 
     images: how many images one run of the graph takes; 1 where the batch is symbolic, and priced as one.
     """
@@ -34,27 +34,31 @@ class Site:
     domain: TokenDomain
     prefix: int
     channels: int
+    heads: int
     images: int = 1
 
 
 @dataclass(frozen=True)
 class FlopsModel:
-    """FLOPs per image of each schedule of one graph.
+    """FLOPs of each schedule of one graph (per image where the batch is symbolic).
 
-    expression: the polynomial; its symbols are `symbol_of(domain)`. sites: in graph order. original: what the ratio
-    is taken of. start: FLOPs that the strategy spends once, if any token leaves at all.
+    graph: the polynomial of the graph's own operators; at_site: what each site adds where tokens do leave. Their symbols
+    are `symbol_of(domain)`. start: what the strategy spends once, if any token leaves at all. original: what the ratio is
+    taken of. evaluate: (graph, at_site) as numbers, from the patches left after each site.
     """
 
-    expression: Any
+    graph: Any
+    at_site: tuple[Any, ...]
     sites: tuple[Site, ...]
     original: int
     start: int
-    evaluate: Callable[..., int]
+    evaluate: Callable[..., tuple[int, tuple[int, ...]]]
 
     def flops(self, propagated: Sequence[int]) -> int:
-        """FLOPs per image when `propagated[i]` patches leave at site i."""
-        counts = [left for _, left in tokens_left(self.sites, propagated)]
-        return int(self.evaluate(*counts)) + (self.start if any(propagated) else 0)
+        """FLOPs when `propagated[i]` patches leave at site i."""
+        graph, at_site = self.evaluate(*patches_left(self.sites, propagated))
+        spent = sum(cost for cost, count in zip(at_site, propagated, strict=True) if count)
+        return int(graph + spent + (self.start if any(propagated) else 0))
 
     def ratio(self, propagated: Sequence[int]) -> float:
         return self.flops(propagated) / self.original
@@ -65,30 +69,30 @@ def flops_model(
 ) -> FlopsModel:
     """The closed form of `graph`, typed with a site after each of `sites`."""
     total = sympy.Integer(0)
-    read_levels = {axis.domain for kind in _key_types(graph, typing) for axis in token_axes(kind)}
     for node in graph.nodes:
         formula = find(node.target) if node.op == "call_function" else None
         if formula is not None:
             total += formula(_symbolic_sizes(node, typing))
+    read = {axis.domain for kind in _key_types(graph, typing) for axis in token_axes(kind)}
+    at_site = []
     for site in sites:
-        later = any(d.grid == site.domain.grid and d.level > site.domain.level for d in read_levels)
-        total += site.images * strategy.site_flops(_site_shape(site), told=later)
-    symbols = [symbol_of(site.domain.at(site.domain.level + 1)) for site in sites]
+        told = any(d.grid == site.domain.grid and d.level > site.domain.level for d in read)
+        at_site.append(sympy.sympify(site.images * strategy.site_flops(_site_shape(site), told)))
     first = {site.domain.grid: site for site in reversed(sites)}
-    start = sum(site.images * strategy.start_flops(g.shape, site.channels) for g, site in first.items())
-    expression = sympy.expand(total)
-    return FlopsModel(expression, sites, original, start, sympy.lambdify(symbols, expression, "math"))
+    start = sum(site.images * strategy.start_flops(grid.shape, site.channels) for grid, site in first.items())
+    symbols = [symbol_of(site.domain.at(site.domain.level + 1)) for site in sites]
+    expressions = (sympy.expand(total), tuple(at_site))
+    return FlopsModel(*expressions, sites, original, start, sympy.lambdify(symbols, expressions, "math"))
 
 
-def tokens_left(sites: Sequence[Site], propagated: Sequence[int]) -> list[tuple[int, int]]:
-    """Patches in and out at each site."""
-    left: dict[Grid, int] = {}
-    flow = []
+def patches_left(sites: Sequence[Site], propagated: Sequence[int]) -> list[int]:
+    """Patches behind each site."""
+    left = {site.domain.grid: site.domain.whole_count for site in sites}
+    behind = []
     for site, count in zip(sites, propagated, strict=True):
-        before = left.get(site.domain.grid, site.domain.whole_count)
-        left[site.domain.grid] = before - count
-        flow.append((before, before - count))
-    return flow
+        left[site.domain.grid] -= count
+        behind.append(left[site.domain.grid])
+    return behind
 
 
 def symbol_of(domain: TokenDomain) -> Any:
@@ -122,7 +126,8 @@ def _size(dim: Dim) -> Any:
 
 
 def _site_shape(site: Site) -> SiteShape:
-    return SiteShape(symbol_of(site.domain), symbol_of(site.domain.at(site.domain.level + 1)), site.channels)
+    behind = site.domain.at(site.domain.level + 1)
+    return SiteShape(symbol_of(site.domain), symbol_of(behind), site.prefix, site.channels, site.heads)
 
 
 def _key_types(graph: fx.Graph, typing: Typing) -> list[TensorType]:

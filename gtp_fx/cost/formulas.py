@@ -71,12 +71,20 @@ def convolution(sizes: Sizes) -> Size:
     return 2 * math.prod(sizes.output) * math.prod(sizes(1)[1:])
 
 
-@formula(aten.scaled_dot_product_attention.default, gtp_fx.attention_with_scores.default)
+@formula(aten.scaled_dot_product_attention.default)
 def attention(sizes: Sizes) -> Size:
     """q·kᵀ and its product with v."""
     *batch, queries, features = sizes(0)
     keys, width = sizes(2)[-2:]
     return 2 * math.prod(batch) * queries * keys * (features + width)
+
+
+@formula(gtp_fx.attention_with_scores.default)
+def attention_with_scores(sizes: Sizes) -> Size:
+    """Attention, and the column sums of its map where the score asks for them."""
+    *batch, tokens, _ = sizes(0)
+    column_sums = sizes.node.args[6].startswith(("mixed", "broadcast"))  # type: ignore[union-attr]
+    return attention(sizes) + (2 * math.prod(batch) * tokens * tokens if column_sums else 0)
 
 
 @formula(gtp_fx.token_graph.default)
@@ -89,5 +97,7 @@ def token_graph(sizes: Sizes) -> Size:
 
 @formula(gtp_fx.propagate.default)
 def propagate(sizes: Sizes) -> Size:
-    return 2 * math.prod(sizes(1)) * sizes(0)[-1]
+    """Every token that stays, prefix tokens too, times every one that leaves."""
+    batch, _, leaving = sizes(1)
+    return 2 * batch * sizes.output[1] * leaving * sizes.output[2]
 

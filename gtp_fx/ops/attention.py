@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,8 @@ SCORES = {
 
 def _attention_shapes(q, k, v, bias, scale, sparsity, score, prefix):  # type: ignore[no-untyped-def]
     batch, heads, tokens, _ = q.shape
-    return v.new_empty(batch, heads, tokens, v.shape[-1]), q.new_empty(batch, tokens - prefix, dtype=torch.float32)
+    ranked = 0 if score == "none" else tokens - prefix
+    return v.new_empty(batch, heads, tokens, v.shape[-1]), q.new_empty(batch, ranked, dtype=torch.float32)
 
 
 def _key_bias_shapes(scale_BN, prefix, bias, like):  # type: ignore[no-untyped-def]
@@ -45,20 +48,22 @@ def attention_with_scores(
     q, k, v: [B, H, N, D]. bias: additive, broadcasts to [B, H, N, N]; None for none. scale: None for D**-0.5.
     sparsity: the paper's theta in (0, 1]; of each head's whole N x N map the int(N^2 (1 - theta)) smallest entries
     become 0 after softmax, without renormalising (section 3.4); 1 keeps all.
-    score: a name in `SCORES`. prefix: how many of the N tokens are no patches.
+    score: a name in `SCORES`, or "none" for no scores. prefix: how many of the N tokens are no patches.
 
-    Returns the output [B, H, N, D] and the scores [B, N - prefix] in float32. Softmax and scores are computed in float32,
+    Returns the output [B, H, N, D] and the scores [B, N - prefix] ([B, 0] for "none") in float32. Softmax and scores are computed in float32,
     as fused attention does, so bfloat16 ranks tokens by the same numbers up to the rounding of q and k.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = torch.matmul(q, k.transpose(-2, -1)).float() * scale
+    logits_BHNN = torch.matmul(q, k.transpose(-2, -1)).float() * scale
     if bias is not None:
-        logits = logits + _additive(bias)
-    map_BHNN = logits.softmax(dim=-1)
+        logits_BHNN = logits_BHNN + _additive(bias)
+    # The map is exp_BHNN * inverse_BHN1. Both its products divide after multiplying: one pass over N x N less each.
+    exp_BHNN = (logits_BHNN - logits_BHNN.detach().amax(dim=-1, keepdim=True)).exp()
+    inverse_BHN1 = exp_BHNN.sum(dim=-1, keepdim=True).reciprocal()
     if sparsity < 1.0:
-        map_BHNN = _sparsify(map_BHNN, sparsity)
-    out = torch.matmul(map_BHNN.to(v.dtype), v)
-    return out, _scores(map_BHNN, score, prefix)
+        exp_BHNN = _sparsify(exp_BHNN, inverse_BHN1, sparsity)
+    out = torch.matmul(exp_BHNN.to(v.dtype), v) * inverse_BHN1.to(v.dtype)
+    return out, _scores(exp_BHNN, inverse_BHN1, score, prefix)
 
 
 @operator(_key_bias_shapes)
@@ -84,27 +89,31 @@ def _additive(bias: Tensor) -> Tensor:
     return torch.zeros((), device=bias.device).masked_fill(~bias, float("-inf"))
 
 
-def _sparsify(map_BHNN: Tensor, sparsity: float) -> Tensor:
-    tokens = map_BHNN.shape[-1]
+def _sparsify(exp_BHNN: Tensor, inverse_BHN1: Tensor, sparsity: float) -> Tensor:
+    """`exp_BHNN` with 0 where the map is below the k-th smallest entry of its head."""
+    tokens = exp_BHNN.shape[-1]
     dropped = int(tokens * tokens * (1.0 - sparsity))
     if dropped < 1:
-        return map_BHNN
-    flat = map_BHNN.flatten(-2)
-    # The k-th smallest. topk from the smaller end: kthvalue has no compiled form that keeps it on the device.
-    threshold = flat.detach().kthvalue(dropped, dim=-1).values[..., None, None]
-    return torch.where(map_BHNN >= threshold, map_BHNN, 0.0)
+        return exp_BHNN
+    map_BHNN = (exp_BHNN * inverse_BHN1).detach()
+    threshold_BH11 = map_BHNN.flatten(-2).kthvalue(dropped, dim=-1).values[..., None, None]
+    return torch.where(map_BHNN >= threshold_BH11, exp_BHNN, 0.0)
 
 
-def _scores(map_BHNN: Tensor, score: str, prefix: int) -> Tensor:
+def _scores(exp_BHNN: Tensor, inverse_BHN1: Tensor, score: str, prefix: int) -> Tensor:
+    if score == "none":
+        return exp_BHNN.new_empty(exp_BHNN.shape[0], 0)
     kind, _, over_heads = score.partition("-")
     if kind == "cls":
-        return _over_heads(map_BHNN[:, :, 0, prefix:], over_heads)
-    if kind == "broadcast":
-        return _over_heads(map_BHNN.sum(dim=-2)[..., prefix:], over_heads)
-    difficulty = _over_heads(map_BHNN.diagonal(dim1=-2, dim2=-1)[..., prefix:], over_heads)
-    if kind == "regenerate":
-        return difficulty
-    return difficulty * _over_heads(map_BHNN.sum(dim=-2)[..., prefix:], over_heads)
+        return _over_heads((exp_BHNN[:, :, 0] * inverse_BHN1[:, :, 0])[..., prefix:], over_heads)
+    parts = []
+    if kind in ("regenerate", "mixed"):
+        itself_BHN = exp_BHNN.diagonal(dim1=-2, dim2=-1) * inverse_BHN1[..., 0]
+        parts.append(_over_heads(itself_BHN[..., prefix:], over_heads))
+    if kind in ("broadcast", "mixed"):
+        received_BH1N = torch.matmul(inverse_BHN1.transpose(-2, -1), exp_BHNN)  # column sums of the map
+        parts.append(_over_heads(received_BH1N[:, :, 0, prefix:], over_heads))
+    return math.prod(parts[1:], start=parts[0])
 
 
 def _over_heads(values_BHN: Tensor, how: str) -> Tensor:

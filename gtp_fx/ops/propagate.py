@@ -21,10 +21,13 @@ def propagate(
     x_BNC: [B, prefix + n, C]. weights_BKP: from `propagation_weights`. kept_BK, propagated_BP: indices into the n patch
     tokens, from `select`. Returns [B, prefix + K, C]: prefix tokens untouched, kept tokens in their old order.
     """
-    leaving_BPC = _rows(x_BNC, propagated_BP + prefix)
-    staying_BKC = _rows(x_BNC, kept_BK + prefix)
-    received_BKC = torch.baddbmm(staying_BKC, weights_BKP.to(x_BNC.dtype), leaving_BPC, alpha=alpha)
-    return torch.cat([x_BNC[:, :prefix], received_BKC], dim=1) if prefix else received_BKC
+    # Prefix tokens are rows that receive nothing: one gather and one sum then cover the stream, and fuse with what follows.
+    first_B = torch.arange(prefix, device=x_BNC.device).expand(x_BNC.shape[0], prefix)
+    staying_BK = torch.cat([first_B, kept_BK + prefix], dim=1)
+    nothing_BpP = weights_BKP.new_zeros(x_BNC.shape[0], prefix, propagated_BP.shape[1])
+    weights_BKP = torch.cat([nothing_BpP, weights_BKP], dim=1).to(x_BNC.dtype)
+    received_BKC = torch.matmul(weights_BKP, _rows(x_BNC, propagated_BP + prefix))
+    return _rows(x_BNC, staying_BK) + alpha * received_BKC
 
 
 def _rows(x_BNC: Tensor, index_BK: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class GTP:
         )
         return StreamState(carried=(emit(operator.getitem, graph, 0), emit(operator.getitem, graph, 1)))
 
-    def attend(self, emit: Emit, attention: Attention, prefix: int) -> tuple[fx.Node, fx.Node]:
+    def attend(self, emit: Emit, attention: Attention, prefix: int, scored: bool) -> tuple[fx.Node, fx.Node]:
         both = emit(
             gtp_fx.attention_with_scores.default,
             attention.q,
@@ -89,7 +89,7 @@ class GTP:
             attention.bias,
             attention.scale,
             self.attention_sparsity,
-            self.score,
+            self.score if scored else "none",
             prefix,
         )
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
@@ -123,8 +123,13 @@ class GTP:
         return 0 if self.graph == "spatial" else 2 * math.prod(grid) ** 2 * channels
 
     def site_flops(self, site: SiteShape, told: bool) -> Any:
-        edges = site.patches_out * (site.patches_in - site.patches_out)
-        return 2 * edges * (site.channels + (1 if told and self.token_scale else 0))
+        leaving = site.patches_in - site.patches_out
+        features = 2 * (site.prefix + site.patches_out) * leaving * site.channels
+        scales = 2 * site.patches_out * leaving if told and self.token_scale else 0
+        column_sums = 0
+        if self.score.startswith(("mixed", "broadcast")):
+            column_sums = 2 * site.heads * (site.prefix + site.patches_in) ** 2
+        return features + scales + column_sums
 
 
 def _one_of(option: str, value: object, known: dict[str, str]) -> None:

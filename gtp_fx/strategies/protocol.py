@@ -23,11 +23,13 @@ class Emit(Protocol):
 
 @dataclass(frozen=True)
 class SiteShape:
-    """A site's sizes for pricing: patches in, patches out (numbers or polynomials), channels."""
+    """A site's sizes for pricing: patches in and out (numbers or polynomials), prefix tokens, channels, heads."""
 
     patches_in: Any
     patches_out: Any
+    prefix: int
     channels: int
+    heads: int
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Strategy(Protocol):
     def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
         """At the input of a stream's first block: stream [B, prefix + G, C]."""
 
-    def attend(self, emit: Emit, attention: Attention, prefix: int) -> tuple[fx.Node, fx.Node]:
-        """Replace self-attention: its output, and the scores [B, n] of the patch tokens."""
+    def attend(self, emit: Emit, attention: Attention, prefix: int, scored: bool) -> tuple[fx.Node, fx.Node]:
+        """Replace self-attention: its output, and the scores [B, n] of the patch tokens ([B, 0] unless `scored`)."""
 
     def reduce(
         self, emit: Emit, state: StreamState, stream: fx.Node, scores: fx.Node, propagated: int, axis: TokenAxis
@@ -76,7 +78,10 @@ class Strategy(Protocol):
         """FLOPs per image of `start`."""
 
     def site_flops(self, site: SiteShape, told: bool) -> Any:
-        """FLOPs per image of `reduce`, beyond the attention's own. told: a later attention reads the token scales."""
+        """FLOPs per image of a site where tokens leave: `reduce`, and what scoring adds to the attention.
+
+        told: a later attention reads the token scales.
+        """
 
 
 @dataclass(frozen=True)
