@@ -45,6 +45,8 @@ def optimize(
     what was asked.
     """
     if not isinstance(model, nn.Module):
-        raise OptionError(f"model={model!r} is no nn.Module; give a model such as timm.create_model('deit_small_patch16_224')")
+        raise OptionError(
+            f"model={model!r} is no nn.Module; give a model such as timm.create_model('deit_small_patch16_224')"
+        )
     options = Options.of(flops_budget, schedule, strategy, target, dead_tokens)
     return OptimizedModel(model, call_signature(model, example_inputs), options, compile)

@@ -108,9 +108,7 @@ def whole_size(dim: Dim) -> int:
 
 def size(dim: Dim, count: CountOf) -> int:
     """The size of `dim` when each domain holds `count(domain)` patches."""
-    return math.prod(
-        f.prefix + count(f.domain) + f.suffix if isinstance(f, TokenAxis) else f.whole_size for f in dim
-    )
+    return math.prod(f.prefix + count(f.domain) + f.suffix if isinstance(f, TokenAxis) else f.whole_size for f in dim)
 
 
 def token_axis(dim: Dim) -> TokenAxis | None:

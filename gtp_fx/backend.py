@@ -7,10 +7,11 @@ on the graph alone, so it is the same each time.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -33,8 +34,6 @@ def gtp(
 ) -> Callable[..., Any]:
     """Rewrite Dynamo's graph and compile it with Inductor. A graph without attention is compiled as it is, with a warning:
     a graph break leaves such pieces before and behind a model."""
-    from torch._inductor.compile_fx import compile_fx
-
     chosen = dict(options or {})
     mode = chosen.pop("mode", mode)
     checked = Options.from_mapping(chosen)
@@ -46,10 +45,15 @@ def gtp(
             f"compiles it as it is",
             stacklevel=2,
         )
-        return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+        return _inductor(gm, example_inputs, patches)
     optimised = run_passes(captured, checked)
     log.info("%s", optimised.report)
-    return compile_fx(optimised.graph_module, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+    return _inductor(optimised.graph_module, example_inputs, patches)
+
+
+def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    compile_fx = importlib.import_module("torch._inductor.compile_fx").compile_fx  # takes a second, so only when asked
+    return cast("Callable[..., Any]", compile_fx(gm, list(example_inputs), config_patches=patches))
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +22,9 @@ from gtp_fx.sizes import fix_symbols
 def capture_module(model: nn.Module, signature: CallSignature, training: bool = False) -> fx.GraphModule:
     """The graph of `model` called as `signature` says, in training or evaluation mode. `model` comes back unchanged."""
     batch = torch.export.Dim.DYNAMIC
-    dynamic = pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, (signature.args, signature.kwargs))
+    dynamic = pytree.tree_map(
+        lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, (signature.args, signature.kwargs)
+    )
     by_name = _by_name(signature, dynamic)
     with _mode(model, training):
         try:
@@ -35,7 +37,10 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
                 f"{_first_lines(error)}\nGive example_inputs that the model takes; torch.export.export(model, example_inputs) "
                 f"shows the whole error"
             ) from error
-    changed = [*program.graph_signature.buffers_to_mutate.values(), *program.graph_signature.user_inputs_to_mutate.values()]
+    changed = [
+        *program.graph_signature.buffers_to_mutate.values(),
+        *program.graph_signature.user_inputs_to_mutate.values(),
+    ]
     if changed:
         raise CaptureError(
             f"{type(model).__name__} changes {', '.join(changed)} when it runs, which a rewritten graph can't keep track of; "
@@ -57,12 +62,13 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     fakes = [node.meta["example_value"] for node in old]
     mode = torch._guards.detect_fake_mode(fakes)
     with tracing(TracingContext(mode)), torch.no_grad():
-        graph_module, signature = aot_export_module(
-            gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={}
-        )
+        exported, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
     changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if changed:
-        raise CaptureError(f"the model changes {', '.join(changed)} when it runs; in evaluation mode most models change nothing")
+        raise CaptureError(
+            f"the model changes {', '.join(changed)} when it runs; in evaluation mode most models change nothing"
+        )
+    graph_module: Any = exported
     new = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for before, after in zip(old, new, strict=True):
         # Inductor reads from it which inputs are parameters: without it every weight is copied at a CUDA graph's replay.
@@ -71,7 +77,7 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     if hasattr(gm, "_param_name_to_source"):
         graph_module._param_name_to_source = gm._param_name_to_source
     fix_symbols(graph_module)
-    return graph_module
+    return cast("fx.GraphModule", graph_module)
 
 
 @contextlib.contextmanager

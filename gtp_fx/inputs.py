@@ -49,7 +49,9 @@ def call_signature(model: nn.Module, example_inputs: Any) -> CallSignature:
     """From what a user gave: a tensor, a sequence of positional arguments, or a mapping of keyword arguments."""
     args, kwargs = _split(model, example_inputs)
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
-        raise CaptureError(f"example_inputs={example_inputs!r} hold no tensor; give an image batch such as [2, 3, 224, 224]")
+        raise CaptureError(
+            f"example_inputs={example_inputs!r} hold no tensor; give an image batch such as [2, 3, 224, 224]"
+        )
     parameters = inspect.signature(model.forward)
     try:
         args, kwargs = canonical_arguments(parameters, args, kwargs)
@@ -102,7 +104,9 @@ def _split(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict
         return (), dict(example_inputs)
     if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
         return tuple(example_inputs), {}
-    raise CaptureError(f"example_inputs={example_inputs!r}: give a tensor, a tuple of arguments or a dict of keyword arguments")
+    raise CaptureError(
+        f"example_inputs={example_inputs!r}: give a tensor, a tuple of arguments or a dict of keyword arguments"
+    )
 
 
 def _image_argument(model: nn.Module) -> str:
@@ -130,7 +134,10 @@ def _timm_shape(model: nn.Module) -> tuple[int, ...] | None:
     channels, *sides = config["input_size"]
     # A model made with img_size= keeps its pretrained_cfg; its patch embedding knows the size it was made for.
     embed = getattr(model, "patch_embed", None)
-    return (getattr(getattr(embed, "proj", None), "in_channels", channels), *(getattr(embed, "img_size", None) or sides))
+    return (
+        getattr(getattr(embed, "proj", None), "in_channels", channels),
+        *(getattr(embed, "img_size", None) or sides),
+    )
 
 
 def _hf_shape(model: nn.Module) -> tuple[int, ...] | None:
@@ -144,5 +151,7 @@ def _hf_shape(model: nn.Module) -> tuple[int, ...] | None:
 
 def _two_images(tensor: Tensor) -> Tensor:
     if tensor.ndim == 0 or tensor.shape[0] == 0:
-        raise CaptureError(f"an example input of shape {list(tensor.shape)} has no image in it; its first side is the batch")
+        raise CaptureError(
+            f"an example input of shape {list(tensor.shape)} has no image in it; its first side is the batch"
+        )
     return tensor if tensor.shape[0] >= _BATCH else torch.cat([tensor] * _BATCH)

@@ -35,6 +35,7 @@ class OptimizedModel(nn.Module):
         self._parameters, self._buffers, self._modules = tree._parameters, tree._buffers, tree._modules
         self._non_persistent_buffers_set = tree._non_persistent_buffers_set
         # Set past nn.Module, which would register the original as a child and double every name.
+        self._gtp: _State
         object.__setattr__(self, "_gtp", _State(original, signature, options, compile))
         self._specialise(training=False)
         self.training = original.training

@@ -39,11 +39,15 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
     steps: list[PassStep] = []
     original = count_flops(captured.graph)
 
-    def run(name: str, tier: str, rewrite: Callable[[fx.GraphModule], fx.GraphModule], gm: fx.GraphModule) -> fx.GraphModule:
+    def run(
+        name: str, tier: str, rewrite: Callable[[fx.GraphModule], fx.GraphModule], gm: fx.GraphModule
+    ) -> fx.GraphModule:
         result = rewrite(gm)
         propagate_shapes(result, after=name)
         steps.append(PassStep(name, tier, count_flops(result.graph)))
-        log.info("%s (%s): %d nodes, %.4f of the FLOPs", name, tier, len(result.graph.nodes), steps[-1].flops / original)
+        log.info(
+            "%s (%s): %d nodes, %.4f of the FLOPs", name, tier, len(result.graph.nodes), steps[-1].flops / original
+        )
         return result
 
     whole_maps = options.strategy.whole_maps

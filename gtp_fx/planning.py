@@ -60,9 +60,7 @@ def make_plan(gm: fx.GraphModule, options: Options, original_flops: int) -> Plan
 def _price(graph: fx.Graph, blocks: Sequence[AttentionBlock], options: Options, original: int) -> FlopsModel:
     """The closed form with a site at every block that may have one, or a refusal that says why there can't be any."""
     strategy = options.strategy
-    unfit = [
-        Refusal(block.layer, strategy.name, reason) for block in blocks if (reason := strategy.refuse(block.axis))
-    ]
+    unfit = [Refusal(block.layer, strategy.name, reason) for block in blocks if (reason := strategy.refuse(block.axis))]
     if unfit:
         raise UnsupportedModelError(f"strategy {strategy.name!r} can't work on this model", tuple(unfit))
     candidates = [block for block in blocks if block.refusal is None and block.site is not None]

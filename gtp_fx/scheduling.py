@@ -41,9 +41,11 @@ class Even:
     name: str = "auto"
 
     def steps(self, sites: Sequence[Site]) -> int:
-        return max((_most(site) * per_stream[site.domain.grid] for site in sites), default=0) if (
-            per_stream := _per_stream(sites)
-        ) else 0
+        return (
+            max((_most(site) * per_stream[site.domain.grid] for site in sites), default=0)
+            if (per_stream := _per_stream(sites))
+            else 0
+        )
 
     def at(self, sites: Sequence[Site], step: int) -> tuple[int, ...]:
         last, seen, removed = self.steps(sites), Counter[Grid](), Counter[Grid]()

@@ -13,8 +13,8 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx import graphs
 from gtp_fx.axes import TokenDomain, token_axis
 from gtp_fx.infer import Typing, infer_types
-from gtp_fx.rules.registry import Typed
 from gtp_fx.passes.liveness import ALL, Liveness, follows, live_tokens, whole_attention
+from gtp_fx.rules.registry import Typed
 
 
 def drop_dead_tokens(gm: fx.GraphModule, whole_maps: bool = False) -> fx.GraphModule:
@@ -48,9 +48,7 @@ def _narrow(
             continue
         if (operand, wanted) not in slices:
             with graph.inserting_after(operand):
-                slices[operand, wanted] = graphs.call(
-                    graph, aten.slice.Tensor, operand, dims[0], 0, wanted, like=node
-                )
+                slices[operand, wanted] = graphs.call(graph, aten.slice.Tensor, operand, dims[0], 0, wanted, like=node)
         node.replace_input_with(operand, slices[operand, wanted])
 
 

@@ -103,7 +103,8 @@ def self_attention_axis(node: fx.Node, typing: Typing) -> TokenAxis | None:
 def _residual_add(attention: fx.Node, typing: Typing) -> fx.Node | None:
     """The residual add after `attention`: it adds to something that the attention itself came from."""
     after, before = descendants(attention), ancestors(attention)
-    for node in attention.graph.nodes:  # in graph order: the first one is the closest
+    nodes: list[fx.Node] = list(attention.graph.nodes)
+    for node in nodes:  # in graph order: the first one is the closest
         if node not in after or node.target is not aten.add.Tensor or not typing.is_tensor(node):
             continue
         other = _other_side(node, after | {attention})

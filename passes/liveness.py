@@ -55,9 +55,7 @@ def live_tokens(graph: fx.Graph, typing: Typing, whole: frozenset[fx.Node] = fro
 
 def whole_attention(graph: fx.Graph) -> frozenset[fx.Node]:
     """The attention nodes of marked blocks."""
-    return frozenset(
-        node for node in graph.nodes if MARK in node.meta and node.meta[MARK].role == "attention"
-    )
+    return frozenset(node for node in graph.nodes if MARK in node.meta and node.meta[MARK].role == "attention")
 
 
 def follows(operand: fx.Node, answer: Typed) -> bool:

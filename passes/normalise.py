@@ -34,17 +34,22 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _changes_nothing(node: fx.Node) -> bool:
     if node.target is aten.dropout.default:
-        return not node.args[2] or node.args[1] == 0.0
+        _, probability, training = node.args
+        return not training or probability == 0.0
     if node.target is aten.slice.Tensor:
-        return _same_shape(node) and (len(node.args) < 5 or node.args[4] == 1)
+        return _same_shape(node) and node.args[4:] in ((), (1,))
     if node.target in (aten.expand.default, aten.reshape.default, *_VIEWS):
         return _same_shape(node)
     # A copy of what the graph itself computed can't be told from it: the graph is functional. A copy of an argument
     # could be returned to the caller, who may write to it.
-    return node.target in _COPIES and not graphs.is_input(node.args[0])
+    return node.target in _COPIES and not graphs.is_input(_source(node))
 
 
 def _same_shape(node: fx.Node) -> bool:
+    return tuple(node.meta["val"].shape) == tuple(_source(node).meta["val"].shape)
+
+
+def _source(node: fx.Node) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    return tuple(node.meta["val"].shape) == tuple(source.meta["val"].shape)
+    return source

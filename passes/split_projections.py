@@ -73,9 +73,11 @@ def match_fused(unbind: fx.Node) -> FusedProjection | None:
     if any(len(node.users) != 1 for node in (linear, view, *([permute] if permute else []))):
         return None
     dim = (unbind.args[1] if len(unbind.args) > 1 else 0) % len(shape_of(source))  # type: ignore[operator]
-    part_dim = permute.args[1][dim] if permute is not None else dim  # type: ignore[index]
+    part_dim: Any = permute.args[1][dim] if permute is not None else dim  # type: ignore[index]
     shape = shape_of(view)
-    if math.prod(shape[part_dim:]) != shape_of(linear)[-1]:  # the parts are not the outermost split of the features
+    if (
+        math.prod(list(shape[part_dim:])) != shape_of(linear)[-1]
+    ):  # the parts are not the outermost split of the features
         return None
     return FusedProjection(linear, view, permute, unbind, part_dim, shape[part_dim])
 

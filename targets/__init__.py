@@ -1,8 +1,8 @@
 """Processors: one frozen value a file, and `detect` that picks the machine's own.
 
-    target    what a target is
-    cpu       any CPU
-    generic   any GPU that has no file of its own yet
+target    what a target is
+cpu       any CPU
+generic   any GPU that has no file of its own yet
 """
 
 import torch

@@ -24,9 +24,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 GRAPHS = ("spatial", "semantic", "mixed")
-SCORES = tuple(
-    f"{kind}-{over}" for kind in ("mixed", "cls", "broadcast", "regenerate") for over in ("max", "mean")
-)
+SCORES = tuple(f"{kind}-{over}" for kind in ("mixed", "cls", "broadcast", "regenerate") for over in ("max", "mean"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,15 +246,11 @@ def _check(model: VisionTransformer, schedule: Sequence[int], graph: str, score:
     if pool is not None:
         known = isinstance(pool, AttentionPoolLatent) and pool.latent_len == 1 and pool.pool == "token"
         if not known or pool.pos_embed is not None or pool.mlp is None:
-            raise TypeError(
-                "the reference knows AttentionPoolLatent with one latent, an MLP and no positions"
-            )
+            raise TypeError("the reference knows AttentionPoolLatent with one latent, an MLP and no positions")
     if graph not in GRAPHS:
         raise ValueError(f"graph {graph!r} is not one of {GRAPHS}")
     if score not in SCORES or (score.startswith("cls") and not model.has_class_token):
         raise ValueError(f"score {score!r} is not one of {SCORES}, or this model has no class token")
     blocks, patches = len(model.blocks), model.patch_embed.num_patches
     if len(schedule) != blocks or min(schedule) < 0 or sum(schedule) >= patches:
-        raise ValueError(
-            f"schedule {list(schedule)}: give {blocks} counts ≥ 0 that leave one of {patches} patches"
-        )
+        raise ValueError(f"schedule {list(schedule)}: give {blocks} counts ≥ 0 that leave one of {patches} patches")

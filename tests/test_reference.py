@@ -6,6 +6,9 @@ import itertools
 
 import pytest
 import torch
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from torch import Tensor
+
 from reference import (
     adjacency,
     gtp_reference,
@@ -17,8 +20,6 @@ from reference import (
     spatial,
     token_scores,
 )
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
-from torch import Tensor
 from zoo import BY_NAME, DEPTH, ZOO, Row, build, images
 
 
@@ -150,8 +151,7 @@ def test_token_scales_reach_the_attention_pool() -> None:
     model, x_BCHW = build(row), images(row)
     last = [0] * (DEPTH - 1) + [90]
     seen, unseen = (
-        gtp_reference(model, x_BCHW, schedule=last, alpha=0.4, token_scale=flag).logits_BV
-        for flag in (True, False)
+        gtp_reference(model, x_BCHW, schedule=last, alpha=0.4, token_scale=flag).logits_BV for flag in (True, False)
     )
     assert relative_error(unseen, seen) > 1e-4
 

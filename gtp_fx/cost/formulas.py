@@ -7,7 +7,7 @@ Operators without a formula count nothing, as there: only products and convoluti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Sizes:
     """The shapes around one node. operands: by node, in the type that the node needs; output: of its (first) result."""
 
     node: fx.Node
-    operands: dict[fx.Node, Sequence[Size]]
+    operands: Mapping[fx.Node, Sequence[Size]]
     output: Sequence[Size]
 
     def __call__(self, position: int) -> Sequence[Size]:
@@ -90,7 +90,8 @@ def attention_with_scores(sizes: Sizes) -> Size:
 @formula(gtp_fx.token_graph.default)
 def token_graph(sizes: Sizes) -> Size:
     """Cosine similarity of every pair of patches; a spatial graph asks coordinates only."""
-    _, grid, _, kind, _ = sizes.node.args
+    arguments: tuple[Any, ...] = sizes.node.args
+    _, grid, _, kind, _ = arguments
     batch, _, channels = sizes(0)
     return 0 if kind == "spatial" else 2 * batch * math.prod(grid) ** 2 * channels
 
@@ -100,4 +101,3 @@ def propagate(sizes: Sizes) -> Size:
     """Every token that stays, prefix tokens too, times every one that leaves."""
     batch, _, leaving = sizes(1)
     return 2 * batch * sizes.output[1] * leaving * sizes.output[2]
-

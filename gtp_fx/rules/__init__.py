@@ -1,12 +1,12 @@
 """The rules by family of operators; importing this package registers them all.
 
-    registry     what a rule is, and how types join
-    pointwise    element by element, broadcasting
-    contraction  linear, matmul, attention
-    layout       views, permutations, expand
-    ranges       select, slice, cat, unbind, split: what moves tokens along an axis
-    reduction    means over tokens, norms over channels
-    spatial      convolutions and pooling: where grids are born
+registry     what a rule is, and how types join
+pointwise    element by element, broadcasting
+contraction  linear, matmul, attention
+layout       views, permutations, expand
+ranges       select, slice, cat, unbind, split: what moves tokens along an axis
+reduction    means over tokens, norms over channels
+spatial      convolutions and pooling: where grids are born
 """
 
 from gtp_fx.rules import contraction, layout, pointwise, ranges, reduction, spatial

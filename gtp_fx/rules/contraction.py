@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import Dim, Plain, TensorType, is_plain, whole_size
@@ -50,7 +51,7 @@ def attention(call: Call) -> Typed:
     if call.arg(7, False):
         raise NoRule("attention with grouped queries is not followed")
     batch = join(join(q[:-2], k[:-2]), v[:-2])
-    operands: dict = {
+    operands: dict[fx.Node, TensorType] = {
         call.operand(0): q,
         call.operand(1): (*k[:-2], keys, k[-1]),
         call.operand(2): (*v[:-2], keys, v[-1]),

@@ -47,7 +47,5 @@ def _reduce(call: Call, over_tokens: bool) -> Typed:
     mixes_tokens = not all(is_plain(x[d]) for d in dims)
     if mixes_tokens and not over_tokens:
         raise NoRule("it adds up tokens, so its value depends on how many are left")
-    output: TensorType = tuple(
-        (Plain(1),) if i in dims else dim for i, dim in enumerate(x) if keepdim or i not in dims
-    )
+    output: TensorType = tuple((Plain(1),) if i in dims else dim for i, dim in enumerate(x) if keepdim or i not in dims)
     return Typed(output, operands={node: x}, follows=NOTHING if mixes_tokens else None)

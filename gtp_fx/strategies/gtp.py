@@ -45,7 +45,9 @@ class GTP:
         if isinstance(self.neighbors, bool) or not isinstance(self.neighbors, int) or self.neighbors < 1:
             raise OptionError(f"GTP(neighbors={self.neighbors!r}): give an integer of at least 1 (the paper uses 8)")
         if not _is_number(self.alpha) or not math.isfinite(self.alpha) or self.alpha < 0:
-            raise OptionError(f"GTP(alpha={self.alpha!r}): give a finite number of 0 or more (the paper uses 0.1 to 0.4)")
+            raise OptionError(
+                f"GTP(alpha={self.alpha!r}): give a finite number of 0 or more (the paper uses 0.1 to 0.4)"
+            )
         if not isinstance(self.token_scale, bool):
             raise OptionError(f"GTP(token_scale={self.token_scale!r}): give True or False")
         if not _is_number(self.attention_sparsity) or not 0.0 < self.attention_sparsity <= 1.0:

@@ -15,7 +15,9 @@ def strategy_named(strategy: str | Strategy) -> Strategy:
     if isinstance(strategy, str):
         if strategy not in STRATEGIES:
             known = ", ".join(map(repr, STRATEGIES))
-            raise OptionError(f"strategy={strategy!r} is unknown; give one of {known}, or a value such as gtp_fx.GTP(alpha=0.2)")
+            raise OptionError(
+                f"strategy={strategy!r} is unknown; give one of {known}, or a value such as gtp_fx.GTP(alpha=0.2)"
+            )
         return STRATEGIES[strategy]()  # type: ignore[no-any-return]
     if isinstance(strategy, type) or not hasattr(strategy, "site_flops"):
         raise OptionError(f"strategy={strategy!r} is neither a name nor a strategy value such as gtp_fx.GTP(alpha=0.2)")
