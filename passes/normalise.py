@@ -35,7 +35,7 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
 def _changes_nothing(node: fx.Node) -> bool:
     if node.target is aten.dropout.default:
         _, probability, training = node.args
-        return not training or probability == 0.0
+        return not training or probability in (0, 0.0)
     if node.target is aten.slice.Tensor:
         return _same_shape(node) and node.args[4:] in ((), (1,))
     if node.target in (aten.expand.default, aten.reshape.default, *_VIEWS):

@@ -1,0 +1,192 @@
+"""Each operator against a few lines of dense PyTorch, written from the method and not from the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gtp_fx.ops.attention import SCORES
+from gtp_fx.ops.graph import GRAPHS
+from gtp_fx.ops.register import shapes_of
+from torch import Tensor
+
+ops = torch.ops.gtp_fx
+GRID = [4, 3]
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def qkv(tokens: int = 13) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(random(2, 3, tokens, 8, seed=seed, scale=1.5) for seed in range(3))  # type: ignore[return-value]
+
+
+def dense_map(q: Tensor, k: Tensor, bias: Tensor | None = None, sparsity: float = 1.0) -> Tensor:
+    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    attention = (logits if bias is None else logits + bias).softmax(-1)
+    dropped = int(attention.shape[-1] ** 2 * (1 - sparsity))
+    for one_head in attention.flatten(0, 1) if dropped else ():
+        one_head[one_head < one_head.flatten().sort().values[dropped - 1]] = 0
+    return attention
+
+
+def dense_graph(x_BGC: Tensor, kind: str, neighbors: int) -> Tensor:
+    """Â as a dense matrix [B, G, G], edge by edge."""
+    batch, count, _ = x_BGC.shape
+    adjacency = torch.zeros(batch, count, count)
+    for image in range(batch):
+        for i in range(count):
+            cosine = torch.cosine_similarity(x_BGC[image, i][None], x_BGC[image], dim=-1)
+            cosine[i] = -2
+            if kind != "spatial":
+                adjacency[image, i, cosine.topk(neighbors).indices] = 1
+            for j in range(count):
+                rows, columns = abs(i // GRID[1] - j // GRID[1]), abs(i % GRID[1] - j % GRID[1])
+                if kind != "semantic" and max(rows, columns) == 1:
+                    adjacency[image, i, j] = 1
+    degree = adjacency.sum(-1)
+    return adjacency * degree[:, :, None] ** -0.5 * degree[:, None, :] ** -0.5
+
+
+@pytest.mark.parametrize("score", list(SCORES))
+@pytest.mark.parametrize("sparsity", [1.0, 0.6])
+def test_attention_with_scores(score: str, sparsity: float) -> None:
+    q, k, v = qkv()
+    bias = random(1, 1, 13, 13, seed=9)
+    attention = dense_map(q, k, bias, sparsity)
+    out, scores = ops.attention_with_scores(q, k, v, bias, None, sparsity, score, 1)
+    torch.testing.assert_close(out, attention @ v, rtol=1e-5, atol=1e-6)
+    kind, over = score.split("-")
+    pool = (lambda x: x.amax(1)) if over == "max" else (lambda x: x.mean(1))
+    difficulty = pool(torch.diagonal(attention, dim1=-2, dim2=-1))[:, 1:]
+    ability = pool(attention.sum(-2))[:, 1:]
+    wanted = {
+        "mixed": difficulty * ability,
+        "regenerate": difficulty,
+        "broadcast": ability,
+        "cls": pool(attention[:, :, 0])[:, 1:],
+    }
+    torch.testing.assert_close(scores, wanted[kind], rtol=1e-5, atol=1e-6)
+
+
+def test_attention_takes_a_boolean_mask_and_its_own_scale() -> None:
+    q, k, v = qkv()
+    mask = torch.ones(13, 13, dtype=torch.bool).tril()
+    out, _ = ops.attention_with_scores(q, k, v, mask, 0.2, 1.0, "mixed-max", 1)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.2)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_scores_are_those_of_its_rounded_operands() -> None:
+    """Softmax and sums run in float32, so what is left is the rounding of q·k to 8 bits: under 2 % of a score."""
+    low = [x.bfloat16() for x in qkv()]
+    out, scores = ops.attention_with_scores(*low, None, None, 1.0, "mixed-max", 1)
+    wanted_out, wanted = ops.attention_with_scores(*[x.float() for x in low], None, None, 1.0, "mixed-max", 1)
+    assert (out.dtype, scores.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(scores, wanted, rtol=2e-2, atol=0)
+    torch.testing.assert_close(out.float(), wanted_out, rtol=2e-2, atol=2e-2)
+
+
+def test_select_splits_by_score_and_keeps_order() -> None:
+    score = torch.tensor([[0.3, 0.1, 0.9, 0.2, 0.5], [5.0, 4.0, 3.0, 2.0, 1.0]])
+    kept, propagated = ops.select(score, 2)
+    assert kept.tolist() == [[0, 2, 4], [0, 1, 2]]
+    assert propagated.tolist() == [[1, 3], [3, 4]]
+
+
+def test_equal_scores_leave_from_the_back() -> None:
+    kept, propagated = ops.select(torch.ones(1, 6), 2)
+    assert (kept.tolist(), propagated.tolist()) == ([[0, 1, 2, 3]], [[4, 5]])
+
+
+@pytest.mark.parametrize("kind", list(GRAPHS))
+def test_propagation_weights_are_entries_of_the_normalised_adjacency(kind: str) -> None:
+    x = random(2, 1 + 12, 8)
+    near, inv_sqrt_degree = ops.token_graph(x, GRID, 1, kind, 3)
+    order = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(s)) for s in range(2)])
+    kept, propagated = order[:, :7].sort(1).values, order[:, 7:].sort(1).values
+    weights = ops.propagation_weights(near, inv_sqrt_degree, kept, propagated, GRID, kind)
+    dense = dense_graph(x[:, 1:], kind, 3)
+    for image in range(2):
+        torch.testing.assert_close(weights[image], dense[image][kept[image]][:, propagated[image]])
+
+
+def test_a_grid_of_three_sides_has_26_neighbours() -> None:
+    _, inv_sqrt_degree = ops.token_graph(random(1, 27, 4), [3, 3, 3], 0, "spatial", 1)
+    assert round(inv_sqrt_degree[0, 13].item() ** -2) == 26, "the centre"
+    assert round(inv_sqrt_degree[0, 0].item() ** -2) == 7, "a corner"
+
+
+def test_a_token_without_neighbours_gives_zero_and_not_infinity() -> None:
+    near, inv_sqrt_degree = ops.token_graph(random(1, 1, 4), [1, 1], 0, "spatial", 1)
+    assert near.shape == (1, 1, 0)
+    assert inv_sqrt_degree.tolist() == [[0.0]]
+
+
+def test_propagate_adds_a_share_of_what_leaves() -> None:
+    x = random(1, 1 + 4, 2)
+    weights = torch.tensor([[[0.5, 0.0], [0.25, 1.0]]])
+    kept, propagated = torch.tensor([[0, 3]]), torch.tensor([[1, 2]])
+    out = ops.propagate(x, weights, kept, propagated, 0.1, 1)[0]
+    patches = x[0, 1:]
+    torch.testing.assert_close(out[0], x[0, 0], msg="the prefix token is untouched")
+    torch.testing.assert_close(out[1], patches[0] + 0.1 * 0.5 * patches[1])
+    torch.testing.assert_close(out[2], patches[3] + 0.1 * (0.25 * patches[1] + patches[2]))
+
+
+def test_key_bias_is_the_log_scale_behind_the_prefix() -> None:
+    scale = torch.tensor([[1.0, 2.0, 4.0]])
+    bias = ops.key_bias(scale, 2, None, torch.zeros(1))
+    torch.testing.assert_close(bias, torch.tensor([0.0, 0.0, 1.0, 2.0, 4.0]).clamp(min=1).log()[None, None, None])
+    mask = torch.tensor([[[[True, False, True, True, True]]]])
+    both = ops.key_bias(scale, 2, mask, torch.zeros(1))
+    assert both[..., 1].item() == float("-inf")
+    assert both[..., 4].item() == pytest.approx(torch.tensor(4.0).log().item())
+
+
+def arguments() -> dict[str, tuple[Any, ...]]:
+    """One call of each operator, with gradients where they flow."""
+    x = random(2, 13, 8).requires_grad_()
+    q, k, v = (t.requires_grad_() for t in qkv())
+    near, inv_sqrt_degree = ops.token_graph(x.detach(), GRID, 1, "mixed", 3)
+    scores = random(2, 12).abs()
+    kept, propagated = ops.select(scores, 4)
+    weights = ops.propagation_weights(near, inv_sqrt_degree, kept, propagated, GRID, "mixed")
+    return {
+        "attention_with_scores": (q, k, v, None, None, 1.0, "mixed-max", 1),
+        "key_bias": (scores + 1, 1, random(1, 3, 13, 13), x),
+        "select": (scores, 4),
+        "token_graph": (x, GRID, 1, "mixed", 3),
+        "propagation_weights": (near, inv_sqrt_degree, kept, propagated, GRID, "mixed"),
+        "propagate": (x, weights, kept, propagated, 0.1, 1),
+    }
+
+
+@pytest.mark.parametrize("name", list(arguments()))
+def test_opcheck(name: str) -> None:
+    """torch's own examination: schema, fake tensors, autograd registration, tracing with dynamic shapes."""
+    torch.library.opcheck(getattr(ops, name).default, arguments()[name])
+
+
+@pytest.mark.parametrize("name", list(arguments()))
+def test_stated_shapes_are_the_true_ones(name: str) -> None:
+    shapes: Callable[..., Any] | None = shapes_of(getattr(ops, name).default)
+    assert shapes is not None
+    args = arguments()[name]
+
+    def forms(value: Tensor | tuple[Tensor, ...]) -> list[Any]:
+        return [(t.shape, t.dtype, t.stride()) for t in ([value] if isinstance(value, Tensor) else value)]
+
+    assert forms(shapes(*args)) == forms(getattr(ops, name)(*args))
+
+
+def test_gradients_reach_queries_keys_values_and_tokens() -> None:
+    args = arguments()
+    out, scores = ops.attention_with_scores(*args["attention_with_scores"])
+    (out.sum() + scores.sum() + ops.propagate(*args["propagate"]).sum()).backward()
+    for tensor in (*args["attention_with_scores"][:3], args["propagate"][0]):
+        assert tensor.grad is not None
+        assert tensor.grad.abs().sum() > 0

@@ -1,0 +1,163 @@
+"""Each pass on a graph made by hand: what it does, and its twin, a graph on which it has nothing to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs_by_hand import calls, node, patches, traced
+from gtp_fx.graphs import set_args
+from gtp_fx.infer import infer_types
+from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
+from gtp_fx.passes.find_blocks import find_blocks, read_blocks
+from gtp_fx.passes.liveness import ALL, live_tokens
+from gtp_fx.passes.normalise import normalise
+from gtp_fx.passes.split_projections import split_projections
+from gtp_fx.shapes import InconsistentGraph, propagate_shapes
+from torch import Tensor, fx
+from torch.ops import aten
+
+IMAGE = torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+EMBED = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(1)) * 0.3
+QKV = torch.randn(24, 8, generator=torch.Generator().manual_seed(2))
+CLS = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(3))
+INPUTS = (IMAGE, EMBED, QKV, CLS)
+
+
+def block(x: Tensor, qkv: Tensor) -> Tensor:
+    """Attention and its residual: [B, N, 8], two heads."""
+    batch, tokens, _ = x.shape
+    q, k, v = F.linear(x, qkv).reshape(batch, tokens, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, 8)
+
+
+def stem(image: Tensor, embed: Tensor, cls: Tensor) -> Tensor:
+    return torch.cat([cls.expand(2, -1, -1), patches(image, embed)], dim=1)
+
+
+def cls_head(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
+    return block(block(stem(image, embed, cls), qkv), qkv)[:, 0]
+
+
+def mean_head(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
+    return block(block(stem(image, embed, cls), qkv), qkv)[:, 1:].mean(dim=1)
+
+
+def spelled(gm: fx.GraphModule) -> list[str]:
+    return [f"{n.target}" for n in gm.graph.nodes if n.op == "call_function"]
+
+
+def test_normalise_strips_what_says_nothing() -> None:
+    def wordy(x: Tensor) -> Tensor:
+        y = F.dropout(x * 2.0, 0.5, training=False)
+        return y[:, :].expand(2, 3).clone() + 1.0
+
+    gm = traced(wordy, torch.ones(2, 3))
+    lean = normalise(gm)
+    assert spelled(lean) == ["aten.mul.Tensor", "aten.add.Tensor"]
+    assert torch.equal(lean(torch.ones(2, 3)), gm(torch.ones(2, 3)))
+
+
+def test_normalise_keeps_a_copy_of_an_input() -> None:
+    """The caller may write to what it gets back."""
+    gm = traced(lambda x: x.clone(), torch.ones(2, 3))
+    assert spelled(normalise(gm)) == spelled(gm)
+
+
+def test_blocks_are_found_by_what_attention_adds_to() -> None:
+    blocks = read_blocks(find_blocks(traced(cls_head, *INPUTS)))
+    assert [b.index for b in blocks] == [0, 1]
+    assert all(b.refusal is None and b.site is not None and b.stream is not None for b in blocks)
+    assert blocks[1].stream is blocks[0].site
+    assert blocks[0].axis.prefix == 1
+    assert blocks[0].axis.domain.grid.shape == (4, 3)
+
+
+def test_a_parallel_branch_is_not_taken_for_the_residual() -> None:
+    """x + (attention(x) + mlp(x)): the first addition joins two branches; the stream is shortened at the second."""
+
+    def parallel(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
+        x = stem(image, embed, cls)
+        q, k, v = F.linear(x, qkv).reshape(2, 13, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 13, 8)
+        return (x + (attended + F.gelu(x)))[:, 0]
+
+    gm = find_blocks(traced(parallel, *INPUTS))
+    (found,) = read_blocks(gm)
+    assert found.site is node(gm, aten.add.Tensor, 1)
+    assert found.stream is node(gm, aten.cat.default)
+
+
+def test_attention_over_channels_or_to_other_tokens_is_no_block() -> None:
+    def over_channels(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
+        x = stem(image, embed, cls)
+        q, k, v = F.linear(x, qkv).reshape(2, 13, 3, 2, 4).permute(2, 0, 3, 4, 1).unbind(0)
+        return (x + F.scaled_dot_product_attention(q, k, v).permute(0, 3, 1, 2).reshape(2, 13, 8))[:, 0]
+
+    def pooled(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
+        x = stem(image, embed, cls)
+        return F.scaled_dot_product_attention(cls.expand(2, -1, -1), x, x)[:, 0]
+
+    for function in (over_channels, pooled):
+        assert read_blocks(find_blocks(traced(function, *INPUTS))) == ()
+
+
+def test_liveness_counts_the_leading_tokens_that_are_read() -> None:
+    gm = traced(cls_head, *INPUTS)
+    live = live_tokens(gm.graph, infer_types(gm.graph))
+    first, last = node(gm, aten.add.Tensor, 0), node(gm, aten.add.Tensor, 1)
+    assert (live.needed[first], live.needed[last]) == (ALL, 1)
+    attentions = [node(gm, aten.scaled_dot_product_attention.default, i) for i in (0, 1)]
+    assert [live.computed[n] for n in attentions] == [ALL, 1]
+
+
+def test_dead_tokens_are_dropped_exactly() -> None:
+    gm = find_blocks(normalise(traced(cls_head, *INPUTS)))
+    split = split_projections(gm)
+    propagate_shapes(split, "split_projections")
+    dropped = drop_dead_tokens(split)
+    propagate_shapes(dropped, "drop_dead_tokens")
+    last = node(dropped, aten.scaled_dot_product_attention.default, 1)
+    assert [tuple(arg.meta["val"].shape) for arg in last.args[:3]] == [(2, 2, 1, 4), (2, 2, 13, 4), (2, 2, 13, 4)]
+    torch.testing.assert_close(dropped(*INPUTS), gm(*INPUTS), rtol=0, atol=1e-6)
+    assert read_blocks(dropped)[1].dead
+
+
+def test_only_the_projection_whose_parts_differ_is_split() -> None:
+    gm = normalise(traced(cls_head, *INPUTS))
+    split = split_projections(gm)
+    assert calls(gm, aten.linear.default) == 2
+    assert calls(split, aten.linear.default) == 3, "q on its own, k and v together, in the last block only"
+    torch.testing.assert_close(split(*INPUTS), gm(*INPUTS), rtol=0, atol=1e-6)
+
+
+def test_whole_maps_keep_every_query() -> None:
+    gm = find_blocks(normalise(traced(cls_head, *INPUTS)))
+    dropped = drop_dead_tokens(gm, whole_maps=True)
+    propagate_shapes(dropped, "drop_dead_tokens")
+    last = node(dropped, aten.scaled_dot_product_attention.default, 1)
+    assert last.meta["val"].shape == (2, 2, 13, 4)
+    torch.testing.assert_close(dropped(*INPUTS), gm(*INPUTS), rtol=0, atol=1e-6)
+
+
+def test_pooled_heads_are_left_unchanged() -> None:
+    gm = find_blocks(normalise(traced(mean_head, *INPUTS)))
+    for rewrite in (split_projections, drop_dead_tokens):
+        assert spelled(rewrite(gm)) == spelled(gm)
+
+
+def test_passes_never_touch_their_input() -> None:
+    gm = traced(cls_head, *INPUTS)
+    before = gm.print_readable(print_output=False), [dict(n.meta) for n in gm.graph.nodes]
+    marked = find_blocks(normalise(gm))
+    drop_dead_tokens(split_projections(marked))
+    assert (gm.print_readable(print_output=False), [dict(n.meta) for n in gm.graph.nodes]) == before
+
+
+def test_stale_shapes_are_found_by_name() -> None:
+    gm = traced(cls_head, *INPUTS)
+    view = next(n for n in gm.graph.nodes if n.target in (aten.view.default, aten.reshape.default) and len(n.args[1]) == 5)
+    set_args(view, (view.args[0], [2, 12, 3, 2, 4]))
+    with pytest.raises(InconsistentGraph, match=view.name):
+        propagate_shapes(gm, "a pass that forgot a size")
+
