@@ -5,11 +5,11 @@ A size that a pass forgot to repair can't run, so it is found here, by the node'
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gtp_fx.graphs import is_input, layer_name, operator_name, tensors_of
 from gtp_fx.ops.register import shapes_of
@@ -27,8 +27,8 @@ def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
     has changed; the rest keep theirs, so a pass that touches one block costs one block.
     """
     fakes = [t for node in gm.graph.nodes if is_input(node) for t in tensors_of(node.meta.get("val"))]
-    mode = detect_fake_mode(fakes)
-    assert mode is not None, "a captured graph's inputs are fake tensors"
+    # The graph's own mode, not `detect_fake_mode`'s answer: inside a backend that is Dynamo's, whose sizes are symbols.
+    mode = cast(FakeTensor, fakes[0]).fake_mode
     changed: set[fx.Node] = set()
     with mode, torch.no_grad():
         for node in gm.graph.nodes:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gtp_fx.sizes import fix_symbols
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from gtp_fx.sizes import fix_symbols
 
 
 def traced(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.graph import GRAPHS
 from gtp_fx.ops.register import shapes_of
-from torch import Tensor
 
 ops = torch.ops.gtp_fx
 GRID = [4, 3]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs_by_hand import calls, node, patches, traced
+from torch import Tensor, fx
+from torch.ops import aten
+
 from gtp_fx.graphs import set_args
 from gtp_fx.infer import infer_types
 from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
@@ -14,8 +16,8 @@ from gtp_fx.passes.liveness import ALL, live_tokens
 from gtp_fx.passes.normalise import normalise
 from gtp_fx.passes.split_projections import split_projections
 from gtp_fx.shapes import InconsistentGraph, propagate_shapes
-from torch import Tensor, fx
-from torch.ops import aten
+
+from graphs_by_hand import calls, node, patches, traced
 
 IMAGE = torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
 EMBED = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(1)) * 0.3
@@ -156,8 +158,9 @@ def test_passes_never_touch_their_input() -> None:
 
 def test_stale_shapes_are_found_by_name() -> None:
     gm = traced(cls_head, *INPUTS)
-    view = next(n for n in gm.graph.nodes if n.target in (aten.view.default, aten.reshape.default) and len(n.args[1]) == 5)
+    view = next(
+        n for n in gm.graph.nodes if n.target in (aten.view.default, aten.reshape.default) and len(n.args[1]) == 5
+    )
     set_args(view, (view.args[0], [2, 12, 3, 2, 4]))
     with pytest.raises(InconsistentGraph, match=view.name):
         propagate_shapes(gm, "a pass that forgot a size")
-

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from torch.ops import aten
+
 from gtp_fx.axes import (
     Grid,
     GridAxis,
@@ -22,9 +25,8 @@ from gtp_fx.infer import infer_types
 from gtp_fx.passes.insert_propagation import misfits
 from gtp_fx.rules.layout import regroup
 from gtp_fx.rules.registry import NoRule
+
 from graphs_by_hand import node, patches, traced
-from torch import Tensor
-from torch.ops import aten
 
 IMAGE = torch.zeros(2, 3, 6, 4)  # 3 x 2 patches of 2 pixels
 WEIGHT = torch.zeros(8, 3, 2, 2)
@@ -94,9 +96,7 @@ def test_a_view_never_cuts_through_a_token_axis(shape: tuple[int, ...]) -> None:
         (lambda x: x.reshape(12, 8).reshape(2, 6, 8), 1, 0, 0),
     ],
 )
-def test_operators_carry_the_axis(
-    function: Callable[[Tensor], Tensor], dim: int, prefix: int, suffix: int
-) -> None:
+def test_operators_carry_the_axis(function: Callable[[Tensor], Tensor], dim: int, prefix: int, suffix: int) -> None:
     axis = axis_of(function, dim)
     assert axis is not None
     assert (axis.prefix, axis.suffix) == (prefix, suffix)
@@ -115,9 +115,7 @@ def test_operators_carry_the_axis(
         (lambda x: torch.cat([x, x], dim=1), "end to end"),
     ],
 )
-def test_what_mixes_tokens_by_position_asks_for_them_whole(
-    function: Callable[[Tensor], Tensor], reason: str
-) -> None:
+def test_what_mixes_tokens_by_position_asks_for_them_whole(function: Callable[[Tensor], Tensor], reason: str) -> None:
     """Behind a site, every such operator shows up among the misfits; none is guessed at."""
     gm = traced(lambda image, weight: function(patches(image, weight) * 1.0), IMAGE, WEIGHT)
     site = node(gm, aten.mul.Tensor)

@@ -9,6 +9,6 @@ reduction    means over tokens, norms over channels
 spatial      convolutions and pooling: where grids are born
 """
 
-from gtp_fx.rules import contraction, layout, pointwise, ranges, reduction, spatial
+from gtp_fx.rules import contraction, layout, pointwise, random, ranges, reduction, spatial
 
-__all__ = ["contraction", "layout", "pointwise", "ranges", "reduction", "spatial"]
+__all__ = ["contraction", "layout", "pointwise", "random", "ranges", "reduction", "spatial"]

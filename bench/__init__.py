@@ -1,0 +1,1 @@
+"""Benchmarks; each runs from a checkout, installed or not."""

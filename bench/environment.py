@@ -1,0 +1,80 @@
+"""Where a figure was measured: processor, versions, commit. Every result file carries one, so that no number goes about alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("torch", "timm", "transformers", "triton")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """processor: what ran the model. threads: torch's, on a CPU. versions: of what decides the code that ran.
+
+    commit: of this repository, "unknown" outside git; dirty: tracked files differed from it.
+    """
+
+    processor: str
+    threads: int
+    system: str
+    versions: dict[str, str]
+    commit: str
+    dirty: bool
+    utc: str
+
+    @classmethod
+    def here(cls, device: str) -> Environment:
+        return cls(
+            processor=torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+            threads=torch.get_num_threads(),
+            system=f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical cores",
+            versions={"python": platform.python_version(), **_versions()},
+            commit=_git("rev-parse", "HEAD") or "unknown",
+            dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
+            utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def __str__(self) -> str:
+        state = " with changes" if self.dirty else ""
+        return (
+            f"{self.processor}, {self.threads} threads, torch {self.versions['torch']}, commit {self.commit[:9]}{state}"
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _cpu_name() -> str:
+    """Linux tells in /proc/cpuinfo; elsewhere the platform's own word."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    """What git prints, or "" where there is no git or no repository."""
+    try:
+        done = subprocess.run(("git", *arguments), cwd=_ROOT, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

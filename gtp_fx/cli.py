@@ -1,0 +1,171 @@
+"""The command line, `gtp-fx`. What it prints goes to stdout, progress and errors to stderr.
+
+Exit codes: 0, 1 where a check found a wrong output, 2 for something the caller can change.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import gtp_fx
+from gtp_fx.config import Options
+from gtp_fx.errors import GtpError, OptionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gtp_fx.compare import Agreement, Comparison
+    from gtp_fx.loading import LoadedModel
+    from gtp_fx.model import OptimizedModel
+
+app = typer.Typer(
+    help="Make pre-trained vision transformers faster by graph-based token propagation.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+main = app
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"gtp-fx {gtp_fx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Here so that `optimize` stays a subcommand while it is the only one."""
+
+
+_root.__doc__ = app.info.help
+
+
+@app.command()
+def optimize(
+    model: Annotated[str, typer.Argument(help="timm's name, such as deit_small_patch16_224.")],
+    flops_budget: Annotated[float | None, typer.Option(help="FLOPs after / before at most, in (0, 1].")] = None,
+    schedule: Annotated[str, typer.Option(help="auto, uniform, or tokens that leave per block: 8,8,8,…")] = "auto",
+    strategy: Annotated[str, typer.Option(help="How tokens leave.")] = "gtp",
+    target: Annotated[str, typer.Option(help="Processor to compile for; auto is this machine's.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Images per run.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing, each runs every contender once.")] = 15,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    device: Annotated[Device, typer.Option()] = Device.cpu,
+    weights: Annotated[str | None, typer.Option(help="File of weights: safetensors or a torch state dict.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Download timm's weights.")] = False,
+    no_time: Annotated[bool, typer.Option("--no-time", help="Optimise and check; compile and time nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")] = False,
+) -> None:
+    """Optimise MODEL, check it on a photograph, and time it against the original, eager and compiled."""
+    from gtp_fx.compare import CheckError, agreement
+    from gtp_fx.photo import photo_batch
+
+    def say(text: str) -> None:
+        if not as_json:
+            typer.echo(text)
+
+    try:
+        if rounds < 1:
+            raise OptionError(f"--rounds {rounds}: give at least one")
+        counts = parse_schedule(schedule)
+        Options.of(flops_budget, counts, strategy, target)  # a typing error shouldn't cost a download first
+        loaded = _load(model, pretrained, weights, dtype, device)
+        say(f"{loaded.name}, weights: {loaded.weights_origin}; {dtype.value} on {device.value}\n")
+        fast = gtp_fx.optimize(
+            loaded.model, flops_budget=flops_budget, schedule=counts, strategy=strategy, target=target
+        )
+        say(f"{fast.report}\n")
+        images = photo_batch(loaded.model, batch)
+        agreed = agreement(loaded.model, fast, images)
+        say(f"checked: {agreed}\n")
+        comparison = None if no_time else _compare(loaded, fast, images, rounds)
+    except GtpError as error:
+        _fail(str(error), 2)
+    except CheckError as error:
+        _fail(f"{model}: {error}", 1)
+    if comparison is not None:
+        furthest = max(done.error for done in comparison.compilations.values())
+        say(f"checked: compiled within {furthest:.1e} of eager (tolerance {comparison.tolerance:.0e})\n\n{comparison}")
+    if as_json:
+        typer.echo(json.dumps(_as_dict(loaded, fast, comparison, agreed, dtype, device), indent=2))
+
+
+def parse_schedule(text: str) -> str | tuple[int, ...]:
+    """A schedule's name, which is checked later, or its counts: "8,8,8" gives (8, 8, 8). Raises OptionError."""
+    if text.isalpha():
+        return text
+    try:
+        return tuple(int(entry) for entry in text.split(","))
+    except ValueError:
+        raise OptionError(
+            f"--schedule {text!r} is neither auto, uniform nor a list of counts; give the tokens that leave in each attention "
+            f"block, such as 8,8,8"
+        ) from None
+
+
+def _load(name: str, pretrained: bool, weights: str | None, dtype: Dtype, device: Device) -> LoadedModel:
+    import torch
+
+    from gtp_fx.loading import load_model
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise OptionError("--device cuda: torch finds no GPU here; give --device cpu")
+    loaded = load_model(name, pretrained=pretrained, weights=weights)
+    loaded.model.to(device.value, getattr(torch, dtype.value))
+    return loaded
+
+
+def _compare(loaded: LoadedModel, fast: OptimizedModel, images: Tensor, rounds: int) -> Comparison:
+    from gtp_fx.compare import compare
+    from gtp_fx.progress import progress_bar
+
+    with progress_bar() as show:
+        return compare(loaded.model, fast, images, rounds=rounds, progress=show)
+
+
+def _as_dict(
+    loaded: LoadedModel,
+    fast: OptimizedModel,
+    comparison: Comparison | None,
+    agreed: Agreement,
+    dtype: Dtype,
+    device: Device,
+) -> dict[str, Any]:
+    return {
+        "model": loaded.name,
+        "weights": loaded.weights_origin,
+        "dtype": dtype.value,
+        "device": device.value,
+        "report": fast.report.to_dict(),
+        "schedule": json.loads(fast.schedule.to_json()),
+        "agreement": asdict(agreed),
+        "comparison": None if comparison is None else comparison.to_dict(),
+    }
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"gtp-fx: {message}", err=True)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""A real photograph as an input batch: what models see in service, which noise is not.
+
+Token propagation looks at how alike tokens are, so a check on noise says little. The picture is in data/, with its source.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from gtp_fx.errors import OptionError
+from gtp_fx.inputs import call_signature
+
+_LEAST_SCALE = 0.6
+"""Smallest crop, as a share of the photograph's sides: the subject stays in sight."""
+
+_MEAN, _STD = 0.5, 0.5
+"""For a model without timm's data configuration, as most such models are trained."""
+
+
+def photo_batch(model: nn.Module, batch: int) -> Tensor:
+    """[batch, 3, height, width] in the model's size, dtype and device, prepared as timm does for this model.
+
+    Image 0 is the whole photograph; the others are crops of it, half of them mirrored, the same ones each time.
+    Raises OptionError for a batch below 1 or a model of other than 3 channels, CaptureError where its size is unknown.
+    """
+    if batch < 1:
+        raise OptionError(f"batch={batch}: give at least one image")
+    example = _example(model)
+    if example.ndim != 4 or example.shape[1] != 3:
+        raise OptionError(f"{type(model).__name__} takes {list(example.shape[1:])}, a photograph is [3, height, width]")
+    prepare = _preparation(model, tuple(example.shape[1:]))
+    images = torch.stack([prepare(view) for view in _views(load_photo(), batch)])
+    return images.to(example.device, example.dtype)
+
+
+def load_photo() -> Image.Image:
+    """The packaged photograph, RGB."""
+    with files("gtp_fx").joinpath("data", "photo.jpg").open("rb") as file:
+        return Image.open(file).convert("RGB")
+
+
+def _example(model: nn.Module) -> Tensor:
+    signature = call_signature(model, None)
+    return next(v for v in (*signature.args, *signature.kwargs.values()) if isinstance(v, Tensor))
+
+
+def _views(photo: Image.Image, count: int) -> list[Image.Image]:
+    """`count` differing views of the photograph, in its own proportions."""
+    chance = random.Random(0)
+    views = [photo]
+    for index in range(1, count):
+        scale = chance.uniform(_LEAST_SCALE, 1)
+        width, height = round(photo.width * scale), round(photo.height * scale)
+        left, top = chance.randint(0, photo.width - width), chance.randint(0, photo.height - height)
+        view = photo.crop((left, top, left + width, top + height))
+        views.append(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if index % 2 else view)
+    return views
+
+
+def _preparation(model: nn.Module, size: tuple[int, ...]) -> Callable[[Image.Image], Tensor]:
+    """Image to [3, height, width], `size`: timm's evaluation transform, or a plain resize where timm knows nothing."""
+    if not isinstance(getattr(model, "pretrained_cfg", None), Mapping):
+        return lambda image: _resized(image, size)
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
+
+    config: dict[str, Any] = resolve_data_config({"input_size": size}, model=model)
+    return cast("Callable[[Image.Image], Tensor]", create_transform(**config))
+
+
+def _resized(image: Image.Image, size: tuple[int, ...]) -> Tensor:
+    _, height, width = size
+    small = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return (pixels.permute(2, 0, 1) / 255 - _MEAN) / _STD

@@ -1,0 +1,23 @@
+"""A progress bar on stderr, for what takes a minute."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+Progress = Callable[[str, int, int], object]
+"""Told what begins now, and how many steps of how many are done."""
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar that is gone when the work is done; the total may still change while it goes."""
+    with tqdm(bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]", leave=False) as bar:
+
+        def show(label: str, done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.set_description_str(label)
+
+        yield show

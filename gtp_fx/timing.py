@@ -1,0 +1,122 @@
+"""Interleaved timing of several callables.
+
+A machine's speed drifts: clocks, neighbours, heat. Timed one after the other, contenders meet different machines; so here
+each round runs every contender once, in an order that rotates, and ratios are taken within a round before the median is
+taken over rounds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gtp_fx.errors import OptionError
+
+Run = Callable[[], object]
+Clock = Callable[[Run], float]
+"""Runs a callable once and says how many seconds it took, everything it launched included."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of some numbers, interpolated linearly."""
+
+    lower: float
+    median: float
+    upper: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(_quantile(values, 0.25), _quantile(values, 0.5), _quantile(values, 0.75))
+
+
+@dataclass(frozen=True)
+class Timings:
+    """seconds: per contender one entry a round, so entry i of two contenders came from the same round."""
+
+    seconds: Mapping[str, tuple[float, ...]]
+
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.seconds.values())))
+
+    def spread(self, name: str) -> Spread:
+        """Seconds per run of one contender."""
+        return Spread.of(self.seconds[name])
+
+    def speed_up(self, name: str, baseline: str) -> Spread:
+        """How many times faster `name` is than `baseline`: over rounds, the ratios baseline / name."""
+        pairs = zip(self.seconds[baseline], self.seconds[name], strict=True)
+        return Spread.of([base / own for base, own in pairs])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: each round's seconds and their spread, by contender."""
+        return {name: {**asdict(self.spread(name)), "rounds": list(values)} for name, values in self.seconds.items()}
+
+
+def interleave(
+    contenders: Mapping[str, Run],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    clock: Clock | None = None,
+    progress: Callable[[], object] | None = None,
+) -> Timings:
+    """Time every contender once a round, the first one of a round rotating.
+
+    warmup: rounds that run but do not count; compile before, not here. clock: `cpu_seconds` where None. progress: called
+    after each run, warm-up included: `len(contenders) * (warmup + rounds)` times.
+
+    Raises OptionError where there is nothing to time; what a contender raises goes through.
+    """
+    if not contenders:
+        raise OptionError("no contenders to time; give at least one")
+    if rounds < 1 or warmup < 0:
+        raise OptionError(f"rounds={rounds}, warmup={warmup}: give at least one round and no negative warm-up")
+    clock = clock or cpu_seconds
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            taken = clock(contenders[name])
+            if turn >= warmup:
+                seconds[name].append(taken)
+            if progress is not None:
+                progress()
+    return Timings({name: tuple(values) for name, values in seconds.items()})
+
+
+def cpu_seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def cuda_seconds(run: Run) -> float:
+    """Between two events on the current stream, so that the host's launch of an idle queue is part of it and its wait for
+    the result is not."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def clock_for(device: torch.device) -> Clock:
+    return cuda_seconds if device.type == "cuda" else cpu_seconds
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    """`statistics.quantiles` refuses a single value; a smoke test has one round."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return below + (above - below) * (place - math.floor(place))

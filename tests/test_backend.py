@@ -1,0 +1,121 @@
+"""The Dynamo door: the same schedule and numbers as `optimize`, one graph, any batch. Compiled tests are few: they cost seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, fx, nn
+
+import gtp_fx
+from gtp_fx import backend
+from gtp_fx.capture import capture_dynamo
+from gtp_fx.config import Options
+from gtp_fx.pipeline import Optimised, run_passes
+
+from zoo import ZOO, Row, build, enliven, images
+
+TINY = Row("tiny", "vit_tiny_patch16_224", (8, 8), 1, img_size=(32, 32))
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def tiny() -> nn.Module:
+    model = timm.create_model(
+        TINY.arch, img_size=32, patch_size=4, depth=2, embed_dim=64, num_heads=2, init_values=1e-5
+    )
+    return enliven(model).eval()
+
+
+class Door:
+    """A backend that rewrites as ours does and runs the result eagerly: the Dynamo door without Inductor's seconds."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = Options.of(**options)
+        self.made: list[Optimised] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        self.made.append(run_passes(capture_dynamo(gm), self.options))
+        return self.made[-1].graph_module
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", ZOO, ids=lambda row: row.name)
+def test_both_doors_lead_to_the_same_model(row: Row) -> None:
+    model, x = build(row), images(row)
+    door = Door(flops_budget=0.6)
+    through_dynamo = torch.compile(model, backend=door, fullgraph=True)(x)
+    fast = gtp_fx.optimize(model, flops_budget=0.6, compile=False)
+    (made,) = door.made
+    assert made.schedule == fast.schedule
+    assert made.report.flops_ratio == fast.report.flops_ratio
+    torch.testing.assert_close(through_dynamo, fast(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_second_batch_size_makes_the_same_schedule() -> None:
+    model = tiny()
+    door = Door(flops_budget=0.6)
+    compiled = torch.compile(model, backend=door, fullgraph=True)
+    eager = gtp_fx.optimize(model, flops_budget=0.6, compile=False)
+    for batch in (2, 5, 7, 1):
+        x = images(TINY, batch)
+        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-5, atol=1e-5)
+    assert len(door.made) == 3, "one for batch 2, one for any batch, one for batch 1, which torch specialises"
+    assert len({made.schedule for made in door.made}) == 1
+
+
+@torch.no_grad()
+def test_compiled_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    """The entry point, Inductor, and both doors' compiled forms against eager: float32 in another order, 1e-6 or so."""
+    model = tiny()
+    x = images(TINY, 3)
+    options = {"flops_budget": 0.6, "strategy": gtp_fx.GTP(alpha=0.3)}
+    wanted = gtp_fx.optimize(model, compile=False, **options)(x)
+    by_backend = torch.compile(model, backend="gtp", options=options, fullgraph=True)
+    torch.testing.assert_close(by_backend(x), wanted, rtol=1e-4, atol=1e-4)
+    by_optimize = gtp_fx.optimize(model, **options)
+    for batch in (3, 1):
+        torch.testing.assert_close(by_optimize(x[:batch]), wanted[:batch], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_through_the_compiled_backend() -> None:
+    model = tiny()
+    x = images(TINY, 2)
+    options = {"schedule": [20, 0]}
+
+    def gradients(run: Any) -> list[Tensor]:
+        model.zero_grad()
+        run(x).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    eager = gradients(gtp_fx.optimize(model, compile=False, **options))
+    compiled = gradients(torch.compile(model, backend="gtp", options=options, fullgraph=True))
+    assert len(eager) == len(compiled) == len(list(model.parameters()))
+    for mine, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_graph_without_attention_is_compiled_with_a_warning() -> None:
+    """What a graph break leaves before or behind a model; never silent."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    compiled = torch.compile(net, backend=backend.gtp, options={"flops_budget": 0.7})
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.warns(UserWarning, match="no self-attention over patch tokens"):
+        found = compiled(x)
+    torch.testing.assert_close(found, net(x))
+
+
+def test_errors_reach_the_user() -> None:
+    compiled = torch.compile(tiny(), backend="gtp", options={"flops_budget": 1.5})
+    with pytest.raises(Exception, match=r"flops_budget=1\.5 is no ratio"):
+        compiled(images(TINY, 2))

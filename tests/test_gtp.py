@@ -1,0 +1,111 @@
+"""The optimised model is the method: equal to an eager reference written from it, on live weights.
+
+Tolerances: the reference and the graph do the same float32 arithmetic in another order; over three blocks that was
+2e-7 to 6e-7 of the largest logit. A wrong option (alpha, graph, scale, theta, score) moves logits by more than 1e-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gtp_fx
+from gtp_fx.ops.attention import SCORES
+
+from reference import gtp_reference
+from zoo import BY_NAME, DEPTH, ZOO, Row, build, images
+
+
+def optimized(model: nn.Module, **options: Any) -> gtp_fx.OptimizedModel:
+    return gtp_fx.optimize(model, compile=False, **options)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@torch.no_grad()
+def check(row: Row, schedule: Sequence[int], dead_tokens: bool = True, **options: Any) -> None:
+    model, x = build(row), images(row)
+    strategy = {{"sparsity": "attention_sparsity"}.get(name, name): value for name, value in options.items()}
+    fast = optimized(model, schedule=schedule, strategy=gtp_fx.GTP(**strategy), dead_tokens=dead_tokens)
+    wanted = gtp_reference(model, x, schedule=schedule, **options).logits_BV
+    assert relative(fast(x), wanted) < 1e-5
+    assert relative(model(x), wanted) > 1e-4, "a schedule that changes nothing proves nothing"
+
+
+@pytest.mark.parametrize("name", ["deit", "deit3", "vit-gap"])
+@pytest.mark.parametrize(
+    ("count", "sparsity", "graph", "alpha"),
+    [(8, 1.0, "mixed", 0.1), (8, 0.6, "mixed", 0.3), (12, 1.0, "spatial", 0.2), (5, 0.8, "semantic", 0.4)],
+)
+def test_equals_the_reference(name: str, count: int, sparsity: float, graph: str, alpha: float) -> None:
+    check(BY_NAME[name], [count] * DEPTH, sparsity=sparsity, graph=graph, alpha=alpha)
+
+
+@pytest.mark.parametrize("row", ZOO, ids=lambda row: row.name)
+def test_every_architecture_equals_the_reference(row: Row) -> None:
+    """A tenth of the patches leaves at the first block, none at the second, a fifth at the third."""
+    check(row, [row.patches // 10, 0, row.patches // 5])
+
+
+@pytest.mark.parametrize("score", list(SCORES))
+def test_every_score_equals_the_reference(score: str) -> None:
+    check(BY_NAME["deit-distilled"], [20, 20, 0], score=score)
+
+
+@pytest.mark.parametrize("dead_tokens", [True, False])
+@pytest.mark.parametrize("options", [{"token_scale": False}, {"neighbors": 3, "sparsity": 0.7}])
+def test_options_equal_the_reference(dead_tokens: bool, options: dict[str, Any]) -> None:
+    check(BY_NAME["vit"], [15, 15, 15], dead_tokens=dead_tokens, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", ZOO, ids=lambda row: row.name)
+def test_nothing_removed_is_the_original(row: Row) -> None:
+    model, x = build(row), images(row)
+    wanted = model(x)
+    for options in ({"flops_budget": 1.0}, {"schedule": [0] * DEPTH, "dead_tokens": False}):
+        fast = optimized(model, **options)
+        assert relative(fast(x), wanted) < 1e-5
+        assert fast.schedule.removes_nothing
+
+
+@torch.no_grad()
+def test_kept_tokens_are_the_references_and_ascending() -> None:
+    """Read off the graph: the indices that `select` returns at each site, seen on the whole grid."""
+    row = BY_NAME["deit3"]
+    model, x = build(row), images(row)
+    schedule = [30, 30, 0]
+    fast = optimized(model, schedule=schedule)
+    kept: list[Tensor] = []
+
+    class Watch(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.target is torch.ops.gtp_fx.select.default:
+                kept.append(value[0])
+            return value
+
+    Watch(fast.graph_module).run(x)
+    on_grid = kept[0]
+    reference = gtp_reference(model, x, schedule=schedule)
+    for site, indices in zip(reference.sites, [on_grid, on_grid.gather(1, kept[1])], strict=True):
+        assert torch.equal(site.kept_BK, indices)
+        assert bool((indices.diff(dim=1) > 0).all())
+
+
+@torch.no_grad()
+def test_bfloat16_follows_float32() -> None:
+    """Eight bits of mantissa: logits of the original differ by about 1 % from float32, and of GTP by little more, since
+    near-equal scores may change places. Half of the spread between two images would be 30 %."""
+    row = BY_NAME["deit"]
+    model, x = build(row), images(row)
+    wanted = gtp_reference(model, x, schedule=[10, 10, 10]).logits_BV
+    low = optimized(model.bfloat16(), schedule=[10, 10, 10])(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert relative(low.float(), wanted) < 0.1

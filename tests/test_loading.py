@@ -1,0 +1,137 @@
+"""Models by name and their weights: each test writes the small file it reads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gtp_fx.errors import GtpError
+from gtp_fx.loading import LoadError, load_model, read_state_dict
+
+NAME = "test_vit"  # timm's own for tests: 0.4 M parameters
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    """Weights for NAME that no initialisation gives."""
+    return {key: torch.full_like(value, 0.25) for key, value in timm.create_model(NAME).state_dict().items()}
+
+
+def same(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    own = model.state_dict()
+    return own.keys() == state.keys() and all(torch.equal(own[key], state[key]) for key in own)
+
+
+def test_random_weights_are_named_as_such_repeat_and_leave_the_generator_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    first = load_model(NAME)
+    assert torch.equal(torch.rand(1), expected)
+    assert first.weights_origin == "random (seed 0), not a trained model"
+    assert not first.model.training
+    assert same(load_model(NAME).model, first.model.state_dict())
+
+
+def test_safetensors_whatever_the_file_is_called(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    save_file(state, tmp_path / "blob")
+    loaded = load_model(NAME, weights=tmp_path / "blob")
+    assert same(loaded.model, state)
+    assert loaded.weights_origin == f"file {tmp_path / 'blob'}"
+
+
+@pytest.mark.parametrize("key", [None, "model", "state_dict"])
+def test_a_torch_state_dict_at_the_top_or_nested(tmp_path: Path, state: dict[str, Tensor], key: str | None) -> None:
+    torch.save(state if key is None else {"epoch": 3, key: state}, tmp_path / "weights.pth")
+    assert same(load_model(NAME, weights=str(tmp_path / "weights.pth")).model, state)
+
+
+def test_weights_of_another_model_name_a_few_keys(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    state["head.weight"] = torch.zeros(10, 64)
+    for key in [key for key in state if key.startswith("blocks.0.")]:
+        del state[key]
+    state["extra.bias"] = torch.zeros(1)
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(LoadError) as raised:
+        load_model(NAME, weights=tmp_path / "other.pth")
+    text = str(raised.value)
+    assert "1 unexpected: extra.bias" in text
+    assert "head.weight [10, 64] for [1000, 64]" in text
+    assert "12 missing: blocks.0." in text
+    assert text.count("blocks.0.") == 3  # a few, then "…"
+
+
+class Opener:
+    """Pickles into a call: what a hostile checkpoint does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickled_object_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch.save({"model": Opener(tmp_path / "touched")}, tmp_path / "hostile.pth")
+    with pytest.raises(LoadError, match="hold Python objects"):
+        load_model(NAME, weights=tmp_path / "hostile.pth")
+    assert not (tmp_path / "touched").exists()
+    torch.load(tmp_path / "hostile.pth", weights_only=False)  # so the file was able to
+    assert (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [({"epoch": 3}, "the entries epoch"), ([torch.zeros(1)], "a list"), ({}, "the entries")]
+)
+def test_a_checkpoint_without_a_state_dict(tmp_path: Path, content: Any, told: str) -> None:
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(LoadError, match=f"{told}.*no state dict"):
+        read_state_dict(tmp_path / "odd.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights at all", b"\x10\0\0\0\0\0\0\0{", b"PK\x03\x04 half an archive"])
+def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "broken").write_bytes(content)
+    with pytest.raises(LoadError, match="broken"):
+        read_state_dict(tmp_path / "broken")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"nowhere.*No such file"):
+        load_model(NAME, weights=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["deit_smal_patch16_224", "deit_small_patch16_224.fb_in1"])
+def test_an_unknown_name_gets_close_ones(name: str) -> None:
+    with pytest.raises(LoadError, match=r"did you mean .*deit_small_patch16_224"):
+        load_model(name)
+
+
+def test_both_sources_at_once(tmp_path: Path) -> None:
+    with pytest.raises(GtpError, match="one of them"):
+        load_model(NAME, pretrained=True, weights=tmp_path / "any")
+
+
+def test_pretrained_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str, pretrained: bool) -> None:
+        raise OSError("no route to host\nlong trace")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(LoadError, match="can't be had: no route to host;"):
+        load_model("deit_small_patch16_224", pretrained=True)
+    with pytest.raises(LoadError, match="no pretrained weights"):
+        load_model("vit_giant_patch14_224", pretrained=True)
+
+
+def test_timm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(LoadError, match="pip install timm"):
+        load_model(NAME)
