@@ -9,7 +9,6 @@ noisy for all of them alike. Weights are random unless given: they change no tim
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ import typer
 
 import gtp_fx
 from bench.environment import Environment
+from bench.output import publish
 from gtp_fx.cli import Device, Dtype, parse_schedule
 from gtp_fx.compare import CheckError, Comparison, compare
 from gtp_fx.errors import GtpError
@@ -51,12 +51,7 @@ def main(
         raise typer.Exit(2 if isinstance(error, GtpError) else 1) from error
     result = as_result(loaded, fast, comparison, dtype.value, device.value)
     typer.echo(f"{comparison}\n{Environment.here(device.value)}", err=True)
-    text = json.dumps(result, indent=2)
-    if out is None:
-        typer.echo(text)
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n")
+    publish(result, out)
 
 
 def as_result(

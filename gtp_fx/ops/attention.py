@@ -1,4 +1,4 @@
-"""Attention that ranks its tokens (paper, section 3.2), and the bias that tells it how many tokens a key stands for."""
+"""Attention that ranks its tokens (arXiv 2311.03035, token selection), and the bias of the tokens that a key stands for."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def attention_with_scores(
 
     q, k, v: [B, H, N, D]. bias: additive, broadcasts to [B, H, N, N]; None for none. scale: None for D**-0.5.
     sparsity: the paper's theta in (0, 1]; of each head's whole N x N map the int(N^2 (1 - theta)) smallest entries
-    become 0 after softmax, without renormalising (section 3.4); 1 keeps all.
+    become 0 after softmax, without renormalising (its attention sparsification); 1 keeps all.
     score: a name in `SCORES`, or "none" for no scores. prefix: how many of the N tokens are no patches.
 
     Returns the output [B, H, N, D] and the scores [B, N - prefix] ([B, 0] for "none") in float32. Softmax and scores are computed in float32,
@@ -68,7 +68,7 @@ def attention_with_scores(
 
 @operator(_key_bias_shapes)
 def key_bias(scale_BN: Tensor, prefix: int, bias: Tensor | None, like: Tensor) -> Tensor:
-    """log s_j on the logits of key j, 0 for prefix tokens (paper, section 3.3, proportional attention).
+    """log s_j on the logits of key j, 0 for prefix tokens (arXiv 2311.03035, proportional attention).
 
     scale_BN: token scales of the patch tokens [B, n], float32. bias: the attention's own additive mask, to which it is
     added, or None. like: a tensor in whose dtype the bias is returned, as attention asks of its mask (its query).

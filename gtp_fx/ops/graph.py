@@ -1,4 +1,4 @@
-"""The token graph: who receives from whom (paper, section 3.1).
+"""The token graph: who receives from whom (arXiv 2311.03035, sparse graph construction).
 
 Â = D^-1/2 A D^-1/2, with A the spatial neighbours, the semantic ones or their union, and D the row degrees. It is
 never held as a matrix: a spatial edge is a question to the coordinates, a semantic one is M indices a token, and a site

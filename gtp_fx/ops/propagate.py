@@ -1,4 +1,4 @@
-"""Propagation: x_kept + alpha * Â[kept, propagated] x_propagated (paper, equation 6)."""
+"""Propagation: x_kept + alpha * Â[kept, propagated] x_propagated (arXiv 2311.03035, token summarisation)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens stay, which are propagated (paper, section 3.2)."""
+"""Which tokens stay, which are propagated (arXiv 2311.03035, token selection)."""
 
 from __future__ import annotations
 
