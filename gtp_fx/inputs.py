@@ -132,12 +132,11 @@ def _timm_shape(model: nn.Module) -> tuple[int, ...] | None:
     if not isinstance(config, Mapping) or "input_size" not in config:
         return None
     channels, *sides = config["input_size"]
-    # A model made with img_size= keeps its pretrained_cfg; its patch embedding knows the size it was made for.
+    # A model made with in_chans= or img_size= keeps its pretrained_cfg: the first convolution knows its channels, the patch
+    # embedding the size it was made for.
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     embed = getattr(model, "patch_embed", None)
-    return (
-        getattr(getattr(embed, "proj", None), "in_channels", channels),
-        *(getattr(embed, "img_size", None) or sides),
-    )
+    return (first.in_channels if first else channels, *(getattr(embed, "img_size", None) or sides))
 
 
 def _hf_shape(model: nn.Module) -> tuple[int, ...] | None:
