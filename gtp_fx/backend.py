@@ -18,8 +18,8 @@ from torch import fx
 
 from gtp_fx.capture import capture_dynamo
 from gtp_fx.config import Options
-from gtp_fx.errors import OptionError
-from gtp_fx.pipeline import has_attention, run_passes
+from gtp_fx.errors import NoBlocksError, OptionError
+from gtp_fx.pipeline import run_passes
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +39,11 @@ def gtp(
     checked = Options.from_mapping(chosen)
     patches = {**_mode_options(mode), **checked.target.inductor}
     captured = capture_dynamo(gm)
-    if not has_attention(captured):
-        warnings.warn(
-            f"backend 'gtp': this graph of {len(captured.graph.nodes)} nodes has no self-attention over patch tokens; Inductor "
-            f"compiles it as it is",
-            stacklevel=2,
-        )
+    try:
+        optimised = run_passes(captured, checked)
+    except NoBlocksError as error:
+        warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
         return _inductor(gm, example_inputs, patches)
-    optimised = run_passes(captured, checked)
     log.info("%s", optimised.report)
     return _inductor(optimised.graph_module, example_inputs, patches)
 

@@ -62,3 +62,7 @@ class UnsupportedModelError(GtpError):
     def __init__(self, message: str, refusals: tuple[Refusal, ...] = ()) -> None:
         self.refusals = refusals
         super().__init__("\n  - ".join([message, *map(str, refusals)]))
+
+
+class NoBlocksError(UnsupportedModelError):
+    """The graph has no self-attention over patch tokens at all."""

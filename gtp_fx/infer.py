@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from gtp_fx import rules as _rules  # registers the rules
-from gtp_fx.axes import Dim, TensorType, TokenAxis, plain, token_axes
+from gtp_fx.axes import Dim, Grid, TensorType, TokenAxis, plain, token_axes, whole_size
 from gtp_fx.graphs import is_input
 from gtp_fx.rules.registry import NOTHING, Call, Many, NoRule, Output, Typed, find
 
@@ -27,10 +27,12 @@ class Typing:
 
     types: the type of each node's value as its users see it (after the site, at a site).
     answers: each rule's answer, for the nodes that have tensors.
+    images: size of the batch dimension of each stream with a site.
     """
 
     types: Mapping[fx.Node, Output]
     answers: Mapping[fx.Node, Typed]
+    images: Mapping[Grid, int]
 
     def type(self, node: fx.Node) -> TensorType:
         """The type of a node that is a single tensor."""
@@ -50,6 +52,7 @@ def infer_types(graph: fx.Graph, sites: frozenset[fx.Node] = frozenset()) -> Typ
     """
     types: dict[fx.Node, Output] = {}
     answers: dict[fx.Node, Typed] = {}
+    images: dict[Grid, int] = {}
     for node in graph.nodes:
         answer = _answer(node, types)
         if answer is None:
@@ -60,7 +63,8 @@ def infer_types(graph: fx.Graph, sites: frozenset[fx.Node] = frozenset()) -> Typ
         if node in sites:
             assert isinstance(answer.output, tuple)
             types[node] = tuple(_one_shorter(dim) for dim in answer.output)
-    return Typing(types, answers)
+            images |= {axis.domain.grid: whole_size(answer.output[0]) for axis in token_axes(answer.output)}
+    return Typing(types, answers, images)
 
 
 def whole(tensor_type: TensorType) -> TensorType:
@@ -84,10 +88,24 @@ def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> Typed | None:
     try:
         answer = rule(call)
     except NoRule as reason:
-        return _barrier(call, str(reason))
+        return _with_everything_back(call, str(reason))
     if answer.barrier:
         return replace(answer, operands=_whole_operands(call), follows=NOTHING)
     return answer
+
+
+def _with_everything_back(call: Call, reason: str) -> Typed:
+    """The answer where the rule gave none: its own for whole inputs, if tokens had left, else a barrier's."""
+    whole_operands = _whole_operands(call)
+    if all(call.types[node] == kind for node, kind in whole_operands.items()):
+        return _barrier(call, reason)
+    rule = find(call.node.target)
+    assert rule is not None
+    try:
+        answer = rule(Call(call.node, {**call.types, **whole_operands}))
+    except NoRule as second:
+        return _barrier(call, str(second))
+    return replace(answer, operands=whole_operands, repair=None, follows=NOTHING, barrier=reason)
 
 
 def _barrier(call: Call, reason: str) -> Typed:

@@ -141,6 +141,7 @@ def _timm_shape(model: nn.Module) -> tuple[int, ...] | None:
 
 def _hf_shape(model: nn.Module) -> tuple[int, ...] | None:
     config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)  # a tower that keeps the configuration of the whole
     side = getattr(config, "image_size", None)
     if side is None:
         return None

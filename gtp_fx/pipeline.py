@@ -13,8 +13,10 @@ from gtp_fx.cost.count import count_flops
 from gtp_fx.graphs import layer_name
 from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.find_blocks import find_blocks, read_blocks
+from gtp_fx.passes.fold_constants import fold_constants
 from gtp_fx.passes.insert_propagation import insert_propagation
 from gtp_fx.passes.normalise import normalise
+from gtp_fx.passes.spell_attention import spell_attention
 from gtp_fx.passes.split_projections import split_projections
 from gtp_fx.plan import Plan
 from gtp_fx.planning import make_plan
@@ -52,6 +54,8 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
 
     whole_maps = options.strategy.whole_maps
     gm = run("normalise", "exact", normalise, captured)
+    gm = run("fold_constants", "exact", fold_constants, gm)
+    gm = run("spell_attention", "exact", spell_attention, gm)
     gm = find_blocks(gm)
     if options.dead_tokens:
         gm = run("split_projections", "exact", lambda g: split_projections(g, whole_maps), gm)
@@ -78,11 +82,6 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
         refusals=planned.refusals,
     )
     return Optimised(result, plan.schedule, report)
-
-
-def has_attention(captured: fx.GraphModule) -> bool:
-    """True where a captured graph has anything for the passes to work on."""
-    return bool(read_blocks(find_blocks(captured)))
 
 
 def _site_rows(gm: fx.GraphModule, plan: Plan) -> tuple[SiteRow, ...]:

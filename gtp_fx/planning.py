@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from gtp_fx.axes import Grid, token_axis, whole_size
+from gtp_fx.coercions import find_coercions
 from gtp_fx.config import Options
 from gtp_fx.cost.closed_form import FlopsModel, Site, flops_model
 from gtp_fx.cost.count import count_flops
-from gtp_fx.errors import BudgetError, Refusal, ScheduleError, UnsupportedModelError
+from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError, UnsupportedModelError
 from gtp_fx.graphs import operator_name
 from gtp_fx.infer import infer_types
+from gtp_fx.other_attention import other_attention
 from gtp_fx.passes.find_blocks import AttentionBlock, read_blocks
-from gtp_fx.passes.insert_propagation import misfits
 from gtp_fx.plan import Plan
 from gtp_fx.schedule import Schedule
 from gtp_fx.scheduling import PRIORS, solve
@@ -38,21 +39,23 @@ def make_plan(gm: fx.GraphModule, options: Options, original_flops: int) -> Plan
     Raises UnsupportedModelError, BudgetError or ScheduleError; `gm` is not changed.
     """
     blocks = read_blocks(gm)
-    if not blocks:
-        raise UnsupportedModelError(_no_blocks(gm.graph))
+    others = other_attention(gm.graph, infer_types(gm.graph))
+    exact_only = options.schedule in PRIORS and options.flops_budget == 1.0
+    if not blocks and not (others and exact_only):
+        raise NoBlocksError(_no_blocks(gm.graph), others)
     tokens = tuple(block.axis.domain.whole_count for block in blocks)
     asked = _asked(options.schedule, tokens)
     flops_now = count_flops(gm.graph)
     if _nothing_to_remove(asked, options, flops_now / original_flops):
         nothing = Plan(Schedule((0,) * len(blocks), tokens), (), options.strategy)
-        return Planned(nothing, flops_now, ())
+        return Planned(nothing, flops_now, others)
     model = _price(gm.graph, blocks, options, original_flops)
     by_site = _split(asked, blocks, model, options) if asked is not None else _solve(model, options)
     propagated = [0] * len(blocks)
     for site, count in zip(model.sites, by_site, strict=True):
         propagated[site.block] = count
     used = _numbered(site for site in model.sites if propagated[site.block])
-    refusals = [block.refusal for block in blocks if block.refusal is not None]
+    refusals = [*(block.refusal for block in blocks if block.refusal is not None), *others]
     plan = Plan(Schedule(tuple(propagated), tokens), used, options.strategy)
     return Planned(plan, model.flops(by_site), tuple(refusals))
 
@@ -68,12 +71,9 @@ def _price(graph: fx.Graph, blocks: Sequence[AttentionBlock], options: Options, 
         reasons = tuple(block.refusal for block in blocks if block.refusal is not None)
         raise UnsupportedModelError("no attention block of this model can lose tokens", reasons)
     typing = infer_types(graph, frozenset(block.site for block in candidates if block.site is not None))
-    if obstacles := misfits(typing):
-        message = (
-            "tokens can't leave this model: what follows needs them back, and gtp_fx can't give them back there yet "
-            "(flops_budget=1.0 still applies the exact passes)"
-        )
-        raise UnsupportedModelError(message, tuple(obstacles))
+    if obstacles := find_coercions(typing).refused:
+        message = "tokens can't leave this model: what follows can't do without them (flops_budget=1.0 still works)"
+        raise UnsupportedModelError(message, obstacles)
     sites = []
     for block in candidates:
         assert block.site is not None
@@ -159,8 +159,8 @@ def _no_blocks(graph: fx.Graph) -> str:
     convolutions = sum(n for name, n in counts.items() if "conv" in name)
     return (
         f"no self-attention over patch tokens was found in this model's graph ({attention} attention operators, {softmax} "
-        f"softmax, {convolutions} convolutions): gtp_fx shortens the token stream of vision transformers, so there is nothing "
-        f"for it to do here"
+        f"softmax, {convolutions} convolutions): gtp_fx shortens the token stream of vision transformers, and finds none "
+        f"here"
     )
 
 

@@ -2,6 +2,8 @@
 
     pass                  tier          what it does
     normalise             exact         one spelling: no asserts, no copies, no dropout that is off
+    fold_constants        exact         what depends on no input is computed once; masks that hide nothing go
+    spell_attention       exact         softmax(q·kᵀ)·v in its many spellings becomes the one operator
     find_blocks           exact         marks attention blocks and their residual adds; changes nothing
     split_projections     exact         a fused q/k/v projection whose parts differ in liveness becomes several
     drop_dead_tokens      exact         computes nothing for tokens that no output depends on

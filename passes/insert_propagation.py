@@ -1,11 +1,12 @@
 """Approximate: let tokens leave. The strategy's operators go in at each site, what follows is repaired from types.
 
 The graph is typed with the plan's sites, then walked once in order. At each node:
-  1. arguments that hold sizes are recomputed from the types and the plan's token counts;
-  2. attention over shortened keys is told their token scales, and where its block has a site it is replaced by one that
+  1. an operand that comes at another level than the node asks for is coerced (`gtp_fx.coercions`): older values are taken
+     for the tokens left, newer ones are recovered;
+  2. arguments that hold sizes are recomputed from the types and the plan's token counts;
+  3. attention over shortened keys is told their token scales, and where its block has a site it is replaced by one that
      also scores its tokens;
-  3. behind a site, the shortened stream takes the place of the whole one for every later reader.
-Where a node asks for other tokens than reach it, `misfits` says so beforehand, and no plan is made.
+  4. behind a site, the shortened stream takes the place of the whole one for every later reader.
 """
 
 from __future__ import annotations
@@ -14,28 +15,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
-from torch.ops import gtp_fx  # type: ignore[import-not-found]
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx import graphs
-from gtp_fx.axes import Dim, Grid, token_axes, token_axis
-from gtp_fx.errors import Refusal
+from gtp_fx.axes import Grid, token_axis
+from gtp_fx.coercions import Coercion, Step, find_coercions
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.passes.find_blocks import ATTENTION, AttentionBlock, read_blocks
 from gtp_fx.plan import Plan
 from gtp_fx.strategies.protocol import Attention, StreamState
 
+SITE = "gtp_site"
+"""Meta key of a node behind which tokens have left: the grid that they left from, and the state of what remains."""
+
 
 def insert_propagation(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """A copy of `gm`, whose blocks are marked, in which the plan's tokens leave at the plan's sites."""
+    """A copy of `gm`, whose blocks are marked, in which the plan's tokens leave at the plan's sites.
+
+    Every coercion that the plan's sites call for must be possible; `make_plan` has seen to that.
+    """
     gm = graphs.copy_of(gm)
     blocks = read_blocks(gm)
     sites = {block.site: block for block in blocks if block.index in plan.propagated and block.site is not None}
     typing = infer_types(gm.graph, frozenset(sites))
+    found = find_coercions(typing)
+    assert not found.refused, found.refused
+    coercions = found.by_node()
     walk = _Walk(gm.graph, plan, typing, {block.attention: block for block in blocks})
     for node in list(gm.graph.nodes):
         answer = typing.answers.get(node)
         if answer is None:
             continue
+        for coercion in coercions.get(node, ()):
+            walk.coerce(coercion)
         if answer.repair is not None:
             graphs.set_args(node, answer.repair(plan.count))
         if node.target in ATTENTION:
@@ -45,37 +57,66 @@ def insert_propagation(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     return graphs.finish(gm)
 
 
-def misfits(typing: Typing) -> list[Refusal]:
-    """Every place that asks for tokens which have left by then: an operator without a rule, a map that is returned."""
-    found = []
-    for node, answer in typing.answers.items():
-        for operand, wanted in answer.operands.items():
-            if all(_fits(mine, theirs) for mine, theirs in zip(typing.type(operand), wanted, strict=True)):
-                continue
-            if node.op == "output":
-                reason = f"the model returns a token map ({operand.name}), tokens and all, and some have left"
-            else:
-                reason = answer.barrier or f"it reads {operand.name} at another level of the stream than it comes in"
-            found.append(Refusal(graphs.layer_name(node), graphs.operator_name(node), reason))
-    return found
-
-
-def _fits(own: Dim, wanted: Dim) -> bool:
-    """A plain operand beside a whole token axis fits as it is; beside a shortened one it doesn't."""
-    levels = [axis.domain.level for axis in token_axes((wanted,))]
-    return own == wanted or (not token_axes((own,)) and not any(levels))
-
-
 @dataclass
 class _Walk:
-    """The walk's state. states: the strategy's, by stream. scores: of the attention of each block with a site."""
+    """The walk's state.
+
+    states: the strategy's, by stream and level. scores: of the attention of each block with a site. instead: what has taken
+    a node's place. shares: how each site's tokens are recovered. coerced: values by operand and what was done to it.
+    """
 
     graph: fx.Graph
     plan: Plan
     typing: Typing
     blocks: dict[fx.Node, AttentionBlock]
-    states: dict[Grid, StreamState] = field(default_factory=dict)
+    states: dict[Grid, list[StreamState]] = field(default_factory=dict)
     scores: dict[int, fx.Node] = field(default_factory=dict)
+    instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    shares: dict[tuple[Grid, int], fx.Node] = field(default_factory=dict)
+    coerced: dict[Any, fx.Node] = field(default_factory=dict)
+
+    def coerce(self, coercion: Coercion) -> None:
+        """Give the coercion's node its operand in the type that it asks for."""
+        node, operand = coercion.node, coercion.operand
+        emit = _Emitter(self.graph, before=node, like=node)
+        now = value = self.instead.get(operand, operand)
+        for dims in range(coercion.lead):
+            value = self._once((operand, dims), emit, aten.unsqueeze.default, value, 0)
+        for i, step in enumerate(coercion.steps):
+            for level in _levels_between(step):
+                key = (operand, coercion.lead, coercion.steps[:i], step.dim, level)
+                value = self._once(key, emit, *self._move(emit, value, coercion.images, step, level))
+        node.replace_input_with(now, value)
+        node.meta.pop("val", None)
+
+    def _once(self, key: Any, emit: _Emitter, target: Any, *args: Any) -> fx.Node:
+        """A rotary table is read by every block: take from it once for each level."""
+        if key not in self.coerced:
+            self.coerced[key] = emit(target, *args)
+        return self.coerced[key]
+
+    def _move(self, emit: _Emitter, value: fx.Node, images: int, step: Step, level: int) -> tuple[Any, ...]:
+        """The operator call that brings `value` to `level` along one dimension."""
+        grid, around = step.axis.domain.grid, (images, step.dim, step.axis.prefix, step.axis.suffix)
+        states = self.states[grid]
+        if not step.recovers:
+            removal = states[level].removal
+            from_whole = step.axis.domain.level == 0
+            index = states[level].index if from_whole else removal.kept  # type: ignore[union-attr]
+            return (gtp_fx.take_tokens.default, value, index, *around)
+        removal = states[level + 1].removal
+        assert removal is not None
+        if (grid, level) not in self.shares:
+            where = (removal.kept_index, removal.propagated_index, list(grid.shape))
+            self.shares[grid, level] = emit(gtp_fx.recovery_weights.default, removal.weights, *where)
+        return (
+            gtp_fx.recover.default,
+            value,
+            self.shares[grid, level],
+            removal.kept,
+            removal.propagated,
+            *around,
+        )
 
     def rewrite_attention(self, node: fx.Node) -> None:
         """Tell `node` the token scales of its keys; make it score its tokens where its block needs that."""
@@ -83,7 +124,7 @@ class _Walk:
         keys = token_axis(self.typing.answers[node].operands[node.args[1]][-2])  # type: ignore[index]
         block = self.blocks.get(node)
         emit = _Emitter(self.graph, before=node, like=node)
-        state = self.states.get(keys.domain.grid) if keys is not None and keys.domain.level else None
+        state = self.states[keys.domain.grid][keys.domain.level] if keys is not None and keys.domain.level else None
         bias = attention.bias
         if keys is not None and state is not None and state.scale is not None:
             bias = emit(gtp_fx.key_bias.default, state.scale, keys.prefix, bias, attention.q)
@@ -92,6 +133,7 @@ class _Walk:
             operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale)
             output, self.scores[block.index] = self.plan.strategy.attend(emit, operands, block.axis.prefix, scored)
             node.replace_all_uses_with(output)
+            self.instead[node] = output
             self.graph.erase_node(node)  # dead code elimination leaves it: attention may draw random numbers
         elif bias is not attention.bias:
             graphs.set_args(node, (*node.args[:3], bias, *node.args[4:]))
@@ -101,12 +143,15 @@ class _Walk:
         site, grid = block.site, block.axis.domain.grid
         assert site is not None
         if grid not in self.states:
-            self.states[grid] = self._start(grid)
+            self.states[grid] = [self._start(grid)]
         emit = _Emitter(self.graph, before=site.next, like=site)
-        shorter, self.states[grid] = self.plan.strategy.reduce(
-            emit, self.states[grid], site, self.scores[block.index], self.plan.propagated[block.index], block.axis
-        )
+        state, scores = self.states[grid][-1], self.scores[block.index]
+        propagated = self.plan.propagated[block.index]
+        shorter, behind = self.plan.strategy.reduce(emit, state, site, scores, propagated, block.axis)
+        shorter.meta[SITE] = (grid, behind)
+        self.states[grid].append(behind)
         site.replace_all_uses_with(shorter, delete_user_cb=lambda user: user not in emit.inserted)
+        self.instead[site] = shorter
 
     def _start(self, grid: Grid) -> StreamState:
         """The strategy's state of a stream, from what enters its first block, wherever its first site is."""
@@ -130,6 +175,14 @@ class _Emitter:
             node = graphs.call(self.graph, target, *args, like=self.like)
         self.inserted.add(node)
         return node
+
+
+def _levels_between(step: Step) -> list[int]:
+    """The levels to pass through, the last one included. From the whole grid to any level is one step."""
+    here = step.axis.domain.level
+    if step.recovers:
+        return list(range(here - 1, step.level - 1, -1))
+    return [step.level] if here == 0 else list(range(here + 1, step.level + 1))
 
 
 def _operands(node: fx.Node) -> Attention:

@@ -96,17 +96,6 @@ def test_a_convnet_is_refused(budget: float) -> None:
         gtp_fx.optimize(model, flops_budget=budget)
 
 
-def test_a_token_map_that_is_returned_is_refused_by_name() -> None:
-    """Until tokens can be recovered at an output. Exact passes still apply."""
-    model = build(BY_NAME["vit"])
-    model.reset_classifier(0, "")
-    with pytest.raises(gtp_fx.UnsupportedModelError, match="returns a token map"):
-        gtp_fx.optimize(model, flops_budget=0.7)
-    x = torch.randn(2, 3, 224, 224)
-    with torch.no_grad():
-        torch.testing.assert_close(gtp_fx.optimize(model, flops_budget=1.0, compile=False)(x), model(x))
-
-
 def test_no_module() -> None:
     with pytest.raises(gtp_fx.OptionError, match=r"no nn\.Module"):
         gtp_fx.optimize("deit_small_patch16_224", flops_budget=0.7)  # type: ignore[arg-type]

@@ -21,8 +21,8 @@ from gtp_fx.axes import (
     split_tokens,
     token_axis,
 )
+from gtp_fx.coercions import find_coercions
 from gtp_fx.infer import infer_types
-from gtp_fx.passes.insert_propagation import misfits
 from gtp_fx.rules.layout import regroup
 from gtp_fx.rules.registry import NoRule
 
@@ -108,7 +108,7 @@ def test_operators_carry_the_axis(function: Callable[[Tensor], Tensor], dim: int
         (lambda x: x[:, 2], "selected by its position"),
         (lambda x: x[:, 1:4], "taken by their position"),
         (lambda x: x.sum(dim=1), "adds up tokens"),
-        (lambda x: x.transpose(1, 2) @ torch.zeros(2, 6, 5), ""),
+        (lambda x: x.transpose(1, 2) @ torch.zeros(2, 6, 5), "adds up tokens"),
         (lambda x: torch.nn.functional.linear(x.transpose(1, 2), torch.zeros(4, 6)), "run over tokens"),
         (lambda x: torch.nn.functional.layer_norm(x, [6, 8]), "run over tokens"),
         (lambda x: x.cumsum(dim=1), "no rule"),
@@ -116,23 +116,41 @@ def test_operators_carry_the_axis(function: Callable[[Tensor], Tensor], dim: int
     ],
 )
 def test_what_mixes_tokens_by_position_asks_for_them_whole(function: Callable[[Tensor], Tensor], reason: str) -> None:
-    """Behind a site, every such operator shows up among the misfits; none is guessed at."""
+    """Behind a site, every such operator gets its tokens back or is refused; none is guessed at."""
     gm = traced(lambda image, weight: function(patches(image, weight) * 1.0), IMAGE, WEIGHT)
     site = node(gm, aten.mul.Tensor)
-    refusals = misfits(infer_types(gm.graph, frozenset({site})))
-    assert refusals
-    assert reason in refusals[0].reason
-    assert not misfits(infer_types(gm.graph)), "with every token there, nothing is asked for"
+    coercions = find_coercions(infer_types(gm.graph, frozenset({site})))
+    asked = [*(coercion.reason for coercion in coercions.found), *(refusal.reason for refusal in coercions.refused)]
+    assert asked
+    assert reason in asked[0]
+    assert all(step.recovers for coercion in coercions.found for step in coercion.steps)
+    untouched = find_coercions(infer_types(gm.graph))
+    assert not (untouched.found or untouched.refused), "with every token there, nothing is asked for"
 
 
-def test_a_shortened_stream_beside_a_whole_one_is_a_misfit() -> None:
+def test_a_whole_value_beside_a_shortened_stream_is_taken_from() -> None:
     def long_skip(image: Tensor, weight: Tensor) -> Tensor:
         x = patches(image, weight)
         return (x * 1.0 + x)[:, :1] * 0
 
     gm = traced(long_skip, IMAGE, WEIGHT)
-    typing = infer_types(gm.graph, frozenset({node(gm, aten.mul.Tensor)}))
-    assert any("another level" in refusal.reason for refusal in misfits(typing))
+    coercions = find_coercions(infer_types(gm.graph, frozenset({node(gm, aten.mul.Tensor)}))).found
+    skip = next(coercion for coercion in coercions if coercion.node.target is aten.add.Tensor)
+    assert [(step.dim, step.level, step.recovers) for step in skip.steps] == [(1, 1, False)]
+    assert (skip.lead, skip.images) == (0, 0)
+
+
+def test_a_table_without_images_gets_their_dimension() -> None:
+    """As rotary tables [N, D] do beside queries [B, H, N, D]."""
+
+    def rotary(image: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+        x = (patches(image, weight) * 1.0).reshape(2, 6, 4, 2).transpose(1, 2)
+        return x * table
+
+    gm = traced(rotary, IMAGE, WEIGHT, torch.ones(6, 2))
+    coercions = find_coercions(infer_types(gm.graph, frozenset({node(gm, aten.mul.Tensor)}))).found
+    taken = next(coercion for coercion in coercions if coercion.node.target is aten.mul.Tensor)
+    assert (taken.lead, taken.images, [step.dim for step in taken.steps]) == (2, 0, [2])
 
 
 def test_a_newer_level_wins_where_two_meet() -> None:

@@ -17,6 +17,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import Dim, TensorType, TokenAxis, TokenDomain, token_axes
+from gtp_fx.coercions import Coercions, find_coercions
 from gtp_fx.cost.formulas import Sizes, find
 from gtp_fx.infer import Typing
 from gtp_fx.sizes import per_image
@@ -73,6 +74,7 @@ def flops_model(
         formula = find(node.target) if node.op == "call_function" else None
         if formula is not None:
             total += formula(_symbolic_sizes(node, typing))
+    total += _recovery_flops(find_coercions(typing))
     read = {axis.domain for kind in _key_types(graph, typing) for axis in token_axes(kind)}
     at_site = []
     for site in sites:
@@ -83,6 +85,23 @@ def flops_model(
     symbols = [symbol_of(site.domain.at(site.domain.level + 1)) for site in sites]
     expressions = (sympy.expand(total), tuple(at_site))
     return FlopsModel(*expressions, sites, original, start, sympy.lambdify(symbols, expressions, "math"))
+
+
+def _recovery_flops(coercions: Coercions) -> Any:
+    """Putting tokens back costs a product at each site passed: [P, K] shares by K rows. Equal ones are done once."""
+    done: dict[Any, Any] = {}
+    for coercion in coercions.found:
+        sizes = _sizes(coercion.kind)
+        for i, step in enumerate(coercion.steps):
+            domain = step.axis.domain
+            if step.recovers:
+                rest = math.prod(size for dim, size in enumerate(sizes) if dim not in (step.dim, coercion.images))
+                for level in range(domain.level, step.level, -1):
+                    kept, all_ = symbol_of(domain.at(level)), symbol_of(domain.at(level - 1))
+                    key = (coercion.operand, coercion.lead, coercion.steps[:i], step.dim, level)
+                    done[key] = 2 * sizes[coercion.images] * (all_ - kept) * kept * rest
+            sizes[step.dim] = step.axis.prefix + symbol_of(domain.at(step.level)) + step.axis.suffix
+    return sum(done.values(), sympy.Integer(0))
 
 
 def patches_left(sites: Sequence[Site], propagated: Sequence[int]) -> list[int]:

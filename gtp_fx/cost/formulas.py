@@ -65,7 +65,14 @@ def addmm(sizes: Sizes) -> Size:
     return 2 * math.prod(sizes.output) * sizes(1)[-1]
 
 
-@formula(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+@formula(
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
 def convolution(sizes: Sizes) -> Size:
     """The weight [C', C/groups, *kernel] is applied once at every output position."""
     return 2 * math.prod(sizes.output) * math.prod(sizes(1)[1:])
@@ -94,6 +101,16 @@ def token_graph(sizes: Sizes) -> Size:
     _, grid, _, kind, _ = arguments
     batch, _, channels = sizes(0)
     return 0 if kind == "spatial" else 2 * batch * math.prod(grid) ** 2 * channels
+
+
+@formula(gtp_fx.recover.default)
+def recover(sizes: Sizes) -> Size:
+    """Every token that comes back, times every patch that had stayed."""
+    arguments: tuple[Any, ...] = sizes.node.args
+    batch, back, kept = sizes(1)
+    images, tokens = arguments[4], arguments[5]
+    rest = math.prod(size for dim, size in enumerate(sizes.output) if dim not in (images, tokens))
+    return 2 * batch * back * kept * rest
 
 
 @formula(gtp_fx.propagate.default)

@@ -6,6 +6,9 @@
     propagation_weights     the part of the normalised adjacency that a site needs
     propagate               kept tokens, plus what they receive from the propagated ones
     key_bias                log token scale, as attention's additive mask
+    take_tokens             an older value (a rotary table, a bias, a skip) for the tokens that are left
+    recovery_weights        of which kept tokens a propagated one is made up again
+    recover                 a newer value with its propagated tokens back in place
 
 Each is composite: written once in plain ATen, which is its reference, its autograd, its fake and, where no kernel of the
 target's takes its place, its lowering, since Inductor and export see through it. Importing this package registers them.
@@ -14,6 +17,6 @@ Shapes, here and in the modules: B images, H heads, N tokens of a stream (p pref
 K kept and P propagated patch tokens, M semantic neighbours of a token, G patch tokens of the whole grid.
 """
 
-from gtp_fx.ops import attention, graph, propagate, select
+from gtp_fx.ops import attention, graph, levels, propagate, select
 
-__all__ = ["attention", "graph", "propagate", "select"]
+__all__ = ["attention", "graph", "levels", "propagate", "select"]

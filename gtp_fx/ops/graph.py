@@ -39,7 +39,7 @@ def token_graph(x_BNC: Tensor, grid: list[int], prefix: int, kind: str, neighbor
     without neighbours has no edges, and 0 here instead of infinity.
     """
     batch, count = x_BNC.shape[0], x_BNC.shape[1] - prefix
-    here_GR = _coordinates(grid, x_BNC.device)
+    here_GR = coordinates(grid, x_BNC.device)
     spatial_GG = _adjacent(here_GR[:, None], here_GR[None, :])
     if kind == "spatial":
         near_BGM = torch.zeros(batch, count, 0, dtype=torch.int64, device=x_BNC.device)
@@ -68,7 +68,7 @@ def propagation_weights(
     """
     edge_BKP = torch.zeros(1, 1, 1, dtype=torch.bool, device=kept_BK.device)
     if kind != "semantic":
-        here_GR = _coordinates(grid, kept_BK.device)
+        here_GR = coordinates(grid, kept_BK.device)
         edge_BKP = _adjacent(here_GR[kept_BK][:, :, None], here_GR[propagated_BP][:, None, :])
     if kind != "spatial":
         near_BKM = near_BGM.gather(1, kept_BK[..., None].expand(-1, -1, near_BGM.shape[-1]))
@@ -78,7 +78,7 @@ def propagation_weights(
     return torch.where(edge_BKP, row_BK1 * column_B1P, 0.0)
 
 
-def _coordinates(grid: list[int], device: torch.device) -> Tensor:
+def coordinates(grid: list[int], device: torch.device) -> Tensor:
     """[G, R]: the position of each patch on a grid of R sides."""
     index = torch.arange(torch.Size(grid).numel(), device=device)
     sides = []

@@ -4,11 +4,14 @@ registry     what a rule is, and how types join
 pointwise    element by element, broadcasting
 contraction  linear, matmul, attention
 layout       views, permutations, expand
+unfold       patches cut out by views: where grids are born too
 ranges       select, slice, cat, unbind, split: what moves tokens along an axis
 reduction    means over tokens, norms over channels
 spatial      convolutions and pooling: where grids are born
+einsum       products whose dimensions have names
+random       dropout, and the coins that stochastic depth draws
 """
 
-from gtp_fx.rules import contraction, layout, pointwise, random, ranges, reduction, spatial
+from gtp_fx.rules import contraction, einsum, layout, pointwise, random, ranges, reduction, spatial
 
-__all__ = ["contraction", "layout", "pointwise", "random", "ranges", "reduction", "spatial"]
+__all__ = ["contraction", "einsum", "layout", "pointwise", "random", "ranges", "reduction", "spatial"]

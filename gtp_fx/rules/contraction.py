@@ -9,6 +9,17 @@ from gtp_fx.axes import Dim, Plain, TensorType, is_plain, whole_size
 from gtp_fx.rules.pointwise import broadcast_to
 from gtp_fx.rules.registry import NOTHING, Call, NoRule, Typed, join, require_plain, rule
 
+_CARRIES = (
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.dropout.default,
+    aten.expand.default,
+    aten.reshape.default,
+    aten.to.dtype,
+    aten.view.default,
+    aten._to_copy.default,
+)
+
 
 @rule(aten.linear.default)
 def linear(call: Call) -> Typed:
@@ -20,11 +31,13 @@ def linear(call: Call) -> Typed:
 
 @rule(aten.matmul.default, aten.bmm.default)
 def matmul(call: Call) -> Typed:
-    """a[..., m, k] @ b[..., k, n]; summing over tokens needs both sides at the same level."""
+    """a[..., m, k] @ b[..., k, n]. A sum over tokens depends on how many are left, unless its weights are a softmax over them."""
     a, b = call.type(0), call.type(1)
     if len(a) < 2 or len(b) < 2:
         raise NoRule("a product with a vector is not followed")
     inner = _join_dim(a[-1], b[-2])
+    if not is_plain(inner) and not (_is_softmax(call.operand(0)) and not is_plain(a[-1]) and not is_plain(b[-2])):
+        raise NoRule("it adds up tokens, so its value depends on how many are left")
     batch = join(a[:-2], b[:-2])
     wanted_a = (*broadcast_to(a[:-2], batch), a[-2], inner)
     wanted_b = (*broadcast_to(b[:-2], batch), inner, b[-1])
@@ -34,6 +47,7 @@ def matmul(call: Call) -> Typed:
         (*batch, a[-2], b[-1]),
         operands={node_a: wanted_a, node_b: wanted_b},
         follows=frozenset({node_a}) if is_plain(inner) and is_plain(b[-1]) else NOTHING,
+        broadcasts=True,
     )
 
 
@@ -44,7 +58,9 @@ def attention(call: Call) -> Typed:
     Keys and values must have left together; an output token needs its own query, and every key and value.
     """
     q, k, v = call.type(0), call.type(1), call.type(2)
-    require_plain((q[-1], k[-1], v[-1]), "the features of a head")
+    if not all(map(is_plain, (q[-1], k[-1]))):
+        raise NoRule("attention over channels: the features of a head are tokens")
+    require_plain((v[-1],), "the features of a head")
     keys = _join_dim(k[-2], v[-2])
     if call.arg(5, False):
         raise NoRule("causal attention depends on every token's position")
@@ -62,7 +78,14 @@ def attention(call: Call) -> Typed:
         operands[mask] = broadcast_to(call.type(3), logits)
     a_row_per_query = mask is not None and whole_size(call.type(3)[-2]) != 1
     follows = NOTHING if a_row_per_query else frozenset({call.operand(0)})
-    return Typed((*batch, q[-2], v[-1]), operands=operands, follows=follows)
+    return Typed((*batch, q[-2], v[-1]), operands=operands, follows=follows, broadcasts=True)
+
+
+def _is_softmax(node: fx.Node) -> bool:
+    """Attention weights, through what moves or copies them."""
+    while node.target in _CARRIES:
+        node = node.all_input_nodes[0]
+    return node.target in (aten.softmax.int, aten._softmax.default) and node.args[1] in (-1, node.meta["val"].ndim - 1)
 
 
 def _join_dim(a: Dim, b: Dim) -> Dim:

@@ -14,6 +14,7 @@ from gtp_fx.axes import (
     Factor,
     Plain,
     TensorType,
+    is_plain,
     merge_grids,
     product,
     size,
@@ -22,6 +23,7 @@ from gtp_fx.axes import (
     whole_size,
 )
 from gtp_fx.rules.registry import Call, NoRule, Repair, Typed, rule
+from gtp_fx.rules.unfold import unfolded
 from gtp_fx.sizes import is_symbolic
 
 
@@ -76,7 +78,8 @@ def expand(call: Call) -> Typed:
 def view(call: Call) -> Typed:
     """Each output dimension is a product of input factors, found by walking both shapes from the outside in."""
     x = call.type(0)
-    output = regroup([factor for dim in x for factor in split_tokens(dim)], call.output_shape())
+    born = unfolded(call.node) if all(map(is_plain, x)) else None
+    output = regroup(born or [factor for dim in x for factor in split_tokens(dim)], call.output_shape())
     return Typed(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
 
 
@@ -90,6 +93,16 @@ def flatten(call: Call) -> Typed:
         if token_axes(output[start : start + len(call.arg(2))]):
             raise NoRule("it names a number of tokens")
     return Typed(output, operands={call.operand(0): x})
+
+
+@rule(aten.reshape_as.default, aten.view_as.default)
+def view_as(call: Call) -> Typed:
+    """Good at every level where both run over the same tokens; otherwise one's size says nothing about the other's."""
+    x, other = call.type(0), call.type(1)
+    output = regroup([factor for dim in x for factor in split_tokens(dim)], call.output_shape())
+    if output != other and token_axes((*output, *other)):
+        raise NoRule("it takes the shape of a tensor with other tokens")
+    return Typed(output, operands={call.operand(0): x, call.operand(1): other})
 
 
 def regroup(factors: Sequence[Factor], shape: Sequence[int]) -> TensorType:

@@ -12,10 +12,24 @@ _BINARY = (
     aten.sub.Tensor,
     aten.mul.Tensor,
     aten.div.Tensor,
+    aten.div.Tensor_mode,
+    aten.eq.Tensor,
+    aten.ge.Tensor,
+    aten.gt.Tensor,
+    aten.le.Tensor,
+    aten.lt.Tensor,
+    aten.logical_and.default,
+    aten.logical_or.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.bitwise_and.Tensor,
+    aten.bitwise_or.Tensor,
     aten.maximum.default,
     aten.minimum.default,
     aten.pow.Tensor_Tensor,
     aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
 )
 
 _UNARY = (
@@ -25,6 +39,25 @@ _UNARY = (
     aten.mul.Scalar,
     aten.div.Scalar,
     aten.pow.Tensor_Scalar,
+    aten.pow.Scalar,
+    aten.bitwise_not.default,
+    aten.logical_not.default,
+    aten.eq.Scalar,
+    aten.ne.Scalar,
+    aten.ge.Scalar,
+    aten.gt.Scalar,
+    aten.le.Scalar,
+    aten.lt.Scalar,
+    aten.hardtanh.default,
+    aten.mish.default,
+    aten.relu6.default,
+    aten.selu.default,
+    aten.sign.default,
+    aten.square.default,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.expm1.default,
+    aten.log1p.default,
     aten.abs.default,
     aten.alias.default,
     aten.clamp.default,
@@ -66,7 +99,14 @@ def pointwise(call: Call) -> Typed:
     joined = call.type_of(tensors[0])
     for tensor in tensors[1:]:
         joined = join(joined, call.type_of(tensor))
-    return Typed(joined, operands={tensor: broadcast_to(call.type_of(tensor), joined) for tensor in tensors})
+    operands = {tensor: broadcast_to(call.type_of(tensor), joined) for tensor in tensors}
+    return Typed(joined, operands=operands, broadcasts=True)
+
+
+@rule(aten.type_as.default, aten.to.other)
+def cast_like(call: Call) -> Typed:
+    """The second tensor only lends its dtype, at whatever level it comes."""
+    return Typed(call.type(0), operands={call.operand(0): call.type(0)})
 
 
 def broadcast_to(own: TensorType, joined: TensorType) -> TensorType:

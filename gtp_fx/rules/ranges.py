@@ -122,6 +122,30 @@ def cat(call: Call) -> Typed:
     return Typed(output, operands=operands, follows=None if is_plain(along) else NOTHING)
 
 
+@rule(aten.stack.default)
+def stack(call: Call) -> Typed:
+    parts = call.arg(0)
+    types = [call.type_of(part) for part in parts]
+    joined = types[0]
+    for other in types[1:]:
+        joined = join(joined, other)
+    dim = call.arg(1, 0) % (len(joined) + 1)
+    output = (*joined[:dim], (Plain(len(parts)),), *joined[dim:])
+    return Typed(output, operands=dict.fromkeys(parts, joined))
+
+
+@rule(aten.pad.default, aten.constant_pad_nd.default)
+def pad(call: Call) -> Typed:
+    """Around plain dimensions; new tokens at an end would have no place on the grid."""
+    x, amounts = call.type(0), list(call.arg(1))
+    dims = [len(x) - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
+    if not all(is_plain(x[dim]) for dim in dims):
+        raise NoRule("it pads the token axis")
+    shape = call.output_shape()
+    output = tuple((Plain(shape[d]),) if d in dims else dim for d, dim in enumerate(x))
+    return Typed(output, operands={call.operand(0): x})
+
+
 def _concatenate(dims: list[Dim]) -> Dim:
     """The joined dimension: plain parts before and after a token axis are its prefix and its suffix."""
     axes = [i for i, dim in enumerate(dims) if not is_plain(dim)]

@@ -59,6 +59,7 @@ class Typed:
         operator, where that holds for every operand; the empty set where the output needs all of everything.
     leading: for an operand that doesn't follow, how many leading tokens the node reads; every token where unnamed.
     barrier: the reason why the inputs must be whole; empty where the operator is followed.
+    broadcasts: operands are right-aligned with the output and may lack its leading dimensions.
     """
 
     output: Output
@@ -67,6 +68,7 @@ class Typed:
     follows: frozenset[fx.Node] | None = None
     leading: dict[fx.Node, int] = field(default_factory=dict)
     barrier: str = ""
+    broadcasts: bool = False
 
 
 @dataclass(frozen=True)

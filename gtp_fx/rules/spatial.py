@@ -1,31 +1,65 @@
-"""Convolutions: where a patch grid is born."""
+"""What works on a grid, convolutions and pooling: where a patch grid is born."""
 
 from __future__ import annotations
 
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.axes import Grid, GridAxis, Plain, TensorType, is_plain
-from gtp_fx.rules.registry import Call, NoRule, Typed, rule
+from gtp_fx.axes import Grid, GridAxis, Plain, TensorType, is_plain, token_axes, whole_size
+from gtp_fx.rules.registry import Call, NoRule, Typed, require_plain, rule
 
 
-@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+@rule(
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+    aten.avg_pool2d.default,
+    aten.max_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+)
 def convolution(call: Call) -> Typed:
     """[B, C, *sides] -> [B, C', *sides']: a new grid, whose flattening makes a token domain.
 
-    Its input may be an image or an older grid, whole in either case: a convolution needs every neighbour in place.
+    Its input may be an image or an older grid, whole in either case: a convolution needs every neighbour in place. Where
+    it leaves a grid's sides as they are (a position encoding by convolution, a depthwise branch), the grid is still that one.
     """
     x = call.type(0)
     shape = call.output_shape()
+    if len(shape) < 3 or len(shape) != len(x):
+        raise NoRule("a grid without a batch")
     if not is_plain(x[0]):
         raise NoRule("a convolution over tokens that were moved into the batch")
+    before = {factor.grid for dim in x[2:] for factor in dim if isinstance(factor, GridAxis)}
     grid = Grid(call.node.name, shape[2:])
+    if len(before) == 1 and x[2:] == tuple((GridAxis(next(iter(before)), side),) for side in range(len(x) - 2)):
+        (old,) = before
+        grid = old if old.shape == grid.shape else grid
     sides = tuple((GridAxis(grid, side),) for side in range(len(grid.shape)))
     output: TensorType = ((Plain(shape[0]),), (Plain(shape[1]),), *sides)
-    return Typed(output, operands={call.operand(0): x}, barrier="a convolution needs the whole grid")
+    return Typed(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
+
+
+@rule(
+    aten.upsample_bilinear2d.vec,
+    aten.upsample_bicubic2d.vec,
+    aten.upsample_nearest2d.vec,
+    aten._upsample_bicubic2d_aa.vec,
+    aten._upsample_bilinear2d_aa.vec,
+)
+def resample(call: Call) -> Typed:
+    """A grid of another size, of images; a table that all images share (a position embedding) is no grid of patches."""
+    if whole_size(call.type(0)[0]) == 1:
+        raise NoRule("it resamples a table")
+    return convolution(call)
 
 
 @rule(aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default, aten.group_norm.default)
 def channel_norm(call: Call) -> Typed:
     """Statistics are over the grid (group norm) or fixed (batch norm in eval); either way the layout stays."""
     x = call.type(0)
+    if call.node.target is aten.group_norm.default:
+        require_plain([dim for dim in x if token_axes((dim,))], "the values that a group norm averages")
+    require_plain(x[1:2], "the channels of a norm")
     return Typed(x, operands={call.operand(0): x})

@@ -15,7 +15,7 @@ from gtp_fx.axes import TokenAxis
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.graph import GRAPHS
-from gtp_fx.strategies.protocol import Attention, Emit, SiteShape, StreamState
+from gtp_fx.strategies.protocol import Attention, Emit, Removal, SiteShape, StreamState
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ class GTP:
             column = emit(aten.unsqueeze.default, before, 2)
             moved = emit(gtp_fx.propagate.default, column, weights, kept, leaving, self.alpha, 0)
             scale = emit(aten.squeeze.dim, moved, 2)
-        return shorter, StreamState(kept_index, scale, state.carried)
+        removal = Removal(kept, leaving, kept_index, leaving_index, weights)
+        return shorter, StreamState(kept_index, scale, state.carried, removal)
 
     def start_flops(self, grid: Sequence[int], channels: int) -> int:
         return 0 if self.graph == "spatial" else 2 * math.prod(grid) ** 2 * channels

@@ -33,17 +33,34 @@ class SiteShape:
 
 
 @dataclass(frozen=True)
+class Removal:
+    """What one site did, as nodes.
+
+    kept [B, K], propagated [B, P]: indices into the patches that the site had. kept_index, propagated_index: the same into
+    the whole grid. weights [B, K, P]: how much of each propagated token went to each kept one.
+    """
+
+    kept: fx.Node
+    propagated: fx.Node
+    kept_index: fx.Node
+    propagated_index: fx.Node
+    weights: fx.Node
+
+
+@dataclass(frozen=True)
 class StreamState:
-    """What a strategy carries along one stream, as nodes.
+    """What a strategy carries along one stream, as nodes; one state for each level of it.
 
     index: [B, n] where on the whole grid the remaining patches stand, ascending; None while all are there.
     scale: [B, n] how many original tokens each stands for; None where the strategy doesn't say.
     carried: whatever else it needs at every site.
+    removal: the site that led to this level; None at level 0.
     """
 
     index: fx.Node | None = None
     scale: fx.Node | None = None
     carried: tuple[fx.Node, ...] = ()
+    removal: Removal | None = None
 
 
 class Strategy(Protocol):

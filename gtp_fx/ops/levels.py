@@ -1,0 +1,106 @@
+"""Tokens from one level of a stream to another: `take_tokens` to a newer one, `recover` to the one before.
+
+Both work on any value that runs over a stream's tokens, wherever its token axis is: a residual stream [B, N, C], a rotary
+table [1, 1, N, D], one side of a relative-position bias [1, H, N, N]. `images` and `tokens` say which dimensions those are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gtp_fx.ops.graph import coordinates
+from gtp_fx.ops.register import operator
+
+
+def _taken_shapes(x, index_BK, images, tokens, prefix, suffix):  # type: ignore[no-untyped-def]
+    shape = list(x.shape)
+    shape[images], shape[tokens] = index_BK.shape[0], prefix + index_BK.shape[1] + suffix
+    return x.new_empty(shape)
+
+
+def _share_shapes(weights_BKP, kept_BK, propagated_BP, grid):  # type: ignore[no-untyped-def]
+    return weights_BKP.transpose(1, 2).new_empty(weights_BKP.shape[0], weights_BKP.shape[2], weights_BKP.shape[1])
+
+
+def _recovered_shapes(x, shares_BPK, kept_BK, propagated_BP, images, tokens, prefix, suffix):  # type: ignore[no-untyped-def]
+    shape = list(x.shape)
+    shape[tokens] += propagated_BP.shape[1]
+    return x.new_empty(shape)
+
+
+@operator(_taken_shapes)
+def take_tokens(x: Tensor, index_BK: Tensor, images: int, tokens: int, prefix: int, suffix: int) -> Tensor:
+    """What `x` holds for the tokens that are left: patches by their index, prefix and suffix tokens as they are.
+
+    x: any rank; dimension `images` has size B, or 1 for a value that all images share; dimension `tokens` has size
+    prefix + n + suffix. index_BK: which of the n patches are left. Returns x's shape with B images and prefix + K + suffix tokens.
+    """
+    x_BN = _tokens_first(x, images, tokens)
+    batch, count = index_BK.shape[0], x_BN.shape[1]
+    ahead = torch.arange(prefix, device=x.device).expand(batch, prefix)
+    behind = torch.arange(count - suffix, count, device=x.device).expand(batch, suffix)
+    rows_BK = torch.cat([ahead, index_BK + prefix, behind], dim=1)
+    inner = x_BN.shape[2:]
+    rows = rows_BK.reshape(*rows_BK.shape, *(1 for _ in inner)).expand(*rows_BK.shape, *inner)
+    return _tokens_back(x_BN.expand(batch, *x_BN.shape[1:]).gather(1, rows), images, tokens)
+
+
+@operator(_share_shapes)
+def recovery_weights(weights_BKP: Tensor, kept_BK: Tensor, propagated_BP: Tensor, grid: list[int]) -> Tensor:
+    """[B, P, K] in float32: of whom each propagated token is made up again. Rows sum to 1.
+
+    A token comes back as the mean of those that received it, weighted by how much they did: the same edges that it left
+    along. One that nobody received (all its neighbours left with it) is given to the kept token that is nearest on the grid.
+
+    weights_BKP: from `propagation_weights`. kept_BK, propagated_BP: indices into the whole grid.
+    """
+    received_BPK = weights_BKP.transpose(1, 2)
+    total_BP1 = received_BPK.sum(dim=-1, keepdim=True)
+    here_GR = coordinates(grid, kept_BK.device)
+    apart_BPKR = here_GR[propagated_BP][:, :, None] - here_GR[kept_BK][:, None, :]
+    nearest_BP1 = apart_BPKR.square().sum(dim=-1).argmin(dim=-1, keepdim=True)
+    nearest_BPK = torch.arange(kept_BK.shape[1], device=kept_BK.device) == nearest_BP1
+    lonely_BP1 = total_BP1 == 0
+    return torch.where(
+        lonely_BP1, nearest_BPK.to(received_BPK.dtype), received_BPK / total_BP1.masked_fill(lonely_BP1, 1.0)
+    )
+
+
+@operator(_recovered_shapes)
+def recover(
+    x: Tensor,
+    shares_BPK: Tensor,
+    kept_BK: Tensor,
+    propagated_BP: Tensor,
+    images: int,
+    tokens: int,
+    prefix: int,
+    suffix: int,
+) -> Tensor:
+    """Undo one site: kept tokens return to their places, propagated ones as their share of what became of their neighbours.
+
+    x: any rank, B images in dimension `images`, prefix + K + suffix tokens in dimension `tokens`. shares_BPK: from
+    `recovery_weights`. kept_BK, propagated_BP: from `select`, indices into the n = K + P patches that the site had.
+    Returns x's shape with prefix + n + suffix tokens.
+    """
+    x_BN = _tokens_first(x, images, tokens)
+    batch, count, inner = x_BN.shape[0], x_BN.shape[1], x_BN.shape[2:]
+    patches_BKC = x_BN[:, prefix : count - suffix].flatten(2) if inner else x_BN[:, prefix : count - suffix, None]
+    back_BPC = torch.matmul(shares_BPK.to(x.dtype), patches_BKC)
+    # Where each patch stands in [kept, propagated]: the inverse of that order.
+    place_Bn = torch.cat([kept_BK, propagated_BP], dim=1).argsort(dim=1)
+    patches_BnC = torch.cat([patches_BKC, back_BPC], dim=1)
+    patches_BnC = patches_BnC.gather(1, place_Bn[..., None].expand(-1, -1, patches_BnC.shape[-1]))
+    patches_Bn = patches_BnC.reshape(batch, patches_BnC.shape[1], *inner)
+    whole_Bn = torch.cat([x_BN[:, :prefix], patches_Bn, x_BN[:, count - suffix :]], dim=1)
+    return _tokens_back(whole_Bn, images, tokens)
+
+
+def _tokens_first(x: Tensor, images: int, tokens: int) -> Tensor:
+    """[B, N, …]"""
+    return x.movedim((images, tokens), (0, 1))
+
+
+def _tokens_back(x_BN: Tensor, images: int, tokens: int) -> Tensor:
+    return x_BN.movedim((0, 1), (images, tokens))

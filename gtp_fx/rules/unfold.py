@@ -1,0 +1,50 @@
+"""Patches cut out of an image by views alone, without a convolution: where a grid is born too.
+
+[B, C, h·p, w·p] -> view [B, C, h, p, w, p] -> permute [B, h, w, p, p, C] -> view [B, h·w, p·p·C]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.axes import Factor, Grid, GridAxis, Plain
+from gtp_fx.sizes import shape_of
+
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+def unfolded(view: fx.Node) -> list[Factor] | None:
+    """The factors of what `view` regroups, outermost first, if it puts patches in a row; None otherwise.
+
+    Two or more dimensions of one value must have been split in two, and their outer halves brought side by side.
+    """
+    permute: Any = view.args[0]
+    split: Any = permute.args[0] if permute.target is aten.permute.default else None
+    if split is None or split.target not in _VIEWS:
+        return None
+    counts = _outer_halves(shape_of(split.args[0]), shape_of(split))
+    order = [position % len(shape_of(split)) for position in permute.args[1]]
+    places = [order.index(count) for count in counts]
+    if len(places) < 2 or places != list(range(places[0], places[0] + len(places))):
+        return None
+    sizes = shape_of(split)
+    grid = Grid(view.name, tuple(sizes[count] for count in counts))
+    return [GridAxis(grid, counts.index(dim)) if dim in counts else Plain(sizes[dim]) for dim in order]
+
+
+def _outer_halves(before: tuple[int, ...], after: tuple[int, ...]) -> list[int]:
+    """Which dimensions of `after` are the outer of two that one dimension of `before` was split into."""
+    halves, dim = [], 0
+    for size in before:
+        first, product = dim, 1
+        while dim < len(after) and (product < size or dim == first):
+            product *= after[dim]
+            dim += 1
+        if product != size:
+            return []
+        if dim - first == 2 and after[first] > 1:
+            halves.append(first)
+    return halves

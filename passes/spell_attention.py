@@ -1,0 +1,165 @@
+"""Exact: attention that is spelled out becomes the one operator that it is.
+
+    softmax(q·kᵀ [· scale] [+ bias], -1) · v        ->   scaled_dot_product_attention(q, k, v, bias, scale=…)
+
+in any of its spellings: the scale before or behind the product, as a number or per head, on q or on the logits; a bias or a mask
+added, in any order; matmul, bmm over merged heads, or einsum. Where anything else reads the map or changes it (talking
+heads, gates, dropout that is on, a caller who wants it), it is another function and stays as it is.
+
+Fused attention computes the softmax in float32 inside; below float32 it is the more exact of the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx import graphs
+from gtp_fx.sizes import is_symbolic, per_image, shape_of
+
+_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.contiguous.default)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """q·kᵀ·scale·factors + biases, as found: factors are tensors that are constant along both token axes.
+
+    biases: each with the number by which it is multiplied.
+    """
+
+    q: fx.Node
+    k_transposed: fx.Node
+    scale: float = 1.0
+    factors: tuple[fx.Node, ...] = ()
+    biases: tuple[tuple[fx.Node, float], ...] = ()
+
+
+def spell_attention(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm` in which every plain attention is `aten.scaled_dot_product_attention`."""
+    gm = graphs.copy_of(gm)
+    for node in list(gm.graph.nodes):
+        if node.target not in _PRODUCTS or not isinstance(node.args[0], fx.Node):
+            continue
+        softmax = _softmax_before(node.args[0])
+        logits = None if softmax is None else _logits(softmax.args[0])
+        if logits is not None and _same_rank(logits, node):
+            _replace(gm.graph, node, logits)
+    return graphs.finish(gm)
+
+
+def _softmax_before(node: fx.Node) -> fx.Node | None:
+    """The softmax over the last dimension that `node` is, through casts, where nothing else reads it."""
+    while node.target in _CASTS and len(node.users) == 1:
+        node = node.all_input_nodes[0]
+    if node.target not in (aten.softmax.int, aten._softmax.default) or len(node.users) != 1:
+        return None
+    return node if node.args[1] in (-1, len(shape_of(node)) - 1) else None
+
+
+def _logits(node: Any) -> Logits | None:
+    """What `node` is, if it is a product of queries and keys, scaled and biased."""
+    if not isinstance(node, fx.Node) or len(node.users) != 1:
+        return None
+    if node.target in _PRODUCTS:
+        q, k_transposed = node.args
+        return Logits(q, k_transposed)  # type: ignore[arg-type]
+    if node.target in _CASTS:
+        return _logits(node.args[0])
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+        return _scaled(node)
+    if node.target is aten.add.Tensor and not node.kwargs:
+        for inner, bias in (node.args, node.args[::-1]):
+            found = _logits(inner)
+            if found is not None and isinstance(bias, fx.Node) and not found.factors:
+                return Logits(found.q, found.k_transposed, found.scale, (), (*found.biases, (bias, 1.0)))
+    return None
+
+
+def _scaled(node: fx.Node) -> Logits | None:
+    inner, factor = node.args
+    divides = node.target in (aten.div.Tensor, aten.div.Scalar)
+    if isinstance(factor, fx.Node) and _logits(inner) is None and not divides:
+        inner, factor = factor, inner
+    found = _logits(inner)
+    if found is None:
+        return None
+    if isinstance(factor, int | float):
+        by = 1 / factor if divides else factor
+        biases = tuple((bias, times * by) for bias, times in found.biases)
+        return Logits(found.q, found.k_transposed, found.scale * by, found.factors, biases)
+    if divides or found.biases or not isinstance(factor, fx.Node) or shape_of(factor)[-2:] not in ((), (1,), (1, 1)):
+        return None
+    return Logits(found.q, found.k_transposed, found.scale, (*found.factors, factor))
+
+
+def _same_rank(logits: Logits, product: fx.Node) -> bool:
+    """Batched queries, keys and values, each [..., tokens, features], with the same leading dimensions."""
+    shapes = [shape_of(logits.q), shape_of(logits.k_transposed), shape_of(product.args[1])]  # type: ignore[arg-type]
+    return len(shapes[0]) in (3, 4) and len({shape[:-2] for shape in shapes}) == 1
+
+
+def _replace(graph: fx.Graph, product: fx.Node, logits: Logits) -> None:
+    heads = _merged_heads(logits.q)
+    if len(shape_of(logits.q)) == 3 and heads is None:
+        return  # no way to tell heads from images, and a site has to
+    with graph.inserting_before(product):
+
+        def call(target: Any, *args: Any) -> fx.Node:
+            return graphs.call(graph, target, *args, like=product)
+
+        def apart(x: fx.Node, shape: tuple[int, ...]) -> fx.Node:
+            """[images * heads, …] -> [images, heads, …]; what all share has neither and broadcasts."""
+            shared = heads is None or len(shape) < 3 or shape[0] == 1
+            return x if shared else call(aten.reshape.default, x, [-1, heads, *shape[1:]])
+
+        query = logits.q
+        for factor in logits.factors:
+            query = call(aten.mul.Tensor, query, factor)
+        key, key_shape = _transposed(logits.k_transposed, call)
+        value: Any = product.args[1]
+        bias = None
+        for found, times in logits.biases:
+            one = found if times == 1.0 else call(aten.mul.Tensor, found, times)
+            one = apart(one, shape_of(found)) if len(shape_of(found)) == 3 else one
+            bias = one if bias is None else call(aten.add.Tensor, bias, one)
+        dtype = logits.q.meta["val"].dtype
+        if any(found.meta["val"].dtype != dtype for found, _ in logits.biases):
+            bias = call(aten.to.dtype, bias, dtype)
+        operands = [apart(query, shape_of(logits.q)), apart(key, key_shape), apart(value, shape_of(value))]
+        attention = call(aten.scaled_dot_product_attention.default, *operands, bias)
+        attention.kwargs = {"scale": logits.scale}
+        if heads is not None:
+            attention = call(aten.reshape.default, attention, [-1, *shape_of(product)[1:]])
+    product.replace_all_uses_with(attention)
+    graph.erase_node(product)
+
+
+def _merged_heads(q: fx.Node) -> int | None:
+    """The heads of [images * heads, tokens, features], from where they were merged; None where nothing is merged."""
+    shape = shape_of(q)
+    if len(shape) != 3:
+        return None
+    if is_symbolic(shape[0]):
+        return per_image(shape[0])
+    node: Any = q
+    while isinstance(node, fx.Node) and not graphs.is_input(node):
+        source = shape_of(node) if isinstance(node.meta.get("val"), torch.Tensor) else ()
+        if len(source) == 4 and source[0] * source[1] == shape[0] and source[2:] == shape[1:]:
+            return source[1]
+        node = node.args[0] if node.args else None
+    return None
+
+
+def _transposed(node: fx.Node, call: Any) -> tuple[fx.Node, tuple[int, ...]]:
+    """`node` with its last two dimensions exchanged, without exchanging them twice; and its shape."""
+    shape = shape_of(node)
+    rank = len(shape)
+    turned = (*shape[:-2], shape[-1], shape[-2])
+    if node.target is aten.transpose.int and {d % rank for d in node.args[1:]} == {rank - 2, rank - 1}:  # type: ignore[operator]
+        return node.args[0], turned  # type: ignore[return-value]
+    return call(aten.transpose.int, node, -2, -1), turned
