@@ -25,6 +25,7 @@ from gtp_fx.errors import (  # noqa: E402
     UnsupportedModelError,
 )
 from gtp_fx.model import OptimizedModel  # noqa: E402
+from gtp_fx.provenance import Provenance  # noqa: E402
 from gtp_fx.report import Report  # noqa: E402
 from gtp_fx.schedule import Schedule  # noqa: E402
 from gtp_fx.strategies import GTP  # noqa: E402
@@ -39,6 +40,7 @@ __all__ = [
     "InputError",
     "OptimizedModel",
     "OptionError",
+    "Provenance",
     "Refusal",
     "Report",
     "Schedule",

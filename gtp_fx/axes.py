@@ -83,6 +83,11 @@ class TokenAxis:
     def at(self, level: int) -> TokenAxis:
         return replace(self, domain=self.domain.at(level))
 
+    def pairs_with(self, other: TokenAxis) -> bool:
+        """True where the two, whole, run over the same places index by index: one grid, or two of the same shape."""
+        shapes = self.domain.grid.shape == other.domain.grid.shape
+        return shapes and (self.prefix, self.suffix) == (other.prefix, other.suffix)
+
 
 Factor = Plain | GridAxis | TokenAxis
 Dim = tuple[Factor, ...]

@@ -88,9 +88,8 @@ def find_coercions(typing: Typing) -> Coercions:
 
 
 def _fits(own: Dim, wanted: Dim) -> bool:
-    """A plain operand beside a whole token axis fits as it is; beside a shortened one it doesn't."""
-    levels = [axis.domain.level for axis in token_axes((wanted,))]
-    return own == wanted or (not token_axes((own,)) and not any(levels))
+    """Whole beside whole fits as it is, whatever it is; beside a shortened axis only the very same does."""
+    return own == wanted or not any(axis.domain.level for axis in token_axes((own, wanted)))
 
 
 def _coercion(
@@ -117,10 +116,12 @@ def _steps(own: TensorType, wanted: TensorType, operand: fx.Node) -> Iterator[St
         to = token_axis(theirs)
         if to is None or (token_axes((mine,)) and token_axis(mine) is None):
             raise _CannotCoerce(f"tokens of {operand.name} are merged with another dimension")
-        at = token_axis(mine) or to.at(0)  # a plain dimension as long as all tokens pairs with them index by index
-        if at.at(0) != to.at(0):
+        # A plain dimension as long as all tokens, and a whole grid of the same shape, pair with them index by index.
+        at = token_axis(mine) or to.at(0)
+        level = at.domain.level
+        if not at.pairs_with(to) or (level and at.domain.grid != to.domain.grid):
             raise _CannotCoerce(f"{operand.name} runs over other tokens than its reader")
-        yield Step(dim, at, to.domain.level)
+        yield Step(dim, to.at(level), to.domain.level)
 
 
 def _images_dim(own: TensorType, answer: Typed, images: int, operand: fx.Node) -> tuple[int, int]:

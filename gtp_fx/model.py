@@ -17,6 +17,7 @@ from gtp_fx.capture import capture_module
 from gtp_fx.config import Options
 from gtp_fx.inputs import CallSignature
 from gtp_fx.pipeline import Optimised, run_passes
+from gtp_fx.provenance import Provenance, provenance_runner
 from gtp_fx.report import Report
 from gtp_fx.schedule import Schedule
 
@@ -55,6 +56,14 @@ class OptimizedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
         return self._runner()(*args, **kwargs)
+
+    def provenance(self, *args: Any, **kwargs: Any) -> tuple[Provenance, ...]:
+        """Called as the model is: for each stream of tokens, which patches each token left stands for, and by how much.
+
+        Empty where no token leaves. Eager, in the evaluation graph.
+        """
+        args, kwargs = self._gtp.signature.canonical(args, kwargs)
+        return provenance_runner(self.graph_module)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
+from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.config import Options
 from gtp_fx.cost.count import count_flops
-from gtp_fx.graphs import layer_name
+from gtp_fx.graphs import layer_name, operator_name
 from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.find_blocks import find_blocks, read_blocks
 from gtp_fx.passes.fold_constants import fold_constants
@@ -80,14 +81,27 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
         passes=tuple(steps),
         sites=_site_rows(gm, plan),
         refusals=planned.refusals,
+        recovered=_recovered(result.graph),
     )
     return Optimised(result, plan.schedule, report)
+
+
+def _recovered(graph: fx.Graph) -> tuple[str, ...]:
+    """The readers of recovered values, by layer and operator, in order, each once."""
+    readers = [
+        ": ".join(filter(None, (layer_name(user), operator_name(user))))
+        for node in graph.nodes
+        if node.target is gtp_fx.recover.default
+        for user in node.users
+        if user.target is not gtp_fx.recover.default
+    ]
+    return tuple(dict.fromkeys(readers))
 
 
 def _site_rows(gm: fx.GraphModule, plan: Plan) -> tuple[SiteRow, ...]:
     layers = {block.index: layer_name(block.attention) for block in read_blocks(gm)}
     rows = []
     for site in plan.sites:
-        before, gone = site.prefix + plan.count(site.domain), plan.propagated[site.block]
+        before, gone = site.others + plan.count(site.domain), plan.propagated[site.block]
         rows.append(SiteRow(site.block, layers[site.block], before, gone, before - gone))
     return tuple(rows)

@@ -83,7 +83,7 @@ def _price(graph: fx.Graph, blocks: Sequence[AttentionBlock], options: Options, 
         assert axis is not None
         images = per_image(whole_size(stream[0]))
         heads = whole_size(typing.type(block.attention)[1])
-        sites.append(Site(block.index, axis.domain, axis.prefix, whole_size(stream[2]), heads, images))
+        sites.append(Site(block.index, axis.domain, axis.prefix + axis.suffix, whole_size(stream[2]), heads, images))
     return flops_model(graph, typing, tuple(sites), strategy, original)
 
 

@@ -35,6 +35,7 @@ class Report:
     """FLOPs are per image, 2 per multiply-add, as torch.utils.flop_counter counts them.
 
     flops_budget: what was asked, or None. refusals: what was left as it was, and why.
+    recovered: readers for which tokens that had left were put back.
     """
 
     flops_before: int
@@ -46,6 +47,7 @@ class Report:
     passes: tuple[PassStep, ...]
     sites: tuple[SiteRow, ...]
     refusals: tuple[Refusal, ...]
+    recovered: tuple[str, ...] = ()
 
     @property
     def flops_ratio(self) -> float:
@@ -67,6 +69,8 @@ class Report:
         if self.sites:
             rows = [[s.block, s.layer, s.tokens_in, s.propagated, s.tokens_out] for s in self.sites]
             lines += ["", tabulate(rows, ["block", "layer", "tokens in", "propagated", "tokens out"])]
+        if self.recovered:
+            lines += ["", "tokens put back for:", *(f"  - {reader}" for reader in self.recovered)]
         if self.refusals:
             lines += ["", "left as it was:", *(f"  - {refusal}" for refusal in self.refusals)]
         return "\n".join(lines)

@@ -136,8 +136,6 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: Typing) -> Refusa
     dropout = attention.args[4] if len(attention.args) > 4 else attention.kwargs.get("dropout_p", 0.0)
     if dropout:
         return refuse("attention dropout is active, and the scores' attention has none")
-    if token_axis(stream[1]).suffix:  # type: ignore[union-attr]
-        return refuse("tokens that are no patches stand behind the patches")
     if token_axis(typing.type(attention)[-2]) != token_axis(stream[1]):
         return refuse("the attention runs over other tokens than the residual stream")
     return None

@@ -127,11 +127,11 @@ class _Walk:
         state = self.states[keys.domain.grid][keys.domain.level] if keys is not None and keys.domain.level else None
         bias = attention.bias
         if keys is not None and state is not None and state.scale is not None:
-            bias = emit(gtp_fx.key_bias.default, state.scale, keys.prefix, bias, attention.q)
+            bias = emit(gtp_fx.key_bias.default, state.scale, keys.prefix, keys.suffix, bias, attention.q)
         scored = block is not None and block.index in self.plan.propagated
         if block is not None and (scored or self.plan.strategy.rewrites_every_attention):
             operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale)
-            output, self.scores[block.index] = self.plan.strategy.attend(emit, operands, block.axis.prefix, scored)
+            output, self.scores[block.index] = self.plan.strategy.attend(emit, operands, block.axis, scored)
             node.replace_all_uses_with(output)
             self.instead[node] = output
             self.graph.erase_node(node)  # dead code elimination leaves it: attention may draw random numbers

@@ -147,7 +147,7 @@ def _merged_heads(q: fx.Node) -> int | None:
     if is_symbolic(shape[0]):
         return per_image(shape[0])
     node: Any = q
-    while isinstance(node, fx.Node) and not graphs.is_input(node):
+    while isinstance(node, fx.Node):
         source = shape_of(node) if isinstance(node.meta.get("val"), torch.Tensor) else ()
         if len(source) == 4 and source[0] * source[1] == shape[0] and source[2:] == shape[1:]:
             return source[1]

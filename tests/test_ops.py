@@ -58,7 +58,7 @@ def test_attention_with_scores(score: str, sparsity: float) -> None:
     q, k, v = qkv()
     bias = random(1, 1, 13, 13, seed=9)
     attention = dense_map(q, k, bias, sparsity)
-    out, scores = ops.attention_with_scores(q, k, v, bias, None, sparsity, score, 1)
+    out, scores = ops.attention_with_scores(q, k, v, bias, None, sparsity, score, 1, 0)
     torch.testing.assert_close(out, attention @ v, rtol=1e-5, atol=1e-6)
     kind, over = score.split("-")
     pool = (lambda x: x.amax(1)) if over == "max" else (lambda x: x.mean(1))
@@ -76,7 +76,7 @@ def test_attention_with_scores(score: str, sparsity: float) -> None:
 def test_attention_takes_a_boolean_mask_and_its_own_scale() -> None:
     q, k, v = qkv()
     mask = torch.ones(13, 13, dtype=torch.bool).tril()
-    out, _ = ops.attention_with_scores(q, k, v, mask, 0.2, 1.0, "mixed-max", 1)
+    out, _ = ops.attention_with_scores(q, k, v, mask, 0.2, 1.0, "mixed-max", 1, 0)
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.2)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
 
@@ -84,8 +84,8 @@ def test_attention_takes_a_boolean_mask_and_its_own_scale() -> None:
 def test_bfloat16_scores_are_those_of_its_rounded_operands() -> None:
     """Softmax and sums run in float32, so what is left is the rounding of q·k to 8 bits: under 2 % of a score."""
     low = [x.bfloat16() for x in qkv()]
-    out, scores = ops.attention_with_scores(*low, None, None, 1.0, "mixed-max", 1)
-    wanted_out, wanted = ops.attention_with_scores(*[x.float() for x in low], None, None, 1.0, "mixed-max", 1)
+    out, scores = ops.attention_with_scores(*low, None, None, 1.0, "mixed-max", 1, 0)
+    wanted_out, wanted = ops.attention_with_scores(*[x.float() for x in low], None, None, 1.0, "mixed-max", 1, 0)
     assert (out.dtype, scores.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(scores, wanted, rtol=2e-2, atol=0)
     torch.testing.assert_close(out.float(), wanted_out, rtol=2e-2, atol=2e-2)
@@ -140,12 +140,62 @@ def test_propagate_adds_a_share_of_what_leaves() -> None:
 
 def test_key_bias_is_the_log_scale_behind_the_prefix() -> None:
     scale = torch.tensor([[1.0, 2.0, 4.0]])
-    bias = ops.key_bias(scale, 2, None, torch.zeros(1))
+    bias = ops.key_bias(scale, 2, 0, None, torch.zeros(1))
     torch.testing.assert_close(bias, torch.tensor([0.0, 0.0, 1.0, 2.0, 4.0]).clamp(min=1).log()[None, None, None])
     mask = torch.tensor([[[[True, False, True, True, True]]]])
-    both = ops.key_bias(scale, 2, mask, torch.zeros(1))
+    both = ops.key_bias(scale, 2, 0, mask, torch.zeros(1))
     assert both[..., 1].item() == float("-inf")
     assert both[..., 4].item() == pytest.approx(torch.tensor(4.0).log().item())
+
+
+def test_suffix_tokens_are_neither_scored_nor_moved() -> None:
+    q, k, v = qkv(15)
+    _, with_suffix = ops.attention_with_scores(q, k, v, None, None, 1.0, "mixed-max", 1, 2)
+    _, all_behind = ops.attention_with_scores(q, k, v, None, None, 1.0, "mixed-max", 1, 0)
+    torch.testing.assert_close(with_suffix, all_behind[:, :-2])
+    x = random(1, 1 + 4 + 2, 3)
+    kept, propagated = torch.tensor([[0, 3]]), torch.tensor([[1, 2]])
+    out = ops.propagate(x, torch.ones(1, 2, 2), kept, propagated, 0.1, 1)
+    torch.testing.assert_close(out[:, [0, 3, 4]], x[:, [0, 5, 6]])
+    assert ops.key_bias(torch.full((1, 3), 2.0), 1, 2, None, x)[0, 0, 0].gt(0).tolist() == [
+        False,
+        *[True] * 3,
+        False,
+        False,
+    ]
+
+
+def test_taking_tokens_keeps_prefix_and_suffix() -> None:
+    table = random(1 + 6 + 2, 4)  # one for all images, as a rotary table is
+    index = torch.tensor([[0, 2, 5], [1, 2, 3]])
+    taken = ops.take_tokens(table[None, None], index, 0, 2, 1, 2)
+    assert taken.shape == (2, 1, 6, 4)
+    for image in range(2):
+        rows = [0, *(1 + index[image]).tolist(), 7, 8]
+        assert torch.equal(taken[image, 0], table[rows])
+
+
+def test_recovering_puts_kept_tokens_back_and_the_others_as_the_mean_of_who_received_them() -> None:
+    x = random(2, 5, 2 + 3 + 1, 4)  # [R, B = 5, tokens, C]: any dimension may be the images'
+    kept, propagated = torch.tensor([[0, 2, 4]] * 5), torch.tensor([[1, 3, 5]] * 5)
+    weights = torch.zeros(5, 3, 3)
+    weights[:, 0, 0], weights[:, 1, 0] = 0.3, 0.1  # the first one went to two, the second nowhere, the third to one
+    weights[:, 2, 2] = 0.2
+    shares = ops.recovery_weights(weights, kept, propagated, [2, 3])
+    back = ops.recover(x, shares, kept, propagated, 1, 2, 2, 1)
+    assert back.shape == (2, 5, 2 + 6 + 1, 4)
+    torch.testing.assert_close(back[:, :, [0, 1, 2, 4, 6, 8]], x)
+    patches = x[:, :, 2:5]
+    torch.testing.assert_close(back[:, :, 3], 0.75 * patches[:, :, 0] + 0.25 * patches[:, :, 1])
+    torch.testing.assert_close(back[:, :, 5], patches[:, :, 0], msg="number 3 is below 0 on a grid of 2 x 3")
+    torch.testing.assert_close(back[:, :, 7], patches[:, :, 2])
+
+
+def test_recovering_where_nothing_left_changes_nothing() -> None:
+    x = random(2, 7, 4)
+    kept, nobody = torch.arange(6).expand(2, 6), torch.zeros(2, 0, dtype=torch.int64)
+    shares = ops.recovery_weights(torch.zeros(2, 6, 0), kept, nobody, [2, 3])
+    assert torch.equal(ops.recover(x, shares, kept, nobody, 0, 1, 1, 0), x)
 
 
 def arguments() -> dict[str, tuple[Any, ...]]:
@@ -157,12 +207,15 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     kept, propagated = ops.select(scores, 4)
     weights = ops.propagation_weights(near, inv_sqrt_degree, kept, propagated, GRID, "mixed")
     return {
-        "attention_with_scores": (q, k, v, None, None, 1.0, "mixed-max", 1),
-        "key_bias": (scores + 1, 1, random(1, 3, 13, 13), x),
+        "attention_with_scores": (q, k, v, None, None, 1.0, "mixed-max", 1, 0),
+        "key_bias": (scores + 1, 1, 0, random(1, 3, 13, 13), x),
         "select": (scores, 4),
         "token_graph": (x, GRID, 1, "mixed", 3),
         "propagation_weights": (near, inv_sqrt_degree, kept, propagated, GRID, "mixed"),
         "propagate": (x, weights, kept, propagated, 0.1, 1),
+        "take_tokens": (x[None], kept, 1, 2, 1, 0),
+        "recovery_weights": (weights, kept, propagated, GRID),
+        "recover": (x[:, :9], ops.recovery_weights(weights, kept, propagated, GRID), kept, propagated, 0, 1, 1, 0),
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,10 @@ from gtp_fx.graphs import set_args
 from gtp_fx.infer import infer_types
 from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.find_blocks import find_blocks, read_blocks
+from gtp_fx.passes.fold_constants import fold_constants
 from gtp_fx.passes.liveness import ALL, live_tokens
 from gtp_fx.passes.normalise import normalise
+from gtp_fx.passes.spell_attention import spell_attention
 from gtp_fx.passes.split_projections import split_projections
 from gtp_fx.shapes import InconsistentGraph, propagate_shapes
 
@@ -47,6 +51,82 @@ def mean_head(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
 
 def spelled(gm: fx.GraphModule) -> list[str]:
     return [f"{n.target}" for n in gm.graph.nodes if n.op == "call_function"]
+
+
+def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) * 0.4 + bias).softmax(-1) @ v
+
+
+SPELLINGS = {
+    "scale behind the product, then a bias": attention_by_hand,
+    "scale on the queries": lambda q, k, v, b: ((q * 0.3) @ k.mT).softmax(-1) @ v,
+    "divided": lambda q, k, v, b: torch.softmax(q @ k.permute(0, 1, 3, 2) / 3.0, dim=3) @ v,
+    "bias scaled with the logits": lambda q, k, v, b: ((b + q @ k.mT) * 0.5).softmax(-1) @ v,
+    "two biases": lambda q, k, v, b: (q @ k.mT + b + 2 * b).softmax(-1) @ v,
+    "a factor for each head": lambda q, k, v, b: ((q @ k.mT) * b.mean((-2, -1), keepdim=True)).softmax(-1) @ v,
+    "cast for the softmax": lambda q, k, v, b: (q @ k.mT).softmax(-1, dtype=torch.float32).to(v.dtype) @ v,
+    "heads merged with images": lambda q, k, v, b: (
+        torch.bmm(q.reshape(6, 5, 4), k.reshape(6, 5, 4).mT).softmax(-1).bmm(v.reshape(6, 5, 4)).reshape(2, 3, 5, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(SPELLINGS))
+def test_attention_in_any_spelling_becomes_one_operator(name: str) -> None:
+    q, k, v, bias = (torch.randn(2, 3, 5, n, generator=torch.Generator().manual_seed(n)) for n in (4, 4, 4, 5))
+    gm = traced(SPELLINGS[name], q, k, v, bias)
+    spelled_out = spell_attention(normalise(gm))
+    assert calls(spelled_out, aten.scaled_dot_product_attention.default) == 1
+    assert not calls(spelled_out, aten.softmax.int)
+    torch.testing.assert_close(spelled_out(q, k, v, bias), gm(q, k, v, bias))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v, b: (
+            torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), b[0, :, :3, 0].mean(1)[:, None].expand(3, 3)) @ v
+        ),
+        lambda q, k, v, b: ((q @ k.mT).softmax(-1) * b.sigmoid()) @ v,
+        lambda q, k, v, b: (q @ k.mT).softmax(-2) @ v,
+        lambda q, k, v, b: ((a := (q @ k.mT).softmax(-1)) @ v).sum() + a.sum(),
+        lambda q, k, v, b: F.dropout((q @ k.mT).softmax(-1), 0.5, training=True) @ v,
+    ],
+    ids=["heads are mixed", "gated", "over queries", "the map is used elsewhere", "dropout is on"],
+)
+def test_attention_that_is_another_function_stays_as_it_is(function: Callable[..., Tensor]) -> None:
+    q, k, v, bias = (torch.randn(2, 3, 5, n, generator=torch.Generator().manual_seed(n)) for n in (4, 4, 4, 5))
+    gm = normalise(traced(function, q, k, v, bias))
+    assert spelled(spell_attention(gm)) == spelled(gm)
+
+
+def all_true(x: Tensor) -> Tensor:
+    """As libraries build it: positions compared with zero, expanded over images."""
+    tokens = x.shape[-2]
+    return (torch.arange(tokens) >= 0)[None, None, :, None].expand(x.shape[0], 1, tokens, tokens)
+
+
+def test_a_mask_that_hides_nothing_goes() -> None:
+    q = torch.randn(2, 3, 5, 4)
+    gm = fold_constants(traced(lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=all_true(q)), q))
+    assert spelled(gm) == ["aten.scaled_dot_product_attention.default"]
+    assert node(gm, aten.scaled_dot_product_attention.default).args[3] is None
+    zero = traced(lambda x: x * 2.0 + torch.where(torch.arange(4) >= 0, torch.zeros(()), -1e9), q)
+    assert spelled(fold_constants(zero)) == ["aten.mul.Tensor"]
+
+
+def test_a_mask_that_hides_something_or_comes_from_an_input_stays() -> None:
+    q = torch.randn(2, 3, 5, 4)
+
+    def masked(q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=(torch.arange(5) > 0)[None])
+
+    def given(q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=q[:, :1, :, :1] > -100)
+
+    for function in (masked, given):
+        gm = traced(function, q)
+        assert spelled(fold_constants(gm)) == spelled(gm)
 
 
 def test_normalise_strips_what_says_nothing() -> None:

@@ -28,12 +28,13 @@ from gtp_fx.strategies.protocol import SiteShape, Strategy
 class Site:
     """A place where tokens may leave: block number, the domain that they leave, channels and heads of the stream.
 
+    others: tokens of the stream that are no patches and never leave.
     images: how many images one run of the graph takes; 1 where the batch is symbolic, and priced as one.
     """
 
     block: int
     domain: TokenDomain
-    prefix: int
+    others: int
     channels: int
     heads: int
     images: int = 1
@@ -146,7 +147,7 @@ def _size(dim: Dim) -> Any:
 
 def _site_shape(site: Site) -> SiteShape:
     behind = site.domain.at(site.domain.level + 1)
-    return SiteShape(symbol_of(site.domain), symbol_of(behind), site.prefix, site.channels, site.heads)
+    return SiteShape(symbol_of(site.domain), symbol_of(behind), site.others, site.channels, site.heads)
 
 
 def _key_types(graph: fx.Graph, typing: Typing) -> list[TensorType]:

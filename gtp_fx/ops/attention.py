@@ -21,14 +21,14 @@ SCORES = {
 }
 
 
-def _attention_shapes(q, k, v, bias, scale, sparsity, score, prefix):  # type: ignore[no-untyped-def]
+def _attention_shapes(q, k, v, bias, scale, sparsity, score, prefix, suffix):  # type: ignore[no-untyped-def]
     batch, heads, tokens, _ = q.shape
-    ranked = 0 if score == "none" else tokens - prefix
+    ranked = 0 if score == "none" else tokens - prefix - suffix
     return v.new_empty(batch, heads, tokens, v.shape[-1]), q.new_empty(batch, ranked, dtype=torch.float32)
 
 
-def _key_bias_shapes(scale_BN, prefix, bias, like):  # type: ignore[no-untyped-def]
-    shape = (scale_BN.shape[0], 1, 1, prefix + scale_BN.shape[1])
+def _key_bias_shapes(scale_BN, prefix, suffix, bias, like):  # type: ignore[no-untyped-def]
+    shape = (scale_BN.shape[0], 1, 1, prefix + scale_BN.shape[1] + suffix)
     return like.new_empty(shape if bias is None else torch.broadcast_shapes(shape, bias.shape))
 
 
@@ -42,16 +42,17 @@ def attention_with_scores(
     sparsity: float,
     score: str,
     prefix: int,
+    suffix: int,
 ) -> tuple[Tensor, Tensor]:
     """Scaled dot-product self-attention, and a score of each patch token: low scores are propagated first.
 
     q, k, v: [B, H, N, D]. bias: additive, broadcasts to [B, H, N, N]; None for none. scale: None for D**-0.5.
     sparsity: the paper's theta in (0, 1]; of each head's whole N x N map the int(N^2 (1 - theta)) smallest entries
     become 0 after softmax, without renormalising (its attention sparsification); 1 keeps all.
-    score: a name in `SCORES`, or "none" for no scores. prefix: how many of the N tokens are no patches.
+    score: a name in `SCORES`, or "none" for no scores. prefix, suffix: tokens before and behind the n patches, N in all.
 
-    Returns the output [B, H, N, D] and the scores [B, N - prefix] ([B, 0] for "none") in float32. Softmax and scores are computed in float32,
-    as fused attention does, so bfloat16 ranks tokens by the same numbers up to the rounding of q and k.
+    Returns the output [B, H, N, D] and the scores [B, n] ([B, 0] for "none") in float32. Softmax and scores are computed in
+    float32, as fused attention does, so bfloat16 ranks tokens by the same numbers up to the rounding of q and k.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits_BHNN = torch.matmul(q, k.transpose(-2, -1)).float() * scale
@@ -63,19 +64,20 @@ def attention_with_scores(
     if sparsity < 1.0:
         exp_BHNN = _sparsify(exp_BHNN, inverse_BHN1, sparsity)
     out = torch.matmul(exp_BHNN.to(v.dtype), v) * inverse_BHN1.to(v.dtype)
-    return out, _scores(exp_BHNN, inverse_BHN1, score, prefix)
+    return out, _scores(exp_BHNN, inverse_BHN1, score, prefix, exp_BHNN.shape[-1] - suffix)
 
 
 @operator(_key_bias_shapes)
-def key_bias(scale_BN: Tensor, prefix: int, bias: Tensor | None, like: Tensor) -> Tensor:
-    """log s_j on the logits of key j, 0 for prefix tokens (arXiv 2311.03035, proportional attention).
+def key_bias(scale_BN: Tensor, prefix: int, suffix: int, bias: Tensor | None, like: Tensor) -> Tensor:
+    """log s_j on the logits of key j, 0 for tokens that are no patches (arXiv 2311.03035, proportional attention).
 
     scale_BN: token scales of the patch tokens [B, n], float32. bias: the attention's own additive mask, to which it is
     added, or None. like: a tensor in whose dtype the bias is returned, as attention asks of its mask (its query).
-    Returns [B, 1, 1, prefix + n], broadcast to the bias's shape where there is one.
+    Returns [B, 1, 1, prefix + n + suffix], broadcast to the bias's shape where there is one.
     """
     # Not F.pad: under a symbolic batch it would specialise the graph to one batch size.
-    whole_BN = torch.cat([scale_BN.new_zeros(scale_BN.shape[0], prefix), scale_BN.log()], dim=1)
+    ahead, behind = (scale_BN.new_zeros(scale_BN.shape[0], count) for count in (prefix, suffix))
+    whole_BN = torch.cat([ahead, scale_BN.log(), *([behind] if suffix else [])], dim=1)
     scale_bias = whole_BN[:, None, None, :]
     if bias is not None:
         scale_bias = scale_bias + _additive(bias)
@@ -100,19 +102,20 @@ def _sparsify(exp_BHNN: Tensor, inverse_BHN1: Tensor, sparsity: float) -> Tensor
     return torch.where(map_BHNN >= threshold_BH11, exp_BHNN, 0.0)
 
 
-def _scores(exp_BHNN: Tensor, inverse_BHN1: Tensor, score: str, prefix: int) -> Tensor:
+def _scores(exp_BHNN: Tensor, inverse_BHN1: Tensor, score: str, start: int, stop: int) -> Tensor:
+    """Of the tokens from `start` to `stop`, which are the patches."""
     if score == "none":
         return exp_BHNN.new_empty(exp_BHNN.shape[0], 0)
     kind, _, over_heads = score.partition("-")
     if kind == "cls":
-        return _over_heads((exp_BHNN[:, :, 0] * inverse_BHN1[:, :, 0])[..., prefix:], over_heads)
+        return _over_heads((exp_BHNN[:, :, 0] * inverse_BHN1[:, :, 0])[..., start:stop], over_heads)
     parts = []
     if kind in ("regenerate", "mixed"):
         itself_BHN = exp_BHNN.diagonal(dim1=-2, dim2=-1) * inverse_BHN1[..., 0]
-        parts.append(_over_heads(itself_BHN[..., prefix:], over_heads))
+        parts.append(_over_heads(itself_BHN[..., start:stop], over_heads))
     if kind in ("broadcast", "mixed"):
         received_BH1N = torch.matmul(inverse_BHN1.transpose(-2, -1), exp_BHNN)  # column sums of the map
-        parts.append(_over_heads(received_BH1N[:, :, 0, prefix:], over_heads))
+        parts.append(_over_heads(received_BH1N[:, :, 0, start:stop], over_heads))
     return math.prod(parts[1:], start=parts[0])
 
 

@@ -7,6 +7,8 @@ asks for K x P entries of it only.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +23,7 @@ GRAPHS = {
 
 
 def _graph_shapes(x_BNC, grid, prefix, kind, neighbors):  # type: ignore[no-untyped-def]
-    batch, count = x_BNC.shape[0], x_BNC.shape[1] - prefix
+    batch, count = x_BNC.shape[0], math.prod(grid)
     near = x_BNC.new_empty(batch, count, 0 if kind == "spatial" else neighbors, dtype=torch.int64)
     return near, x_BNC.new_empty(batch, count, dtype=torch.float32)
 
@@ -34,18 +36,18 @@ def _weight_shapes(near_BGM, inv_sqrt_degree_BG, kept_BK, propagated_BP, grid, k
 def token_graph(x_BNC: Tensor, grid: list[int], prefix: int, kind: str, neighbors: int) -> tuple[Tensor, Tensor]:
     """The graph over the patch tokens that enter the first block.
 
-    x_BNC: [B, prefix + G, C], G = product of `grid`, row-major. kind: a name in `GRAPHS`. neighbors: M < G.
+    x_BNC: [B, prefix + G (+ suffix), C], G = product of `grid`, row-major. kind: a name in `GRAPHS`. neighbors: M < G.
     Returns the semantic neighbours [B, G, M] (int64; M = 0 for a spatial graph) and D^-1/2 [B, G] (float32). A token
     without neighbours has no edges, and 0 here instead of infinity.
     """
-    batch, count = x_BNC.shape[0], x_BNC.shape[1] - prefix
+    batch, count = x_BNC.shape[0], math.prod(grid)
     here_GR = coordinates(grid, x_BNC.device)
     spatial_GG = _adjacent(here_GR[:, None], here_GR[None, :])
     if kind == "spatial":
         near_BGM = torch.zeros(batch, count, 0, dtype=torch.int64, device=x_BNC.device)
         degree_BG = spatial_GG.sum(dim=-1).float().expand(batch, count)
     else:
-        near_BGM = _most_similar(x_BNC[:, prefix:].detach(), neighbors)
+        near_BGM = _most_similar(x_BNC[:, prefix : prefix + count].detach(), neighbors)
         degree_BG = torch.full((batch, count), float(neighbors), device=x_BNC.device)
         if kind == "mixed":
             both_BGM = _adjacent(here_GR[None, :, None], here_GR[near_BGM])

@@ -14,9 +14,9 @@ from gtp_fx.ops.register import operator
 
 
 def _taken_shapes(x, index_BK, images, tokens, prefix, suffix):  # type: ignore[no-untyped-def]
-    shape = list(x.shape)
-    shape[images], shape[tokens] = index_BK.shape[0], prefix + index_BK.shape[1] + suffix
-    return x.new_empty(shape)
+    inner = _tokens_first(x, images, tokens).shape[2:]
+    shape = (index_BK.shape[0], prefix + index_BK.shape[1] + suffix, *inner)
+    return _tokens_back(x.new_empty(shape), images, tokens)
 
 
 def _share_shapes(weights_BKP, kept_BK, propagated_BP, grid):  # type: ignore[no-untyped-def]
@@ -24,9 +24,8 @@ def _share_shapes(weights_BKP, kept_BK, propagated_BP, grid):  # type: ignore[no
 
 
 def _recovered_shapes(x, shares_BPK, kept_BK, propagated_BP, images, tokens, prefix, suffix):  # type: ignore[no-untyped-def]
-    shape = list(x.shape)
-    shape[tokens] += propagated_BP.shape[1]
-    return x.new_empty(shape)
+    batch, count, *inner = _tokens_first(x, images, tokens).shape
+    return _tokens_back(x.new_empty(batch, count + propagated_BP.shape[1], *inner), images, tokens)
 
 
 @operator(_taken_shapes)

@@ -9,7 +9,7 @@ from gtp_fx.ops.register import operator
 
 
 def _shapes(x_BNC, weights_BKP, kept_BK, propagated_BP, alpha, prefix):  # type: ignore[no-untyped-def]
-    return x_BNC.new_empty(x_BNC.shape[0], prefix + kept_BK.shape[1], x_BNC.shape[2])
+    return x_BNC.new_empty(x_BNC.shape[0], x_BNC.shape[1] - propagated_BP.shape[1], x_BNC.shape[2])
 
 
 @operator(_shapes)
@@ -18,14 +18,17 @@ def propagate(
 ) -> Tensor:
     """The stream without its propagated tokens, whose share the kept ones received: a weighted sum, nothing is divided.
 
-    x_BNC: [B, prefix + n, C]. weights_BKP: from `propagation_weights`. kept_BK, propagated_BP: indices into the n patch
-    tokens, from `select`. Returns [B, prefix + K, C]: prefix tokens untouched, kept tokens in their old order.
+    x_BNC: [B, prefix + n + suffix, C], where what is neither prefix nor among the n = K + P patches is suffix. weights_BKP: from `propagation_weights`. kept_BK, propagated_BP: indices into the n patch
+    tokens, from `select`. Returns [B, prefix + K + suffix, C]: the others untouched, kept tokens in their old order.
     """
-    # Prefix tokens are rows that receive nothing: one gather and one sum then cover the stream, and fuse with what follows.
-    first_B = torch.arange(prefix, device=x_BNC.device).expand(x_BNC.shape[0], prefix)
-    staying_BK = torch.cat([first_B, kept_BK + prefix], dim=1)
-    nothing_BpP = weights_BKP.new_zeros(x_BNC.shape[0], prefix, propagated_BP.shape[1])
-    weights_BKP = torch.cat([nothing_BpP, weights_BKP], dim=1).to(x_BNC.dtype)
+    # The others are rows that receive nothing: one gather and one sum then cover the stream, and fuse with what follows.
+    batch, tokens, leaving = x_BNC.shape[0], x_BNC.shape[1], propagated_BP.shape[1]
+    behind = prefix + kept_BK.shape[1] + leaving
+    ranges = [(0, prefix), (behind, tokens)] if behind < tokens else [(0, prefix)]
+    rows = [torch.arange(*ends, device=x_BNC.device).expand(batch, ends[1] - ends[0]) for ends in ranges]
+    nothing = [weights_BKP.new_zeros(batch, stop - start, leaving) for start, stop in ranges]
+    staying_BK = torch.cat([rows[0], kept_BK + prefix, *rows[1:]], dim=1)
+    weights_BKP = torch.cat([nothing[0], weights_BKP, *nothing[1:]], dim=1).to(x_BNC.dtype)
     received_BKC = torch.matmul(weights_BKP, _rows(x_BNC, propagated_BP + prefix))
     return _rows(x_BNC, staying_BK) + alpha * received_BKC
 

@@ -172,6 +172,9 @@ def _join_dims(a: Dim, b: Dim) -> Dim:
     if is_plain(b) or a == b:
         return a
     axis_a, axis_b = token_axis(a), token_axis(b)
-    if axis_a and axis_b and axis_a.at(0) == axis_b.at(0):
-        return a if axis_a.domain.level >= axis_b.domain.level else b
+    if axis_a and axis_b and axis_a.pairs_with(axis_b):
+        # Another grid of the same shape (a resampled position table, a convolved copy) pairs with this one while whole.
+        older = min(axis_a.domain.level, axis_b.domain.level)
+        if older == 0 or axis_a.domain.grid == axis_b.domain.grid:
+            return a if axis_a.domain.level >= axis_b.domain.level else b
     raise NoRule("two different token axes meet")

@@ -82,7 +82,7 @@ class GTP:
         )
         return StreamState(carried=(emit(operator.getitem, graph, 0), emit(operator.getitem, graph, 1)))
 
-    def attend(self, emit: Emit, attention: Attention, prefix: int, scored: bool) -> tuple[fx.Node, fx.Node]:
+    def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
         both = emit(
             gtp_fx.attention_with_scores.default,
             attention.q,
@@ -92,7 +92,8 @@ class GTP:
             attention.scale,
             self.attention_sparsity,
             self.score if scored else "none",
-            prefix,
+            axis.prefix,
+            axis.suffix,
         )
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
 
@@ -127,11 +128,11 @@ class GTP:
 
     def site_flops(self, site: SiteShape, told: bool) -> Any:
         leaving = site.patches_in - site.patches_out
-        features = 2 * (site.prefix + site.patches_out) * leaving * site.channels
+        features = 2 * (site.others + site.patches_out) * leaving * site.channels
         scales = 2 * site.patches_out * leaving if told and self.token_scale else 0
         column_sums = 0
         if self.score.startswith(("mixed", "broadcast")):
-            column_sums = 2 * site.heads * (site.prefix + site.patches_in) ** 2
+            column_sums = 2 * site.heads * (site.others + site.patches_in) ** 2
         return features + scales + column_sums
 
 

@@ -23,11 +23,11 @@ class Emit(Protocol):
 
 @dataclass(frozen=True)
 class SiteShape:
-    """A site's sizes for pricing: patches in and out (numbers or polynomials), prefix tokens, channels, heads."""
+    """A site's sizes for pricing: patches in and out (numbers or polynomials), tokens that are none, channels, heads."""
 
     patches_in: Any
     patches_out: Any
-    prefix: int
+    others: int
     channels: int
     heads: int
 
@@ -81,9 +81,9 @@ class Strategy(Protocol):
         """Why this strategy can't work on such tokens; empty where it can."""
 
     def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
-        """At the input of a stream's first block: stream [B, prefix + G, C]."""
+        """At the input of a stream's first block: stream [B, prefix + G + suffix, C]."""
 
-    def attend(self, emit: Emit, attention: Attention, prefix: int, scored: bool) -> tuple[fx.Node, fx.Node]:
+    def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
         """Replace self-attention: its output, and the scores [B, n] of the patch tokens ([B, 0] unless `scored`)."""
 
     def reduce(

@@ -1,0 +1,46 @@
+"""Which patches a token stands for: the matrix, its row sums, and labels carried along by it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gtp_fx
+
+from reference import gtp_reference
+from zoo import BY_NAME, build, images
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["deit", "dinov2-reg4", "vit-gap"])
+def test_row_sums_are_the_token_scales_and_the_order_is_the_grids(name: str) -> None:
+    row = BY_NAME[name]
+    model, x = build(row), images(row)
+    schedule = [row.patches // 5, row.patches // 5, 0]
+    fast = gtp_fx.optimize(model, schedule=schedule, strategy=gtp_fx.GTP(alpha=0.3), compile=False)
+    (found,) = fast.provenance(x)
+    reference = gtp_reference(model, x, schedule=schedule, alpha=0.3)
+    left = row.patches - sum(schedule)
+    assert found.grid == row.grid
+    assert found.matrix.shape == (len(x), left, row.patches)
+    assert torch.equal(found.index, reference.sites[-1].kept_BK)
+    torch.testing.assert_close(found.matrix.sum(-1), reference.scale_BN[:, row.prefix :])
+    assert bool((found.matrix.sum(-1) > 1 + 1e-4).any()), "tokens that leave are received by somebody"
+
+
+@torch.no_grad()
+def test_the_matrix_carries_what_belongs_to_patches() -> None:
+    """A token that stays stands for itself by 1; no token that is left stands for another that is."""
+    row = BY_NAME["deit"]
+    fast = gtp_fx.optimize(build(row), schedule=[60, 0, 0], compile=False)
+    (found,) = fast.provenance(images(row))
+    carried = found.matrix @ torch.eye(row.patches)
+    assert torch.equal(carried.argmax(-1), found.index)
+    among_the_left = found.matrix.gather(2, found.index[:, None].expand(-1, found.index.shape[1], -1))
+    torch.testing.assert_close(among_the_left, torch.eye(found.index.shape[1]).expand_as(among_the_left))
+
+
+@torch.no_grad()
+def test_nothing_removed_has_no_streams_to_tell_of() -> None:
+    row = BY_NAME["deit"]
+    assert gtp_fx.optimize(build(row), flops_budget=1.0, compile=False).provenance(images(row)) == ()
