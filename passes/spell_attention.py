@@ -11,15 +11,17 @@ Fused attention computes the softmax in float32 inside; below float32 it is the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx import graphs
-from gtp_fx.sizes import is_symbolic, per_image, shape_of
+from gtp_fx.axes import GridAxis, whole_size
+from gtp_fx.infer import Typing, infer_types
+from gtp_fx.sizes import shape_of
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.contiguous.default)
@@ -42,13 +44,14 @@ class Logits:
 def spell_attention(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of `gm` in which every plain attention is `aten.scaled_dot_product_attention`."""
     gm = graphs.copy_of(gm)
+    typing = infer_types(gm.graph)
     for node in list(gm.graph.nodes):
         if node.target not in _PRODUCTS or not isinstance(node.args[0], fx.Node):
             continue
         softmax = _softmax_before(node.args[0])
         logits = None if softmax is None else _logits(softmax.args[0])
         if logits is not None and _same_rank(logits, node):
-            _replace(gm.graph, node, logits)
+            _replace(gm.graph, node, logits, typing)
     return graphs.finish(gm)
 
 
@@ -103,9 +106,10 @@ def _same_rank(logits: Logits, product: fx.Node) -> bool:
     return len(shapes[0]) in (3, 4) and len({shape[:-2] for shape in shapes}) == 1
 
 
-def _replace(graph: fx.Graph, product: fx.Node, logits: Logits) -> None:
-    heads = _merged_heads(logits.q)
-    if len(shape_of(logits.q)) == 3 and heads is None:
+def _replace(graph: fx.Graph, product: fx.Node, logits: Logits, typing: Typing) -> None:
+    merged = len(shape_of(logits.q)) == 3
+    heads = _merged_heads(logits.q, typing) if merged else None
+    if merged and heads is None:
         return  # no way to tell heads from images, and a site has to
     with graph.inserting_before(product):
 
@@ -139,20 +143,22 @@ def _replace(graph: fx.Graph, product: fx.Node, logits: Logits) -> None:
     graph.erase_node(product)
 
 
-def _merged_heads(q: fx.Node) -> int | None:
-    """The heads of [images * heads, tokens, features], from where they were merged; None where nothing is merged."""
-    shape = shape_of(q)
-    if len(shape) != 3:
+def _merged_heads(q: fx.Node, typing: Typing) -> int | None:
+    """The heads of [images * heads, tokens, features], as the view that merged them says; None where it can't be told.
+
+    Heads that stand before the images would be taken for them, so the outer factor must be as many as the images are.
+    """
+    kind = typing.types.get(q)
+    if not isinstance(kind, tuple):
         return None
-    if is_symbolic(shape[0]):
-        return per_image(shape[0])
-    node: Any = q
-    while isinstance(node, fx.Node):
-        source = shape_of(node) if isinstance(node.meta.get("val"), torch.Tensor) else ()
-        if len(source) == 4 and source[0] * source[1] == shape[0] and source[2:] == shape[1:]:
-            return source[1]
-        node = node.args[0] if node.args else None
-    return None
+    images, *heads = (factor.whole_size for factor in kind[0])
+    return math.prod(heads) if images in _images(typing) else None
+
+
+def _images(typing: Typing) -> set[int]:
+    """The batch sizes of the patch grids."""
+    kinds = [kind for kind in typing.types.values() if isinstance(kind, tuple)]
+    return {whole_size(kind[0]) for kind in kinds if any(isinstance(f, GridAxis) for dim in kind for f in dim)}
 
 
 def _transposed(node: fx.Node, call: Any) -> tuple[fx.Node, tuple[int, ...]]:

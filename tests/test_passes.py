@@ -65,9 +65,6 @@ SPELLINGS = {
     "two biases": lambda q, k, v, b: (q @ k.mT + b + 2 * b).softmax(-1) @ v,
     "a factor for each head": lambda q, k, v, b: ((q @ k.mT) * b.mean((-2, -1), keepdim=True)).softmax(-1) @ v,
     "cast for the softmax": lambda q, k, v, b: (q @ k.mT).softmax(-1, dtype=torch.float32).to(v.dtype) @ v,
-    "heads merged with images": lambda q, k, v, b: (
-        torch.bmm(q.reshape(6, 5, 4), k.reshape(6, 5, 4).mT).softmax(-1).bmm(v.reshape(6, 5, 4)).reshape(2, 3, 5, 4)
-    ),
 }
 
 

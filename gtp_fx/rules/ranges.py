@@ -40,10 +40,34 @@ def split(call: Call) -> Typed:
     x = call.type(0)
     dim = call.arg(2, 0) % len(x)
     if not is_plain(x[dim]):
-        raise NoRule("splitting cuts through a token axis")
+        return _split_tokens(call, x, dim)
     parts = [value.shape[dim] for value in call.node.meta["val"]]
     items = tuple((*x[:dim], (Plain(part),), *x[dim + 1 :]) for part in parts)
     return Typed(Many(items), operands={call.operand(0): x})
+
+
+def _split_tokens(call: Call, x: TensorType, dim: int) -> Typed:
+    """Prefix tokens, patches and suffix tokens taken apart, as rotary embeddings do; only the patches' part changes size."""
+    axis, sizes = token_axis(x[dim]), call.arg(1)
+    if axis is None or call.node.target is not aten.split_with_sizes.default:
+        raise NoRule("splitting cuts through a token axis")
+    parts: list[Dim] = []
+    start, patches_end = 0, axis.whole_size - axis.suffix
+    for part in sizes:
+        stop = start + part
+        if stop <= axis.prefix or start >= patches_end:
+            parts.append((Plain(part),))
+        elif start <= axis.prefix and stop >= patches_end:
+            parts.append((replace(axis, prefix=axis.prefix - start, suffix=axis.suffix - (axis.whole_size - stop)),))
+        else:
+            raise NoRule(f"tokens {start} to {stop} are taken by their position")
+        start = stop
+    items = tuple((*x[:dim], part, *x[dim + 1 :]) for part in parts)
+
+    def resize(count: CountOf) -> tuple[Any, ...]:
+        return call.replace({1: [size(part, count) for part in parts]})
+
+    return Typed(Many(items), operands={call.operand(0): x}, repair=resize, follows=NOTHING)
 
 
 @rule(aten.select.int)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.axes import Plain, TensorType, is_plain
+from gtp_fx.axes import Plain, TensorType, is_plain, token_axes
 from gtp_fx.rules.registry import NOTHING, Call, NoRule, Typed, require_plain, rule
 
 
@@ -17,10 +17,16 @@ def norm(call: Call) -> Typed:
 
 @rule(aten.softmax.int, aten._softmax.default)
 def softmax(call: Call) -> Typed:
-    """Over tokens it mixes them: each output then needs every input along that axis, at one level."""
+    """Over tokens it mixes them: each output then needs every input along that axis.
+
+    Plain attention is an operator of its own by now (`spell_attention`), which is told how many tokens a key stands for. Any
+    other softmax can't be told, so it gets all tokens back.
+    """
     x = call.type(0)
     dim = call.arg(1) % len(x)
     node = call.operand(0)
+    if any(axis.domain.level for axis in token_axes((x[dim],))):
+        raise NoRule("a softmax over tokens can't be told how many each stands for")
     return Typed(x, operands={node: x}, follows=None if is_plain(x[dim]) else NOTHING)
 
 
