@@ -50,7 +50,11 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
         propagate_shapes(result, after=name)
         steps.append(PassStep(name, tier, count_flops(result.graph)))
         log.info(
-            "%s (%s): %d nodes, %.4f of the FLOPs", name, tier, len(result.graph.nodes), steps[-1].flops / original
+            "%s (%s): %d nodes, %.4f of the FLOPs",
+            name,
+            tier,
+            len(result.graph.nodes),
+            steps[-1].flops / max(original, 1),
         )
         return result
 

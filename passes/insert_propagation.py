@@ -18,7 +18,7 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx import graphs
-from gtp_fx.axes import Grid, token_axis
+from gtp_fx.axes import Grid, TensorType, token_axis, whole_size
 from gtp_fx.coercions import Coercion, Step, find_coercions
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.passes.find_blocks import ATTENTION, AttentionBlock, read_blocks
@@ -41,7 +41,8 @@ def insert_propagation(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     found = find_coercions(typing)
     assert not found.refused, found.refused
     coercions = found.by_node()
-    walk = _Walk(gm.graph, plan, typing, {block.attention: block for block in blocks})
+    args = {node: node.args for node in gm.graph.nodes}
+    walk = _Walk(gm.graph, plan, typing, {block.attention: block for block in blocks}, args)
     for node in list(gm.graph.nodes):
         answer = typing.answers.get(node)
         if answer is None:
@@ -52,6 +53,8 @@ def insert_propagation(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             graphs.set_args(node, answer.repair(plan.count))
         if node.target in ATTENTION:
             walk.rewrite_attention(node)
+        if node.target is aten.mean.dim and plan.strategy.weighted_pooling:
+            walk.rewrite_pooling(node)
         if node in sites:
             walk.shorten_behind(sites[node])
     return graphs.finish(gm)
@@ -59,7 +62,7 @@ def insert_propagation(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 @dataclass
 class _Walk:
-    """The walk's state.
+    """The walk's state. args: each node's as they were, which types speak of.
 
     states: the strategy's, by stream and level. scores: of the attention of each block with a site. instead: what has taken
     a node's place. shares: how each site's tokens are recovered. coerced: values by operand and what was done to it.
@@ -69,6 +72,7 @@ class _Walk:
     plan: Plan
     typing: Typing
     blocks: dict[fx.Node, AttentionBlock]
+    args: dict[fx.Node, Any]
     states: dict[Grid, list[StreamState]] = field(default_factory=dict)
     scores: dict[int, fx.Node] = field(default_factory=dict)
     instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -79,7 +83,7 @@ class _Walk:
         """Give the coercion's node its operand in the type that it asks for."""
         node, operand = coercion.node, coercion.operand
         emit = _Emitter(self.graph, before=node, like=node)
-        now = value = self.instead.get(operand, operand)
+        now = value = self.now(operand)
         for dims in range(coercion.lead):
             value = self._once((operand, dims), emit, aten.unsqueeze.default, value, 0)
         for i, step in enumerate(coercion.steps):
@@ -121,7 +125,7 @@ class _Walk:
     def rewrite_attention(self, node: fx.Node) -> None:
         """Tell `node` the token scales of its keys; make it score its tokens where its block needs that."""
         attention = _operands(node)
-        keys = token_axis(self.typing.answers[node].operands[node.args[1]][-2])  # type: ignore[index]
+        keys = token_axis(self.wanted(node, 1)[-2])
         block = self.blocks.get(node)
         emit = _Emitter(self.graph, before=node, like=node)
         state = self.states[keys.domain.grid][keys.domain.level] if keys is not None and keys.domain.level else None
@@ -137,6 +141,33 @@ class _Walk:
             self.graph.erase_node(node)  # dead code elimination leaves it: attention may draw random numbers
         elif bias is not attention.bias:
             graphs.set_args(node, (*node.args[:3], bias, *node.args[4:]))
+
+    def rewrite_pooling(self, node: fx.Node) -> None:
+        """Weigh a mean over shortened tokens by their scales."""
+        kind = self.wanted(node, 0)
+        arguments: tuple[Any, ...] = node.args
+        x, reduced, *keepdim = arguments
+        dims = [dim % len(kind) for dim in reduced]
+        axis = token_axis(kind[dims[0]]) if len(dims) == 1 else None
+        if axis is None or not axis.domain.level:
+            return
+        images = next(
+            dim for dim, size in enumerate(map(whole_size, kind)) if size == self.typing.images[axis.domain.grid]
+        )
+        scale = self.states[axis.domain.grid][axis.domain.level].scale
+        emit = _Emitter(self.graph, before=node, like=node)
+        around = (images, dims[0], axis.prefix, axis.suffix, keepdim == [True])
+        self.instead[node] = emit(gtp_fx.weighted_mean.default, x, scale, *around)
+        node.replace_all_uses_with(self.instead[node])
+
+    def wanted(self, node: fx.Node, position: int) -> TensorType:
+        """The type in which `node` asks for the operand that it had at `position` before the walk."""
+        return self.typing.answers[node].operands[self.args[node][position]]
+
+    def now(self, node: Any) -> fx.Node:
+        """What stands in a node's place."""
+        found: fx.Node = self.instead.get(node, node)
+        return found
 
     def shorten_behind(self, block: AttentionBlock) -> None:
         """Insert the site of `block` behind its residual add, and give its result to every later reader."""

@@ -42,11 +42,12 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What GTP computes: outputs, one Site for each block that propagates, and the last token scales."""
+    """What GTP computes: outputs, one Site for each block that propagates, the last token scales and tokens."""
 
     logits_BV: Tensor
     sites: tuple[Site, ...]
     scale_BN: Tensor
+    tokens_BNC: Tensor
 
 
 @torch.no_grad()
@@ -97,8 +98,9 @@ def gtp_reference(
         x_BNC = x_BNC + block.ls2(block.mlp(block.norm2(x_BNC)))
 
     key_bias_BN = scale_BN.log() if token_scale else torch.zeros_like(scale_BN)
-    logits_BV = head(model, model.norm(x_BNC), key_bias_BN)
-    return Reference(logits_BV, tuple(sites), scale_BN)
+    tokens_BNC = model.norm(x_BNC)
+    logits_BV = head(model, tokens_BNC, key_bias_BN)
+    return Reference(logits_BV, tuple(sites), scale_BN, tokens_BNC)
 
 
 def attention(layer: Attention, x_BNC: Tensor, key_bias_BN: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:

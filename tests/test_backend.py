@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -71,6 +71,82 @@ def test_a_second_batch_size_makes_the_same_schedule() -> None:
         torch.testing.assert_close(compiled(x), eager(x), rtol=1e-5, atol=1e-5)
     assert len(door.made) == 3, "one for batch 2, one for any batch, one for batch 1, which torch specialises"
     assert len({made.schedule for made in door.made}) == 1
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "grad", "autocast"],
+)
+def test_every_context_is_the_same_model(context: Callable[[], Any]) -> None:
+    model, x = tiny(), images(TINY, 3)
+    door = Door(flops_budget=0.6)
+    eager = gtp_fx.optimize(model, flops_budget=0.6, compile=False)
+    with context():
+        found, wanted = torch.compile(model, backend=door, fullgraph=True)(x), eager(x)
+    assert door.made[0].schedule == eager.schedule
+    # Under autocast both run in bfloat16, rounded at the same places.
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+class Broken(nn.Module):
+    """User code that Dynamo can't take into its graph, before and behind the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny()
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        logits = self.model(x * 1.0)
+        self.seen.append(logits.sum().item())
+        return logits.softmax(-1)
+
+
+@torch.no_grad()
+def test_graph_breaks_around_the_model() -> None:
+    whole, x = Broken(), images(TINY, 3)
+    made: list[Optimised] = []
+
+    def door(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        try:
+            made.append(run_passes(capture_dynamo(gm), Options.of(flops_budget=0.6)))
+        except gtp_fx.UnsupportedModelError:
+            return gm  # as the backend does, with a warning
+        return made[-1].graph_module
+
+    found = torch.compile(whole, backend=door)(x)
+    fast = gtp_fx.optimize(whole.model, flops_budget=0.6, compile=False)
+    assert [one.schedule for one in made] == [fast.schedule]
+    torch.testing.assert_close(found, fast(x).softmax(-1), rtol=1e-5, atol=1e-5)
+
+
+class TwoTowers(nn.Module):
+    """An image tower beside a text tower, as CLIP has them: only the first has patch tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = tiny()
+        self.words = nn.Embedding(50, 64)
+        self.text = timm.layers.Attention(64, 4)
+        self.project = nn.Linear(64, self.image.num_classes)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.image(x) @ self.project(self.text(self.words(ids)).mean(1)).T
+
+
+@torch.no_grad()
+def test_a_model_inside_a_larger_one() -> None:
+    whole = enliven(TwoTowers()).eval()
+    x, ids = images(TINY, 3), torch.arange(21).reshape(3, 7)
+    door = Door(flops_budget=0.55)
+    found = torch.compile(whole, backend=door, fullgraph=True)(x, ids)
+    fast = gtp_fx.optimize(whole, flops_budget=0.55, example_inputs=(x, ids), compile=False)
+    assert door.made[0].schedule == fast.schedule
+    assert any(fast.schedule)
+    assert any("text" in refusal.layer for refusal in fast.report.refusals), "the text tower is told of"
+    torch.testing.assert_close(found, fast(x, ids), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

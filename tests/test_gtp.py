@@ -76,6 +76,25 @@ def test_nothing_removed_is_the_original(row: Row) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["vit-gap", "reg4-gap"])
+def test_weighted_pooling_counts_a_token_for_those_it_stands_for(name: str) -> None:
+    """By hand on the reference's own last tokens; the paper's plain mean is another number."""
+    row = BY_NAME[name]
+    model, x = build(row), images(row)
+    schedule = [20, 20, 20]
+    plain, weighted = (
+        optimized(model, schedule=schedule, strategy=gtp_fx.GTP(alpha=0.4, weighted_pooling=on))(x)
+        for on in (False, True)
+    )
+    reference = gtp_reference(model, x, schedule=schedule, alpha=0.4)
+    assert relative(plain, reference.logits_BV) < 1e-5
+    scale_BN1 = reference.scale_BN[:, row.prefix :, None]
+    mean_BC = (reference.tokens_BNC[:, row.prefix :] * scale_BN1).sum(1) / scale_BN1.sum(1)
+    assert relative(weighted, model.head(model.fc_norm(mean_BC))) < 1e-5
+    assert relative(weighted, plain) > 1e-4
+
+
+@torch.no_grad()
 def test_kept_tokens_are_the_references_and_ascending() -> None:
     """Read off the graph: the indices that `select` returns at each site, seen on the whole grid."""
     row = BY_NAME["deit3"]

@@ -213,6 +213,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "token_graph": (x, GRID, 1, "mixed", 3),
         "propagation_weights": (near, inv_sqrt_degree, kept, propagated, GRID, "mixed"),
         "propagate": (x, weights, kept, propagated, 0.1, 1),
+        "weighted_mean": (x, scores + 1, 0, 1, 1, 0, True),
         "take_tokens": (x[None], kept, 1, 2, 1, 0),
         "recovery_weights": (weights, kept, propagated, GRID),
         "recover": (x[:, :9], ops.recovery_weights(weights, kept, propagated, GRID), kept, propagated, 0, 1, 1, 0),

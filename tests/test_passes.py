@@ -78,6 +78,25 @@ def test_attention_in_any_spelling_becomes_one_operator(name: str) -> None:
     torch.testing.assert_close(spelled_out(q, k, v, bias), gm(q, k, v, bias))
 
 
+def merged_heads(image: Tensor, embed: Tensor, qkv: Tensor, heads_first: bool = False) -> Tensor:
+    """Attention by bmm over images and heads in one dimension: [8, 12, 2]."""
+    x = patches(image, embed)
+    q, k, v = F.linear(x, qkv).reshape(2, -1, 3, 4, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    if heads_first:
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+    q, k, v = (t.reshape(8, -1, 2) for t in (q, k, v))
+    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_heads_that_are_merged_with_images_are_told_apart_or_left(heads_first: bool) -> None:
+    """4 heads of 2 images: a site has to know whose scores are whose."""
+    gm = normalise(traced(lambda *inputs: merged_heads(*inputs, heads_first=heads_first), *INPUTS[:3]))
+    spelled_out = spell_attention(gm)
+    assert calls(spelled_out, aten.scaled_dot_product_attention.default) == (not heads_first)
+    torch.testing.assert_close(spelled_out(*INPUTS[:3]), gm(*INPUTS[:3]))
+
+
 @pytest.mark.parametrize(
     "function",
     [

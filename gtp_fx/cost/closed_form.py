@@ -76,7 +76,8 @@ def flops_model(
         if formula is not None:
             total += formula(_symbolic_sizes(node, typing))
     total += _recovery_flops(find_coercions(typing))
-    read = {axis.domain for kind in _key_types(graph, typing) for axis in token_axes(kind)}
+    readers = [*_key_types(graph, typing), *(_pooled_types(graph, typing) if strategy.weighted_pooling else [])]
+    read = {axis.domain for kind in readers for axis in token_axes(kind)}
     at_site = []
     for site in sites:
         told = any(d.grid == site.domain.grid and d.level > site.domain.level for d in read)
@@ -148,6 +149,11 @@ def _size(dim: Dim) -> Any:
 def _site_shape(site: Site) -> SiteShape:
     behind = site.domain.at(site.domain.level + 1)
     return SiteShape(symbol_of(site.domain), symbol_of(behind), site.others, site.channels, site.heads)
+
+
+def _pooled_types(graph: fx.Graph, typing: Typing) -> list[TensorType]:
+    means = [n for n in graph.nodes if n.target is aten.mean.dim]
+    return [typing.answers[n].operands[n.args[0]] for n in means]
 
 
 def _key_types(graph: fx.Graph, typing: Typing) -> list[TensorType]:

@@ -26,6 +26,7 @@ class GTP:
     graph: who receives from whom, a name in `gtp_fx.ops.graph.GRAPHS`.
     neighbors: M, semantic neighbours of a token. alpha: how much of a propagated token is passed on.
     token_scale: tell attention how many tokens a key stands for.
+    weighted_pooling: let a token count in average pooling for as many as it stands for; the paper takes the plain mean.
     attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves
         no FLOPs and needs the map in memory.
     """
@@ -36,6 +37,7 @@ class GTP:
     alpha: float = 0.1
     token_scale: bool = True
     attention_sparsity: float = 1.0
+    weighted_pooling: bool = False
 
     name: ClassVar[str] = "gtp"
 
@@ -48,8 +50,11 @@ class GTP:
             raise OptionError(
                 f"GTP(alpha={self.alpha!r}): give a finite number of 0 or more (the paper uses 0.1 to 0.4)"
             )
-        if not isinstance(self.token_scale, bool):
-            raise OptionError(f"GTP(token_scale={self.token_scale!r}): give True or False")
+        for option in ("token_scale", "weighted_pooling"):
+            if not isinstance(getattr(self, option), bool):
+                raise OptionError(f"GTP({option}={getattr(self, option)!r}): give True or False")
+        if self.weighted_pooling and not self.token_scale:
+            raise OptionError("GTP(weighted_pooling=True) weighs by token scales: leave token_scale=True")
         if not _is_number(self.attention_sparsity) or not 0.0 < self.attention_sparsity <= 1.0:
             raise OptionError(
                 f"GTP(attention_sparsity={self.attention_sparsity!r}): give theta with 0 < theta <= 1; 1 drops nothing"

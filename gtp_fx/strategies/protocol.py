@@ -77,6 +77,10 @@ class Strategy(Protocol):
     def rewrites_every_attention(self) -> bool:
         """True where attention differs from the original's even in blocks without a site."""
 
+    @property
+    def weighted_pooling(self) -> bool:
+        """True where average pooling weighs tokens by their scale."""
+
     def refuse(self, axis: TokenAxis) -> str:
         """Why this strategy can't work on such tokens; empty where it can."""
 

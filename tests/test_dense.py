@@ -1,0 +1,144 @@
+"""Models that return token maps get them at full resolution, by `recover`; and the tokens that stayed are untouched by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from hf_models import COMMON
+from hf_models import enliven as enliven_hf
+from torch import Tensor, nn
+
+import gtp_fx
+
+from zoo import enliven
+
+SMALL = {"depth": 4, "embed_dim": 64, "num_heads": 4, "img_size": 64, "patch_size": 8}
+GRID = 8
+
+
+def vit(**kwargs: Any) -> nn.Module:
+    return enliven(timm.create_model("vit_tiny_patch16_224", **SMALL, **kwargs)).eval()
+
+
+class Intermediates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = vit()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.vit.forward_intermediates(x, indices=[0, 3], norm=False)
+
+
+class Dense(nn.Module):
+    """A map of channels over the grid, as a segmentation head reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = vit(num_classes=0, global_pool="")
+        self.head = enliven(nn.Conv2d(64, 5, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.vit(x)[:, 1:]
+        return self.head(tokens.transpose(1, 2).reshape(-1, 64, GRID, GRID))
+
+
+def dpt() -> nn.Module:
+    config = transformers.DPTConfig(
+        **{**COMMON, "num_hidden_layers": 4},
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[16] * 4,
+        fusion_hidden_size=16,
+        is_hybrid=False,
+    )
+    return enliven_hf(transformers.DPTForDepthEstimation(config)).eval()
+
+
+def depth_anything() -> nn.Module:
+    backbone = transformers.Dinov2Config(
+        **{**COMMON, "num_hidden_layers": 4},
+        out_indices=[1, 2, 3, 4],
+        apply_layernorm=True,
+        reshape_hidden_states=False,
+    )
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=8,
+        reassemble_hidden_size=64,
+        neck_hidden_sizes=[16] * 4,
+        fusion_hidden_size=16,
+    )
+    return enliven_hf(transformers.DepthAnythingForDepthEstimation(config)).eval()
+
+
+MODELS = {
+    "features_only": lambda: enliven(timm.create_model("vit_tiny_patch16_224", features_only=True, **SMALL)).eval(),
+    "forward_intermediates": Intermediates,
+    "head of convolutions": Dense,
+    "dpt": dpt,
+    "depth anything": depth_anything,
+}
+
+
+def maps(output: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(MODELS))
+def test_full_resolution_and_exact_where_nothing_left(name: str, x: Tensor) -> None:
+    model = MODELS[name]()
+    wanted = maps(model(x))
+    exact = maps(gtp_fx.optimize(model, flops_budget=1.0, example_inputs=x, compile=False)(x))
+    fast = gtp_fx.optimize(model, schedule=[10, 10, 0, 10], example_inputs=x, compile=False)
+    found = maps(fast(x))
+    assert fast.report.recovered
+    assert [t.shape for t in found] == [t.shape for t in wanted]
+    for mine, theirs, full in zip(found, wanted, exact, strict=True):
+        assert (full - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        assert mine.isfinite().all()
+    assert any((a - b).abs().max() > 1e-3 * b.abs().max() for a, b in zip(found, wanted, strict=True))
+
+
+@torch.no_grad()
+def test_tokens_that_stayed_are_where_they_were_and_the_others_are_made_of_them(x: Tensor) -> None:
+    """Seen on the stream itself, just before it is recovered."""
+    model = vit(num_classes=0, global_pool="")
+    fast = gtp_fx.optimize(model, schedule=[10, 10, 0, 10], example_inputs=x, compile=False)
+    (output,) = (node for node in fast.graph_module.graph.nodes if node.op == "output")
+    short = output.all_input_nodes[0]
+    while short.target is torch.ops.gtp_fx.recover.default:
+        short = short.args[0]
+    seen: list[Tensor] = []
+
+    class Watch(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            value = super().run_node(n)
+            if n is short:
+                seen.append(value)
+            return value
+
+    Watch(fast.graph_module).run(x)
+    (stream,) = seen
+    whole = fast(x)
+    (provenance,) = fast.provenance(x)
+    at = provenance.index[..., None].expand(-1, -1, 64)
+    assert torch.equal(whole[:, 1:].gather(1, at), stream[:, 1:])
+    assert torch.equal(whole[:, :1], stream[:, :1])
+    low, high = stream[:, 1:].amin(1, keepdim=True), stream[:, 1:].amax(1, keepdim=True)
+    assert bool(((whole[:, 1:] >= low - 1e-5) & (whole[:, 1:] <= high + 1e-5)).all()), "means of what stayed"
+
+
+@torch.no_grad()
+def test_a_map_tapped_before_the_first_site_is_the_originals(x: Tensor) -> None:
+    model = MODELS["forward_intermediates"]()
+    fast = gtp_fx.optimize(model, schedule=[0, 10, 10, 0], example_inputs=x, compile=False)
+    torch.testing.assert_close(maps(fast(x))[1], maps(model(x))[1])
