@@ -7,16 +7,23 @@ batch, and the operators that come out are the same. See ARCHITECTURE.md for why
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from gtp_fx.errors import CaptureError
 from gtp_fx.inputs import CallSignature, describe
+from gtp_fx.rules.spatial import GRID_MAKERS
+from gtp_fx.side_effects import watched
 from gtp_fx.sizes import fix_symbols
+
+log = logging.getLogger(__name__)
 
 
 def capture_module(model: nn.Module, signature: CallSignature, training: bool = False) -> fx.GraphModule:
@@ -26,26 +33,15 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
         lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, (signature.args, signature.kwargs)
     )
     by_name = _by_name(signature, dynamic)
-    with _mode(model, training):
+    with _mode(model, training), watched(model) as attributes:
         try:
-            program = torch.export.export(model, signature.args, signature.kwargs, dynamic_shapes=by_name)
+            program = _export(model, signature, by_name)
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table: functionalise, decompose nothing
         except Exception as error:
-            raise CaptureError(
-                f"torch.export can't capture {type(model).__name__} with {describe(signature.args, signature.kwargs)}: "
-                f"{_first_lines(error)}\nGive example_inputs that the model takes; torch.export.export(model, example_inputs) "
-                f"shows the whole error"
-            ) from error
-    changed = [
-        *program.graph_signature.buffers_to_mutate.values(),
-        *program.graph_signature.user_inputs_to_mutate.values(),
-    ]
-    if changed:
-        raise CaptureError(
-            f"{type(model).__name__} changes {', '.join(changed)} when it runs, which a rewritten graph can't keep track of; "
-            f"in evaluation mode (model.eval()) most models change nothing"
-        )
+            call = describe(signature.args, signature.kwargs)
+            raise CaptureError(f"{type(model).__name__} with {call} can't be captured: {_explained(error)}") from error
+    _refuse_changes(type(model).__name__, [*attributes, *_changed(program.graph_signature)])
     exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
     captured = fx.GraphModule(exported, exported.graph)
@@ -61,13 +57,15 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     old = [node for node in gm.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta["example_value"] for node in old]
     mode = torch._guards.detect_fake_mode(fakes)
-    with tracing(TracingContext(mode)), torch.no_grad():
-        exported, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
-    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if changed:
-        raise CaptureError(
-            f"the model changes {', '.join(changed)} when it runs; in evaluation mode most models change nothing"
-        )
+
+    def export() -> tuple[fx.GraphModule, Any]:
+        with tracing(TracingContext(mode)), torch.no_grad():
+            return aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
+
+    exported, signature = export()
+    if _specialise_grids(exported.graph, fakes):
+        exported, signature = export()
+    _refuse_changes("the model", _changed(signature))
     graph_module: Any = exported
     new = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for before, after in zip(old, new, strict=True):
@@ -78,6 +76,73 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
         graph_module._param_name_to_source = gm._param_name_to_source
     fix_symbols(graph_module)
     return cast("fx.GraphModule", graph_module)
+
+
+def _specialise_grids(graph: fx.Graph, fakes: Sequence[Any]) -> bool:
+    """Guard on the image's sides where Dynamo has made them symbolic (it does at the second size): schedules are for one grid.
+
+    Each size is then a graph of its own, as it is for Dynamo with dynamic=False; the batch stays open.
+    """
+    sides = {
+        symbol
+        for node in graph.nodes
+        if node.target in GRID_MAKERS or (node.op == "placeholder" and _is_image(node.meta.get("val")))
+        for size in node.meta["val"].shape[2:]
+        if isinstance(size, torch.SymInt)
+        for symbol in size.node.expr.free_symbols
+    }
+    fixed = [
+        int(size)  # asking for the number is what makes the guard
+        for fake in fakes
+        if isinstance(fake, Tensor)
+        for size in fake.shape
+        if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & sides
+    ]
+    return bool(fixed)
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim >= 4 and value.is_floating_point()
+
+
+def _changed(signature: Any) -> list[str]:
+    return [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+
+
+def _refuse_changes(model: str, changed: Sequence[str]) -> None:
+    if changed:
+        raise CaptureError(
+            f"{model} changes {', '.join(changed)} when it runs, which a rewritten graph can't keep track of: leave that out "
+            f"of forward, or optimise the module inside that changes nothing (in model.eval() most don't)"
+        )
+
+
+def _explained(error: Exception) -> str:
+    """What to do about an error of torch.export."""
+    if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error):
+        return (
+            f"its forward decides by what a tensor holds (an `if`, a loop or a shape that depends on values), and a graph has "
+            f"one course: {_first_lines(error, 1)}\nOptimise the module inside that doesn't; torch.compile(model, "
+            f"backend='gtp') does so by itself, since Dynamo breaks the graph there"
+        )
+    return (
+        f"{_first_lines(error)}\nGive example_inputs that the model takes; torch.export.export(model, example_inputs) shows "
+        f"the whole error"
+    )
+
+
+def _export(model: nn.Module, signature: CallSignature, dynamic: dict[str, Any]) -> torch.export.ExportedProgram:
+    """torch.export by tracing, or, where Python itself turns the batch into a number (`len(x)`), by Dynamo, which doesn't."""
+    try:
+        return torch.export.export(model, signature.args, signature.kwargs, dynamic_shapes=dynamic)
+    except Exception:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of side effects that tracing would have had too
+                return torch.export.export(model, signature.args, signature.kwargs, dynamic_shapes=dynamic, strict=True)
+        except Exception:
+            log.debug("torch.export with strict=True fails as well", exc_info=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -78,10 +78,18 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
 
 def finish(gm: fx.GraphModule) -> fx.GraphModule:
     """Drop what nothing uses, check the graph, regenerate its code."""
-    gm.graph.eliminate_dead_code()
+    gm.graph.eliminate_dead_code(is_impure_node=_is_impure)
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Attention may draw random numbers, so torch keeps it; without dropout it draws none."""
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return bool(dropout)
+    return bool(node.is_impure())
 
 
 def count_nodes(graph: fx.Graph, targets: Iterable[Any]) -> int:

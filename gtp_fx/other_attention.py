@@ -7,13 +7,27 @@ from dataclasses import replace
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.axes import TensorType, token_axes, token_axis
+from gtp_fx.axes import TensorType, is_plain, token_axes, token_axis
 from gtp_fx.errors import Refusal
 from gtp_fx.graphs import ancestors, layer_name, operator_name
 from gtp_fx.infer import Typing
 from gtp_fx.passes.find_blocks import ATTENTION, MARK
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_ELEMENTWISE = (
+    aten.add.Tensor,
+    aten.clone.default,
+    aten.div.Tensor,
+    aten.expand.default,
+    aten.linear.default,
+    aten.mul.Tensor,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.to.dtype,
+    aten.transpose.int,
+    aten.view.default,
+)
+"""What may stand between a product and its softmax; a linear layer there mixes heads."""
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)
 
 
@@ -25,7 +39,7 @@ def other_attention(graph: fx.Graph, typing: Typing) -> tuple[Refusal, ...]:
         if node.target in ATTENTION and MARK not in node.meta:
             reason = _why_no_block(node, typing)
         elif node.target in _SOFTMAX and _feeds_a_product(node):
-            reason = "this attention does more than softmax(q·kᵀ)·v (heads mixed, gated, or its map used), so it stays as it is"
+            reason = _why_not_spelled(node)
         if reason:
             found.setdefault(reason, []).append(Refusal(layer_name(node), operator_name(node), reason))
     return tuple(_counted(refusals) for refusals in found.values())
@@ -52,6 +66,15 @@ def _why_no_block(attention: fx.Node, typing: Typing) -> str:
     return "its queries and keys don't run over patch tokens (but over channels, say)"
 
 
+def _why_not_spelled(softmax: fx.Node) -> str:
+    source: object = softmax.args[0]
+    while isinstance(source, fx.Node) and source.target in _ELEMENTWISE:
+        source = next((arg for arg in source.args if isinstance(arg, fx.Node)), None)
+    if isinstance(source, fx.Node) and source.target in _PRODUCTS:
+        return "this attention does more than softmax(q·kᵀ)·v (heads mixed, gated, its map used, a mask by window), so it stays as it is"
+    return "these weights are no softmax of q·kᵀ (of keys or queries alone, or learned), so they stay as they are"
+
+
 def _merged_tokens(kind: TensorType) -> bool:
     return bool(token_axes(kind))
 
@@ -64,7 +87,8 @@ def _last_lost(node: fx.Node, typing: Typing) -> fx.Node | None:
         if candidate not in before or answer is None or not answer.barrier or not isinstance(answer.output, tuple):
             continue
         assert isinstance(candidate, fx.Node)
-        if any(token_axes(kind) for kind in answer.operands.values()) and not token_axes(answer.output):
+        tokens_in = any(not all(map(is_plain, kind)) for kind in answer.operands.values())
+        if tokens_in and all(map(is_plain, answer.output)):
             return candidate
     return None
 

@@ -15,9 +15,11 @@ from gtp_fx.graphs import layer_name, operator_name
 from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.find_blocks import find_blocks, read_blocks
 from gtp_fx.passes.fold_constants import fold_constants
+from gtp_fx.passes.fuse_projections import fuse_projections
 from gtp_fx.passes.insert_propagation import insert_propagation
 from gtp_fx.passes.normalise import normalise
 from gtp_fx.passes.spell_attention import spell_attention
+from gtp_fx.passes.spell_einsum import spell_einsum
 from gtp_fx.passes.split_projections import split_projections
 from gtp_fx.plan import Plan
 from gtp_fx.planning import make_plan
@@ -48,12 +50,12 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
     ) -> fx.GraphModule:
         result = rewrite(gm)
         propagate_shapes(result, after=name)
-        steps.append(PassStep(name, tier, count_flops(result.graph)))
+        steps.append(PassStep(name, tier, count_flops(result.graph), _operators(result.graph)))
         log.info(
-            "%s (%s): %d nodes, %.4f of the FLOPs",
+            "%s (%s): %d operators, %.4f of the FLOPs",
             name,
             tier,
-            len(result.graph.nodes),
+            steps[-1].operators,
             steps[-1].flops / max(original, 1),
         )
         return result
@@ -61,11 +63,13 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
     whole_maps = options.strategy.whole_maps
     gm = run("normalise", "exact", normalise, captured)
     gm = run("fold_constants", "exact", fold_constants, gm)
+    gm = run("spell_einsum", "exact", spell_einsum, gm)
     gm = run("spell_attention", "exact", spell_attention, gm)
     gm = find_blocks(gm)
     if options.dead_tokens:
         gm = run("split_projections", "exact", lambda g: split_projections(g, whole_maps), gm)
         gm = run("drop_dead_tokens", "exact", lambda g: drop_dead_tokens(g, whole_maps), gm)
+    gm = run("fuse_projections", "exact", fuse_projections, gm)
     planned = make_plan(gm, options, original)
     plan = planned.plan
     if plan.sites or plan.strategy.rewrites_every_attention:
@@ -89,6 +93,10 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
         recovered=_recovered(result.graph),
     )
     return Optimised(result, plan.schedule, report)
+
+
+def _operators(graph: fx.Graph) -> int:
+    return sum(node.op == "call_function" for node in graph.nodes)
 
 
 def _recovered(graph: fx.Graph) -> tuple[str, ...]:

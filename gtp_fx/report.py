@@ -12,11 +12,12 @@ from gtp_fx.errors import Refusal
 
 @dataclass(frozen=True)
 class PassStep:
-    """One pass: its tier ("exact" or "approximate") and the FLOPs per image after it."""
+    """One pass: its tier ("exact" or "approximate"), the FLOPs per image and the graph's operators after it."""
 
     name: str
     tier: str
     flops: int
+    operators: int
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,12 @@ class Report:
             f"{self.flops_ratio:.4f} of the original's{asked}",
             f"strategy {self.strategy}; target {self.target}; tokens leave at {len(self.sites)} of {self.blocks} attention blocks",
         ]
-        steps = [[s.name, s.tier, f"{s.flops / 1e9:.3f}", f"{s.flops / self.flops_before:.4f}"] for s in self.passes]
-        lines += ["", tabulate(steps, ["pass", "tier", "GFLOPs after", "ratio"], disable_numparse=True)]
+        steps = [
+            [s.name, s.tier, f"{s.flops / 1e9:.3f}", f"{s.flops / self.flops_before:.4f}", s.operators]
+            for s in self.passes
+        ]
+        headers = ["pass", "tier", "GFLOPs after", "ratio", "operators"]
+        lines += ["", tabulate(steps, headers, disable_numparse=True, colalign=("left",) * 2 + ("right",) * 3)]
         if self.sites:
             rows = [[s.block, s.layer, s.tokens_in, s.propagated, s.tokens_out] for s in self.sites]
             lines += ["", tabulate(rows, ["block", "layer", "tokens in", "propagated", "tokens out"])]

@@ -3,10 +3,12 @@
     pass                  tier          what it does
     normalise             exact         one spelling: no asserts, no copies, no dropout that is off
     fold_constants        exact         what depends on no input is computed once; masks that hide nothing go
+    spell_einsum          exact         an einsum that is a matrix product becomes one
     spell_attention       exact         softmax(q·kᵀ)·v in its many spellings becomes the one operator
     find_blocks           exact         marks attention blocks and their residual adds; changes nothing
     split_projections     exact         a fused q/k/v projection whose parts differ in liveness becomes several
     drop_dead_tokens      exact         computes nothing for tokens that no output depends on
+    fuse_projections      exact         linear layers that read the same tokens become one product
     insert_propagation    approximate   lets the plan's tokens leave, and repairs what follows
 
 Between the tiers stands the plan (`gtp_fx.planning`): the approximate pass carries it out. Every pass is a function from a

@@ -68,7 +68,7 @@ def find_blocks(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         node.meta[MARK] = Mark(index, "attention", axis)
         site = _residual_add(node, typing)
-        if site is not None:
+        if site is not None and MARK not in site.meta:
             site.meta[MARK] = Mark(index, "site", axis)
         index += 1
     return gm
@@ -124,6 +124,8 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: Typing) -> Refusa
     def refuse(reason: str) -> Refusal:
         return Refusal(layer_name(attention), operator_name(attention), reason)
 
+    if site is None and (shared := _residual_add(attention, typing)) is not None and MARK in shared.meta:
+        return refuse("its residual add is that of another attention beside it, by whose scores tokens leave there")
     if site is None:
         return refuse("no residual add follows this attention, so there is no stream to shorten")
     stream = typing.type(site)

@@ -186,7 +186,10 @@ class _Walk:
 
     def _start(self, grid: Grid) -> StreamState:
         """The strategy's state of a stream, from what enters its first block, wherever its first site is."""
-        first = next(block for block in self.blocks.values() if block.axis.domain.grid == grid)
+        streams = [
+            block for block in self.blocks.values() if block.axis.domain.grid == grid and block.stream is not None
+        ]
+        first = streams[0]
         assert first.stream is not None
         emit = _Emitter(self.graph, before=first.stream.next, like=first.stream)
         return self.plan.strategy.start(emit, first.stream, first.axis)

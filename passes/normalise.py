@@ -10,6 +10,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx import graphs
+from gtp_fx.sizes import is_symbolic, shape_of
 
 _ASSERTS = (aten._assert_tensor_metadata.default,)
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -29,7 +30,16 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             gm.graph.erase_node(node)
         elif node.target in _VIEWS:
             node.target = aten.reshape.default
+        elif node.target in (aten.flatten.using_ints, aten.unflatten.int):
+            _as_reshape(node)
     return graphs.finish(gm)
+
+
+def _as_reshape(node: fx.Node) -> None:
+    """What torch.export leaves whole and Dynamo's graph doesn't; a view as well where at most one size is symbolic."""
+    sizes = [-1 if is_symbolic(size) else size for size in shape_of(node)]
+    if sizes.count(-1) <= 1:
+        node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], sizes), {}
 
 
 def _changes_nothing(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ Fused attention computes the softmax in float32 inside; below float32 it is the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -78,8 +78,8 @@ def _logits(node: Any) -> Logits | None:
     if node.target is aten.add.Tensor and not node.kwargs:
         for inner, bias in (node.args, node.args[::-1]):
             found = _logits(inner)
-            if found is not None and isinstance(bias, fx.Node) and not found.factors:
-                return Logits(found.q, found.k_transposed, found.scale, (), (*found.biases, (bias, 1.0)))
+            if found is not None and isinstance(bias, fx.Node):
+                return replace(found, biases=(*found.biases, (bias, 1.0)))
     return None
 
 

@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import nn
 
+from bench.live_weights import enliven
+
 SIDE, PATCH = 64, 8
 COMMON = {
     "hidden_size": 64,
@@ -56,18 +58,3 @@ def inputs(name: str, batch: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
         return {"input_values": torch.randn(batch, 64, 32, generator=generator)}
     frames = (4,) if name in ("videomae", "vivit") else ()
     return {"pixel_values": torch.randn(batch, *frames, 3, SIDE, SIDE, generator=generator)}
-
-
-@torch.no_grad()
-def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Real spread in every parameter, in place: LayerScale away from 0, attention that is selective."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if "lambda" in name:
-            parameter.copy_(0.5 + 0.5 * noise.abs().clamp(max=1))
-        elif parameter.ndim == 1:
-            parameter.add_(0.1 * noise)
-        elif parameter.numel():
-            parameter.copy_(1.4 * noise * parameter[0].numel() ** -0.5)
-    return model

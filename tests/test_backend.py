@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import gtp_fx
+from bench.dynamo_door import Door
 from gtp_fx import backend
 from gtp_fx.capture import capture_dynamo
 from gtp_fx.config import Options
@@ -33,18 +34,6 @@ def tiny() -> nn.Module:
         TINY.arch, img_size=32, patch_size=4, depth=2, embed_dim=64, num_heads=2, init_values=1e-5
     )
     return enliven(model).eval()
-
-
-class Door:
-    """A backend that rewrites as ours does and runs the result eagerly: the Dynamo door without Inductor's seconds."""
-
-    def __init__(self, **options: Any) -> None:
-        self.options = Options.of(**options)
-        self.made: list[Optimised] = []
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        self.made.append(run_passes(capture_dynamo(gm), self.options))
-        return self.made[-1].graph_module
 
 
 @torch.no_grad()

@@ -8,12 +8,12 @@ import pytest
 import timm
 import torch
 import transformers
-from hf_models import COMMON
-from hf_models import enliven as enliven_hf
 from torch import Tensor, nn
 
 import gtp_fx
 
+from hf_models import COMMON
+from hf_models import enliven as enliven_hf
 from zoo import enliven
 
 SMALL = {"depth": 4, "embed_dim": 64, "num_heads": 4, "img_size": 64, "patch_size": 8}

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import MODELS, SIDE, build, inputs
 from PIL import Image
-from test_backend import Door
 from torch import Tensor
 from transformers import ViTImageProcessor, pipeline
 
 import gtp_fx
+from bench.dynamo_door import Door
+
+from hf_models import MODELS, SIDE, build, inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 GUESSED = {"videomae", "vivit", "ast"}
@@ -103,6 +104,7 @@ def test_the_image_classification_pipeline_runs() -> None:
 
 def test_mae_shuffles_its_patches_and_is_refused_by_name() -> None:
     import transformers
+
     from hf_models import COMMON
 
     model = transformers.ViTMAEModel(transformers.ViTMAEConfig(**COMMON)).eval()

@@ -8,7 +8,7 @@ schedule is priced by evaluating it, in microseconds, without building its graph
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import sympy
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.axes import Dim, TensorType, TokenAxis, TokenDomain, token_axes
+from gtp_fx.axes import Dim, Grid, TensorType, TokenAxis, TokenDomain, token_axes
 from gtp_fx.coercions import Coercions, find_coercions
 from gtp_fx.cost.formulas import Sizes, find
 from gtp_fx.infer import Typing
@@ -45,22 +45,23 @@ class FlopsModel:
     """FLOPs of each schedule of one graph (per image where the batch is symbolic).
 
     graph: the polynomial of the graph's own operators; at_site: what each site adds where tokens do leave. Their symbols
-    are `symbol_of(domain)`. start: what the strategy spends once, if any token leaves at all. original: what the ratio is
-    taken of. evaluate: (graph, at_site) as numbers, from the patches left after each site.
+    are `symbol_of(domain)`. start: what the strategy spends once on each grid that any token leaves. original: what the ratio
+    is taken of. evaluate: (graph, at_site) as numbers, from the patches left after each site.
     """
 
     graph: Any
     at_site: tuple[Any, ...]
     sites: tuple[Site, ...]
     original: int
-    start: int
+    start: Mapping[Grid, int]
     evaluate: Callable[..., tuple[int, tuple[int, ...]]]
 
     def flops(self, propagated: Sequence[int]) -> int:
         """FLOPs when `propagated[i]` patches leave at site i."""
         graph, at_site = self.evaluate(*patches_left(self.sites, propagated))
         spent = sum(cost for cost, count in zip(at_site, propagated, strict=True) if count)
-        return int(graph + spent + (self.start if any(propagated) else 0))
+        started = {site.domain.grid for site, count in zip(self.sites, propagated, strict=True) if count}
+        return int(graph + spent + sum(self.start[grid] for grid in started))
 
     def ratio(self, propagated: Sequence[int]) -> float:
         return self.flops(propagated) / self.original
@@ -83,7 +84,7 @@ def flops_model(
         told = any(d.grid == site.domain.grid and d.level > site.domain.level for d in read)
         at_site.append(sympy.sympify(site.images * strategy.site_flops(_site_shape(site), told)))
     first = {site.domain.grid: site for site in reversed(sites)}
-    start = sum(site.images * strategy.start_flops(grid.shape, site.channels) for grid, site in first.items())
+    start = {grid: site.images * strategy.start_flops(grid.shape, site.channels) for grid, site in first.items()}
     symbols = [symbol_of(site.domain.at(site.domain.level + 1)) for site in sites]
     expressions = (sympy.expand(total), tuple(at_site))
     return FlopsModel(*expressions, sites, original, start, sympy.lambdify(symbols, expressions, "math"))

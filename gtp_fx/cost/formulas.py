@@ -15,6 +15,7 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx import ops
+from gtp_fx.rules.einsum import Equation
 
 assert ops
 
@@ -76,6 +77,25 @@ def addmm(sizes: Sizes) -> Size:
 def convolution(sizes: Sizes) -> Size:
     """The weight [C', C/groups, *kernel] is applied once at every output position."""
     return 2 * math.prod(sizes.output) * math.prod(sizes(1)[1:])
+
+
+@formula(aten.einsum.default)
+def einsum(sizes: Sizes) -> Size:
+    """Operands are joined from left to right; what no later one asks for is summed over on the way."""
+    arguments: tuple[Any, ...] = sizes.node.args
+    equation = Equation.parse(arguments[0])
+    if equation is None:
+        return 0
+    by_label: dict[str, Size] = {}
+    for term, operand in zip(equation.terms, arguments[1], strict=True):
+        for label, size in zip(term, sizes.operands[operand], strict=True):
+            by_label[label] = size if by_label.get(label, 1) == 1 else by_label[label]
+    total, joined = 0, set(equation.terms[0])
+    for position, term in enumerate(equation.terms[1:], start=1):
+        joined |= set(term)
+        total += 2 * math.prod(by_label[label] for label in sorted(joined))
+        joined &= set(equation.result).union(*equation.terms[position + 1 :])
+    return total
 
 
 @formula(aten.scaled_dot_product_attention.default)

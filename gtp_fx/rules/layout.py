@@ -12,6 +12,7 @@ from gtp_fx.axes import (
     CountOf,
     Dim,
     Factor,
+    GridAxis,
     Plain,
     TensorType,
     is_plain,
@@ -127,7 +128,12 @@ def regroup(factors: Sequence[Factor], shape: Sequence[int]) -> TensorType:
                 pending.append(Plain(factor.size // rest))
                 rest = 1
             else:
-                raise NoRule("the view cuts through a token axis")
+                grid = isinstance(factor, GridAxis)
+                raise NoRule(
+                    "the view divides a patch grid (into windows, say)"
+                    if grid
+                    else "the view cuts through a token axis"
+                )
         dims.append(merge_grids(product(taken)))
     return tuple(dims)
 

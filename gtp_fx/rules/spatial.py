@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.axes import Grid, GridAxis, Plain, TensorType, is_plain, token_axes, whole_size
-from gtp_fx.rules.registry import Call, NoRule, Typed, require_plain, rule
+from gtp_fx.axes import Grid, GridAxis, Plain, TensorType, is_plain, plain, token_axes, whole_size
+from gtp_fx.rules.registry import Call, Many, NoRule, Typed, require_plain, rule
 
-
-@rule(
+GRID_MAKERS = (
     aten.conv1d.default,
     aten.conv2d.default,
     aten.conv3d.default,
@@ -19,6 +18,9 @@ from gtp_fx.rules.registry import Call, NoRule, Typed, require_plain, rule
     aten.max_pool2d.default,
     aten.adaptive_avg_pool2d.default,
 )
+
+
+@rule(*GRID_MAKERS)
 def convolution(call: Call) -> Typed:
     """[B, C, *sides] -> [B, C', *sides']: a new grid, whose flattening makes a token domain.
 
@@ -62,4 +64,7 @@ def channel_norm(call: Call) -> Typed:
     if call.node.target is aten.group_norm.default:
         require_plain([dim for dim in x if token_axes((dim,))], "the values that a group norm averages")
     require_plain(x[1:2], "the channels of a norm")
-    return Typed(x, operands={call.operand(0): x})
+    values = call.node.meta["val"]
+    several = isinstance(values, list | tuple)  # the result, and statistics that it saves
+    output = Many((x, *(plain(*value.shape) for value in values[1:]))) if several else x
+    return Typed(output, operands={call.operand(0): x})

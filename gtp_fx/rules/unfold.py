@@ -11,15 +11,25 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import Factor, Grid, GridAxis, Plain
+from gtp_fx.graphs import ancestors
 from gtp_fx.sizes import shape_of
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
+_LAYERS = (
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.linear.default,
+    aten.matmul.default,
+    aten.scaled_dot_product_attention.default,
+)
+
 
 def unfolded(view: fx.Node) -> list[Factor] | None:
-    """The factors of what `view` regroups, outermost first, if it puts patches in a row; None otherwise.
+    """The factors of what `view` regroups, outermost first, if it puts an image's patches in a row; None otherwise.
 
-    Two or more dimensions of one value must have been split in two, and their outer halves brought side by side.
+    Two or more dimensions of one value must have been split in two, and their outer halves brought side by side, the batch
+    apart from them. Features that are regrouped so are windows or heads: an image is what no layer has computed.
     """
     permute: Any = view.args[0]
     split: Any = permute.args[0] if permute.target is aten.permute.default else None
@@ -29,6 +39,8 @@ def unfolded(view: fx.Node) -> list[Factor] | None:
     order = [position % len(shape_of(split)) for position in permute.args[1]]
     places = [order.index(count) for count in counts]
     if len(places) < 2 or places != list(range(places[0], places[0] + len(places))):
+        return None
+    if order[0] != 0 or 0 in counts or any(node.target in _LAYERS for node in ancestors(split)):
         return None
     sizes = shape_of(split)
     grid = Grid(view.name, tuple(sizes[count] for count in counts))
