@@ -27,7 +27,7 @@ from bench.dynamo_door import Door
 from bench.environment import Environment
 from bench.live_weights import enliven
 from bench.output import publish
-from bench.zoo_models import ZOO, ZooModel
+from bench.zoo_models import GROUPS, ZOO, ZooModel
 from gtp_fx.errors import GtpError, UnsupportedModelError
 from gtp_fx.inputs import call_signature
 from gtp_fx.progress import progress_bar
@@ -215,6 +215,24 @@ def table(rows: list[Row], style: str = "simple") -> str:
     return tabulate(cells, headers, tablefmt=style, disable_numparse=True)
 
 
+def summary(rows: list[Row]) -> str:
+    """For the README: which families of each group are reduced and which are refused, as Markdown."""
+    by_key = {(row.library, row.name): row for row in rows}
+    cells = []
+    for group, members in GROUPS.items():
+        found = [by_key[model.library, model.name] for model in members]
+        reduced = [row.family for row in found if row.outcome == "reduced"]
+        refused = [row.family for row in found if row.outcome != "reduced"]
+        cells.append([group, _families(reduced), _families(refused)])
+    return tabulate(cells, ["", f"reduced to {BUDGET} of the FLOPs", "refused, with the reason"], tablefmt="github")
+
+
+def _families(names: list[str]) -> str:
+    """ "ViT (3), DeiT": each family once, with how many models of it where they are several."""
+    counts = {name: names.count(name) for name in names}
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
+
+
 def main(
     only: Annotated[
         list[str] | None, typer.Option(help="Only rows with this in name or family; may be repeated.")
@@ -223,6 +241,9 @@ def main(
     rounds: Annotated[int, typer.Option(help="Time budget 1.0, compiled, in so many rounds.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the rows as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
+    summarised: Annotated[
+        bool, typer.Option("--summary", help="Print the README's table as well; needs all rows.")
+    ] = False,
 ) -> None:
     """Run the zoo and print its table; exit status 1 where a row is wrong."""
     wanted = [m for m in ZOO if not only or any(o.lower() in f"{m.name} {m.family}".lower() for o in only)]
@@ -245,10 +266,15 @@ def main(
             {"bench": "zoo", "flops_budget": BUDGET, "environment": environment, "rows": [asdict(r) for r in rows]}, out
         )
     if markdown is not None:
-        markdown.write_text(table(rows, "github") + "\n")
+        markdown.write_text(f"{table(rows, 'github')}\n")
+    if summarised:
+        typer.echo(summary(rows))
     if wrong:
         raise typer.Exit(1)
 
 
+command = typer.Typer(add_completion=False)
+command.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    command()

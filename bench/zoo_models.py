@@ -243,4 +243,13 @@ NO_ATTENTION = (
     timm_model("convnext_tiny", "convolutions alone"),
 )
 
-ZOO = (*PLAIN, *POSITIONS, *OTHER_GRIDS, *DENSE, *TWO_STREAMS, *HIERARCHICAL, *NO_ATTENTION)
+GROUPS = {
+    "plain": PLAIN,
+    "positions inside attention": POSITIONS,
+    "video, audio": OTHER_GRIDS,
+    "dense outputs": DENSE,
+    "two streams, other mixers": TWO_STREAMS,
+    "hierarchical, windowed": HIERARCHICAL,
+    "without attention": NO_ATTENTION,
+}
+ZOO = tuple(model for group in GROUPS.values() for model in group)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,13 @@ class TokenDomain:
 
 @dataclass(frozen=True)
 class Plain:
-    """A dimension, or a part of one, that doesn't run over tokens. A symbolic size is held as a prime (see `sizes`)."""
+    """A dimension, or a part of one, that doesn't run over tokens. A symbolic size is held as a prime (see `sizes`).
+
+    images: it is known to be the batch that a grid was born with, so that no other size like it is taken for that.
+    """
 
     size: int
+    images: bool = field(default=False, compare=False)
 
     @property
     def whole_size(self) -> int:
@@ -121,6 +125,17 @@ def token_axis(dim: Dim) -> TokenAxis | None:
     return dim[0] if len(dim) == 1 and isinstance(dim[0], TokenAxis) else None
 
 
+def holds_images(dim: Dim) -> bool:
+    """True where the batch that a grid was born with is a factor of `dim`."""
+    return any(isinstance(factor, Plain) and factor.images for factor in dim)
+
+
+def images_dims(tensor_type: TensorType, images: int) -> list[int]:
+    """The dimensions that are the batch of `images`: known to be, or, where none is known, as long."""
+    fitting = [d for d, dim in enumerate(tensor_type) if is_plain(dim) and whole_size(dim) == images]
+    return [d for d in fitting if holds_images(tensor_type[d])] or fitting
+
+
 def token_axes(tensor_type: TensorType) -> list[TokenAxis]:
     """Every token axis in a type, those inside merged dimensions too."""
     return [factor for dim in tensor_type for factor in dim if isinstance(factor, TokenAxis)]
@@ -133,7 +148,19 @@ def is_plain(dim: Dim) -> bool:
 
 def product(factors: Sequence[Factor]) -> Dim:
     """The dimension that these factors make up; factors of size one say nothing and are left out."""
-    return tuple(factor for factor in factors if factor.whole_size != 1) or (Plain(1),)
+    return tuple(merge_plain([factor for factor in factors if factor.whole_size != 1])) or (Plain(1),)
+
+
+def merge_plain(factors: Sequence[Factor]) -> list[Factor]:
+    """Plain factors beside each other as one: 4·6 is 6·4. Images stay apart."""
+    merged: list[Factor] = []
+    for factor in factors:
+        last = merged[-1] if merged else None
+        if isinstance(factor, Plain) and isinstance(last, Plain) and not (factor.images or last.images):
+            merged[-1] = Plain(last.size * factor.size)
+        else:
+            merged.append(factor)
+    return merged
 
 
 def merge_grids(dim: Dim) -> Dim:

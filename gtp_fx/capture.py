@@ -7,6 +7,7 @@ batch, and the operators that come out are the same. See ARCHITECTURE.md for why
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 from gtp_fx.errors import CaptureError
 from gtp_fx.inputs import CallSignature, describe
 from gtp_fx.rules.spatial import GRID_MAKERS
-from gtp_fx.side_effects import watched
+from gtp_fx.side_effects import changed_by_each_call, watched
 from gtp_fx.sizes import fix_symbols
 
 log = logging.getLogger(__name__)
@@ -33,14 +34,17 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
         lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, (signature.args, signature.kwargs)
     )
     by_name = _by_name(signature, dynamic)
-    with _mode(model, training), watched(model) as attributes:
+    with _mode(model, training):
         try:
-            program = _export(model, signature, by_name)
+            program, attributes = _export(model, signature, by_name)
+            if attributes:
+                call = functools.partial(model, *signature.args, **signature.kwargs)
+                attributes = changed_by_each_call(model, call)
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table: functionalise, decompose nothing
         except Exception as error:
-            call = describe(signature.args, signature.kwargs)
-            raise CaptureError(f"{type(model).__name__} with {call} can't be captured: {_explained(error)}") from error
+            given = describe(signature.args, signature.kwargs)
+            raise CaptureError(f"{type(model).__name__} with {given} can't be captured: {_explained(error)}") from error
     _refuse_changes(type(model).__name__, [*attributes, *_changed(program.graph_signature)])
     exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
@@ -131,17 +135,29 @@ def _explained(error: Exception) -> str:
     )
 
 
-def _export(model: nn.Module, signature: CallSignature, dynamic: dict[str, Any]) -> torch.export.ExportedProgram:
-    """torch.export by tracing, or, where Python itself turns the batch into a number (`len(x)`), by Dynamo, which doesn't."""
+def _export(
+    model: nn.Module, signature: CallSignature, dynamic: dict[str, Any]
+) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """What torch.export makes of `model` by tracing, and the attributes that its forward changes.
+
+    Where Python itself turns the batch into a number (`len(x)`), Dynamo, which doesn't, is asked instead.
+    """
+    export = functools.partial(torch.export.export, model, signature.args, signature.kwargs, dynamic_shapes=dynamic)
     try:
-        return torch.export.export(model, signature.args, signature.kwargs, dynamic_shapes=dynamic)
+        with watched(model) as attributes, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The tensor attribute")  # a cache, or refused below by name
+            program = export()
+        return program, attributes
     except Exception:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of side effects that tracing would have had too
-                return torch.export.export(model, signature.args, signature.kwargs, dynamic_shapes=dynamic, strict=True)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                program = export(strict=True)
         except Exception:
             log.debug("torch.export with strict=True fails as well", exc_info=True)
+        else:
+            # Dynamo warns of what it finds changed: whose attributes, not which.
+            return program, [str(warning.message) for warning in told if "side effects" in str(warning.message)]
         raise
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from gtp_fx.axes import Dim, TensorType, TokenAxis, is_plain, plain, token_axes, token_axis, whole_size
+from gtp_fx.axes import Dim, TensorType, TokenAxis, images_dims, plain, token_axes, token_axis, whole_size
 from gtp_fx.errors import Refusal
 from gtp_fx.graphs import layer_name, operator_name
 from gtp_fx.infer import Typing
@@ -98,6 +98,10 @@ def _coercion(
     reason = answer.barrier or ("the model returns these tokens" if node.op == "output" else "")
     reason = reason or f"it reads {operand.name} beside another level of the stream"
     steps = tuple(_steps(own, wanted, operand))
+    if any(step.recovers for step in steps) and not operand.meta["val"].dtype.is_floating_point:
+        raise _CannotCoerce(
+            f"{operand.name} holds {operand.meta['val'].dtype}, of which no neighbours' mean can be made"
+        )
     grids = {step.axis.domain.grid for step in steps}
     if len(grids) > 1:
         raise _CannotCoerce(f"{operand.name} runs over the tokens of two grids")
@@ -128,14 +132,22 @@ def _images_dim(own: TensorType, answer: Typed, images: int, operand: fx.Node) -
     """How many leading dimensions to add to an operand (where its reader broadcasts), and which one then holds images."""
     output = answer.output
     if answer.broadcasts and isinstance(output, tuple):
-        places = [dim for dim, factors in enumerate(output) if is_plain(factors) and whole_size(factors) == images]
+        places = images_dims(output, images)
+        if len(places) > 1:
+            raise _CannotCoerce(
+                f"several dimensions are as long as the batch, beside {operand.name}: which one it is can't be told"
+            )
         if places:
             place = places[0] - (len(output) - len(own))
             if place < 0:
                 return len(output) - len(own), places[0]
             if whole_size(own[place]) in (1, images):
                 return 0, place
-    places = [dim for dim, factors in enumerate(own) if is_plain(factors) and whole_size(factors) == images]
+    places = images_dims(own, images)
+    if len(places) > 1:
+        raise _CannotCoerce(
+            f"several dimensions of {operand.name} are as long as the batch: which one it is can't be told"
+        )
     if places:
         return 0, places[0]
     raise _CannotCoerce(f"{operand.name} has no dimension for the images, which keep different tokens each")

@@ -11,7 +11,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx import graphs
-from gtp_fx.axes import TokenDomain, token_axis
+from gtp_fx.axes import TokenDomain, token_axis, whole_count
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.passes.liveness import ALL, Liveness, follows, live_tokens, whole_attention
 from gtp_fx.rules.registry import Typed
@@ -27,6 +27,9 @@ def drop_dead_tokens(gm: fx.GraphModule, whole_maps: bool = False) -> fx.GraphMo
     live = live_tokens(gm.graph, typing, whole_attention(gm.graph) if whole_maps else frozenset())
     slices: dict[tuple[fx.Node, int], fx.Node] = {}
     for node in list(gm.graph.nodes):
+        answer = typing.answers.get(node)
+        if answer is not None and answer.leading and answer.repair is not None:
+            graphs.set_args(node, answer.repair(whole_count))  # bounds counted from an end that moves
         if live.computed.get(node, ALL) != ALL and node in typing.answers and typing.answers[node].operands:
             _narrow(gm.graph, node, typing, live, slices)
     return graphs.finish(gm)

@@ -18,7 +18,7 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx import graphs
-from gtp_fx.axes import Grid, TensorType, token_axis, whole_size
+from gtp_fx.axes import Grid, TensorType, images_dims, token_axis
 from gtp_fx.coercions import Coercion, Step, find_coercions
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.passes.find_blocks import ATTENTION, AttentionBlock, read_blocks
@@ -151,9 +151,7 @@ class _Walk:
         axis = token_axis(kind[dims[0]]) if len(dims) == 1 else None
         if axis is None or not axis.domain.level:
             return
-        images = next(
-            dim for dim, size in enumerate(map(whole_size, kind)) if size == self.typing.images[axis.domain.grid]
-        )
+        images = images_dims(kind, self.typing.images[axis.domain.grid])[0]
         scale = self.states[axis.domain.grid][axis.domain.level].scale
         emit = _Emitter(self.graph, before=node, like=node)
         around = (images, dims[0], axis.prefix, axis.suffix, keepdim == [True])

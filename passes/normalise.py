@@ -48,7 +48,7 @@ def _changes_nothing(node: fx.Node) -> bool:
         return not training or probability in (0, 0.0)
     if node.target is aten.slice.Tensor:
         return _same_shape(node) and node.args[4:] in ((), (1,))
-    if node.target in (aten.expand.default, aten.reshape.default, *_VIEWS):
+    if node.target in (aten.expand.default, aten.reshape.default, aten.squeeze.dim, aten.squeeze.dims, *_VIEWS):
         return _same_shape(node)
     # A copy of what the graph itself computed can't be told from it: the graph is functional. A copy of an argument
     # could be returned to the caller, who may write to it.

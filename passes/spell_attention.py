@@ -19,7 +19,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx import graphs
-from gtp_fx.axes import GridAxis, whole_size
+from gtp_fx.axes import GridAxis, Plain, holds_images, whole_size
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.sizes import shape_of
 
@@ -151,8 +151,11 @@ def _merged_heads(q: fx.Node, typing: Typing) -> int | None:
     kind = typing.types.get(q)
     if not isinstance(kind, tuple):
         return None
-    images, *heads = (factor.whole_size for factor in kind[0])
-    return math.prod(heads) if images in _images(typing) else None
+    images, *heads = kind[0]
+    known = (
+        images.images if holds_images(kind[0]) and isinstance(images, Plain) else images.whole_size in _images(typing)
+    )
+    return math.prod(factor.whole_size for factor in heads) if known else None
 
 
 def _images(typing: Typing) -> set[int]:

@@ -1,8 +1,9 @@
-"""One row or more for every operator that has a rule: a function of a token stream that calls it, and what must come of it.
+"""One row or more for every operator that has a rule: a function of a token stream that calls it, and what comes of it.
 
 x, the stream [B, 2 + 12, 8], is a CLS token, a register and the patches of a grid of 4 x 3, behind a site where patches
-leave. Other arguments, by name: `old`, the stream before that site, and `memory`, the same where nothing pairs it with x;
-`table` [14, 8] and `bias` [2, 14, 14], which hold something for every token of the whole stream; `w` [8, 8], which doesn't.
+leave. Other arguments, by name: `old`, the stream before that site, and `memory`, the same where nothing pairs it with
+x; `table` [14, 8] and `bias` [2, 14, 14], which hold something for every token of the whole stream; `w` [8, 8], which
+doesn't.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ The sides of the patches' grid are g0 and g1; those of another one h0, h1, and i
 class Row:
     """What the rule of `operator` must say where `function` calls it last.
 
-    typed: the type of its output. reason: why tokens must come back for it, "" where they needn't. reads: whether the result
-    is the function's of the tokens "left" or of the "whole" stream made up again, or of that what it holds for the "kept".
-    wrong: a defect, and in which tests it shows: "types", "numbers", "unchanged", "leading".
+    typed: the type of its output. reason: why tokens must come back for it, "" where they needn't. reads: whether the
+    result is the function's of the tokens "left", or of the "whole" stream made up again, or what that holds for the
+    "kept". wrong: a defect, and in which tests it shows: "types", "numbers", "unchanged", "leading".
     """
 
     operator: Any
@@ -46,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Refused:
-    """Where tokens that must come back can't: the rule's reason, and the refusal's, as a plan gives it. wrong: as in `Row`."""
+    """Where tokens that must come back can't: the rule's reason, and the plan's for refusing. wrong: as in `Row`."""
 
     operator: Any
     function: Callable[..., Tensor]
@@ -73,9 +74,9 @@ def kernel(w: Tensor, *sides: int) -> Tensor:
 # ---- pointwise
 
 NAMES = """
-abs alias clone contiguous cos detach elu erf exp expm1 gelu hardsigmoid hardswish hardtanh leaky_relu lift_fresh_copy log
-log1p logical_not mish neg ones_like reciprocal relu relu6 rsqrt selu sigmoid sign silu sin softplus sqrt square tanh
-zeros_like _to_copy
+abs alias clone contiguous cos detach elu erf exp expm1 gelu hardsigmoid hardswish hardtanh leaky_relu lift_fresh_copy
+log log1p logical_not mish neg ones_like reciprocal relu relu6 rsqrt selu sigmoid sign silu sin softplus sqrt square
+tanh zeros_like _to_copy
 """
 OF_ONE = [getattr(aten, name).default for name in NAMES.split()]
 
@@ -183,8 +184,6 @@ def contraction() -> Iterator[Row]:
         lambda x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
         "B, 2+n0, 8",
         "a softmax over tokens can't be told how many each stands for",
-        wrong="the softmax gets all its keys, the product then takes those of the tokens left: rows no longer sum to 1",
-        shows="numbers",
     )
     yield Row(aten.bmm.default, lambda x: torch.bmm(x, x.transpose(1, 2)), "B, 2+n1, 2+n1")
     yield Row(aten.bmm.default, lambda x: torch.bmm(x.transpose(1, 2), x), "B, 8, 8", ADDS_UP)
@@ -196,8 +195,7 @@ def contraction() -> Iterator[Row]:
         attend,
         lambda x, memory, old: sdpa(memory, old, x),
         "B, 2+n0, 8",
-        wrong="one operand wanted in two types, as queries and as keys: the second is given to both",
-        shows="numbers",
+        "it reads one tensor in two ways",
     )
     yield Row(attend, lambda x: sdpa(heads(x[:, :1]), heads(x), heads(x)), "B, 2, 1, 4")
     yield Row(
@@ -237,10 +235,7 @@ def einsum() -> Iterator[Row]:
         op,
         lambda x, memory: torch.einsum("bnc,bnd,bmc->bnm", x, memory, memory),
         "B, 2+n0, 2+n0",
-        "",
-        "whole",
-        wrong="one operand wanted in two types, by two labels: the second is given to both, and the graph can't run",
-        shows="types numbers",
+        "it reads one tensor in two ways",
     )
     yield Row(op, lambda x: torch.einsum("bnc,bnd->bcd", x, x), "B, 8, 8", ADDS_UP)
     yield Row(op, lambda x, w: torch.einsum("...c,cd->...d", x, w), "B, 14, 8", unnamed)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.axes import Dim, Plain, TensorType, is_plain, whole_size
+from gtp_fx.axes import Dim, Plain, TensorType, is_plain, token_axes, whole_size
 from gtp_fx.rules.pointwise import broadcast_to
-from gtp_fx.rules.registry import NOTHING, Call, NoRule, Typed, join, require_plain, rule
+from gtp_fx.rules.registry import NOTHING, Call, NoRule, Typed, join, require_plain, rule, wanting
 
 _CARRIES = (
     aten.clone.default,
@@ -26,6 +26,8 @@ def linear(call: Call) -> Typed:
     """x[..., in] -> [..., out]: token-wise, as long as the features are no tokens (an MLP-Mixer's are)."""
     x = call.type(0)
     require_plain(x[-1:], "the features that a linear layer mixes")
+    for parameter in call.tensors()[1:]:
+        require_plain(call.type_of(parameter), "the parameters of a linear layer")
     return Typed((*x[:-1], (Plain(call.output_shape()[-1]),)), operands={call.operand(0): x})
 
 
@@ -38,6 +40,8 @@ def matmul(call: Call) -> Typed:
     inner = _join_dim(a[-1], b[-2])
     if not is_plain(inner) and not (_is_softmax(call.operand(0)) and not is_plain(a[-1]) and not is_plain(b[-2])):
         raise NoRule("it adds up tokens, so its value depends on how many are left")
+    if any(axis.domain.level for axis in token_axes((a[-1], b[-2]))):
+        raise NoRule("it weighs all tokens, and weights for those that are left alone don't add up to one")
     batch = join(a[:-2], b[:-2])
     wanted_a = (*broadcast_to(a[:-2], batch), a[-2], inner)
     wanted_b = (*broadcast_to(b[:-2], batch), inner, b[-1])
@@ -45,7 +49,7 @@ def matmul(call: Call) -> Typed:
     # Rows follow rows; where the other operand holds tokens as well, both have two token axes: followed whole.
     return Typed(
         (*batch, a[-2], b[-1]),
-        operands={node_a: wanted_a, node_b: wanted_b},
+        operands=wanting([(node_a, wanted_a), (node_b, wanted_b)]),
         follows=frozenset({node_a}) if is_plain(inner) and is_plain(b[-1]) else NOTHING,
         broadcasts=True,
     )
@@ -67,18 +71,18 @@ def attention(call: Call) -> Typed:
     if call.arg(7, False):
         raise NoRule("attention with grouped queries is not followed")
     batch = join(join(q[:-2], k[:-2]), v[:-2])
-    operands: dict[fx.Node, TensorType] = {
-        call.operand(0): q,
-        call.operand(1): (*k[:-2], keys, k[-1]),
-        call.operand(2): (*v[:-2], keys, v[-1]),
-    }
+    wanted: list[tuple[fx.Node, TensorType]] = [
+        (call.operand(0), q),
+        (call.operand(1), (*k[:-2], keys, k[-1])),
+        (call.operand(2), (*v[:-2], keys, v[-1])),
+    ]
     mask = call.arg(3)
     if mask is not None:
         logits: TensorType = (*batch, q[-2], keys)
-        operands[mask] = broadcast_to(call.type(3), logits)
+        wanted.append((mask, broadcast_to(call.type(3), logits)))
     a_row_per_query = mask is not None and whole_size(call.type(3)[-2]) != 1
     follows = NOTHING if a_row_per_query else frozenset({call.operand(0)})
-    return Typed((*batch, q[-2], v[-1]), operands=operands, follows=follows, broadcasts=True)
+    return Typed((*batch, q[-2], v[-1]), operands=wanting(wanted), follows=follows, broadcasts=True)
 
 
 def _is_softmax(node: fx.Node) -> bool:

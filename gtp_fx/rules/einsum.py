@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import Dim, Plain, is_plain, whole_size
-from gtp_fx.rules.registry import NOTHING, Call, NoRule, Typed, join, rule
+from gtp_fx.rules.registry import NOTHING, Call, NoRule, Typed, join, rule, wanting
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,15 @@ def einsum(call: Call) -> Typed:
             labels[label] = join((labels.get(label, (Plain(1),)),), (dim,))[0]
     if not all(is_plain(dim) for label, dim in labels.items() if label not in equation.result):
         raise NoRule("it adds up tokens, so its value depends on how many are left")
-    wanted = {
-        operand: tuple(
-            own if whole_size(own) == 1 else labels[label]
-            for label, own in zip(term, call.type_of(operand), strict=True)
+    wanted = wanting(
+        (
+            operand,
+            tuple(
+                own if whole_size(own) == 1 else labels[label]
+                for label, own in zip(term, call.type_of(operand), strict=True)
+            ),
         )
         for term, operand in zip(equation.terms, operands, strict=True)
-    }
+    )
     output = tuple(labels[label] for label in equation.result)
     return Typed(output, operands=wanted, follows=None if len(operands) == 1 else NOTHING)

@@ -17,13 +17,14 @@ from gtp_fx.axes import (
     TensorType,
     is_plain,
     merge_grids,
+    merge_plain,
     product,
     size,
     split_tokens,
     token_axes,
     whole_size,
 )
-from gtp_fx.rules.registry import Call, NoRule, Repair, Typed, rule
+from gtp_fx.rules.registry import NOTHING, Call, NoRule, Repair, Typed, rule
 from gtp_fx.rules.unfold import unfolded
 from gtp_fx.sizes import is_symbolic
 
@@ -61,7 +62,9 @@ def squeeze(call: Call) -> Typed:
     wanted = call.arg(1)
     dims = {d % len(x) for d in ([wanted] if isinstance(wanted, int) else wanted)}
     kept = tuple(dim for i, dim in enumerate(x) if i not in dims or whole_size(dim) != 1)
-    return Typed(kept, operands={call.operand(0): x})
+    # Tokens stay as they are; of a single one, the dimension would go.
+    tokens = not all(is_plain(x[d]) for d in dims)
+    return Typed(kept, operands={call.operand(0): x}, follows=NOTHING if tokens else None)
 
 
 @rule(aten.expand.default)
@@ -111,7 +114,9 @@ def regroup(factors: Sequence[Factor], shape: Sequence[int]) -> TensorType:
 
     A plain factor may be split (1152 = 3x6x64); a side of a grid or a token axis may not, it has no meaning in parts.
     """
-    pending = [factor for factor in reversed(factors) if factor.whole_size != 1]
+    if 0 in shape:
+        raise NoRule("it holds nothing")
+    pending = [factor for factor in reversed(merge_plain(factors)) if factor.whole_size != 1]
     dims: list[Dim] = []
     for wanted in shape:
         taken: list[Factor] = []
@@ -154,7 +159,12 @@ def resize(call: Call, position: int, output: TensorType) -> Repair | None:
                 continue  # the operator works it out itself
             # A symbolic product such as batch*tokens would need arithmetic in the graph; -1 says the same.
             new[d - leading] = -1 if is_symbolic(shape[d]) else size(output[d], count)
-        if sum(isinstance(s, int) and s == -1 for s in new) > 1:
+        if call.node.target is aten.expand.default:
+            return call.replace({position: new})  # where every -1 is a size that stays
+        for d in range(leading, len(output)):
+            if new.count(-1) > 1 and new[d - leading] == -1 and not is_symbolic(shape[d]):
+                new[d - leading] = size(output[d], count)
+        if new.count(-1) > 1:
             raise NoRule("two sizes of one view follow symbolic token counts")
         return call.replace({position: new})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import Plain, TensorType, whole_size
-from gtp_fx.rules.registry import Call, Typed, join, rule
+from gtp_fx.rules.registry import Call, Typed, join, rule, wanting
 
 _BINARY = (
     aten.add.Tensor,
@@ -99,7 +99,7 @@ def pointwise(call: Call) -> Typed:
     joined = call.type_of(tensors[0])
     for tensor in tensors[1:]:
         joined = join(joined, call.type_of(tensor))
-    operands = {tensor: broadcast_to(call.type_of(tensor), joined) for tensor in tensors}
+    operands = wanting((tensor, broadcast_to(call.type_of(tensor), joined)) for tensor in tensors)
     return Typed(joined, operands=operands, broadcasts=True)
 
 

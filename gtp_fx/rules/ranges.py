@@ -12,8 +12,8 @@ from typing import Any
 
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.axes import CountOf, Dim, Plain, TensorType, is_plain, size, token_axis, whole_size
-from gtp_fx.rules.registry import NOTHING, Call, Many, NoRule, Typed, join, rule
+from gtp_fx.axes import CountOf, Dim, Plain, TensorType, is_plain, plain, size, token_axis, whole_size
+from gtp_fx.rules.registry import NOTHING, Call, Many, NoRule, Typed, join, rule, wanting
 
 
 @rule(operator.getitem)
@@ -49,7 +49,7 @@ def split(call: Call) -> Typed:
 def _split_tokens(call: Call, x: TensorType, dim: int) -> Typed:
     """Prefix tokens, patches and suffix tokens taken apart, as rotary embeddings do; only the patches' part changes size."""
     axis, sizes = token_axis(x[dim]), call.arg(1)
-    if axis is None or call.node.target is not aten.split_with_sizes.default:
+    if axis is None or call.node.target is not aten.split_with_sizes.default or not all(map(_is_number, sizes)):
         raise NoRule("splitting cuts through a token axis")
     parts: list[Dim] = []
     start, patches_end = 0, axis.whole_size - axis.suffix
@@ -75,6 +75,8 @@ def select(call: Call) -> Typed:
     x = call.type(0)
     node = call.operand(0)
     dim, index = call.arg(1) % len(x), call.arg(2)
+    if not isinstance(index, int):
+        raise NoRule("an index known only when it runs")
     output = x[:dim] + x[dim + 1 :]
     if is_plain(x[dim]):
         return Typed(output, operands={node: x})
@@ -113,7 +115,14 @@ def slice_(call: Call) -> Typed:
         return (*x[:dim], new, *x[dim + 1 :])
 
     if stop <= axis.prefix:
-        return Typed(along((Plain(stop - start),)), operands={node: x}, follows=NOTHING, leading={node: stop})
+        # A bound may be counted from an end that moves; from the start it stays.
+        return Typed(
+            along((Plain(stop - start),)),
+            {node: x},
+            repair=lambda count: call.replace({2: start, 3: stop}),
+            follows=NOTHING,
+            leading={node: stop},
+        )
     if start >= patches_end:
 
         def move(count: CountOf) -> tuple[Any, ...]:
@@ -125,7 +134,7 @@ def slice_(call: Call) -> Typed:
         cut = replace(axis, prefix=axis.prefix - start, suffix=axis.suffix - (whole - stop))
 
         def shorten(count: CountOf) -> tuple[Any, ...]:
-            return call.replace({3: size(x[dim], count) - (whole - stop)})
+            return call.replace({2: start, 3: size(x[dim], count) - (whole - stop)})
 
         return Typed(along((cut,)), {node: x}, repair=shorten, follows=NOTHING)
     raise NoRule(f"tokens {start} to {stop} are taken by their position")
@@ -133,7 +142,8 @@ def slice_(call: Call) -> Typed:
 
 @rule(aten.cat.default)
 def cat(call: Call) -> Typed:
-    parts = call.arg(0)
+    # An empty tensor of one dimension is skipped, whatever the others' rank.
+    parts = [part for part in call.arg(0) if call.type_of(part) != plain(0)]
     types = [call.type_of(part) for part in parts]
     dim = call.arg(1, 0) % len(types[0])
     joined = types[0]
@@ -141,7 +151,9 @@ def cat(call: Call) -> Typed:
         joined = join(_without(joined, dim), _without(other, dim))
     others = _without(joined, dim)
     along = _concatenate([t[dim] for t in types])
-    operands = {part: (*others[:dim], t[dim], *others[dim + 1 :]) for part, t in zip(parts, types, strict=True)}
+    operands = wanting(
+        (part, (*others[:dim], t[dim], *others[dim + 1 :])) for part, t in zip(parts, types, strict=True)
+    )
     output = (*others[:dim], along, *others[dim + 1 :])
     return Typed(output, operands=operands, follows=None if is_plain(along) else NOTHING)
 
@@ -184,6 +196,10 @@ def _concatenate(dims: list[Dim]) -> Dim:
 
 def _without(x: TensorType, dim: int) -> TensorType:
     return (*x[:dim], (Plain(1),), *x[dim + 1 :])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int)
 
 
 def _bound(value: object, default: int, whole: int) -> int:

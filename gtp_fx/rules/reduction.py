@@ -12,6 +12,8 @@ from gtp_fx.rules.registry import NOTHING, Call, NoRule, Typed, require_plain, r
 def norm(call: Call) -> Typed:
     x = call.type(0)
     require_plain(x[len(x) - len(call.arg(1)) :], "the features that a norm averages")
+    for parameter in call.tensors()[1:]:
+        require_plain(call.type_of(parameter), "the parameters of a norm")
     return Typed(x, operands={call.operand(0): x})
 
 

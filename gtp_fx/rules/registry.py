@@ -17,13 +17,13 @@ refusal, and never a wrong answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
-from gtp_fx.axes import CountOf, Dim, Plain, TensorType, is_plain, plain, token_axis, whole_size
+from gtp_fx.axes import CountOf, Dim, Plain, TensorType, holds_images, is_plain, plain, token_axis, whole_size
 from gtp_fx.sizes import shape_of
 
 NOTHING: frozenset[fx.Node] = frozenset()
@@ -140,6 +140,15 @@ def find(operator: Any) -> Rule | None:
     return _rules.get(operator)
 
 
+def wanting(pairs: Iterable[tuple[fx.Node, TensorType]]) -> dict[fx.Node, TensorType]:
+    """The types in which operands must come. One that is read twice can't come in two."""
+    wanted: dict[fx.Node, TensorType] = {}
+    for node, kind in pairs:
+        if wanted.setdefault(node, kind) != kind:
+            raise NoRule("it reads one tensor in two ways")
+    return wanted
+
+
 def require_plain(dims: Sequence[Dim], what: str) -> None:
     """Refuse a token axis where an operator mixes all of a dimension."""
     if not all(is_plain(dim) for dim in dims):
@@ -168,7 +177,7 @@ def _join_dims(a: Dim, b: Dim) -> Dim:
     if size_a != size_b:
         raise NoRule(f"sizes {size_a} and {size_b} do not broadcast")
     if is_plain(a):
-        return b
+        return a if is_plain(b) and holds_images(a) else b
     if is_plain(b) or a == b:
         return a
     axis_a, axis_b = token_axis(a), token_axis(b)

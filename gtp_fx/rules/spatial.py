@@ -29,7 +29,7 @@ def convolution(call: Call) -> Typed:
     """
     x = call.type(0)
     shape = call.output_shape()
-    if len(shape) < 3 or len(shape) != len(x):
+    if len(shape) < 3 or len(shape) != len(x) or len(x) != _rank(call.node.target):
         raise NoRule("a grid without a batch")
     if not is_plain(x[0]):
         raise NoRule("a convolution over tokens that were moved into the batch")
@@ -39,7 +39,7 @@ def convolution(call: Call) -> Typed:
         (old,) = before
         grid = old if old.shape == grid.shape else grid
     sides = tuple((GridAxis(grid, side),) for side in range(len(grid.shape)))
-    output: TensorType = ((Plain(shape[0]),), (Plain(shape[1]),), *sides)
+    output: TensorType = ((Plain(shape[0], images=True),), (Plain(shape[1]),), *sides)
     return Typed(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
 
 
@@ -61,10 +61,26 @@ def resample(call: Call) -> Typed:
 def channel_norm(call: Call) -> Typed:
     """Statistics are over the grid (group norm) or fixed (batch norm in eval); either way the layout stays."""
     x = call.type(0)
+    tokens = [dim for dim in x if token_axes((dim,))]
     if call.node.target is aten.group_norm.default:
-        require_plain([dim for dim in x if token_axes((dim,))], "the values that a group norm averages")
+        require_plain(tokens, "the values that a group norm averages")
+    if _own_statistics(call):
+        require_plain(tokens, "the values that a batch norm averages")
     require_plain(x[1:2], "the channels of a norm")
+    for parameter in call.tensors()[1:]:
+        require_plain(call.type_of(parameter), "the parameters of a norm")
     values = call.node.meta["val"]
     several = isinstance(values, list | tuple)  # the result, and statistics that it saves
     output = Many((x, *(plain(*value.shape) for value in values[1:]))) if several else x
     return Typed(output, operands={call.operand(0): x})
+
+
+def _rank(operator: object) -> int:
+    """Of a batch of images, by the operator's name: 4 for conv2d."""
+    name = str(operator)
+    return next((int(n) + 2 for n in "123" if f"{n}d" in name), 0)
+
+
+def _own_statistics(call: Call) -> bool:
+    """batch_norm(x, weight, bias, mean, var, training, …) over what it is given, instead of what it has stored."""
+    return call.node.target is aten.batch_norm.default and (bool(call.arg(5)) or call.arg(3) is None)
