@@ -2,11 +2,13 @@
 
 The nouns, from small to large:
 
-    Grid         the patch grid that a convolution makes, e.g. 14x14, known by the node that made it
+    Grid         the patch grid that a convolution makes, e.g. 14x14, known by the node that made it; or one made of it:
+                 rolled, padded, or a region (a window) of it
     TokenDomain  the patch tokens of one grid that are still in the stream: level 0 is all of them, level k is what
                  the k-th propagation site left
-    Factor       what a dimension is made of: Plain (channels, heads, batch), GridAxis (one side of a grid), or
-                 TokenAxis (prefix tokens, then the patches of a domain, then suffix tokens)
+    Factor       what a dimension is made of: Plain (channels, heads, batch), GridAxis (one side of a grid, or a part of
+                 one: which window, or where in it), or TokenAxis (prefix tokens, then the patches of a domain, then
+                 suffix tokens)
     Dim          a product of factors, outermost first: the 1576 of a [B*N, C] tensor is (Plain(8), TokenAxis(...))
     TensorType   one Dim per dimension
 
@@ -23,10 +25,29 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class Grid:
-    """A patch grid: `birth` is the name of the node that made it, `shape` its sides, row-major (any rank)."""
+    """A patch grid: `birth` is the name of the node that made it, `shape` its sides, row-major (any rank).
+
+    shift: by how much each side was rolled, () where none was. inside: of a padded grid, the one that its leading rows and
+    columns are. parts: of a region, its sides as parts of another grid's; regions of all places are one Grid, as the
+    windows of a shifted-window transformer are alike.
+    """
 
     birth: str
     shape: tuple[int, ...]
+    shift: tuple[int, ...] = ()
+    inside: Grid | None = None
+    parts: tuple[GridAxis, ...] = ()
+
+    def rolled(self, by: Sequence[int]) -> Grid:
+        """The same patches, those at i now at i + by; rolled back, it is the grid that it was."""
+        before = self.shift or (0,) * len(self.shape)
+        shift = tuple((a + b) % size for a, b, size in zip(before, by, self.shape, strict=True))
+        return replace(self, shift=shift if any(shift) else ())
+
+    def resized(self, side: int, size: int) -> Grid:
+        """Of a padded grid, with one side cut shorter; cut to what is inside on every side, it is that."""
+        shape = (*self.shape[:side], size, *self.shape[side + 1 :])
+        return self.inside if self.inside is not None and shape == self.inside.shape else replace(self, shape=shape)
 
 
 @dataclass(frozen=True)
@@ -62,14 +83,37 @@ class Plain:
 
 @dataclass(frozen=True)
 class GridAxis:
-    """Side number `side` of a patch grid that has not been flattened yet."""
+    """Side number `side` of a patch grid that has not been flattened yet, or a part of it: `count` places, `stride` apart.
+
+    A side of 56 in windows of 7 is which window, 8 places 7 apart, and where in it, 7 places 1 apart. count 0: the whole side.
+    """
 
     grid: Grid
     side: int
+    count: int = 0
+    stride: int = 1
 
     @property
     def whole_size(self) -> int:
-        return self.grid.shape[self.side]
+        return self.count or self.grid.shape[self.side]
+
+    def split(self, outer: int) -> tuple[GridAxis, GridAxis]:
+        """As `outer` places far apart and what is between them; `outer` divides the size."""
+        inner = self.whole_size // outer
+        far = replace(self, count=outer, stride=self.stride * inner)
+        return far.canonical(), replace(self, count=inner).canonical()
+
+    def canonical(self) -> GridAxis:
+        """All places of a side, one apart, are the side."""
+        whole = self.count == self.grid.shape[self.side] and self.stride == 1
+        return replace(self, count=0) if whole else self
+
+    def joined(self, inner: GridAxis) -> GridAxis | None:
+        """This part and one further in as one, where they are parts of one side that follow each other."""
+        same = (self.grid, self.side) == (inner.grid, inner.side)
+        if not same or self.stride != inner.stride * inner.whole_size:
+            return None
+        return replace(inner, count=self.whole_size * inner.whole_size).canonical()
 
 
 @dataclass(frozen=True)
@@ -164,33 +208,48 @@ def merge_plain(factors: Sequence[Factor]) -> list[Factor]:
 
 
 def merge_grids(dim: Dim) -> Dim:
-    """`dim` with each full row-major run of one grid's sides replaced by the token axis that it is.
+    """`dim` with parts of a side joined, and each full row-major run of one grid's sides replaced by the token axis it is.
 
-    This is where a domain is born: (GridAxis(g, 0), GridAxis(g, 1)) is the patch tokens of g.
+    This is where a domain is born: (GridAxis(g, 0), GridAxis(g, 1)) is the patch tokens of g. A dimension that is one part of
+    every side, in order, is the tokens of a region; beside anything else (images) its parts stay as they are.
     """
     merged: list[Factor] = []
+    for factor in dim:
+        last = merged[-1] if merged else None
+        joined = last.joined(factor) if isinstance(last, GridAxis) and isinstance(factor, GridAxis) else None
+        merged[-1:] = [joined] if joined is not None else [*merged[-1:], factor]
     i = 0
-    while i < len(dim):
-        factor = dim[i]
+    while i < len(merged):
+        factor = merged[i]
         if isinstance(factor, GridAxis):
-            run = tuple(GridAxis(factor.grid, side) for side in range(len(factor.grid.shape)))
-            if dim[i : i + len(run)] == run:
-                merged.append(TokenAxis(TokenDomain(factor.grid)))
-                i += len(run)
-                continue
-        merged.append(factor)
+            sides = [GridAxis(factor.grid, side) for side in range(len(factor.grid.shape))]
+            if merged[i : i + len(sides)] == sides:
+                merged[i : i + len(sides)] = [TokenAxis(TokenDomain(factor.grid))]
         i += 1
-    return tuple(merged)
+    return _region(tuple(merged))
+
+
+def _region(dim: Dim) -> Dim:
+    """The token axis of a region, where `dim` is one part of every side of a grid, in order."""
+    parts = tuple(factor for factor in dim if isinstance(factor, GridAxis))
+    if not parts or len(parts) != len(dim) or len({part.grid for part in parts}) > 1 or len(parts) < 2:
+        return dim
+    grid = parts[0].grid
+    if [part.side for part in parts] != list(range(len(grid.shape))):
+        return dim
+    shape = tuple(part.whole_size for part in parts)
+    strides = "x".join(f"{part.whole_size}by{part.stride}" for part in parts)
+    rolled = "".join(f"_{by}" for by in grid.shift)
+    return (TokenAxis(TokenDomain(Grid(f"{grid.birth}{rolled}_{strides}", shape, parts=parts))),)
 
 
 def split_tokens(dim: Dim) -> Dim:
     """The inverse of `merge_grids`, where a whole token axis without prefix can be seen as its grid again."""
-    return tuple(
-        part
-        for factor in dim
-        for part in (
-            [GridAxis(factor.domain.grid, side) for side in range(len(factor.domain.grid.shape))]
-            if isinstance(factor, TokenAxis) and not (factor.prefix or factor.suffix or factor.domain.level)
-            else [factor]
-        )
-    )
+    return tuple(part for factor in dim for part in _sides(factor))
+
+
+def _sides(factor: Factor) -> Sequence[Factor]:
+    if not isinstance(factor, TokenAxis) or factor.prefix or factor.suffix or factor.domain.level:
+        return [factor]
+    grid = factor.domain.grid
+    return grid.parts or [GridAxis(grid, side) for side in range(len(grid.shape))]

@@ -62,7 +62,7 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     fakes = [node.meta["example_value"] for node in old]
     mode = torch._guards.detect_fake_mode(fakes)
 
-    def export() -> tuple[fx.GraphModule, Any]:
+    def export() -> tuple[Any, Any]:
         with tracing(TracingContext(mode)), torch.no_grad():
             return aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
 

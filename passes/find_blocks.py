@@ -124,6 +124,8 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: Typing) -> Refusa
     def refuse(reason: str) -> Refusal:
         return Refusal(layer_name(attention), operator_name(attention), reason)
 
+    if attention.meta[MARK].axis.domain.grid.parts:
+        return refuse("tokens attend within windows here, and the grid has to stay whole for those of the next block")
     if site is None and (shared := _residual_add(attention, typing)) is not None and MARK in shared.meta:
         return refuse("its residual add is that of another attention beside it, by whose scores tokens leave there")
     if site is None:

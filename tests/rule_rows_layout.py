@@ -45,8 +45,9 @@ def layout() -> Iterator[Row]:
     yield Row(reshape, lambda x: (x @ x.transpose(1, 2)).reshape(x.shape[0], -1).mean(1), "B, (2+n1)*(2+n1)")
     yield Row(reshape, lambda x: heads(x).reshape(-1, x.shape[1], 4).mean(1), "2B, 2+n1, 4")
     yield Row(reshape, lambda x: grid(x).relu().flatten(2).reshape(-1, 2, 4, 12), "B, 2, 4, n0", cuts)
-    windows = "the view divides a patch grid (into windows, say)"
-    yield Row(reshape, lambda x: grid(x).reshape(x.shape[0], 8, 2, 2, 3), "B, 8, 2, 2, 3", windows)
+    yield Row(reshape, lambda x: grid(x).reshape(x.shape[0], 8, 2, 2, 3), "B, 8, g0/2by2, g0/2by1, g1", cuts)
+    unevenly = "the view divides a patch grid unevenly"
+    yield Row(reshape, lambda x: grid(x).reshape(x.shape[0], 8, 6, 2), "B, 8, 6, 2", unevenly)
     yield Row(
         reshape,
         lambda x: torch.cat([x, x, x], 2).unflatten(2, (4, 6)).reshape(x.shape[0], x.shape[1], 6, 4),
@@ -172,6 +173,46 @@ def slices() -> Iterator[Row]:
     yield Row(op, lambda x: x[:, : 1 - x.shape[1]].mean(1), "B, 1, 8")
 
 
+# ---- grids
+
+
+def windows(x: Tensor, apart: bool = False) -> Tensor:
+    """[B, 8, 4, 3] -> [B, 2, 6, 8]: two windows of 2 x 3; apart: of every other row."""
+    rows = x.permute(0, 2, 3, 1).reshape(x.shape[0], 2, 2, 3, 8)
+    return (rows.transpose(1, 2) if apart else rows).reshape(x.shape[0], 2, 6, 8)
+
+
+def grids() -> Iterator[Row]:
+    cuts, roll, cut = "the view cuts through a token axis", aten.roll.default, aten.slice.Tensor
+    same, other = "B, 8, g0, g1", "B, 8, h0, h1"
+    yield Row(roll, lambda x: grid(x).roll((1, -1), (2, 3)), other, cuts)
+    yield Row(roll, lambda x: grid(x).roll((1, -1), (2, 3)).relu().roll((-1, 1), (2, 3)), same, cuts)
+    yield Row(roll, lambda x: x.roll(3, 2), STREAM)
+    yield Row(roll, lambda x: x.roll(1, 1), "B, 14, 8", "the sides of a grid aren't whole here")
+    yield Row(roll, lambda x: x.roll(1), "B, 14, 8", "it rolls all dimensions as one")
+    yield Row(aten.pad.default, lambda x: F.pad(grid(x), (0, 1, 0, 2)), other, cuts)
+    yield Row(aten.pad.default, lambda x: F.pad(grid(x), (1, 1)), "B, 8, 4, 5", "it pads a grid in front")
+    yield Row(cut, lambda x: F.pad(grid(x), (0, 1, 0, 2)).relu()[:, :, :4, :3], same, cuts)
+    yield Row(cut, lambda x: F.pad(grid(x), (0, 1))[:, :, :, :2], "B, 8, 4, 2", "places 0 to 2 of a grid")
+    yield Row(cut, lambda x: grid(x)[:, :, 1::2], other, cuts)
+    reshape = aten.reshape.default
+    yield Row(reshape, lambda x: windows(grid(x)), "B, g0/2by2, m0, 8", cuts)
+    yield Row(reshape, lambda x: windows(grid(x), apart=True), "B, g0/2by1, m0, 8", cuts)
+    yield Row(reshape, lambda x: windows(grid(x)).relu().reshape(x.shape[0], 4, 3, 8), "B, g0, g1, 8", cuts)
+    yield Row(
+        reshape,
+        lambda x: grid(x).reshape(x.shape[0], 8, 2, 2, 3).permute(0, 2, 4, 3, 1).reshape(x.shape[0], 2, 3, 16),
+        "B, h0, h1, 16",
+        cuts,
+    )
+    yield Row(
+        reshape,
+        lambda x: grid(x).reshape(x.shape[0], 8, 2, 2, 3).permute(0, 2, 3, 4, 1).reshape(x.shape[0], 2, 2, 24),
+        "B, g0/2by2, g0/2by1, 8*g1",
+        cuts,
+    )
+
+
 # ---- spatial
 
 
@@ -242,7 +283,7 @@ def spatial() -> Iterator[Row]:
     yield Row(aten.group_norm.default, lambda x: F.group_norm(x.transpose(1, 2), 2), "B, 8, 14", averages)
 
 
-ROWS = [*layout(), *ranges(), *spatial()]
+ROWS = [*layout(), *ranges(), *grids(), *spatial()]
 
 MERGED, SHARED = "merged with another dimension", "no dimension for the images"
 

@@ -172,7 +172,8 @@ def _dim(dim: Dim) -> str:
 
 def _tokens(factor: GridAxis | TokenAxis) -> str:
     if isinstance(factor, GridAxis):
-        return f"{'g' if factor.grid == STEM else 'h'}{factor.side}"
+        part = f"/{factor.count}by{factor.stride}" if factor.count else ""
+        return f"{'g' if factor.grid == STEM else 'h'}{factor.side}{part}"
     patches = f"{'n' if factor.domain.grid == STEM else 'm'}{factor.domain.level}"
     return "+".join(str(part) for part in (factor.prefix, patches, factor.suffix) if part)
 

@@ -24,6 +24,7 @@ from gtp_fx.axes import (
     token_axes,
     whole_size,
 )
+from gtp_fx.rules.grids import folded
 from gtp_fx.rules.registry import NOTHING, Call, NoRule, Repair, Typed, rule
 from gtp_fx.rules.unfold import unfolded
 from gtp_fx.sizes import is_symbolic
@@ -84,6 +85,7 @@ def view(call: Call) -> Typed:
     x = call.type(0)
     born = unfolded(call.node) if all(map(is_plain, x)) else None
     output = regroup(born or [factor for dim in x for factor in split_tokens(dim)], call.output_shape())
+    output = folded(output, call.node.name)
     return Typed(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
 
 
@@ -112,7 +114,8 @@ def view_as(call: Call) -> Typed:
 def regroup(factors: Sequence[Factor], shape: Sequence[int]) -> TensorType:
     """Distribute `factors`, outermost first, over the dimensions of `shape`.
 
-    A plain factor may be split (1152 = 3x6x64); a side of a grid or a token axis may not, it has no meaning in parts.
+    A plain factor may be split (1152 = 3x6x64), and a side of a grid into parts (windows); a token axis that has lost tokens,
+    or has others beside them, may not: it has no meaning in parts.
     """
     if 0 in shape:
         raise NoRule("it holds nothing")
@@ -132,13 +135,14 @@ def regroup(factors: Sequence[Factor], shape: Sequence[int]) -> TensorType:
                 taken.append(Plain(rest))
                 pending.append(Plain(factor.size // rest))
                 rest = 1
+            elif isinstance(factor, GridAxis) and factor.whole_size % rest == 0:
+                outer, inner = factor.split(rest)
+                taken.append(outer)
+                pending.append(inner)
+                rest = 1
             else:
                 grid = isinstance(factor, GridAxis)
-                raise NoRule(
-                    "the view divides a patch grid (into windows, say)"
-                    if grid
-                    else "the view cuts through a token axis"
-                )
+                raise NoRule("the view divides a patch grid unevenly" if grid else "the view cuts through a token axis")
         dims.append(merge_grids(product(taken)))
     return tuple(dims)
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import CountOf, Dim, Plain, TensorType, is_plain, plain, size, token_axis, whole_size
+from gtp_fx.rules.grids import is_side, padded, sampled
 from gtp_fx.rules.registry import NOTHING, Call, Many, NoRule, Typed, join, rule, wanting
 
 
@@ -102,7 +103,10 @@ def slice_(call: Call) -> Typed:
         return Typed((*x[:dim], (Plain(call.output_shape()[dim]),), *x[dim + 1 :]), operands={node: x})
     whole = whole_size(x[dim])
     start, stop = _bound(call.arg(2), 0, whole), _bound(call.arg(3), whole, whole)
-    if call.arg(4, 1) != 1:
+    step = call.arg(4, 1)
+    if is_side(x[dim]) and (start, stop, step) != (0, whole, 1):
+        return sampled(call, x, dim, start, stop, step)
+    if step != 1:
         raise NoRule("a strided slice of tokens")
     if (start, stop) == (0, whole):
         return Typed(x, operands={node: x}, repair=lambda count: call.replace({3: size(x[dim], count)}))
@@ -175,6 +179,8 @@ def pad(call: Call) -> Typed:
     """Around plain dimensions; new tokens at an end would have no place on the grid."""
     x, amounts = call.type(0), list(call.arg(1))
     dims = [len(x) - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
+    if any(is_side(x[dim]) for dim in dims):
+        return padded(call, x, amounts)
     if not all(is_plain(x[dim]) for dim in dims):
         raise NoRule("it pads the token axis")
     shape = call.output_shape()

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import fx
 
-from gtp_fx.axes import CountOf, Dim, Plain, TensorType, holds_images, is_plain, plain, token_axis, whole_size
+from gtp_fx.axes import CountOf, Dim, GridAxis, Plain, TensorType, holds_images, is_plain, plain, token_axis, whole_size
 from gtp_fx.sizes import shape_of
 
 NOTHING: frozenset[fx.Node] = frozenset()
@@ -168,6 +168,13 @@ def join(first: TensorType, second: TensorType) -> TensorType:
     return tuple(_join_dims(a, b) for a, b in zip(left, right, strict=True))
 
 
+def _sides_of_one_shape(a: Dim, b: Dim) -> bool:
+    """The same whole side of two grids of one shape: a convolution and a pooling beside it, say."""
+    if len(a) != 1 or len(b) != 1 or not isinstance(a[0], GridAxis) or not isinstance(b[0], GridAxis):
+        return False
+    return (a[0].grid.shape, a[0].side, a[0].count, b[0].count) == (b[0].grid.shape, b[0].side, 0, 0)
+
+
 def _join_dims(a: Dim, b: Dim) -> Dim:
     size_a, size_b = whole_size(a), whole_size(b)
     if size_a == 1:
@@ -179,6 +186,8 @@ def _join_dims(a: Dim, b: Dim) -> Dim:
     if is_plain(a):
         return a if is_plain(b) and holds_images(a) else b
     if is_plain(b) or a == b:
+        return a
+    if _sides_of_one_shape(a, b):
         return a
     axis_a, axis_b = token_axis(a), token_axis(b)
     if axis_a and axis_b and axis_a.pairs_with(axis_b):
