@@ -22,6 +22,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from gtp_fx.sizes import is_symbolic
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -195,12 +197,17 @@ def product(factors: Sequence[Factor]) -> Dim:
     return tuple(merge_plain([factor for factor in factors if factor.whole_size != 1])) or (Plain(1),)
 
 
+def _stays_apart(factor: Plain) -> bool:
+    """Images, and other sizes that only a run tells."""
+    return factor.images or is_symbolic(factor.size)
+
+
 def merge_plain(factors: Sequence[Factor]) -> list[Factor]:
-    """Plain factors beside each other as one: 4·6 is 6·4. Images stay apart."""
+    """Plain factors beside each other as one: 4·6 is 6·4."""
     merged: list[Factor] = []
     for factor in factors:
         last = merged[-1] if merged else None
-        if isinstance(factor, Plain) and isinstance(last, Plain) and not (factor.images or last.images):
+        if isinstance(factor, Plain) and isinstance(last, Plain) and not (_stays_apart(factor) or _stays_apart(last)):
             merged[-1] = Plain(last.size * factor.size)
         else:
             merged.append(factor)
@@ -210,8 +217,8 @@ def merge_plain(factors: Sequence[Factor]) -> list[Factor]:
 def merge_grids(dim: Dim) -> Dim:
     """`dim` with parts of a side joined, and each full row-major run of one grid's sides replaced by the token axis it is.
 
-    This is where a domain is born: (GridAxis(g, 0), GridAxis(g, 1)) is the patch tokens of g. A dimension that is one part of
-    every side, in order, is the tokens of a region; beside anything else (images) its parts stay as they are.
+    This is where a domain is born: (GridAxis(g, 0), GridAxis(g, 1)) is the patch tokens of g. A dimension that is parts of
+    every side is the tokens of a region; beside anything else (images) its parts stay as they are.
     """
     merged: list[Factor] = []
     for factor in dim:
@@ -230,15 +237,15 @@ def merge_grids(dim: Dim) -> Dim:
 
 
 def _region(dim: Dim) -> Dim:
-    """The token axis of a region, where `dim` is one part of every side of a grid, in order."""
+    """The token axis of a region, where `dim` is parts of every side of a grid, in whatever order they are."""
     parts = tuple(factor for factor in dim if isinstance(factor, GridAxis))
-    if not parts or len(parts) != len(dim) or len({part.grid for part in parts}) > 1 or len(parts) < 2:
+    if not parts or len(parts) != len(dim) or len({part.grid for part in parts}) > 1:
         return dim
     grid = parts[0].grid
-    if [part.side for part in parts] != list(range(len(grid.shape))):
+    if {part.side for part in parts} != set(range(len(grid.shape))) or len(grid.shape) < 2:
         return dim
     shape = tuple(part.whole_size for part in parts)
-    strides = "x".join(f"{part.whole_size}by{part.stride}" for part in parts)
+    strides = "x".join(f"{part.side}_{part.whole_size}by{part.stride}" for part in parts)
     rolled = "".join(f"_{by}" for by in grid.shift)
     return (TokenAxis(TokenDomain(Grid(f"{grid.birth}{rolled}_{strides}", shape, parts=parts))),)
 

@@ -16,6 +16,7 @@ from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.find_blocks import find_blocks, read_blocks
 from gtp_fx.passes.fold_constants import fold_constants
 from gtp_fx.passes.fuse_projections import fuse_projections
+from gtp_fx.passes.insert_branches import insert_branches
 from gtp_fx.passes.insert_propagation import insert_propagation
 from gtp_fx.passes.normalise import normalise
 from gtp_fx.passes.spell_attention import spell_attention
@@ -72,10 +73,11 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
     gm = run("fuse_projections", "exact", fuse_projections, gm)
     planned = make_plan(gm, options, original)
     plan = planned.plan
-    if plan.sites or plan.strategy.rewrites_every_attention:
-        result = run("insert_propagation", "approximate", lambda g: insert_propagation(g, plan), gm)
-    else:
-        result = gm
+    result = gm
+    if plan.skipping:
+        result = run("insert_branches", "approximate", lambda g: insert_branches(g, plan), result)
+    if plan.propagated or plan.strategy.rewrites_every_attention:
+        result = run("insert_propagation", "approximate", lambda g: insert_propagation(g, plan), result)
     check_outputs(captured, result)
     after = count_flops(result.graph)
     if after != planned.flops:
@@ -104,7 +106,7 @@ def _recovered(graph: fx.Graph) -> tuple[str, ...]:
     readers = [
         ": ".join(filter(None, (layer_name(user), operator_name(user))))
         for node in graph.nodes
-        if node.target is gtp_fx.recover.default
+        if node.target is gtp_fx.recover.default and node.args[1].target is gtp_fx.recovery_weights.default  # type: ignore[union-attr]
         for user in node.users
         if user.target is not gtp_fx.recover.default
     ]
@@ -115,6 +117,8 @@ def _site_rows(gm: fx.GraphModule, plan: Plan) -> tuple[SiteRow, ...]:
     layers = {block.index: layer_name(block.attention) for block in read_blocks(gm)}
     rows = []
     for site in plan.sites:
-        before, gone = site.others + plan.count(site.domain), plan.propagated[site.block]
-        rows.append(SiteRow(site.block, layers[site.block], before, gone, before - gone))
+        gone = plan.schedule.propagated[site.block]
+        before = site.others + plan.count(site.domain) if site.branch is None else site.branch.tokens
+        windows = 0 if site.branch is None else site.branch.windows
+        rows.append(SiteRow(site.block, layers[site.block], before, gone, before - gone, windows))
     return tuple(rows)

@@ -21,9 +21,14 @@ class Plan:
     @property
     def propagated(self) -> dict[int, int]:
         """Tokens that leave, by block, for the blocks where any do."""
-        return {site.block: self.schedule.propagated[site.block] for site in self.sites}
+        return {site.block: self.schedule.propagated[site.block] for site in self.sites if site.branch is None}
+
+    @property
+    def skipping(self) -> dict[int, int]:
+        """Tokens of each window that skip a branch, by block, for the blocks where any do."""
+        return {site.block: self.schedule.propagated[site.block] for site in self.sites if site.branch is not None}
 
     def count(self, domain: TokenDomain) -> int:
         """Patch tokens of `domain`: of the whole grid, less what left at its first `level` sites."""
-        passed = [site for site in self.sites if site.domain.grid == domain.grid][: domain.level]
+        passed = [s for s in self.sites if s.domain.grid == domain.grid and s.branch is None][: domain.level]
         return domain.whole_count - sum(self.schedule.propagated[site.block] for site in passed)

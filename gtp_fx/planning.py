@@ -11,7 +11,7 @@ from torch import fx
 from gtp_fx.axes import Grid, token_axis, whole_size
 from gtp_fx.coercions import find_coercions
 from gtp_fx.config import Options
-from gtp_fx.cost.closed_form import FlopsModel, Site, flops_model
+from gtp_fx.cost.closed_form import FlopsModel, Site, branch_cost, flops_model
 from gtp_fx.cost.count import count_flops
 from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError, UnsupportedModelError
 from gtp_fx.graphs import operator_name
@@ -55,7 +55,7 @@ def make_plan(gm: fx.GraphModule, options: Options, original_flops: int) -> Plan
     for site, count in zip(model.sites, by_site, strict=True):
         propagated[site.block] = count
     used = _numbered(site for site in model.sites if propagated[site.block])
-    refusals = [*(block.refusal for block in blocks if block.refusal is not None), *others]
+    refusals = [*(block.refusal for block in blocks if block.refusal is not None and block.branch is None), *others]
     plan = Plan(Schedule(tuple(propagated), tokens), used, options.strategy)
     return Planned(plan, model.flops(by_site), tuple(refusals))
 
@@ -67,14 +67,20 @@ def _price(graph: fx.Graph, blocks: Sequence[AttentionBlock], options: Options, 
     if unfit:
         raise UnsupportedModelError(f"strategy {strategy.name!r} can't work on this model", tuple(unfit))
     candidates = [block for block in blocks if block.refusal is None and block.site is not None]
-    if not candidates:
+    branched = [(block, block.branch) for block in blocks if block.branch is not None]
+    if not candidates and not branched:
         reasons = tuple(block.refusal for block in blocks if block.refusal is not None)
         raise UnsupportedModelError("no attention block of this model can lose tokens", reasons)
     typing = infer_types(graph, frozenset(block.site for block in candidates if block.site is not None))
     if obstacles := find_coercions(typing).refused:
         message = "tokens can't leave this model: what follows can't do without them (flops_budget=1.0 still works)"
         raise UnsupportedModelError(message, obstacles)
+    whole = infer_types(graph)
     sites = []
+    for block, branch in branched:
+        heads = whole_size(whole.type(block.attention)[branch.heads])
+        cost = branch_cost(branch, whole, heads, strategy)
+        sites.append(Site(block.index, block.axis.domain, 0, cost.features, heads, branch=cost))
     for block in candidates:
         assert block.site is not None
         stream = typing.answers[block.site].output
@@ -84,7 +90,8 @@ def _price(graph: fx.Graph, blocks: Sequence[AttentionBlock], options: Options, 
         images = per_image(whole_size(stream[0]))
         heads = whole_size(typing.type(block.attention)[1])
         sites.append(Site(block.index, axis.domain, axis.prefix + axis.suffix, whole_size(stream[2]), heads, images))
-    return flops_model(graph, typing, tuple(sites), strategy, original)
+    in_order = tuple(sorted(sites, key=lambda site: site.block))
+    return flops_model(graph, typing, in_order, strategy, original)
 
 
 def _asked(schedule: str | Schedule | tuple[int, ...], tokens: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -115,15 +122,15 @@ def _split(
     asked: tuple[int, ...], blocks: Sequence[AttentionBlock], model: FlopsModel, options: Options
 ) -> tuple[int, ...]:
     """A user's counts by site, refused where they can't be had."""
-    left = Counter[Grid]()
+    left = Counter[object]()
     for block, count in zip(blocks, asked, strict=True):
-        if count and block.refusal is not None and not block.dead:
+        if count and block.refusal is not None and block.branch is None and not block.dead:
             raise ScheduleError(f"block {block.index} can't propagate {count} tokens: {block.refusal}")
-        grid = block.axis.domain.grid
-        left[grid] += 0 if block.dead else count
-        if left[grid] >= block.axis.domain.whole_count:
+        stream = block.axis.domain.grid if block.branch is None else block.index
+        left[stream] += 0 if block.dead else count
+        if left[stream] >= block.axis.domain.whole_count:
             raise ScheduleError(
-                f"the schedule removes {left[grid]} patch tokens by block {block.index}, of {block.axis.domain.whole_count}; "
+                f"the schedule removes {left[stream]} patch tokens by block {block.index}, of {block.axis.domain.whole_count}; "
                 f"at least one has to stay"
             )
     by_site = tuple(asked[site.block] for site in model.sites)
@@ -146,6 +153,9 @@ def _numbered(sites: object) -> tuple[Site, ...]:
     levels = Counter[Grid]()
     numbered = []
     for site in sites:  # type: ignore[attr-defined]
+        if site.branch is not None:
+            numbered.append(site)
+            continue
         numbered.append(replace(site, domain=site.domain.at(levels[site.domain.grid])))
         levels[site.domain.grid] += 1
     return tuple(numbered)

@@ -22,13 +22,18 @@ class PassStep:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One site: block number, layer, tokens (prefix included) before and after, how many were propagated."""
+    """One site: block number, layer, tokens (prefix included) before and after, how many were propagated.
+
+    windows: 0 where they leave the stream; else they only skip the block's branch, so many in each of so many windows of an
+    image.
+    """
 
     block: int
     layer: str
     tokens_in: int
     propagated: int
     tokens_out: int
+    windows: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,19 @@ class Report:
         headers = ["pass", "tier", "GFLOPs after", "ratio", "operators"]
         lines += ["", tabulate(steps, headers, disable_numparse=True, colalign=("left",) * 2 + ("right",) * 3)]
         if self.sites:
-            rows = [[s.block, s.layer, s.tokens_in, s.propagated, s.tokens_out] for s in self.sites]
-            lines += ["", tabulate(rows, ["block", "layer", "tokens in", "propagated", "tokens out"])]
+            branches = any(s.windows for s in self.sites)
+            rows = [
+                [s.block, s.layer, s.tokens_in, s.propagated, s.tokens_out, *([_where(s)] if branches else [])]
+                for s in self.sites
+            ]
+            headers = ["block", "layer", "tokens in", "propagated", "tokens out", *(["where"] if branches else [])]
+            lines += ["", tabulate(rows, headers)]
         if self.recovered:
             lines += ["", "tokens put back for:", *(f"  - {reader}" for reader in self.recovered)]
         if self.refusals:
             lines += ["", "left as it was:", *(f"  - {refusal}" for refusal in self.refusals)]
         return "\n".join(lines)
+
+
+def _where(site: SiteRow) -> str:
+    return f"branch, in each of {site.windows} windows" if site.windows else "stream"

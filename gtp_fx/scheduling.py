@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gtp_fx.axes import Grid
 from gtp_fx.cost.closed_form import FlopsModel, Site
 from gtp_fx.errors import BudgetError
 
@@ -42,21 +41,21 @@ class Even:
 
     def steps(self, sites: Sequence[Site]) -> int:
         return (
-            max((_most(site) * per_stream[site.domain.grid] for site in sites), default=0)
+            max((_most(site) * per_stream[site.stream] for site in sites), default=0)
             if (per_stream := _per_stream(sites))
             else 0
         )
 
     def at(self, sites: Sequence[Site], step: int) -> tuple[int, ...]:
-        last, seen, removed = self.steps(sites), Counter[Grid](), Counter[Grid]()
+        last, seen, removed = self.steps(sites), Counter[object](), Counter[object]()
         counts = []
         for site in sites:
-            grid = site.domain.grid
-            seen[grid] += 1
+            stream = site.stream
+            seen[stream] += 1
             # At the last step the first site alone removes all but one.
-            total = min(_most(site), (2 * step * seen[grid] * _most(site) + last) // (2 * last)) if last else 0
-            counts.append(total - removed[grid])
-            removed[grid] = total
+            total = min(_most(site), (2 * step * seen[stream] * _most(site) + last) // (2 * last)) if last else 0
+            counts.append(total - removed[stream])
+            removed[stream] = total
         return tuple(counts)
 
 
@@ -68,7 +67,7 @@ class Uniform:
 
     def steps(self, sites: Sequence[Site]) -> int:
         per_stream = _per_stream(sites)
-        return min((_most(site) // per_stream[site.domain.grid] for site in sites), default=0)
+        return min((_most(site) // per_stream[site.stream] for site in sites), default=0)
 
     def at(self, sites: Sequence[Site], step: int) -> tuple[int, ...]:
         return (step,) * len(sites)
@@ -100,8 +99,8 @@ def _most(site: Site) -> int:
     return site.domain.whole_count - 1
 
 
-def _per_stream(sites: Sequence[Site]) -> Counter[Grid]:
-    return Counter(site.domain.grid for site in sites)
+def _per_stream(sites: Sequence[Site]) -> Counter[object]:
+    return Counter(site.stream for site in sites)
 
 
 def _round_up(ratio: float) -> float:

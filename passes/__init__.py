@@ -9,6 +9,7 @@
     split_projections     exact         a fused q/k/v projection whose parts differ in liveness becomes several
     drop_dead_tokens      exact         computes nothing for tokens that no output depends on
     fuse_projections      exact         linear layers that read the same tokens become one product
+    insert_branches       approximate   lets the plan's tokens skip branches, where the grid has to stay whole
     insert_propagation    approximate   lets the plan's tokens leave, and repairs what follows
 
 Between the tiers stands the plan (`gtp_fx.planning`): the approximate pass carries it out. Every pass is a function from a

@@ -13,15 +13,17 @@ around the marks; `read_blocks` reads them back. Blocks are counted in graph ord
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import TokenAxis, is_plain, token_axis
+from gtp_fx.branches import Branch, NoBranch, find_branch
 from gtp_fx.errors import Refusal
 from gtp_fx.graphs import ancestors, copy_of, descendants, layer_name, operator_name
 from gtp_fx.infer import Typing, infer_types
+from gtp_fx.layouts import base_of
 
 MARK = "gtp_block"
 ATTENTION = (aten.scaled_dot_product_attention.default,)
@@ -45,6 +47,7 @@ class AttentionBlock:
     stream: the block's input, the other side of that add. axis: the tokens it attends over, whole.
     refusal: why tokens can't leave at this block; None where they can.
     dead: no patch token is alive behind it, so what a schedule would remove there is gone already.
+    branch: where tokens can't leave, what only some of them need to go through; None where there is nothing of the kind.
     """
 
     index: int
@@ -55,6 +58,7 @@ class AttentionBlock:
     axis: TokenAxis
     refusal: Refusal | None = None
     dead: bool = False
+    branch: Branch | None = None
 
 
 def find_blocks(gm: fx.GraphModule) -> fx.GraphModule:
@@ -78,6 +82,9 @@ def read_blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
     """The marked blocks of `gm`, in order, and whether tokens can leave there as the graph stands now."""
     typing = infer_types(gm.graph)
     marked = {(node.meta[MARK].role, node.meta[MARK].index): node for node in gm.graph.nodes if MARK in node.meta}
+    windowed = {
+        base_of(axis.domain.grid) for node in marked.values() if (axis := node.meta[MARK].axis).domain.grid.parts
+    }
     blocks = []
     for (role, index), attention in marked.items():
         if role == "attention":
@@ -85,9 +92,24 @@ def read_blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
             stream = None if site is None else _other_side(site, descendants(attention) | {attention})
             refusal = _why_not(attention, site, typing)
             axis = attention.meta[MARK].axis
-            dead = site is not None and not any(token_axis(dim) for dim in typing.type(site))
-            blocks.append(AttentionBlock(index, layer_name(attention), attention, site, stream, axis, refusal, dead))
+            if refusal is None and base_of(axis.domain.grid) in windowed:
+                reason = "other blocks attend within windows of these tokens, so their grid has to stay whole"
+                refusal = Refusal(layer_name(attention), operator_name(attention), reason)
+            dead = site is not None and all(map(is_plain, typing.type(site)))
+            branch = None
+            if refusal is not None and site is not None and not dead:
+                branch, refusal = _branch(attention, site, typing, refusal)
+            layer = layer_name(attention)
+            blocks.append(AttentionBlock(index, layer, attention, site, stream, axis, refusal, dead, branch))
     return tuple(blocks)
+
+
+def _branch(attention: fx.Node, site: fx.Node, typing: Typing, refusal: Refusal) -> tuple[Branch | None, Refusal]:
+    """The block's branch, or both reasons why nothing can be done there."""
+    try:
+        return find_branch(attention, site, typing), refusal
+    except NoBranch as reason:
+        return None, replace(refusal, reason=f"{refusal.reason}; and {reason}")
 
 
 def self_attention_axis(node: fx.Node, typing: Typing) -> TokenAxis | None:
@@ -108,7 +130,7 @@ def _residual_add(attention: fx.Node, typing: Typing) -> fx.Node | None:
         if node not in after or node.target is not aten.add.Tensor or not typing.is_tensor(node):
             continue
         other = _other_side(node, after | {attention})
-        if other is not None and other in before and any(token_axis(dim) for dim in typing.type(other)):
+        if other is not None and other in before and not all(map(is_plain, typing.type(other))):
             return node
     return None
 
@@ -131,7 +153,7 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: Typing) -> Refusa
     if site is None:
         return refuse("no residual add follows this attention, so there is no stream to shorten")
     stream = typing.type(site)
-    if not any(token_axis(dim) for dim in stream):
+    if all(map(is_plain, stream)):
         return refuse("no patch token is alive after this attention (dead tokens), so none can be propagated")
     if len(stream) != 3 or token_axis(stream[1]) is None or not (is_plain(stream[0]) and is_plain(stream[2])):
         return refuse("the residual stream is not laid out as [batch, tokens, channels]")

@@ -46,6 +46,8 @@ def spell_attention(gm: fx.GraphModule) -> fx.GraphModule:
     gm = graphs.copy_of(gm)
     typing = infer_types(gm.graph)
     for node in list(gm.graph.nodes):
+        if node.target is aten.scaled_dot_product_attention.default:
+            _separate_heads(gm.graph, node, typing)
         if node.target not in _PRODUCTS or not isinstance(node.args[0], fx.Node):
             continue
         softmax = _softmax_before(node.args[0])
@@ -108,7 +110,7 @@ def _same_rank(logits: Logits, product: fx.Node) -> bool:
 
 def _replace(graph: fx.Graph, product: fx.Node, logits: Logits, typing: Typing) -> None:
     merged = len(shape_of(logits.q)) == 3
-    heads = _merged_heads(logits.q, typing) if merged else None
+    heads = _merged_heads(logits.q, typing) or _merged_heads(product.args[1], typing) if merged else None  # type: ignore[arg-type]
     if merged and heads is None:
         return  # no way to tell heads from images, and a site has to
     with graph.inserting_before(product):
@@ -143,6 +145,31 @@ def _replace(graph: fx.Graph, product: fx.Node, logits: Logits, typing: Typing) 
     graph.erase_node(product)
 
 
+def _separate_heads(graph: fx.Graph, attention: fx.Node, typing: Typing) -> None:
+    """Attention over [images * heads, tokens, features], with heads in a dimension of their own."""
+    arguments: tuple[Any, ...] = attention.args
+    q, k, v, *rest = arguments
+    if {len(shape_of(x)) for x in (q, k, v)} != {3} or (
+        heads := _merged_heads(q, typing) or _merged_heads(v, typing)
+    ) is None:
+        return
+    shape = shape_of(attention)
+    with graph.inserting_before(attention):
+
+        def apart(x: Any) -> Any:
+            if not isinstance(x, fx.Node) or len(shape_of(x)) < 3:
+                return x
+            sizes = [1, 1] if shape_of(x)[0] == 1 else [-1, heads]
+            return graphs.call(graph, aten.reshape.default, x, [*sizes, *shape_of(x)[1:]], like=attention)
+
+        separate = [apart(x) for x in (q, k, v, *rest[:1])]
+        new = graphs.call(graph, attention.target, *separate, *rest[1:], like=attention)
+        new.kwargs = {name: apart(x) if name == "attn_mask" else x for name, x in attention.kwargs.items()}
+        merged = graphs.call(graph, aten.reshape.default, new, [-1, *shape[1:]], like=attention)
+    attention.replace_all_uses_with(merged)
+    graph.erase_node(attention)
+
+
 def _merged_heads(q: fx.Node, typing: Typing) -> int | None:
     """The heads of [images * heads, tokens, features], as the view that merged them says; None where it can't be told.
 
@@ -151,11 +178,15 @@ def _merged_heads(q: fx.Node, typing: Typing) -> int | None:
     kind = typing.types.get(q)
     if not isinstance(kind, tuple):
         return None
-    images, *heads = kind[0]
+    images, *rest = kind[0]
     known = (
         images.images if holds_images(kind[0]) and isinstance(images, Plain) else images.whole_size in _images(typing)
     )
-    return math.prod(factor.whole_size for factor in heads) if known else None
+    if not known:
+        return None
+    while rest and not isinstance(rest[0], Plain):  # windows: each has images and heads of its own
+        rest = rest[1:]
+    return math.prod(factor.whole_size for factor in rest) if all(isinstance(f, Plain) for f in rest) else None
 
 
 def _images(typing: Typing) -> set[int]:

@@ -109,7 +109,7 @@ def test_inputs_that_nothing_tells() -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (torch.zeros(2, 3, 64, 64), "can't capture"),
+        (torch.zeros(2, 3, 64, 64), "can't be captured"),
         (torch.zeros(0, 3, 224, 224), "no image"),
         ((torch.zeros(2, 3, 224, 224), 1, 2, 3), "don't fit"),
         (7, "give a tensor"),

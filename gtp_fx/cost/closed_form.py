@@ -16,7 +16,8 @@ import sympy
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.axes import Dim, Grid, TensorType, TokenAxis, TokenDomain, token_axes
+from gtp_fx.axes import Dim, Grid, Plain, TensorType, TokenAxis, TokenDomain, token_axes, whole_size
+from gtp_fx.branches import Branch
 from gtp_fx.coercions import Coercions, find_coercions
 from gtp_fx.cost.formulas import Sizes, find
 from gtp_fx.infer import Typing
@@ -30,6 +31,7 @@ class Site:
 
     others: tokens of the stream that are no patches and never leave.
     images: how many images one run of the graph takes; 1 where the batch is symbolic, and priced as one.
+    branch: where tokens don't leave but skip a branch of the block, what that costs; `domain` is then a window's tokens.
     """
 
     block: int
@@ -38,6 +40,36 @@ class Site:
     channels: int
     heads: int
     images: int = 1
+    branch: BranchCost | None = None
+
+    @property
+    def stream(self) -> object:
+        """What shrinks from site to site: the tokens of a grid, or those of one branch alone."""
+        return self.domain.grid if self.branch is None else self.block
+
+
+@dataclass(frozen=True)
+class BranchCost:
+    """FLOPs of a branch, of one run of the graph.
+
+    whole: with every token. per_token: of one. windows, tokens: in all, and in each. features: of its result. scoring:
+    what ranking the tokens adds to the attention.
+    """
+
+    whole: int
+    per_token: int
+    windows: int
+    tokens: int
+    features: int
+    scoring: int
+
+    def change(self, skipping: int) -> int:
+        """What is spent more when `skipping` tokens of each window go around it (less is negative)."""
+        if not skipping:
+            return 0
+        kept = self.tokens - skipping
+        rows = self.windows * kept
+        return rows * self.per_token - self.whole + 2 * rows * skipping * self.features + self.scoring
 
 
 @dataclass(frozen=True)
@@ -58,19 +90,26 @@ class FlopsModel:
 
     def flops(self, propagated: Sequence[int]) -> int:
         """FLOPs when `propagated[i]` patches leave at site i."""
-        graph, at_site = self.evaluate(*patches_left(self.sites, propagated))
-        spent = sum(cost for cost, count in zip(at_site, propagated, strict=True) if count)
-        started = {site.domain.grid for site, count in zip(self.sites, propagated, strict=True) if count}
-        return int(graph + spent + sum(self.start[grid] for grid in started))
+        leaving = [(site, count) for site, count in zip(self.sites, propagated, strict=True) if site.branch is None]
+        graph, at_site = self.evaluate(*patches_left(leaving))
+        spent = sum(cost for cost, (_, count) in zip(at_site, leaving, strict=True) if count)
+        started = {site.domain.grid for site, count in leaving if count}
+        skipped = sum(
+            site.branch.change(count)
+            for site, count in zip(self.sites, propagated, strict=True)
+            if site.branch is not None
+        )
+        return int(graph + spent + skipped + sum(self.start[grid] for grid in started))
 
     def ratio(self, propagated: Sequence[int]) -> float:
         return self.flops(propagated) / self.original
 
 
 def flops_model(
-    graph: fx.Graph, typing: Typing, sites: tuple[Site, ...], strategy: Strategy, original: int
+    graph: fx.Graph, typing: Typing, all_sites: tuple[Site, ...], strategy: Strategy, original: int
 ) -> FlopsModel:
-    """The closed form of `graph`, typed with a site after each of `sites`."""
+    """The closed form of `graph`, typed with a site after each of those at which tokens leave."""
+    sites = tuple(site for site in all_sites if site.branch is None)
     total = sympy.Integer(0)
     for node in graph.nodes:
         formula = find(node.target) if node.op == "call_function" else None
@@ -87,7 +126,7 @@ def flops_model(
     start = {grid: site.images * strategy.start_flops(grid.shape, site.channels) for grid, site in first.items()}
     symbols = [symbol_of(site.domain.at(site.domain.level + 1)) for site in sites]
     expressions = (sympy.expand(total), tuple(at_site))
-    return FlopsModel(*expressions, sites, original, start, sympy.lambdify(symbols, expressions, "math"))
+    return FlopsModel(*expressions, all_sites, original, start, sympy.lambdify(symbols, expressions, "math"))
 
 
 def _recovery_flops(coercions: Coercions) -> Any:
@@ -107,11 +146,26 @@ def _recovery_flops(coercions: Coercions) -> Any:
     return sum(done.values(), sympy.Integer(0))
 
 
-def patches_left(sites: Sequence[Site], propagated: Sequence[int]) -> list[int]:
-    """Patches behind each site."""
-    left = {site.domain.grid: site.domain.whole_count for site in sites}
+def branch_cost(branch: Branch, typing: Typing, heads: int, strategy: Strategy) -> BranchCost:
+    """FLOPs of a branch from its nodes' formulas: each is so many times the tokens."""
+    windows = branch.windows * per_image(math.prod(f.whole_size for f in branch.region[0] if isinstance(f, Plain)))
+    whole = per_token = 0
+    for node in branch.inside:
+        formula = find(node.target)
+        if formula is not None:
+            sizes = _symbolic_sizes(node, typing)
+            flops, tokens = int(formula(sizes)), int(math.prod(sizes.output[:-1]))
+            whole, per_token = whole + flops, per_token + flops // tokens
+    features = whole_size(typing.type(branch.result)[-1])
+    scoring = int(windows * strategy.scoring_flops(heads, branch.tokens))
+    return BranchCost(whole, per_token, windows, branch.tokens, features, scoring)
+
+
+def patches_left(leaving: Sequence[tuple[Site, int]]) -> list[int]:
+    """Patches behind each site, from how many leave there."""
+    left = {site.domain.grid: site.domain.whole_count for site, _ in leaving}
     behind = []
-    for site, count in zip(sites, propagated, strict=True):
+    for site, count in leaving:
         left[site.domain.grid] -= count
         behind.append(left[site.domain.grid])
     return behind

@@ -9,6 +9,8 @@
     take_tokens             an older value (a rotary table, a bias, a skip) for the tokens that are left
     recovery_weights        of which kept tokens a propagated one is made up again
     weighted_mean           average pooling in which a token counts for those it stands for
+    region_shares           the same for a window's tokens that skip a branch
+    grid_places             rows and columns of a grid's patches
     recover                 a newer value with its propagated tokens back in place
 
 Each is composite: written once in plain ATen, which is its reference, its autograd, its fake and, where no kernel of the
@@ -18,6 +20,6 @@ Shapes, here and in the modules: B images, H heads, N tokens of a stream (p pref
 K kept and P propagated patch tokens, M semantic neighbours of a token, G patch tokens of the whole grid.
 """
 
-from gtp_fx.ops import attention, graph, levels, pool, propagate, select
+from gtp_fx.ops import attention, graph, levels, pool, propagate, regions, select
 
-__all__ = ["attention", "graph", "levels", "pool", "propagate", "select"]
+__all__ = ["attention", "graph", "levels", "pool", "propagate", "regions", "select"]

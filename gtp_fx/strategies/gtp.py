@@ -17,6 +17,11 @@ from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.graph import GRAPHS
 from gtp_fx.strategies.protocol import Attention, Emit, Removal, SiteShape, StreamState
 
+BRANCHES = {
+    "recover": "a token that skips gets what its neighbours' branch made",
+    "idle": "it gets nothing, and stays what it was (IdleViT)",
+}
+
 
 @dataclass(frozen=True)
 class GTP:
@@ -27,6 +32,8 @@ class GTP:
     neighbors: M, semantic neighbours of a token. alpha: how much of a propagated token is passed on.
     token_scale: tell attention how many tokens a key stands for.
     weighted_pooling: let a token count in average pooling for as many as it stands for; the paper takes the plain mean.
+    branch: where tokens skip a branch of a block instead of leaving (windows, maps), "recover" gives them their neighbours'
+        results, along the spatial graph; "idle" gives them none.
     attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves
         no FLOPs and needs the map in memory.
     """
@@ -38,6 +45,7 @@ class GTP:
     token_scale: bool = True
     attention_sparsity: float = 1.0
     weighted_pooling: bool = False
+    branch: str = "recover"
 
     name: ClassVar[str] = "gtp"
 
@@ -53,12 +61,17 @@ class GTP:
         for option in ("token_scale", "weighted_pooling"):
             if not isinstance(getattr(self, option), bool):
                 raise OptionError(f"GTP({option}={getattr(self, option)!r}): give True or False")
+        _one_of("branch", self.branch, BRANCHES)
         if self.weighted_pooling and not self.token_scale:
             raise OptionError("GTP(weighted_pooling=True) weighs by token scales: leave token_scale=True")
         if not _is_number(self.attention_sparsity) or not 0.0 < self.attention_sparsity <= 1.0:
             raise OptionError(
                 f"GTP(attention_sparsity={self.attention_sparsity!r}): give theta with 0 < theta <= 1; 1 drops nothing"
             )
+
+    @property
+    def recovers_branches(self) -> bool:
+        return self.branch == "recover"
 
     @property
     def whole_maps(self) -> bool:
@@ -135,10 +148,11 @@ class GTP:
         leaving = site.patches_in - site.patches_out
         features = 2 * (site.others + site.patches_out) * leaving * site.channels
         scales = 2 * site.patches_out * leaving if told and self.token_scale else 0
-        column_sums = 0
-        if self.score.startswith(("mixed", "broadcast")):
-            column_sums = 2 * site.heads * (site.others + site.patches_in) ** 2
-        return features + scales + column_sums
+        return features + scales + self.scoring_flops(site.heads, site.others + site.patches_in)
+
+    def scoring_flops(self, heads: int, tokens: Any) -> Any:
+        """Column sums of the map are a product; its diagonal is read off."""
+        return 2 * heads * tokens**2 if self.score.startswith(("mixed", "broadcast")) else 0
 
 
 def _one_of(option: str, value: object, known: dict[str, str]) -> None:

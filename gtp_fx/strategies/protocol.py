@@ -81,6 +81,10 @@ class Strategy(Protocol):
     def weighted_pooling(self) -> bool:
         """True where average pooling weighs tokens by their scale."""
 
+    @property
+    def recovers_branches(self) -> bool:
+        """True where a token that skips a branch gets its neighbours' results; else it gets none."""
+
     def refuse(self, axis: TokenAxis) -> str:
         """Why this strategy can't work on such tokens; empty where it can."""
 
@@ -97,6 +101,9 @@ class Strategy(Protocol):
 
     def start_flops(self, grid: Sequence[int], channels: int) -> int:
         """FLOPs per image of `start`."""
+
+    def scoring_flops(self, heads: int, tokens: Any) -> Any:
+        """FLOPs of what scoring adds to one attention over `tokens`."""
 
     def site_flops(self, site: SiteShape, told: bool) -> Any:
         """FLOPs per image of a site where tokens leave: `reduce`, and what scoring adds to the attention.

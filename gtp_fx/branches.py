@@ -1,0 +1,176 @@
+"""Branches: where a stream has to keep its grid, the part of a block that only some tokens need to go through.
+
+    x ─┬─ norm ─ MLP ─┬─ add        x ─┬─ kept tokens of each window ─ norm ─ MLP ─ recover ─┬─ add
+       └──────────────┘                └─────────────────────────────────────────────────────┘
+
+The attention before it ranks the tokens of each window (or of the whole grid, where it sees all). What follows that
+attention's residual add is the branch: as much of it, from its end backward, as is token-wise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.axes import Dim, GridAxis, Plain, TensorType, holds_images, is_plain, split_tokens, whole_size
+from gtp_fx.graphs import ancestors, descendants
+from gtp_fx.infer import Typing
+from gtp_fx.layouts import NoLayout, by_window, convert, image_layout
+from gtp_fx.rules.layout import is_view
+
+_MOVES = (aten.permute.default, aten.transpose.int, aten.clone.default, aten.contiguous.default)
+"""Besides views, what arranges tokens without computing anything."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What of one block the kept tokens of each window go through alone.
+
+    entries: the values it begins with. inside: its token-wise nodes, in graph order; the last is its result.
+    scores: the type of the attention's scores, [images and windows, tokens]. region: the layout in which tokens are
+    chosen, [images and windows, tokens row by row]; features follow. windows: per image. tokens: in each.
+    lead, heads: dimensions of the attention's query that are images and windows, and the one that is heads.
+    """
+
+    entries: tuple[fx.Node, ...]
+    inside: tuple[fx.Node, ...]
+    scores: TensorType
+    region: TensorType
+    windows: int
+    tokens: int
+    lead: tuple[int, ...]
+    heads: int
+
+    @property
+    def result(self) -> fx.Node:
+        return self.inside[-1]
+
+
+class NoBranch(Exception):
+    """Why a block has no branch that some tokens can skip; the message is the reason a user reads."""
+
+
+def find_branch(attention: fx.Node, site: fx.Node, typing: Typing) -> Branch:
+    """The branch of the block whose attention ends in the residual add `site`. Raises NoBranch."""
+    result = _next_branch(site, typing)
+    entries, inside = _token_wise_tail(result, descendants(site), typing)
+    query = typing.type(attention.args[0])  # type: ignore[arg-type]
+    if not all(isinstance(f, GridAxis) for f in split_tokens(query[-2])):
+        raise NoBranch("tokens that are no patches attend beside them")
+    lead, heads = _lead_and_heads(query)
+    if len(query) > 4 and (len(attention.args) > 3 and attention.args[3] is not None):
+        raise NoBranch("its attention has a bias and more than four dimensions")
+    scores: TensorType = (tuple(f for dim in lead for f in query[dim]), query[-2])
+    tokens = sorted((f for f in split_tokens(query[-2]) if isinstance(f, GridAxis)), key=lambda f: (f.side, -f.stride))
+    region: TensorType = (scores[0], tuple(tokens))
+    _check_layouts(scores, region, [typing.type(node) for node in entries], typing.type(result))
+    count = whole_size(region[1])
+    windows = whole_size(tuple(f for f in split_tokens(scores[0]) if isinstance(f, GridAxis)))
+    return Branch(tuple(entries), tuple(inside), scores, region, windows, count, lead, heads)
+
+
+def _next_branch(site: fx.Node, typing: Typing) -> fx.Node:
+    """What is added next to the stream that leaves `site`, before it is arranged for the addition."""
+    following = iter(site.graph.nodes)
+    for node in following:
+        if node is site:
+            break
+    for node in following:
+        if node.target is not aten.add.Tensor or not typing.is_tensor(node):
+            continue
+        for stream, branch in (node.args[:2], node.args[1::-1]):
+            if isinstance(stream, fx.Node) and isinstance(branch, fx.Node) and _origin(stream) is site:
+                found = _origin(branch)
+                if found is not site and site in ancestors(found):
+                    return found
+    raise NoBranch("no residual branch follows its attention's")
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The node whose value, arranged in another way, `node` is."""
+    while (is_view(node) or node.target in _MOVES) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _token_wise_tail(result: fx.Node, behind: set[fx.Node], typing: Typing) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The values that the longest token-wise part before `result` begins with, and its nodes, both in graph order.
+
+    behind: the nodes that may be part of it, which lie behind the attention's residual add.
+    """
+    kind = typing.type(result)
+    if not is_plain(kind[-1]) or all(map(is_plain, kind[:-1])):
+        raise NoBranch("the branch behind its attention isn't laid out as tokens with features last")
+    inside: set[fx.Node] = set()
+    entries: set[fx.Node] = set()
+    pending = [result]
+    while pending:
+        node = pending.pop()
+        if node in inside or node in entries:
+            continue
+        if node in behind and _is_token_wise(node, kind[:-1], typing):
+            inside.add(node)
+            pending.extend(n for n in node.all_input_nodes if _runs_over(n, kind[:-1], typing))
+        else:
+            entries.add(node)
+    if not any(node.target is aten.linear.default for node in inside):
+        raise NoBranch("the branch behind its attention is not token-wise at its end (a convolution, say)")
+    order = list(result.graph.nodes)
+    return [n for n in order if n in entries], [n for n in order if n in inside]
+
+
+def _is_token_wise(node: fx.Node, lead: TensorType, typing: Typing) -> bool:
+    """Its result for a token needs that token alone, and what else it reads is the same for all."""
+    answer = typing.answers.get(node)
+    if (
+        answer is None
+        or answer.barrier
+        or answer.follows is not None
+        or answer.repair is not None
+        or not answer.operands
+    ):
+        return False
+    if is_view(node) or node.target in _MOVES or not _runs_over(node, lead, typing):
+        return False
+    others = [n for n in node.all_input_nodes if typing.is_tensor(n) and not _runs_over(n, lead, typing)]
+    if node.target is aten.linear.default:
+        return node.args[0] not in others
+    return all(all(whole_size(dim) == 1 for dim in typing.type(other)[:-1]) for other in others)
+
+
+def _runs_over(node: fx.Node, lead: TensorType, typing: Typing) -> bool:
+    return typing.is_tensor(node) and typing.type(node)[:-1] == lead and is_plain(typing.type(node)[-1])
+
+
+def _lead_and_heads(query: TensorType) -> tuple[tuple[int, ...], int]:
+    """[…, tokens, features]: which of the dimensions before are images and windows, and which one is heads."""
+    before = range(len(query) - 2)
+    plain = [d for d in before if d and is_plain(query[d]) and not holds_images(query[d])]
+    heads = [d for d in plain if whole_size(query[d]) > 1] or plain[:1]
+    lead = tuple(d for d in before if d not in heads)
+    if len(heads) != 1 or not lead or any(_mixes(query[d]) for d in lead):
+        raise NoBranch("queries have no dimension of their own for heads")
+    return lead, heads[0]
+
+
+def _mixes(dim: Dim) -> bool:
+    """Images or windows merged with something that is neither."""
+    return any(isinstance(f, Plain) and not f.images and f.size != 1 for f in dim) and len(dim) > 1
+
+
+def _check_layouts(scores: TensorType, region: TensorType, entries: list[TensorType], result: TensorType) -> None:
+    """Every value can be arranged by window, and the result back: tried without a graph."""
+
+    def nowhere(*_: object) -> None:
+        return None
+
+    try:
+        convert(nowhere, None, (*scores, (Plain(1),)), (*region, (Plain(1),)))
+        for kind in entries:
+            convert(nowhere, None, kind, (*region, kind[-1]))
+        convert(nowhere, None, (*region, result[-1]), result)
+        convert(nowhere, None, (*image_layout(region), (Plain(2),)), by_window(region, (Plain(2),)))
+    except NoLayout as reason:
+        raise NoBranch(f"its tokens can't be arranged by window: {reason}") from reason

@@ -1,0 +1,146 @@
+"""Approximate: let tokens skip a branch. The stream keeps its grid; some tokens of each window go through the branch alone.
+
+For each block of the plan that is placed so:
+  1. its attention also scores its tokens, window by window;
+  2. the branch's entries are arranged by window, and the kept tokens taken out of each, as many everywhere;
+  3. the branch's nodes run on those;
+  4. the others get their neighbours' results (or, as the strategy says, none), and all is arranged as it was.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+
+from gtp_fx import graphs
+from gtp_fx.axes import Plain, whole_size
+from gtp_fx.branches import Branch
+from gtp_fx.infer import Typing, infer_types
+from gtp_fx.layouts import Call, by_window, convert, grid_of, image_layout, made_from
+from gtp_fx.passes.find_blocks import AttentionBlock, read_blocks
+from gtp_fx.plan import Plan
+from gtp_fx.sizes import is_symbolic, shape_of
+from gtp_fx.strategies.protocol import Attention, Strategy
+
+_ROWS, _IMAGES = 1, 0
+"""In the layout by window, [images and windows, tokens, features]."""
+
+
+def insert_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """A copy of `gm`, whose blocks are marked, in which the plan's tokens skip the plan's branches."""
+    gm = graphs.copy_of(gm)
+    typing = infer_types(gm.graph)
+    for block in read_blocks(gm):
+        if block.index in plan.skipping:
+            assert block.branch is not None
+            _insert(gm.graph, block, block.branch, plan.skipping[block.index], plan.strategy, typing)
+    return graphs.finish(gm)
+
+
+def _insert(
+    graph: fx.Graph, block: AttentionBlock, branch: Branch, skipping: int, strategy: Strategy, typing: Typing
+) -> None:
+    scores = _scored(graph, block, branch, strategy, typing)
+    before = next(node for node in graph.nodes if node in branch.inside)
+    after = branch.result
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        return graphs.call(graph, target, *args, like=before)
+
+    with graph.inserting_before(after.next):
+        scores = _by_window(call, scores, branch)
+        if any(grid.inside is not None for grid in made_from(grid_of(branch.region))):
+            scores = _padding_first(call, scores, branch)
+        split = call(gtp_fx.select.default, scores, skipping)
+        kept, left = call(operator.getitem, split, 0), call(operator.getitem, split, 1)
+        instead: dict[fx.Node, fx.Node] = {}
+        for entry in branch.entries:
+            kind = typing.type(entry)
+            rows = convert(call, entry, kind, (*branch.region, kind[-1]))
+            instead[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, 0, 0)
+        for node in branch.inside:
+            copy = graph.node_copy(node, lambda n: instead.get(n, n))
+            copy.meta = {key: node.meta[key] for key in graphs.META_KEYS if key in node.meta}
+            instead[node] = copy
+        shares = _shares(call, kept, left, branch, strategy, entry=instead[branch.entries[0]])
+        result = call(gtp_fx.recover.default, instead[after], shares, kept, left, _IMAGES, _ROWS, 0, 0)
+        kind = typing.type(after)
+        arranged = convert(call, result, (*branch.region, kind[-1]), kind)
+    after.replace_all_uses_with(arranged)
+
+
+def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: Strategy, typing: Typing) -> fx.Node:
+    """Replace the block's attention by one that scores its tokens: [images and windows, tokens] in its own order."""
+    attention = block.attention
+    q, k, v, *rest = attention.args
+    query = typing.type(q)  # type: ignore[arg-type]
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        return graphs.call(graph, target, *args, like=attention)
+
+    order = [*branch.lead, branch.heads, len(query) - 2, len(query) - 1]
+    plain = len(query) == 4
+    with graph.inserting_before(attention):
+
+        def flat(x: Any) -> Any:
+            """[images, windows, heads, tokens, features] in any order -> [images * windows, heads, tokens, features]."""
+            if plain and order == [0, 1, 2, 3]:
+                return x
+            turned = call(aten.permute.default, x, order)
+            return call(aten.reshape.default, turned, [-1, *_sizes(shape_of(x), order[-3:])])
+
+        bias = rest[0] if rest else attention.kwargs.get("attn_mask")
+        operands = Attention(flat(q), flat(k), flat(v), bias, attention.kwargs.get("scale"))  # type: ignore[arg-type]
+        output, scores = strategy.attend(call, operands, block.axis, True)
+        if not (plain and order == [0, 1, 2, 3]):
+            shape = shape_of(attention)
+            sizes = [-1 if is_symbolic(shape[d]) else shape[d] for d in order]
+            output = call(aten.reshape.default, output, sizes)
+            output = call(aten.permute.default, output, [order.index(d) for d in range(len(order))])
+    attention.replace_all_uses_with(output)
+    graph.erase_node(attention)
+    return scores
+
+
+def _sizes(shape: tuple[int, ...], dims: list[int]) -> list[int]:
+    return [shape[d] for d in dims]
+
+
+def _by_window(call: Call, scores: fx.Node, branch: Branch) -> fx.Node:
+    """Scores in the order of the region's layout: row by row in each window."""
+    feature = (Plain(1),)
+    if branch.scores == branch.region:
+        return scores
+    column = call(aten.unsqueeze.default, scores, 2)
+    column = convert(call, column, (*branch.scores, feature), (*branch.region, feature))
+    return call(aten.squeeze.dim, column, 2)
+
+
+def _padding_first(call: Call, scores: fx.Node, branch: Branch) -> fx.Node:
+    """Scores are 0 or more; what a window has of padding gets -1, and skips before any patch does."""
+    patches = _arranged(call, branch, scores, aten.ones_like.default)
+    inside = call(aten.gt.Scalar, call(aten.select.int, patches, 2, 0), 0)
+    by_image = call(aten.reshape.default, scores, [-1, branch.windows, branch.tokens])
+    least = call(aten.sub.Scalar, call(aten.zeros_like.default, by_image), 1.0)
+    ranked = call(aten.where.self, inside, by_image, least)
+    return call(aten.reshape.default, ranked, [-1, branch.tokens])
+
+
+def _arranged(call: Call, branch: Branch, like: fx.Node, change: Any = None) -> fx.Node:
+    """Rows and columns of an image's tokens by window, [windows, tokens, R]; `change` is applied before they are arranged."""
+    image = image_layout(branch.region)
+    features = (Plain(len(image) - 1),)
+    places = call(gtp_fx.grid_places.default, [whole_size(dim) for dim in image[1:]], like)
+    if change is not None:
+        places = call(change, places)
+    found: fx.Node = convert(call, places, (*image, features), by_window(branch.region, features))
+    return found
+
+
+def _shares(call: Call, kept: fx.Node, left: fx.Node, branch: Branch, strategy: Strategy, entry: fx.Node) -> fx.Node:
+    """[images and windows, P, K]: of whom each token that skips gets its result."""
+    shares = call(gtp_fx.region_shares.default, _arranged(call, branch, entry), kept, left)
+    return shares if strategy.recovers_branches else call(aten.zeros_like.default, shares)
