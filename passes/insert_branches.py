@@ -19,11 +19,11 @@ from gtp_fx import graphs
 from gtp_fx.axes import Plain, whole_size
 from gtp_fx.branches import Branch
 from gtp_fx.infer import Typing, infer_types
-from gtp_fx.layouts import Call, by_window, convert, grid_of, image_layout, made_from
+from gtp_fx.layouts import by_window, convert, grid_of, image_layout, made_from
 from gtp_fx.passes.find_blocks import AttentionBlock, read_blocks
 from gtp_fx.plan import Plan
 from gtp_fx.sizes import is_symbolic, shape_of
-from gtp_fx.strategies.protocol import Attention, Strategy
+from gtp_fx.strategies.protocol import Attention, Emit, Strategy
 
 _ROWS, _IMAGES = 1, 0
 """In the layout by window, [images and windows, tokens, features]."""
@@ -109,7 +109,7 @@ def _sizes(shape: tuple[int, ...], dims: list[int]) -> list[int]:
     return [shape[d] for d in dims]
 
 
-def _by_window(call: Call, scores: fx.Node, branch: Branch) -> fx.Node:
+def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
     """Scores in the order of the region's layout: row by row in each window."""
     feature = (Plain(1),)
     if branch.scores == branch.region:
@@ -119,7 +119,7 @@ def _by_window(call: Call, scores: fx.Node, branch: Branch) -> fx.Node:
     return call(aten.squeeze.dim, column, 2)
 
 
-def _padding_first(call: Call, scores: fx.Node, branch: Branch) -> fx.Node:
+def _padding_first(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
     """Scores are 0 or more; what a window has of padding gets -1, and skips before any patch does."""
     patches = _arranged(call, branch, scores, aten.ones_like.default)
     inside = call(aten.gt.Scalar, call(aten.select.int, patches, 2, 0), 0)
@@ -129,7 +129,7 @@ def _padding_first(call: Call, scores: fx.Node, branch: Branch) -> fx.Node:
     return call(aten.reshape.default, ranked, [-1, branch.tokens])
 
 
-def _arranged(call: Call, branch: Branch, like: fx.Node, change: Any = None) -> fx.Node:
+def _arranged(call: Emit, branch: Branch, like: fx.Node, change: Any = None) -> fx.Node:
     """Rows and columns of an image's tokens by window, [windows, tokens, R]; `change` is applied before they are arranged."""
     image = image_layout(branch.region)
     features = (Plain(len(image) - 1),)

@@ -3,7 +3,7 @@
     softmax(q·kᵀ [· scale] [+ bias], -1) · v        ->   scaled_dot_product_attention(q, k, v, bias, scale=…)
 
 in any of its spellings: the scale before or behind the product, as a number or per head, on q or on the logits; a bias or a mask
-added, in any order; matmul, bmm over merged heads, or einsum. Where anything else reads the map or changes it (talking
+added, in any order, also one for each window of an image; matmul, bmm over merged heads, or einsum. Where anything else reads the map or changes it (talking
 heads, gates, dropout that is on, a caller who wants it), it is another function and stays as it is.
 
 Fused attention computes the softmax in float32 inside; below float32 it is the more exact of the two.
@@ -12,6 +12,7 @@ Fused attention computes the softmax in float32 inside; below float32 it is the 
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx import graphs
 from gtp_fx.axes import GridAxis, Plain, holds_images, whole_size
 from gtp_fx.infer import Typing, infer_types
-from gtp_fx.sizes import shape_of
+from gtp_fx.sizes import is_symbolic, shape_of
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.contiguous.default)
@@ -31,7 +32,8 @@ _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.conti
 class Logits:
     """q·kᵀ·scale·factors + biases, as found: factors are tensors that are constant along both token axes.
 
-    biases: each with the number by which it is multiplied.
+    biases: each with the number by which it is multiplied. One of five dimensions, [1, windows, heads or 1, queries, keys], is for
+    each window, where the product's first dimension is images * windows.
     """
 
     q: fx.Node
@@ -77,12 +79,39 @@ def _logits(node: Any) -> Logits | None:
         return _logits(node.args[0])
     if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
         return _scaled(node)
+    if node.target is aten.reshape.default:
+        return _masked_by_window(node)
     if node.target is aten.add.Tensor and not node.kwargs:
         for inner, bias in (node.args, node.args[::-1]):
             found = _logits(inner)
             if found is not None and isinstance(bias, fx.Node):
                 return replace(found, biases=(*found.biases, (bias, 1.0)))
     return None
+
+
+def _masked_by_window(node: fx.Node) -> Logits | None:
+    """Logits [images * windows, …] seen as [images, windows, …], a mask for each window added, and seen as before."""
+    masks: list[fx.Node] = []
+    apart = node.args[0]
+    while isinstance(apart, fx.Node) and apart.target is aten.add.Tensor and not apart.kwargs and len(apart.users) == 1:
+        sides = [(x, mask) for x, mask in (apart.args, apart.args[::-1]) if _is_window_mask(mask, apart, node)]
+        if not sides:
+            return None
+        apart, mask = sides[0]
+        masks.append(mask)  # type: ignore[arg-type]
+    if not isinstance(apart, fx.Node) or not masks or apart.target is not aten.reshape.default or len(apart.users) != 1:
+        return None
+    inner = apart.args[0]
+    found = _logits(inner) if isinstance(inner, fx.Node) and shape_of(inner) == shape_of(node) else None
+    return None if found is None else replace(found, biases=(*found.biases, *((mask, 1.0) for mask in masks)))
+
+
+def _is_window_mask(mask: Any, total: fx.Node, logits: fx.Node) -> bool:
+    """[1, windows, heads or 1, queries, keys] beside [images, windows, heads, queries, keys]."""
+    if not isinstance(mask, fx.Node) or len(shape_of(mask)) != 5 or len(shape_of(total)) != 5:
+        return False
+    one, windows, heads, *rest = shape_of(mask)
+    return (one, windows, *rest) == (1, shape_of(total)[1], *shape_of(logits)[2:]) and heads in (1, shape_of(logits)[1])
 
 
 def _scaled(node: fx.Node) -> Logits | None:
@@ -123,6 +152,17 @@ def _replace(graph: fx.Graph, product: fx.Node, logits: Logits, typing: Typing) 
             shared = heads is None or len(shape) < 3 or shape[0] == 1
             return x if shared else call(aten.reshape.default, x, [-1, heads, *shape[1:]])
 
+        def by_window(mask: fx.Node, shape: tuple[int, ...]) -> fx.Node:
+            """[1, windows, …] -> [images * windows, …]."""
+            rows: Any = shape_of(logits.q)[0]
+            if is_symbolic(rows):
+                rows = call(aten.sym_size.int, logits.q, 0)
+                images: Any = call(operator.floordiv, rows, shape[1])
+            else:
+                images = rows // shape[1]
+            expanded = call(aten.expand.default, mask, [images, *shape[1:]])
+            return call(aten.reshape.default, expanded, [-1, *shape[2:]])
+
         query = logits.q
         for factor in logits.factors:
             query = call(aten.mul.Tensor, query, factor)
@@ -131,6 +171,7 @@ def _replace(graph: fx.Graph, product: fx.Node, logits: Logits, typing: Typing) 
         bias = None
         for found, times in logits.biases:
             one = found if times == 1.0 else call(aten.mul.Tensor, found, times)
+            one = by_window(one, shape_of(found)) if len(shape_of(found)) == 5 else one
             one = apart(one, shape_of(found)) if len(shape_of(found)) == 3 else one
             bias = one if bias is None else call(aten.add.Tensor, bias, one)
         dtype = logits.q.meta["val"].dtype

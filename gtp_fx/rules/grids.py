@@ -51,8 +51,8 @@ def sampled(call: Call, x: TensorType, dim: int, start: int, stop: int, step: in
     size = grid.shape[side]
     if step == 1 and start == 0 and grid.inside is not None and stop == grid.inside.shape[side]:
         smaller = grid.resized(side, stop)
-    elif 0 <= start < step and stop == size and size % step == 0:
-        shape = (*grid.shape[:side], size // step, *grid.shape[side + 1 :])
+    elif 0 <= start < step and stop == size:
+        shape = (*grid.shape[:side], len(range(start, size, step)), *grid.shape[side + 1 :])
         # Samples that begin elsewhere pair with these place by place: they are the cells of one grid.
         smaller = Grid(f"{grid.birth}_{side}every{step}", shape)
     else:
