@@ -54,8 +54,8 @@ class NoBranch(Exception):
 
 def find_branch(attention: fx.Node, site: fx.Node, typing: Typing) -> Branch:
     """The branch of the block whose attention ends in the residual add `site`. Raises NoBranch."""
-    result = _next_branch(site, typing)
-    entries, inside = _token_wise_tail(result, descendants(site), typing)
+    entries, inside = _next_branch(site, typing)
+    result = inside[-1]
     query = typing.type(attention.args[0])  # type: ignore[arg-type]
     if not all(isinstance(f, GridAxis) for f in split_tokens(query[-2])):
         raise NoBranch("tokens that are no patches attend beside them")
@@ -71,21 +71,30 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: Typing) -> Branch:
     return Branch(tuple(entries), tuple(inside), scores, region, windows, count, lead, heads)
 
 
-def _next_branch(site: fx.Node, typing: Typing) -> fx.Node:
-    """What is added next to the stream that leaves `site`, before it is arranged for the addition."""
-    following = iter(site.graph.nodes)
-    for node in following:
-        if node is site:
-            break
-    for node in following:
-        if node.target is not aten.add.Tensor or not typing.is_tensor(node):
+def _next_branch(site: fx.Node, typing: Typing) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Entries and nodes of the first branch behind `site` that has a token-wise tail, before attention is paid again.
+
+    Between the two may be others that have none: a position encoding by convolution, say.
+    """
+    behind = descendants(site)
+    reason = NoBranch("no residual branch follows its attention's")
+    for node in site.graph.nodes:
+        if node not in behind or node.target is not aten.add.Tensor or not typing.is_tensor(node):
             continue
         for stream, branch in (node.args[:2], node.args[1::-1]):
-            if isinstance(stream, fx.Node) and isinstance(branch, fx.Node) and _origin(stream) is site:
-                found = _origin(branch)
-                if found is not site and site in ancestors(found):
-                    return found
-    raise NoBranch("no residual branch follows its attention's")
+            if not isinstance(stream, fx.Node) or not isinstance(branch, fx.Node):
+                continue
+            start, result = _origin(stream), _origin(branch)
+            within = ancestors(result)
+            if start not in within or start not in behind | {site}:
+                continue
+            if any(n.target is aten.scaled_dot_product_attention.default for n in within & descendants(start)):
+                raise reason
+            try:
+                return _token_wise_tail(result, behind, typing)
+            except NoBranch as why:
+                reason = why
+    raise reason
 
 
 def _origin(node: fx.Node) -> fx.Node:
@@ -103,22 +112,21 @@ def _token_wise_tail(result: fx.Node, behind: set[fx.Node], typing: Typing) -> t
     kind = typing.type(result)
     if not is_plain(kind[-1]) or all(map(is_plain, kind[:-1])):
         raise NoBranch("the branch behind its attention isn't laid out as tokens with features last")
-    inside: set[fx.Node] = set()
-    entries: set[fx.Node] = set()
-    pending = [result]
-    while pending:
-        node = pending.pop()
-        if node in inside or node in entries:
+    lead = kind[:-1]
+    inside: list[fx.Node] = []
+    entries: list[fx.Node] = []
+    for node in reversed(result.graph.nodes):  # users come before what they use
+        if node is not result and not any(user in inside for user in node.users):
             continue
-        if node in behind and _is_token_wise(node, kind[:-1], typing):
-            inside.add(node)
-            pending.extend(n for n in node.all_input_nodes if _runs_over(n, kind[:-1], typing))
-        else:
-            entries.add(node)
+        if not _runs_over(node, lead, typing):
+            continue  # parameters, and tables that all tokens share
+        # What something else reads as well has to be computed for every token anyway.
+        alone = node is result or all(user in inside for user in node.users)
+        part = alone and node in behind and _is_token_wise(node, lead, typing)
+        (inside if part else entries).append(node)
     if not any(node.target is aten.linear.default for node in inside):
         raise NoBranch("the branch behind its attention is not token-wise at its end (a convolution, say)")
-    order = list(result.graph.nodes)
-    return [n for n in order if n in entries], [n for n in order if n in inside]
+    return entries[::-1], inside[::-1]
 
 
 def _is_token_wise(node: fx.Node, lead: TensorType, typing: Typing) -> bool:

@@ -140,7 +140,9 @@ def _arranged(call: Emit, branch: Branch, like: fx.Node, change: Any = None) -> 
     return found
 
 
-def _shares(call: Call, kept: fx.Node, left: fx.Node, branch: Branch, strategy: Strategy, entry: fx.Node) -> fx.Node:
+def _shares(call: Emit, kept: fx.Node, left: fx.Node, branch: Branch, strategy: Strategy, entry: fx.Node) -> fx.Node:
     """[images and windows, P, K]: of whom each token that skips gets its result."""
     shares = call(gtp_fx.region_shares.default, _arranged(call, branch, entry), kept, left)
-    return shares if strategy.recovers_branches else call(aten.zeros_like.default, shares)
+    if not strategy.recovers_branches:
+        shares = call(aten.zeros_like.default, shares)
+    return shares
