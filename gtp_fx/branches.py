@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.axes import Dim, GridAxis, Plain, TensorType, holds_images, is_plain, split_tokens, whole_size
+from gtp_fx.axes import Dim, GridAxis, Plain, TensorType, holds_images, is_plain, split_tokens, token_axis, whole_size
 from gtp_fx.graphs import ancestors, descendants
 from gtp_fx.infer import Typing
 from gtp_fx.layouts import NoLayout, by_window, convert, image_layout
@@ -31,6 +31,7 @@ class Branch:
     entries: the values it begins with. inside: its token-wise nodes, in graph order; the last is its result.
     scores: the type of the attention's scores, [images and windows, tokens]. region: the layout in which tokens are
     chosen, [images and windows, tokens row by row]; features follow. windows: per image. tokens: in each.
+    cells: the sides of the coarser grid that keys are pooled to, () where keys are the tokens themselves.
     lead, heads: dimensions of the attention's query that are images and windows, and the one that is heads.
     """
 
@@ -42,6 +43,7 @@ class Branch:
     tokens: int
     lead: tuple[int, ...]
     heads: int
+    cells: tuple[int, ...] = ()
 
     @property
     def result(self) -> fx.Node:
@@ -68,7 +70,28 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: Typing) -> Branch:
     _check_layouts(scores, region, [typing.type(node) for node in entries], typing.type(result))
     count = whole_size(region[1])
     windows = whole_size(tuple(f for f in split_tokens(scores[0]) if isinstance(f, GridAxis)))
-    return Branch(tuple(entries), tuple(inside), scores, region, windows, count, lead, heads)
+    cells = pooled_to(query, typing.type(attention.args[1]))  # type: ignore[arg-type]
+    return Branch(tuple(entries), tuple(inside), scores, region, windows, count, lead, heads, cells)
+
+
+def pooled_to(query: TensorType, key: TensorType) -> tuple[int, ...]:
+    """The sides of the grid that keys are, where it divides the queries'; () where the two are the same tokens, or none."""
+    asking, asked = token_axis(query[-2]), token_axis(key[-2])
+    if (
+        asking is None
+        or asked is None
+        or asking == asked
+        or asking.prefix
+        or asked.prefix
+        or asking.suffix
+        or asked.suffix
+    ):
+        return ()
+    grid, cells = asking.domain.grid, asked.domain.grid
+    if grid.parts or cells.parts or len(grid.shape) != len(cells.shape):
+        return ()
+    divides = all(size % count == 0 for size, count in zip(grid.shape, cells.shape, strict=True))
+    return cells.shape if divides else ()
 
 
 def _next_branch(site: fx.Node, typing: Typing) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -19,7 +19,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import TokenAxis, is_plain, token_axis
-from gtp_fx.branches import Branch, NoBranch, find_branch
+from gtp_fx.branches import Branch, NoBranch, find_branch, pooled_to
 from gtp_fx.errors import Refusal
 from gtp_fx.graphs import ancestors, copy_of, descendants, layer_name, operator_name
 from gtp_fx.infer import Typing, infer_types
@@ -113,13 +113,17 @@ def _branch(attention: fx.Node, site: fx.Node, typing: Typing, refusal: Refusal)
 
 
 def self_attention_axis(node: fx.Node, typing: Typing) -> TokenAxis | None:
-    """The token axis that queries and keys share, or None where this isn't self-attention over tokens."""
+    """The token axis that queries and keys share, or None where this isn't self-attention over tokens.
+
+    Keys may be pooled: each then stands for the tokens of a cell, the one that asks among them.
+    """
     query, key = node.args[0], node.args[1]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
     if typing.answers[node].barrier:
         return None
     axis = token_axis(typing.type(query)[-2])
-    return axis if axis is not None and axis == token_axis(typing.type(key)[-2]) else None
+    same = axis is not None and axis == token_axis(typing.type(key)[-2])
+    return axis if same or pooled_to(typing.type(query), typing.type(key)) else None
 
 
 def _residual_add(attention: fx.Node, typing: Typing) -> fx.Node | None:
@@ -146,6 +150,9 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: Typing) -> Refusa
     def refuse(reason: str) -> Refusal:
         return Refusal(layer_name(attention), operator_name(attention), reason)
 
+    query, key = attention.args[0], attention.args[1]
+    if pooled_to(typing.type(query), typing.type(key)):  # type: ignore[arg-type]
+        return refuse("keys are pooled over the grid, which has to stay whole for it")
     if attention.meta[MARK].axis.domain.grid.parts:
         return refuse("tokens attend within windows here, and the grid has to stay whole for those of the next block")
     if site is None and (shared := _residual_add(attention, typing)) is not None and MARK in shared.meta:

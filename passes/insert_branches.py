@@ -94,7 +94,10 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
 
         bias = rest[0] if rest else attention.kwargs.get("attn_mask")
         operands = Attention(flat(q), flat(k), flat(v), bias, attention.kwargs.get("scale"))  # type: ignore[arg-type]
-        output, scores = strategy.attend(call, operands, block.axis, True)
+        if branch.cells:
+            output, scores = strategy.attend_cells(call, operands, block.axis.domain.grid.shape, branch.cells)
+        else:
+            output, scores = strategy.attend(call, operands, block.axis, True)
         if not (plain and order == [0, 1, 2, 3]):
             shape = shape_of(attention)
             sizes = [-1 if is_symbolic(shape[d]) else shape[d] for d in order]

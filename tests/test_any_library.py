@@ -28,6 +28,11 @@ def open_clip_visual() -> nn.Module:
     return enliven(model).eval()
 
 
+def torchvision_swin() -> nn.Module:
+    model = torchvision.models.swin_transformer.SwinTransformer([4, 4], 32, [2, 1], [2, 4], [7, 7], num_classes=10)
+    return enliven(model).eval()
+
+
 def scratch() -> nn.Module:
     torch.manual_seed(0)
     return enliven(ScratchViT(size=64, patch=8, width=64, depth=3, heads=4)).eval()
@@ -36,7 +41,7 @@ def scratch() -> nn.Module:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("make", "side"),
-    [(torchvision_vit, 64), (open_clip_visual, 224), (scratch, 64)],
+    [(torchvision_vit, 64), (torchvision_swin, 112), (open_clip_visual, 224), (scratch, 64)],
     ids=lambda v: getattr(v, "__name__", ""),
 )
 def test_exact_at_one_and_the_same_schedule_through_both_doors(make: Callable[[], nn.Module], side: int) -> None:
@@ -60,12 +65,6 @@ def test_spelled_out_attention_is_fused_in_a_model_from_scratch() -> None:
     operators = [str(node.target) for node in fast.graph_module.graph.nodes]
     assert sum("scaled_dot_product" in operator for operator in operators) == 3
     assert not any("softmax" in operator or "einsum" in operator for operator in operators)
-
-
-def test_windows_are_refused_by_name() -> None:
-    model = torchvision.models.swin_transformer.SwinTransformer([4, 4], 32, [1, 1], [2, 4], [7, 7]).eval()
-    with pytest.raises(gtp_fx.UnsupportedModelError, match="windows"):
-        gtp_fx.optimize(model, flops_budget=0.7, example_inputs=torch.randn(2, 3, 112, 112))
 
 
 class AnySize(nn.Module):

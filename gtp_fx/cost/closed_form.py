@@ -157,7 +157,8 @@ def branch_cost(branch: Branch, typing: Typing, heads: int, strategy: Strategy) 
             flops, tokens = int(formula(sizes)), int(math.prod(sizes.output[:-1]))
             whole, per_token = whole + flops, per_token + flops // tokens
     features = whole_size(typing.type(branch.result)[-1])
-    scoring = int(windows * strategy.scoring_flops(heads, branch.tokens))
+    keys = math.prod(branch.cells) if branch.cells else branch.tokens
+    scoring = int(windows * strategy.scoring_flops(heads, branch.tokens, keys))
     return BranchCost(whole, per_token, windows, branch.tokens, features, scoring)
 
 

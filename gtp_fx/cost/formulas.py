@@ -114,6 +114,14 @@ def attention_with_scores(sizes: Sizes) -> Size:
     return attention(sizes) + (2 * math.prod(batch) * tokens * tokens if column_sums else 0)
 
 
+@formula(gtp_fx.attention_with_cell_scores.default)
+def attention_with_cell_scores(sizes: Sizes) -> Size:
+    """Attention, and what each cell receives where the score asks for it."""
+    column_sums = sizes.node.args[5].startswith(("mixed", "broadcast"))  # type: ignore[union-attr]
+    *batch, queries, _ = sizes(0)
+    return attention(sizes) + (2 * math.prod(batch) * queries * sizes(1)[-2] if column_sums else 0)
+
+
 @formula(gtp_fx.token_graph.default)
 def token_graph(sizes: Sizes) -> Size:
     """Cosine similarity of every pair of patches; a spatial graph asks coordinates only."""

@@ -1,6 +1,7 @@
 """GTP's operators, `torch.ops.gtp_fx.*`: the vocabulary of a rewritten graph.
 
     attention_with_scores   scaled dot-product attention that also ranks its tokens
+    attention_with_cell_scores  the same where keys are pooled
     select                  which patch tokens are kept, which are propagated
     token_graph             who neighbours whom: built once, before the first block
     propagation_weights     the part of the normalised adjacency that a site needs
@@ -20,6 +21,6 @@ Shapes, here and in the modules: B images, H heads, N tokens of a stream (p pref
 K kept and P propagated patch tokens, M semantic neighbours of a token, G patch tokens of the whole grid.
 """
 
-from gtp_fx.ops import attention, graph, levels, pool, propagate, regions, select
+from gtp_fx.ops import attention, cells, graph, levels, pool, propagate, regions, select
 
-__all__ = ["attention", "graph", "levels", "pool", "propagate", "regions", "select"]
+__all__ = ["attention", "cells", "graph", "levels", "pool", "propagate", "regions", "select"]

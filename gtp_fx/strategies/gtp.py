@@ -115,6 +115,13 @@ class GTP:
         )
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
 
+    def attend_cells(
+        self, emit: Emit, attention: Attention, grid: Sequence[int], cells: Sequence[int]
+    ) -> tuple[fx.Node, fx.Node]:
+        operands = (attention.q, attention.k, attention.v, attention.bias, attention.scale)
+        both = emit(gtp_fx.attention_with_cell_scores.default, *operands, self.score, list(grid), list(cells))
+        return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
+
     def reduce(
         self, emit: Emit, state: StreamState, stream: fx.Node, scores: fx.Node, propagated: int, axis: TokenAxis
     ) -> tuple[fx.Node, StreamState]:
@@ -148,11 +155,11 @@ class GTP:
         leaving = site.patches_in - site.patches_out
         features = 2 * (site.others + site.patches_out) * leaving * site.channels
         scales = 2 * site.patches_out * leaving if told and self.token_scale else 0
-        return features + scales + self.scoring_flops(site.heads, site.others + site.patches_in)
+        return features + scales + self.scoring_flops(site.heads, *(site.others + site.patches_in,) * 2)
 
-    def scoring_flops(self, heads: int, tokens: Any) -> Any:
+    def scoring_flops(self, heads: int, queries: Any, keys: Any) -> Any:
         """Column sums of the map are a product; its diagonal is read off."""
-        return 2 * heads * tokens**2 if self.score.startswith(("mixed", "broadcast")) else 0
+        return 2 * heads * queries * keys if self.score.startswith(("mixed", "broadcast")) else 0
 
 
 def _one_of(option: str, value: object, known: dict[str, str]) -> None:

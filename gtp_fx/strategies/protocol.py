@@ -94,6 +94,11 @@ class Strategy(Protocol):
     def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
         """Replace self-attention: its output, and the scores [B, n] of the patch tokens ([B, 0] unless `scored`)."""
 
+    def attend_cells(
+        self, emit: Emit, attention: Attention, grid: Sequence[int], cells: Sequence[int]
+    ) -> tuple[fx.Node, fx.Node]:
+        """Replace attention whose keys are cells of the patches' grid: its output, and the scores [B, n] of the patches."""
+
     def reduce(
         self, emit: Emit, state: StreamState, stream: fx.Node, scores: fx.Node, propagated: int, axis: TokenAxis
     ) -> tuple[fx.Node, StreamState]:
@@ -102,8 +107,8 @@ class Strategy(Protocol):
     def start_flops(self, grid: Sequence[int], channels: int) -> int:
         """FLOPs per image of `start`."""
 
-    def scoring_flops(self, heads: int, tokens: Any) -> Any:
-        """FLOPs of what scoring adds to one attention over `tokens`."""
+    def scoring_flops(self, heads: int, queries: Any, keys: Any) -> Any:
+        """FLOPs of what scoring adds to one attention."""
 
     def site_flops(self, site: SiteShape, told: bool) -> Any:
         """FLOPs per image of a site where tokens leave: `reduce`, and what scoring adds to the attention.

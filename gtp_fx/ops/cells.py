@@ -1,0 +1,64 @@
+"""Attention whose keys are pooled, that ranks its queries: SegFormer's, PVT's, Twins'."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gtp_fx.ops.attention import _additive, _over_heads
+from gtp_fx.ops.graph import coordinates
+from gtp_fx.ops.register import operator
+
+
+def _shapes(q, k, v, bias, scale, score, grid, cells):  # type: ignore[no-untyped-def]
+    batch, heads, tokens, _ = q.shape
+    return v.new_empty(batch, heads, tokens, v.shape[-1]), q.new_empty(batch, tokens, dtype=torch.float32)
+
+
+@operator(_shapes)
+def attention_with_cell_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    score: str,
+    grid: list[int],
+    cells: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Scaled dot-product attention of every patch to pooled ones, and a score of each patch: low scores skip first.
+
+    q: [B, H, N, D], the patches of `grid`. k, v: [B, H, M, D], one for each cell of a coarser grid `cells`, which divides it.
+    The method's two factors (arXiv 2311.03035, token selection) ask what a token pays itself and what it receives; a token
+    whose key is pooled stands for itself as its cell does: what it pays its cell, and what its cell receives.
+
+    Returns the output [B, H, N, D] and the scores [B, N] in float32. score: a name in `SCORES`, no CLS one.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits_BHNM = torch.matmul(q, k.transpose(-2, -1)).float() * scale
+    if bias is not None:
+        logits_BHNM = logits_BHNM + _additive(bias)
+    exp_BHNM = (logits_BHNM - logits_BHNM.detach().amax(dim=-1, keepdim=True)).exp()
+    inverse_BHN1 = exp_BHNM.sum(dim=-1, keepdim=True).reciprocal()
+    out = torch.matmul(exp_BHNM.to(v.dtype), v) * inverse_BHN1.to(v.dtype)
+    own_N = _cell_of(grid, cells, q.device)
+    kind, _, over_heads = score.partition("-")
+    parts = []
+    if kind in ("regenerate", "mixed"):
+        index_BHN1 = own_N[:, None].expand(*exp_BHNM.shape[:3], 1)
+        parts.append(_over_heads((exp_BHNM.gather(-1, index_BHN1) * inverse_BHN1)[..., 0], over_heads))
+    if kind in ("broadcast", "mixed"):
+        received_BH1M = torch.matmul(inverse_BHN1.transpose(-2, -1), exp_BHNM)
+        parts.append(_over_heads(received_BH1M[:, :, 0], over_heads).index_select(1, own_N))
+    return out, math.prod(parts[1:], start=parts[0])
+
+
+def _cell_of(grid: list[int], cells: list[int], device: torch.device) -> Tensor:
+    """[N]: the cell that each patch lies in."""
+    places_NR = coordinates(grid, device)
+    index_N = torch.zeros(places_NR.shape[0], dtype=torch.int64, device=device)
+    for side, (size, count) in enumerate(zip(grid, cells, strict=True)):
+        index_N = index_N * count + places_NR[:, side].div(size // count, rounding_mode="floor")
+    return index_N
