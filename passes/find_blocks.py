@@ -13,12 +13,13 @@ around the marks; `read_blocks` reads them back. Blocks are counted in graph ord
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.axes import TokenAxis, is_plain, token_axis
+from gtp_fx.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
 from gtp_fx.branches import Branch, NoBranch, find_branch, pooled_to
 from gtp_fx.errors import Refusal
 from gtp_fx.graphs import ancestors, copy_of, descendants, layer_name, operator_name
@@ -93,23 +94,44 @@ def read_blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
             refusal = _why_not(attention, site, typing)
             axis = attention.meta[MARK].axis
             if refusal is None and base_of(axis.domain.grid) in windowed:
-                reason = "other blocks attend within windows of these tokens, so their grid has to stay whole"
-                refusal = Refusal(layer_name(attention), operator_name(attention), reason)
+                refusal = _refusal(
+                    attention, "other blocks attend within windows of these tokens, so their grid has to stay whole"
+                )
             dead = site is not None and all(map(is_plain, typing.type(site)))
-            branch = None
-            if refusal is not None and site is not None and not dead:
-                branch, refusal = _branch(attention, site, typing, refusal)
             layer = layer_name(attention)
-            blocks.append(AttentionBlock(index, layer, attention, site, stream, axis, refusal, dead, branch))
-    return tuple(blocks)
+            blocks.append(AttentionBlock(index, layer, attention, site, stream, axis, refusal, dead))
+    returned = _made_whole_again(gm.graph, blocks)
+    reason = "something between blocks needs the whole grid, so tokens that leave would have to come back each time"
+    blocks = [
+        replace(b, refusal=_refusal(b.attention, reason)) if b.axis.domain.grid in returned else b for b in blocks
+    ]
+    return tuple(_with_branch(block, typing) for block in blocks)
 
 
-def _branch(attention: fx.Node, site: fx.Node, typing: Typing, refusal: Refusal) -> tuple[Branch | None, Refusal]:
-    """The block's branch, or both reasons why nothing can be done there."""
+def _made_whole_again(graph: fx.Graph, blocks: list[AttentionBlock]) -> set[Grid]:
+    """The grids of which a site would meet all tokens where others have left before."""
+    sites = [block.site for block in blocks if block.refusal is None and block.site is not None]
+    typing = infer_types(graph, frozenset(sites))
+    domains = Counter(
+        axis.domain
+        for site in sites
+        for axis in token_axes(typing.answers[site].output)  # type: ignore[arg-type]
+    )
+    return {domain.grid for domain, count in domains.items() if count > 1}
+
+
+def _with_branch(block: AttentionBlock, typing: Typing) -> AttentionBlock:
+    """Where tokens can't leave, what some of them can skip, or why there is no such thing either."""
+    if block.refusal is None or block.site is None or block.dead:
+        return block
     try:
-        return find_branch(attention, site, typing), refusal
+        return replace(block, branch=find_branch(block.attention, block.site, typing))
     except NoBranch as reason:
-        return None, replace(refusal, reason=f"{refusal.reason}; and {reason}")
+        return replace(block, refusal=replace(block.refusal, reason=f"{block.refusal.reason}; and {reason}"))
+
+
+def _refusal(attention: fx.Node, reason: str) -> Refusal:
+    return Refusal(layer_name(attention), operator_name(attention), reason)
 
 
 def self_attention_axis(node: fx.Node, typing: Typing) -> TokenAxis | None:
@@ -148,7 +170,7 @@ def _other_side(add: fx.Node, after: set[fx.Node]) -> fx.Node | None:
 
 def _why_not(attention: fx.Node, site: fx.Node | None, typing: Typing) -> Refusal | None:
     def refuse(reason: str) -> Refusal:
-        return Refusal(layer_name(attention), operator_name(attention), reason)
+        return _refusal(attention, reason)
 
     query, key = attention.args[0], attention.args[1]
     if pooled_to(typing.type(query), typing.type(key)):  # type: ignore[arg-type]
