@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from rule_rows import STREAM, Refused, Row, flat, heads, kernel
 from torch import Tensor
 from torch.ops import aten
+
+from rule_rows import STREAM, Refused, Row, flat, heads, kernel
 
 
 def grid(x: Tensor) -> Tensor:

@@ -21,10 +21,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_rows import ROWS as OTHER_ROWS
-from rule_rows import Refused, Row
-from rule_rows_layout import REFUSED
-from rule_rows_layout import ROWS as LAYOUT_ROWS
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -54,6 +50,10 @@ from gtp_fx.shapes import check_outputs, propagate_shapes
 from gtp_fx.sizes import is_symbolic, per_image
 
 from graphs_by_hand import patches, traced
+from rule_rows import ROWS as OTHER_ROWS
+from rule_rows import Refused, Row
+from rule_rows_layout import REFUSED
+from rule_rows_layout import ROWS as LAYOUT_ROWS
 
 ROWS = [*OTHER_ROWS, *LAYOUT_ROWS]
 

@@ -54,13 +54,7 @@ def attention_with_scores(
     Returns the output [B, H, N, D] and the scores [B, n] ([B, 0] for "none") in float32. Softmax and scores are computed in
     float32, as fused attention does, so bfloat16 ranks tokens by the same numbers up to the rounding of q and k.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits_BHNN = torch.matmul(q, k.transpose(-2, -1)).float() * scale
-    if bias is not None:
-        logits_BHNN = logits_BHNN + _additive(bias)
-    # The map is exp_BHNN * inverse_BHN1. Both its products divide after multiplying: one pass over N x N less each.
-    exp_BHNN = (logits_BHNN - logits_BHNN.detach().amax(dim=-1, keepdim=True)).exp()
-    inverse_BHN1 = exp_BHNN.sum(dim=-1, keepdim=True).reciprocal()
+    exp_BHNN, inverse_BHN1 = attention_map(q, k, bias, scale)
     if sparsity < 1.0:
         exp_BHNN = _sparsify(exp_BHNN, inverse_BHN1, sparsity)
     out = torch.matmul(exp_BHNN.to(v.dtype), v) * inverse_BHN1.to(v.dtype)
@@ -82,6 +76,23 @@ def key_bias(scale_BN: Tensor, prefix: int, suffix: int, bias: Tensor | None, li
     if bias is not None:
         scale_bias = scale_bias + _additive(bias)
     return scale_bias.to(like.dtype)
+
+
+def attention_map(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+    """The map in float32 as two factors, [B, H, N, M] and [B, H, N, 1]: exponentials, and what a row is to be multiplied by.
+
+    Products with the map divide after multiplying, which is one pass over N x M less each.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits_BHNM = torch.matmul(q, k.transpose(-2, -1)).float() * scale
+    if bias is not None:
+        logits_BHNM = logits_BHNM + _additive(bias)
+    exp_BHNM = (logits_BHNM - logits_BHNM.detach().amax(dim=-1, keepdim=True)).exp()
+    return exp_BHNM, exp_BHNM.sum(dim=-1, keepdim=True).reciprocal()
+
+
+def over_heads(values_BHN: Tensor, how: str) -> Tensor:
+    return values_BHN.amax(dim=1) if how == "max" else values_BHN.mean(dim=1)
 
 
 def _additive(bias: Tensor) -> Tensor:
@@ -106,18 +117,14 @@ def _scores(exp_BHNN: Tensor, inverse_BHN1: Tensor, score: str, start: int, stop
     """Of the tokens from `start` to `stop`, which are the patches."""
     if score == "none":
         return exp_BHNN.new_empty(exp_BHNN.shape[0], 0)
-    kind, _, over_heads = score.partition("-")
+    kind, _, how = score.partition("-")
     if kind == "cls":
-        return _over_heads((exp_BHNN[:, :, 0] * inverse_BHN1[:, :, 0])[..., start:stop], over_heads)
+        return over_heads((exp_BHNN[:, :, 0] * inverse_BHN1[:, :, 0])[..., start:stop], how)
     parts = []
     if kind in ("regenerate", "mixed"):
         itself_BHN = exp_BHNN.diagonal(dim1=-2, dim2=-1) * inverse_BHN1[..., 0]
-        parts.append(_over_heads(itself_BHN[..., start:stop], over_heads))
+        parts.append(over_heads(itself_BHN[..., start:stop], how))
     if kind in ("broadcast", "mixed"):
         received_BH1N = torch.matmul(inverse_BHN1.transpose(-2, -1), exp_BHNN)  # column sums of the map
-        parts.append(_over_heads(received_BH1N[:, :, 0, start:stop], over_heads))
+        parts.append(over_heads(received_BH1N[:, :, 0, start:stop], how))
     return math.prod(parts[1:], start=parts[0])
-
-
-def _over_heads(values_BHN: Tensor, how: str) -> Tensor:
-    return values_BHN.amax(dim=1) if how == "max" else values_BHN.mean(dim=1)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gtp_fx.ops.attention import _additive, _over_heads
+from gtp_fx.ops.attention import attention_map, over_heads
 from gtp_fx.ops.graph import coordinates
 from gtp_fx.ops.register import operator
 
@@ -36,22 +36,17 @@ def attention_with_cell_scores(
 
     Returns the output [B, H, N, D] and the scores [B, N] in float32. score: a name in `SCORES`, no CLS one.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits_BHNM = torch.matmul(q, k.transpose(-2, -1)).float() * scale
-    if bias is not None:
-        logits_BHNM = logits_BHNM + _additive(bias)
-    exp_BHNM = (logits_BHNM - logits_BHNM.detach().amax(dim=-1, keepdim=True)).exp()
-    inverse_BHN1 = exp_BHNM.sum(dim=-1, keepdim=True).reciprocal()
+    exp_BHNM, inverse_BHN1 = attention_map(q, k, bias, scale)
     out = torch.matmul(exp_BHNM.to(v.dtype), v) * inverse_BHN1.to(v.dtype)
     own_N = _cell_of(grid, cells, q.device)
-    kind, _, over_heads = score.partition("-")
+    kind, _, how = score.partition("-")
     parts = []
     if kind in ("regenerate", "mixed"):
         index_BHN1 = own_N[:, None].expand(*exp_BHNM.shape[:3], 1)
-        parts.append(_over_heads((exp_BHNM.gather(-1, index_BHN1) * inverse_BHN1)[..., 0], over_heads))
+        parts.append(over_heads((exp_BHNM.gather(-1, index_BHN1) * inverse_BHN1)[..., 0], how))
     if kind in ("broadcast", "mixed"):
         received_BH1M = torch.matmul(inverse_BHN1.transpose(-2, -1), exp_BHNM)
-        parts.append(_over_heads(received_BH1M[:, :, 0], over_heads).index_select(1, own_N))
+        parts.append(over_heads(received_BH1M[:, :, 0], how).index_select(1, own_N))
     return out, math.prod(parts[1:], start=parts[0])
 
 
