@@ -123,11 +123,19 @@ def _doors(entry: ZooModel, model: nn.Module) -> dict[str, Any]:
         same = not door.made and type(error) in told
         return {"doors": "agree" if same else f"optimize: {type(error).__name__}; Dynamo: {told or 'taken'}"}
     result = _run(torch.compile(model, backend=door, fullgraph=True), call)
-    schedules = [list(one.schedule) for one in door.made]
-    if schedules != [list(fast.schedule)]:
-        return {"doors": f"schedules {list(fast.schedule)} and {schedules}"}
+    how = "agree"
+    if list(door.made[-1].schedule) != list(fast.schedule):
+        # Work that images share (a bias made by an MLP) is a smaller part of a batch that is baked in, so its budget is
+        # met with fewer tokens gone; with the batch open, both count the same.
+        for value in call.values():
+            torch._dynamo.mark_dynamic(value, 0)
+        torch._dynamo.reset()
+        result = _run(torch.compile(model, backend=door, fullgraph=True), call)
+        how = "agree, batch open"
+    if list(door.made[-1].schedule) != list(fast.schedule):
+        return {"doors": f"schedules {list(fast.schedule)} and {list(door.made[-1].schedule)}"}
     apart = difference(result, _run(fast, call))
-    return {"doors": "agree" if apart < EXACT else f"apart by {apart:.1e}"}
+    return {"doors": how if apart < EXACT else f"apart by {apart:.1e}"}
 
 
 def _what_is_wrong(row: Row) -> list[str]:
@@ -138,7 +146,7 @@ def _what_is_wrong(row: Row) -> list[str]:
         wrong.append("refused without a reason")
     if row.exact is not None and not row.exact < EXACT:
         wrong.append(f"not exact at budget 1.0: {row.exact:.1e}")
-    if row.doors != "agree":
+    if not row.doors.startswith("agree"):
         wrong.append(f"doors: {row.doors}")
     return wrong
 

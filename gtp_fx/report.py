@@ -63,12 +63,23 @@ class Report:
         """JSON-able."""
         return {**asdict(self), "flops_ratio": self.flops_ratio}
 
+    def _placements(self) -> str:
+        skipping = sum(bool(site.windows) for site in self.sites)
+        leaving = f"tokens leave at {len(self.sites) - skipping}"
+        if not skipping:
+            return leaving
+        return (
+            f"{leaving} and skip a branch at {skipping}"
+            if skipping < len(self.sites)
+            else f"tokens skip a branch at {skipping}"
+        )
+
     def __str__(self) -> str:
         asked = f" (budget {self.flops_budget:g})" if self.flops_budget is not None else ""
         lines = [
             f"{self.flops_before / 1e9:.3f} GFLOPs per image before, {self.flops_after / 1e9:.3f} after: "
             f"{self.flops_ratio:.4f} of the original's{asked}",
-            f"strategy {self.strategy}; target {self.target}; tokens leave at {len(self.sites)} of {self.blocks} attention blocks",
+            f"strategy {self.strategy}; target {self.target}; {self._placements()} of {self.blocks} attention blocks",
         ]
         steps = [
             [s.name, s.tier, f"{s.flops / 1e9:.3f}", f"{s.flops / self.flops_before:.4f}", s.operators]

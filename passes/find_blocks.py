@@ -105,11 +105,12 @@ def read_blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
     blocks = [
         replace(b, refusal=_refusal(b.attention, reason)) if b.axis.domain.grid in returned else b for b in blocks
     ]
-    return tuple(_with_branch(block, typing) for block in blocks)
+    shortened = {base_of(block.axis.domain.grid) for block in blocks if block.refusal is None}
+    return tuple(b if base_of(b.axis.domain.grid) in shortened else _with_branch(b, typing) for b in blocks)
 
 
 def _made_whole_again(graph: fx.Graph, blocks: list[AttentionBlock]) -> set[Grid]:
-    """The grids of which a site would meet all tokens where others have left before."""
+    """The grids of which a site, or the attention before it, would meet all tokens where others have left before."""
     sites = [block.site for block in blocks if block.refusal is None and block.site is not None]
     typing = infer_types(graph, frozenset(sites))
     domains = Counter(
@@ -117,7 +118,14 @@ def _made_whole_again(graph: fx.Graph, blocks: list[AttentionBlock]) -> set[Grid
         for site in sites
         for axis in token_axes(typing.answers[site].output)  # type: ignore[arg-type]
     )
-    return {domain.grid for domain, count in domains.items() if count > 1}
+    returned = {domain.grid for domain, count in domains.items() if count > 1}
+    for block in blocks:
+        if block.site in sites:
+            asking = token_axis(typing.type(block.attention.args[0])[-2])  # type: ignore[arg-type]
+            leaving = token_axis(typing.answers[block.site].output[1])  # type: ignore[index, arg-type]
+            if asking != leaving:
+                returned.add(block.axis.domain.grid)
+    return returned
 
 
 def _with_branch(block: AttentionBlock, typing: Typing) -> AttentionBlock:

@@ -40,7 +40,7 @@ def committed() -> list[Row]:
 def test_rows_at_reduced_depth(library: str, name: str, outcome: str) -> None:
     row = measure(BY_NAME[library, name], reduced=True)
     assert (row.outcome, row.wrong) == (outcome, ())
-    assert row.doors == "agree"
+    assert row.doors.startswith("agree")
     assert bool(row.reason) == (outcome == "refused")
 
 
