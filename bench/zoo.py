@@ -232,7 +232,7 @@ def summary(rows: list[Row]) -> str:
         reduced = [row.family for row in found if row.outcome == "reduced"]
         refused = [row.family for row in found if row.outcome != "reduced"]
         cells.append([group, _families(reduced), _families(refused)])
-    return tabulate(cells, ["", f"reduced to {BUDGET} of the FLOPs", "refused, with the reason"], tablefmt="github")
+    return tabulate(cells, ["", f"reduced to {BUDGET} of the FLOPs", "refused, by name"], tablefmt="github")
 
 
 def _families(names: list[str]) -> str:

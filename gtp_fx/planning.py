@@ -63,11 +63,16 @@ def make_plan(gm: fx.GraphModule, options: Options, original_flops: int) -> Plan
 def _price(graph: fx.Graph, blocks: Sequence[AttentionBlock], options: Options, original: int) -> FlopsModel:
     """The closed form with a site at every block that may have one, or a refusal that says why there can't be any."""
     strategy = options.strategy
-    unfit = [Refusal(block.layer, strategy.name, reason) for block in blocks if (reason := strategy.refuse(block.axis))]
-    if unfit:
-        raise UnsupportedModelError(f"strategy {strategy.name!r} can't work on this model", tuple(unfit))
     candidates = [block for block in blocks if block.refusal is None and block.site is not None]
     branched = [(block, block.branch) for block in blocks if block.branch is not None]
+    asked = [*((block, False) for block in candidates), *((block, True) for block, _ in branched)]
+    unfit = [
+        Refusal(block.layer, strategy.name, reason)
+        for block, skipping in asked
+        if (reason := strategy.refuse(block.axis, skipping))
+    ]
+    if unfit:
+        raise UnsupportedModelError(f"strategy {strategy.name!r} can't work on this model", tuple(unfit))
     if not candidates and not branched:
         reasons = tuple(block.refusal for block in blocks if block.refusal is not None)
         raise UnsupportedModelError("no attention block of this model can lose tokens", reasons)

@@ -27,6 +27,8 @@ from gtp_fx.strategies.protocol import Attention, Emit, Strategy
 
 _ROWS, _IMAGES = 1, 0
 """In the layout by window, [images and windows, tokens, features]."""
+_FAR = 1 << 20
+"""Farther than any two patches are apart."""
 
 
 def insert_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -52,7 +54,7 @@ def _insert(
 
     with graph.inserting_before(after.next):
         scores = _by_window(call, scores, branch)
-        if any(grid.inside is not None for grid in made_from(grid_of(branch.region))):
+        if _is_padded(branch):
             scores = _padding_first(call, scores, branch)
         split = call(gtp_fx.select.default, scores, skipping)
         kept, left = call(operator.getitem, split, 0), call(operator.getitem, split, 1)
@@ -124,28 +126,32 @@ def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
 
 def _padding_first(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
     """Scores are 0 or more; what a window has of padding gets -1, and skips before any patch does."""
-    patches = _arranged(call, branch, scores, aten.ones_like.default)
-    inside = call(aten.gt.Scalar, call(aten.select.int, patches, 2, 0), 0)
+    inside = call(aten.ge.Scalar, call(aten.select.int, _places(call, branch, scores), 2, 0), 0)
     by_image = call(aten.reshape.default, scores, [-1, branch.windows, branch.tokens])
     least = call(aten.sub.Scalar, call(aten.zeros_like.default, by_image), 1.0)
     ranked = call(aten.where.self, inside, by_image, least)
     return call(aten.reshape.default, ranked, [-1, branch.tokens])
 
 
-def _arranged(call: Emit, branch: Branch, like: fx.Node, change: Any = None) -> fx.Node:
-    """Rows and columns of an image's tokens by window, [windows, tokens, R]; `change` is applied before they are arranged."""
+def _places(call: Emit, branch: Branch, like: fx.Node) -> fx.Node:
+    """Rows and columns of an image's tokens by window, [windows, tokens, R]; of padding, far off and negative."""
     image = image_layout(branch.region)
     features = (Plain(len(image) - 1),)
     places = call(gtp_fx.grid_places.default, [whole_size(dim) for dim in image[1:]], like)
-    if change is not None:
-        places = call(change, places)
-    found: fx.Node = convert(call, places, (*image, features), by_window(branch.region, features))
-    return found
+    padded = _is_padded(branch)
+    if padded:
+        places = call(aten.add.Scalar, places, _FAR)  # padding is 0 then
+    places = convert(call, places, (*image, features), by_window(branch.region, features))
+    return call(aten.sub.Scalar, places, _FAR) if padded else places
+
+
+def _is_padded(branch: Branch) -> bool:
+    return any(grid.inside is not None for grid in made_from(grid_of(branch.region)))
 
 
 def _shares(call: Emit, kept: fx.Node, left: fx.Node, branch: Branch, strategy: Strategy, entry: fx.Node) -> fx.Node:
     """[images and windows, P, K]: of whom each token that skips gets its result."""
-    shares = call(gtp_fx.region_shares.default, _arranged(call, branch, entry), kept, left)
+    shares = call(gtp_fx.region_shares.default, _places(call, branch, entry), kept, left)
     if not strategy.recovers_branches:
         shares = call(aten.zeros_like.default, shares)
     return shares

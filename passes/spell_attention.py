@@ -223,11 +223,19 @@ def _merged_heads(q: fx.Node, typing: Typing) -> int | None:
     known = (
         images.images if holds_images(kind[0]) and isinstance(images, Plain) else images.whole_size in _images(typing)
     )
+    if _batch_of_one(typing) and not holds_images(kind[0]):
+        known, rest = True, list(kind[0])  # a batch of one leaves no trace in a type
     if not known:
         return None
     while rest and not isinstance(rest[0], Plain):  # windows: each has images and heads of its own
         rest = rest[1:]
     return math.prod(factor.whole_size for factor in rest) if all(isinstance(f, Plain) for f in rest) else None
+
+
+def _batch_of_one(typing: Typing) -> bool:
+    kinds = [kind for kind in typing.types.values() if isinstance(kind, tuple)]
+    sizes = {f.size for kind in kinds for dim in kind for f in dim if isinstance(f, Plain) and f.images}
+    return sizes == {1}
 
 
 def _images(typing: Typing) -> set[int]:

@@ -52,12 +52,13 @@ class Site:
 class BranchCost:
     """FLOPs of a branch, of one run of the graph.
 
-    whole: with every token. per_token: of one. windows, tokens: in all, and in each. features: of its result. scoring:
-    what ranking the tokens adds to the attention.
+    whole: with every token. per_token: of one. images: of one run; 1 where the batch is symbolic. windows, tokens: of an image,
+    and in each. features: of its result. scoring: what ranking the tokens adds to the attention.
     """
 
     whole: int
     per_token: int
+    images: int
     windows: int
     tokens: int
     features: int
@@ -68,7 +69,7 @@ class BranchCost:
         if not skipping:
             return 0
         kept = self.tokens - skipping
-        rows = self.windows * kept
+        rows = self.images * self.windows * kept
         return rows * self.per_token - self.whole + 2 * rows * skipping * self.features + self.scoring
 
 
@@ -148,7 +149,7 @@ def _recovery_flops(coercions: Coercions) -> Any:
 
 def branch_cost(branch: Branch, typing: Typing, heads: int, strategy: Strategy) -> BranchCost:
     """FLOPs of a branch from its nodes' formulas: each is so many times the tokens."""
-    windows = branch.windows * per_image(math.prod(f.whole_size for f in branch.region[0] if isinstance(f, Plain)))
+    images = per_image(math.prod(f.whole_size for f in branch.region[0] if isinstance(f, Plain)))
     whole = per_token = 0
     for node in branch.inside:
         formula = find(node.target)
@@ -158,8 +159,8 @@ def branch_cost(branch: Branch, typing: Typing, heads: int, strategy: Strategy) 
             whole, per_token = whole + flops, per_token + flops // tokens
     features = whole_size(typing.type(branch.result)[-1])
     keys = math.prod(branch.cells) if branch.cells else branch.tokens
-    scoring = int(windows * strategy.scoring_flops(heads, branch.tokens, keys))
-    return BranchCost(whole, per_token, windows, branch.tokens, features, scoring)
+    scoring = int(images * branch.windows * strategy.scoring_flops(heads, branch.tokens, keys))
+    return BranchCost(whole, per_token, images, branch.windows, branch.tokens, features, scoring)
 
 
 def patches_left(leaving: Sequence[tuple[Site, int]]) -> list[int]:

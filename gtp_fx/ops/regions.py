@@ -28,7 +28,7 @@ def region_shares(places_WnR: Tensor, kept_BK: Tensor, propagated_BP: Tensor) ->
     touching_Wnn = _apart(places_WnR, places_WnR).eq(1)
     degree_Wn = touching_Wnn.sum(dim=-1).clamp(min=1).float()
     windows = places_WnR.shape[0]
-    kept_IWK, propagated_IWP = (i.reshape(-1, windows, i.shape[1]) for i in (kept_BK, propagated_BP))
+    kept_IWK, propagated_IWP = (index.unflatten(0, (-1, windows)) for index in (kept_BK, propagated_BP))
     here_IWKR, there_IWPR = _rows(places_WnR, kept_IWK), _rows(places_WnR, propagated_IWP)
     weight_IWK = degree_Wn.rsqrt().expand(kept_IWK.shape[0], -1, -1).gather(2, kept_IWK)
     edge_IWPK = _apart(there_IWPR, here_IWKR).eq(1)

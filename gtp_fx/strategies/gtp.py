@@ -81,11 +81,11 @@ class GTP:
     def rewrites_every_attention(self) -> bool:
         return self.attention_sparsity < 1.0
 
-    def refuse(self, axis: TokenAxis) -> str:
+    def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
         patches = axis.domain.whole_count
         if self.score.startswith("cls") and axis.prefix == 0:
             return f"score={self.score!r} reads the CLS token's attention, and this model has no prefix token"
-        if self.graph != "spatial" and self.neighbors >= patches:
+        if not skipping and self.graph != "spatial" and self.neighbors >= patches:
             return f"neighbors={self.neighbors} needs more than {self.neighbors} patch tokens, and there are {patches}"
         return ""
 

@@ -85,8 +85,8 @@ class Strategy(Protocol):
     def recovers_branches(self) -> bool:
         """True where a token that skips a branch gets its neighbours' results; else it gets none."""
 
-    def refuse(self, axis: TokenAxis) -> str:
-        """Why this strategy can't work on such tokens; empty where it can."""
+    def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
+        """Why this strategy can't work on such tokens; empty where it can. skipping: they only skip a branch."""
 
     def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
         """At the input of a stream's first block: stream [B, prefix + G + suffix, C]."""
