@@ -1,0 +1,63 @@
+"""Detection and segmentation heads on windowed backbones: maps of unchanged shape, exact at budget 1.0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+
+import gtp_fx
+from bench.live_weights import enliven
+
+SWIN = {"img_size": 112, "depths": (2, 1), "num_heads": (2, 4), "embed_dim": 32}
+
+
+class Pyramid(nn.Module):
+    """timm's features_only, channels last, feeding an FPN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = timm.create_model(
+            "swin_tiny_patch4_window7_224", features_only=True, out_indices=(0, 1), **SWIN
+        )
+        self.fpn = FeaturePyramidNetwork(self.backbone.feature_info.channels(), 16)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = [level.permute(0, 3, 1, 2) for level in self.backbone(x)]
+        return self.fpn({str(i): level for i, level in enumerate(maps)})
+
+
+def upernet() -> nn.Module:
+    backbone = transformers.SwinConfig(
+        image_size=112, embed_dim=16, depths=[2, 1], num_heads=[2, 4], out_features=["stage1", "stage2"]
+    )
+    config = transformers.UperNetConfig(
+        backbone_config=backbone, hidden_size=16, num_labels=5, use_auxiliary_head=False, pool_scales=[1, 2]
+    )
+    return transformers.UperNetForSemanticSegmentation(config)
+
+
+def maps(output: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(dict(output)) if isinstance(leaf, Tensor)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [Pyramid, upernet], ids=lambda make: make.__name__)
+def test_heads_see_maps_of_the_same_shape(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = enliven(make()).eval(), torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    wanted = maps(model(x))
+    exact = maps(gtp_fx.optimize(model, flops_budget=1.0, example_inputs=x, compile=False)(x))
+    fast = gtp_fx.optimize(model, schedule=[20, 20, 20], example_inputs=x, compile=False)
+    found = maps(fast(x))
+    assert all(row.windows for row in fast.report.sites) and len(fast.report.sites) == 3
+    assert [m.shape for m in found] == [m.shape for m in exact] == [m.shape for m in wanted]
+    for a, b, c in zip(exact, wanted, found, strict=True):
+        assert ((a - b).abs().max() / b.abs().max()) < 1e-5
+        assert ((c - b).abs().max() / b.abs().max()) > 1e-4
