@@ -15,10 +15,11 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import Dim, GridAxis, Plain, TensorType, holds_images, is_plain, split_tokens, token_axis, whole_size
-from gtp_fx.graphs import ancestors, descendants
+from gtp_fx.graphs import ancestors, attention_dropout, descendants
 from gtp_fx.infer import Typing
 from gtp_fx.layouts import NoLayout, by_window, convert, image_layout
 from gtp_fx.rules.layout import is_view
+from gtp_fx.strategies.protocol import Attention
 
 _MOVES = (aten.permute.default, aten.transpose.int, aten.clone.default, aten.contiguous.default)
 """Besides views, what arranges tokens without computing anything."""
@@ -58,11 +59,14 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: Typing) -> Branch:
     """The branch of the block whose attention ends in the residual add `site`. Raises NoBranch."""
     entries, inside = _next_branch(site, typing)
     result = inside[-1]
-    query = typing.type(attention.args[0])  # type: ignore[arg-type]
+    operands = Attention.of(attention)
+    query = typing.type(operands.q)
+    if attention_dropout(attention):
+        raise NoBranch("attention dropout is active, and the scores' attention has none")
     if not all(isinstance(f, GridAxis) for f in split_tokens(query[-2])):
         raise NoBranch("tokens that are no patches attend beside them")
     lead, heads = _lead_and_heads(query)
-    if len(query) > 4 and (len(attention.args) > 3 and attention.args[3] is not None):
+    if len(query) > 4 and operands.bias is not None:
         raise NoBranch("its attention has a bias and more than four dimensions")
     scores: TensorType = (tuple(f for dim in lead for f in query[dim]), query[-2])
     tokens = sorted((f for f in split_tokens(query[-2]) if isinstance(f, GridAxis)), key=lambda f: (f.side, -f.stride))
@@ -70,22 +74,16 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: Typing) -> Branch:
     _check_layouts(scores, region, [typing.type(node) for node in entries], typing.type(result))
     count = whole_size(region[1])
     windows = whole_size(tuple(f for f in split_tokens(scores[0]) if isinstance(f, GridAxis)))
-    cells = pooled_to(query, typing.type(attention.args[1]))  # type: ignore[arg-type]
+    cells = pooled_to(query, typing.type(operands.k))
     return Branch(tuple(entries), tuple(inside), scores, region, windows, count, lead, heads, cells)
 
 
 def pooled_to(query: TensorType, key: TensorType) -> tuple[int, ...]:
     """The sides of the grid that keys are, where it divides the queries'; () where the two are the same tokens, or none."""
     asking, asked = token_axis(query[-2]), token_axis(key[-2])
-    if (
-        asking is None
-        or asked is None
-        or asking == asked
-        or asking.prefix
-        or asked.prefix
-        or asking.suffix
-        or asked.suffix
-    ):
+    if asking is None or asked is None or asking == asked:
+        return ()
+    if any((asking.prefix, asking.suffix, asked.prefix, asked.suffix)):
         return ()
     grid, cells = asking.domain.grid, asked.domain.grid
     if grid.parts or cells.parts or len(grid.shape) != len(cells.shape):

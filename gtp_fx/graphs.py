@@ -87,9 +87,13 @@ def finish(gm: fx.GraphModule) -> fx.GraphModule:
 def _is_impure(node: fx.Node) -> bool:
     """Attention may draw random numbers, so torch keeps it; without dropout it draws none."""
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return bool(dropout)
+        return bool(attention_dropout(node))
     return bool(node.is_impure())
+
+
+def attention_dropout(node: fx.Node) -> Any:
+    """dropout_p of aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, …)."""
+    return node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
 
 
 def count_nodes(graph: fx.Graph, targets: Iterable[Any]) -> int:

@@ -28,6 +28,7 @@ _ELEMENTWISE = (
     aten.view.default,
 )
 """What may stand between a product and its softmax; a linear layer there mixes heads."""
+_DROPOUT = (aten.dropout.default, aten.native_dropout.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)
 
 
@@ -67,6 +68,8 @@ def _why_no_block(attention: fx.Node, typing: Typing) -> str:
 
 
 def _why_not_spelled(softmax: fx.Node) -> str:
+    if any(user.target in _DROPOUT for user in softmax.users):  # `normalise` has dropped what is off
+        return "attention dropout is active, and the scores' attention has none"
     source: object = softmax.args[0]
     while isinstance(source, fx.Node) and source.target in _ELEMENTWISE:
         source = next((arg for arg in source.args if isinstance(arg, fx.Node)), None)

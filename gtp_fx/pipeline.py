@@ -50,7 +50,8 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
         name: str, tier: str, rewrite: Callable[[fx.GraphModule], fx.GraphModule], gm: fx.GraphModule
     ) -> fx.GraphModule:
         result = rewrite(gm)
-        propagate_shapes(result, after=name)
+        if result is not gm:  # a pass with nothing to do may hand back what it got
+            propagate_shapes(result, after=name)
         steps.append(PassStep(name, tier, count_flops(result.graph), _operators(result.graph)))
         log.info(
             "%s (%s): %d operators, %.4f of the FLOPs",

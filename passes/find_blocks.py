@@ -22,7 +22,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
 from gtp_fx.branches import Branch, NoBranch, find_branch, pooled_to
 from gtp_fx.errors import Refusal
-from gtp_fx.graphs import ancestors, copy_of, descendants, layer_name, operator_name
+from gtp_fx.graphs import ancestors, attention_dropout, copy_of, descendants, layer_name, operator_name
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.layouts import base_of
 
@@ -196,8 +196,7 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: Typing) -> Refusa
         return refuse("the residual stream is not laid out as [batch, tokens, channels]")
     if len(typing.type(attention)) != 4:
         return refuse("queries are not laid out as [batch, heads, tokens, features]")
-    dropout = attention.args[4] if len(attention.args) > 4 else attention.kwargs.get("dropout_p", 0.0)
-    if dropout:
+    if attention_dropout(attention):
         return refuse("attention dropout is active, and the scores' attention has none")
     if token_axis(typing.type(attention)[-2]) != token_axis(stream[1]):
         return refuse("the attention runs over other tokens than the residual stream")

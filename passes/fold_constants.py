@@ -58,7 +58,9 @@ _LARGEST = 1 << 24
 
 
 def fold_constants(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `gm` without masks that hide nothing."""
+    """A copy of `gm` without masks that hide nothing; `gm` itself where it makes no value of its own."""
+    if not graphs.count_nodes(gm.graph, _CREATES):
+        return gm
     gm = graphs.copy_of(gm)
     known = known_values(gm.graph)
     for node in list(gm.graph.nodes):

@@ -24,16 +24,22 @@ _FEWEST = 32
 
 
 def fuse_projections(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `gm` in which linear layers with one input are one."""
+    """A copy of `gm` in which linear layers with one input are one; `gm` itself where each has its own."""
+    if not _groups(gm.graph):
+        return gm
     gm = graphs.copy_of(gm)
-    groups: dict[Any, list[fx.Node]] = {}
-    for node in gm.graph.nodes:
-        if node.target is aten.linear.default and _fusable(node):
-            groups.setdefault(node.args[0], []).append(node)
-    for linears in groups.values():
-        if len(linears) > 1:
-            _fuse(gm.graph, linears)
+    for linears in _groups(gm.graph):
+        _fuse(gm.graph, linears)
     return graphs.finish(gm)
+
+
+def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Linear layers that read the same value, where several do."""
+    by_input: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target is aten.linear.default and _fusable(node):
+            by_input.setdefault(node.args[0], []).append(node)
+    return [linears for linears in by_input.values() if len(linears) > 1]
 
 
 def _fusable(linear: fx.Node) -> bool:

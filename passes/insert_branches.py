@@ -10,6 +10,7 @@ For each block of the plan that is placed so:
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -77,8 +78,8 @@ def _insert(
 def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: Strategy, typing: Typing) -> fx.Node:
     """Replace the block's attention by one that scores its tokens: [images and windows, tokens] in its own order."""
     attention = block.attention
-    q, k, v, *rest = attention.args
-    query = typing.type(q)  # type: ignore[arg-type]
+    was = Attention.of(attention)
+    query = typing.type(was.q)
 
     def call(target: Any, *args: Any) -> fx.Node:
         return graphs.call(graph, target, *args, like=attention)
@@ -94,8 +95,7 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
             turned = call(aten.permute.default, x, order)
             return call(aten.reshape.default, turned, [-1, *_sizes(shape_of(x), order[-3:])])
 
-        bias = rest[0] if rest else attention.kwargs.get("attn_mask")
-        operands = Attention(flat(q), flat(k), flat(v), bias, attention.kwargs.get("scale"))  # type: ignore[arg-type]
+        operands = replace(was, q=flat(was.q), k=flat(was.k), v=flat(was.v))
         if branch.cells:
             output, scores = strategy.attend_cells(call, operands, block.axis.domain.grid.shape, branch.cells)
         else:

@@ -124,7 +124,7 @@ class _Walk:
 
     def rewrite_attention(self, node: fx.Node) -> None:
         """Tell `node` the token scales of its keys; make it score its tokens where its block needs that."""
-        attention = _operands(node)
+        attention = Attention.of(node)
         keys = token_axis(self.wanted(node, 1)[-2])
         block = self.blocks.get(node)
         emit = _Emitter(self.graph, before=node, like=node)
@@ -215,10 +215,3 @@ def _levels_between(step: Step) -> list[int]:
     if step.recovers:
         return list(range(here - 1, step.level - 1, -1))
     return [step.level] if here == 0 else list(range(here + 1, step.level + 1))
-
-
-def _operands(node: fx.Node) -> Attention:
-    """The operands of aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, *, scale)."""
-    q, k, v, *rest = node.args
-    bias = rest[0] if rest else node.kwargs.get("attn_mask")
-    return Attention(q, k, v, bias, node.kwargs.get("scale"))  # type: ignore[arg-type]

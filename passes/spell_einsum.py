@@ -18,7 +18,9 @@ from gtp_fx.sizes import shape_of
 
 
 def spell_einsum(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `gm` in which matrix products are `aten.matmul`."""
+    """A copy of `gm` in which matrix products are `aten.matmul`; `gm` itself where it has no einsum."""
+    if not graphs.count_nodes(gm.graph, (aten.einsum.default,)):
+        return gm
     gm = graphs.copy_of(gm)
     for node in list(gm.graph.nodes):
         if node.target is aten.einsum.default:

@@ -61,3 +61,15 @@ def test_heads_see_maps_of_the_same_shape(make: Callable[[], nn.Module]) -> None
     for a, b, c in zip(exact, wanted, found, strict=True):
         assert ((a - b).abs().max() / b.abs().max()) < 1e-5
         assert ((c - b).abs().max() / b.abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_dropout_in_windows_is_refused_by_name(fused: bool) -> None:
+    """The scores' attention has no dropout: in training, a branch would lose it without a word."""
+    swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, attn_drop_rate=0.1, **SWIN)
+    for block in (m for m in swin.modules() if hasattr(m, "fused_attn")):
+        block.fused_attn = fused
+    x = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    fast = gtp_fx.optimize(enliven(swin).eval(), schedule=[20, 20, 20], example_inputs=x, compile=False)
+    with pytest.raises(gtp_fx.GtpError, match="attention dropout is active"):
+        fast.train()(x)

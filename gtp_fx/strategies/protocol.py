@@ -126,3 +126,10 @@ class Attention:
     v: fx.Node
     bias: fx.Node | None
     scale: float | None
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Attention:
+        """The operands of aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, *, scale)."""
+        q, k, v, *rest = node.args
+        bias = rest[0] if rest else node.kwargs.get("attn_mask")
+        return cls(q, k, v, bias, node.kwargs.get("scale"))  # type: ignore[arg-type]
