@@ -19,12 +19,12 @@ import typer
 import gtp_fx
 from bench.environment import Environment
 from bench.output import publish
-from gtp_fx.cli import Device, Dtype, parse_schedule
 from gtp_fx.compare import CheckError, Comparison, compare
 from gtp_fx.errors import GtpError
 from gtp_fx.loading import LoadedModel, load_model
 from gtp_fx.photo import photo_batch
 from gtp_fx.progress import progress_bar
+from gtp_fx.reading import Device, Dtype, parse_schedule
 
 
 def main(

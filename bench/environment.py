@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from gtp_fx.targets.tuned import cpu_name
+
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "timm", "transformers", "triton")
 
@@ -34,7 +36,7 @@ class Environment:
     @classmethod
     def here(cls, device: str) -> Environment:
         return cls(
-            processor=torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+            processor=torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
             threads=torch.get_num_threads(),
             system=f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical cores",
             versions={"python": platform.python_version(), **_versions()},
@@ -58,17 +60,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def _cpu_name() -> str:
-    """Linux tells in /proc/cpuinfo; elsewhere the platform's own word."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str:

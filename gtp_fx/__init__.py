@@ -14,6 +14,7 @@ if (_checkout / "passes" / "find_blocks.py").exists() and str(_checkout) not in 
     __path__.append(str(_checkout))
 
 from gtp_fx.api import optimize  # noqa: E402
+from gtp_fx.damage.calibration import Calibration  # noqa: E402
 from gtp_fx.errors import (  # noqa: E402
     BudgetError,
     CaptureError,
@@ -27,14 +28,16 @@ from gtp_fx.errors import (  # noqa: E402
 from gtp_fx.model import OptimizedModel  # noqa: E402
 from gtp_fx.provenance import Provenance  # noqa: E402
 from gtp_fx.report import Report  # noqa: E402
-from gtp_fx.schedule import Schedule  # noqa: E402
+from gtp_fx.schedule import BlockShape, Schedule  # noqa: E402
 from gtp_fx.strategies import GTP  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GTP",
+    "BlockShape",
     "BudgetError",
+    "Calibration",
     "CaptureError",
     "GtpError",
     "InputError",

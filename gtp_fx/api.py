@@ -20,24 +20,35 @@ def optimize(
     model: nn.Module,
     *,
     flops_budget: float | None = None,
+    latency_budget: float | str | None = None,
+    batch: int = 8,
     schedule: str | Schedule | Sequence[int] = "auto",
     strategy: str | Strategy = "gtp",
     target: str | Target = "auto",
     example_inputs: Any = None,
     dead_tokens: bool = True,
+    calibration: Any = None,
     compile: bool = True,
 ) -> OptimizedModel:
     """A faster stand-in for a vision transformer, over the same parameters.
 
     flops_budget: strict upper bound on FLOPs(result) / FLOPs(original), in (0, 1], gtp_fx's own work counted. 1.0 applies
         the exact passes alone: the numbers are the original's.
-    schedule: "auto" (a prior decides where tokens leave), "uniform" (the paper's constant count per block), a Schedule, or
-        the number of tokens that leave at each attention block, in order. With "auto" and "uniform" a budget is needed.
+    latency_budget: instead of it, an upper bound on the time that `target` is predicted to take, compiled, for `batch` images: a ratio
+        of the original's predicted time, in (0, 1], or a time such as "4.5ms". Counts then suit the target's tiles. The target
+        need not be this machine's; of this one, `gtp-fx tune` measures what predictions rest on.
+    batch: images of a run, for predicted times alone.
+    schedule: "auto" (least expected damage within the budget), "uniform" (the paper's constant count per block), "even" (the
+        same to the token), a Schedule, or the number of tokens that leave at each attention block, in order. By name, a budget
+        is needed.
     strategy: "gtp", or a value such as `gtp_fx.GTP(alpha=0.2, graph="spatial")`.
     target: the processor to compile for, by name; "auto" is the machine's own.
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the size that the model will be
         called with; found from timm's `pretrained_cfg` or HF's `config` where None. Any batch is good afterwards.
     dead_tokens: drop tokens that no output depends on. Exact.
+    calibration: some dozens of unlabelled images (a tensor, a list of batches, or a `gtp_fx.Calibration`), on which
+        schedule="auto" measures what each block can do without; takes a forward pass for each of some counts at each block,
+        kept in the user's cache. Without, a prior decides.
     compile: let Inductor compile the graph at its first call; False gives an eager FX module.
 
     `model` is not changed. Raises a `GtpError` (a ValueError): OptionError for a bad value, CaptureError where the graph
@@ -48,5 +59,14 @@ def optimize(
         raise OptionError(
             f"model={model!r} is no nn.Module; give a model such as timm.create_model('deit_small_patch16_224')"
         )
-    options = Options.of(flops_budget, schedule, strategy, target, dead_tokens)
+    options = Options.of(
+        flops_budget=flops_budget,
+        latency_budget=latency_budget,
+        batch=batch,
+        schedule=schedule,
+        strategy=strategy,
+        target=target,
+        dead_tokens=dead_tokens,
+        calibration=calibration,
+    )
     return OptimizedModel(model, call_signature(model, example_inputs), options, compile)

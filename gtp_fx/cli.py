@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import gtp_fx
+from gtp_fx import cli_planning
 from gtp_fx.config import Options
 from gtp_fx.errors import GtpError, OptionError
+from gtp_fx.reading import Device, Dtype, fail, parse_latency, parse_schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,16 +34,6 @@ app = typer.Typer(
 main = app
 
 
-class Dtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Device(str, Enum):
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"gtp-fx {gtp_fx.__version__}")
@@ -53,17 +44,24 @@ def _version(asked: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    """Here so that `optimize` stays a subcommand while it is the only one."""
+    """Its options stand before the subcommand."""
 
 
 _root.__doc__ = app.info.help
+app.command()(cli_planning.plan)
+app.command()(cli_planning.tune)
 
 
 @app.command()
 def optimize(
     model: Annotated[str, typer.Argument(help="timm's name, such as deit_small_patch16_224.")],
     flops_budget: Annotated[float | None, typer.Option(help="FLOPs after / before at most, in (0, 1].")] = None,
-    schedule: Annotated[str, typer.Option(help="auto, uniform, or tokens that leave per block: 8,8,8,…")] = "auto",
+    latency_budget: Annotated[
+        str | None, typer.Option(help="Instead: predicted time at most, a ratio or 4.5ms, for the batch and target.")
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="auto, uniform, even, or tokens that leave per block: 8,8,8,…")
+    ] = "auto",
     strategy: Annotated[str, typer.Option(help="How tokens leave.")] = "gtp",
     target: Annotated[str, typer.Option(help="Processor to compile for; auto is this machine's.")] = "auto",
     batch: Annotated[int, typer.Option(help="Images per run.")] = 8,
@@ -87,39 +85,32 @@ def optimize(
         if rounds < 1:
             raise OptionError(f"--rounds {rounds}: give at least one")
         counts = parse_schedule(schedule)
-        Options.of(flops_budget, counts, strategy, target)  # a typing error shouldn't cost a download first
+        asked: dict[str, Any] = {
+            "flops_budget": flops_budget,
+            "latency_budget": None if latency_budget is None else parse_latency(latency_budget),
+            "batch": batch,
+            "schedule": counts,
+            "strategy": strategy,
+            "target": target,
+        }
+        Options.of(**asked)  # a typing error shouldn't cost a download first
         loaded = _load(model, pretrained, weights, dtype, device)
         say(f"{loaded.name}, weights: {loaded.weights_origin}; {dtype.value} on {device.value}\n")
-        fast = gtp_fx.optimize(
-            loaded.model, flops_budget=flops_budget, schedule=counts, strategy=strategy, target=target
-        )
+        fast = gtp_fx.optimize(loaded.model, **asked)
         say(f"{fast.report}\n")
         images = photo_batch(loaded.model, batch)
         agreed = agreement(loaded.model, fast, images)
         say(f"checked: {agreed}\n")
         comparison = None if no_time else _compare(loaded, fast, images, rounds)
     except GtpError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except CheckError as error:
-        _fail(f"{model}: {error}", 1)
+        fail(f"{model}: {error}", 1)
     if comparison is not None:
         furthest = max(done.error for done in comparison.compilations.values())
         say(f"checked: compiled within {furthest:.1e} of eager (tolerance {comparison.tolerance:.0e})\n\n{comparison}")
     if as_json:
         typer.echo(json.dumps(_as_dict(loaded, fast, comparison, agreed, dtype, device), indent=2))
-
-
-def parse_schedule(text: str) -> str | tuple[int, ...]:
-    """A schedule's name, which is checked later, or its counts: "8,8,8" gives (8, 8, 8). Raises OptionError."""
-    if text.isalpha():
-        return text
-    try:
-        return tuple(int(entry) for entry in text.split(","))
-    except ValueError:
-        raise OptionError(
-            f"--schedule {text!r} is neither auto, uniform nor a list of counts; give the tokens that leave in each attention "
-            f"block, such as 8,8,8"
-        ) from None
 
 
 def _load(name: str, pretrained: bool, weights: str | None, dtype: Dtype, device: Device) -> LoadedModel:
@@ -160,11 +151,6 @@ def _as_dict(
         "agreement": asdict(agreed),
         "comparison": None if comparison is None else comparison.to_dict(),
     }
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"gtp-fx: {message}", err=True)
-    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

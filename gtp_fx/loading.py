@@ -55,6 +55,15 @@ def load_model(name: str, *, pretrained: bool = False, weights: str | Path | Non
     return LoadedModel(model, name, f"file {weights}")
 
 
+def build_on_meta(name: str) -> nn.Module:
+    """The timm model `name` without weights, in eval mode: enough to plan by. Raises LoadError."""
+    timm = _import_timm()
+    if not timm.is_model(name):
+        raise LoadError(f"timm has no model {name!r}; {_suggestion(name, timm.list_models())}")
+    with torch.device("meta"):
+        return _create(timm, name, pretrained=False)
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors by name, on the CPU, from a safetensors file or a torch checkpoint. Raises LoadError."""
     try:

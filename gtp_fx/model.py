@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from gtp_fx.capture import capture_module
 from gtp_fx.config import Options
+from gtp_fx.damage.calibration import bound
 from gtp_fx.inputs import CallSignature
 from gtp_fx.pipeline import Optimised, run_passes
 from gtp_fx.provenance import Provenance, provenance_runner
@@ -87,7 +88,9 @@ class OptimizedModel(nn.Module):
         state = self._gtp
         options = state.options
         if training:
-            options = replace(options, flops_budget=None, schedule=self.schedule)
+            options = replace(options, flops_budget=None, latency_budget=None, calibration=None, schedule=self.schedule)
+        if options.calibration is not None:
+            options = replace(options, calibration=bound(options.calibration, state.signature.canonical))
         optimised = run_passes(capture_module(state.original, state.signature, training), options)
         _share(optimised.graph_module, self)
         state.by_mode[training] = optimised

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
@@ -16,19 +14,16 @@ from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.find_blocks import find_blocks, read_blocks
 from gtp_fx.passes.fold_constants import fold_constants
 from gtp_fx.passes.fuse_projections import fuse_projections
-from gtp_fx.passes.insert_branches import insert_branches
-from gtp_fx.passes.insert_propagation import insert_propagation
 from gtp_fx.passes.normalise import normalise
 from gtp_fx.passes.spell_attention import spell_attention
 from gtp_fx.passes.spell_einsum import spell_einsum
 from gtp_fx.passes.split_projections import split_projections
 from gtp_fx.plan import Plan
-from gtp_fx.planning import make_plan
+from gtp_fx.planning import Original, make_plan
 from gtp_fx.report import PassStep, Report, SiteRow
+from gtp_fx.running import Runner, carry_out
 from gtp_fx.schedule import Schedule
-from gtp_fx.shapes import check_outputs, propagate_shapes
-
-log = logging.getLogger(__name__)
+from gtp_fx.shapes import check_outputs
 
 
 @dataclass(frozen=True)
@@ -40,66 +35,62 @@ class Optimised:
     report: Report
 
 
+@dataclass(frozen=True)
+class Exact:
+    """A graph behind the exact passes, its blocks marked. original: before them. steps: what each did."""
+
+    graph_module: fx.GraphModule
+    original: Original
+    steps: tuple[PassStep, ...]
+
+
 def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
     """Rewrite a captured graph. `captured` is not changed; its nodes carry `meta["val"]`."""
-    steps: list[PassStep] = []
-    # What no output depends on is none of the model's work: one door's capture drops it, the other's doesn't.
-    original = count_flops(normalise(captured).graph)
-
-    def run(
-        name: str, tier: str, rewrite: Callable[[fx.GraphModule], fx.GraphModule], gm: fx.GraphModule
-    ) -> fx.GraphModule:
-        result = rewrite(gm)
-        if result is not gm:  # a pass with nothing to do may hand back what it got
-            propagate_shapes(result, after=name)
-        steps.append(PassStep(name, tier, count_flops(result.graph), _operators(result.graph)))
-        log.info(
-            "%s (%s): %d operators, %.4f of the FLOPs",
-            name,
-            tier,
-            steps[-1].operators,
-            steps[-1].flops / max(original, 1),
-        )
-        return result
-
-    whole_maps = options.strategy.whole_maps
-    gm = run("normalise", "exact", normalise, captured)
-    gm = run("fold_constants", "exact", fold_constants, gm)
-    gm = run("spell_einsum", "exact", spell_einsum, gm)
-    gm = run("spell_attention", "exact", spell_attention, gm)
-    gm = find_blocks(gm)
-    if options.dead_tokens:
-        gm = run("split_projections", "exact", lambda g: split_projections(g, whole_maps), gm)
-        gm = run("drop_dead_tokens", "exact", lambda g: drop_dead_tokens(g, whole_maps), gm)
-    gm = run("fuse_projections", "exact", fuse_projections, gm)
-    planned = make_plan(gm, options, original)
-    plan = planned.plan
-    result = gm
-    if plan.skipping:
-        result = run("insert_branches", "approximate", lambda g: insert_branches(g, plan), result)
-    if plan.propagated or plan.strategy.rewrites_every_attention:
-        result = run("insert_propagation", "approximate", lambda g: insert_propagation(g, plan), result)
+    exact = run_exact_passes(captured, options)
+    gm = exact.graph_module
+    planned = make_plan(gm, options, exact.original)
+    plan: Plan = planned.plan
+    result, steps = carry_out(gm, plan, exact.original.flops)
     check_outputs(captured, result)
     after = count_flops(result.graph)
     if after != planned.flops:
         raise AssertionError(f"the plan priced this graph at {planned.flops} FLOPs, and it has {after}")
     report = Report(
-        flops_before=original,
+        flops_before=exact.original.flops,
         flops_after=after,
         flops_budget=options.flops_budget,
-        strategy=str(options.strategy),
+        strategy=str(plan.strategy),
         target=options.target.name,
         blocks=len(plan.schedule),
-        passes=tuple(steps),
+        passes=(*exact.steps, *steps),
         sites=_site_rows(gm, plan),
         refusals=planned.refusals,
         recovered=_recovered(result.graph),
+        damage_from=planned.damage_from,
+        latency_budget=None if options.latency_budget is None else str(options.latency_budget),
+        seconds=planned.seconds,
+        batch=options.batch,
     )
     return Optimised(result, plan.schedule, report)
 
 
-def _operators(graph: fx.Graph) -> int:
-    return sum(node.op == "call_function" for node in graph.nodes)
+def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
+    """What changes no number, and the marks that plans are made by."""
+    # What no output depends on is none of the model's work: one door's capture drops it, the other's doesn't.
+    spelled = normalise(captured)
+    original = Original(spelled.graph, count_flops(spelled.graph))
+    run = Runner("exact", original.flops)
+    whole_maps = options.strategy.whole_maps
+    gm = run("normalise", normalise, captured)
+    gm = run("fold_constants", fold_constants, gm)
+    gm = run("spell_einsum", spell_einsum, gm)
+    gm = run("spell_attention", spell_attention, gm)
+    gm = find_blocks(gm)
+    if options.dead_tokens:
+        gm = run("split_projections", lambda g: split_projections(g, whole_maps), gm)
+        gm = run("drop_dead_tokens", lambda g: drop_dead_tokens(g, whole_maps), gm)
+    gm = run("fuse_projections", fuse_projections, gm)
+    return Exact(gm, original, tuple(run.steps))
 
 
 def _recovered(graph: fx.Graph) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from gtp_fx.axes import TokenDomain
-from gtp_fx.cost.closed_form import Site
-from gtp_fx.schedule import Schedule
+from gtp_fx.axes import Grid, TokenDomain
+from gtp_fx.cost.site import Site
+from gtp_fx.schedule import BlockShape, Schedule
 from gtp_fx.strategies.protocol import Strategy
 
 
@@ -17,6 +19,15 @@ class Plan:
     schedule: Schedule
     sites: tuple[Site, ...]
     strategy: Strategy
+
+    @classmethod
+    def of(cls, sites: Sequence[Site], counts: Sequence[int], blocks: Sequence[BlockShape], strategy: Strategy) -> Plan:
+        """From the tokens that leave at each of all possible sites. blocks: every attention block's shape."""
+        propagated = [0] * len(blocks)
+        for site, count in zip(sites, counts, strict=True):
+            propagated[site.block] = count
+        used = _numbered(site for site in sites if propagated[site.block])
+        return cls(Schedule(tuple(propagated), tuple(blocks)), used, strategy)
 
     @property
     def propagated(self) -> dict[int, int]:
@@ -32,3 +43,16 @@ class Plan:
         """Patch tokens of `domain`: of the whole grid, less what left at its first `level` sites."""
         passed = [s for s in self.sites if s.domain.grid == domain.grid and s.branch is None][: domain.level]
         return domain.whole_count - sum(self.schedule.propagated[site.block] for site in passed)
+
+
+def _numbered(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """Sites with the level of their domain counted over these sites alone: only they shorten the stream."""
+    levels = Counter[Grid]()
+    numbered = []
+    for site in sites:
+        if site.branch is not None:
+            numbered.append(site)
+            continue
+        numbered.append(replace(site, axis=site.axis.at(levels[site.domain.grid])))
+        levels[site.domain.grid] += 1
+    return tuple(numbered)

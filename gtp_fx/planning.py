@@ -8,110 +8,131 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from gtp_fx.axes import Grid, token_axis, whole_size
-from gtp_fx.coercions import find_coercions
+from gtp_fx.choosing import Choice, by_calibration, by_prior
 from gtp_fx.config import Options
-from gtp_fx.cost.closed_form import FlopsModel, Site, branch_cost, flops_model
+from gtp_fx.cost.chains import CostModel
+from gtp_fx.cost.closed_form import flops_model
 from gtp_fx.cost.count import count_flops
-from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError, UnsupportedModelError
+from gtp_fx.cost.seconds import graph_seconds, seconds_model
+from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError
 from gtp_fx.graphs import operator_name
 from gtp_fx.infer import infer_types
 from gtp_fx.other_attention import other_attention
-from gtp_fx.passes.find_blocks import AttentionBlock, read_blocks
+from gtp_fx.passes.find_blocks import AttentionBlock, block_shape, read_blocks
 from gtp_fx.plan import Plan
-from gtp_fx.schedule import Schedule
-from gtp_fx.scheduling import PRIORS, solve
-from gtp_fx.sizes import per_image
+from gtp_fx.schedule import BlockShape, Schedule
+from gtp_fx.scheduling import AUTO, LINES, first_within
+from gtp_fx.sites import Candidates, find_sites
+from gtp_fx.solver import OverBudget
+from gtp_fx.strategies import Strategy
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, the FLOPs it was promised to cost (per image), and what was refused on the way."""
+    """A plan, the FLOPs it was promised to cost (per image), what is expected of it, and what was refused on the way.
+
+    damage_from: what the choice of counts rests on; empty where a user named them.
+    seconds: predicted for the original and the result, None where no budget asked for them.
+    """
 
     plan: Plan
     flops: int
     refusals: tuple[Refusal, ...]
+    damage_from: str = ""
+    seconds: tuple[float, float] | None = None
 
 
-def make_plan(gm: fx.GraphModule, options: Options, original_flops: int) -> Planned:
+@dataclass(frozen=True)
+class Original:
+    """The model as it came, in the passes' spelling: what ratios are taken of. flops: per image."""
+
+    graph: fx.Graph
+    flops: int
+
+
+def make_plan(gm: fx.GraphModule, options: Options, original: Original) -> Planned:
     """Plan for `gm`, whose blocks are marked and whose exact passes have run.
 
     Raises UnsupportedModelError, BudgetError or ScheduleError; `gm` is not changed.
     """
     blocks = read_blocks(gm)
     others = other_attention(gm.graph, infer_types(gm.graph))
-    exact_only = options.schedule in PRIORS and options.flops_budget == 1.0
-    if not blocks and not (others and exact_only):
+    if not blocks and not (others and options.exact_only):
         raise NoBlocksError(_no_blocks(gm.graph), others)
-    tokens = tuple(block.axis.domain.whole_count for block in blocks)
-    asked = _asked(options.schedule, tokens)
+    shapes = tuple(map(block_shape, blocks))
+    asked = _asked(options.schedule, shapes)
     flops_now = count_flops(gm.graph)
-    if _nothing_to_remove(asked, options, flops_now / original_flops):
-        nothing = Plan(Schedule((0,) * len(blocks), tokens), (), options.strategy)
-        return Planned(nothing, flops_now, others)
-    model = _price(gm.graph, blocks, options, original_flops)
-    by_site = _split(asked, blocks, model, options) if asked is not None else _solve(model, options)
-    propagated = [0] * len(blocks)
-    for site, count in zip(model.sites, by_site, strict=True):
-        propagated[site.block] = count
-    used = _numbered(site for site in model.sites if propagated[site.block])
+    if _nothing_to_remove(asked, options, flops_now / original.flops):
+        return Planned(Plan.of((), (), shapes, options.strategy), flops_now, others)
+    found = find_sites(gm.graph, blocks, options.strategy)
+    flops = flops_model(gm.graph, found.typing, found.sites, options.strategy, original.flops)
+    timed = None if options.latency_budget is None else _seconds(gm.graph, found, options, original)
+    if asked is not None:
+        choice = Choice(_split(asked, blocks, flops, options), options.strategy, "")
+    else:
+        choice = _choose(gm, found, shapes, flops if timed is None else timed, options, original)
+    if choice.strategy != options.strategy:
+        flops = flops_model(gm.graph, found.typing, found.sites, choice.strategy, original.flops)
     refusals = [*(block.refusal for block in blocks if block.refusal is not None and block.branch is None), *others]
-    plan = Plan(Schedule(tuple(propagated), tokens), used, options.strategy)
-    return Planned(plan, model.flops(by_site), tuple(refusals))
+    return Planned(
+        Plan.of(found.sites, choice.counts, shapes, choice.strategy),
+        flops.cost(choice.counts),
+        tuple(refusals),
+        choice.origin,
+        None if timed is None else (timed.original, timed.cost(choice.counts)),
+    )
 
 
-def _price(graph: fx.Graph, blocks: Sequence[AttentionBlock], options: Options, original: int) -> FlopsModel:
-    """The closed form with a site at every block that may have one, or a refusal that says why there can't be any."""
-    strategy = options.strategy
-    candidates = [block for block in blocks if block.refusal is None and block.site is not None]
-    branched = [(block, block.branch) for block in blocks if block.branch is not None]
-    asked = [*((block, False) for block in candidates), *((block, True) for block, _ in branched)]
-    unfit = [
-        Refusal(block.layer, strategy.name, reason)
-        for block, skipping in asked
-        if (reason := strategy.refuse(block.axis, skipping))
-    ]
-    if unfit:
-        raise UnsupportedModelError(f"strategy {strategy.name!r} can't work on this model", tuple(unfit))
-    if not candidates and not branched:
-        reasons = tuple(block.refusal for block in blocks if block.refusal is not None)
-        raise UnsupportedModelError("no attention block of this model can lose tokens", reasons)
-    typing = infer_types(graph, frozenset(block.site for block in candidates if block.site is not None))
-    if obstacles := find_coercions(typing).refused:
-        message = "tokens can't leave this model: what follows can't do without them (flops_budget=1.0 still works)"
-        raise UnsupportedModelError(message, obstacles)
-    whole = infer_types(graph)
-    sites = []
-    for block, branch in branched:
-        heads = whole_size(whole.type(block.attention)[branch.heads])
-        cost = branch_cost(branch, whole, heads, strategy)
-        sites.append(Site(block.index, block.axis.domain, 0, cost.features, heads, branch=cost))
-    for block in candidates:
-        assert block.site is not None
-        stream = typing.answers[block.site].output
-        assert isinstance(stream, tuple)
-        axis = token_axis(stream[1])
-        assert axis is not None
-        images = per_image(whole_size(stream[0]))
-        heads = whole_size(typing.type(block.attention)[1])
-        sites.append(Site(block.index, axis.domain, axis.prefix + axis.suffix, whole_size(stream[2]), heads, images))
-    in_order = tuple(sorted(sites, key=lambda site: site.block))
-    return flops_model(graph, typing, in_order, strategy, original)
+def _choose(
+    gm: fx.GraphModule,
+    found: Candidates,
+    shapes: tuple[BlockShape, ...],
+    model: CostModel,
+    options: Options,
+    original: Original,
+) -> Choice:
+    """The counts that a schedule by name means under the budget."""
+    limit = options.limit(model.original)
+
+    def model_of(strategy: Strategy) -> CostModel:
+        if strategy == options.strategy:
+            return model
+        if options.latency_budget is not None:
+            return _seconds(gm.graph, found, replace(options, strategy=strategy), original)
+        return flops_model(gm.graph, found.typing, found.sites, strategy, original.flops)
+
+    assert isinstance(options.schedule, str)
+    try:
+        if options.schedule != AUTO:
+            return Choice(first_within(model, limit, LINES[options.schedule]), options.strategy, "")
+        if options.calibration is None:
+            return by_prior(model, options.strategy, limit)
+        return by_calibration(gm, found, shapes, model_of, options.strategy, limit, options.calibration)
+    except OverBudget as over:
+        on = "" if options.latency_budget is None else f" on target {options.target.name!r}, {options.batch} images,"
+        advice = "" if options.schedule == AUTO else "; schedule='auto' can go lower"
+        raise BudgetError(
+            f"{options.budget}{on} can't be reached: the lowest ratio that schedule={options.schedule!r} gives on this model "
+            f"is {_round_up(over.cost / model.original):.3f}{advice}"
+        ) from None
 
 
-def _asked(schedule: str | Schedule | tuple[int, ...], tokens: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The counts a user named, checked against the model; None where a prior is to find them."""
+def _seconds(graph: fx.Graph, found: Candidates, options: Options, original: Original) -> CostModel:
+    target, batch = options.target, options.batch
+    before = graph_seconds(original.graph, target, batch)
+    return seconds_model(graph, found.typing, found.sites, options.strategy, target, batch, before, found.branches)
+
+
+def _asked(schedule: str | Schedule | tuple[int, ...], shapes: tuple[BlockShape, ...]) -> tuple[int, ...] | None:
+    """The counts a user named, checked against the model; None where they are to be found."""
     if isinstance(schedule, str):
         return None
+    if isinstance(schedule, Schedule):
+        schedule.must_fit(shapes)
     counts = tuple(schedule)
-    if len(counts) != len(tokens):
+    if len(counts) != len(shapes):
         raise ScheduleError(
-            f"the schedule has {len(counts)} entries and the model {len(tokens)} attention blocks; give one count for each"
-        )
-    if isinstance(schedule, Schedule) and schedule.tokens != tokens:
-        raise ScheduleError(
-            f"this schedule was made for another model or image size: its blocks hold {_brief(schedule.tokens)} patch "
-            f"tokens, this model's {_brief(tokens)}"
+            f"the schedule has {len(counts)} entries and the model {len(shapes)} attention blocks; give one count for each"
         )
     return counts
 
@@ -119,12 +140,11 @@ def _asked(schedule: str | Schedule | tuple[int, ...], tokens: tuple[int, ...]) 
 def _nothing_to_remove(asked: tuple[int, ...] | None, options: Options, ratio: float) -> bool:
     if asked is not None:
         return not any(asked)
-    assert options.flops_budget is not None
-    return ratio <= options.flops_budget
+    return options.flops_budget is not None and ratio <= options.flops_budget
 
 
 def _split(
-    asked: tuple[int, ...], blocks: Sequence[AttentionBlock], model: FlopsModel, options: Options
+    asked: tuple[int, ...], blocks: Sequence[AttentionBlock], model: CostModel, options: Options
 ) -> tuple[int, ...]:
     """A user's counts by site, refused where they can't be had."""
     left = Counter[object]()
@@ -148,24 +168,6 @@ def _split(
     return by_site
 
 
-def _solve(model: FlopsModel, options: Options) -> tuple[int, ...]:
-    assert options.flops_budget is not None and isinstance(options.schedule, str)
-    return solve(model, options.flops_budget, PRIORS[options.schedule])
-
-
-def _numbered(sites: object) -> tuple[Site, ...]:
-    """Sites with the level of their domain counted over these sites alone: only they shorten the stream."""
-    levels = Counter[Grid]()
-    numbered = []
-    for site in sites:  # type: ignore[attr-defined]
-        if site.branch is not None:
-            numbered.append(site)
-            continue
-        numbered.append(replace(site, domain=site.domain.at(levels[site.domain.grid])))
-        levels[site.domain.grid] += 1
-    return tuple(numbered)
-
-
 def _no_blocks(graph: fx.Graph) -> str:
     """Name what the graph has instead of self-attention over patches."""
     counts = Counter(operator_name(n) for n in graph.nodes if n.op == "call_function")
@@ -179,5 +181,6 @@ def _no_blocks(graph: fx.Graph) -> str:
     )
 
 
-def _brief(tokens: tuple[int, ...]) -> str:
-    return str(tokens[0]) if len(set(tokens)) == 1 else str(list(tokens))
+def _round_up(ratio: float) -> float:
+    """To three digits, so that the number named can be asked for."""
+    return -(-ratio * 1000 // 1) / 1000

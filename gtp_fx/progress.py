@@ -12,9 +12,11 @@ Progress = Callable[[str, int, int], object]
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Progress]:
+def progress_bar(shown: bool = True) -> Iterator[Progress]:
     """A bar that is gone when the work is done; the total may still change while it goes."""
-    with tqdm(bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]", leave=False) as bar:
+    with tqdm(
+        disable=not shown, bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]", leave=False
+    ) as bar:
 
         def show(label: str, done: int, total: int) -> None:
             bar.total, bar.n = total, done

@@ -42,6 +42,8 @@ class Report:
 
     flops_budget: what was asked, or None. refusals: what was left as it was, and why.
     recovered: readers for which tokens that had left were put back.
+    damage_from: where the expected damage comes from that schedule="auto" minimised; empty where nothing was chosen.
+    latency_budget: what was asked, or None. seconds: predicted, of a run of `batch` images through the original and the result.
     """
 
     flops_before: int
@@ -54,6 +56,10 @@ class Report:
     sites: tuple[SiteRow, ...]
     refusals: tuple[Refusal, ...]
     recovered: tuple[str, ...] = ()
+    damage_from: str = ""
+    latency_budget: str | None = None
+    seconds: tuple[float, float] | None = None
+    batch: int = 0
 
     @property
     def flops_ratio(self) -> float:
@@ -81,6 +87,14 @@ class Report:
             f"{self.flops_ratio:.4f} of the original's{asked}",
             f"strategy {self.strategy}; target {self.target}; {self._placements()} of {self.blocks} attention blocks",
         ]
+        if self.seconds is not None:
+            before, after = (seconds * 1e3 for seconds in self.seconds)
+            lines.append(
+                f"predicted for {self.batch} images, compiled: {before:.3g} ms before, {after:.3g} ms after, {after / before:.4f} of it "
+                f"(budget {self.latency_budget})"
+            )
+        if self.damage_from:
+            lines.append(f"schedule: least damage expected by {self.damage_from}")
         steps = [
             [s.name, s.tier, f"{s.flops / 1e9:.3f}", f"{s.flops / self.flops_before:.4f}", s.operators]
             for s in self.passes

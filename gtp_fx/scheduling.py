@@ -1,35 +1,118 @@
-"""From a budget to a schedule.
+"""From a budget to the tokens that leave at each site.
 
-A `Prior` orders schedules along one line, from "nothing leaves" to "as much as can"; FLOPs fall along it, so the
-first one that meets the budget is found by bisection over the closed form. The two priors here use no knowledge of
-the model; a damage model that does has its place behind the same protocol.
+"auto"     least expected damage within the budget (`gtp_fx.solver`, `gtp_fx.damage`)
+"uniform"  the paper's constant count a block
+"even"     the same to the token, in total evenly over the blocks
+
+The last two are lines of schedules, from gentle to harsh, on which the first that meets the budget is found by bisection.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
-from gtp_fx.cost.closed_form import FlopsModel, Site
-from gtp_fx.errors import BudgetError
+import numpy as np
+from numpy.typing import NDArray
 
+from gtp_fx.cost.chains import Chain, CostModel
+from gtp_fx.cost.site import Site
+from gtp_fx.damage.tables import Damage
+from gtp_fx.solver import OverBudget, Path, Steps, solve
 
-class Prior(Protocol):
-    """A line of schedules for some sites, from gentle to harsh."""
-
-    @property
-    def name(self) -> str: ...
-
-    def steps(self, sites: Sequence[Site]) -> int:
-        """The last step, at which the most tokens leave."""
-
-    def at(self, sites: Sequence[Site], step: int) -> tuple[int, ...]:
-        """Tokens that leave at each site; step 0 removes none."""
+AUTO = "auto"
+_FINE = 192
+"""Counts that the solver chooses from at once; of longer streams every second, third, … and then those around its choice."""
+_ROUNDS = 3
+"""Of solving anew with what crosses streams as the last solution has it."""
 
 
-@dataclass(frozen=True)
+def least_damage(model: CostModel, damage: Damage, limit: float, levels: Levels | None = None) -> tuple[int, ...]:
+    """Tokens that leave at each site: the schedule of least damage that costs at most `limit`.
+
+    levels: the counts to choose from, of each chain; where None every one, coarsely first where there are many.
+    Raises OverBudget.
+    """
+    if levels is not None:
+        return _within(model, damage, limit, [levels(chain) for chain in model.chains])
+    coarse = [np.arange(chain.whole, 0, -max(1, chain.whole // _FINE)) for chain in model.chains]
+    coarse = [levels if levels[-1] == 1 else np.append(levels, 1) for levels in coarse]
+    found = _within(model, damage, limit, coarse)
+    around = [_around(chain, found, counts) for chain, counts in zip(model.chains, coarse, strict=True)]
+    if all(len(fine) == len(counts) for fine, counts in zip(around, coarse, strict=True)):
+        return found
+    return _within(model, damage, limit, around)
+
+
+Levels = Callable[[Chain], NDArray[np.int64]]
+
+
+def _within(model: CostModel, damage: Damage, limit: float, levels: list[NDArray[np.int64]]) -> tuple[int, ...]:
+    steps = [_steps(chain, counts, damage) for chain, counts in zip(model.chains, levels, strict=True)]
+    nothing = (0,) * len(model.sites)
+    crossing = model.crossing_cost(nothing)  # the most that it can be
+    best = None
+    for _ in range(_ROUNDS if model.crossing else 1):
+        try:
+            found = _counts(model, solve(steps, limit - float(model.fixed) - crossing))
+        except OverBudget as over:
+            if best is None:
+                raise OverBudget(over.cost + float(model.fixed) + crossing) from None
+            break
+        if model.cost(found) > limit:
+            break
+        best, crossing = found, model.crossing_cost(found)
+    assert best is not None
+    return best
+
+
+def _steps(chain: Chain, levels: NDArray[np.int64], damage: Damage) -> Steps:
+    before, after = levels[:, None], levels[None, :]
+    falls = after <= before
+    cost = [np.where(falls, at(before, np.minimum(before, after)) + behind[after], 0.0) for behind, at in _sites(chain)]
+    lost = [np.where(falls, damage.step(place, chain.whole, before, after), 0.0) for place in chain.places]
+    return Steps(levels, np.array(cost, float), np.array(lost))
+
+
+def _sites(chain: Chain):  # type: ignore[no-untyped-def]
+    return zip(chain.behind, chain.at, strict=True)
+
+
+def _around(chain: Chain, counts: Sequence[int], coarse: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Every count near one that the coarse solution has, between its neighbours there."""
+    step = int(-np.diff(coarse).min(initial=-1))
+    if step == 1:
+        return coarse
+    near = {chain.whole}
+    left = chain.whole
+    for place in chain.places:
+        left -= counts[place]
+        near.update(range(max(1, left - step), min(chain.whole, left + step) + 1))
+    return np.array(sorted(near, reverse=True), np.int64)
+
+
+def _counts(model: CostModel, path: Path) -> tuple[int, ...]:
+    counts = [0] * len(model.sites)
+    for chain, left in zip(model.chains, path.left, strict=True):
+        before = chain.whole
+        for place, after in zip(chain.places, left, strict=True):
+            counts[place], before = before - after, after
+    return tuple(counts)
+
+
+def first_within(model: CostModel, limit: float, line: Line) -> tuple[int, ...]:
+    """The gentlest schedule of a line that costs at most `limit`. Raises OverBudget."""
+    low, high = 0, line.steps(model.sites)
+    if model.cost(line.at(model.sites, 0)) <= limit:
+        return line.at(model.sites, 0)
+    if (lowest := model.cost(line.at(model.sites, high))) > limit:
+        raise OverBudget(lowest)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if model.cost(line.at(model.sites, middle)) <= limit else (middle, high)
+    return line.at(model.sites, high)
+
+
 class Even:
     """Tokens leave evenly over the blocks, as the paper's do, to the token instead of a constant count a block.
 
@@ -37,14 +120,9 @@ class Even:
     too many for every block the last blocks get none left to remove, down to one patch token from the first block on.
     """
 
-    name: str = "auto"
-
     def steps(self, sites: Sequence[Site]) -> int:
-        return (
-            max((_most(site) * per_stream[site.stream] for site in sites), default=0)
-            if (per_stream := _per_stream(sites))
-            else 0
-        )
+        per_stream = _per_stream(sites)
+        return max((_most(site) * per_stream[site.stream] for site in sites), default=0)
 
     def at(self, sites: Sequence[Site], step: int) -> tuple[int, ...]:
         last, seen, removed = self.steps(sites), Counter[object](), Counter[object]()
@@ -59,11 +137,8 @@ class Even:
         return tuple(counts)
 
 
-@dataclass(frozen=True)
 class Uniform:
     """The paper's: the same number P of tokens leaves at every block."""
-
-    name: str = "uniform"
 
     def steps(self, sites: Sequence[Site]) -> int:
         per_stream = _per_stream(sites)
@@ -73,36 +148,16 @@ class Uniform:
         return (step,) * len(sites)
 
 
-PRIORS: dict[str, Prior] = {"auto": Even(), "uniform": Uniform()}
-
-
-def solve(model: FlopsModel, budget: float, prior: Prior) -> tuple[int, ...]:
-    """Tokens that leave at each site: the gentlest schedule of `prior` with FLOPs at most `budget` of the original's."""
-    low, high = 0, prior.steps(model.sites)
-    lowest = model.ratio(prior.at(model.sites, high))
-    if model.ratio(prior.at(model.sites, 0)) <= budget:
-        return prior.at(model.sites, 0)
-    if lowest > budget:
-        advice = "; schedule='auto' can go lower" if prior.name == "uniform" else ""
-        raise BudgetError(
-            f"flops_budget={budget:g} can't be reached: the lowest ratio that schedule={prior.name!r} gives on this model "
-            f"is {_round_up(lowest):.3f}{advice}"
-        )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if model.ratio(prior.at(model.sites, middle)) <= budget else (middle, high)
-    return prior.at(model.sites, high)
+Line = Even | Uniform
+LINES: dict[str, Line] = {"even": Even(), "uniform": Uniform()}
+SCHEDULES = (AUTO, *LINES)
+"""What a schedule may be called."""
 
 
 def _most(site: Site) -> int:
     """One patch token always stays: attention and pooling over none are undefined."""
-    return site.domain.whole_count - 1
+    return site.whole - 1
 
 
 def _per_stream(sites: Sequence[Site]) -> Counter[object]:
     return Counter(site.stream for site in sites)
-
-
-def _round_up(ratio: float) -> float:
-    """To three digits, so that the number named can be asked for."""
-    return -(-ratio * 1000 // 1) / 1000

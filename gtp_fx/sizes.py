@@ -55,12 +55,17 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def per_image(size: int) -> int:
-    """`size` at batch 1: every symbol set to one."""
+def at_batch(size: int, batch: int) -> int:
+    """`size` when a run takes `batch` images: every symbol set to that."""
     for prime in _prime_of.values():
         while size and size % prime == 0:
-            size //= prime
+            size = size // prime * batch
     return size
+
+
+def per_image(size: int) -> int:
+    """`size` at batch 1: every symbol set to one."""
+    return at_batch(size, 1)
 
 
 def is_symbolic(size: int) -> bool:

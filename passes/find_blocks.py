@@ -25,6 +25,8 @@ from gtp_fx.errors import Refusal
 from gtp_fx.graphs import ancestors, attention_dropout, copy_of, descendants, layer_name, operator_name
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.layouts import base_of
+from gtp_fx.schedule import BlockShape
+from gtp_fx.sizes import shape_of
 
 MARK = "gtp_block"
 ATTENTION = (aten.scaled_dot_product_attention.default,)
@@ -107,6 +109,12 @@ def read_blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
     ]
     shortened = {base_of(block.axis.domain.grid) for block in blocks if block.refusal is None}
     return tuple(b if base_of(b.axis.domain.grid) in shortened else _with_branch(b, typing) for b in blocks)
+
+
+def block_shape(block: AttentionBlock) -> BlockShape:
+    """What a schedule recognises the block by: nothing that depends on the batch or on the door that it came through."""
+    channels = shape_of(block.site)[-1] if block.site is not None else 0
+    return BlockShape(block.axis.domain.whole_count, channels, shape_of(block.attention.args[0])[-1])  # type: ignore[arg-type]
 
 
 def _made_whole_again(graph: fx.Graph, blocks: list[AttentionBlock]) -> set[Grid]:

@@ -1,33 +1,63 @@
 """Processors: one frozen value a file, and `detect` that picks the machine's own.
 
 target    what a target is
+sources   what several of them have in common
 cpu       any CPU
+h200, h100, a100, l4, rtx4090     NVIDIA's GPUs, by the driver's name for them
 generic   any GPU that has no file of its own yet
+tuned     curves measured on this machine, kept in the user's cache
 """
 
 import torch
 
 from gtp_fx.errors import OptionError
+from gtp_fx.targets.a100 import A100
 from gtp_fx.targets.cpu import CPU
 from gtp_fx.targets.generic import GENERIC_GPU
-from gtp_fx.targets.target import Target
+from gtp_fx.targets.h100 import H100
+from gtp_fx.targets.h200 import H200
+from gtp_fx.targets.l4 import L4
+from gtp_fx.targets.rtx4090 import RTX4090
+from gtp_fx.targets.target import Curve, Target
+from gtp_fx.targets.tuned import load_tuned
 
-TARGETS: dict[str, Target] = {target.name: target for target in (CPU, GENERIC_GPU)}
+if __name__ != "gtp_fx.targets":
+    raise ImportError("import this package as gtp_fx.targets: under another name its values would exist twice")
 
-__all__ = ["CPU", "GENERIC_GPU", "TARGETS", "Target", "detect", "target_named"]
+TARGETS: dict[str, Target] = {t.name: t for t in (H200, H100, A100, L4, RTX4090, CPU, GENERIC_GPU)}
+
+__all__ = ["CPU", "GENERIC_GPU", "TARGETS", "Curve", "Target", "detect", "listed", "target_named"]
 
 
-def detect() -> Target:
-    """The target of this machine: its GPU's where torch can use one, else the CPU's."""
-    return GENERIC_GPU if torch.cuda.is_available() else CPU
+def detect(device: str = "auto") -> Target:
+    """The target of this machine, with the curves that `gtp-fx tune` measured here, where it did.
+
+    device: "cuda", "cpu", or "auto" for the GPU where torch can use one.
+    """
+    found = listed(device)
+    return load_tuned(found) or found
+
+
+def listed(device: str = "auto") -> Target:
+    """The same as it stands in this folder, whatever was measured."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return CPU.on_threads(torch.get_num_threads())
+    name = torch.cuda.get_device_name()
+    return next((target for target in TARGETS.values() if name in target.devices), GENERIC_GPU)
 
 
 def target_named(target: str | Target) -> Target:
-    """A target from its name ("auto" detects it), or the value itself."""
+    """A target from its name ("auto" detects it), or the value itself.
+
+    A name that is this machine's own means the machine's own curves, too, where they were measured.
+    """
     if isinstance(target, Target):
         return target
     if target == "auto":
         return detect()
     if target not in TARGETS:
         raise OptionError(f"target={target!r} is unknown; give 'auto' or one of {', '.join(map(repr, TARGETS))}")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        if listed(device).name == target:
+            return detect(device)
     return TARGETS[target]

@@ -1,5 +1,9 @@
-"""A GPU without a file of its own: Inductor's defaults."""
+"""A GPU without a file of its own: an A100's rates, of which schedules need the proportions more than the size."""
 
-from gtp_fx.targets.target import Target
+from dataclasses import replace
 
-GENERIC_GPU = Target(name="generic-gpu", device="cuda")
+from gtp_fx.targets.a100 import A100
+
+GENERIC_GPU = replace(
+    A100, name="generic-gpu", devices=(), sources={"*": "A100's; run `gtp-fx tune` for this GPU's own"}
+)

@@ -1,16 +1,104 @@
-"""What the compiler knows of a processor."""
+"""What the compiler knows of a processor: its roofs, and how near to them each kind of work comes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
+
+from gtp_fx.cost.work import KINDS
+from gtp_fx.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Which share of its roof a kind of work reaches, by its amount: points (amount, share), amounts ascending.
+
+    Between points the share is interpolated over the logarithm of the amount; outside it stays that of the nearest.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        amounts = [amount for amount, _ in self.points]
+        if not amounts or amounts != sorted(set(amounts)) or amounts[0] <= 0:
+            raise OptionError(f"a curve's amounts are positive and ascend, got {amounts}")
+        if any(not 0 < share <= _MOST for _, share in self.points):
+            raise OptionError(f"a curve's shares are in (0, {_MOST:g}], got {[share for _, share in self.points]}")
+
+    def __call__(self, amount: Any) -> Any:
+        amounts, shares = zip(*self.points, strict=True)
+        return np.interp(np.log(np.maximum(amount, 1)), np.log(amounts), shares)
+
+
+_MOST = 16.0
+"""What caches hold comes faster than from main memory, so a share of bandwidth may be above one."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a unit makes of a product at once: rows x columns, and the share of the best tile's rate that it reaches.
+
+    Large tiles reuse more of what they read; small ones waste less where a product ends, and keep more units busy.
+    """
+
+    rows: int
+    columns: int
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.columns) < 1 or not 0 < self.share <= 1:
+            raise OptionError(f"a tile has rows, columns and a share in (0, 1], got {self}")
 
 
 @dataclass(frozen=True)
 class Target:
-    """name: as users give it. device: torch's device type. inductor: options for Inductor, measured to pay there."""
+    """One processor, or a kind of them.
+
+    name: as users give it. device: torch's device type. devices: as the driver names them, to the letter: a slice or a
+    laptop's part has other rates and a longer name.
+    dense: FLOP/s of dense products by torch's name of the dtype. bandwidth: bytes/s of main memory. launch: seconds from one
+    kernel to the next. units: multiprocessors or cores, over which tiles are spread. tiles: of products, of which a library takes
+    the fastest, () where the curve says it all. attention_tile: queries and keys.
+    curves: a Curve for each kind of work (`gtp_fx.cost.work.KINDS`), of the dense rate or the bandwidth.
+    inductor: options for Inductor, measured to pay there.
+    sources: where each figure comes from. measured: when and by what the curves were measured, empty where they weren't.
+    """
 
     name: str
     device: str
+    dense: Mapping[str, float]
+    bandwidth: float
+    launch: float
+    curves: Mapping[str, Curve]
+    sources: Mapping[str, str]
+    units: int = 1
+    tiles: tuple[Tile, ...] = ()
+    attention_tile: tuple[int, int] = (1, 1)
+    devices: tuple[str, ...] = ()
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    measured: str = ""
+
+    def __post_init__(self) -> None:
+        rates = {**{f"dense[{dtype!r}]": rate for dtype, rate in self.dense.items()}, "bandwidth": self.bandwidth}
+        for what, value in {**rates, "units": self.units, "attention_tile": min(self.attention_tile)}.items():
+            if not (math.isfinite(value) and value > 0):
+                raise OptionError(f"target {self.name!r}: {what} is {value!r}; give a positive number")
+        if not (math.isfinite(self.launch) and self.launch >= 0) or not self.dense:
+            raise OptionError(
+                f"target {self.name!r}: launch={self.launch!r}, dense={dict(self.dense)!r}: give seconds and rates"
+            )
+        if missing := sorted(set(KINDS) - set(self.curves)):
+            raise OptionError(f"target {self.name!r} has no curve for {', '.join(missing)}; KINDS names what is needed")
+
+    def on_threads(self, threads: int) -> Target:
+        """Of rates that are one core's: so many cores'."""
+        dense = {dtype: rate * threads for dtype, rate in self.dense.items()}
+        return replace(self, dense=dense, bandwidth=self.bandwidth * threads)
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s of dense products; of a dtype that isn't listed, float32's."""
+        return self.dense.get(dtype, self.dense.get("float32", min(self.dense.values())))

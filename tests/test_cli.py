@@ -58,7 +58,7 @@ def test_json_is_all_there_is_on_stdout() -> None:
         ([NAME, "--flops-budget", "0.01"], "the lowest ratio"),
         ([NAME, "--flops-budget", "0.7", "--schedule", "1,2,x"], "--schedule '1,2,x' is neither"),
         ([NAME, "--flops-budget", "0.7", "--schedule", "evenly"], "schedule='evenly' is unknown"),
-        ([NAME, "--flops-budget", "0.7", "--batch", "0"], "give at least one image"),
+        ([NAME, "--flops-budget", "0.7", "--batch", "0"], "give the images of a run"),
         ([NAME, "--flops-budget", "0.7", "--rounds", "0"], "--rounds 0: give at least one"),
         ([NAME, "--flops-budget", "0.7", "--weights", "no/such/file"], "can't be read"),
         (["test_convnext", "--flops-budget", "0.7"], "no self-attention over patch tokens"),

@@ -42,7 +42,7 @@ def test_a_budget_below_what_can_be_reached_names_the_lowest(vit: nn.Module, sch
     ("options", "message"),
     [
         ({}, "give flops_budget="),
-        ({"schedule": "linear", "flops_budget": 0.7}, "'auto', 'uniform'"),
+        ({"schedule": "linear", "flops_budget": 0.7}, "'auto', 'even', 'uniform'"),
         ({"schedule": 8}, "sequence of integers"),
         ({"schedule": [8, -1, 0]}, "integer of 0 or more"),
         ({"schedule": [8, 0.5, 0]}, "integer of 0 or more"),
@@ -54,7 +54,10 @@ def test_a_budget_below_what_can_be_reached_names_the_lowest(vit: nn.Module, sch
         ({"flops_budget": 0.7, "target": "tpu"}, "'cpu'"),
         ({"flops_budget": 0.7, "dead_tokens": "no"}, "True or False"),
         ({"flops_budget": 0.7, "strategy": gtp_fx.GTP(neighbors=196)}, "more than 196 patch tokens"),
-        ({"schedule": gtp_fx.Schedule((1, 1, 1), (64, 64, 64))}, "another model or image size"),
+        (
+            {"schedule": gtp_fx.Schedule((1, 1, 1), (gtp_fx.BlockShape(64, 192, 64),) * 3)},
+            "another model or image size",
+        ),
     ],
 )
 def test_options_that_do_not_fit(vit: nn.Module, options: dict[str, Any], message: str) -> None:
@@ -150,7 +153,8 @@ def test_a_model_that_changes_itself_in_training_is_refused() -> None:
 def test_the_backend_names_the_options_it_knows() -> None:
     graph = torch.fx.symbolic_trace(nn.Identity())
     with pytest.raises(
-        gtp_fx.OptionError, match=r"'flops_budgett'; the backend knows flops_budget, schedule, strategy"
+        gtp_fx.OptionError,
+        match=r"'flops_budgett'; the backend knows flops_budget, latency_budget, batch, schedule, strategy",
     ):
         gtp(graph, [], options={"flops_budgett": 0.7})
     with pytest.raises(gtp_fx.OptionError, match="mode='fastest'"):

@@ -39,7 +39,7 @@ from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.find_blocks import find_blocks, read_blocks
 from gtp_fx.passes.insert_propagation import SITE, insert_propagation
 from gtp_fx.plan import Plan
-from gtp_fx.planning import Planned, make_plan
+from gtp_fx.planning import Original, Planned, make_plan
 from gtp_fx.rules import registry
 from gtp_fx.rules.contraction import _join_dim as join_summed
 from gtp_fx.rules.layout import regroup
@@ -268,7 +268,7 @@ def calls(gm: fx.GraphModule) -> list[Any]:
 def plan_of(gm: fx.GraphModule) -> Planned:
     counts = [LEAVE] + [0] * (len(read_blocks(gm)) - 1)
     options = Options.of(schedule=counts, strategy=STRATEGY, dead_tokens=False)
-    return make_plan(gm, options, count_flops(gm.graph))
+    return make_plan(gm, options, Original(gm.graph, count_flops(gm.graph)))
 
 
 def by_hand(row: Row, values: Mapping[fx.Node, Any]) -> Tensor:

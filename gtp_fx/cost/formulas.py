@@ -1,6 +1,6 @@
 """FLOPs of one operator from the sizes of its operands: 2 per multiply-add, as torch.utils.flop_counter counts.
 
-A formula only multiplies and adds, so sizes may be integers (`count`) or polynomials in token counts (`closed_form`).
+A formula only multiplies and adds, so sizes may be integers (`count`) or arrays of them, an entry a candidate count of tokens (`closed_form`).
 Operators without a formula count nothing, as there: only products and convolutions do.
 """
 
@@ -20,7 +20,7 @@ from gtp_fx.rules.einsum import Equation
 assert ops
 
 Size = Any
-"""An int, or a sympy expression in token counts."""
+"""An int, or an array of candidates."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def einsum(sizes: Sizes) -> Size:
     by_label: dict[str, Size] = {}
     for term, operand in zip(equation.terms, arguments[1], strict=True):
         for label, size in zip(term, sizes.operands[operand], strict=True):
-            by_label[label] = size if by_label.get(label, 1) == 1 else by_label[label]
+            known = by_label.get(label, 1)
+            by_label[label] = size if isinstance(known, int) and known == 1 else known
     total, joined = 0, set(equation.terms[0])
     for position, term in enumerate(equation.terms[1:], start=1):
         joined |= set(term)

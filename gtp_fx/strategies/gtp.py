@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.axes import TokenAxis
+from gtp_fx.cost.work import Work
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.graph import GRAPHS
 from gtp_fx.strategies.protocol import Attention, Emit, Removal, SiteShape, StreamState
+
+_FLOAT = 4
+"""Bytes of what is computed in float32 whatever the stream's dtype: maps, scores, weights."""
 
 BRANCHES = {
     "recover": "a token that skips gets what its neighbours' branch made",
@@ -148,18 +153,46 @@ class GTP:
         removal = Removal(kept, leaving, kept_index, leaving_index, weights)
         return shorter, StreamState(kept_index, scale, state.carried, removal)
 
-    def start_flops(self, grid: Sequence[int], channels: int) -> int:
-        return 0 if self.graph == "spatial" else 2 * math.prod(grid) ** 2 * channels
+    def variants(self) -> Sequence[GTP]:
+        """Other alphas, M and scores, one at a time: of the paper's tables, and column sums alone."""
+        changes: list[dict[str, Any]] = [{"alpha": alpha} for alpha in (0.0, 0.05, 0.1, 0.2, 0.4)]
+        if self.graph != "spatial":
+            changes += [{"neighbors": count} for count in (4, 8, 16)]
+        changes += [
+            {"score": score} for score in ("mixed-max", "mixed-mean", "broadcast-max", "broadcast-mean", "cls-mean")
+        ]
+        varied = [replace(self, **change) for change in changes]
+        return [variant for variant in dict.fromkeys(varied) if variant != self]
 
-    def site_flops(self, site: SiteShape, told: bool) -> Any:
+    def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str) -> list[Work]:
+        """Cosine similarity of every pair of patches and its largest entries; a spatial graph asks coordinates only."""
+        patches = math.prod(grid)
+        if self.graph == "spatial":
+            return [Work("stream", bytes=_FLOAT * patches * patches)]
+        pairs = images * patches * patches
+        similarity = Work("product", 2 * pairs * channels, _FLOAT * pairs, patches, patches, images)
+        return [similarity, Work("sort", bytes=_FLOAT * pairs), Work("stream", bytes=2 * _FLOAT * pairs)]
+
+    def site_works(self, site: SiteShape, told: bool) -> list[Work]:
         leaving = site.patches_in - site.patches_out
-        features = 2 * (site.others + site.patches_out) * leaving * site.channels
+        tokens_in, tokens_out = site.others + site.patches_in, site.others + site.patches_out
+        features = 2 * tokens_out * leaving * site.channels
         scales = 2 * site.patches_out * leaving if told and self.token_scale else 0
-        return features + scales + self.scoring_flops(site.heads, *(site.others + site.patches_in,) * 2)
+        size = getattr(torch, site.dtype).itemsize
+        moved = size * (tokens_in + tokens_out) * site.channels
+        edges = site.patches_out * leaving * (1 if self.graph == "spatial" else self.neighbors)
+        return [
+            *self.scoring_works(site.heads, tokens_in, tokens_in, site.images, site.dtype),
+            Work("sort", bytes=site.images * _FLOAT * site.patches_in),
+            Work("stream", bytes=site.images * _FLOAT * edges, launches=2),
+            Work("gather", site.images * (features + scales), site.images * moved, launches=3),
+        ]
 
-    def scoring_flops(self, heads: int, queries: Any, keys: Any) -> Any:
-        """Column sums of the map are a product; its diagonal is read off."""
-        return 2 * heads * queries * keys if self.score.startswith(("mixed", "broadcast")) else 0
+    def scoring_works(self, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:
+        """Column sums of the map are a product; its diagonal is read off. Either way the map is made."""
+        entries = images * heads * queries * keys
+        flops = 2 * entries if self.score.startswith(("mixed", "broadcast")) else 0
+        return [Work("scores", flops, _FLOAT * entries, dtype=dtype, launches=2)]
 
 
 def _one_of(option: str, value: object, known: dict[str, str]) -> None:

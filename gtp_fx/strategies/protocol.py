@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import fx
 
 from gtp_fx.axes import TokenAxis
+from gtp_fx.cost.work import Work
 
 
 class Emit(Protocol):
@@ -23,13 +24,16 @@ class Emit(Protocol):
 
 @dataclass(frozen=True)
 class SiteShape:
-    """A site's sizes for pricing: patches in and out (numbers or polynomials), tokens that are none, channels, heads."""
+    """A site's sizes for pricing: patches in and out (numbers, or arrays of candidates), tokens that are none, channels,
+    heads; images of a run, and the stream's dtype as torch names it."""
 
     patches_in: Any
     patches_out: Any
     others: int
     channels: int
     heads: int
+    images: int = 1
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -104,14 +108,17 @@ class Strategy(Protocol):
     ) -> tuple[fx.Node, StreamState]:
         """At a site: the shorter stream and its state."""
 
-    def start_flops(self, grid: Sequence[int], channels: int) -> int:
-        """FLOPs per image of `start`."""
+    def variants(self) -> Sequence[Strategy]:
+        """The same strategy with other numbers or another score: what calibration may choose among."""
 
-    def scoring_flops(self, heads: int, queries: Any, keys: Any) -> Any:
-        """FLOPs of what scoring adds to one attention."""
+    def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str) -> list[Work]:
+        """The work of `start`."""
 
-    def site_flops(self, site: SiteShape, told: bool) -> Any:
-        """FLOPs per image of a site where tokens leave: `reduce`, and what scoring adds to the attention.
+    def scoring_works(self, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:
+        """What scoring adds to one attention."""
+
+    def site_works(self, site: SiteShape, told: bool) -> list[Work]:
+        """The work of a site where tokens leave: `reduce`, and what scoring adds to the attention.
 
         told: a later attention reads the token scales.
         """

@@ -19,6 +19,6 @@ def strategy_named(strategy: str | Strategy) -> Strategy:
                 f"strategy={strategy!r} is unknown; give one of {known}, or a value such as gtp_fx.GTP(alpha=0.2)"
             )
         return STRATEGIES[strategy]()  # type: ignore[no-any-return]
-    if isinstance(strategy, type) or not hasattr(strategy, "site_flops"):
+    if isinstance(strategy, type) or not hasattr(strategy, "site_works"):
         raise OptionError(f"strategy={strategy!r} is neither a name nor a strategy value such as gtp_fx.GTP(alpha=0.2)")
     return strategy

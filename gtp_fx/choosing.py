@@ -1,0 +1,97 @@
+"""schedule="auto": the schedule of least damage within the budget, by a prior or by what unlabelled images say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from gtp_fx.cost.chains import CostModel
+from gtp_fx.damage.calibration import Calibration, Judge
+from gtp_fx.damage.prior import prior_damage
+from gtp_fx.damage.refinement import Counts, Search
+from gtp_fx.damage.sensitivity import measured_damage
+from gtp_fx.damage.tables import Damage
+from gtp_fx.plan import Plan
+from gtp_fx.progress import progress_bar
+from gtp_fx.running import carry_out
+from gtp_fx.schedule import BlockShape
+from gtp_fx.scheduling import LINES, first_within, least_damage
+from gtp_fx.sites import Candidates
+from gtp_fx.solver import OverBudget
+from gtp_fx.strategies import Strategy
+
+ModelOf = Callable[[Strategy], CostModel]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """counts: tokens that leave at each site. strategy: how; another one than was asked for only where calibration may choose
+    it. origin: what the choice rests on, for the report."""
+
+    counts: Counts
+    strategy: Strategy
+    origin: str
+
+
+def by_prior(model: CostModel, strategy: Strategy, limit: float) -> Choice:
+    """Without data. Raises OverBudget."""
+    damage = prior_damage(model.sites)
+    return Choice(least_damage(model, damage, limit), strategy, damage.origin)
+
+
+def by_calibration(
+    gm: fx.GraphModule,
+    found: Candidates,
+    shapes: Sequence[BlockShape],
+    model_of: ModelOf,
+    strategy: Strategy,
+    limit: float,
+    calibration: Calibration,
+) -> Choice:
+    """From `calibration`, bound to the model's calls. gm: behind the exact passes, with its parameters. Raises OverBudget."""
+    model = model_of(strategy)
+    least_damage(model, prior_damage(found.sites), limit)  # whether the budget can be met is told before measuring
+    judge = Judge.of(gm, calibration.images)
+
+    def judged(counts: Counts, how: Strategy) -> float:
+        shortened, _ = carry_out(gm, Plan.of(found.sites, counts, shapes, how), 1)
+        return judge(shortened)
+
+    def solve(damage: Damage) -> Counts:
+        return least_damage(model, damage, limit)
+
+    with progress_bar(shown=calibration.progress) as show:
+        damage = measured_damage(gm, found.sites, shapes, strategy, calibration, judged, show)
+        first = _portfolio(model, damage, limit)
+        variants = _variants(strategy, found, calibration)
+        search = Search(judged, strategy, len(first) + calibration.refine + len(variants), show)
+        for counts in first:
+            search.try_out(counts)
+        search.weigh_anew(damage, solve, calibration.refine)
+        affordable = [variant for variant in variants if model_of(variant).cost(search.best) <= limit]
+        chosen = search.vary_strategy(affordable)
+    looked = f", the best of {len(search.seen)} schedules" + (
+        f" and {len(affordable)} strategies" if affordable else ""
+    )
+    return Choice(search.best, chosen, f"{damage.origin}{looked}: divergence {search.least:.3g}")
+
+
+def _portfolio(model: CostModel, damage: Damage, limit: float) -> list[Counts]:
+    """Ways to spend the budget, each once: by the measured tables first."""
+    found = [least_damage(model, damage, limit), least_damage(model, prior_damage(model.sites), limit)]
+    for line in LINES.values():
+        try:
+            found.append(first_within(model, limit, line))
+        except OverBudget:
+            continue  # not every line reaches so far
+    return list(dict.fromkeys(found))
+
+
+def _variants(strategy: Strategy, found: Candidates, calibration: Calibration) -> list[Strategy]:
+    """The strategy's neighbours that can work on this model, where calibration may choose among them."""
+    if not calibration.strategy:
+        return []
+    axes = [(site.axis, site.branch is not None) for site in found.sites]
+    return [v for v in strategy.variants() if not any(v.refuse(axis, skips) for axis, skips in axes)]

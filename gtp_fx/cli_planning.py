@@ -1,0 +1,130 @@
+"""The commands that look ahead: `gtp-fx plan` says what a budget would do, `gtp-fx tune` measures what that rests on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gtp_fx.config import Options
+from gtp_fx.errors import GtpError, OptionError
+from gtp_fx.reading import Dtype, fail, parse_latency, parse_schedule
+
+if TYPE_CHECKING:
+    from gtp_fx.forecast import Forecast
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="timm's name, such as deit_small_patch16_224.")],
+    flops_budget: Annotated[
+        list[float] | None, typer.Option(help="FLOPs after / before at most; may be repeated.")
+    ] = None,
+    latency_budget: Annotated[
+        list[str] | None, typer.Option(help="Predicted time at most: a ratio, or 4.5ms; may be repeated.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Processor to plan for, this machine's or another; may be repeated.")
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="auto, uniform, even, or tokens that leave per block: 8,8,8,…")
+    ] = "auto",
+    strategy: Annotated[str, typer.Option(help="How tokens leave.")] = "gtp",
+    batch: Annotated[int, typer.Option(help="Images per run.")] = 8,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw tokens per block, for every budget and target, to this PNG.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the schedule to this JSON; one budget and one target only.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")] = False,
+) -> None:
+    """Print what a budget would do to MODEL: where tokens leave, FLOPs and predicted time of every block. Nothing is compiled.
+
+    The model is built without its weights, so even large ones take seconds.
+    """
+    try:
+        asked = _asked(flops_budget or [], latency_budget or [], target or ["auto"], schedule, strategy, batch)
+        if save is not None and len(asked) != 1:
+            raise OptionError(
+                f"--save keeps one schedule, and {len(asked)} were asked for: give one budget and one target"
+            )
+        forecasts = _forecasts(model, dtype, asked)
+        if plot is not None:
+            from gtp_fx.plotting import plot_tokens
+
+            plot_tokens(forecasts, model, plot)
+        if save is not None:
+            save.write_text(forecasts[0].schedule.to_json() + "\n")
+    except GtpError as error:
+        fail(str(error), 2)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}", 2)
+    if as_json:
+        typer.echo(json.dumps({"model": model, "plans": [found.to_dict() for found in forecasts]}, indent=2))
+        return
+    typer.echo("\n\n".join([model, *map(str, forecasts)]))
+    for file in filter(None, (plot, save)):
+        typer.echo(f"\nwritten: {file}")
+
+
+def tune(
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto is the GPU where there is one.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of products and attention.")] = Dtype.float32,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing, each runs every probe once.")] = 9,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")] = False,
+) -> None:
+    """Measure this machine's rates, a minute or two of small kernels, and keep them: predictions then rest on them."""
+    import torch
+
+    from gtp_fx import tuning
+    from gtp_fx.progress import progress_bar
+    from gtp_fx.targets import listed
+    from gtp_fx.targets.tuned import as_dict, save_tuned
+
+    try:
+        if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+            raise OptionError(f"--device {device}: give cpu, cuda (where torch finds a GPU) or auto")
+        if rounds < 1:
+            raise OptionError(f"--rounds {rounds}: give at least one")
+        with progress_bar() as show:
+            tuned = tuning.tune(listed(device), getattr(torch, dtype.value), rounds, show)
+        file = save_tuned(tuned)
+    except GtpError as error:
+        fail(str(error), 2)
+    if as_json:
+        typer.echo(json.dumps(as_dict(tuned), indent=2))
+        return
+    typer.echo(tuning.describe(tuned))
+    typer.echo(f"\nkept in {file}; delete it to go back to the table's figures")
+
+
+def _asked(
+    flops: list[float], latencies: list[str], targets: list[str], schedule: str, strategy: str, batch: int
+) -> list[Options]:
+    """Every budget on every target. Raises OptionError."""
+    counts = parse_schedule(schedule)
+    budgets: list[dict[str, float | str]] = [{"flops_budget": ratio} for ratio in flops]
+    budgets += [{"latency_budget": parse_latency(text)} for text in latencies]
+    if not budgets and not isinstance(counts, str):
+        budgets = [{}]
+    if not budgets:
+        raise OptionError("no budget: give --flops-budget 0.74 or --latency-budget 0.74, or counts with --schedule")
+    return [
+        Options.of(**budget, target=target, schedule=counts, strategy=strategy, batch=batch)  # type: ignore[arg-type]
+        for target in targets
+        for budget in budgets
+    ]
+
+
+def _forecasts(model: str, dtype: Dtype, asked: list[Options]) -> list[Forecast]:
+    import torch
+
+    from gtp_fx.forecast import Planner
+    from gtp_fx.loading import build_on_meta
+
+    built = build_on_meta(model).to(getattr(torch, dtype.value))
+    planner = Planner(built)
+    return [planner.plan(options) for options in asked]

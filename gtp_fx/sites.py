@@ -1,0 +1,101 @@
+"""Where tokens may leave, or skip a branch: every place that a schedule can use, before any is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from gtp_fx.axes import Grid, token_axis, whole_size
+from gtp_fx.branches import Branch
+from gtp_fx.coercions import find_coercions
+from gtp_fx.cost.closed_form import branch_cost
+from gtp_fx.cost.site import Site
+from gtp_fx.errors import Refusal, UnsupportedModelError
+from gtp_fx.infer import Typing, infer_types
+from gtp_fx.passes.find_blocks import AttentionBlock
+from gtp_fx.passes.liveness import ALL, live_tokens
+from gtp_fx.sizes import per_image
+from gtp_fx.strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """sites: in graph order. typing: of the graph with a site wherever tokens may leave. branches: by block, where they may skip."""
+
+    sites: tuple[Site, ...]
+    typing: Typing
+    branches: Mapping[int, Branch]
+
+
+def find_sites(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Strategy) -> Candidates:
+    """Raises UnsupportedModelError, with the reasons, where there can't be any."""
+    leaving = [block for block in blocks if block.refusal is None and block.site is not None]
+    branched = [(block, block.branch) for block in blocks if block.branch is not None]
+    _refuse_unfit(leaving, [block for block, _ in branched], strategy)
+    if not leaving and not branched:
+        reasons = tuple(block.refusal for block in blocks if block.refusal is not None)
+        raise UnsupportedModelError("no attention block of this model can lose tokens", reasons)
+    typing = infer_types(graph, frozenset(block.site for block in leaving if block.site is not None))
+    if obstacles := find_coercions(typing).refused:
+        message = "tokens can't leave this model: what follows can't do without them (flops_budget=1.0 still works)"
+        raise UnsupportedModelError(message, obstacles)
+    whole = infer_types(graph) if branched else typing
+    sites = [_skipping(block, branch, whole, strategy, len(blocks)) for block, branch in branched]
+    read = _grids_read(graph, blocks)
+    sites += [
+        replace(_leaving(block, typing, len(blocks)), patches_read=block.axis.domain.grid in read) for block in leaving
+    ]
+    in_order = tuple(sorted(sites, key=lambda site: site.block))
+    return Candidates(in_order, typing, {block.index: branch for block, branch in branched})
+
+
+def _refuse_unfit(leaving: list[AttentionBlock], skipping: list[AttentionBlock], strategy: Strategy) -> None:
+    asked = [*((block, False) for block in leaving), *((block, True) for block in skipping)]
+    unfit = [
+        Refusal(block.layer, strategy.name, reason)
+        for block, skips in asked
+        if (reason := strategy.refuse(block.axis, skips))
+    ]
+    if unfit:
+        raise UnsupportedModelError(f"strategy {strategy.name!r} can't work on this model", tuple(unfit))
+
+
+def _skipping(block: AttentionBlock, branch: Branch, typing: Typing, strategy: Strategy, blocks: int) -> Site:
+    heads = whole_size(typing.type(block.attention)[branch.heads])
+    cost = branch_cost(branch, typing, heads, strategy)
+    dtype = _dtype(branch.result)
+    return Site(block.index, block.axis, cost.features, heads, 1, cost, dtype, block.index / blocks)
+
+
+def _leaving(block: AttentionBlock, typing: Typing, blocks: int) -> Site:
+    assert block.site is not None
+    stream = typing.answers[block.site].output
+    assert isinstance(stream, tuple)
+    axis = token_axis(stream[1])
+    assert axis is not None
+    return Site(
+        block=block.index,
+        axis=axis,
+        channels=whole_size(stream[2]),
+        heads=whole_size(typing.type(block.attention)[1]),
+        images=per_image(whole_size(stream[0])),
+        dtype=_dtype(block.site),
+        depth=block.index / blocks,
+    )
+
+
+def _grids_read(graph: fx.Graph, blocks: Sequence[AttentionBlock]) -> set[Grid]:
+    """The grids whose patches something reads behind the last block that attends over them."""
+    needed = live_tokens(graph, infer_types(graph)).needed
+    last = {block.axis.domain.grid: block for block in blocks}
+    return {
+        grid
+        for grid, block in last.items()
+        if not block.dead and (block.site is None or needed.get(block.site, ALL) == ALL)
+    }
+
+
+def _dtype(node: fx.Node) -> str:
+    return str(node.meta["val"].dtype).removeprefix("torch.")

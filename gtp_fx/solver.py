@@ -1,0 +1,197 @@
+"""The best schedule under a budget: the path of least damage through token counts whose cost stays within it.
+
+A chain's schedule is a path from its whole token count downwards, a step a site; costs and damages add up over steps. Least
+damage under a bound on cost is a constrained shortest path, solved exactly in two moves:
+
+  1. Lagrange: with a price on cost the constraint is gone, and dynamic programming finds the best path of every chain. The
+     price that makes the budget just hold gives a schedule, and a proof how far from the best one it can be at most.
+  2. Where that is too far: labels (damage and cost so far) are carried along all paths, and dropped where another label
+     beats them in both, or where the first move's bound shows that nothing good comes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.float64]
+
+_MOST_LABELS, _STRETCHES = 20_000, 48
+"""Of more labels, only the best of each stretch of cost at each level goes on, and the result is no longer proven best."""
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """One chain. levels: token counts to choose from, the whole count first, descending.
+
+    cost, damage [K, L, L]: of the step at each site from one level to another; only entries with to >= from are read.
+    """
+
+    levels: NDArray[np.int64]
+    cost: Numbers
+    damage: Numbers
+
+
+@dataclass(frozen=True)
+class Path:
+    """left: for each chain, the tokens behind each of its sites. bound: no schedule within the budget does less damage."""
+
+    left: tuple[tuple[int, ...], ...]
+    cost: float
+    damage: float
+    bound: float
+
+
+class OverBudget(Exception):
+    """Even the cheapest schedule costs more; `cost` is what it costs."""
+
+    def __init__(self, cost: float) -> None:
+        super().__init__(f"the cheapest schedule costs {cost}")
+        self.cost = cost
+
+
+def solve(chains: Sequence[Steps], budget: float, tolerance: float = 1e-3) -> Path:
+    """The path of least damage whose cost is at most `budget`, to within `tolerance` of its damage (0: the very best).
+
+    Raises OverBudget.
+    """
+    cheapest = _best(chains, damage_weight=0.0, price=1.0)
+    if _cost(chains, cheapest) > budget:
+        raise OverBudget(_cost(chains, cheapest))
+    gentle = _best(chains, damage_weight=1.0, price=0.0)
+    if _cost(chains, gentle) <= budget:
+        damage = _damage(chains, gentle)
+        return _path(chains, gentle, damage)
+    over, within = gentle, cheapest
+    price, bound = 0.0, _damage(chains, gentle)
+    best = within
+    while True:
+        saved = _cost(chains, over) - _cost(chains, within)
+        price = (_damage(chains, within) - _damage(chains, over)) / saved
+        found = _best(chains, damage_weight=1.0, price=price)
+        value = _damage(chains, found) + price * _cost(chains, found)
+        bound = max(bound, value - price * budget)
+        # No path is better at this price than the two that it was made of: it is the best price.
+        if value >= _damage(chains, within) + price * _cost(chains, within) - 1e-12 * max(1.0, abs(value)):
+            break
+        if _cost(chains, found) <= budget:
+            within = found
+            best = min(best, found, key=lambda path: _damage(chains, path))
+        else:
+            over = found
+    least = _damage(chains, best)
+    if least - bound > tolerance * abs(least) + 1e-12:
+        better = _by_labels(chains, budget, price, least * (1 - tolerance))
+        best = best if better is None else better
+    return _path(chains, best, min(bound, _damage(chains, best)))
+
+
+Chosen = list[list[int]]
+"""For each chain, the position among its levels behind each site."""
+
+
+def _best(chains: Sequence[Steps], damage_weight: float, price: float) -> Chosen:
+    """The path of least damage * weight + cost * price, each chain on its own."""
+    chosen: Chosen = []
+    for chain in chains:
+        to_go = _to_go(chain, damage_weight, price)
+        at, path = 0, []
+        for site in range(len(chain.cost)):
+            options = damage_weight * chain.damage[site, at] + price * chain.cost[site, at] + to_go[site + 1]
+            options[:at] = np.inf
+            at = int(np.argmin(options))
+            path.append(at)
+        chosen.append(path)
+    return chosen
+
+
+def _to_go(chain: Steps, damage_weight: float, price: float) -> Numbers:
+    """[K + 1, L]: the least weighted sum of the steps from each site on, by the level that it is reached at."""
+    sites, levels = len(chain.cost), len(chain.levels)
+    upward = np.tril(np.full((levels, levels), np.inf), -1)
+    to_go = np.zeros((sites + 1, levels))
+    for site in reversed(range(sites)):
+        step = damage_weight * chain.damage[site] + price * chain.cost[site] + upward
+        to_go[site] = (step + to_go[site + 1]).min(axis=1)
+    return to_go
+
+
+def _by_labels(chains: Sequence[Steps], budget: float, price: float, under: float) -> Chosen | None:
+    """The path of least damage within the budget, if it does less than `under`; None where none does.
+
+    price: of cost, whose bound tells which labels can't lead to such a path.
+    """
+    prices = [_to_go(chain, 1.0, price) for chain in chains]
+    costs = [_to_go(chain, 0.0, 1.0) for chain in chains]
+    at, damage, cost = np.zeros(1, np.int64), np.zeros(1), np.zeros(1)
+    trail: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    for number, chain in enumerate(chains):
+        later = sum(float(p[0, 0]) for p in prices[number + 1 :])
+        later_cost = sum(float(c[0, 0]) for c in costs[number + 1 :])
+        at = np.zeros_like(at)
+        for site in range(len(chain.cost)):
+            to = np.arange(len(chain.levels))
+            damages = damage[:, None] + chain.damage[site][at]
+            sums = cost[:, None] + chain.cost[site][at]
+            bound = damages + price * (sums - budget) + prices[number][site + 1] + later
+            alive = (to >= at[:, None]) & (bound < under) & (sums + costs[number][site + 1] + later_cost <= budget)
+            origin, at = np.nonzero(alive)
+            damage, cost = damages[origin, at], sums[origin, at]
+            kept = _undominated(at, damage, cost)
+            origin, at, damage, cost = origin[kept], at[kept], damage[kept], cost[kept]
+            trail.append((origin, at))
+            if not len(at):
+                return None
+    label = int(np.argmin(damage))
+    flat: list[int] = []
+    for origin, reached in reversed(trail):
+        flat.append(int(reached[label]))
+        label = int(origin[label])
+    flat.reverse()
+    ends = np.cumsum([len(chain.cost) for chain in chains]).tolist()
+    return [flat[end - len(chain.cost) : end] for end, chain in zip(ends, chains, strict=True)]
+
+
+def _undominated(at: NDArray[np.int64], damage: Numbers, cost: Numbers) -> NDArray[np.int64]:
+    """Labels that no other at the same level beats in damage and cost; of too many, the best of each stretch of cost."""
+    if len(at) > _MOST_LABELS:
+        width = max(float(np.ptp(cost)) / _STRETCHES, 1e-300)
+        stretch = ((cost - cost.min()) / width).astype(np.int64)
+        order = np.lexsort((cost, damage, stretch, at))
+        new = np.diff(at[order], prepend=-1).astype(bool) | np.diff(stretch[order], prepend=-1).astype(bool)
+        order = order[new]
+    else:
+        order = np.lexsort((damage, cost, at))
+    # Along a level, costs ascend: who does not lower the least damage so far is beaten. Levels are kept apart by an offset.
+    apart = at[order] * -(float(np.ptp(damage)) + 1.0) * 2
+    lowered = damage[order] + apart
+    least = np.minimum.accumulate(np.concatenate(([np.inf], lowered[:-1])))
+    kept: NDArray[np.int64] = order[lowered < least]
+    return kept
+
+
+def _sum(values: Sequence[Any], chosen: Chosen) -> float:
+    total = 0.0
+    for matrices, path in zip(values, chosen, strict=True):
+        at = 0
+        for site, to in enumerate(path):
+            total += float(matrices[site, at, to])
+            at = to
+    return total
+
+
+def _cost(chains: Sequence[Steps], chosen: Chosen) -> float:
+    return _sum([chain.cost for chain in chains], chosen)
+
+
+def _damage(chains: Sequence[Steps], chosen: Chosen) -> float:
+    return _sum([chain.damage for chain in chains], chosen)
+
+
+def _path(chains: Sequence[Steps], chosen: Chosen, bound: float) -> Path:
+    left = tuple(tuple(int(chain.levels[at]) for at in path) for chain, path in zip(chains, chosen, strict=True))
+    return Path(left, _cost(chains, chosen), _damage(chains, chosen), bound)

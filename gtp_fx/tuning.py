@@ -1,0 +1,212 @@
+"""Measuring a target's curves on the machine at hand: a minute or two of small kernels, as `gtp-fx tune` runs them.
+
+Each probe is a kernel of known work. Times are medians over interleaved rounds; the best rates become the roofs, and each
+kind of work gets its share of them by amount. What the compiler fuses is measured compiled, since that is how it will run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor
+from torch.ops import gtp_fx  # type: ignore[import-not-found]
+
+from gtp_fx.cost.work import KINDS, Work
+from gtp_fx.progress import Progress
+from gtp_fx.targets.target import Curve, Target
+from gtp_fx.timing import clock_for, interleave
+
+ROUNDS = 9
+_WIDTH, _HEAD = 384, 64
+"""Channels and head size of the probes: a small ViT's."""
+_LEAST_SHARE = 1e-4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A kernel to time. amount: what its curve is indexed by. less: a probe whose time is no part of this kind's work."""
+
+    name: str
+    kind: str
+    amount: float
+    work: Work
+    run: Callable[[], object]
+    less: str = ""
+
+
+def tune(
+    target: Target, dtype: torch.dtype = torch.float32, rounds: int = ROUNDS, progress: Progress | None = None
+) -> Target:
+    """`target` with rates and curves measured on this machine's `target.device`, for products in `dtype`."""
+    device = torch.device(target.device)
+    with torch.no_grad():
+        probes = list(_probes(device, dtype))
+        total = len(probes) * (rounds + 2)
+        done = 0
+
+        def step(label: str) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(label, done, total)
+
+        for probe in probes:
+            probe.run()  # compiles
+            step(f"compiling ({probe.kind})")
+        runs = {probe.name: probe.run for probe in probes}
+        timings = interleave(runs, rounds=rounds, warmup=1, clock=clock_for(device), progress=lambda: step("timing"))
+    seconds = {name: statistics.median(values) for name, values in timings.seconds.items()}
+    return fitted(target, probes, seconds, str(dtype).removeprefix("torch."), rounds)
+
+
+def fitted(target: Target, probes: Sequence[Probe], seconds: dict[str, float], dtype: str, rounds: int) -> Target:
+    """The target whose curves go through the probes' times."""
+    own = {p.name: max(seconds[p.name] - seconds.get(p.less, 0.0), 0.02 * seconds[p.name]) for p in probes}
+    launch = own["nothing"]
+    own = {name: max(value - launch, 0.05 * value) for name, value in own.items()}
+    dense = max(p.work.flops / own[p.name] for p in probes if p.kind == "product")
+    longest = max((p for p in probes if p.kind == "stream"), key=lambda p: p.amount)
+    bandwidth = longest.work.bytes / own[longest.name]
+    curves = {}
+    for kind in dict.fromkeys(p.kind for p in probes if p.kind):
+        points: dict[float, list[float]] = {}
+        for probe in (p for p in probes if p.kind == kind):
+            roof = (
+                probe.work.flops / dense
+                if kind in ("product", "convolution", "attention")
+                else probe.work.bytes / bandwidth
+            )
+            points.setdefault(probe.amount, []).append(roof / own[probe.name])
+        shares = {amount: min(max(statistics.fmean(s), _LEAST_SHARE), 16.0) for amount, s in points.items()}
+        curves[kind] = Curve(tuple(sorted(shares.items())))
+    others = {name: rate for name, rate in target.dense.items() if name != dtype}
+    # Of dtypes that weren't measured, the listed rates keep their proportion to the one that was.
+    scaled = {name: rate * dense / target.rate(dtype) for name, rate in others.items()}
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return replace(
+        target,
+        dense={**scaled, dtype: dense},
+        bandwidth=bandwidth,
+        launch=launch,
+        curves={**target.curves, **curves},
+        measured=f"{when}, {dtype}, medians of {rounds} rounds",
+        tiles=(),
+        attention_tile=(1, 1),
+    )
+
+
+def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    big = 4 if device.type == "cpu" else 64
+    """A GPU is only busy with many images."""
+    size = dtype.itemsize
+    name = str(dtype).removeprefix("torch.")
+    tiny = random(8)
+    yield Probe("nothing", "", 0, Work("stream"), _compiled(lambda x: x + 1, tiny))
+    for rows in (64, 256, 1024, 4096):
+        for inner, columns in ((_WIDTH, 4 * _WIDTH), (4 * _WIDTH, _WIDTH), (2 * _WIDTH, 2 * _WIDTH)):
+            rows_here = rows * (big // 4)
+            x, weight, bias = random(rows_here, inner), random(columns, inner), random(columns)
+            flops = 2 * rows_here * inner * columns
+            work = Work("product", flops, dtype=name)
+            yield Probe(f"product {rows}x{inner}x{columns}", "product", flops, work, _bound(F.linear, x, weight, bias))
+    for side, channels, out, kernel in ((56, 64, 64, 3), (28, 128, 256, 3), (224, 3, _WIDTH, 16)):
+        x, weight = random(big, channels, side, side), random(out, channels, kernel, kernel)
+        stride = kernel if kernel > 3 else 1
+        y = F.conv2d(x, weight, stride=stride, padding=0)
+        flops = 2 * y.numel() * channels * kernel * kernel
+        yield Probe(
+            f"convolution {side} {channels} {out}",
+            "convolution",
+            flops,
+            Work("convolution", flops, dtype=name),
+            _bound(F.conv2d, x, weight, None, stride),
+        )
+    for tokens in (49, 98, 197, 394, 785):
+        q = random(big, 6, tokens, _HEAD)
+        flops = 4 * q.numel() * tokens
+        work = Work("attention", flops, dtype=name)
+        plain = f"attention {tokens}"
+        yield Probe(plain, "attention", tokens, work, _bound(F.scaled_dot_product_attention, q, q, q))
+        if tokens in (49, 197, 394):
+            entries = 4 * big * 6 * tokens * tokens
+            scored = _compiled(_scored_attention, q)
+            yield Probe(f"scores {tokens}", "scores", entries, Work("scores", bytes=entries), scored, less=plain)
+    for rows in (200, 800, 6400):
+        x = random(rows * (big // 4), _WIDTH)
+        moved = 3 * x.numel() * size
+        yield Probe(
+            f"stream {rows}", "stream", moved, Work("stream", bytes=moved), _compiled(_norm_of_sum, x, x.clone())
+        )
+    for tokens in (98, 392):
+        x = random(big, tokens, _WIDTH)
+        leaving = tokens // 12
+        kept, gone = torch.arange(tokens - leaving), torch.arange(tokens - leaving, tokens)
+        index = [i.expand(big, -1).contiguous().to(device) for i in (kept, gone)]
+        weights = random(big, tokens - leaving, leaving).float()
+        moved = size * big * (2 * tokens - leaving) * _WIDTH
+        yield Probe(
+            f"gather {tokens}",
+            "gather",
+            moved,
+            Work("gather", bytes=moved),
+            _compiled(lambda x, w, k, g: gtp_fx.propagate(x, w, k, g, 0.1, 0), x, weights, *index),
+        )
+        scores = random(big, tokens).float()
+        ranked = 4 * scores.numel()
+        yield Probe(
+            f"sort {tokens}",
+            "sort",
+            ranked,
+            Work("sort", bytes=ranked),
+            _compiled(lambda s, n=leaving: gtp_fx.select(s, n), scores),
+        )
+
+
+def _scored_attention(q: Tensor) -> Any:
+    return gtp_fx.attention_with_scores(q, q, q, None, None, 1.0, "mixed-max", 1, 0)
+
+
+def _norm_of_sum(x: Tensor, y: Tensor) -> Any:
+    total = x + y
+    return F.layer_norm(total, total.shape[-1:]) * total
+
+
+def _bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
+    return lambda: function(*arguments)
+
+
+def _compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
+    compiled: Any = torch.compile(function, dynamic=False)
+    return lambda: compiled(*arguments)
+
+
+def describe(target: Target) -> str:
+    """A measured target, for people."""
+    rates = ", ".join(f"{rate / 1e9:.4g} GFLOP/s in {dtype}" for dtype, rate in target.dense.items())
+    rows = [
+        [kind, KINDS[kind].partition(";")[0], " … ".join(f"{share:.2g}" for _, share in _ends(curve))]
+        for kind, curve in target.curves.items()
+    ]
+    return "\n".join(
+        [
+            f"{target.name}: {rates}; {target.bandwidth / 1e9:.4g} GB/s; {target.launch * 1e6:.3g} us a kernel ({target.measured})",
+            "",
+            tabulate(rows, ["kind of work", "", "share of the roof, least … largest amount"], disable_numparse=True),
+        ]
+    )
+
+
+def _ends(curve: Curve) -> list[tuple[float, float]]:
+    return [curve.points[0], curve.points[-1]] if len(curve.points) > 1 else list(curve.points)

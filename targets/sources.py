@@ -1,0 +1,29 @@
+"""What several processors' figures have in common: where they come from, and curves that nobody has measured yet."""
+
+from gtp_fx.targets.target import Curve, Tile
+
+GRAPH_LAUNCHES = (
+    "published: time of chains of small kernels in a CUDA graph, extrapolated to empty ones (RRZE-HPC/gpu-benches, "
+    "gpu-small-kernels); without CUDA graphs about twice that"
+)
+_SMALLER = (Tile(128, 128, 0.85), Tile(64, 128, 0.7), Tile(64, 64, 0.5))
+HOPPER_TILES = (Tile(128, 256), *_SMALLER)
+HOPPER_TILE_SOURCE = (
+    "published traces: cuBLAS kernels named nvjet_*_128x256_64x4 for large products, 64x64 for small ones; what smaller tiles "
+    "reach is assumed"
+)
+AMPERE_TILES = (Tile(256, 128), *_SMALLER)
+AMPERE_TILE_SOURCE = (
+    "published traces: cuBLAS kernels of 256x128 for large products, 128x128 for middling, 64x64 for small ones; what "
+    "smaller tiles reach is assumed"
+)
+FLASH_TILES = "FlashAttention-2 at head size 64 (csrc/flash_attn/src/flash_fwd_launch_template.h), in torch's SDPA too"
+
+UNMEASURED_CURVES = {
+    "scores": Curve(((1e6, 0.4),)),
+    "gather": Curve(((1e6, 0.5),)),
+    "sort": Curve(((1e4, 0.001), (1e7, 0.05))),
+}
+"""Of kinds of work that no publication times; `gtp-fx tune` measures them on the machine it runs on."""
+
+UNMEASURED_SOURCES = {f"curves.{kind}": "assumed, not measured: run `gtp-fx tune`" for kind in UNMEASURED_CURVES}

@@ -1,0 +1,95 @@
+"""Curves measured on this machine, in the user's cache: written by `gtp-fx tune`, read by `detect`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gtp_fx.cache import cache_folder
+from gtp_fx.errors import OptionError
+from gtp_fx.targets.target import Curve, Target
+
+_VERSION = 1
+
+
+def machine_key(target: Target) -> str:
+    """What measured curves belong to: the processor, how many of its threads, and the torch whose kernels ran."""
+    if target.device == "cuda":
+        processor = torch.cuda.get_device_name()
+    else:
+        processor = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{processor}, torch {torch.__version__}"
+
+
+def tuned_file(target: Target) -> Path:
+    digest = hashlib.sha256(machine_key(target).encode()).hexdigest()[:16]
+    return cache_folder() / "targets" / f"{target.name}-{digest}.json"
+
+
+def save_tuned(target: Target) -> Path:
+    """Keep a measured target for this machine; returns the file."""
+    file = tuned_file(target)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = file.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps(as_dict(target), indent=2) + "\n")
+    written.replace(file)  # at once: another process may be reading
+    return file
+
+
+def load_tuned(target: Target) -> Target | None:
+    """`target` with the curves measured on this machine; None where none were. A file that can't be read counts as none."""
+    try:
+        return from_dict(target, json.loads(tuned_file(target).read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def as_dict(target: Target) -> dict[str, Any]:
+    """JSON-able: what `gtp-fx tune` measures."""
+    return {
+        "version": _VERSION,
+        "target": target.name,
+        "machine": machine_key(target),
+        "measured": target.measured,
+        "dense": dict(target.dense),
+        "bandwidth": target.bandwidth,
+        "launch": target.launch,
+        "curves": {kind: [list(point) for point in curve.points] for kind, curve in target.curves.items()},
+    }
+
+
+def from_dict(target: Target, data: Mapping[str, Any]) -> Target:
+    """The reverse, over `target`'s other figures. Raises OptionError or KeyError where `data` is something else."""
+    if data["version"] != _VERSION or data["target"] != target.name:
+        raise OptionError(f"measured for {data['target']!r}, version {data['version']}")
+    curves = {kind: Curve(tuple((float(a), float(s)) for a, s in points)) for kind, points in data["curves"].items()}
+    return replace(
+        target,
+        dense={dtype: float(rate) for dtype, rate in data["dense"].items()},
+        bandwidth=float(data["bandwidth"]),
+        launch=float(data["launch"]),
+        curves={**target.curves, **curves},
+        measured=str(data["measured"]),
+        tiles=(),  # a measured curve has the tiles in it
+        sources={**target.sources, "measured": f"{data['measured']} on {data['machine']}"},
+    )
+
+
+def cpu_name() -> str:
+    """Linux tells in /proc/cpuinfo; elsewhere the platform's own word."""
+    import platform
+
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

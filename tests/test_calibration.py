@@ -1,0 +1,168 @@
+"""Damage measured on unlabelled images: what is asked, that it ascends, that it is kept, that the choice is no worse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gtp_fx
+from gtp_fx.damage.calibration import Calibration
+from gtp_fx.damage.divergence import divergence
+from gtp_fx.damage.refinement import Search
+from gtp_fx.damage.sensitivity import counts_to_measure
+from gtp_fx.damage.tables import Damage
+
+from zoo import BY_NAME, build, images
+
+ROW = BY_NAME["vit-gap"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GTP_FX_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return build(ROW)
+
+
+def calibrated(model: nn.Module, budget: float = 0.7, **options: Any) -> gtp_fx.OptimizedModel:
+    value = Calibration(options.pop("images", images(ROW)), points=2, progress=False, **options)
+    return gtp_fx.optimize(model, flops_budget=budget, calibration=value, compile=False)
+
+
+@torch.no_grad()
+def moved(model: nn.Module, fast: gtp_fx.OptimizedModel, x: Tensor) -> float:
+    return divergence(fast(x), model(x))
+
+
+def test_outputs_move_no_more_than_by_any_other_way_it_tried(model: nn.Module) -> None:
+    x = images(ROW)
+    fast = calibrated(model)
+    assert fast.report.flops_ratio <= 0.7
+    assert "measurement on" in fast.report.damage_from
+    own = moved(model, fast, x)
+    for schedule in ("auto", "uniform", "even"):
+        other = gtp_fx.optimize(model, flops_budget=0.7, schedule=schedule, compile=False)
+        assert own <= moved(model, other, x) + 1e-9
+
+
+def test_refining_lowers_it_and_may_choose_the_strategy(model: nn.Module) -> None:
+    x = images(ROW)
+    plain, refined = calibrated(model), calibrated(model, refine=3, strategy=True)
+    assert refined.report.flops_ratio <= 0.7
+    assert moved(model, refined, x) <= moved(model, plain, x) + 1e-9
+    assert "strategies" in refined.report.damage_from
+
+
+def test_measurements_are_kept_by_weights_and_images(model: nn.Module, cache: Path) -> None:
+    first = calibrated(model)
+    (file,) = cache.rglob("*.json")
+    before = file.stat().st_mtime_ns
+    assert calibrated(model, budget=0.8).schedule != first.schedule
+    assert file.stat().st_mtime_ns == before, "another budget needs no other measurement"
+    calibrated(model, images=images(ROW).flip(0) * 2)
+    assert len(list(cache.rglob("*.json"))) == 2
+    file.write_text("not json")
+    assert calibrated(model).schedule == first.schedule
+    calibrated(model, cache=False)
+    assert len(list(cache.rglob("*.json"))) == 2
+
+
+def test_other_weights_are_measured_anew(cache: Path) -> None:
+    calibrated(build(ROW))
+    other = build(ROW, seed=1)
+    calibrated(other)
+    assert len(list(cache.rglob("*.json"))) == 2
+
+
+def test_batches_and_keyword_arguments(model: nn.Module) -> None:
+    x = images(ROW)
+    whole = calibrated(model)
+    assert calibrated(model, images=[x[:1], x[1:]]).schedule == whole.schedule
+    assert calibrated(model, images=[{"x": x}]).schedule == whole.schedule
+
+
+def test_a_latency_budget_is_kept_too(model: nn.Module) -> None:
+    value = Calibration(images(ROW), points=2, progress=False)
+    fast = gtp_fx.optimize(model, latency_budget=0.8, target="h100", batch=256, calibration=value, compile=False)
+    before, after = fast.report.seconds or (0, 1)
+    assert after <= 0.8 * before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": 3}, "a tensor of images"),
+        ({"calibration": []}, "a tensor of images"),
+        ({"calibration": torch.randn(2, 3, 32, 32)}, "was optimised for"),
+        ({"calibration": torch.randn(2, 3, 32, 32), "schedule": "uniform"}, "give one"),
+    ],
+)
+def test_calibrations_that_do_not_fit(model: nn.Module, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(gtp_fx.GtpError) as error:
+        gtp_fx.optimize(model, flops_budget=0.7, compile=False, **options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"points": 0}, {"refine": -1}, {"points": True}, {"strategy": True}])
+def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(gtp_fx.OptionError, match="Calibration"):
+        Calibration(torch.zeros(1), **options)
+
+
+def test_the_backend_says_where_to_calibrate() -> None:
+    from gtp_fx.config import Options
+
+    with pytest.raises(gtp_fx.OptionError, match=r"optimised\.schedule"):
+        Options.from_mapping({"flops_budget": 0.7, "calibration": torch.zeros(1)})
+
+
+def test_divergence_of_scores_and_of_features() -> None:
+    a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    p, q = b.softmax(1), a.softmax(1)
+    assert divergence(a, b) == pytest.approx(float((p * (p / q).log()).sum()))
+    assert divergence({"logits": a}, {"logits": a}) == 0
+    maps = torch.ones(2, 3, 4)
+    assert divergence(maps * 1.1, maps) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("whole", [2, 7, 196, 4096])
+@pytest.mark.parametrize("points", [1, 3, 8])
+def test_counts_reach_from_some_to_all_but_one(whole: int, points: int) -> None:
+    counts = counts_to_measure(whole, points)
+    assert counts == sorted(set(counts))
+    assert counts[-1] == whole - 1
+    assert counts[0] >= 1
+    assert len(counts) <= points
+
+
+def test_damage_counts_shares_of_what_is_there() -> None:
+    damage = Damage((np.arange(10.0), np.arange(10.0) ** 2), "a test")
+    assert damage.step(0, 10, 10, 8) == pytest.approx(2)
+    assert damage.step(1, 10, 5, 4) == pytest.approx(4), "a fifth of five is as two of ten"
+    with pytest.raises(ValueError, match="ascends"):
+        Damage((np.array([0.0, 2.0, 1.0]),), "a test")
+
+
+def test_a_search_finds_the_weights_that_matter() -> None:
+    """Made-up damage in which block 1 is far worse than the tables say."""
+    tables = Damage((np.arange(11.0), np.arange(11.0)), "a test")
+
+    def solve(damage: Damage) -> tuple[int, ...]:
+        return (10, 0) if damage.tables[0][1] < damage.tables[1][1] else (0, 10)
+
+    judged: Iterator[float] | dict[tuple[int, ...], float] = {(10, 0): 1.0, (0, 10): 5.0}
+    search = Search(lambda counts, _: judged[counts], gtp_fx.GTP(), 10)  # type: ignore[index]
+    search.try_out((0, 10))
+    search.weigh_anew(tables, solve, 10)
+    assert search.best == (10, 0)
+    assert len(search.seen) == 2, "what was seen is not judged again"

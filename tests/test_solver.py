@@ -1,0 +1,165 @@
+"""The solver finds the best schedule there is: brute force over every one agrees, on made-up costs and on real models."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from test_windows import SWIN
+from torch import fx
+
+import gtp_fx
+from gtp_fx.capture import capture_module
+from gtp_fx.config import Options
+from gtp_fx.cost.chains import Chain, CostModel
+from gtp_fx.cost.closed_form import flops_model
+from gtp_fx.damage.prior import prior_damage
+from gtp_fx.damage.tables import Damage
+from gtp_fx.inputs import call_signature
+from gtp_fx.passes.find_blocks import read_blocks
+from gtp_fx.pipeline import run_exact_passes
+from gtp_fx.scheduling import least_damage
+from gtp_fx.sites import find_sites
+from gtp_fx.solver import OverBudget, Steps, solve
+
+from zoo import BY_NAME, build, images
+
+
+def chain(random: np.random.Generator, sites: int, levels: list[int]) -> Steps:
+    """Costs that fall and damages that rise with the tokens gone, otherwise at random: neither is convex."""
+    size = len(levels)
+    behind = random.uniform(1, 2, (sites, 1)) * np.array(levels)
+    at = random.uniform(0, 5, (sites, size, size))
+    at[:, np.arange(size), np.arange(size)] = 0
+    lost = np.cumsum(random.exponential(1, (sites, size)), axis=1)
+    damage = np.maximum(lost[:, None, :] - lost[:, :, None], 0)
+    return Steps(np.array(levels), at + behind[:, None, :], damage)
+
+
+def brute_force(chains: list[Steps], budget: float) -> float:
+    best = np.inf
+    paths = [list(itertools.combinations_with_replacement(range(len(c.levels)), len(c.cost))) for c in chains]
+    for chosen in itertools.product(*paths):
+        cost = damage = 0.0
+        for steps, path in zip(chains, chosen, strict=True):
+            for site, (before, after) in enumerate(itertools.pairwise((0, *path))):
+                cost += steps.cost[site, before, after]
+                damage += steps.damage[site, before, after]
+        if cost <= budget:
+            best = min(best, damage)
+    return float(best)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_brute_force_agrees(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    chains = [chain(random, int(random.integers(1, 5)), [40, 30, 22, 15, 8, 1]) for _ in range(random.integers(1, 3))]
+    whole = sum(float(c.cost[:, 0, 0].sum()) for c in chains)
+    budget = whole * random.uniform(0.4, 0.95)
+    least = brute_force(chains, budget)
+    if np.isinf(least):
+        with pytest.raises(OverBudget):
+            solve(chains, budget, tolerance=0)
+        return
+    found = solve(chains, budget, tolerance=0)
+    assert found.damage == pytest.approx(least, rel=1e-9)
+    assert found.cost <= budget
+    assert found.bound <= least + 1e-9, "what it claims can't be beaten"
+
+
+def test_nothing_leaves_where_the_budget_allows_everything() -> None:
+    steps = chain(np.random.default_rng(0), 3, [10, 5, 1])
+    assert solve([steps], float(steps.cost[:, 0, 0].sum())).left == ((10, 10, 10),)
+
+
+def priced(model: object, example: object) -> CostModel:
+    """The FLOPs model of a real model, as planning makes it."""
+    options = Options.of(flops_budget=0.7)
+    captured = capture_module(model, call_signature(model, example), training=False)  # type: ignore[arg-type]
+    exact = run_exact_passes(captured, options)
+    gm: fx.GraphModule = exact.graph_module
+    found = find_sites(gm.graph, read_blocks(gm), options.strategy)
+    return flops_model(gm.graph, found.typing, found.sites, options.strategy, exact.original.flops)
+
+
+def coarse(chain: Chain) -> np.ndarray:
+    """Every count in eight steps."""
+    step = max(1, chain.whole // 7)
+    levels = np.arange(chain.whole, 0, -step)
+    return levels if levels[-1] == 1 else np.append(levels, 1)
+
+
+def every_schedule(model: CostModel) -> list[tuple[int, ...]]:
+    per_chain = []
+    for own in model.chains:
+        paths = itertools.combinations_with_replacement(coarse(own).tolist(), len(own.places))
+        per_chain.append([[a - b for a, b in itertools.pairwise((own.whole, *path))] for path in paths])
+    schedules = []
+    for chosen in itertools.product(*per_chain):
+        counts = [0] * len(model.sites)
+        for own, part in zip(model.chains, chosen, strict=True):
+            for place, count in zip(own.places, part, strict=True):
+                counts[place] = count
+        schedules.append(tuple(counts))
+    return schedules
+
+
+def damage_of(model: CostModel, damage: Damage, counts: tuple[int, ...]) -> float:
+    total = 0.0
+    for own in model.chains:
+        before = own.whole
+        for place in own.places:
+            after = before - counts[place]
+            total += float(damage.step(place, own.whole, before, after))
+            before = after
+    return total
+
+
+@pytest.mark.parametrize("name", ["vit", "vit-gap", "reg4-map", "swin"])
+@pytest.mark.parametrize("budget", [0.9, 0.75, 0.6])
+def test_brute_force_agrees_on_real_models(name: str, budget: float, priced_models: dict[str, CostModel]) -> None:
+    """Streams that shrink from block to block, and branches that are chains of their own."""
+    model = priced_models[name]
+    damage = prior_damage(model.sites)
+    limit = budget * model.original
+    within = [counts for counts in every_schedule(model) if model.cost(counts) <= limit]
+    if not within:
+        with pytest.raises(OverBudget):
+            least_damage(model, damage, limit, coarse)
+        return
+    best = min(damage_of(model, damage, counts) for counts in within)
+    found = least_damage(model, damage, limit, coarse)
+    assert model.cost(found) <= limit
+    assert damage_of(model, damage, found) == pytest.approx(best, rel=1.1e-3), "to its tolerance"
+
+
+@pytest.fixture(scope="module")
+def priced_models() -> dict[str, CostModel]:
+    models = {
+        name: priced(build(BY_NAME[name], depth=4), images(BY_NAME[name])) for name in ("vit", "vit-gap", "reg4-map")
+    }
+    return {**models, "swin": priced(SWIN.model(), SWIN.inputs())}
+
+
+def test_the_same_schedule_each_time() -> None:
+    model = build(BY_NAME["vit"], depth=4)
+    first, second = (gtp_fx.optimize(model, flops_budget=0.7, compile=False).schedule for _ in range(2))
+    assert first == second
+
+
+def test_large_models_are_solved_in_half_a_second() -> None:
+    """ViT-L's 24 blocks; the shared machine may be slow, so three times that are let pass."""
+    whole, sites = 576, 24
+    levels = np.arange(whole, 0, -3)
+    count = levels.astype(float)
+    behind = 2.5e6 * count + 1e3 * count**2
+    at = np.abs(count[:, None] - count[None, :]) * 1e5
+    share = np.clip(1 - count[None, :] / count[:, None], 0, None)
+    depth = np.arange(sites)[:, None, None] / sites
+    steps = Steps(levels, np.broadcast_to(at + behind, (sites, *at.shape)), (1 - 0.8 * depth) * share**2)
+    start = time.perf_counter()
+    found = solve([steps], 0.7 * sites * float(behind[0]))
+    assert time.perf_counter() - start < 1.5
+    assert found.damage <= found.bound * 1.002
