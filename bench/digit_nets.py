@@ -159,7 +159,8 @@ def _forward(model: VisionTransformer, config: NetConfig, images: Tensor) -> Ten
     assert model.pos_embed is not None
     sides = images.shape[-1] // config.patch, config.look.side // config.patch
     if sides[0] == sides[1]:
-        return model(images)
+        whole: Tensor = model(images)
+        return whole
     top, left = torch.randint(0, sides[1] - sides[0] + 1, (2,)).tolist()
     prefix, grid = model.pos_embed.split([model.num_prefix_tokens, sides[1] ** 2], dim=1)
     window = grid.unflatten(1, (sides[1], sides[1]))[:, top : top + sides[0], left : left + sides[0]].flatten(1, 2)
