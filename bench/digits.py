@@ -25,6 +25,8 @@ _SHARES = (0.70, 0.10, 0.20)
 """Of the digit images: train, calibration, test."""
 _NEAREST_PIECE = 4
 """Pixels from the digit's box that the middle of a piece of clutter keeps away, so that no label is made unreadable."""
+_TRIES = 1000
+"""To find such a place; a canvas little larger than its digit has none."""
 
 
 class Split(enum.IntEnum):
@@ -52,6 +54,12 @@ class Look:
     noise: float = 0.1
     raster: int = 8
     jitter: int = 2
+
+    def __post_init__(self) -> None:
+        if self.side < self.largest + self.jitter:
+            raise ValueError(
+                f"a canvas of {self.side} pixels is too small for digits of {self.largest} + {self.jitter}"
+            )
 
 
 def canvases(split: Split, seed: int, n: int, look: Look | None = None) -> tuple[Tensor, Tensor]:
@@ -124,19 +132,22 @@ def _stroke(length: int, chance: np.random.Generator) -> Pixels:
 
 
 def _away_from(top: int, left: int, side: int, canvas: int, chance: np.random.Generator) -> tuple[int, int]:
-    """Where the middle of some clutter may lie: a margin away from the digit."""
-    while True:
+    """Where a piece of clutter begins: its middle is a margin away from the digit. Off the canvas where there is no room."""
+    for _ in range(_TRIES):
         y, x = (int(at) for at in chance.integers(0, canvas, 2))
         near_y = top - _NEAREST_PIECE <= y < top + side + _NEAREST_PIECE
         near_x = left - _NEAREST_PIECE <= x < left + side + _NEAREST_PIECE
         if not (near_y and near_x):
             return y - side // 4, x - side // 4
+    return canvas, canvas
 
 
 def _put(canvas: Pixels, patch: Pixels, corner: tuple[int, int]) -> None:
     """Draw `patch` with its corner there, in place; the brighter of two strokes wins, what lies outside is cut off."""
     height, width = patch.shape
     top, left = corner
+    if max(top, left) >= len(canvas):
+        return
     rows = slice(max(top, 0), min(top + height, len(canvas)))
     columns = slice(max(left, 0), min(left + width, len(canvas)))
     seen = patch[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]

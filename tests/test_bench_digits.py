@@ -43,6 +43,14 @@ def test_a_digit_stands_whole_in_its_place() -> None:
     assert (images[..., :20, :20].flatten(1).amax(dim=1) > 2).all()
 
 
+def test_clutter_without_room_is_left_out() -> None:
+    full = Look(side=24, smallest=20, largest=20, noise=0, jitter=0)
+    bare = replace(full, pieces=0, strokes=0)
+    assert torch.equal(canvases(Split.train, 0, 1, full)[0], canvases(Split.train, 0, 1, bare)[0])
+    with pytest.raises(ValueError, match="too small"):
+        Look(side=20)
+
+
 @pytest.mark.parametrize("class_token", [True, False])
 def test_training_is_the_same_for_the_same_seed(class_token: bool) -> None:
     config = replace(TINY, class_token=class_token)
