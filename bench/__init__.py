@@ -2,6 +2,7 @@
 
     eager_vs_compiled   speed-up of an optimised model, eager and compiled, interleaved
     optimize_time       what optimising costs beside torch.export
+    digit_nets          small nets trained on digits that come with scikit-learn, for accuracy; `pip install -e ".[bench]"`
 
 Results that the README quotes are in results/.
 """

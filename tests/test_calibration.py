@@ -147,8 +147,9 @@ def test_counts_reach_from_some_to_all_but_one(whole: int, points: int) -> None:
 
 def test_damage_counts_shares_of_what_is_there() -> None:
     damage = Damage((np.arange(10.0), np.arange(10.0) ** 2), "a test")
-    assert damage.step(0, 10, 10, 8) == pytest.approx(2)
-    assert damage.step(1, 10, 5, 4) == pytest.approx(4), "a fifth of five is as two of ten"
+    assert damage.step(0, 10, 10, 8) == pytest.approx(2 + 2)
+    assert damage.step(1, 10, 5, 4) == pytest.approx((36 - 25) + 4), "a fifth of five is as two of ten"
+    assert damage.step(1, 10, 5, 5) == 0
     with pytest.raises(ValueError, match="ascends"):
         Damage((np.array([0.0, 2.0, 1.0]),), "a test")
 

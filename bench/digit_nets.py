@@ -1,0 +1,209 @@
+"""Small vision transformers trained on `bench.digits` in a few minutes of one core: trained weights to measure accuracy with.
+
+A net first learns from close-ups, small canvases whose clutter grows, at places drawn from the grid of positions, and then from
+whole canvases. It is trained on one thread, so that a seed gives the same net whatever else runs, and kept in the user's
+cache, under a hash of everything that decides it.
+
+    python -m bench.digit_nets --seed 0 --seed 1
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.digits import CLASSES, Look, Split, canvases
+from gtp_fx.progress import Progress, progress_bar
+
+_RECIPE = 1
+"""Counts up when code here or in `bench.digits` changes what is trained: cached nets of older recipes are no longer found."""
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    """A net and its training.
+
+    look: the canvases. patch, width, depth, heads: the transformer's. class_token: the head reads a CLS token; without
+    one, the mean of the patches. close_ups, steps: batches of close-ups, and of whole canvases after them. close_up:
+    a close-up's side in pixels. batch: images of one step. rate: the highest learning rate.
+    """
+
+    look: Look = field(default_factory=Look)
+    patch: int = 8
+    width: int = 64
+    depth: int = 8
+    heads: int = 4
+    class_token: bool = True
+    close_ups: int = 400
+    close_up: int = 32
+    steps: int = 350
+    batch: int = 64
+    rate: float = 2e-3
+
+    @property
+    def tokens(self) -> int:
+        """Patches of a canvas."""
+        return (self.look.side // self.patch) ** 2
+
+
+def load_or_train(config: NetConfig, seed: int, progress: Progress | None = None) -> VisionTransformer:
+    """The net of a configuration and seed, in eval mode: from the cache, or trained now and put there."""
+    path = cache_folder() / f"{_key(config, seed)}.safetensors"
+    model = build(config)
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    model = train(config, seed, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the file and then renamed, so that nobody ever finds half a net.
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, unfinished)
+    unfinished.replace(path)
+    return model
+
+
+def build(config: NetConfig) -> VisionTransformer:
+    """The net as initialised, from torch's global generator.
+
+    timm's own start (a deviation of 0.02 everywhere) makes every attention uniform at this width, and learning slow to begin.
+    """
+    model = VisionTransformer(
+        img_size=config.look.side,
+        patch_size=config.patch,
+        in_chans=1,
+        num_classes=CLASSES,
+        global_pool="token" if config.class_token else "avg",
+        class_token=config.class_token,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+    )
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name != "head":
+            ends_branch = name.endswith(("proj", "fc2"))
+            nn.init.normal_(layer.weight, std=(0.5 if ends_branch else 1.0) * layer.in_features**-0.5)
+    assert model.pos_embed is not None
+    with torch.no_grad():
+        model.pos_embed[:, model.num_prefix_tokens :] = 0.3 * _waves(config.look.side // config.patch, config.width)
+    return model
+
+
+def train(config: NetConfig, seed: int, progress: Progress | None = None) -> VisionTransformer:
+    """A net trained from nothing, in eval mode."""
+    with _one_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(config).train()
+        optimizer = torch.optim.AdamW(model.parameters(), config.rate, betas=(0.9, 0.98), weight_decay=0.05)
+        total = config.close_ups + config.steps
+        for step in range(total):
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate * min(1, (step + 1) / 50, 2 * (1 - step / total))
+            look = _look_at(config, step)
+            images, labels = canvases(Split.train, seed * 1_000_000 + step, config.batch, look)
+            loss = F.cross_entropy(_forward(model, config, images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if progress is not None:
+                progress(f"training net {seed}, loss {loss.item():.2f}", step + 1, total)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, images: Tensor, batch: int = 100) -> Tensor:
+    """[B, classes], a batch at a time."""
+    return torch.cat([model(part) for part in images.split(batch)])
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return (logits(model, images).argmax(dim=1) == labels).float().mean().item()
+
+
+def cache_folder() -> Path:
+    """Where trained nets are kept; XDG_CACHE_HOME moves it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gtp_fx" / "digit_nets"
+
+
+def _key(config: NetConfig, seed: int) -> str:
+    text = json.dumps({"config": asdict(config), "seed": seed, "recipe": _RECIPE}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _look_at(config: NetConfig, step: int) -> Look:
+    """What the canvases of a step look like: close-ups begin with nothing but the digit."""
+    if step >= config.close_ups:
+        return config.look
+    clutter = min(1.0, 2 * step / config.close_ups)
+    share = clutter * (config.close_up / config.look.side) ** 2
+    pieces, strokes = math.ceil(share * config.look.pieces), math.ceil(share * config.look.strokes)
+    return replace(config.look, side=config.close_up, pieces=pieces, strokes=strokes, noise=clutter * config.look.noise)
+
+
+def _forward(model: VisionTransformer, config: NetConfig, images: Tensor) -> Tensor:
+    """Logits, of canvases or of close-ups: those stand at a random place of the grid of positions."""
+    assert model.pos_embed is not None
+    sides = images.shape[-1] // config.patch, config.look.side // config.patch
+    if sides[0] == sides[1]:
+        whole: Tensor = model(images)
+        return whole
+    top, left = torch.randint(0, sides[1] - sides[0] + 1, (2,)).tolist()
+    prefix, grid = model.pos_embed.split([model.num_prefix_tokens, sides[1] ** 2], dim=1)
+    window = grid.unflatten(1, (sides[1], sides[1]))[:, top : top + sides[0], left : left + sides[0]].flatten(1, 2)
+    x = model.patch_embed.proj(images).flatten(2).transpose(1, 2) + window
+    if config.class_token:
+        x = torch.cat([(model.cls_token + prefix).expand(len(x), -1, -1), x], dim=1)
+    return model.forward_head(model.norm(model.blocks(x)))
+
+
+def _waves(side: int, width: int) -> Tensor:
+    """[1, side², width]: sines and cosines of row and column."""
+    frequencies = 20.0 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * frequencies
+    along = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = along[:, None].expand(-1, side, -1), along[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=2).reshape(1, side * side, width)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums are the same whatever the machine, and two trainings side by side don't wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def main(
+    seed: Annotated[list[int], typer.Option(help="Seeds, each its own net.")],
+    patch: Annotated[int, typer.Option(help="Side of a patch in pixels.")] = 8,
+    side: Annotated[int, typer.Option(help="Side of a canvas in pixels.")] = 64,
+    class_token: Annotated[bool, typer.Option(help="The head reads a CLS token.")] = True,
+) -> None:
+    """Train nets that aren't in the cache yet, and print each one's accuracy on 2,000 canvases of unseen digits."""
+    config = NetConfig(look=Look(side=side), patch=patch, class_token=class_token)
+    images, labels = canvases(Split.test, 0, 2000, config.look)
+    for number in seed:
+        with progress_bar() as show:
+            model = load_or_train(config, number, show)
+        typer.echo(f"net {number}, {config.tokens} tokens: {100 * accuracy(model, images, labels):.1f} %")
+
+
+if __name__ == "__main__":
+    typer.run(main)
