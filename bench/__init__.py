@@ -2,6 +2,9 @@
 
     eager_vs_compiled   speed-up of an optimised model, eager and compiled, interleaved
     optimize_time       what optimising costs beside torch.export
+    cost_model          predicted against measured speed-up, over models and budgets
+    schedule_times      the chosen schedule and uniform counts, compiled, in one run
+    schedules           what each way of choosing a schedule costs in accuracy, on the digit nets
     digit_nets          small nets trained on digits that come with scikit-learn, for accuracy; `pip install -e ".[bench]"`
 
 Results that the README quotes are in results/.

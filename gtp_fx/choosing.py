@@ -15,7 +15,7 @@ from gtp_fx.damage.sensitivity import measured_damage
 from gtp_fx.damage.tables import Damage
 from gtp_fx.plan import Plan
 from gtp_fx.progress import progress_bar
-from gtp_fx.running import carry_out
+from gtp_fx.running import shortened
 from gtp_fx.schedule import BlockShape
 from gtp_fx.scheduling import LINES, first_within, least_damage
 from gtp_fx.sites import Candidates
@@ -56,8 +56,7 @@ def by_calibration(
     judge = Judge.of(gm, calibration.images)
 
     def judged(counts: Counts, how: Strategy) -> float:
-        shortened, _ = carry_out(gm, Plan.of(found.sites, counts, shapes, how), 1)
-        return judge(shortened)
+        return judge(shortened(gm, Plan.of(found.sites, counts, shapes, how)))
 
     def solve(damage: Damage) -> Counts:
         return least_damage(model, damage, limit)
