@@ -23,7 +23,7 @@ from gtp_fx.solver import OverBudget, Path, Steps, solve
 AUTO = "auto"
 _FINE = 192
 """Counts that the solver chooses from at once; of longer streams every second, third, … and then those around its choice."""
-_ROUNDS = 3
+_ROUNDS = 8
 """Of solving anew with what crosses streams as the last solution has it."""
 
 
@@ -49,8 +49,7 @@ Levels = Callable[[Chain], NDArray[np.int64]]
 
 def _within(model: CostModel, damage: Damage, limit: float, levels: list[NDArray[np.int64]]) -> tuple[int, ...]:
     steps = [_steps(chain, counts, damage) for chain, counts in zip(model.chains, levels, strict=True)]
-    nothing = (0,) * len(model.sites)
-    crossing = model.crossing_cost(nothing)  # the most that it can be
+    crossing = float(model.crossing_cost((0,) * len(model.sites)))
     best = None
     for _ in range(_ROUNDS if model.crossing else 1):
         try:
@@ -59,10 +58,16 @@ def _within(model: CostModel, damage: Damage, limit: float, levels: list[NDArray
             if best is None:
                 raise OverBudget(over.cost + float(model.fixed) + crossing) from None
             break
-        if model.cost(found) > limit:
+        over_limit = float(model.cost(found)) - limit
+        if over_limit > 0:  # what crosses chains came dearer than it was taken for
+            crossing += over_limit
+            continue
+        best = found
+        if model.crossing_cost(found) >= crossing:
             break
-        best, crossing = found, model.crossing_cost(found)
-    assert best is not None
+        crossing = float(model.crossing_cost(found))
+    if best is None:
+        raise OverBudget(float(model.cost(found)))
     return best
 
 

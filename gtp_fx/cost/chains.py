@@ -24,6 +24,7 @@ from gtp_fx.cost.terms import Term
 
 Numbers = NDArray[Any]
 """int64 FLOPs, or float64 seconds."""
+Crossing = Callable[[Sequence[int]], Any]
 Transition = Callable[[Any, Any], Any]
 """From tokens before and behind a site, numbers or arrays that broadcast, to what that costs; 0 where they are equal."""
 
@@ -54,14 +55,14 @@ class Chain:
 class CostModel:
     """The cost of each schedule: of the graph with its tokens leaving, and of the original, which ratios are taken of.
 
-    fixed: what no token count changes. crossing: terms over several streams at once, from tokens left by domain; they are
-    priced, but the solver, which goes along one chain, sees them only through the budget that they leave.
+    fixed: what no token count changes. crossing: what depends on several chains at once, from the tokens that leave at each site;
+    it is priced, but the solver, which goes along one chain, sees it only through the budget that it leaves.
     """
 
     sites: tuple[Site, ...]
     chains: tuple[Chain, ...]
     fixed: Any
-    crossing: tuple[Callable[[dict[TokenDomain, int]], Any], ...]
+    crossing: tuple[Crossing, ...]
     original: Any
 
     def cost(self, propagated: Sequence[int]) -> Any:
@@ -71,14 +72,7 @@ class CostModel:
         return total.item() if isinstance(total, np.generic) else total
 
     def crossing_cost(self, propagated: Sequence[int]) -> Any:
-        if not self.crossing:
-            return 0
-        left: dict[TokenDomain, int] = {}
-        for chain in self.chains:
-            for place, count in zip(chain.places, tokens_left(chain, propagated), strict=True):
-                domain = self.sites[place].domain
-                left[domain.at(domain.level + 1)] = count
-        return sum(term(left) for term in self.crossing)
+        return sum(term(propagated) for term in self.crossing)
 
     def ratio(self, propagated: Sequence[int]) -> float:
         return float(self.cost(propagated) / self.original)
@@ -99,11 +93,13 @@ def cost_model(
     change: Callable[[Site], Numbers],
     original: Any,
     dtype: type,
+    crossing: Sequence[Crossing] = (),
 ) -> CostModel:
-    """Terms sorted into chains. weigh: a term's works, as a number or an array. change: of a branch, by tokens kept [tokens + 1]."""
+    """Terms sorted into chains. weigh: a term's works, as a number or an array. change: of a branch, by tokens kept [tokens + 1].
+    crossing: what else it costs, over several chains."""
     chains: list[Chain] = []
     fixed: Any = 0
-    crossing: list[Callable[[dict[TokenDomain, int]], Any]] = []
+    beside: list[Crossing] = [*crossing]
     streams: dict[Grid, list[int]] = {}
     for place, site in enumerate(sites):
         if site.branch is not None:
@@ -131,11 +127,11 @@ def cost_model(
             assert grid is not None
             at[grid][levels[0]].append(_transition(term, TokenDomain(grid, levels[0]), weigh))
         else:
-            crossing.append(lambda left, term=term: weigh(term.works(_counting(left))))  # type: ignore[misc]
+            beside.append(_across(term, sites, weigh))
     for grid, places in streams.items():
         transitions = tuple(_summed(parts) for parts in at[grid])
         chains.append(Chain(tuple(places), grid_count(grid), behind[grid], transitions))
-    return CostModel(sites, tuple(chains), fixed, tuple(crossing), original)
+    return CostModel(sites, tuple(chains), fixed, tuple(beside), original)
 
 
 def grid_count(grid: Grid) -> int:
@@ -144,6 +140,19 @@ def grid_count(grid: Grid) -> int:
 
 def _counting(left: dict[TokenDomain, Any]) -> Callable[[TokenDomain], Any]:
     return lambda domain: domain.whole_count if domain.level == 0 else left[domain]
+
+
+def _across(term: Term, sites: Sequence[Site], weigh: Callable[[Any], Any]) -> Crossing:
+    def cost(propagated: Sequence[int]) -> Any:
+        left: dict[TokenDomain, int] = {}
+        gone: dict[Grid, int] = {}
+        for site, count in zip(sites, propagated, strict=True):
+            if site.branch is None:
+                gone[site.domain.grid] = gone.get(site.domain.grid, 0) + count
+                left[site.domain.at(site.domain.level + 1)] = site.whole - gone[site.domain.grid]
+        return weigh(term.works(_counting(left)))
+
+    return cost
 
 
 def _only_whole(domain: TokenDomain) -> int:
