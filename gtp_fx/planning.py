@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from gtp_fx.attention_half import Turns, take_turns
 from gtp_fx.axes import Grid, token_axis, whole_size
 from gtp_fx.coercions import find_coercions
 from gtp_fx.config import Options
@@ -49,18 +50,25 @@ def make_plan(gm: fx.GraphModule, options: Options, original_flops: int) -> Plan
     if _nothing_to_remove(asked, options, flops_now / original_flops):
         nothing = Plan(Schedule((0,) * len(blocks), tokens), (), options.strategy)
         return Planned(nothing, flops_now, others)
-    model = _price(gm.graph, blocks, options, original_flops)
+    turns = take_turns(blocks, infer_types(gm.graph), options.strategy)
+    model = _price(gm.graph, blocks, turns, options, original_flops)
     by_site = _split(asked, blocks, model, options) if asked is not None else _solve(model, options)
     propagated = [0] * len(blocks)
     for site, count in zip(model.sites, by_site, strict=True):
         propagated[site.block] = count
     used = _numbered(site for site in model.sites if propagated[site.block])
-    refusals = [*(block.refusal for block in blocks if block.refusal is not None and block.branch is None), *others]
+    refusals = [
+        *(block.refusal for block in blocks if block.refusal is not None and block.branch is None),
+        *turns.refusals,
+        *others,
+    ]
     plan = Plan(Schedule(tuple(propagated), tokens), used, options.strategy)
     return Planned(plan, model.flops(by_site), tuple(refusals))
 
 
-def _price(graph: fx.Graph, blocks: Sequence[AttentionBlock], options: Options, original: int) -> FlopsModel:
+def _price(
+    graph: fx.Graph, blocks: Sequence[AttentionBlock], turns: Turns, options: Options, original: int
+) -> FlopsModel:
     """The closed form with a site at every block that may have one, or a refusal that says why there can't be any."""
     strategy = options.strategy
     candidates = [block for block in blocks if block.refusal is None and block.site is not None]
@@ -84,7 +92,7 @@ def _price(graph: fx.Graph, blocks: Sequence[AttentionBlock], options: Options, 
     sites = []
     for block, branch in branched:
         heads = whole_size(whole.type(block.attention)[branch.heads])
-        cost = branch_cost(branch, whole, heads, strategy)
+        cost = branch_cost(branch, whole, heads, strategy, turns.halves.get(block.index))
         sites.append(Site(block.index, block.axis.domain, 0, cost.features, heads, branch=cost))
     for block in candidates:
         assert block.site is not None

@@ -16,10 +16,12 @@ import sympy
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
+from gtp_fx.attention_half import AttentionHalf
 from gtp_fx.axes import Dim, Grid, Plain, TensorType, TokenAxis, TokenDomain, token_axes, whole_size
 from gtp_fx.branches import Branch
 from gtp_fx.coercions import Coercions, find_coercions
 from gtp_fx.cost.formulas import Sizes, find
+from gtp_fx.cost.formulas import attention as attention_flops
 from gtp_fx.infer import Typing
 from gtp_fx.sizes import per_image
 from gtp_fx.strategies.protocol import SiteShape, Strategy
@@ -53,7 +55,9 @@ class BranchCost:
     """FLOPs of a branch, of one run of the graph.
 
     whole: with every token. per_token: of one. images: of one run; 1 where the batch is symbolic. windows, tokens: of an image,
-    and in each. features: of its result. scoring: what ranking the tokens adds to the attention.
+    and in each. features: of its result. scoring: what ranking the tokens by this block's own attention adds to it.
+    lender: the block whose scores rank them instead, where this one's attention is skipped too and is part of the branch; None
+    where they are its own.
     """
 
     whole: int
@@ -63,14 +67,23 @@ class BranchCost:
     tokens: int
     features: int
     scoring: int
+    lender: int | None = None
 
     def change(self, skipping: int) -> int:
-        """What is spent more when `skipping` tokens of each window go around it (less is negative)."""
+        """What is spent more when `skipping` tokens of each window go around it (less is negative).
+
+        Without what another block's scoring costs, which that block pays where its own tokens skip: see `lent`.
+        """
         if not skipping:
             return 0
         kept = self.tokens - skipping
         rows = self.images * self.windows * kept
-        return rows * self.per_token - self.whole + 2 * rows * skipping * self.features + self.scoring
+        return (
+            rows * self.per_token
+            - self.whole
+            + 2 * rows * skipping * self.features
+            + (self.scoring if self.lender is None else 0)
+        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,7 @@ class FlopsModel:
             for site, count in zip(self.sites, propagated, strict=True)
             if site.branch is not None
         )
+        skipped += lent(self.sites, propagated)
         return int(graph + spent + skipped + sum(self.start[grid] for grid in started))
 
     def ratio(self, propagated: Sequence[int]) -> float:
@@ -147,20 +161,45 @@ def _recovery_flops(coercions: Coercions) -> Any:
     return sum(done.values(), sympy.Integer(0))
 
 
-def branch_cost(branch: Branch, typing: Typing, heads: int, strategy: Strategy) -> BranchCost:
-    """FLOPs of a branch from its nodes' formulas: each is so many times the tokens."""
+def lent(sites: Sequence[Site], propagated: Sequence[int]) -> int:
+    """What blocks spend on scores that only the next one asks for: no token skips there, and some do behind it."""
+    branches = {site.block: (site.branch, count) for site, count in zip(sites, propagated, strict=True)}
+    lenders = {branch.lender for branch, count in branches.values() if branch is not None and count}
+    return sum(b.scoring for block, (b, count) in branches.items() if b is not None and block in lenders and not count)
+
+
+def branch_cost(
+    branch: Branch, typing: Typing, heads: int, strategy: Strategy, attention: AttentionHalf | None = None
+) -> BranchCost:
+    """FLOPs of a branch from its nodes' formulas: each is so many times the tokens. attention: skipped with it."""
     images = per_image(math.prod(f.whole_size for f in branch.region[0] if isinstance(f, Plain)))
-    whole = per_token = 0
-    for node in branch.inside:
-        formula = find(node.target)
-        if formula is not None:
-            sizes = _symbolic_sizes(node, typing)
-            flops, tokens = int(formula(sizes)), int(math.prod(sizes.output[:-1]))
-            whole, per_token = whole + flops, per_token + flops // tokens
+    rows = images * branch.windows * branch.tokens
     features = whole_size(typing.type(branch.result)[-1])
+    parts = [_token_wise_flops(node, typing) for node in branch.inside]
+    if attention is not None:
+        parts += [_token_wise_flops(node, typing) for node in attention.inside]
+        products = int(attention_flops(_symbolic_sizes(attention.node, typing)))
+        parts.append((products, products // rows))
+        if attention.projection is not None:
+            linear, fused = attention.projection.linear, attention.projection.fused
+            whole, of_one = _token_wise_flops(linear, typing)
+            parts.append((whole // fused.parts, of_one // fused.parts) if fused is not None else (whole, of_one))
+        features += whole_size(typing.type(attention.result)[-1])
+    whole, per_token = (sum(column) for column in zip(*parts, strict=True))
     keys = math.prod(branch.cells) if branch.cells else branch.tokens
     scoring = int(images * branch.windows * strategy.scoring_flops(heads, branch.tokens, keys))
-    return BranchCost(whole, per_token, images, branch.windows, branch.tokens, features, scoring)
+    lender = None if attention is None else attention.lender
+    return BranchCost(whole, per_token, images, branch.windows, branch.tokens, features, scoring, lender)
+
+
+def _token_wise_flops(node: fx.Node, typing: Typing) -> tuple[int, int]:
+    """Of all tokens, and of one: all dimensions but the last are tokens (and images)."""
+    formula = find(node.target)
+    if formula is None:
+        return 0, 0
+    sizes = _symbolic_sizes(node, typing)
+    flops = int(formula(sizes))
+    return flops, flops // int(math.prod(sizes.output[:-1]))
 
 
 def patches_left(leaving: Sequence[tuple[Site, int]]) -> list[int]:
