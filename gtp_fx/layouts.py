@@ -60,7 +60,7 @@ def convert(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
     Raises NoLayout. Both have one grid, whole, and the same images and features.
     """
     from_grid, to_grid = grid_of(own), grid_of(wanted)
-    if from_grid == to_grid:
+    if from_grid == to_grid and not _overlap(own, wanted):
         return arrange(call, value, own, wanted)
     steps = list(_steps(from_grid, to_grid))
     between, arrived = sides_layout(wanted, from_grid), sides_layout(wanted, to_grid)
@@ -142,6 +142,17 @@ def arrange(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
     if [len(dim) for dim in theirs] != [1] * len(theirs):
         value = call(aten.reshape.default, value, _shape(theirs))
     return value
+
+
+def _overlap(own: TensorType, wanted: TensorType) -> bool:
+    """Windows of neighbours on one side, places far apart on the other: the grid's own order lies between."""
+    cuts = _cuts([*own, *wanted])
+    try:
+        for dim in (*own, *wanted):
+            _atoms(dim, cuts)
+    except NoLayout:
+        return True
+    return False
 
 
 _Cuts = dict[tuple[Grid, int], set[int]]

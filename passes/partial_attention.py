@@ -140,7 +140,7 @@ def _leave_queries_out(graph: fx.Graph, linear: fx.Node, fused: Fused) -> None:
             args = list(move.args[1:])
             if is_view(move):
                 sizes = list(args[0])  # type: ignore[arg-type]
-                if sizes[dim] != -1:
+                if dim is not None and sizes[dim] != -1:
                     sizes[dim] = shape_of(move)[dim] // fused.parts * left
                 args[0] = sizes
             value = call(move.target, value, *args, like=move)
