@@ -171,16 +171,20 @@ def _behind(
 
 def _is_token_wise_in(node: fx.Node, operand: fx.Node, typing: Typing) -> bool:
     """Token by token of `operand`, and of no other tokens beside it."""
-    if not typing.is_tensor(node) or not is_plain(typing.type(node)[-1]) or data_of(node, typing) is not operand:
+    if not typing.is_tensor(node) or not is_plain(typing.type(node)[-1]) or _running(node, typing) != [operand]:
         return False
     return is_token_wise(node, typing.type(node)[:-1], typing)
 
 
-def data_of(node: fx.Node, typing: Typing) -> fx.Node | None:
-    """The one operand that runs over the same tokens as a token-wise `node`."""
+def data_of(node: fx.Node, typing: Typing) -> fx.Node:
+    """The one operand of a node of `inside` that runs over its tokens."""
+    (operand,) = _running(node, typing)
+    return operand
+
+
+def _running(node: fx.Node, typing: Typing) -> list[fx.Node]:
     lead = typing.type(node)[:-1]
-    running = [n for n in node.all_input_nodes if typing.is_tensor(n) and typing.type(n)[:-1] == lead]
-    return running[0] if len(running) == 1 else None
+    return [n for n in node.all_input_nodes if typing.is_tensor(n) and typing.type(n)[:-1] == lead]
 
 
 def _check_layouts(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
@@ -56,6 +57,7 @@ class Projection:
 
     computes: what is computed behind it of each query by itself. source: the value that these begin with.
     kind: the queries' type as attention reads them, heads and features as parts of `features`, which are the queries' own.
+    sizes: what asks a query's value for a size alone, and the dimension of the entry that has the same.
     """
 
     linear: fx.Node
@@ -65,6 +67,7 @@ class Projection:
     source: fx.Node
     kind: TensorType
     features: Grid
+    sizes: tuple[tuple[fx.Node, int], ...]
 
 
 def find_projection(attention: fx.Node, canonical: bool, typing: Typing) -> Projection:
@@ -94,7 +97,10 @@ def find_projection(attention: fx.Node, canonical: bool, typing: Typing) -> Proj
         raise Lost("the features of a head are normalised in another layout than attention reads them")
     entry = linear.args[0]
     assert isinstance(entry, fx.Node)
-    return Projection(linear, entry, fused, computes, source, kind, features)
+    sizes = tuple(
+        (user, _same_size(user, entry, typing)) for node in (source, *computes) for user in _asking_sizes(node)
+    )
+    return Projection(linear, entry, fused, computes, source, kind, features, sizes)
 
 
 def _moves_back(node: fx.Node, users: set[fx.Node]) -> tuple[list[fx.Node], fx.Node]:
@@ -129,11 +135,25 @@ def _computes(last: fx.Node, reader: fx.Node, canonical: bool, typing: Typing) -
     (source,) = begins
     in_order = tuple(node for node in last.graph.nodes if node in found)
     inside = {*in_order, reader}
-    if not all(set(node.users) <= inside for node in (source, *in_order)):
+    if not all(set(node.users) - set(_asking_sizes(node)) <= inside for node in (source, *in_order)):
         raise Lost(f"{source.name} is read by something else than the queries as well")
     if any(typing.type(node)[:-1] != lead for node in (source, *in_order)):
         raise Lost("queries change their layout")
     return in_order, source
+
+
+def _asking_sizes(node: fx.Node) -> list[fx.Node]:
+    return [user for user in node.users if user.target is aten.sym_size.int]
+
+
+def _same_size(size: fx.Node, entry: fx.Node, typing: Typing) -> int:
+    """The dimension of `entry` that is as long as the one that `size` asks for."""
+    asked, dim = size.args
+    wanted = typing.type(asked)[dim]  # type: ignore[arg-type, index]
+    for d, own in enumerate(typing.type(entry)):
+        if own == wanted:
+            return d
+    raise Lost("a size of the queries is asked for that what they are made of doesn't have")
 
 
 def _is_of_each(node: fx.Node, canonical: bool, typing: Typing) -> bool:
@@ -184,7 +204,8 @@ def _fused(item: fx.Node, typing: Typing) -> tuple[Fused, fx.Node, TensorType]:
         kind = moved(move, kind, typing)
         kinds.append(kind)
     position = 1 if splitter.target is aten.unbind.int else 2
-    dim = (splitter.args[position] if len(splitter.args) > position else 0) % len(kind)  # type: ignore[operator]
+    given: Any = splitter.args[position] if len(splitter.args) > position else 0
+    dim = int(given) % len(kind)
     values = splitter.meta["val"]
     parts = len(values)
     if (

@@ -63,7 +63,11 @@ def insert_partial(
         kind = typing.type(half.result)
         arranged = convert(call, result, (*branch.region, kind[-1]), kind)
     half.result.replace_all_uses_with(arranged)
-    if half.projection is not None and half.projection.fused is not None:
+    if half.projection is None:
+        return
+    for size, dim in half.projection.sizes:
+        graphs.set_args(size, (half.projection.linear.args[0], dim))
+    if half.projection.fused is not None:
         _leave_queries_out(graph, half.projection.linear, half.projection.fused)
 
 
@@ -112,10 +116,10 @@ def _queries(
     return instead[projection.computes[-1]] if projection.computes else made
 
 
-def _rows_of(call: Emit, parameter: Any, fused: Fused | None, queries: bool) -> fx.Node | None:
+def _rows_of(call: Emit, parameter: Any, fused: Fused | None, queries: bool) -> Any:
     """The rows of a fused weight (or bias) that make the queries, or those that make the others: views of the parameter."""
     if parameter is None or fused is None:
-        return parameter  # type: ignore[no-any-return]
+        return parameter
     count, *rest = shape_of(parameter)
     whole = fused.parts * fused.stride
     start, stop = (0, fused.stride) if queries else (fused.stride, whole)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.ops import aten
 
 import gtp_fx
+from bench.dynamo_door import Door
 from bench.live_weights import enliven
 from gtp_fx.passes.find_blocks import read_blocks
 from gtp_fx.passes.insert_branches import insert_branches
@@ -131,11 +132,11 @@ def test_queries_of_kept_tokens_alone(name: str, narrower: bool) -> None:
     indices = [block.index for block in read_blocks(gm) if block.branch is not None]
     partial = insert_branches(gm, Skips(dict.fromkeys(indices, 4), ATTENTION))  # type: ignore[arg-type]
 
-    def biggest(graph: Any) -> int:
+    def of_parts(graph: Any) -> int:
         weights = [n.args[1] for n in graph.nodes if n.target is aten.linear.default]
         return sum(w.target is aten.slice.Tensor for w in weights)
 
-    assert biggest(partial.graph) == (2 if narrower and family is not test_windows.HF_SWIN else 0)
+    assert of_parts(partial.graph) == (2 if narrower and family is not test_windows.HF_SWIN else 0)
 
 
 @torch.no_grad()
@@ -149,6 +150,30 @@ def test_a_budget_holds_and_reaches_lower() -> None:
             gtp_fx.optimize(model, flops_budget=0.01, strategy=strategy, example_inputs=x, compile=False)
         lowest.append(str(refused.value))
     assert lowest[0] != lowest[1]
+
+
+@torch.no_grad()
+def test_both_doors_agree_at_any_batch() -> None:
+    torch._dynamo.reset()
+    family = test_windows.SWIN
+    model = family.model()
+    asked: dict[str, Any] = {"schedule": family.schedule, "strategy": ATTENTION}
+    fast = gtp_fx.optimize(model, example_inputs=family.inputs(), compile=False, **asked)
+    door = Door(**asked)
+    compiled = torch.compile(model, backend=door, fullgraph=True)
+    for batch in (2, 5, 1):
+        x = family.inputs(batch)
+        torch.testing.assert_close(compiled(x), fast(x), rtol=1e-5, atol=1e-5)
+    assert all(any(row.lender is not None for row in made.report.sites) for made in door.made)
+
+
+@torch.no_grad()
+def test_compiled_it_says_the_same() -> None:
+    family = test_windows.SWIN
+    model, x = family.model(), family.inputs()
+    options: dict[str, Any] = {"schedule": family.schedule, "strategy": ATTENTION, "example_inputs": x}
+    fast, eager = (gtp_fx.optimize(model, compile=compiled, **options) for compiled in (True, False))
+    assert error(fast(x), eager(x)) < 1e-5
 
 
 class ReadsHeads(nn.Module):
