@@ -15,7 +15,7 @@ from gtp_fx.capture import capture_module
 from gtp_fx.config import Options
 from gtp_fx.cost.closed_form import flops_of
 from gtp_fx.cost.seconds import branch_seconds, graph_seconds, total_seconds
-from gtp_fx.cost.site import Site
+from gtp_fx.cost.site import Site, lent
 from gtp_fx.cost.terms import Term, terms_of
 from gtp_fx.damage.calibration import bound
 from gtp_fx.inputs import CallSignature, call_signature
@@ -144,11 +144,13 @@ def forecast(exact: Exact, planned: Planned, options: Options) -> Forecast:
     owner = _owners(graph, blocks)
     flops = _by_block(found, counts, owner, options, flops_of, 1)
     seconds = _by_block(found, counts, owner, options, lambda works: total_seconds(works, target), batch)
-    for place, change in branch_seconds(graph, found.sites, options.strategy, target, batch, found.branches).items():
+    for place, change in branch_seconds(graph, found.sites, options.strategy, target, batch, found).items():
         site, count = found.sites[place], counts[place]
         assert site.branch is not None
         flops[site.block][1] += site.branch.change(count)
         seconds[site.block][1] += change[site.branch.tokens - count]
+    for number, scoring in lent(found.sites, counts).items():
+        flops[number][1] += scoring
     rows = []
     left = {site.stream: site.whole for site in found.sites}
     by_block = {site.block: (site, count) for site, count in zip(found.sites, counts, strict=True)}

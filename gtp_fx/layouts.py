@@ -60,14 +60,14 @@ def convert(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
     Raises NoLayout. Both have one grid, whole, and the same images and features.
     """
     from_grid, to_grid = grid_of(own), grid_of(wanted)
-    if from_grid == to_grid:
-        return _arrange(call, value, own, wanted)
+    if from_grid == to_grid and not _overlap(own, wanted):
+        return arrange(call, value, own, wanted)
     steps = list(_steps(from_grid, to_grid))
     between, arrived = sides_layout(wanted, from_grid), sides_layout(wanted, to_grid)
-    value = _arrange(call, value, own, between)
+    value = arrange(call, value, own, between)
     for target, *args in steps:
         value = call(target, value, *args)
-    return _arrange(call, value, arrived, wanted)
+    return arrange(call, value, arrived, wanted)
 
 
 def grid_of(kind: TensorType) -> Grid:
@@ -125,7 +125,7 @@ def _undone(grid: Grid, below: Grid) -> Iterator[tuple[Any, ...]]:
         yield aten.slice.Tensor, side + 1, 0, size
 
 
-def _arrange(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
+def arrange(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
     """The same grid in another order: reshape to atoms, permute, reshape."""
     cuts = _cuts([*own, *wanted])
     mine = [_atoms(dim, cuts) for dim in own]
@@ -144,15 +144,29 @@ def _arrange(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any
     return value
 
 
-def _cuts(dims: Sequence[Dim]) -> dict[int, set[int]]:
-    """For each side, the strides at which any factor begins or ends."""
-    cuts: dict[int, set[int]] = {}
+def _overlap(own: TensorType, wanted: TensorType) -> bool:
+    """Windows of neighbours on one side, places far apart on the other: the grid's own order lies between."""
+    cuts = _cuts([*own, *wanted])
+    try:
+        for dim in (*own, *wanted):
+            _atoms(dim, cuts)
+    except NoLayout:
+        return True
+    return False
+
+
+_Cuts = dict[tuple[Grid, int], set[int]]
+
+
+def _cuts(dims: Sequence[Dim]) -> _Cuts:
+    """For each side of each grid, the strides at which any factor begins or ends."""
+    cuts: _Cuts = {}
     for factor in (f for dim in dims for f in split_tokens(dim) if isinstance(f, GridAxis)):
-        cuts.setdefault(factor.side, set()).update({factor.stride, factor.stride * factor.whole_size})
+        cuts.setdefault((factor.grid, factor.side), set()).update({factor.stride, factor.stride * factor.whole_size})
     return cuts
 
 
-def _atoms(dim: Dim, cuts: dict[int, set[int]]) -> list[Factor]:
+def _atoms(dim: Dim, cuts: _Cuts) -> list[Factor]:
     """The factors of `dim`, cut wherever any other factor of their side is."""
     atoms: list[Factor] = []
     for factor in split_tokens(dim):
@@ -160,7 +174,8 @@ def _atoms(dim: Dim, cuts: dict[int, set[int]]) -> list[Factor]:
             atoms.append(factor)
             continue
         inside = sorted(
-            (c for c in cuts[factor.side] if factor.stride < c < factor.stride * factor.whole_size), reverse=True
+            (c for c in cuts[factor.grid, factor.side] if factor.stride < c < factor.stride * factor.whole_size),
+            reverse=True,
         )
         for cut in inside:
             reach = factor.stride * factor.whole_size

@@ -112,5 +112,6 @@ def _site_rows(gm: fx.GraphModule, plan: Plan) -> tuple[SiteRow, ...]:
         gone = plan.schedule.propagated[site.block]
         before = site.others + plan.count(site.domain) if site.branch is None else site.branch.tokens
         windows = 0 if site.branch is None else site.branch.windows
-        rows.append(SiteRow(site.block, layers[site.block], before, gone, before - gone, windows))
+        lender = None if site.branch is None else site.branch.lender
+        rows.append(SiteRow(site.block, layers[site.block], before, gone, before - gone, windows, lender))
     return tuple(rows)

@@ -73,7 +73,11 @@ def make_plan(gm: fx.GraphModule, options: Options, original: Original) -> Plann
         choice = _choose(gm, found, shapes, flops if timed is None else timed, options, original)
     if choice.strategy != options.strategy:
         flops = flops_model(gm.graph, found.typing, found.sites, choice.strategy, original.flops)
-    refusals = [*(block.refusal for block in blocks if block.refusal is not None and block.branch is None), *others]
+    refusals = [
+        *(block.refusal for block in blocks if block.refusal is not None and block.branch is None),
+        *found.turns.refusals,
+        *others,
+    ]
     return Planned(
         Plan.of(found.sites, choice.counts, shapes, choice.strategy),
         flops.cost(choice.counts),
@@ -120,7 +124,7 @@ def _choose(
 def _seconds(graph: fx.Graph, found: Candidates, options: Options, original: Original) -> CostModel:
     target, batch = options.target, options.batch
     before = graph_seconds(original.graph, target, batch)
-    return seconds_model(graph, found.typing, found.sites, options.strategy, target, batch, before, found.branches)
+    return seconds_model(graph, found.typing, found.sites, options.strategy, target, batch, before, found)
 
 
 def _asked(schedule: str | Schedule | tuple[int, ...], shapes: tuple[BlockShape, ...]) -> tuple[int, ...] | None:

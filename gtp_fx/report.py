@@ -25,7 +25,7 @@ class SiteRow:
     """One site: block number, layer, tokens (prefix included) before and after, how many were propagated.
 
     windows: 0 where they leave the stream; else they only skip the block's branch, so many in each of so many windows of an
-    image.
+    image. lender: the block whose scores rank them, where they skip the attention's half as well; None where it is this one.
     """
 
     block: int
@@ -34,6 +34,7 @@ class SiteRow:
     propagated: int
     tokens_out: int
     windows: int = 0
+    lender: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,4 +118,7 @@ class Report:
 
 
 def _where(site: SiteRow) -> str:
-    return f"branch, in each of {site.windows} windows" if site.windows else "stream"
+    if not site.windows:
+        return "stream"
+    place = f"branch, in each of {site.windows} windows"
+    return place if site.lender is None else f"attention and {place}, by block {site.lender}'s scores"

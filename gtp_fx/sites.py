@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from gtp_fx.attention_half import AttentionHalf, Turns, take_turns
 from gtp_fx.axes import Grid, token_axis, whole_size
 from gtp_fx.branches import Branch
 from gtp_fx.coercions import find_coercions
@@ -22,11 +23,13 @@ from gtp_fx.strategies import Strategy
 
 @dataclass(frozen=True)
 class Candidates:
-    """sites: in graph order. typing: of the graph with a site wherever tokens may leave. branches: by block, where they may skip."""
+    """sites: in graph order. typing: of the graph with a site wherever tokens may leave. branches: by block, where they may skip.
+    turns: which of those skip their attention as well."""
 
     sites: tuple[Site, ...]
     typing: Typing
     branches: Mapping[int, Branch]
+    turns: Turns
 
 
 def find_sites(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Strategy) -> Candidates:
@@ -42,13 +45,17 @@ def find_sites(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Stra
         message = "tokens can't leave this model: what follows can't do without them (flops_budget=1.0 still works)"
         raise UnsupportedModelError(message, obstacles)
     whole = infer_types(graph) if branched else typing
-    sites = [_skipping(block, branch, whole, strategy, len(blocks)) for block, branch in branched]
+    turns = take_turns(blocks, whole, strategy)
+    sites = [
+        _skipping(block, branch, whole, strategy, len(blocks), turns.halves.get(block.index))
+        for block, branch in branched
+    ]
     read = _grids_read(graph, blocks)
     sites += [
         replace(_leaving(block, typing, len(blocks)), patches_read=block.axis.domain.grid in read) for block in leaving
     ]
     in_order = tuple(sorted(sites, key=lambda site: site.block))
-    return Candidates(in_order, typing, {block.index: branch for block, branch in branched})
+    return Candidates(in_order, typing, {block.index: branch for block, branch in branched}, turns)
 
 
 def _refuse_unfit(leaving: list[AttentionBlock], skipping: list[AttentionBlock], strategy: Strategy) -> None:
@@ -62,9 +69,11 @@ def _refuse_unfit(leaving: list[AttentionBlock], skipping: list[AttentionBlock],
         raise UnsupportedModelError(f"strategy {strategy.name!r} can't work on this model", tuple(unfit))
 
 
-def _skipping(block: AttentionBlock, branch: Branch, typing: Typing, strategy: Strategy, blocks: int) -> Site:
+def _skipping(
+    block: AttentionBlock, branch: Branch, typing: Typing, strategy: Strategy, blocks: int, half: AttentionHalf | None
+) -> Site:
     heads = whole_size(typing.type(block.attention)[branch.heads])
-    cost = branch_cost(branch, typing, heads, strategy)
+    cost = branch_cost(branch, typing, heads, strategy, half)
     dtype = _dtype(branch.result)
     return Site(block.index, block.axis, cost.features, heads, 1, cost, dtype, block.index / blocks)
 

@@ -1,7 +1,8 @@
 """Approximate: let tokens skip a branch. The stream keeps its grid; some tokens of each window go through the branch alone.
 
 For each block of the plan that is placed so:
-  1. its attention also scores its tokens, window by window;
+  1. its attention also scores its tokens, window by window; or the block before has scored them, and the attention's own half runs
+     on the kept tokens too (`partial_attention`);
   2. the branch's entries are arranged by window, and the kept tokens taken out of each, as many everywhere;
   3. the branch's nodes run on those;
   4. the others get their neighbours' results (or, as the strategy says, none), and all is arranged as it was.
@@ -17,11 +18,13 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx import graphs
-from gtp_fx.axes import Plain, whole_size
+from gtp_fx.attention_half import take_turns
+from gtp_fx.axes import Plain, TensorType, whole_size
 from gtp_fx.branches import Branch
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.layouts import by_window, convert, grid_of, image_layout, made_from
 from gtp_fx.passes.find_blocks import AttentionBlock, read_blocks
+from gtp_fx.passes.partial_attention import heads_first, insert_partial
 from gtp_fx.plan import Plan
 from gtp_fx.sizes import is_symbolic, shape_of
 from gtp_fx.strategies.protocol import Attention, Emit, Strategy
@@ -36,29 +39,65 @@ def insert_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """A copy of `gm`, whose blocks are marked, in which the plan's tokens skip the plan's branches."""
     gm = graphs.copy_of(gm)
     typing = infer_types(gm.graph)
-    for block in read_blocks(gm):
-        if block.index in plan.skipping:
-            assert block.branch is not None
-            _insert(gm.graph, block, block.branch, plan.skipping[block.index], plan.strategy, typing)
+    blocks = read_blocks(gm)
+    halves = take_turns(blocks, typing, plan.strategy).halves
+    lenders = {halves[index].lender for index in plan.skipping if index in halves}
+    scores: dict[int, fx.Node] = {}
+    for block in blocks:
+        branch, half = block.branch, halves.get(block.index)
+        skipping = plan.skipping.get(block.index)
+        if branch is None or (skipping is None and block.index not in lenders):
+            continue
+        if half is None:
+            scores[block.index] = _scored(gm.graph, block, branch, plan.strategy, typing)
+        if skipping is None:
+            continue
+        before = half.result if half is not None else branch.result
+        ranking = (scores[block.index], branch.scores) if half is None else (scores[half.lender], half.lent)
+        chosen = _choose(gm.graph, ranking, before, branch, skipping, plan.strategy)
+        if half is not None:
+            insert_partial(gm.graph, block.attention, branch, half, chosen, skipping, typing)
+        _insert(gm.graph, branch, chosen, chosen[-1] if half is None else branch.result, typing)
     return graphs.finish(gm)
 
 
+def _choose(
+    graph: fx.Graph,
+    ranking: tuple[fx.Node, TensorType],
+    before: fx.Node,
+    branch: Branch,
+    skipping: int,
+    strategy: Strategy,
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """kept [R, K] and left [R, P] of each of R images and windows, and shares [R, P, K]. ranking: scores and their type.
+
+    They stand behind the node `before`.
+    """
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        return graphs.call(graph, target, *args, like=before)
+
+    with graph.inserting_before(before.next):
+        scores = _by_window(call, *ranking, branch)
+        if _is_padded(branch):
+            scores = _padding_first(call, scores, branch)
+        split = call(gtp_fx.select.default, scores, skipping)
+        kept, left = call(operator.getitem, split, 0), call(operator.getitem, split, 1)
+        return kept, left, _shares(call, kept, left, branch, strategy, like=scores)
+
+
 def _insert(
-    graph: fx.Graph, block: AttentionBlock, branch: Branch, skipping: int, strategy: Strategy, typing: Typing
+    graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.Node], behind: fx.Node, typing: Typing
 ) -> None:
-    scores = _scored(graph, block, branch, strategy, typing)
+    """The branch of the kept tokens in the place of the whole, inserted behind `behind`."""
+    kept, left, shares = chosen
     before = next(node for node in graph.nodes if node in branch.inside)
     after = branch.result
 
     def call(target: Any, *args: Any) -> fx.Node:
         return graphs.call(graph, target, *args, like=before)
 
-    with graph.inserting_before(after.next):
-        scores = _by_window(call, scores, branch)
-        if _is_padded(branch):
-            scores = _padding_first(call, scores, branch)
-        split = call(gtp_fx.select.default, scores, skipping)
-        kept, left = call(operator.getitem, split, 0), call(operator.getitem, split, 1)
+    with graph.inserting_before(behind.next):
         instead: dict[fx.Node, fx.Node] = {}
         for entry in branch.entries:
             kind = typing.type(entry)
@@ -68,7 +107,6 @@ def _insert(
             copy = graph.node_copy(node, lambda n: instead.get(n, n))
             copy.meta = {key: node.meta[key] for key in graphs.META_KEYS if key in node.meta}
             instead[node] = copy
-        shares = _shares(call, kept, left, branch, strategy, entry=instead[branch.entries[0]])
         result = call(gtp_fx.recover.default, instead[after], shares, kept, left, _IMAGES, _ROWS, 0, 0)
         kind = typing.type(after)
         arranged = convert(call, result, (*branch.region, kind[-1]), kind)
@@ -79,28 +117,20 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
     """Replace the block's attention by one that scores its tokens: [images and windows, tokens] in its own order."""
     attention = block.attention
     was = Attention.of(attention)
-    query = typing.type(was.q)
 
     def call(target: Any, *args: Any) -> fx.Node:
         return graphs.call(graph, target, *args, like=attention)
 
-    order = [*branch.lead, branch.heads, len(query) - 2, len(query) - 1]
-    plain = len(query) == 4
+    order = list(branch.order)
+    plain = order == [0, 1, 2, 3]
     with graph.inserting_before(attention):
-
-        def flat(x: Any) -> Any:
-            """[images, windows, heads, tokens, features] in any order -> [images * windows, heads, tokens, features]."""
-            if plain and order == [0, 1, 2, 3]:
-                return x
-            turned = call(aten.permute.default, x, order)
-            return call(aten.reshape.default, turned, [-1, *_sizes(shape_of(x), order[-3:])])
-
-        operands = replace(was, q=flat(was.q), k=flat(was.k), v=flat(was.v))
+        q, k, v = (heads_first(call, x, branch, typing) for x in (was.q, was.k, was.v))
+        operands = replace(was, q=q, k=k, v=v)
         if branch.cells:
             output, scores = strategy.attend_cells(call, operands, block.axis.domain.grid.shape, branch.cells)
         else:
             output, scores = strategy.attend(call, operands, block.axis, True)
-        if not (plain and order == [0, 1, 2, 3]):
+        if not plain:
             shape = shape_of(attention)
             sizes = [-1 if is_symbolic(shape[d]) else shape[d] for d in order]
             output = call(aten.reshape.default, output, sizes)
@@ -110,17 +140,13 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
     return scores
 
 
-def _sizes(shape: tuple[int, ...], dims: list[int]) -> list[int]:
-    return [shape[d] for d in dims]
-
-
-def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
-    """Scores in the order of the region's layout: row by row in each window."""
+def _by_window(call: Emit, scores: fx.Node, own: TensorType, branch: Branch) -> fx.Node:
+    """Scores of type `own` in the region's layout: row by row in each window."""
     feature = (Plain(1),)
-    if branch.scores == branch.region:
+    if own == branch.region:
         return scores
     column = call(aten.unsqueeze.default, scores, 2)
-    column = convert(call, column, (*branch.scores, feature), (*branch.region, feature))
+    column = convert(call, column, (*own, feature), (*branch.region, feature))
     return call(aten.squeeze.dim, column, 2)
 
 
@@ -149,9 +175,9 @@ def _is_padded(branch: Branch) -> bool:
     return any(grid.inside is not None for grid in made_from(grid_of(branch.region)))
 
 
-def _shares(call: Emit, kept: fx.Node, left: fx.Node, branch: Branch, strategy: Strategy, entry: fx.Node) -> fx.Node:
+def _shares(call: Emit, kept: fx.Node, left: fx.Node, branch: Branch, strategy: Strategy, like: fx.Node) -> fx.Node:
     """[images and windows, P, K]: of whom each token that skips gets its result."""
-    shares = call(gtp_fx.region_shares.default, _places(call, branch, entry), kept, left)
+    shares = call(gtp_fx.region_shares.default, _places(call, branch, like), kept, left)
     if not strategy.recovers_branches:
         shares = call(aten.zeros_like.default, shares)
     return shares

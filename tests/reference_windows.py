@@ -58,12 +58,37 @@ class Parts:
 
 def by_hand(parts: Parts, propagated: int, idle: bool = False) -> Any:
     """The block's output, with `propagated` tokens of each window skipping the branch. idle: they get nothing instead."""
-    places_NR = parts.windows.places_NR
-    touch_NN = (places_NR[:, None] - places_NR[None]).abs().amax(dim=-1) == 1
     enters_BNC = parts.stream_BNC if parts.enters_BNC is None else parts.enters_BNC
-    added_BNC = torch.full_like(parts.stream_BNC, torch.nan)  # every token is in one window, so none is left
-    for image, enters_NC in enumerate(enters_BNC):
-        for index_n, score_n in zip(parts.windows.index_Wn, parts.score_BWn[image], strict=True):
+    added_BNC = skipped(
+        parts.windows, parts.score_BWn, propagated, lambda i, index: parts.branch(enters_BNC[i, index]), idle
+    )
+    return parts.whole(parts.stream_BNC + added_BNC)
+
+
+def partial_by_hand(parts: Parts, x_BNC: Tensor, lender: Parts, propagated: int, idle: bool = False) -> Any:
+    """As `by_hand`, with the tokens that skip the branch skipping the attention's queries and projection before it too.
+
+    x_BNC: the block's input. lender: the block before, by whose scores they do. What a query gets of all keys and values is its
+    own, so the whole attention's rows of kept tokens are theirs; the others get what these got.
+    """
+    assert parts.enters_BNC is None
+    score_BWn = parts.windows.of(lender.windows.back(lender.score_BWn[..., None]))[..., 0]
+    given_BNC = parts.stream_BNC - x_BNC
+    stream_BNC = x_BNC + skipped(parts.windows, score_BWn, propagated, lambda i, index: given_BNC[i, index], idle)
+    added_BNC = skipped(parts.windows, score_BWn, propagated, lambda i, index: parts.branch(stream_BNC[i, index]), idle)
+    return parts.whole(stream_BNC + added_BNC)
+
+
+def skipped(
+    windows: Windows, score_BWn: Tensor, propagated: int, made: Callable[[int, Tensor], Tensor], idle: bool
+) -> Tensor:
+    """[B, N, C]: what `made` says of an image's kept tokens [K] for those, and for the others their neighbours' mean of it."""
+    places_NR = windows.places_NR
+    touch_NN = (places_NR[:, None] - places_NR[None]).abs().amax(dim=-1) == 1
+    added_BNC: list[Tensor] = []
+    for image in range(len(score_BWn)):
+        added_NC = torch.full((len(places_NR), made(image, torch.tensor([0])).shape[-1]), torch.nan)
+        for index_n, score_n in zip(windows.index_Wn, score_BWn[image], strict=True):
             # Padding leaves before any token does, from the back.
             score_n = torch.where(index_n < 0, -1.0 - torch.arange(len(index_n)), score_n)
             kept_K, left_P = index_n, index_n[:0]
@@ -74,8 +99,8 @@ def by_hand(parts: Parts, propagated: int, idle: bool = False) -> Any:
             kept_K, left_P, members = kept_K[kept_K >= 0], left_P[left_P >= 0], index_n[index_n >= 0]
             if not len(members):
                 continue
-            made_KC = parts.branch(enters_NC[kept_K])
-            added_BNC[image, kept_K] = made_KC
+            made_KC = made(image, kept_K)
+            added_NC[kept_K] = made_KC
             degree_N = touch_NN[:, members].sum(dim=1)
             for token in left_P:
                 share_K = touch_NN[token, kept_K] / degree_N[kept_K].clamp(min=1).sqrt()
@@ -83,8 +108,9 @@ def by_hand(parts: Parts, propagated: int, idle: bool = False) -> Any:
                     square_K = (places_NR[kept_K] - places_NR[token]).square().sum(dim=1)
                     share_K = F.one_hot((square_K == square_K.min()).nonzero()[0, 0], len(kept_K)).float()
                 share_K = share_K / share_K.sum()
-                added_BNC[image, token] = torch.zeros_like(made_KC[0]) if idle else share_K @ made_KC
-    return parts.whole(parts.stream_BNC + added_BNC)
+                added_NC[token] = torch.zeros_like(made_KC[0]) if idle else share_K @ made_KC
+        added_BNC.append(added_NC)
+    return torch.stack(added_BNC)
 
 
 def cut(canvas: Tensor, window: Sequence[int]) -> Tensor:
@@ -361,9 +387,19 @@ Oracle = Callable[..., Parts]
 class ByHand:
     """Runs a model with some blocks' outputs replaced by those computed by hand. seen: the parts of each, by its name."""
 
-    def __init__(self, model: nn.Module, oracle: Oracle, blocks: dict[str, int], idle: bool = False) -> None:
-        """blocks: how many tokens of each window skip the branch there, by the name of the block's module."""
-        self.model, self.oracle, self.blocks, self.idle = model, oracle, blocks, idle
+    def __init__(
+        self,
+        model: nn.Module,
+        oracle: Oracle,
+        blocks: dict[str, int],
+        idle: bool = False,
+        lenders: dict[str, str] | None = None,
+    ) -> None:
+        """blocks: how many tokens of each window skip the branch there, by the name of the block's module.
+
+        lenders: of the blocks in which they skip the attention too, the one before.
+        """
+        self.model, self.oracle, self.blocks, self.idle, self.lenders = model, oracle, blocks, idle, lenders or {}
         self.seen: dict[str, Parts] = {}
 
     @torch.no_grad()
@@ -381,7 +417,13 @@ class ByHand:
     def _hook(self, name: str) -> Any:
         def replace(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             self.seen[name] = parts = self.oracle(module, *args, *kwargs.values())
-            made = by_hand(parts, self.blocks[name], self.idle)
+            if name in self.lenders:
+                x = args[0]
+                stream = parts.stream_BNC
+                x_BNC = x.reshape(stream.shape) if x.shape[-1] == stream.shape[-1] else x.flatten(2).transpose(1, 2)
+                made = partial_by_hand(parts, x_BNC, self.seen[self.lenders[name]], self.blocks[name], self.idle)
+            else:
+                made = by_hand(parts, self.blocks[name], self.idle)
             if isinstance(output, tuple) and not isinstance(made, tuple):
                 return (made, *output[1:])
             return made

@@ -27,6 +27,11 @@ BRANCHES = {
     "idle": "it gets nothing, and stays what it was (IdleViT)",
 }
 
+SKIPS = {
+    "mlp": "they skip what follows their attention; every attention is whole, and ranks them",
+    "attention": "where the block before has ranked them, they skip their attention's queries and projection as well",
+}
+
 
 @dataclass(frozen=True)
 class GTP:
@@ -39,6 +44,7 @@ class GTP:
     weighted_pooling: let a token count in average pooling for as many as it stands for; the paper takes the plain mean.
     branch: where tokens skip a branch of a block instead of leaving (windows, maps), "recover" gives them their neighbours'
         results, along the spatial graph; "idle" gives them none.
+    skips: which branches those are: "mlp", or "attention" as well, in every other block.
     attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves
         no FLOPs and needs the map in memory.
     """
@@ -51,6 +57,7 @@ class GTP:
     attention_sparsity: float = 1.0
     weighted_pooling: bool = False
     branch: str = "recover"
+    skips: str = "mlp"
 
     name: ClassVar[str] = "gtp"
 
@@ -67,16 +74,25 @@ class GTP:
             if not isinstance(getattr(self, option), bool):
                 raise OptionError(f"GTP({option}={getattr(self, option)!r}): give True or False")
         _one_of("branch", self.branch, BRANCHES)
+        _one_of("skips", self.skips, SKIPS)
         if self.weighted_pooling and not self.token_scale:
             raise OptionError("GTP(weighted_pooling=True) weighs by token scales: leave token_scale=True")
         if not _is_number(self.attention_sparsity) or not 0.0 < self.attention_sparsity <= 1.0:
             raise OptionError(
                 f"GTP(attention_sparsity={self.attention_sparsity!r}): give theta with 0 < theta <= 1; 1 drops nothing"
             )
+        if self.skips == "attention" and self.whole_maps:
+            raise OptionError(
+                'GTP(skips="attention") leaves queries out, and attention_sparsity ranks whole maps: leave it at 1'
+            )
 
     @property
     def recovers_branches(self) -> bool:
         return self.branch == "recover"
+
+    @property
+    def skips_attention(self) -> bool:
+        return self.skips == "attention"
 
     @property
     def whole_maps(self) -> bool:

@@ -89,6 +89,10 @@ class Strategy(Protocol):
     def recovers_branches(self) -> bool:
         """True where a token that skips a branch gets its neighbours' results; else it gets none."""
 
+    @property
+    def skips_attention(self) -> bool:
+        """True where tokens may skip their attention's queries and projection too, ranked by the block before."""
+
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
         """Why this strategy can't work on such tokens; empty where it can. skipping: they only skip a branch."""
 
