@@ -108,12 +108,12 @@ def _queries(
     made = call(aten.linear.default, taken, *own)
     kind = named((*layout, (Plain(projection.features.shape[0]),)), [2], projection.features)
     made = arrange(call, made, kind, (layout[0], heads, layout[1], features))
-    instead = {projection.source: made}
+    instead: dict[fx.Node, fx.Node] = {projection.source: made}
     for node in projection.computes:
         # A value that is repeated along the features of each head broadcasts there as it is.
         repeats = node.target is aten.expand.default
         instead[node] = instead[node.args[0]] if repeats else _copied(graph, node, instead)  # type: ignore[index]
-    return instead[projection.computes[-1]] if projection.computes else made
+    return instead[(projection.source, *projection.computes)[-1]]
 
 
 def _rows_of(call: Emit, parameter: Any, fused: Fused | None, queries: bool) -> Any:
