@@ -27,18 +27,25 @@ ROUNDS = 9
 _WIDTH, _HEAD = 384, 64
 """Channels and head size of the probes: a small ViT's."""
 _LEAST_SHARE = 1e-4
+_LONG_ENOUGH, _MOST_REPEATS = 4e-3, 50
+"""Seconds that a timing takes at least, by repeating short kernels: in a graph they follow each other, too."""
+CALL, SHORT_CHAIN, LONG_CHAIN, _CHAIN = "a call", "one small product", "a chain of small products", 21
+"""Probes of what a compiled call costs however little it does, and of what each kernel in it costs more."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A kernel to time. amount: what its curve is indexed by. less: a probe whose time is no part of this kind's work."""
+    """A kernel to time. kind: a name in KINDS, "" for what is no kind of work. amount: what its curve is indexed by.
+
+    less: probes whose time is no part of this kind's work.
+    """
 
     name: str
     kind: str
     amount: float
     work: Work
     run: Callable[[], object]
-    less: str = ""
+    less: tuple[str, ...] = ()
 
 
 def tune(
@@ -46,6 +53,7 @@ def tune(
 ) -> Target:
     """`target` with rates and curves measured on this machine's `target.device`, for products in `dtype`."""
     device = torch.device(target.device)
+    clock = clock_for(device)
     with torch.no_grad():
         probes = list(_probes(device, dtype))
         total = len(probes) * (rounds + 2)
@@ -57,20 +65,27 @@ def tune(
             if progress is not None:
                 progress(label, done, total)
 
+        repeats = {}
         for probe in probes:
             probe.run()  # compiles
-            step(f"compiling ({probe.kind})")
-        runs = {probe.name: probe.run for probe in probes}
-        timings = interleave(runs, rounds=rounds, warmup=1, clock=clock_for(device), progress=lambda: step("timing"))
-    seconds = {name: statistics.median(values) for name, values in timings.seconds.items()}
+            probe.run()
+            taken = clock(probe.run)
+            repeats[probe.name] = max(1, min(_MOST_REPEATS, round(_LONG_ENOUGH / max(taken, 1e-9))))
+            step(f"compiling ({probe.kind or 'launches'})")
+        runs = {probe.name: _repeated(probe.run, repeats[probe.name]) for probe in probes}
+        timings = interleave(runs, rounds=rounds, warmup=1, clock=clock, progress=lambda: step("timing"))
+    seconds = {name: statistics.median(values) / repeats[name] for name, values in timings.seconds.items()}
     return fitted(target, probes, seconds, str(dtype).removeprefix("torch."), rounds)
 
 
 def fitted(target: Target, probes: Sequence[Probe], seconds: dict[str, float], dtype: str, rounds: int) -> Target:
     """The target whose curves go through the probes' times."""
-    own = {p.name: max(seconds[p.name] - seconds.get(p.less, 0.0), 0.02 * seconds[p.name]) for p in probes}
-    launch = own["nothing"]
-    own = {name: max(value - launch, 0.05 * value) for name, value in own.items()}
+    launch = max((seconds[LONG_CHAIN] - seconds[SHORT_CHAIN]) / (_CHAIN - 1), 0.0)
+    own = {}
+    for probe in probes:
+        taken = seconds[probe.name]
+        beside = sum(seconds[name] for name in probe.less) if probe.less else launch
+        own[probe.name] = max(taken - beside, 0.02 * taken)
     dense = max(p.work.flops / own[p.name] for p in probes if p.kind == "product")
     longest = max((p for p in probes if p.kind == "stream"), key=lambda p: p.amount)
     bandwidth = longest.work.bytes / own[longest.name]
@@ -112,8 +127,10 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
     """A GPU is only busy with many images."""
     size = dtype.itemsize
     name = str(dtype).removeprefix("torch.")
-    tiny = random(8)
-    yield Probe("nothing", "", 0, Work("stream"), _compiled(lambda x: x + 1, tiny))
+    tiny = random(8, 8)
+    yield Probe(CALL, "", 0, Work("stream"), _compiled(lambda x: x + 1, tiny[0]))
+    yield Probe(SHORT_CHAIN, "", 0, Work("stream"), _compiled(lambda x: _chain(x, 1), tiny))
+    yield Probe(LONG_CHAIN, "", 0, Work("stream"), _compiled(lambda x: _chain(x, _CHAIN), tiny))
     for rows in (64, 256, 1024, 4096):
         for inner, columns in ((_WIDTH, 4 * _WIDTH), (4 * _WIDTH, _WIDTH), (2 * _WIDTH, 2 * _WIDTH)):
             rows_here = rows * (big // 4)
@@ -142,12 +159,19 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
         if tokens in (49, 197, 394):
             entries = 4 * big * 6 * tokens * tokens
             scored = _compiled(_scored_attention, q)
-            yield Probe(f"scores {tokens}", "scores", entries, Work("scores", bytes=entries), scored, less=plain)
+            yield Probe(
+                f"scores {tokens}", "scores", entries, Work("scores", bytes=entries), scored, less=(plain, CALL)
+            )
     for rows in (200, 800, 6400):
         x = random(rows * (big // 4), _WIDTH)
         moved = 3 * x.numel() * size
         yield Probe(
-            f"stream {rows}", "stream", moved, Work("stream", bytes=moved), _compiled(_norm_of_sum, x, x.clone())
+            f"stream {rows}",
+            "stream",
+            moved,
+            Work("stream", bytes=moved),
+            _compiled(_norm_of_sum, x, x.clone()),
+            (CALL,),
         )
     for tokens in (98, 392):
         x = random(big, tokens, _WIDTH)
@@ -162,6 +186,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
             moved,
             Work("gather", bytes=moved),
             _compiled(lambda x, w, k, g: gtp_fx.propagate(x, w, k, g, 0.1, 0), x, weights, *index),
+            (CALL,),
         )
         scores = random(big, tokens).float()
         ranked = 4 * scores.numel()
@@ -171,7 +196,23 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
             ranked,
             Work("sort", bytes=ranked),
             _compiled(lambda s, n=leaving: gtp_fx.select(s, n), scores),
+            (CALL,),
         )
+
+
+def _chain(x: Tensor, length: int) -> Tensor:
+    y = x
+    for _ in range(length):
+        y = y @ x
+    return y
+
+
+def _repeated(run: Callable[[], object], times: int) -> Callable[[], object]:
+    def again() -> None:
+        for _ in range(times):
+            run()
+
+    return again
 
 
 def _scored_attention(q: Tensor) -> Any:
