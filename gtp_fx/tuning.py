@@ -198,6 +198,16 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
             _compiled(lambda s, n=leaving: gtp_fx.select(s, n), scores),
             (CALL,),
         )
+    for side in (49, 196):
+        pairs = random(big, side, side).float()
+        ranked = 4 * pairs.numel()
+        work = Work("sort", bytes=ranked)
+        yield Probe(f"sort pairs {side}", "sort", ranked, work, _compiled(_nearest, pairs), (CALL,))
+
+
+def _nearest(similarity_BGG: Tensor) -> Tensor:
+    """As the token graph ranks all pairs, once for each stream."""
+    return similarity_BGG.topk(8, dim=-1, sorted=False).indices
 
 
 def _chain(x: Tensor, length: int) -> Tensor:
