@@ -97,8 +97,8 @@ def test_flops_of_branches_are_the_counters(schedule: list[int]) -> None:
     )
     x = noise(1, 3, 56, 56)
     fast = gtp_fx.optimize(enliven(model).eval(), schedule=schedule, example_inputs=x, compile=False)
-    with FlopCounterMode(display=False) as counter:
-        fast(x)
+    with FlopCounterMode(display=False) as counter:  # on meta: some releases count a CPU's fused attention as nothing
+        fast.graph_module.to("meta")(x.to("meta"))
     assert counter.get_total_flops() == fast.report.flops_after
     rows = {row.block: row for row in fast.report.sites}
     assert {block: row.propagated for block, row in rows.items()} == {i: n for i, n in enumerate(schedule) if n}
