@@ -156,9 +156,7 @@ def _branch_change(
     spent: Any = 0.0
     for work in works:
         rows = np.maximum(work.rows * share, 1)
-        fewer = Work(
-            work.kind, work.flops * share, work.bytes * share, rows, work.columns, work.batch, dtype=work.dtype
-        )
+        fewer = replace(work, flops=work.flops * share, bytes=work.bytes * share, rows=rows)
         spent = spent + seconds(fewer, target) - seconds(work, target)
     size = getattr(torch, site.dtype).itemsize
     values = windows * tokens * site.channels * size
