@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.digits import CLASSES, Look, Split, canvases
+from gtp_fx import cache
 from gtp_fx.progress import Progress, progress_bar
 
 _RECIPE = 1
@@ -135,8 +136,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def cache_folder() -> Path:
-    """Where trained nets are kept; XDG_CACHE_HOME moves it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gtp_fx" / "digit_nets"
+    """Where trained nets are kept, in the folder of everything that gtp_fx keeps."""
+    return cache.cache_folder() / "digit_nets"
 
 
 def _key(config: NetConfig, seed: int) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 from tabulate import tabulate
 from torch import fx, nn
 
-from gtp_fx.axes import TokenDomain, whole_count
+from gtp_fx.axes import whole_count
 from gtp_fx.capture import capture_module
 from gtp_fx.config import Options
+from gtp_fx.cost.chains import counts_behind
 from gtp_fx.cost.closed_form import flops_of
 from gtp_fx.cost.seconds import branch_seconds, graph_seconds, total_seconds
-from gtp_fx.cost.site import Site, lent
+from gtp_fx.cost.site import lent
 from gtp_fx.cost.terms import Term, terms_of
 from gtp_fx.damage.calibration import bound
 from gtp_fx.inputs import CallSignature, call_signature
@@ -144,11 +145,11 @@ def forecast(exact: Exact, planned: Planned, options: Options) -> Forecast:
     owner = _owners(graph, blocks)
     flops = _by_block(found, counts, owner, options, flops_of, 1)
     seconds = _by_block(found, counts, owner, options, lambda works: total_seconds(works, target), batch)
-    for place, change in branch_seconds(graph, found.sites, options.strategy, target, batch, found).items():
-        site, count = found.sites[place], counts[place]
-        assert site.branch is not None
-        flops[site.block][1] += site.branch.change(count)
-        seconds[site.block][1] += change[site.branch.tokens - count]
+    skipped = branch_seconds(graph, found.sites, options.strategy, target, batch, found)
+    for site, count in zip(found.sites, counts, strict=True):
+        if site.branch is not None:
+            flops[site.block][1] += site.branch.change(count)
+            seconds[site.block][1] += skipped[site.block][site.branch.tokens - count]
     for number, scoring in lent(found.sites, counts).items():
         flops[number][1] += scoring
     rows = []
@@ -188,12 +189,7 @@ def _by_block(
     batch: int,
 ) -> dict[int, list[Any]]:
     """[with every token, with the plan] by block; branches are left out."""
-    left: dict[TokenDomain, int] = {}
-    gone: dict[object, int] = {}
-    for site, count in zip(found.sites, counts, strict=True):
-        if site.branch is None:
-            gone[site.stream] = gone.get(site.stream, 0) + count
-            left[site.domain.at(site.domain.level + 1)] = site.whole - gone[site.stream]
+    behind = counts_behind(found.sites, counts)
     spent: dict[int, list[Any]] = defaultdict(lambda: [0, 0])
     graph = next(iter(found.typing.answers)).graph
     for term in terms_of(graph, found.typing, found.sites, options.strategy, batch):
@@ -201,15 +197,11 @@ def _by_block(
         if term.site is None:
             row[0] += weigh(term.works(whole_count))
         elif not counts[term.site] or (
-            term.first and _left_before(found.sites[term.site], left) < found.sites[term.site].whole
+            term.first and behind(found.sites[term.site].domain) < found.sites[term.site].whole
         ):
             continue
-        row[1] += weigh(term.works(lambda d: whole_count(d) if d.level == 0 else left[d]))
+        row[1] += weigh(term.works(behind))
     return spent
-
-
-def _left_before(site: Site, left: dict[TokenDomain, int]) -> int:
-    return site.whole if site.domain.level == 0 else left[site.domain]
 
 
 def _owners(graph: fx.Graph, blocks: Sequence[AttentionBlock]) -> Callable[[Term], int]:

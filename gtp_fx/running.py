@@ -18,25 +18,35 @@ from gtp_fx.shapes import propagate_shapes
 log = logging.getLogger(__name__)
 
 
+Rewrite = Callable[[fx.GraphModule], fx.GraphModule]
+
+
 def carry_out(gm: fx.GraphModule, plan: Plan, original: int) -> tuple[fx.GraphModule, tuple[PassStep, ...]]:
     """The approximate passes: `gm`, behind the exact ones, with the plan's tokens leaving. original: FLOPs, for the account."""
     run = Runner("approximate", original)
-    if plan.skipping:
-        gm = run("insert_branches", lambda g: insert_branches(g, plan), gm)
-    if plan.propagated or plan.strategy.rewrites_every_attention:
-        gm = run("insert_propagation", lambda g: insert_propagation(g, plan), gm)
+    for name, rewrite in _approximate(plan):
+        gm = run(name, rewrite, gm)
     return gm, tuple(run.steps)
 
 
 def shortened(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """What `carry_out` makes, its last pass unverified, in half the time: for graphs that are run at once and thrown away."""
-    if plan.skipping:
-        gm = insert_branches(gm, plan)
-        if plan.propagated:
-            propagate_shapes(gm, after="insert_branches")
-    if plan.propagated or plan.strategy.rewrites_every_attention:
-        gm = insert_propagation(gm, plan)
+    passes = _approximate(plan)
+    for left, (name, rewrite) in zip(reversed(range(len(passes))), passes, strict=True):
+        gm = rewrite(gm)
+        if left:  # the next one reads shapes
+            propagate_shapes(gm, after=name)
     return gm
+
+
+def _approximate(plan: Plan) -> list[tuple[str, Rewrite]]:
+    """The passes that the plan needs, in order."""
+    passes: list[tuple[str, Rewrite]] = []
+    if plan.skipping:
+        passes.append(("insert_branches", lambda gm: insert_branches(gm, plan)))
+    if plan.propagated or plan.strategy.rewrites_every_attention:
+        passes.append(("insert_propagation", lambda gm: insert_propagation(gm, plan)))
+    return passes
 
 
 @dataclass
@@ -47,9 +57,7 @@ class Runner:
     original: int
     steps: list[PassStep] = field(default_factory=list)
 
-    def __call__(
-        self, name: str, rewrite: Callable[[fx.GraphModule], fx.GraphModule], gm: fx.GraphModule
-    ) -> fx.GraphModule:
+    def __call__(self, name: str, rewrite: Rewrite, gm: fx.GraphModule) -> fx.GraphModule:
         result = rewrite(gm)
         if result is not gm:  # a pass with nothing to do may hand back what it got
             propagate_shapes(result, after=name)

@@ -44,13 +44,13 @@ def find_sites(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Stra
     if obstacles := find_coercions(typing).refused:
         message = "tokens can't leave this model: what follows can't do without them (flops_budget=1.0 still works)"
         raise UnsupportedModelError(message, obstacles)
-    whole = infer_types(graph) if branched else typing
+    whole = infer_types(graph)
     turns = take_turns(blocks, whole, strategy)
     sites = [
         _skipping(block, branch, whole, strategy, len(blocks), turns.halves.get(block.index))
         for block, branch in branched
     ]
-    read = _grids_read(graph, blocks)
+    read = _grids_read(graph, blocks, whole)
     sites += [
         replace(_leaving(block, typing, len(blocks)), patches_read=block.axis.domain.grid in read) for block in leaving
     ]
@@ -95,9 +95,9 @@ def _leaving(block: AttentionBlock, typing: Typing, blocks: int) -> Site:
     )
 
 
-def _grids_read(graph: fx.Graph, blocks: Sequence[AttentionBlock]) -> set[Grid]:
+def _grids_read(graph: fx.Graph, blocks: Sequence[AttentionBlock], typing: Typing) -> set[Grid]:
     """The grids whose patches something reads behind the last block that attends over them."""
-    needed = live_tokens(graph, infer_types(graph)).needed
+    needed = live_tokens(graph, typing).needed
     last = {block.axis.domain.grid: block for block in blocks}
     return {
         grid

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.cost.work import KINDS, Work
+from gtp_fx.cost.work import DENSE, KINDS, Work
 from gtp_fx.progress import Progress
 from gtp_fx.targets.target import Curve, Target
 from gtp_fx.timing import clock_for, interleave
@@ -93,11 +93,7 @@ def fitted(target: Target, probes: Sequence[Probe], seconds: dict[str, float], d
     for kind in dict.fromkeys(p.kind for p in probes if p.kind):
         points: dict[float, list[float]] = {}
         for probe in (p for p in probes if p.kind == kind):
-            roof = (
-                probe.work.flops / dense
-                if kind in ("product", "convolution", "attention")
-                else probe.work.bytes / bandwidth
-            )
+            roof = probe.work.flops / dense if kind in DENSE else probe.work.bytes / bandwidth
             points.setdefault(probe.amount, []).append(roof / own[probe.name])
         shares = {amount: min(max(statistics.fmean(s), _LEAST_SHARE), 16.0) for amount, s in points.items()}
         curves[kind] = Curve(tuple(sorted(shares.items())))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gtp_fx.cache import cache_folder
+from gtp_fx.cache import cache_folder, keep_json
 from gtp_fx.errors import OptionError
 from gtp_fx.targets.target import Curve, Target
 
@@ -36,10 +35,7 @@ def tuned_file(target: Target) -> Path:
 def save_tuned(target: Target) -> Path:
     """Keep a measured target for this machine; returns the file."""
     file = tuned_file(target)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    written = file.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps(as_dict(target), indent=2) + "\n")
-    written.replace(file)  # at once: another process may be reading
+    keep_json(file, as_dict(target))
     return file
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gtp_fx.axes import Grid, TokenDomain
 from gtp_fx.cost.site import Site
-from gtp_fx.cost.terms import Term
+from gtp_fx.cost.terms import Counts, Term
 
 Numbers = NDArray[Any]
 """int64 FLOPs, or float64 seconds."""
@@ -138,21 +138,21 @@ def grid_count(grid: Grid) -> int:
     return TokenDomain(grid).whole_count
 
 
-def _counting(left: dict[TokenDomain, Any]) -> Callable[[TokenDomain], Any]:
+def counts_behind(sites: Sequence[Site], propagated: Sequence[int]) -> Counts:
+    """The patches of every domain when `propagated[i]` leave at site i."""
+    left: dict[TokenDomain, int] = {}
+    for site, count in zip(sites, propagated, strict=True):
+        if site.branch is None:
+            left[site.domain.at(site.domain.level + 1)] = _counting(left)(site.domain) - count
+    return _counting(left)
+
+
+def _counting(left: dict[TokenDomain, Any]) -> Counts:
     return lambda domain: domain.whole_count if domain.level == 0 else left[domain]
 
 
 def _across(term: Term, sites: Sequence[Site], weigh: Callable[[Any], Any]) -> Crossing:
-    def cost(propagated: Sequence[int]) -> Any:
-        left: dict[TokenDomain, int] = {}
-        gone: dict[Grid, int] = {}
-        for site, count in zip(sites, propagated, strict=True):
-            if site.branch is None:
-                gone[site.domain.grid] = gone.get(site.domain.grid, 0) + count
-                left[site.domain.at(site.domain.level + 1)] = site.whole - gone[site.domain.grid]
-        return weigh(term.works(_counting(left)))
-
-    return cost
+    return lambda propagated: weigh(term.works(counts_behind(sites, propagated)))
 
 
 def _only_whole(domain: TokenDomain) -> int:

@@ -25,7 +25,7 @@ from gtp_fx.cost.formulas import find
 from gtp_fx.cost.fusion import fused_groups
 from gtp_fx.cost.site import Site
 from gtp_fx.cost.terms import graph_terms, group_work, node_work, terms_of
-from gtp_fx.cost.work import Work
+from gtp_fx.cost.work import DENSE, Work
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.targets.target import Target, Tile
@@ -41,13 +41,10 @@ class Skipped(Protocol):
     def turns(self) -> Turns: ...
 
 
-_DENSE = ("product", "convolution", "attention")
-
-
 def seconds(work: Work, target: Target) -> Any:
     """Of one kernel; an array where the work's amounts are."""
     rate = target.rate(work.dtype)
-    if work.kind in _DENSE:
+    if work.kind in DENSE:
         amount = work.tokens if work.kind == "attention" else work.flops
         padded = work.flops * _padding(work, target)
         compute = padded / (rate * target.curves[work.kind](amount))
@@ -101,10 +98,9 @@ def seconds_model(
 ) -> CostModel:
     """Seconds of every schedule. original: of what ratios are taken of. found: the branches that tokens skip."""
     skipped = branch_seconds(graph, sites, strategy, target, batch, found)
-    place_of = {site: place for place, site in enumerate(sites)}
     terms = terms_of(graph, typing, sites, strategy, batch)
     weigh = lambda works: total_seconds(works, target)  # noqa: E731
-    return cost_model(sites, terms, weigh, lambda site: skipped[place_of[site]], original, np.float64)
+    return cost_model(sites, terms, weigh, lambda site: skipped[site.block], original, np.float64)
 
 
 def branch_seconds(
@@ -115,13 +111,13 @@ def branch_seconds(
     batch: int,
     found: Skipped,
 ) -> dict[int, Numbers]:
-    """For the position of each site where tokens skip a branch: what is spent more, by tokens kept, [tokens + 1]."""
+    """For the block of each site where tokens skip a branch: what is spent more, by tokens kept, [tokens + 1]."""
     if not found.branches:
         return {}
     whole = infer_types(graph)
     groups = list(fused_groups(graph, whole))
     changes = {}
-    for place, site in enumerate(sites):
+    for site in sites:
         if site.branch is not None:
             branch, half = found.branches[site.block], found.turns.halves.get(site.block)
             inside = {*branch.inside, *(half.inside if half is not None else ())}
@@ -131,7 +127,7 @@ def branch_seconds(
             works += [
                 group_work(group, whole, whole_count, batch) for group in groups if inside.issuperset(group.nodes)
             ]
-            changes[place] = _branch_change(site, branch, works, strategy, target, batch)
+            changes[site.block] = _branch_change(site, branch, works, strategy, target, batch)
     return changes
 
 

@@ -22,6 +22,9 @@ KINDS = {
 }
 """Each has an efficiency curve of its own in a target."""
 
+DENSE = ("product", "convolution", "attention")
+"""Those whose curve is of the dense rate, the others' of the bandwidth."""
+
 
 @dataclass(frozen=True)
 class Work:

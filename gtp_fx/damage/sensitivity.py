@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from gtp_fx.cache import cache_folder
+from gtp_fx.cache import cache_folder, keep_json
 from gtp_fx.cost.site import Site
 from gtp_fx.damage.calibration import Calibration
 from gtp_fx.damage.tables import Damage, Table
@@ -45,7 +44,7 @@ def measured_damage(
     if points is None:
         points = _measure(sites, calibration.points, lambda counts: judged(counts, strategy), progress)
         if calibration.cache:
-            _keep(file, points)
+            keep_json(file, {"version": _VERSION, "torch": torch.__version__, "points": points})
     images = sum(len(next(t for t in pytree.tree_leaves(call) if isinstance(t, Tensor))) for call in calls)
     tables = tuple(_table(site.whole, own) for site, own in zip(sites, points, strict=True))
     return Damage(tables, f"measurement on {images} images")
@@ -116,10 +115,3 @@ def _cached(file: Path) -> list[list[tuple[int, float]]] | None:
         return [[(int(count), float(value)) for count, value in site] for site in data["points"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _keep(file: Path, points: list[list[tuple[int, float]]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    written = file.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps({"version": _VERSION, "torch": torch.__version__, "points": points}))
-    written.replace(file)
