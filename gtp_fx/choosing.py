@@ -17,12 +17,14 @@ from gtp_fx.plan import Plan
 from gtp_fx.progress import progress_bar
 from gtp_fx.running import shortened
 from gtp_fx.schedule import BlockShape
-from gtp_fx.scheduling import LINES, first_within, least_damage
+from gtp_fx.scheduling import LINES, first_within
 from gtp_fx.sites import Candidates
 from gtp_fx.solver import OverBudget
 from gtp_fx.strategies import Strategy
 
 ModelOf = Callable[[Strategy], CostModel]
+Solve = Callable[[CostModel, Damage, float], Counts]
+"""The schedule of least damage within a limit: `least_damage` or `few_sites`."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,10 @@ class Choice:
     origin: str
 
 
-def by_prior(model: CostModel, strategy: Strategy, limit: float) -> Choice:
+def by_prior(model: CostModel, strategy: Strategy, limit: float, solve: Solve) -> Choice:
     """Without data. Raises OverBudget."""
     damage = prior_damage(model.sites)
-    return Choice(least_damage(model, damage, limit), strategy, damage.origin)
+    return Choice(solve(model, damage, limit), strategy, damage.origin)
 
 
 def by_calibration(
@@ -49,26 +51,24 @@ def by_calibration(
     strategy: Strategy,
     limit: float,
     calibration: Calibration,
+    solve: Solve,
 ) -> Choice:
     """From `calibration`, bound to the model's calls. gm: behind the exact passes, with its parameters. Raises OverBudget."""
     model = model_of(strategy)
-    least_damage(model, prior_damage(found.sites), limit)  # whether the budget can be met is told before measuring
+    solve(model, prior_damage(found.sites), limit)  # whether the budget can be met is told before measuring
     judge = Judge.of(gm, calibration.images)
 
     def judged(counts: Counts, how: Strategy) -> float:
         return judge(shortened(gm, Plan.of(found.sites, counts, shapes, how)))
 
-    def solve(damage: Damage) -> Counts:
-        return least_damage(model, damage, limit)
-
     with progress_bar(shown=calibration.progress) as show:
         damage = measured_damage(gm, found.sites, shapes, strategy, calibration, judged, show)
-        first = _portfolio(model, damage, limit)
+        first = _portfolio(model, damage, limit, solve)
         variants = _variants(strategy, found, calibration)
         search = Search(judged, strategy, len(first) + calibration.refine + len(variants), show)
         for counts in first:
             search.try_out(counts)
-        search.weigh_anew(damage, solve, calibration.refine)
+        search.weigh_anew(damage, lambda weighed: solve(model, weighed, limit), calibration.refine)
         affordable = [variant for variant in variants if model_of(variant).cost(search.best) <= limit]
         chosen = search.vary_strategy(affordable)
     looked = f", the best of {len(search.seen)} schedules" + (
@@ -77,9 +77,9 @@ def by_calibration(
     return Choice(search.best, chosen, f"{damage.origin}{looked}: divergence {search.least:.3g}")
 
 
-def _portfolio(model: CostModel, damage: Damage, limit: float) -> list[Counts]:
+def _portfolio(model: CostModel, damage: Damage, limit: float, solve: Solve) -> list[Counts]:
     """Ways to spend the budget, each once: by the measured tables first."""
-    found = [least_damage(model, damage, limit), least_damage(model, prior_damage(model.sites), limit)]
+    found = [solve(model, damage, limit), solve(model, prior_damage(model.sites), limit)]
     for line in LINES.values():
         try:
             found.append(first_within(model, limit, line))

@@ -21,7 +21,7 @@ from gtp_fx.other_attention import other_attention
 from gtp_fx.passes.find_blocks import AttentionBlock, block_shape, read_blocks
 from gtp_fx.plan import Plan
 from gtp_fx.schedule import BlockShape, Schedule
-from gtp_fx.scheduling import AUTO, LINES, first_within
+from gtp_fx.scheduling import AUTO, LINES, few_sites, first_within, least_damage
 from gtp_fx.sites import Candidates, find_sites
 from gtp_fx.solver import OverBudget
 from gtp_fx.strategies import Strategy
@@ -106,12 +106,13 @@ def _choose(
         return flops_model(gm.graph, found.typing, found.sites, strategy, original.flops)
 
     assert isinstance(options.schedule, str)
+    solve = few_sites if options.latency_budget is None else least_damage
     try:
         if options.schedule != AUTO:
             return Choice(first_within(model, limit, LINES[options.schedule]), options.strategy, "")
         if options.calibration is None:
-            return by_prior(model, options.strategy, limit)
-        return by_calibration(gm, found, shapes, model_of, options.strategy, limit, options.calibration)
+            return by_prior(model, options.strategy, limit, solve)
+        return by_calibration(gm, found, shapes, model_of, options.strategy, limit, options.calibration, solve)
     except OverBudget as over:
         on = "" if options.latency_budget is None else f" on target {options.target.name!r}, {options.batch} images,"
         advice = "" if options.schedule == AUTO else "; schedule='auto' can go lower"

@@ -1,6 +1,6 @@
 """From a budget to the tokens that leave at each site.
 
-"auto"     least expected damage within the budget (`gtp_fx.solver`, `gtp_fx.damage`)
+"auto"     least expected damage within the budget (`gtp_fx.solver`, `gtp_fx.damage`), at few sites where FLOPs are the budget
 "uniform"  the paper's constant count a block
 "even"     the same to the token, in total evenly over the blocks
 
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gtp_fx.cost.chains import Chain, CostModel
+from gtp_fx.cost.chains import Chain, CostModel, tokens_left
 from gtp_fx.cost.site import Site
 from gtp_fx.damage.tables import Damage
 from gtp_fx.solver import OverBudget, Path, Steps, solve
@@ -25,6 +26,8 @@ _FINE = 192
 """Counts that the solver chooses from at once; of longer streams every second, third, … and then those around its choice."""
 _ROUNDS = 8
 """Of solving anew with what crosses streams as the last solution has it."""
+_WORTH, _LOOSE = 0.1, 0.02
+"""What a site has to earn, as a share of the least damage; and how closely that is found out."""
 
 
 def least_damage(model: CostModel, damage: Damage, limit: float, levels: Levels | None = None) -> tuple[int, ...]:
@@ -35,8 +38,7 @@ def least_damage(model: CostModel, damage: Damage, limit: float, levels: Levels 
     """
     if levels is not None:
         return _within(model, damage, limit, [levels(chain) for chain in model.chains])
-    coarse = [np.arange(chain.whole, 0, -max(1, chain.whole // _FINE)) for chain in model.chains]
-    coarse = [levels if levels[-1] == 1 else np.append(levels, 1) for levels in coarse]
+    coarse = _coarse(model)
     found = _within(model, damage, limit, coarse)
     around = [_around(chain, found, counts) for chain, counts in zip(model.chains, coarse, strict=True)]
     if all(len(fine) == len(counts) for fine, counts in zip(around, coarse, strict=True)):
@@ -47,13 +49,32 @@ def least_damage(model: CostModel, damage: Damage, limit: float, levels: Levels 
 Levels = Callable[[Chain], NDArray[np.int64]]
 
 
-def _within(model: CostModel, damage: Damage, limit: float, levels: list[NDArray[np.int64]]) -> tuple[int, ...]:
+def few_sites(model: CostModel, damage: Damage, limit: float) -> tuple[int, ...]:
+    """The same where each site has to earn `_WORTH` of the least damage: for budgets in FLOPs, which don't see what a site costs.
+
+    A site ranks tokens by attention whose map can't stay fused, sorts and moves them: time that is no FLOPs, and compile
+    time. Damage is known to within some tens of per cent, and many schedules do as little; of those this is one with few sites.
+    Raises OverBudget.
+    """
+    least = _within(model, damage, limit, _coarse(model), _LOOSE)
+    whole = sum(damage.of(chain, tokens_left(chain, least)) for chain in model.chains)
+    return least_damage(model, replace(damage, per_site=_WORTH * whole), limit)
+
+
+def _coarse(model: CostModel) -> list[NDArray[np.int64]]:
+    levels = [np.arange(chain.whole, 0, -max(1, chain.whole // _FINE)) for chain in model.chains]
+    return [counts if counts[-1] == 1 else np.append(counts, 1) for counts in levels]
+
+
+def _within(
+    model: CostModel, damage: Damage, limit: float, levels: list[NDArray[np.int64]], tolerance: float = 1e-3
+) -> tuple[int, ...]:
     steps = [_steps(chain, counts, damage) for chain, counts in zip(model.chains, levels, strict=True)]
     crossing = float(model.crossing_cost((0,) * len(model.sites)))
     best = None
     for _ in range(_ROUNDS if model.crossing else 1):
         try:
-            found = _counts(model, solve(steps, limit - float(model.fixed) - crossing))
+            found = _counts(model, solve(steps, limit - float(model.fixed) - crossing, tolerance))
         except OverBudget as over:
             if best is None:
                 raise OverBudget(over.cost + float(model.fixed) + crossing) from None

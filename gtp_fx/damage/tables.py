@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gtp_fx.cost.chains import Chain
 
 Table = NDArray[np.float64]
 
@@ -21,11 +24,12 @@ class Damage:
         tables[i][the same share of all]                  a ranking of each site's own: a bad place for choosing stays bad
 
     On small nets trained on digits the sum ranked schedules more nearly as the divergence of their outputs does than either half.
-    origin: where the tables come from.
+    origin: where the tables come from. per_site: what a site costs besides, however many leave there.
     """
 
     tables: tuple[Table, ...]
     origin: str
+    per_site: float = 0.0
 
     def __post_init__(self) -> None:
         for table in self.tables:
@@ -37,4 +41,10 @@ class Damage:
         table = self.tables[site]
         ordered = table[whole - after] - table[whole - before]
         alone = np.interp((before - after) / before * whole, np.arange(len(table)), table)
-        return ordered + alone
+        return ordered + alone + self.per_site * (after < before)
+
+    def of(self, chain: Chain, left: Sequence[int]) -> float:
+        """Of one chain's schedule. left: tokens behind each of its sites."""
+        before = (chain.whole, *left)
+        steps = zip(chain.places, before, left, strict=False)
+        return float(sum(self.step(place, chain.whole, n, after) for place, n, after in steps))
