@@ -11,16 +11,18 @@ from test_windows import SWIN
 from torch import fx
 
 import gtp_fx
+from gtp_fx.axes import Grid, TokenAxis, TokenDomain
 from gtp_fx.capture import capture_module
 from gtp_fx.config import Options
-from gtp_fx.cost.chains import Chain, CostModel
+from gtp_fx.cost.chains import Chain, CostModel, tokens_left
 from gtp_fx.cost.closed_form import flops_model
+from gtp_fx.cost.site import Site
 from gtp_fx.damage.prior import prior_damage
 from gtp_fx.damage.tables import Damage
 from gtp_fx.inputs import call_signature
 from gtp_fx.passes.find_blocks import read_blocks
 from gtp_fx.pipeline import run_exact_passes
-from gtp_fx.scheduling import least_damage
+from gtp_fx.scheduling import few_sites, least_damage
 from gtp_fx.sites import find_sites
 from gtp_fx.solver import OverBudget, Steps, solve
 
@@ -133,6 +135,44 @@ def test_brute_force_agrees_on_real_models(name: str, budget: float, priced_mode
     found = least_damage(model, damage, limit, coarse)
     assert model.cost(found) <= limit
     assert damage_of(model, damage, found) == pytest.approx(best, rel=1.1e-3), "to its tolerance"
+
+
+@pytest.mark.parametrize("name", ["vit", "vit-gap", "reg4-map", "swin"])
+@pytest.mark.parametrize("budget", [0.9, 0.75])
+def test_few_sites_for_little_more_damage(name: str, budget: float, priced_models: dict[str, CostModel]) -> None:
+    """Each site left out saves a tenth of the least damage, so what it costs is no more than that."""
+    model = priced_models[name]
+    damage = prior_damage(model.sites)
+    limit = budget * model.original
+    if min(model.cost(counts) for counts in every_schedule(model)) > limit:
+        with pytest.raises(OverBudget):
+            few_sites(model, damage, limit)
+        return
+    many, few = least_damage(model, damage, limit), few_sites(model, damage, limit)
+    assert model.cost(few) <= limit
+    spared = sum(map(bool, many)) - sum(map(bool, few))
+    assert spared >= 0
+    assert damage_of(model, damage, few) <= damage_of(model, damage, many) * (1 + 0.1 * spared) * 1.03
+    assert damage.per_site == 0, "a price is no part of the damage"
+
+
+def test_few_sites_of_twelve_blocks() -> None:
+    """With so many blocks some don't earn their place, and the damage that a chain tells of itself is the sum of its steps."""
+    chain_model = made_up_chain(blocks=12, whole=64)
+    damage = Damage(tuple(np.arange(64.0) ** 2 for _ in range(12)), "a test")
+    many, few = least_damage(chain_model, damage, 500.0), few_sites(chain_model, damage, 500.0)
+    assert sum(map(bool, few)) < sum(map(bool, many))
+    left = tokens_left(chain_model.chains[0], few)
+    assert damage.of(chain_model.chains[0], left) == pytest.approx(damage_of(chain_model, damage, few))
+
+
+def made_up_chain(blocks: int, whole: int) -> CostModel:
+    """A token costs 1 in each block behind."""
+    behind = np.tile(np.arange(whole + 1.0), (blocks, 1))
+    chain = Chain(tuple(range(blocks)), whole, behind, (lambda before, after: 0.0,) * blocks)
+    axis = TokenAxis(TokenDomain(Grid("patches", (8, whole // 8))))
+    sites = tuple(Site(block, axis, 8, 1) for block in range(blocks))
+    return CostModel(sites, (chain,), 0.0, (), float(blocks * whole))
 
 
 @pytest.fixture(scope="module")
