@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -23,8 +24,8 @@ from gtp_fx.solver import OverBudget
 from gtp_fx.strategies import Strategy
 
 ModelOf = Callable[[Strategy], CostModel]
-Solve = Callable[[CostModel, Damage, float], Counts]
-"""The schedule of least damage within a limit: `least_damage` or `few_sites`."""
+Solve = Callable[[Damage], Counts]
+"""The schedule of least damage within the budget, as its currency asks: `least_damage` or `few_sites`. Raises OverBudget."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Choice:
     origin: str
 
 
-def by_prior(model: CostModel, strategy: Strategy, limit: float, solve: Solve) -> Choice:
+def by_prior(model: CostModel, strategy: Strategy, solve: Solve) -> Choice:
     """Without data. Raises OverBudget."""
     damage = prior_damage(model.sites)
-    return Choice(solve(model, damage, limit), strategy, damage.origin)
+    return Choice(solve(damage), strategy, damage.origin)
 
 
 def by_calibration(
@@ -55,7 +56,7 @@ def by_calibration(
 ) -> Choice:
     """From `calibration`, bound to the model's calls. gm: behind the exact passes, with its parameters. Raises OverBudget."""
     model = model_of(strategy)
-    solve(model, prior_damage(found.sites), limit)  # whether the budget can be met is told before measuring
+    guessed = solve(prior_damage(found.sites))  # before measuring, since it tells whether the budget can be met
     judge = Judge.of(gm, calibration.images)
 
     def judged(counts: Counts, how: Strategy) -> float:
@@ -63,12 +64,12 @@ def by_calibration(
 
     with progress_bar(shown=calibration.progress) as show:
         damage = measured_damage(gm, found.sites, shapes, strategy, calibration, judged, show)
-        first = _portfolio(model, damage, limit, solve)
+        first = list(dict.fromkeys([solve(damage), guessed, *_lines(model, limit)]))
         variants = _variants(strategy, found, calibration)
         search = Search(judged, strategy, len(first) + calibration.refine + len(variants), show)
         for counts in first:
             search.try_out(counts)
-        search.weigh_anew(damage, lambda weighed: solve(model, weighed, limit), calibration.refine)
+        search.weigh_anew(damage, solve, calibration.refine)
         affordable = [variant for variant in variants if model_of(variant).cost(search.best) <= limit]
         chosen = search.vary_strategy(affordable)
     looked = f", the best of {len(search.seen)} schedules" + (
@@ -77,15 +78,11 @@ def by_calibration(
     return Choice(search.best, chosen, f"{damage.origin}{looked}: divergence {search.least:.3g}")
 
 
-def _portfolio(model: CostModel, damage: Damage, limit: float, solve: Solve) -> list[Counts]:
-    """Ways to spend the budget, each once: by the measured tables first."""
-    found = [solve(model, damage, limit), solve(model, prior_damage(model.sites), limit)]
+def _lines(model: CostModel, limit: float) -> Iterator[Counts]:
+    """The paper's ways to spend the budget, of those that reach so far."""
     for line in LINES.values():
-        try:
-            found.append(first_within(model, limit, line))
-        except OverBudget:
-            continue  # not every line reaches so far
-    return list(dict.fromkeys(found))
+        with contextlib.suppress(OverBudget):
+            yield first_within(model, limit, line)
 
 
 def _variants(strategy: Strategy, found: Candidates, calibration: Calibration) -> list[Strategy]:

@@ -14,6 +14,7 @@ from gtp_fx.cost.chains import CostModel
 from gtp_fx.cost.closed_form import flops_model
 from gtp_fx.cost.count import count_flops
 from gtp_fx.cost.seconds import graph_seconds, seconds_model
+from gtp_fx.damage.tables import Damage
 from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError
 from gtp_fx.graphs import operator_name
 from gtp_fx.infer import infer_types
@@ -105,13 +106,17 @@ def _choose(
             return _seconds(gm.graph, found, replace(options, strategy=strategy), original)
         return flops_model(gm.graph, found.typing, found.sites, strategy, original.flops)
 
+    spend = few_sites if options.latency_budget is None else least_damage
+
+    def solve(damage: Damage) -> tuple[int, ...]:
+        return spend(model, damage, limit)
+
     assert isinstance(options.schedule, str)
-    solve = few_sites if options.latency_budget is None else least_damage
     try:
         if options.schedule != AUTO:
             return Choice(first_within(model, limit, LINES[options.schedule]), options.strategy, "")
         if options.calibration is None:
-            return by_prior(model, options.strategy, limit, solve)
+            return by_prior(model, options.strategy, solve)
         return by_calibration(gm, found, shapes, model_of, options.strategy, limit, options.calibration, solve)
     except OverBudget as over:
         on = "" if options.latency_budget is None else f" on target {options.target.name!r}, {options.batch} images,"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,5 @@ class Damage:
 
     def of(self, chain: Chain, left: Sequence[int]) -> float:
         """Of one chain's schedule. left: tokens behind each of its sites."""
-        before = (chain.whole, *left)
-        steps = zip(chain.places, before, left, strict=False)
-        return float(sum(self.step(place, chain.whole, n, after) for place, n, after in steps))
+        steps = zip(chain.places, pairwise((chain.whole, *left)), strict=True)
+        return float(sum(self.step(place, chain.whole, before, after) for place, (before, after) in steps))
