@@ -19,6 +19,7 @@ from torch import fx
 from gtp_fx.capture import capture_dynamo
 from gtp_fx.config import Options
 from gtp_fx.errors import NoBlocksError, OptionError
+from gtp_fx.lowering import lowered
 from gtp_fx.pipeline import run_passes
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ def gtp(
         warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
         return _inductor(gm, example_inputs, patches)
     log.info("%s", optimised.report)
-    return _inductor(optimised.graph_module, example_inputs, patches)
+    device = next((value.device for value in example_inputs if isinstance(value, torch.Tensor)), torch.device("cpu"))
+    return _inductor(lowered(optimised.graph_module, device), example_inputs, patches)
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:

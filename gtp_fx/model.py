@@ -7,6 +7,7 @@ methods, is refused instead of silently being slow.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from gtp_fx.capture import capture_module
 from gtp_fx.config import Options
 from gtp_fx.damage.calibration import bound
 from gtp_fx.inputs import CallSignature
+from gtp_fx.lowering import lowered
 from gtp_fx.pipeline import Optimised, run_passes
 from gtp_fx.provenance import Provenance, provenance_runner
 from gtp_fx.report import Report
@@ -98,26 +100,39 @@ class OptimizedModel(nn.Module):
 
     def _runner(self) -> Any:
         """What computes the current mode: the graph module, or its compiled form."""
-        state, training = self._gtp, self.training
-        if training not in state.runners:
+        state, training, device = self._gtp, self.training, self._device()
+        if (training, device) not in state.runners:
             optimised = state.by_mode.get(training) or self._specialise(training)
             graph_module: Any = optimised.graph_module
             if state.compile:
-                graph_module = torch.compile(graph_module, options=dict(state.options.target.inductor) or None)
-            state.runners[training] = graph_module
-        return state.runners[training]
+                options = dict(state.options.target.inductor) or None
+                graph_module = torch.compile(self._lowered(graph_module, device), options=options)
+            state.runners[training, device] = graph_module
+        return state.runners[training, device]
+
+    def _lowered(self, graph_module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+        """Over this module's parameters, too."""
+        kernels = lowered(graph_module, device)
+        if kernels is not graph_module:
+            _share(kernels, self)
+        return kernels
+
+    def _device(self) -> torch.device:
+        """Where it is now: `.to()` may have moved it since it was captured."""
+        held = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if held is None else held.device
 
 
 @dataclass
 class _State:
-    """What an OptimizedModel keeps beside its parameters. by_mode and runners: by `training`."""
+    """What an OptimizedModel keeps beside its parameters. by_mode: by `training`; runners: by that and the device."""
 
     original: nn.Module
     signature: CallSignature
     options: Options
     compile: bool
     by_mode: dict[bool, Optimised] = field(default_factory=dict)
-    runners: dict[bool, Any] = field(default_factory=dict)
+    runners: dict[tuple[bool, torch.device], Any] = field(default_factory=dict)
 
     @property
     def evaluation(self) -> Optimised:

@@ -11,8 +11,10 @@
     fuse_projections      exact         linear layers that read the same tokens become one product
     insert_branches       approximate   lets the plan's tokens skip branches, where the grid has to stay whole
     insert_propagation    approximate   lets the plan's tokens leave, and repairs what follows
+    lower_to_kernels      exact         on a GPU, GTP's operators become Triton kernels
 
-Between the tiers stands the plan (`gtp_fx.planning`): the approximate pass carries it out. Every pass is a function from a
+Between the tiers stands the plan (`gtp_fx.planning`): the approximate passes carry it out. The last pass runs
+where a graph is compiled and on a GPU (`gtp_fx.lowering`); users see what it was before. Every pass is a function from a
 graph module to a new one; the shapes of the result are recomputed by running it on fake tensors before the next pass.
 """
 

@@ -31,6 +31,16 @@ def operator(shapes: Callable[..., Any]) -> Callable[[F], F]:
     return register
 
 
+def shaped(shapes: Callable[..., Any]) -> Callable[[Any], Any]:
+    """The same for an operator that `torch.library` has defined: its shapes, so that the verifier needn't run it."""
+
+    def register(defined: Any) -> Any:
+        _shapes[defined._opoverload] = shapes
+        return defined
+
+    return register
+
+
 def shapes_of(target: Any) -> Callable[..., Any] | None:
     """The shape function of one of this package's operators; None for any other."""
     return _shapes.get(target)

@@ -1,0 +1,132 @@
+"""Attention with scores on a GPU: one kernel where a row of keys fits a tile, else a flash-style one and a pass over columns.
+
+The map is never in memory. Token scales and biases are added inside, so that a shortened stream keeps the speed of attention
+without a mask.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from gtp_fx.kernels.attention_kernels import attend_kernel, receive_kernel
+from gtp_fx.kernels.backward import differentiable
+from gtp_fx.kernels.launch import launcher
+from gtp_fx.kernels.tiles import AttentionTile, best_tile, power_of_two
+from gtp_fx.ops.attention import attention_map, key_bias, over_heads
+from gtp_fx.ops.register import shaped
+
+HEADS = (16, 128)
+"""Sizes of a head, least and most, that a tile is made for."""
+
+
+def _shapes(q, k, v, bias, scales, threshold, scale, score, prefix, suffix, tile):  # type: ignore[no-untyped-def]
+    batch, heads, tokens, _ = q.shape
+    ranked = 0 if score == "none" else tokens - prefix - suffix
+    out = v.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
+    return out, q.new_empty(batch, ranked, dtype=torch.float32)
+
+
+@shaped(_shapes)
+@torch.library.triton_op("gtp_fx_kernels::attend", mutates_args={})
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    threshold: Tensor | None,
+    scale: float | None,
+    score: str,
+    prefix: int,
+    suffix: int,
+    tile: list[int],
+) -> tuple[Tensor, Tensor]:
+    """As `torch.ops.gtp_fx.attention_with_scores` behind `key_bias`, and lies in memory as [B, N, H, D] does.
+
+    q [B, H, N, D], k [B, H, N, D], v [B, H, N, E] of float32, bfloat16 or float16, any strides; D and E from 16 to 128.
+    bias: as SDPA's mask, boolean (True: attend) or additive. scales: token scales [B, n] of the n patches, or None.
+    threshold: [H], or None; entries of a head's map below its own become 0, without renormalising. tile: `AttentionTile.arguments`, or []
+    for the best that is known.
+    For score "none" there may be more keys than queries, or fewer; prefix and suffix are the keys'.
+
+    Tolerance: like fused attention it rounds exponentials, not the map, to v's dtype before the second product, and adds in
+    float32. In float32 products are IEEE, so it differs from the reference by the order of sums (some 1e-6 relative); in
+    bfloat16 each output is a weighted mean whose weights were rounded to 2^-9 on either side, so it is within
+    2^-8 of the largest |v| beside the rounding of the output. Scores never pass through the lower dtype: those differ by 1e-5.
+    """
+    batch, heads, queries, features = q.shape
+    keys, values = v.shape[-2:]
+    cut = AttentionTile(*tile) if tile else best_tile(q, k, v)
+    fits = cut.columns >= keys
+    parts = triton.cdiv(queries, cut.rows)
+    scored = score != "none"
+    kind, _, how = score.partition("-")
+    counted = 1 if kind == "cls" else queries
+    out_BNHD = v.new_empty(batch, queries, heads, values)
+    bias_BHMN = None if bias is None else bias.expand(batch, heads, queries, keys)
+    bias_strides = (0, 0, 0, 0) if bias_BHMN is None else bias_BHMN.stride()
+    nothing = q.new_empty(1, dtype=torch.float32)  # in the place of what isn't read or written
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32) if scored and not fits else nothing
+    received = q.new_empty(batch, heads, parts if fits else 1, keys, dtype=torch.float32) if scored else nothing
+    own = q.new_empty(batch, heads, keys, dtype=torch.float32) if scored else nothing
+    patches = keys - prefix - suffix
+    scale = features**-0.5 if scale is None else scale
+    scales_Bn = None if scales is None else scales.contiguous()
+    reads = [_or(bias_BHMN, nothing), _or(scales_Bn, nothing), _or(threshold, nothing)]
+    options: dict[str, Any] = {
+        "HAS_BIAS": bias is not None,
+        "BOOLEAN": bias is not None and bias.dtype == torch.bool,
+        "HAS_SCALES": scales is not None,
+        "HAS_THRESHOLD": threshold is not None,
+        "ROWS": cut.rows,
+        "COLUMNS": cut.columns,
+        "FEATURES": power_of_two(features),
+        "num_warps": cut.warps,
+        "num_stages": cut.stages,
+    }
+    strides = [*q.stride(), *k.stride()]
+    out_strides = [out_BNHD.stride(0), out_BNHD.stride(2), out_BNHD.stride(1)]
+    launcher(attend_kernel)[(parts * batch * heads,)](
+        q, k, v, *reads, out_BNHD, lse, received, own,
+        *strides, *v.stride(), *bias_strides, *out_strides,
+        heads, queries, keys, features, values, scale, counted, prefix, patches,
+        ROW_FITS=fits, SCORED=scored, VALUES=power_of_two(values), **options,
+    )  # fmt: skip
+    out = out_BNHD.transpose(1, 2)
+    if not scored:
+        return out, q.new_empty(batch, 0, dtype=torch.float32)
+    if not fits:
+        launcher(receive_kernel)[(triton.cdiv(keys, cut.columns) * batch * heads,)](
+            q, k, *reads, lse, received, own, *strides, *bias_strides,
+            heads, queries, keys, features, scale, counted, prefix, patches, **options,
+        )  # fmt: skip
+    stop = keys - suffix
+    factors = []
+    if kind in ("regenerate", "mixed"):
+        factors.append(over_heads(own[..., prefix:stop], how))
+    if kind in ("broadcast", "mixed", "cls"):
+        factors.append(over_heads(received.sum(dim=2)[..., prefix:stop], how))
+    return out, math.prod(factors[1:], start=factors[0])
+
+
+def _reference(q, k, v, bias, scales, threshold, scale, score, prefix, suffix, tile):  # type: ignore[no-untyped-def]
+    """The output in plain ATen, which backward differentiates. Scores rank, and have no gradient."""
+    if scales is not None:
+        bias = key_bias(scales, prefix, suffix, bias, q)
+    exp_BHMN, inverse_BHM1 = attention_map(q, k, bias, scale)
+    map_BHMN = exp_BHMN * inverse_BHM1
+    if threshold is not None:
+        map_BHMN = torch.where(map_BHMN.detach() >= threshold[:, None, None], map_BHMN, 0.0)
+    return (torch.matmul(map_BHMN.to(v.dtype), v),)
+
+
+differentiable(attend, _reference)
+
+
+def _or(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
+    return otherwise if tensor is None else tensor

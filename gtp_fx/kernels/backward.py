@@ -1,0 +1,42 @@
+"""Gradients of kernels: the same computed again in plain ATen, and that differentiated. Nothing but the inputs is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def differentiable(operator: Any, reference: Callable[..., Any]) -> None:
+    """Let `operator`, one of `torch.library`'s, have the gradients of `reference`.
+
+    reference: takes the operator's arguments and returns a tuple of its first outputs; those behind them have no gradient.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.save_for_backward(*(inputs[place] for place in ctx.places))
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        arguments = list(ctx.others)
+        wanted = [place for place in ctx.places if ctx.needs_input_grad[place]]
+        with torch.enable_grad():
+            for place, value in zip(ctx.places, ctx.saved_tensors, strict=True):
+                arguments[place] = value.detach().requires_grad_(place in wanted)
+            outputs = reference(*arguments)
+        pairs = [
+            (out, grad) for out, grad in zip(outputs, grads, strict=False) if grad is not None and out.requires_grad
+        ]
+        found: list[Tensor | None] = [None] * len(arguments)
+        if pairs and wanted:
+            again, arrived = zip(*pairs, strict=True)
+            inputs = [arguments[place] for place in wanted]
+            made = torch.autograd.grad(again, inputs, arrived, allow_unused=True)
+            for place, gradient in zip(wanted, made, strict=True):
+                found[place] = gradient
+        return tuple(found)
+
+    operator.register_autograd(backward, setup_context=keep)

@@ -1,0 +1,62 @@
+"""How a kernel's work is cut: tiles of rows and columns, and the warps that share one."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from gtp_fx.errors import OptionError
+
+ROW_FITS = 256
+"""Keys that one tile may hold: 64 queries x 256 keys of float32 are half of a multiprocessor's registers."""
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """rows: queries of a program. columns: keys that it looks at once; where they are all keys it looks once.
+
+    warps, stages: Triton's. `AttentionTile(*tile.arguments)` is the tile again.
+    """
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 2
+
+    def __post_init__(self) -> None:
+        if any(size < 16 or size & (size - 1) for size in (self.rows, self.columns)):
+            raise OptionError(f"{self}: rows and columns are powers of two of at least 16")
+        if self.warps not in (1, 2, 4, 8, 16) or self.stages < 1:
+            raise OptionError(f"{self}: warps are 1, 2, 4, 8 or 16, stages at least 1")
+
+    @property
+    def arguments(self) -> list[int]:
+        return list(astuple(self))
+
+
+def attention_tiles(keys: int, head: int, dtype: torch.dtype) -> tuple[AttentionTile, ...]:
+    """What is worth timing for so many keys and such a head size; the one that is taken untimed first.
+
+    All are compiled without spilling registers and in less shared memory than any GPU from Ampere on has (99 KiB).
+    """
+    columns, wide = power_of_two(keys), head > 64
+    if dtype == torch.float32:  # without TF32 there are no tensor cores, and operands are in registers
+        return (AttentionTile(32, 32, 8, 1),) if wide else (AttentionTile(64, min(columns, 64), 8, 1),)
+    tiled = (AttentionTile(128, 64, 8, 2 if wide else 3), AttentionTile(64, 64, 4, 2 if wide else 3))
+    if keys > ROW_FITS or (wide and columns > 128):
+        return tiled if wide else (*tiled, AttentionTile(128, 64, 4, 3), AttentionTile(64, 32, 4, 4))
+    rows = (32,) if columns > 128 else (64, 32)
+    fitting = tuple(AttentionTile(count, columns, warps, 1) for count in rows for warps in (4, 8))
+    return fitting if columns <= 64 else (*fitting, tiled[1])
+
+
+def power_of_two(size: int) -> int:
+    """The least one that is at least `size`, and at least 16: tensor cores take no smaller operand."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def best_tile(q: Tensor, k: Tensor, v: Tensor) -> AttentionTile:
+    """The tile for attention of such operands: what was measured on this GPU, or else what is usually good."""
+    return attention_tiles(k.shape[2], max(q.shape[-1], v.shape[-1]), q.dtype)[0]

@@ -1,0 +1,126 @@
+"""Compiles every launch that the kernels' operators make, for GPUs that aren't there: run as a program, by test_kernels.
+
+Prints a line for each: operator, compute capability, registers spilled (bytes of stack), bytes of shared memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import GPUDriver
+
+CAPABILITIES = (80, 89, 90)
+
+
+class Absent(GPUDriver):
+    """A driver of no GPU: says what to compile for, and launches nothing."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+
+def launches() -> Iterator[tuple[str, Any]]:
+    """A name, and what makes the launches: attention of ordinary and awkward sizes, and the others."""
+    from gtp_fx.kernels import attention, propagate, recover, select
+
+    sizes = [(197, 64), (256, 128), (577, 64), (1370, 64), (49, 32), (4096, 80)]
+    for (tokens, head), dtype in itertools.product(sizes, (torch.bfloat16, torch.float32)):
+        q, k, v = torch.empty(2, tokens, 3, 2, head, dtype=dtype).permute(2, 0, 3, 1, 4)
+        scales = torch.empty(2, tokens - 1)
+        bias = torch.empty(1, 2, tokens, tokens, dtype=dtype) if tokens == 49 else None
+        call = (q, k, v, bias, scales, None, None, "mixed-max", 1, 0, [])
+        yield f"attend {tokens} {head} {dtype}", lambda call=call: attention.attend._init_fn(*call)
+    score = torch.empty(2, 150)
+    place = torch.empty(2, 196, dtype=torch.int32)
+    yield "select", lambda: select.select._init_fn(score, place, 20, 196)
+    index = {name: torch.empty(2, size, dtype=torch.int64) for name, size in (("kept", 130), ("left", 20))}
+    x, near, degree = (
+        torch.empty(2, 151, 384, dtype=torch.bfloat16),
+        torch.empty(2, 196, 8, dtype=torch.int64),
+        torch.empty(2, 196),
+    )
+    both = (index["kept"], index["left"])
+    norm = (x[0, 0], x[0, 0])
+    yield (
+        "propagate",
+        lambda: propagate.propagate._init_fn(
+            x, near, degree, *both, *both, place, score, *norm, [14, 14], "mixed", 0.1, 1, 1e-6, True
+        ),
+    )
+    shares = torch.empty(2, 20, 130)
+    yield "recover", lambda: recover.recover._init_fn(x[:, 20:], shares, None, x, *both, 1, 0)
+    places = torch.empty(2, 150, 2, dtype=torch.int64)
+    yield "recover windows", lambda: recover.recover._init_fn(x[:, 21:], None, places, None, *both, 0, 0)
+
+
+def resources(kernel: Any) -> tuple[int, int]:
+    """Stack bytes a thread (registers spilled) and shared memory of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        listed = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    stack = re.search(r"STACK:(\d+)", listed.stdout)
+    assert stack is not None, listed.stdout
+    return int(stack[1]), kernel.metadata.shared
+
+
+def main() -> None:
+    made: list[Any] = []
+
+    class Compiling:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: made.append(self.kernel.warmup(*args, grid=grid, **options))
+
+    from gtp_fx.kernels import attention, propagate, recover, select
+
+    for module in (attention, propagate, recover, select):
+        module.launcher = Compiling  # type: ignore[attr-defined]
+    for capability in CAPABILITIES:
+        triton.runtime.driver.set_active(Absent(capability))
+        for name, launch in launches():
+            made.clear()
+            launch()
+            for kernel in made:
+                stack, shared = resources(kernel)
+                print(f"{name.replace(' ', '-')} {capability} {stack} {shared}", flush=True)
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") != "1"
+    main()

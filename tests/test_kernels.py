@@ -1,0 +1,256 @@
+"""Every kernel against the operator it stands for, in Triton's interpreter where there is no GPU.
+
+Tolerances are the kernels' own, argued in their docstrings. Outputs' memory is poisoned before a kernel runs, so that what it
+doesn't write is no number.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from gtp_fx.kernels import attention, propagate, recover, select  # noqa: F401
+from gtp_fx.kernels.tiles import ROW_FITS, AttentionTile, attention_tiles
+from gtp_fx.ops.attention import SCORES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+kernels, ops = torch.ops.gtp_fx_kernels, torch.ops.gtp_fx
+B, H = 2, 3
+WITHIN = {torch.float32: 3e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+"""Of the largest value: the order of sums, or the rounding of weights and outputs."""
+FITS, TILED = [16, 32, 4, 1], [16, 16, 4, 1]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Memory that nobody has written holds NaN, or the largest integer."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what `empty` makes
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def close(found: Tensor, wanted: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    assert found.shape == wanted.shape
+    apart = (found.float() - wanted.float()).abs().max()
+    assert apart <= WITHIN[dtype] * wanted.float().abs().max(), apart  # False for NaN
+
+
+def operands(tokens: int, head: int, values: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k [B, H, N, D], v [B, H, N, E] as models make them: views of one projection's output."""
+    whole = random(B, tokens, H * (2 * head + values), dtype=dtype, seed=tokens)
+    parts = whole.split([H * head, H * head, H * values], dim=-1)
+    return [part.unflatten(-1, (H, -1)).transpose(1, 2) for part in parts]
+
+
+def dense_map(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    logits = q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
+    if bias is not None and bias.dtype == torch.bool:
+        return logits.masked_fill(~bias, float("-inf")).softmax(-1)
+    return (logits if bias is None else logits + bias.float()).softmax(-1)
+
+
+@pytest.mark.parametrize("tile", [FITS, TILED], ids=["row-fits", "tiled"])
+@pytest.mark.parametrize("score", [*SCORES, "none"])
+def test_attention_ranks_as_the_operator_does(score: str, tile: list[int]) -> None:
+    """Of 21 tokens, one before and two behind the patches, under token scales and a bias a head."""
+    q, k, v = operands(21, 16, 24, torch.float32)
+    scales, bias = random(B, 18, seed=1).exp(), random(1, H, 21, 21, seed=2)
+    out, scores = kernels.attend(q, k, v, bias, scales, None, None, score, 1, 2, tile)
+    told = ops.key_bias(scales, 1, 2, bias, q)
+    wanted, ranks = ops.attention_with_scores(q, k, v, told, None, 1.0, score, 1, 2)
+    close(out, wanted)
+    if score == "none":
+        assert scores.shape == (B, 0)
+    else:
+        close(scores, ranks)
+        assert torch.equal(scores.argsort(dim=1), ranks.argsort(dim=1))
+
+
+@pytest.mark.parametrize("tile", [FITS, TILED], ids=["row-fits", "tiled"])
+@pytest.mark.parametrize("dtype", list(WITHIN), ids=str)
+def test_attention_in_every_dtype(dtype: torch.dtype, tile: list[int]) -> None:
+    q, k, v = operands(20, 48, 32, dtype)
+    out, scores = kernels.attend(q, k, v, None, None, None, 0.3, "mixed-max", 1, 0, tile)
+    wanted, ranks = ops.attention_with_scores(q.float(), k.float(), v.float(), None, 0.3, 1.0, "mixed-max", 1, 0)
+    assert out.dtype == dtype
+    close(out, wanted, dtype)
+    close(scores, ranks)
+
+
+@pytest.mark.parametrize("tile", [FITS, TILED], ids=["row-fits", "tiled"])
+def test_attention_drops_what_is_below_a_heads_threshold(tile: list[int]) -> None:
+    q, k, v = operands(19, 16, 16, torch.float32)
+    mask = (torch.arange(19, device=DEVICE) % 5 != 3).expand(B, 1, 1, 19)
+    threshold = torch.tensor([0.02, 0.05, 0.2], device=DEVICE)
+    out, scores = kernels.attend(q, k, v, mask, None, threshold, None, "broadcast-mean", 1, 0, tile)
+    whole = dense_map(q, k, mask)
+    kept = torch.where(whole >= threshold[:, None, None], whole, 0.0)
+    assert 0.1 < (kept == 0).float().mean() < 0.9
+    close(out, kept @ v)
+    close(scores, kept.sum(dim=2).mean(dim=1)[:, 1:])
+
+
+@pytest.mark.parametrize("tile", [FITS, TILED], ids=["row-fits", "tiled"])
+def test_attention_of_fewer_queries_and_of_a_row_that_sees_nothing(tile: list[int]) -> None:
+    """Dead tokens ask nothing; a query whose keys are all masked gets zeros, as from torch's attention."""
+    q, k, v = operands(18, 16, 16, torch.float32)
+    q, scales = q[:, :, :3], random(B, 17, seed=1).exp()
+    mask = torch.ones(B, 1, 3, 18, dtype=torch.bool, device=DEVICE)
+    mask[0, :, 1] = False
+    out, _ = kernels.attend(q, k, v, mask, scales, None, None, "none", 1, 0, tile)
+    wanted = dense_map(q, k, torch.where(mask, ops.key_bias(scales, 1, 0, None, q), float("-inf"))) @ v
+    close(out, wanted.nan_to_num(0.0))
+
+
+def test_attention_has_the_gradients_of_the_operator() -> None:
+    q, k, v = (x.detach().requires_grad_() for x in operands(18, 16, 16, torch.float32))
+    scales = random(B, 17, seed=1).exp().requires_grad_()
+    bias = random(1, H, 18, 18, seed=2).requires_grad_()
+    inputs = [q, k, v, scales, bias]
+    out, _ = kernels.attend(q, k, v, bias, scales, None, None, "mixed-max", 1, 0, FITS)
+    told = ops.key_bias(scales, 1, 0, bias, q)
+    wanted, _ = ops.attention_with_scores(q, k, v, told, None, 1.0, "mixed-max", 1, 0)
+    upstream = random(*out.shape, seed=3)
+    pairs = zip(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(wanted, inputs, upstream), strict=True)
+    for found, expected in pairs:
+        close(found, expected)
+
+
+SCORES_THAT_TIE = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1.5, 1.5, 1e-40, -2.0]
+
+
+@pytest.mark.parametrize("propagated", [0, 1, 7, 20])
+def test_select_takes_the_same_tokens_whatever_the_scores(propagated: int) -> None:
+    score = random(B, 2, 23)[:, 1]
+    score[0] = torch.tensor(SCORES_THAT_TIE, device=DEVICE).repeat(3)[:23]
+    score[1, ::2] = score[1, 0]
+    kept, leaving, *_ = kernels.select(score, None, propagated, 23)
+    for found, wanted in zip((kept, leaving), ops.select(score, propagated), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("grid", "kind", "prefix", "suffix"),
+    [((5, 6), "mixed", 1, 0), ((5, 6), "spatial", 1, 2), ((29,), "semantic", 0, 0), ((2, 3, 4), "mixed", 2, 1)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sites_in_a_row(grid: tuple[int, ...], kind: str, prefix: int, suffix: int, dtype: torch.dtype) -> None:
+    """Three sites, each on what the one before left: selection, where it is on the grid, propagation, scales, norm, recovery."""
+    side, cells, channels = list(grid), torch.Size(grid).numel(), 20
+    near, degree = ops.token_graph(random(B, prefix + cells + suffix, channels), side, prefix, kind, 4)
+    x = random(B, prefix + cells + suffix, channels, dtype=dtype)
+    weight, bias = random(channels, seed=5, dtype=dtype), random(channels, seed=6, dtype=dtype)
+    index = place = scales = None
+    for site, propagated in enumerate((6, 9, 1)):
+        left = cells if index is None else index.shape[1]
+        score = random(B, left, seed=site)
+        found = kernels.select(score, place, propagated, cells)
+        kept, leaving = ops.select(score, propagated)
+        on_grid = [part if index is None else index.gather(1, part) for part in (kept, leaving)]
+        for one, other in zip(found[:4], (kept, leaving, *on_grid), strict=True):
+            assert torch.equal(one, other)
+        *indices, place = found
+        norm = (weight, bias) if site else (None, None)
+        shorter, moved, normed = kernels.propagate(
+            x, near, degree, *indices, place, scales, *norm, side, kind, 0.3, prefix, 1e-6, True
+        )
+        weights = ops.propagation_weights(near, degree, *on_grid, side, kind)
+        wanted = ops.propagate(x.float(), weights, kept, leaving, 0.3, prefix)
+        before = torch.ones(B, left, device=DEVICE) if scales is None else scales
+        close(shorter, wanted, dtype)
+        close(moved, ops.propagate(before[..., None], weights, kept, leaving, 0.3, 0)[..., 0])
+        close(
+            normed,
+            F.layer_norm(shorter.float(), (channels,), *(n if n is None else n.float() for n in norm), 1e-6),
+            dtype,
+        )
+        assert not torch.equal(shorter.float(), ops.propagate(x.float(), weights, kept, leaving, 0.0, prefix))
+        shares = ops.recovery_weights(weights, *on_grid, side)
+        residual = random(*x.shape, seed=9, dtype=dtype)
+        whole = kernels.recover(shorter, shares, None, residual, kept, leaving, prefix, suffix)
+        back = ops.recover(shorter.float(), shares, kept, leaving, 0, 1, prefix, suffix)
+        close(whole, back + residual.float(), dtype)
+        x, index, scales = shorter, on_grid[0], moved
+
+
+def test_propagation_without_norm_or_scales_leaves_theirs_out() -> None:
+    near, degree = ops.token_graph(random(B, 12, 16), [4, 3], 0, "spatial", 1)
+    chosen = kernels.select(random(B, 12), None, 5, 12)
+    told = (None, None, None, [4, 3], "spatial", 0.3, 0, -1.0, False)
+    shorter, moved, normed = kernels.propagate(random(B, 12, 16), near, degree, *chosen, *told)
+    assert (shorter.shape, moved.numel(), normed.numel()) == ((B, 7, 16), 0, 0)
+
+
+def rolled_windows() -> Tensor:
+    """[4, 16, 2]: places of 4 x 4 windows on an 8 x 8 map rolled by two, so that some have both ends of it."""
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    places = torch.stack([rows, columns], dim=-1).roll((-2, -2), (0, 1))
+    return places.reshape(2, 4, 2, 4, 2).transpose(1, 2).reshape(4, 16, 2).to(DEVICE)
+
+
+@pytest.mark.parametrize("leaving", [3, 12, 15])
+def test_recovery_within_windows(leaving: int) -> None:
+    """Shares from coordinates, in the kernel; where most have left, from the nearest that stayed."""
+    places, x = rolled_windows(), random(3 * 4, 16 - leaving, 24)
+    kept, left, *_ = kernels.select(random(3 * 4, 16), None, leaving, 16)
+    shares = ops.region_shares(places, kept, left)
+    wanted = ops.recover(x, shares, kept, left, 0, 1, 0, 0)
+    close(kernels.recover(x, None, places, None, kept, left, 0, 0), wanted)
+
+
+def test_propagation_and_recovery_have_the_gradients_of_the_operators() -> None:
+    x, weight = random(B, 31, 20).requires_grad_(), random(20, seed=1).requires_grad_()
+    scales = random(B, 30, seed=2).exp().requires_grad_()
+    near, degree = ops.token_graph(x.detach(), [5, 6], 1, "mixed", 3)
+    kept, leaving, *rest = kernels.select(random(B, 30), None, 8, 30)
+    weights = ops.propagation_weights(near, degree, kept, leaving, [5, 6], "mixed")
+    shares = ops.recovery_weights(weights, kept, leaving, [5, 6])
+    _, moved, normed = kernels.propagate(
+        x, near, degree, kept, leaving, *rest, scales, weight, None, [5, 6], "mixed", 0.3, 1, 1e-6, True
+    )
+    found = kernels.recover(normed, shares, None, x, kept, leaving, 1, 0)
+    wanted = F.layer_norm(ops.propagate(x, weights, kept, leaving, 0.3, 1), (20,), weight, None, 1e-6)
+    wanted = ops.recover(wanted, shares, kept, leaving, 0, 1, 1, 0) + x
+    told = ops.propagate(scales[..., None], weights, kept, leaving, 0.3, 0)[..., 0]
+    inputs, upstream = [x, weight, scales], [random(*found.shape, seed=3), random(*moved.shape, seed=4)]
+    mine = torch.autograd.grad([found, moved], inputs, upstream)
+    for one, other in zip(mine, torch.autograd.grad([wanted, told], inputs, upstream), strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("keys", [16, 49, 197, 256, 577, 4096])
+def test_tiles_hold_a_row_where_it_fits(keys: int) -> None:
+    for head in (32, 64, 80, 128):
+        for dtype in WITHIN:
+            tiles = attention_tiles(keys, head, dtype)
+            assert all(AttentionTile(*tile.arguments) == tile for tile in tiles)
+            if dtype != torch.float32 and head <= 64:
+                assert (tiles[0].columns >= keys) == (keys <= ROW_FITS)
+
+
+def test_every_launch_compiles_for_gpus_that_are_not_here() -> None:
+    """For Ampere, Ada and Hopper: no spilled register in half precision, and the shared memory that all of them have."""
+    script = Path(__file__).with_name("compiled_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert {line[1] for line in lines} == {"80", "89", "90"} and len(lines) > 60
+    for name, _, stack, shared in lines:
+        assert int(shared) <= 99 * 1024, name
+        assert int(stack) <= (512 if "float32" in name else 0), name
