@@ -76,10 +76,11 @@ def tune(
     rounds: Annotated[int, typer.Option(help="Rounds of timing, each runs every probe once.")] = 9,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")] = False,
 ) -> None:
-    """Measure this machine's rates, a minute or two of small kernels, and keep them: predictions then rest on them."""
+    """Measure this machine's rates, a minute or two of small kernels, and keep them: predictions then rest on them. On a GPU, kernels' tiles too."""
     import torch
 
     from gtp_fx import tuning
+    from gtp_fx.lowering import has_kernels
     from gtp_fx.progress import progress_bar
     from gtp_fx.targets import listed
     from gtp_fx.targets.tuned import as_dict, save_tuned
@@ -90,6 +91,8 @@ def tune(
         if rounds < 1:
             raise OptionError(f"--rounds {rounds}: give at least one")
         with progress_bar() as show:
+            if has_kernels(torch.device(listed(device).device)):  # first: the curves are those of the tiles chosen
+                tuning.tune_kernels(torch.device("cuda"), getattr(torch, dtype.value), rounds, show)
             tuned = tuning.tune(listed(device), getattr(torch, dtype.value), rounds, show)
         file = save_tuned(tuned)
     except GtpError as error:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
-from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.cost.work import DENSE, KINDS, Work
 from gtp_fx.progress import Progress
+from gtp_fx.site_probes import propagation, scored_attention, selection
 from gtp_fx.targets.target import Curve, Target
 from gtp_fx.timing import clock_for, interleave
 
@@ -76,6 +76,13 @@ def tune(
         timings = interleave(runs, rounds=rounds, warmup=1, clock=clock, progress=lambda: step("timing"))
     seconds = {name: statistics.median(values) / repeats[name] for name, values in timings.seconds.items()}
     return fitted(target, probes, seconds, str(dtype).removeprefix("torch."), rounds)
+
+
+def tune_kernels(device: torch.device, dtype: torch.dtype, rounds: int, progress: Progress | None = None) -> None:
+    """Time the tiles of GTP's kernels on a GPU that has them, and keep the fastest in the user's cache."""
+    from gtp_fx.kernels.tuned import save_tiles, tune_tiles
+
+    save_tiles(torch.cuda.get_device_name(device), tune_tiles(device, dtype, rounds=rounds, progress=progress))
 
 
 def fitted(target: Target, probes: Sequence[Probe], seconds: dict[str, float], dtype: str, rounds: int) -> Target:
@@ -154,7 +161,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
         yield Probe(plain, "attention", tokens, work, _bound(F.scaled_dot_product_attention, q, q, q))
         if tokens in (49, 197, 394):
             entries = 4 * big * 6 * tokens * tokens
-            scored = _compiled(_scored_attention, q)
+            scored = _compiled(*scored_attention(q))
             yield Probe(
                 f"scores {tokens}", "scores", entries, Work("scores", bytes=entries), scored, less=(plain, CALL)
             )
@@ -172,16 +179,13 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
     for tokens in (98, 392):
         x = random(big, tokens, _WIDTH)
         leaving = tokens // 12
-        kept, gone = torch.arange(tokens - leaving), torch.arange(tokens - leaving, tokens)
-        index = [i.expand(big, -1).contiguous().to(device) for i in (kept, gone)]
-        weights = random(big, tokens - leaving, leaving).float()
         moved = size * big * (2 * tokens - leaving) * _WIDTH
         yield Probe(
             f"gather {tokens}",
             "gather",
             moved,
             Work("gather", bytes=moved),
-            _compiled(lambda x, w, k, g: gtp_fx.propagate(x, w, k, g, 0.1, 0), x, weights, *index),
+            _compiled(*propagation(x, leaving)),
             (CALL,),
         )
         scores = random(big, tokens).float()
@@ -191,7 +195,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
             "sort",
             ranked,
             Work("sort", bytes=ranked),
-            _compiled(lambda s, n=leaving: gtp_fx.select(s, n), scores),
+            _compiled(*selection(scores, leaving)),
             (CALL,),
         )
     for side in (49, 196):
@@ -219,10 +223,6 @@ def _repeated(run: Callable[[], object], times: int) -> Callable[[], object]:
             run()
 
     return again
-
-
-def _scored_attention(q: Tensor) -> Any:
-    return gtp_fx.attention_with_scores(q, q, q, None, None, 1.0, "mixed-max", 1, 0)
 
 
 def _norm_of_sum(x: Tensor, y: Tensor) -> Any:

@@ -31,7 +31,7 @@ from gtp_fx.sizes import shape_of
 def lower_to_kernels(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of `gm` that calls kernels. Raises ImportError where Triton isn't installed."""
     gm = graphs.copy_of(gm)
-    lowering = _Lowering(gm.graph, _Kernels.load())
+    lowering = _Lowering(gm.graph, load_kernels())
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target in _LOWERINGS:
             _LOWERINGS[node.target](lowering, node)
@@ -43,8 +43,8 @@ def lower_to_kernels(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 @dataclass(frozen=True)
-class _Kernels:
-    """What a lowering has to choose from. Loaded when asked: Triton isn't installed everywhere."""
+class Kernels:
+    """What a lowering has to choose from: operators, and what they are made for."""
 
     attend: Any
     select: Any
@@ -54,21 +54,21 @@ class _Kernels:
     most_cells: int
     most_channels: int
 
-    @classmethod
-    def load(cls) -> _Kernels:
-        attention, select, propagate, recover = (
-            importlib.import_module(f"gtp_fx.kernels.{name}")
-            for name in ("attention", "select", "propagate", "recover")
-        )
-        return cls(
-            attend=attention.attend._opoverload,
-            select=select.select._opoverload,
-            propagate=propagate.propagate._opoverload,
-            recover=recover.recover._opoverload,
-            heads=attention.HEADS,
-            most_cells=select.MOST_CELLS,
-            most_channels=propagate.MOST_CHANNELS,
-        )
+
+def load_kernels() -> Kernels:
+    """Registers them. Raises ImportError where Triton isn't installed."""
+    attention, select, propagate, recover = (
+        importlib.import_module(f"gtp_fx.kernels.{name}") for name in ("attention", "select", "propagate", "recover")
+    )
+    return Kernels(
+        attend=attention.attend._opoverload,
+        select=select.select._opoverload,
+        propagate=propagate.propagate._opoverload,
+        recover=recover.recover._opoverload,
+        heads=attention.HEADS,
+        most_cells=select.MOST_CELLS,
+        most_channels=propagate.MOST_CHANNELS,
+    )
 
 
 @dataclass
@@ -77,7 +77,7 @@ class _Lowering:
     grid, the map that `select` left, and the grid's cells."""
 
     graph: fx.Graph
-    kernels: _Kernels
+    kernels: Kernels
     instead: list[fx.Node] = field(default_factory=list)
     maps: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)
 

@@ -1,11 +1,11 @@
 """Compiles every launch that the kernels' operators make, for GPUs that aren't there: run as a program, by test_kernels.
 
-Prints a line for each: operator, compute capability, registers spilled (bytes of stack), bytes of shared memory.
+Prints a line for each: operator, compute capability, registers spilled (bytes of stack), bytes of shared memory. Before that, for each launch
+of a model traced as a compiler does: "written", its kernel, and the arguments that the compiler takes for written.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import subprocess
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
 
@@ -55,8 +56,9 @@ def launches() -> Iterator[tuple[str, Any]]:
     """A name, and what makes the launches: attention of ordinary and awkward sizes, and the others."""
     from gtp_fx.kernels import attention, propagate, recover, select
 
-    sizes = [(197, 64), (256, 128), (577, 64), (1370, 64), (49, 32), (4096, 80)]
-    for (tokens, head), dtype in itertools.product(sizes, (torch.bfloat16, torch.float32)):
+    half, single = torch.bfloat16, torch.float32
+    sizes = [(197, 64, half), (577, 64, half), (49, 32, half), (4096, 80, half), (197, 64, single), (4096, 80, single)]
+    for tokens, head, dtype in sizes:
         q, k, v = torch.empty(2, tokens, 3, 2, head, dtype=dtype).permute(2, 0, 3, 1, 4)
         scales = torch.empty(2, tokens - 1)
         bias = torch.empty(1, 2, tokens, tokens, dtype=dtype) if tokens == 49 else None
@@ -97,6 +99,40 @@ def resources(kernel: Any) -> tuple[int, int]:
     return int(stack[1]), kernel.metadata.shared
 
 
+def written() -> Iterator[tuple[str, list[str]]]:
+    """As a compiler traces a model in kernels: each launch's kernel, and which of its arguments it takes for written.
+
+    Where Triton's code can't be analysed that is all of them, and every one would be copied before the launch.
+    """
+    import timm
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import gtp_fx
+    from gtp_fx.passes.lower_to_kernels import lower_to_kernels
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=3, num_classes=0, global_pool="")  # a token map
+    fast = gtp_fx.optimize(model, schedule=[20, 30, 0], compile=False)
+    kernels = lower_to_kernels(fast.graph_module)
+    state = dict([*kernels.named_parameters(), *kernels.named_buffers()])
+    with FakeTensorMode(), torch.no_grad():
+        fakes = [torch.empty(2, 3, 224, 224)]
+        fakes += [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype) for v in state.values()]
+        fakes = [fake.bfloat16() if fake.is_floating_point() else fake for fake in fakes]
+
+    class Whole(torch.nn.Module):
+        def forward(self, x: Tensor, *values: Tensor) -> tuple[Tensor]:
+            return (torch.func.functional_call(kernels, dict(zip(state, values, strict=True)), (x,)),)
+
+    with torch.no_grad():
+        traced, _ = aot_export_module(Whole(), fakes, trace_joint=False)
+    for node in traced.graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            yield getattr(kernel, "fn", kernel).__name__, list(node.kwargs["tensors_to_clone"])
+
+
 def main() -> None:
     made: list[Any] = []
 
@@ -107,6 +143,9 @@ def main() -> None:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **options: made.append(self.kernel.warmup(*args, grid=grid, **options))
 
+    triton.runtime.driver.set_active(Absent(CAPABILITIES[-1]))
+    for kernel, arguments in written():
+        print(f"written {kernel} {','.join(sorted(arguments))}", flush=True)
     from gtp_fx.kernels import attention, propagate, recover, select
 
     for module in (attention, propagate, recover, select):

@@ -19,9 +19,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from gtp_fx.kernels import attention, propagate, recover, select  # noqa: F401
+from gtp_fx import site_probes
+from gtp_fx.kernels import attention, propagate, recover, select, tuned  # noqa: F401
 from gtp_fx.kernels.tiles import ROW_FITS, AttentionTile, attention_tiles
 from gtp_fx.ops.attention import SCORES
+from gtp_fx.timing import interleave
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernels, ops = torch.ops.gtp_fx_kernels, torch.ops.gtp_fx
@@ -250,7 +252,51 @@ def test_every_launch_compiles_for_gpus_that_are_not_here() -> None:
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
-    assert {line[1] for line in lines} == {"80", "89", "90"} and len(lines) > 60
-    for name, _, stack, shared in lines:
+    written: dict[str, set[str]] = {}
+    for _, kernel, names in (line for line in lines if line[0] == "written"):
+        written.setdefault(kernel, set()).update(names.split(","))
+    assert written == {
+        "attend_kernel": {"out_ptr", "received_ptr", "own_ptr"},
+        "select_kernel": {"kept_ptr", "leaving_ptr", "kept_cell_ptr", "leaving_cell_ptr", "place_ptr"},
+        "propagate_kernel": {"out_ptr", "moved_ptr", "normed_ptr"},
+        "recover_kernel": {"out_ptr"},
+    }
+    compiled = [line for line in lines if line[0] != "written"]
+    assert {line[1] for line in compiled} == {"80", "89", "90"} and len(compiled) >= 39
+    for name, _, stack, shared in compiled:
         assert int(shared) <= 99 * 1024, name
         assert int(stack) <= (512 if "float32" in name else 0), name
+
+
+def test_tiles_are_timed_kept_and_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The clock decides; another size's file, or a broken one, counts as none."""
+    monkeypatch.setenv("GTP_FX_CACHE", str(tmp_path))
+    slow_first = iter([5.0, 4.0, 3.0, 1.0] * 9)
+    monkeypatch.setattr(tuned, "clock_for", lambda device: lambda run: next(slow_first))
+    monkeypatch.setattr(
+        tuned, "interleave", lambda runs, rounds, clock: interleave(runs, rounds=1, warmup=0, clock=clock)
+    )
+    found = tuned.tune_tiles(torch.device(DEVICE), torch.float16, sizes=[(20, 16)])
+    candidates = attention_tiles(20, 16, torch.float16)
+    assert found == {f"32 16 {torch.float16}": candidates[-1]} and len(candidates) == 4
+    assert tuned.measured_tiles("a GPU") == {}
+    file = tuned.save_tiles("a GPU", found)
+    assert tuned.measured_tiles("a GPU") == found
+    file.write_text('{"version": 1, "tiles": {"32 16 torch.float16": [3, 3, 3, 3]}}')
+    tuned.measured_tiles.cache_clear()
+    assert tuned.measured_tiles("a GPU") == {}
+
+
+def test_probes_time_the_kernels_for_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site costs what its kernels take: the same work on the same numbers."""
+    x, scores, q = random(B, 24, 16), random(B, 24), random(B, H, 20, 16)
+    made = []
+    for kernels_too in (False, True):
+        monkeypatch.setattr(site_probes, "has_kernels", lambda device, answer=kernels_too: answer)
+        calls = (site_probes.propagation(x, 5), site_probes.selection(scores, 5), site_probes.scored_attention(q))
+        made.append([function(*arguments) for function, *arguments in calls])
+    (moved, chosen, attended), (fast_moved, fast_chosen, fast_attended) = made
+    close(fast_moved[0], moved)
+    assert all(torch.equal(one, other) for one, other in zip(chosen, fast_chosen[:2], strict=True))
+    for one, other in zip(fast_attended, attended, strict=True):
+        close(one, other)

@@ -16,7 +16,8 @@ from torch import Tensor
 from gtp_fx.kernels.attention_kernels import attend_kernel, receive_kernel
 from gtp_fx.kernels.backward import differentiable
 from gtp_fx.kernels.launch import launcher
-from gtp_fx.kernels.tiles import AttentionTile, best_tile, power_of_two
+from gtp_fx.kernels.tiles import AttentionTile, power_of_two
+from gtp_fx.kernels.tuned import best_tile
 from gtp_fx.ops.attention import attention_map, key_bias, over_heads
 from gtp_fx.ops.register import shaped
 
@@ -61,7 +62,7 @@ def attend(
     """
     batch, heads, queries, features = q.shape
     keys, values = v.shape[-2:]
-    cut = AttentionTile(*tile) if tile else best_tile(q, k, v)
+    cut = AttentionTile(*tile) if tile else best_tile(keys, max(features, values), q.dtype, q.device)
     fits = cut.columns >= keys
     parts = triton.cdiv(queries, cut.rows)
     scored = score != "none"

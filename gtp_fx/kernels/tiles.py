@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 import torch
-from torch import Tensor
 
 from gtp_fx.errors import OptionError
 
@@ -55,8 +54,3 @@ def attention_tiles(keys: int, head: int, dtype: torch.dtype) -> tuple[Attention
 def power_of_two(size: int) -> int:
     """The least one that is at least `size`, and at least 16: tensor cores take no smaller operand."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def best_tile(q: Tensor, k: Tensor, v: Tensor) -> AttentionTile:
-    """The tile for attention of such operands: what was measured on this GPU, or else what is usually good."""
-    return attention_tiles(k.shape[2], max(q.shape[-1], v.shape[-1]), q.dtype)[0]
