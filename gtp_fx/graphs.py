@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 META_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 
@@ -74,6 +75,25 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     new = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
     new.meta.update(gm.meta)
     return new
+
+
+def returning(gm: fx.GraphModule, results: Callable[[dict[fx.Node, fx.Node]], list[fx.Node]]) -> fx.GraphModule:
+    """A graph module over the same parameters that takes `gm`'s inputs and returns a flat list of other values.
+
+    results: told each node's copy, it inserts what it wants among them and says which nodes are returned.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(gm.graph, copies)
+    graph._codegen = gm.graph._codegen
+    found = results(copies)
+    graph.output(found)
+    taken: Any = gm.graph._codegen
+    if hasattr(taken, "pytree_info"):
+        out_spec = pytree.tree_structure(found)
+        graph.set_codegen(type(taken)(taken.pytree_info._replace(out_spec=out_spec)))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(gm, graph)
 
 
 def finish(gm: fx.GraphModule) -> fx.GraphModule:

@@ -16,13 +16,14 @@ from torch import fx, nn
 
 from gtp_fx.capture import capture_module
 from gtp_fx.config import Options
-from gtp_fx.damage.calibration import bound
+from gtp_fx.damage.calibration import Calibration, bound
 from gtp_fx.inputs import CallSignature
 from gtp_fx.lowering import lowered
 from gtp_fx.pipeline import Optimised, run_passes
 from gtp_fx.provenance import Provenance, provenance_runner
 from gtp_fx.report import Report
 from gtp_fx.schedule import Schedule
+from gtp_fx.thresholds import Thresholds, mean_thresholds
 
 
 class OptimizedModel(nn.Module):
@@ -67,6 +68,18 @@ class OptimizedModel(nn.Module):
         """
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
         return provenance_runner(self.graph_module)(*args, **kwargs)
+
+    def attention_thresholds(self, images: Any) -> Thresholds:
+        """Of a model that was optimised with theta below 1: its smallest attention that stays, by block and head, for `GTP(thresholds=…)`.
+
+            exact = gtp_fx.optimize(model, flops_budget=0.74, strategy=gtp_fx.GTP(attention_sparsity=0.8))
+            strategy = gtp_fx.GTP(attention_sparsity=0.8, thresholds=exact.attention_thresholds(images))
+            fast = gtp_fx.optimize(model, schedule=exact.schedule, strategy=strategy)
+
+        images: as `calibration=` takes them, unlabelled; the mean over them. Eager. Raises OptionError where theta is 1.
+        """
+        calls = bound(Calibration.of(images), self._gtp.signature.canonical).images
+        return mean_thresholds(self.graph_module, calls)
 
     def __getattr__(self, name: str) -> Any:
         try:

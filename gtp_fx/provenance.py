@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import Tensor, fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
-from torch.utils import _pytree as pytree
 
 from gtp_fx.axes import Grid
-from gtp_fx.graphs import call
+from gtp_fx.graphs import call, returning
 from gtp_fx.passes.insert_propagation import SITE
 
 
@@ -36,24 +35,19 @@ class Provenance:
 
 def provenance_runner(gm: fx.GraphModule) -> Callable[..., tuple[Provenance, ...]]:
     """A function of the model's inputs: one `Provenance` for each stream of `gm` that tokens leave."""
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(gm.graph, values)
-    graph._codegen = gm.graph._codegen
     streams: dict[Grid, list[fx.Node]] = {}
-    for node in gm.graph.nodes:
-        if SITE in node.meta:
-            streams.setdefault(node.meta[SITE][0], []).append(node)
-    results: list[fx.Node] = []
-    for grid, sites in streams.items():
-        state = sites[-1].meta[SITE][1]
-        results += [_matrix(graph, grid, [values[site] for site in sites]), values[state.index]]
-    graph.output(results)
-    # Inputs are taken apart as for the model; what comes back is the flat list above.
-    taken: Any = gm.graph._codegen
-    graph.set_codegen(type(taken)(taken.pytree_info._replace(out_spec=pytree.tree_structure(results))))
-    graph.eliminate_dead_code()
-    runner = fx.GraphModule(gm, graph)
+
+    def results(copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+        for node in copies:
+            if SITE in node.meta:
+                streams.setdefault(node.meta[SITE][0], []).append(node)
+        found = []
+        for grid, sites in streams.items():
+            state = sites[-1].meta[SITE][1]
+            found += [_matrix(grid, [copies[site] for site in sites]), copies[state.index]]
+        return found
+
+    runner = returning(gm, results)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Provenance, ...]:
         flat = runner(*args, **kwargs)
@@ -62,9 +56,10 @@ def provenance_runner(gm: fx.GraphModule) -> Callable[..., tuple[Provenance, ...
     return run
 
 
-def _matrix(graph: fx.Graph, grid: Grid, sites: list[fx.Node]) -> fx.Node:
+def _matrix(grid: Grid, sites: list[fx.Node]) -> fx.Node:
     """The sites' propagations, from the first to the last, of the identity."""
     first, patches = sites[0], math.prod(grid.shape)
+    graph = first.graph
     with graph.inserting_before(first):
         device = first.meta["val"].device
         identity = call(graph, aten.eye.default, patches, like=first)

@@ -135,7 +135,9 @@ class _Walk:
         scored = block is not None and block.index in self.plan.propagated
         if block is not None and (scored or self.plan.strategy.rewrites_every_attention):
             operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale)
-            output, self.scores[block.index] = self.plan.strategy.attend(emit, operands, block.axis, scored)
+            output, self.scores[block.index] = self.plan.strategy.attend(
+                emit, operands, block.axis, scored, block.index
+            )
             node.replace_all_uses_with(output)
             self.instead[node] = output
             self.graph.erase_node(node)  # dead code elimination leaves it: attention may draw random numbers

@@ -108,14 +108,17 @@ def _attention(low: _Lowering, node: fx.Node) -> None:
 
 
 def _scored_attention(low: _Lowering, node: fx.Node) -> None:
-    _, _, _, bias, scale, sparsity, score, prefix, suffix = node.args
-    if sparsity == 1.0:
-        made = _attend(low, node, bias, scale, score, prefix, suffix)
+    _, _, _, bias, scale, sparsity, score, prefix, suffix, *rest = node.args
+    thresholds = rest[0] if rest else None
+    if sparsity == 1.0 or thresholds is not None:
+        made = _attend(low, node, bias, scale, score, prefix, suffix, thresholds=thresholds)
         if made is not None:
             low.swap(node, made)
 
 
-def _attend(low: _Lowering, node: fx.Node, bias: Any, scale: Any, score: Any, *around: Any) -> fx.Node | None:
+def _attend(
+    low: _Lowering, node: fx.Node, bias: Any, scale: Any, score: Any, *around: Any, thresholds: Any = None
+) -> fx.Node | None:
     """In place of `node`, whose first operands are q, k and v; None where the kernel isn't made for them."""
     q, k, v, *_ = node.args
     scales = _scales_of(bias)
@@ -125,7 +128,7 @@ def _attend(low: _Lowering, node: fx.Node, bias: Any, scale: Any, score: Any, *a
     least, most = low.kernels.heads
     if any(len(size) != 4 or not least <= size[-1] <= most or size[1] != sizes[0][1] for size in sizes):
         return None
-    return low.call(node, low.kernels.attend, q, k, v, bias, scales, None, scale, score, *around, [])
+    return low.call(node, low.kernels.attend, q, k, v, bias, scales, thresholds, scale, score, *around, [])
 
 
 def _scales_of(bias: Any) -> fx.Node | None:

@@ -100,6 +100,16 @@ def test_what_no_kernel_is_made_for_stays() -> None:
     assert left["gtp_fx.attention_with_scores"] == 3 and left["gtp_fx_kernels.attend"] == 0
 
 
+def test_thresholds_are_the_kernels() -> None:
+    """Where they take the place of ranking maps, no map is needed."""
+    row = BY_NAME["vit"]
+    model, x = build(row), images(row, 1)
+    exact = gtp_fx.optimize(model, schedule=[20, 20, 0], strategy=gtp_fx.GTP(attention_sparsity=0.8), compile=False)
+    strategy = gtp_fx.GTP(attention_sparsity=0.8, thresholds=exact.attention_thresholds(x))
+    left = check(model, x, strategy, schedule=[20, 20, 0])
+    assert left["gtp_fx.attention_with_scores"] == 0 and left["gtp_fx_kernels.attend"] == 3
+
+
 def test_kernels_take_any_batch_and_gradients() -> None:
     row = BY_NAME["vit"]
     model, x = build(row).to(DEVICE), images(row, 3).to(DEVICE)

@@ -18,14 +18,14 @@ from gtp_fx.kernels.backward import differentiable
 from gtp_fx.kernels.launch import launcher
 from gtp_fx.kernels.tiles import AttentionTile, power_of_two
 from gtp_fx.kernels.tuned import best_tile
-from gtp_fx.ops.attention import attention_map, key_bias, over_heads
+from gtp_fx.ops.attention import above, attention_map, by_head, key_bias, over_heads
 from gtp_fx.ops.register import shaped
 
 HEADS = (16, 128)
 """Sizes of a head, least and most, that a tile is made for."""
 
 
-def _shapes(q, k, v, bias, scales, threshold, scale, score, prefix, suffix, tile):  # type: ignore[no-untyped-def]
+def _shapes(q, k, v, bias, scales, thresholds, scale, score, prefix, suffix, tile):  # type: ignore[no-untyped-def]
     batch, heads, tokens, _ = q.shape
     ranked = 0 if score == "none" else tokens - prefix - suffix
     out = v.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
@@ -40,7 +40,7 @@ def attend(
     v: Tensor,
     bias: Tensor | None,
     scales: Tensor | None,
-    threshold: Tensor | None,
+    thresholds: list[float] | None,
     scale: float | None,
     score: str,
     prefix: int,
@@ -51,7 +51,7 @@ def attend(
 
     q [B, H, N, D], k [B, H, N, D], v [B, H, N, E] of float32, bfloat16 or float16, any strides; D and E from 16 to 128.
     bias: as SDPA's mask, boolean (True: attend) or additive. scales: token scales [B, n] of the n patches, or None.
-    threshold: [H], or None; entries of a head's map below its own become 0, without renormalising. tile: `AttentionTile.arguments`, or []
+    thresholds: a number a head, or None; entries of its map below become 0, without renormalising. tile: `AttentionTile.arguments`, or []
     for the best that is known.
     For score "none" there may be more keys than queries, or fewer; prefix and suffix are the keys'.
 
@@ -78,12 +78,16 @@ def attend(
     patches = keys - prefix - suffix
     scale = features**-0.5 if scale is None else scale
     scales_Bn = None if scales is None else scales.contiguous()
-    reads = [_or(bias_BHMN, nothing), _or(scales_Bn, nothing), _or(threshold, nothing)]
+    reads = [
+        _or(bias_BHMN, nothing),
+        _or(scales_Bn, nothing),
+        nothing if thresholds is None else by_head(thresholds, q).flatten(),
+    ]
     options: dict[str, Any] = {
         "HAS_BIAS": bias is not None,
         "BOOLEAN": bias is not None and bias.dtype == torch.bool,
         "HAS_SCALES": scales is not None,
-        "HAS_THRESHOLD": threshold is not None,
+        "HAS_THRESHOLD": thresholds is not None,
         "ROWS": cut.rows,
         "COLUMNS": cut.columns,
         "FEATURES": power_of_two(features),
@@ -115,14 +119,14 @@ def attend(
     return out, math.prod(factors[1:], start=factors[0])
 
 
-def _reference(q, k, v, bias, scales, threshold, scale, score, prefix, suffix, tile):  # type: ignore[no-untyped-def]
+def _reference(q, k, v, bias, scales, thresholds, scale, score, prefix, suffix, tile):  # type: ignore[no-untyped-def]
     """The output in plain ATen, which backward differentiates. Scores rank, and have no gradient."""
     if scales is not None:
         bias = key_bias(scales, prefix, suffix, bias, q)
     exp_BHMN, inverse_BHM1 = attention_map(q, k, bias, scale)
+    if thresholds is not None:
+        exp_BHMN = above(exp_BHMN, inverse_BHM1, by_head(thresholds, q))
     map_BHMN = exp_BHMN * inverse_BHM1
-    if threshold is not None:
-        map_BHMN = torch.where(map_BHMN.detach() >= threshold[:, None, None], map_BHMN, 0.0)
     return (torch.matmul(map_BHMN.to(v.dtype), v),)
 
 

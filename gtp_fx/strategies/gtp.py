@@ -17,6 +17,7 @@ from gtp_fx.cost.work import Work
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.graph import GRAPHS
+from gtp_fx.sizes import shape_of
 from gtp_fx.strategies.protocol import Attention, Emit, Removal, SiteShape, StreamState
 
 _FLOAT = 4
@@ -47,6 +48,8 @@ class GTP:
     skips: which branches those are: "mlp", or "attention" as well, in every other block.
     attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves
         no FLOPs and needs the map in memory.
+    thresholds: of every block, of each of its heads, below which entry that is, so that no map is ranked or kept: from
+        `gtp_fx.calibrate_thresholds`.
     """
 
     score: str = "mixed-max"
@@ -55,6 +58,7 @@ class GTP:
     alpha: float = 0.1
     token_scale: bool = True
     attention_sparsity: float = 1.0
+    thresholds: tuple[tuple[float, ...], ...] | None = None
     weighted_pooling: bool = False
     branch: str = "recover"
     skips: str = "mlp"
@@ -81,9 +85,21 @@ class GTP:
             raise OptionError(
                 f"GTP(attention_sparsity={self.attention_sparsity!r}): give theta with 0 < theta <= 1; 1 drops nothing"
             )
+        if self.thresholds is not None:
+            self._check_thresholds(self.thresholds)
         if self.skips == "attention" and self.whole_maps:
             raise OptionError(
                 'GTP(skips="attention") leaves queries out, and attention_sparsity ranks whole maps: leave it at 1'
+            )
+
+    def _check_thresholds(self, thresholds: Any) -> None:
+        if self.attention_sparsity == 1.0:
+            raise OptionError("GTP(thresholds=…) say what attention_sparsity below 1 drops: give that theta too")
+        rows = thresholds if isinstance(thresholds, tuple) else ()
+        if not rows or not all(isinstance(row, tuple) and all(map(_is_share, row)) for row in rows):
+            raise OptionError(
+                f"GTP(thresholds={thresholds!r}): give a tuple a block, of a number in [0, 1] a head; gtp_fx.calibrate_thresholds "
+                f"measures them"
             )
 
     @property
@@ -96,7 +112,7 @@ class GTP:
 
     @property
     def whole_maps(self) -> bool:
-        return self.attention_sparsity < 1.0
+        return self.attention_sparsity < 1.0 and self.thresholds is None
 
     @property
     def rewrites_every_attention(self) -> bool:
@@ -121,7 +137,9 @@ class GTP:
         )
         return StreamState(carried=(emit(operator.getitem, graph, 0), emit(operator.getitem, graph, 1)))
 
-    def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
+    def attend(
+        self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool, block: int
+    ) -> tuple[fx.Node, fx.Node]:
         both = emit(
             gtp_fx.attention_with_scores.default,
             attention.q,
@@ -133,8 +151,21 @@ class GTP:
             self.score if scored else "none",
             axis.prefix,
             axis.suffix,
+            self._thresholds_of(block, attention),
         )
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
+
+    def _thresholds_of(self, block: int, attention: Attention) -> list[float] | None:
+        if self.thresholds is None:
+            return None
+        heads, given = shape_of(attention.q)[1], self.thresholds
+        if block >= len(given) or len(given[block]) != heads:
+            have = f"{len(given[block])} heads" if block < len(given) else f"{len(given)} blocks"
+            raise OptionError(
+                f"GTP(thresholds=…) are for {have}, and block {block} of this model has {heads} heads: they were measured on "
+                f"another model; measure with gtp_fx.calibrate_thresholds"
+            )
+        return list(given[block])
 
     def attend_cells(
         self, emit: Emit, attention: Attention, grid: Sequence[int], cells: Sequence[int]
@@ -215,6 +246,10 @@ def _one_of(option: str, value: object, known: dict[str, str]) -> None:
     if value not in known:
         names = "\n".join(f"  {name!r}: {meaning}" for name, meaning in known.items())
         raise OptionError(f"GTP({option}={value!r}) is unknown; {option} is one of\n{names}")
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0.0 <= float(value) <= 1.0  # type: ignore[arg-type]
 
 
 def _is_number(value: object) -> bool:
