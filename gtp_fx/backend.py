@@ -46,8 +46,13 @@ def gtp(
         warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
         return _inductor(gm, example_inputs, patches)
     log.info("%s", optimised.report)
-    device = next((value.device for value in example_inputs if isinstance(value, torch.Tensor)), torch.device("cpu"))
-    return _inductor(lowered(optimised.graph_module, device), example_inputs, patches)
+    return _inductor(lowered(optimised.graph_module, _device(example_inputs)), example_inputs, patches)
+
+
+def _device(inputs: Sequence[Any]) -> torch.device:
+    """Where a graph runs: on the GPU that any of its inputs is on; single numbers may stay on the host."""
+    devices = [value.device for value in inputs if isinstance(value, torch.Tensor)]
+    return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:

@@ -64,27 +64,42 @@ def launches() -> Iterator[tuple[str, Any]]:
         bias = torch.empty(1, 2, tokens, tokens, dtype=dtype) if tokens == 49 else None
         call = (q, k, v, bias, scales, None, None, "mixed-max", 1, 0, [])
         yield f"attend {tokens} {head} {dtype}", lambda call=call: attention.attend._init_fn(*call)
-    score = torch.empty(2, 150)
-    place = torch.empty(2, 196, dtype=torch.int32)
-    yield "select", lambda: select.select._init_fn(score, place, 20, 196)
-    index = {name: torch.empty(2, size, dtype=torch.int64) for name, size in (("kept", 130), ("left", 20))}
-    x, near, degree = (
-        torch.empty(2, 151, 384, dtype=torch.bfloat16),
-        torch.empty(2, 196, 8, dtype=torch.int64),
-        torch.empty(2, 196),
-    )
-    both = (index["kept"], index["left"])
-    norm = (x[0, 0], x[0, 0])
+    q, k, v = torch.empty(1, 30, 3, 1, 64, dtype=half).permute(2, 0, 3, 1, 4)  # sizes of 1 are constants to Triton
+    seen, told = torch.ones(1, 1, 1, 30, dtype=torch.bool), torch.empty(1, 29)
+    for name, scales, thresholds, score, tile in (
+        ("cls", None, None, "cls-max", []),
+        ("tiled-cls", told, None, "cls-max", [64, 16, 4, 2]),
+        ("thresholds", told, [0.1], "mixed-max", []),
+        ("tiled-thresholds", told, [0.1], "mixed-max", [64, 16, 4, 2]),
+        ("one-query", told, None, "none", []),
+    ):
+        asking = q[:, :, :1] if score == "none" else q
+        call = (asking, k, v, seen, scales, thresholds, None, score, 1, 0, tile)
+        yield f"attend {name}", lambda call=call: attention.attend._init_fn(*call)
+    yield from _sites(select.select._init_fn, propagate.propagate._init_fn, recover.recover._init_fn)
+
+
+def _sites(select: Any, propagate: Any, recover: Any) -> Iterator[tuple[str, Any]]:
+    """Of 150 of 14 x 14 patches 20 leave; and where one token is all there is of something."""
+    place, score = torch.empty(2, 196, dtype=torch.int32), torch.empty(2, 150)
+    kept, left, one = (torch.empty(2, size, dtype=torch.int64) for size in (130, 20, 1))
+    x = torch.empty(2, 151, 384, dtype=torch.bfloat16)
+    near, degree = torch.empty(2, 196, 8, dtype=torch.int64), torch.empty(2, 196)
+    yield "select", lambda: select(score, place, 20, 196)
+    yield "select whole", lambda: select(score[:1], None, 149, 150)
+    told = (x[0, 0], x[0, 0], [14, 14], "mixed", 0.1, 1, 1e-6, True)
+    yield "propagate", lambda: propagate(x, near, degree, kept, left, kept, left, place, score, *told)
+    deep = (None, None, None, [4, 7, 7], "spatial", 0.1, 0, -1.0, False)
     yield (
-        "propagate",
-        lambda: propagate.propagate._init_fn(
-            x, near, degree, *both, *both, place, score, *norm, [14, 14], "mixed", 0.1, 1, 1e-6, True
-        ),
+        "propagate deep",
+        lambda: propagate(x[:, :3], near[..., :0], degree, one, one, one, one, place, *deep),
     )
-    shares = torch.empty(2, 20, 130)
-    yield "recover", lambda: recover.recover._init_fn(x[:, 20:], shares, None, x, *both, 1, 0)
+    similar = (None, x[0, 0], None, [196], "semantic", 0.1, 1, 1e-6, True)
+    yield "propagate similar", lambda: propagate(x, near, degree, kept, left, kept, left, place, *similar)
+    yield "recover", lambda: recover(x[:, 20:], torch.empty(2, 20, 130), None, x, kept, left, 1, 0)
     places = torch.empty(2, 150, 2, dtype=torch.int64)
-    yield "recover windows", lambda: recover.recover._init_fn(x[:, 21:], None, places, None, *both, 0, 0)
+    yield "recover windows", lambda: recover(x[:, 21:], None, places, None, kept, left, 0, 0)
+    yield "recover one", lambda: recover(x[:, :1], None, places[:1, :2], x[:, :2], one, one, 0, 0)
 
 
 def resources(kernel: Any) -> tuple[int, int]:

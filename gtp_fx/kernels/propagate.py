@@ -164,8 +164,8 @@ def propagate(
     staying = tokens - gone
     normed = eps >= 0
     out = x.new_empty(batch, staying, channels)
-    after = torch.empty_like(out) if normed else x.new_empty(0)
-    moved = x.new_empty(kept.shape if tells else (0,), dtype=torch.float32)
+    after = x.new_empty(out.shape if normed else (1,))  # what isn't written has a place all the same
+    moved = x.new_empty(kept.shape if tells else (1,), dtype=torch.float32)
     depth, height, width = (1,) * (3 - len(grid)) + tuple(grid)
     spatial, semantic = kind != "semantic", kind != "spatial"
     candidates = (27 if depth > 1 else 9) * spatial + near.shape[-1] * semantic
@@ -180,7 +180,7 @@ def propagate(
         NORM=normed, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
         ROWS=rows, CANDIDATES=power_of_two(candidates), CHANNELS=block, num_warps=max(1, min(8, rows * block // 512)),
     )  # fmt: skip
-    return out, moved, after
+    return out, moved if tells else degree.new_empty(0), after if normed else x.new_empty(0)
 
 
 def _reference(x, near, degree, kept, leaving, kept_cell, leaving_cell, place, scales, weight, bias, grid, kind, alpha, prefix, eps, tells):  # type: ignore[no-untyped-def]  # fmt: skip
