@@ -29,25 +29,59 @@ from gtp_fx.model import OptimizedModel  # noqa: E402
 from gtp_fx.provenance import Provenance  # noqa: E402
 from gtp_fx.report import Report  # noqa: E402
 from gtp_fx.schedule import BlockShape, Schedule  # noqa: E402
-from gtp_fx.strategies import GTP  # noqa: E402
+from gtp_fx.strategies import (  # noqa: E402
+    GTP,
+    PPT,
+    Cluster,
+    Grouping,
+    Groups,
+    Halting,
+    Idle,
+    Mergence,
+    Random,
+    Saliency,
+    Tokens,
+    ToMe,
+    TopK,
+    averaged,
+    dropped,
+    register_saliency,
+    register_strategy,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GTP",
+    "PPT",
     "BlockShape",
     "BudgetError",
     "Calibration",
     "CaptureError",
+    "Cluster",
+    "Grouping",
+    "Groups",
     "GtpError",
+    "Halting",
+    "Idle",
     "InputError",
+    "Mergence",
     "OptimizedModel",
     "OptionError",
     "Provenance",
+    "Random",
     "Refusal",
     "Report",
+    "Saliency",
     "Schedule",
     "ScheduleError",
+    "ToMe",
+    "Tokens",
+    "TopK",
     "UnsupportedModelError",
+    "averaged",
+    "dropped",
     "optimize",
+    "register_saliency",
+    "register_strategy",
 ]

@@ -51,8 +51,10 @@ class Typing:
         return isinstance(self.types.get(node), tuple)
 
 
-def infer_types(graph: fx.Graph, sites: frozenset[fx.Node] = frozenset()) -> Typing:
-    """Types for every node of `graph`, with the stream one level shorter after each node of `sites`.
+def infer_types(
+    graph: fx.Graph, sites: frozenset[fx.Node] = frozenset(), ends: frozenset[fx.Node] = frozenset()
+) -> Typing:
+    """Types for every node of `graph`, with the stream one level shorter after each node of `sites`, and whole after `ends`.
 
     Nodes need `meta["val"]` with their shapes. Sites must be tensors with a token axis.
     """
@@ -70,6 +72,9 @@ def infer_types(graph: fx.Graph, sites: frozenset[fx.Node] = frozenset()) -> Typ
             assert isinstance(answer.output, tuple)
             types[node] = tuple(_one_shorter(dim) for dim in answer.output)
             images |= {axis.domain.grid: whole_size(answer.output[0]) for axis in token_axes(answer.output)}
+        if node in ends:
+            assert isinstance(answer.output, tuple)
+            types[node] = whole(answer.output)
     return Typing(types, answers, images)
 
 

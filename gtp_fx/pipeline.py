@@ -9,6 +9,7 @@ from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.config import Options
 from gtp_fx.cost.count import count_flops
+from gtp_fx.errors import OptionError
 from gtp_fx.graphs import layer_name, operator_name
 from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.find_blocks import find_blocks, read_blocks
@@ -24,6 +25,7 @@ from gtp_fx.report import PassStep, Report, SiteRow
 from gtp_fx.running import Runner, carry_out
 from gtp_fx.schedule import Schedule
 from gtp_fx.shapes import check_outputs
+from gtp_fx.strategies import Grouping
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
     check_outputs(captured, result)
     after = count_flops(result.graph)
     if after != planned.flops:
+        if isinstance(plan.strategy, Grouping):
+            raise OptionError(
+                f"strategy {plan.strategy.name!r} was priced at {planned.flops} FLOPs per image with the model, and it takes {after}: "
+                f"{type(plan.strategy).__name__}.group_flops has to give those of the matrix products in group()"
+            )
         raise AssertionError(f"the plan priced this graph at {planned.flops} FLOPs, and it has {after}")
     report = Report(
         flops_before=exact.original.flops,

@@ -120,7 +120,7 @@ def _choose(
         return by_calibration(gm, found, shapes, model_of, options.strategy, limit, options.calibration, solve)
     except OverBudget as over:
         on = "" if options.latency_budget is None else f" on target {options.target.name!r}, {options.batch} images,"
-        advice = "" if options.schedule == AUTO else "; schedule='auto' can go lower"
+        advice = "" if options.schedule == AUTO else "; schedule='auto' may go lower"
         raise BudgetError(
             f"{options.budget}{on} can't be reached: the lowest ratio that schedule={options.schedule!r} gives on this model "
             f"is {_round_up(over.cost / model.original):.3f}{advice}"
@@ -158,9 +158,15 @@ def _split(
 ) -> tuple[int, ...]:
     """A user's counts by site, refused where they can't be had."""
     left = Counter[object]()
+    sites = {site.block for site in model.sites}
     for block, count in zip(blocks, asked, strict=True):
         if count and block.refusal is not None and block.branch is None and not block.dead:
             raise ScheduleError(f"block {block.index} can't propagate {count} tokens: {block.refusal}")
+        if count and block.refusal is None and not block.dead and block.index not in sites:
+            raise ScheduleError(
+                f"block {block.index} can't lose {count} tokens: strategy {options.strategy.name!r} takes them at blocks "
+                f"{', '.join(map(str, sorted(sites)))} alone"
+            )
         stream = block.axis.domain.grid if block.branch is None else block.index
         left[stream] += 0 if block.dead else count
         if left[stream] >= block.axis.domain.whole_count:

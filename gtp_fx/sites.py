@@ -13,7 +13,9 @@ from gtp_fx.branches import Branch
 from gtp_fx.coercions import find_coercions
 from gtp_fx.cost.closed_form import branch_cost
 from gtp_fx.cost.site import Site
+from gtp_fx.cuts import cut_of, ends_of, leaving_blocks
 from gtp_fx.errors import Refusal, UnsupportedModelError
+from gtp_fx.graphs import layer_name, operator_name
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.passes.find_blocks import AttentionBlock
 from gtp_fx.passes.liveness import ALL, live_tokens
@@ -34,17 +36,18 @@ class Candidates:
 
 def find_sites(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Strategy) -> Candidates:
     """Raises UnsupportedModelError, with the reasons, where there can't be any."""
-    leaving = [block for block in blocks if block.refusal is None and block.site is not None]
+    leaving = leaving_blocks(blocks, strategy)
     branched = [(block, block.branch) for block in blocks if block.branch is not None]
     _refuse_unfit(leaving, [block for block, _ in branched], strategy)
     if not leaving and not branched:
         reasons = tuple(block.refusal for block in blocks if block.refusal is not None)
         raise UnsupportedModelError("no attention block of this model can lose tokens", reasons)
-    typing = infer_types(graph, frozenset(block.site for block in leaving if block.site is not None))
-    if obstacles := find_coercions(typing).refused:
+    whole = infer_types(graph)
+    cuts = {block.index: cut for block in leaving if (cut := cut_of(block, strategy)) is not None}
+    typing = infer_types(graph, frozenset(cuts.values()), frozenset(ends_of(blocks, strategy, whole)))
+    if obstacles := _obstacles(typing, strategy):
         message = "tokens can't leave this model: what follows can't do without them (flops_budget=1.0 still works)"
         raise UnsupportedModelError(message, obstacles)
-    whole = infer_types(graph)
     turns = take_turns(blocks, whole, strategy)
     sites = [
         _skipping(block, branch, whole, strategy, len(blocks), turns.halves.get(block.index))
@@ -52,7 +55,8 @@ def find_sites(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Stra
     ]
     read = _grids_read(graph, blocks, whole)
     sites += [
-        replace(_leaving(block, typing, len(blocks)), patches_read=block.axis.domain.grid in read) for block in leaving
+        replace(_leaving(block, cuts[block.index], typing, len(blocks)), patches_read=block.axis.domain.grid in read)
+        for block in leaving
     ]
     in_order = tuple(sorted(sites, key=lambda site: site.block))
     return Candidates(in_order, typing, {block.index: branch for block, branch in branched}, turns)
@@ -78,9 +82,24 @@ def _skipping(
     return Site(block.index, block.axis, cost.features, heads, 1, cost, dtype, block.index / blocks)
 
 
-def _leaving(block: AttentionBlock, typing: Typing, blocks: int) -> Site:
-    assert block.site is not None
-    stream = typing.answers[block.site].output
+def _obstacles(typing: Typing, strategy: Strategy) -> tuple[Refusal, ...]:
+    """What can't do without the tokens that left. Where those return, nobody has what they would have become meanwhile."""
+    coercions = find_coercions(typing)
+    if coercions.refused or not strategy.returns:
+        return coercions.refused
+    return tuple(
+        Refusal(
+            layer_name(coercion.node),
+            operator_name(coercion.node),
+            f"{coercion.reason}, of which {strategy.name!r} has a part only",
+        )
+        for coercion in coercions.found
+        if any(step.recovers or step.axis.domain.level for step in coercion.steps)
+    )
+
+
+def _leaving(block: AttentionBlock, cut: fx.Node, typing: Typing, blocks: int) -> Site:
+    stream = typing.answers[cut].output
     assert isinstance(stream, tuple)
     axis = token_axis(stream[1])
     assert axis is not None
@@ -90,8 +109,9 @@ def _leaving(block: AttentionBlock, typing: Typing, blocks: int) -> Site:
         channels=whole_size(stream[2]),
         heads=whole_size(typing.type(block.attention)[1]),
         images=per_image(whole_size(stream[0])),
-        dtype=_dtype(block.site),
+        dtype=_dtype(cut),
         depth=block.index / blocks,
+        key_features=whole_size(typing.type(block.attention.args[1])[-1]),  # type: ignore[arg-type]
     )
 
 

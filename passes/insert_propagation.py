@@ -20,10 +20,11 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from gtp_fx import graphs
 from gtp_fx.axes import Grid, TensorType, images_dims, token_axis
 from gtp_fx.coercions import Coercion, Step, find_coercions
+from gtp_fx.cuts import cut_of, ends_of
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.passes.find_blocks import ATTENTION, AttentionBlock, read_blocks
 from gtp_fx.plan import Plan
-from gtp_fx.strategies.protocol import Attention, StreamState
+from gtp_fx.strategies.protocol import AtSite, Attention, StreamState
 
 SITE = "gtp_site"
 """Meta key of a node behind which tokens have left: the grid that they left from, and the state of what remains."""
@@ -36,8 +37,9 @@ def insert_propagation(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """
     gm = graphs.copy_of(gm)
     blocks = read_blocks(gm)
-    sites = {block.site: block for block in blocks if block.index in plan.propagated and block.site is not None}
-    typing = infer_types(gm.graph, frozenset(sites))
+    sites = {cut_of(block, plan.strategy): block for block in blocks if block.index in plan.propagated}
+    ends = ends_of(blocks, plan.strategy, infer_types(gm.graph)) if plan.strategy.returns else {}
+    typing = infer_types(gm.graph, frozenset(filter(None, sites)), frozenset(ends))
     found = find_coercions(typing)
     assert not found.refused, found.refused
     coercions = found.by_node()
@@ -56,7 +58,9 @@ def insert_propagation(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         if node.target is aten.mean.dim and plan.strategy.weighted_pooling:
             walk.rewrite_pooling(node)
         if node in sites:
-            walk.shorten_behind(sites[node])
+            walk.shorten_behind(node, sites[node])
+        if node in ends:
+            walk.put_back_behind(node, ends[node])
     return graphs.finish(gm)
 
 
@@ -64,8 +68,7 @@ def insert_propagation(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 class _Walk:
     """The walk's state. args: each node's as they were, which types speak of.
 
-    states: the strategy's, by stream and level. scores: of the attention of each block with a site. instead: what has taken
-    a node's place. shares: how each site's tokens are recovered. coerced: values by operand and what was done to it.
+    states: the strategy's, by stream and level. attention, scores: of each block with a site. instead: what has taken a node's place. shares: how each site's tokens are recovered. coerced: values by operand and what was done to it.
     """
 
     graph: fx.Graph
@@ -74,6 +77,7 @@ class _Walk:
     blocks: dict[fx.Node, AttentionBlock]
     args: dict[fx.Node, Any]
     states: dict[Grid, list[StreamState]] = field(default_factory=dict)
+    attention: dict[int, Attention] = field(default_factory=dict)
     scores: dict[int, fx.Node] = field(default_factory=dict)
     instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
     shares: dict[tuple[Grid, int], fx.Node] = field(default_factory=dict)
@@ -132,12 +136,13 @@ class _Walk:
         bias = attention.bias
         if keys is not None and state is not None and state.scale is not None:
             bias = emit(gtp_fx.key_bias.default, state.scale, keys.prefix, keys.suffix, bias, attention.q)
-        scored = block is not None and block.index in self.plan.propagated
-        if block is not None and (scored or self.plan.strategy.rewrites_every_attention):
-            operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale)
-            output, self.scores[block.index] = self.plan.strategy.attend(
-                emit, operands, block.axis, scored, block.index
-            )
+        strategy = self.plan.strategy
+        operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale)
+        if block is not None:
+            self.attention[block.index] = operands
+        scored = block is not None and block.index in self.plan.propagated and strategy.score != "none"
+        if block is not None and (scored or strategy.rewrites_every_attention):
+            output, self.scores[block.index] = strategy.attend(emit, operands, block.axis, scored, block.index)
             node.replace_all_uses_with(output)
             self.instead[node] = output
             self.graph.erase_node(node)  # dead code elimination leaves it: attention may draw random numbers
@@ -169,20 +174,32 @@ class _Walk:
         found: fx.Node = self.instead.get(node, node)
         return found
 
-    def shorten_behind(self, block: AttentionBlock) -> None:
-        """Insert the site of `block` behind its residual add, and give its result to every later reader."""
-        site, grid = block.site, block.axis.domain.grid
-        assert site is not None
+    def shorten_behind(self, cut: fx.Node, block: AttentionBlock) -> None:
+        """Insert the site of `block` behind the node `cut`, and give its result to every later reader."""
+        grid, place = block.axis.domain.grid, block.index
         if grid not in self.states:
             self.states[grid] = [self._start(grid)]
-        emit = _Emitter(self.graph, before=site.next, like=site)
-        state, scores = self.states[grid][-1], self.scores[block.index]
-        propagated = self.plan.propagated[block.index]
-        shorter, behind = self.plan.strategy.reduce(emit, state, site, scores, propagated, block.axis)
+        emit = _Emitter(self.graph, before=cut.next, like=cut)
+        state = self.states[grid][-1]
+        count = self.plan.count(block.axis.domain.at(len(self.states[grid]) - 1))
+        leaving, attention = self.plan.propagated[place], self.attention.get(place)
+        site = AtSite(cut, block.axis, count, leaving, place, self.scores.get(place), attention)
+        shorter, behind = self.plan.strategy.reduce(emit, site, state)
         shorter.meta[SITE] = (grid, behind)
         self.states[grid].append(behind)
-        site.replace_all_uses_with(shorter, delete_user_cb=lambda user: user not in emit.inserted)
-        self.instead[site] = shorter
+        self._give_instead(cut, shorter, emit)
+
+    def put_back_behind(self, end: fx.Node, grid: Grid) -> None:
+        """Behind the last block of a stream: every token in its place, where the strategy has it so."""
+        if grid in self.states:
+            emit = _Emitter(self.graph, before=end.next, like=end)
+            block = next(b for b in self.blocks.values() if b.axis.domain.grid == grid)
+            whole = self.plan.strategy.put_back(emit, end, self.states[grid][-1], block.axis)
+            self._give_instead(end, whole, emit)
+
+    def _give_instead(self, old: fx.Node, new: fx.Node, emit: _Emitter) -> None:
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in emit.inserted)
+        self.instead[old] = new
 
     def _start(self, grid: Grid) -> StreamState:
         """The strategy's state of a stream, from what enters its first block, wherever its first site is."""

@@ -16,6 +16,7 @@ class Site:
     images: how many images one run of the graph takes; 1 where the batch is symbolic, and priced as one.
     branch: where tokens don't leave but skip a branch of the block, what that costs.
     dtype: of the stream, as torch names it.
+    key_features: of one key of one head.
     patches_read: whether what follows the last block reads the patches (pooled, returned) and not prefix tokens alone.
     depth: the share of the model's attention blocks that lie before this one, in [0, 1).
     """
@@ -29,6 +30,7 @@ class Site:
     dtype: str = "float32"
     depth: float = 0.0
     patches_read: bool = True
+    key_features: int = 1
 
     @property
     def domain(self) -> TokenDomain:

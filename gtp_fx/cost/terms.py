@@ -146,7 +146,8 @@ def _site_term(site: Site, place: int, strategy: Strategy, told: bool, batch: in
 
     def works(count: Counts) -> list[Work]:
         images = site.images * batch
-        shape = SiteShape(count(site.domain), count(behind), site.others, site.channels, site.heads, images, site.dtype)
+        sizes = (count(site.domain), count(behind), site.others, site.channels, site.heads, images, site.dtype)
+        shape = SiteShape(*sizes, site.key_features, site.axis.prefix)
         return strategy.site_works(shape, told)
 
     return Term(frozenset(d for d in (site.domain, behind) if d.level), works, place)

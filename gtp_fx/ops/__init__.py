@@ -12,6 +12,8 @@
     weighted_mean           average pooling in which a token counts for those it stands for
     region_shares           the same for a window's tokens that skip a branch
     grid_places             rows and columns of a grid's patches
+    put_back                a stream whose tokens wait in their places, with what became of the others
+    group_<strategy>        a strategy's `group`: who leaves, and what becomes of those
     recover                 a newer value with its propagated tokens back in place
 
 Each is composite: written once in plain ATen, which is its reference, its autograd, its fake and, where no kernel of the

@@ -1,4 +1,4 @@
-"""Tokens from one level of a stream to another: `take_tokens` to a newer one, `recover` to the one before.
+"""Tokens from one level of a stream to another: `take_tokens` to a newer one, `recover` to the one before, `put_back` to all.
 
 Both work on any value that runs over a stream's tokens, wherever its token axis is: a residual stream [B, N, C], a rotary
 table [1, 1, N, D], one side of a relative-position bias [1, H, N, N]. `images` and `tokens` say which dimensions those are.
@@ -20,7 +20,7 @@ def _taken_shapes(x, index_BK, images, tokens, prefix, suffix):  # type: ignore[
 
 
 def _share_shapes(weights_BKP, kept_BK, propagated_BP, grid):  # type: ignore[no-untyped-def]
-    return weights_BKP.transpose(1, 2).new_empty(weights_BKP.shape[0], weights_BKP.shape[2], weights_BKP.shape[1])
+    return kept_BK.new_empty(*propagated_BP.shape, kept_BK.shape[1], dtype=torch.float32)
 
 
 def _recovered_shapes(x, shares_BPK, kept_BK, propagated_BP, images, tokens, prefix, suffix):  # type: ignore[no-untyped-def]
@@ -46,14 +46,16 @@ def take_tokens(x: Tensor, index_BK: Tensor, images: int, tokens: int, prefix: i
 
 
 @operator(_share_shapes)
-def recovery_weights(weights_BKP: Tensor, kept_BK: Tensor, propagated_BP: Tensor, grid: list[int]) -> Tensor:
+def recovery_weights(weights_BKP: Tensor | None, kept_BK: Tensor, propagated_BP: Tensor, grid: list[int]) -> Tensor:
     """[B, P, K] in float32: of whom each propagated token is made up again. Rows sum to 1.
 
     A token comes back as the mean of those that received it, weighted by how much they did: the same edges that it left
     along. One that nobody received (all its neighbours left with it) is given to the kept token that is nearest on the grid.
 
-    weights_BKP: from `propagation_weights`. kept_BK, propagated_BP: indices into the whole grid.
+    weights_BKP: from `propagation_weights`; None where tokens left without a trace. kept_BK, propagated_BP: indices into the whole grid.
     """
+    if weights_BKP is None:
+        weights_BKP = kept_BK.new_zeros(*kept_BK.shape, propagated_BP.shape[1], dtype=torch.float32)
     received_BPK = weights_BKP.transpose(1, 2)
     total_BP1 = received_BPK.sum(dim=-1, keepdim=True)
     here_GR = coordinates(grid, kept_BK.device)
@@ -94,6 +96,23 @@ def recover(
     patches_Bn = patches_BnC.reshape(batch, patches_BnC.shape[1], *inner)
     whole_Bn = torch.cat([x_BN[:, :prefix], patches_Bn, x_BN[:, count - suffix :]], dim=1)
     return _tokens_back(whole_Bn, images, tokens)
+
+
+def _put_back_shapes(whole_BNC, x_BKC, index_BK, prefix, suffix):  # type: ignore[no-untyped-def]
+    return torch.empty_like(whole_BNC)
+
+
+@operator(_put_back_shapes)
+def put_back(whole_BNC: Tensor, x_BKC: Tensor, index_BK: Tensor, prefix: int, suffix: int) -> Tensor:
+    """`whole_BNC` with the tokens of `x_BKC` in their places: the rest stay as they were.
+
+    whole_BNC: [B, prefix + G + suffix, C]. x_BKC: [B, prefix + K + suffix, C]. index_BK: where among the G patches its own stand.
+    """
+    batch, count, channels = whole_BNC.shape
+    ahead = torch.arange(prefix, device=whole_BNC.device).expand(batch, prefix)
+    behind = torch.arange(count - suffix, count, device=whole_BNC.device).expand(batch, suffix)
+    rows_BK = torch.cat([ahead, index_BK + prefix, behind], dim=1)
+    return whole_BNC.scatter(1, rows_BK[..., None].expand(-1, -1, channels), x_BKC)
 
 
 def _tokens_first(x: Tensor, images: int, tokens: int) -> Tensor:

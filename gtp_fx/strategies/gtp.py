@@ -18,10 +18,8 @@ from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.graph import GRAPHS
 from gtp_fx.sizes import shape_of
-from gtp_fx.strategies.protocol import Attention, Emit, Removal, SiteShape, StreamState
-
-_FLOAT = 4
-"""Bytes of what is computed in float32 whatever the stream's dtype: maps, scores, weights."""
+from gtp_fx.strategies.pricing import FLOAT, scoring_works
+from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, StreamState
 
 BRANCHES = {
     "recover": "a token that skips gets what its neighbours' branch made",
@@ -64,6 +62,8 @@ class GTP:
     skips: str = "mlp"
 
     name: ClassVar[str] = "gtp"
+    before_attention: ClassVar[bool] = False
+    returns: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _one_of("score", self.score, SCORES)
@@ -117,6 +117,12 @@ class GTP:
     @property
     def rewrites_every_attention(self) -> bool:
         return self.attention_sparsity < 1.0
+
+    def positions(self, blocks: int) -> range:
+        return range(blocks)
+
+    def put_back(self, emit: Emit, stream: fx.Node, state: StreamState, axis: TokenAxis) -> fx.Node:
+        raise AssertionError("tokens that GTP propagates don't return")
 
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
         patches = axis.domain.whole_count
@@ -174,30 +180,28 @@ class GTP:
         both = emit(gtp_fx.attention_with_cell_scores.default, *operands, self.score, list(grid), list(cells))
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
 
-    def reduce(
-        self, emit: Emit, state: StreamState, stream: fx.Node, scores: fx.Node, propagated: int, axis: TokenAxis
-    ) -> tuple[fx.Node, StreamState]:
+    def reduce(self, emit: Emit, site: AtSite, state: StreamState) -> tuple[fx.Node, StreamState]:
         """Indices are into the stream's own patches; the graph is asked by where those stand on the whole grid."""
         near, inv_sqrt_degree = state.carried
-        split = emit(gtp_fx.select.default, scores, propagated)
+        split = emit(gtp_fx.select.default, site.scores, site.leaving)
         kept, leaving = emit(operator.getitem, split, 0), emit(operator.getitem, split, 1)
         kept_index, leaving_index = kept, leaving
         if state.index is not None:
             kept_index = emit(aten.gather.default, state.index, 1, kept)
             leaving_index = emit(aten.gather.default, state.index, 1, leaving)
-        grid = list(axis.domain.grid.shape)
+        grid = list(site.axis.domain.grid.shape)
         weights = emit(
             gtp_fx.propagation_weights.default, near, inv_sqrt_degree, kept_index, leaving_index, grid, self.graph
         )
-        shorter = emit(gtp_fx.propagate.default, stream, weights, kept, leaving, self.alpha, axis.prefix)
+        shorter = emit(gtp_fx.propagate.default, site.stream, weights, kept, leaving, self.alpha, site.axis.prefix)
         scale = None
         if self.token_scale:
             # A token's scale travels like its features: one channel, no prefix. Before the first site all are 1.
-            before = state.scale or emit(aten.ones_like.default, scores)
+            before = state.scale or emit(aten.ones_like.default, site.scores)
             column = emit(aten.unsqueeze.default, before, 2)
             moved = emit(gtp_fx.propagate.default, column, weights, kept, leaving, self.alpha, 0)
             scale = emit(aten.squeeze.dim, moved, 2)
-        removal = Removal(kept, leaving, kept_index, leaving_index, weights)
+        removal = Removal(kept, leaving, kept_index, leaving_index, weights, self.alpha)
         return shorter, StreamState(kept_index, scale, state.carried, removal)
 
     def variants(self) -> Sequence[GTP]:
@@ -215,10 +219,10 @@ class GTP:
         """Cosine similarity of every pair of patches and its largest entries; a spatial graph asks coordinates only."""
         patches = math.prod(grid)
         if self.graph == "spatial":
-            return [Work("stream", bytes=_FLOAT * patches * patches)]
+            return [Work("stream", bytes=FLOAT * patches * patches)]
         pairs = images * patches * patches
-        similarity = Work("product", 2 * pairs * channels, _FLOAT * pairs, patches, patches, images)
-        return [similarity, Work("sort", bytes=_FLOAT * pairs), Work("stream", bytes=2 * _FLOAT * pairs)]
+        similarity = Work("product", 2 * pairs * channels, FLOAT * pairs, patches, patches, images)
+        return [similarity, Work("sort", bytes=FLOAT * pairs), Work("stream", bytes=2 * FLOAT * pairs)]
 
     def site_works(self, site: SiteShape, told: bool) -> list[Work]:
         leaving = site.patches_in - site.patches_out
@@ -230,16 +234,13 @@ class GTP:
         edges = site.patches_out * leaving * (1 if self.graph == "spatial" else self.neighbors)
         return [
             *self.scoring_works(site.heads, tokens_in, tokens_in, site.images, site.dtype),
-            Work("sort", bytes=site.images * _FLOAT * site.patches_in),
-            Work("stream", bytes=site.images * _FLOAT * edges, launches=2),
+            Work("sort", bytes=site.images * FLOAT * site.patches_in),
+            Work("stream", bytes=site.images * FLOAT * edges, launches=2),
             Work("gather", site.images * (features + scales), site.images * moved, launches=3),
         ]
 
     def scoring_works(self, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:
-        """Column sums of the map are a product; its diagonal is read off. Either way the map is made."""
-        entries = images * heads * queries * keys
-        flops = 2 * entries if self.score.startswith(("mixed", "broadcast")) else 0
-        return [Work("scores", flops, _FLOAT * entries, dtype=dtype, launches=2)]
+        return scoring_works(self.score, heads, queries, keys, images, dtype)
 
 
 def _one_of(option: str, value: object, known: dict[str, str]) -> None:

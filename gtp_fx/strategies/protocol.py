@@ -6,7 +6,7 @@ also prices them, so that a budget holds with the strategy's own work counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ class Emit(Protocol):
 @dataclass(frozen=True)
 class SiteShape:
     """A site's sizes for pricing: patches in and out (numbers, or arrays of candidates), tokens that are none, channels,
-    heads; images of a run, and the stream's dtype as torch names it."""
+    heads and features of a key; images of a run, the stream's dtype as torch names it; prefix: tokens before the patches."""
 
     patches_in: Any
     patches_out: Any
@@ -34,6 +34,8 @@ class SiteShape:
     heads: int
     images: int = 1
     dtype: str = "float32"
+    key_features: int = 1
+    prefix: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,18 @@ class Removal:
     """What one site did, as nodes.
 
     kept [B, K], propagated [B, P]: indices into the patches that the site had. kept_index, propagated_index: the same into
-    the whole grid. weights [B, K, P]: how much of each propagated token went to each kept one.
+    the whole grid. weights [B, K, P]: how much of each propagated token went to each kept one, times `alpha`; None where
+    nothing did. own [B, K]: what of itself a kept one kept; all where None. of_whole: kept and propagated are into the whole grid.
     """
 
     kept: fx.Node
     propagated: fx.Node
     kept_index: fx.Node
     propagated_index: fx.Node
-    weights: fx.Node
+    weights: fx.Node | None
+    alpha: float = 1.0
+    own: fx.Node | None = None
+    of_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,62 @@ class StreamState:
     removal: Removal | None = None
 
 
+@dataclass(frozen=True)
+class Attention:
+    """The operands of a scaled dot-product attention node; bias and scale may be None."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    bias: fx.Node | None
+    scale: float | None
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Attention:
+        """The operands of aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, *, scale)."""
+        q, k, v, *rest = node.args
+        bias = rest[0] if rest else node.kwargs.get("attn_mask")
+        return cls(q, k, v, bias, node.kwargs.get("scale"))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class AtSite:
+    """Where tokens are about to leave.
+
+    stream [B, prefix + n + suffix, C]. axis: the tokens of its whole grid. leaving: how many of the n patches. block: the
+    attention block's number, from 0. scores [B, n]: by that block's attention, None where it wasn't asked. attention: its
+    operands; None where the site stands before it. count: n.
+    """
+
+    stream: fx.Node
+    axis: TokenAxis
+    count: int
+    leaving: int
+    block: int
+    scores: fx.Node | None
+    attention: Attention | None
+
+
 class Strategy(Protocol):
     """One way of shortening a stream."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def score(self) -> str:
+        """What attention ranks tokens by at a site, a name in `gtp_fx.ops.attention.SCORES`; "none" where it needn't."""
+
+    @property
+    def before_attention(self) -> bool:
+        """True where tokens leave at a block's input; else behind its attention."""
+
+    @property
+    def returns(self) -> bool:
+        """True where tokens that left may be chosen again, and are back in their places behind the last block."""
+
+    def positions(self, blocks: int) -> Collection[int]:
+        """At which of a stream's blocks, counted from 0, tokens may leave."""
 
     @property
     def whole_maps(self) -> bool:
@@ -112,10 +169,11 @@ class Strategy(Protocol):
     ) -> tuple[fx.Node, fx.Node]:
         """Replace attention whose keys are cells of the patches' grid: its output, and the scores [B, n] of the patches."""
 
-    def reduce(
-        self, emit: Emit, state: StreamState, stream: fx.Node, scores: fx.Node, propagated: int, axis: TokenAxis
-    ) -> tuple[fx.Node, StreamState]:
+    def reduce(self, emit: Emit, site: AtSite, state: StreamState) -> tuple[fx.Node, StreamState]:
         """At a site: the shorter stream and its state."""
+
+    def put_back(self, emit: Emit, stream: fx.Node, state: StreamState, axis: TokenAxis) -> fx.Node:
+        """Behind the last block, where the strategy `returns` tokens: the stream with every token in its place."""
 
     def variants(self) -> Sequence[Strategy]:
         """The same strategy with other numbers or another score: what calibration may choose among."""
@@ -131,21 +189,3 @@ class Strategy(Protocol):
 
         told: a later attention reads the token scales.
         """
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The operands of a scaled dot-product attention node; bias and scale may be None."""
-
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    bias: fx.Node | None
-    scale: float | None
-
-    @classmethod
-    def of(cls, node: fx.Node) -> Attention:
-        """The operands of aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, *, scale)."""
-        q, k, v, *rest = node.args
-        bias = rest[0] if rest else node.kwargs.get("attn_mask")
-        return cls(q, k, v, bias, node.kwargs.get("scale"))  # type: ignore[arg-type]

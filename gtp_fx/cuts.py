@@ -1,0 +1,62 @@
+"""Where a strategy's sites stand in a graph whose blocks are marked, and where its tokens are back, if they ever are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.axes import Grid, is_plain
+from gtp_fx.graphs import descendants
+from gtp_fx.infer import Typing
+from gtp_fx.passes.find_blocks import AttentionBlock
+from gtp_fx.strategies.protocol import Strategy
+
+
+def cut_of(block: AttentionBlock, strategy: Strategy) -> fx.Node | None:
+    """The node behind which tokens leave: the attention's residual add, or what enters the block."""
+    return block.stream if strategy.before_attention else block.site
+
+
+def leaving_blocks(blocks: Sequence[AttentionBlock], strategy: Strategy) -> list[AttentionBlock]:
+    """The blocks at which the strategy lets tokens leave, of those at which they can."""
+    by_stream: dict[Grid, list[AttentionBlock]] = defaultdict(list)
+    for block in blocks:
+        by_stream[block.axis.domain.grid].append(block)
+    chosen = {
+        of_stream[place].index for of_stream in by_stream.values() for place in strategy.positions(len(of_stream))
+    }
+    return [b for b in blocks if b.index in chosen and b.refusal is None and cut_of(b, strategy) is not None]
+
+
+def ends_of(blocks: Sequence[AttentionBlock], strategy: Strategy, typing: Typing) -> dict[fx.Node, Grid]:
+    """Behind which nodes every token is in its place again, and of which grid; none where tokens are gone for good.
+
+    typing: of the graph without sites.
+    """
+    if not strategy.returns:
+        return {}
+    last = {block.axis.domain.grid: block for block in blocks if block.site is not None and block.refusal is None}
+    ends = {_end_of_block(block.site): grid for grid, block in last.items() if block.site is not None}
+    return {node: grid for node, grid in ends.items() if not all(map(is_plain, typing.type(node)))}
+
+
+def _end_of_block(site: fx.Node) -> fx.Node:
+    """The last residual add that begins with `site`: of its MLP, and of what follows in the same way."""
+    end = site
+    while (behind := _next_add(end)) is not None:
+        end = behind
+    return end
+
+
+def _next_add(stream: fx.Node) -> fx.Node | None:
+    """The addition of `stream` and of something made from it."""
+    made_of_it = descendants(stream)
+    for user in stream.users:
+        if user.target is aten.add.Tensor and len(user.all_input_nodes) == 2:
+            others = [node for node in user.all_input_nodes if node is not stream]
+            if others and others[0] in made_of_it:
+                return user
+    return None

@@ -1,0 +1,274 @@
+"""Strategies that are one function from tokens to groups: subclass `Grouping`, write `group`, register.
+
+    @gtp_fx.register_strategy
+    @dataclass(frozen=True)
+    class Norm(gtp_fx.Grouping):
+        '''Tokens of small norm leave.'''
+
+        name: ClassVar[str] = "norm"
+
+        def group(self, tokens: gtp_fx.Tokens) -> gtp_fx.Groups:
+            return gtp_fx.dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
+
+The function becomes an operator of the graph (`torch.ops.gtp_fx.group_norm`), composite like the others: any batch, any device,
+and the compiler sees through it. Fields are the method's numbers, plain values all of them: they travel with the operator.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+
+from gtp_fx.axes import TokenAxis
+from gtp_fx.cost.work import Work
+from gtp_fx.errors import OptionError
+from gtp_fx.ops.attention import SCORES
+from gtp_fx.ops.register import operator as register_operator
+from gtp_fx.strategies.pricing import FLOAT, scoring_works
+from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, Strategy, StreamState
+from gtp_fx.strategies.tokens import Groups, Tokens
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A strategy whose `group` says at each site who leaves and what becomes of those. Subclasses are frozen dataclasses.
+
+    score: what attention is asked to rank tokens by, a name in `gtp_fx.ops.attention.SCORES`, or "none".
+    merges: whether `group` gives weights. sized: whether it gives sizes. token_scale: whether later attention is told them.
+    carries: whether it leaves itself numbers for its next site. before_attention: sites stand at a block's input.
+    skips_branches: where a grid has to stay whole, tokens may skip branches by `score`, with their neighbours' results.
+    """
+
+    name: ClassVar[str]
+    merges: ClassVar[bool] = False
+    sized: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
+    before_attention: ClassVar[bool] = False
+    skips_branches: ClassVar[bool] = False
+    returns: ClassVar[bool] = False
+    score: str = "none"
+    token_scale: bool = True
+
+    def __post_init__(self) -> None:
+        if self.score not in ("none", *SCORES):
+            names = "\n".join(f"  {name!r}: {meaning}" for name, meaning in SCORES.items())
+            raise OptionError(
+                f"{type(self).__name__}(score={self.score!r}) is unknown; score is 'none' or one of\n{names}"
+            )
+
+    whole_maps: ClassVar[bool] = False
+    rewrites_every_attention: ClassVar[bool] = False
+    weighted_pooling: ClassVar[bool] = False
+    recovers_branches: ClassVar[bool] = True
+    skips_attention: ClassVar[bool] = False
+
+    def group(self, tokens: Tokens) -> Groups:
+        """Who leaves at a site, and what becomes of them."""
+        raise NotImplementedError(f"{type(self).__name__} has no group()")
+
+    def group_flops(self, site: SiteShape) -> Any:
+        """FLOPs of `group`'s matrix products, of all images, 2 per multiply-add, as torch counts them: a budget is strict.
+
+        From numbers or arrays of them. 0 where it multiplies no matrices.
+        """
+        return 0
+
+    def positions(self, blocks: int) -> Collection[int]:
+        """At which of a stream's blocks, counted from 0, tokens may leave."""
+        return range(blocks)
+
+    def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
+        if skipping and not self.skips_branches:
+            return (
+                f"{self.name} shortens a stream, and here the grid has to stay whole, so that tokens can only skip branches: "
+                f"strategies 'gtp' and 'idle' do that"
+            )
+        if self.score.startswith("cls") and (axis.prefix == 0 or skipping):
+            return (
+                f"score={self.score!r} reads the CLS token's attention, and there is no prefix token here: "
+                f"score='broadcast-mean' reads that of all tokens"
+            )
+        return ""
+
+    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
+        return StreamState()
+
+    def attend(
+        self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool, block: int
+    ) -> tuple[fx.Node, fx.Node]:
+        operands = (attention.q, attention.k, attention.v, attention.bias, attention.scale)
+        score = self.score if scored else "none"
+        both = emit(gtp_fx.attention_with_scores.default, *operands, 1.0, score, axis.prefix, axis.suffix)
+        return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
+
+    def attend_cells(
+        self, emit: Emit, attention: Attention, grid: Sequence[int], cells: Sequence[int]
+    ) -> tuple[fx.Node, fx.Node]:
+        operands = (attention.q, attention.k, attention.v, attention.bias, attention.scale)
+        both = emit(gtp_fx.attention_with_cell_scores.default, *operands, self.score, list(grid), list(cells))
+        return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
+
+    def reduce(self, emit: Emit, site: AtSite, state: StreamState) -> tuple[fx.Node, StreamState]:
+        found = self._grouped(emit, site, state)
+        kept, left, weights = found["kept"], found["left"], found.get("weights")
+        prefix, suffix = site.axis.prefix, site.axis.suffix
+        if weights is None:
+            shorter = emit(gtp_fx.take_tokens.default, site.stream, kept, 0, 1, prefix, suffix)
+        else:
+            shorter = emit(gtp_fx.propagate.default, site.stream, weights, kept, left, 1.0, prefix, found["own"])
+        kept_index, left_index = kept, left
+        if state.index is not None:
+            kept_index, left_index = (emit(aten.gather.default, state.index, 1, part) for part in (kept, left))
+        carried = [emit(aten.gather.default, found["carried"], 1, kept)] if self.carries else []
+        if self.sized:
+            carried.append(found["size"])
+        removal = Removal(kept, left, kept_index, left_index, weights, 1.0, found.get("own"))
+        return shorter, StreamState(kept_index, found["size"] if self.told else None, tuple(carried), removal)
+
+    @property
+    def told(self) -> bool:
+        """Whether attention is told sizes."""
+        return self.sized and self.token_scale
+
+    def ranking(self, emit: Emit, site: AtSite) -> fx.Node | None:
+        """What `Tokens.score_Bn` will be: attention's scores, where they were asked for."""
+        return site.scores
+
+    def _grouped(self, emit: Emit, site: AtSite, state: StreamState) -> dict[str, fx.Node]:
+        """The operator's results, by what they are."""
+        attention = site.attention
+        listed = emit(
+            group_operator(self.name),
+            site.stream,
+            None if attention is None else attention.k,
+            None if attention is None else attention.v,
+            self.ranking(emit, site),
+            state.carried[-1] if state.carried and self.sized else None,
+            state.index,
+            state.carried[0] if state.carried and self.carries else None,
+            list(site.axis.domain.grid.shape),
+            [site.leaving, site.axis.prefix, site.axis.suffix, site.block],
+            options_of(self),
+        )
+        return {name: emit(operator.getitem, listed, i) for i, name in enumerate(self._results())}
+
+    def _results(self) -> list[str]:
+        given = {"weights": self.merges, "own": self.merges, "size": self.sized, "carried": self.carries}
+        return ["kept", "left", *(name for name, is_given in given.items() if is_given)]
+
+    def put_back(self, emit: Emit, stream: fx.Node, state: StreamState, axis: TokenAxis) -> fx.Node:
+        raise AssertionError(f"tokens that {self.name!r} takes away don't return")
+
+    def variants(self) -> Sequence[Strategy]:
+        return ()
+
+    def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str) -> list[Work]:
+        return []
+
+    def scoring_works(self, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:
+        return scoring_works(self.score, heads, queries, keys, images, dtype)
+
+    def site_works(self, site: SiteShape, told: bool) -> list[Work]:
+        leaving = site.patches_in - site.patches_out
+        tokens_in, tokens_out = site.others + site.patches_in, site.others + site.patches_out
+        size = getattr(torch, site.dtype).itemsize
+        moved = site.images * size * (tokens_in + tokens_out) * site.channels
+        summed = 2 * site.images * tokens_out * leaving * site.channels if self.merges else 0
+        ranked = site.images * FLOAT * site.patches_in
+        return [
+            *self.scoring_works(site.heads, tokens_in, tokens_in, site.images, site.dtype),
+            Work("product", self.group_flops(site), ranked, site.patches_in, site.patches_in, site.images),
+            Work("sort", bytes=ranked),
+            Work("gather", summed, moved, launches=2),
+        ]
+
+
+def group_operator(name: str) -> Any:
+    """The operator of a registered strategy. Raises OptionError for another one."""
+    found = getattr(gtp_fx, f"group_{name}", None)
+    if found is None:
+        raise OptionError(f"strategy {name!r} isn't registered: put @gtp_fx.register_strategy over its class")
+    return found.default
+
+
+def options_of(strategy: Grouping) -> str:
+    """The strategy's fields as JSON, from which `define_operator` makes it again."""
+    return json.dumps({field.name: getattr(strategy, field.name) for field in fields(strategy)})
+
+
+def define_operator(name: str, classes: dict[str, type]) -> None:
+    """`gtp_fx::group_<name>`: `classes[name].group` as an operator; once for each name, whatever the class is later."""
+    if hasattr(gtp_fx, f"group_{name}"):
+        return
+
+    def made_again(options: str) -> Any:
+        said = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(options).items()}
+        return classes[name](**said)
+
+    def shapes(x, k, v, score, size, index, carried, grid, around, options):  # type: ignore[no-untyped-def]
+        strategy, (leaving, prefix, suffix, _) = made_again(options), around
+        batch, count = x.shape[0], x.shape[1] - prefix - suffix
+        kept = count - leaving
+        whole, number = torch.int64, torch.float32
+        known = {
+            "kept": ((batch, kept), whole),
+            "left": ((batch, leaving), whole),
+            "weights": ((batch, kept, leaving), number),
+            "own": ((batch, kept), number),
+            "size": ((batch, kept), number),
+            "carried": ((batch, count), number),
+        }
+        return [x.new_empty(known[result][0], dtype=known[result][1]) for result in strategy._results()]
+
+    def grouped(
+        x_BNC: Tensor,
+        k_BHND: Tensor | None,
+        v_BHND: Tensor | None,
+        score_Bn: Tensor | None,
+        size_Bn: Tensor | None,
+        index_Bn: Tensor | None,
+        carried_Bn: Tensor | None,
+        grid: list[int],
+        around: list[int],
+        options: str,
+    ) -> list[Tensor]:
+        strategy, (leaving, prefix, suffix, block) = made_again(options), around
+        count = x_BNC.shape[1] - prefix - suffix
+        if index_Bn is None:
+            index_Bn = torch.arange(count, device=x_BNC.device).expand(x_BNC.shape[0], count)
+        seen = (x_BNC, k_BHND, v_BHND, score_Bn, size_Bn, index_Bn, carried_Bn)
+        groups = strategy.group(Tokens(*seen, tuple(grid), leaving, prefix, suffix, block))
+        return _listed(strategy, groups)
+
+    grouped.__name__ = f"group_{name}"
+    register_operator(shapes, opaque=True)(grouped)
+
+
+def _listed(strategy: Grouping, groups: Any) -> list[Tensor]:
+    """What `group` decided, as the strategy has said that it would."""
+    if not isinstance(groups, Groups):
+        raise OptionError(f"{strategy.name}.group() returned {type(groups).__name__}: return gtp_fx.Groups")
+    found: dict[str, Any] = {
+        "kept": groups.kept_BK,
+        "left": groups.left_BP,
+        "weights": groups.weights_BKP,
+        "own": groups.own_BK,
+        "size": groups.size_BK,
+        "carried": groups.carried_Bn,
+    }
+    if groups.weights_BKP is not None and groups.own_BK is None:
+        found["own"] = torch.ones_like(groups.kept_BK, dtype=torch.float32)
+    named, given = strategy._results(), [name for name, value in found.items() if value is not None]
+    if given != named:
+        raise OptionError(
+            f"{strategy.name}.group() gave {', '.join(given)}, and its class says {', '.join(named)}: merges= for weights and "
+            f"own, sized= for sizes and carries= for what is carried have to agree with it"
+        )
+    return [found[name].float() if found[name].is_floating_point() else found[name] for name in named]

@@ -1,0 +1,54 @@
+"""IdleViT (arXiv 2310.05654): tokens that aren't chosen sit a block out, and may be chosen again."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+
+from gtp_fx.axes import TokenAxis
+from gtp_fx.strategies.grouping import Grouping
+from gtp_fx.strategies.protocol import AtSite, Emit, Removal, StreamState
+from gtp_fx.strategies.registry import register_strategy
+
+
+@register_strategy
+@dataclass(frozen=True)
+class Idle(Grouping):
+    """From all tokens the ones that CLS attends to most are chosen for the blocks until the next site; the others idle, in their places.
+
+    A token that idled comes with the score it had when it was last looked at; the publication makes the keys of all tokens
+    anew in every block to ask CLS about them. It chooses in front of a block; here, as in GTP, behind its attention. score: "cls-mean" in the publication; "broadcast-mean" where there is no CLS.
+    Where a grid has to stay whole, idle tokens get nothing from a branch.
+    """
+
+    name: ClassVar[str] = "idle"
+    returns: ClassVar[bool] = True
+    skips_branches: ClassVar[bool] = True
+    recovers_branches: ClassVar[bool] = False
+    score: str = "cls-mean"
+
+    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
+        return StreamState()
+
+    def reduce(self, emit: Emit, site: AtSite, state: StreamState) -> tuple[fx.Node, StreamState]:
+        """What is carried: the stream and the scores of all tokens."""
+        prefix, suffix = site.axis.prefix, site.axis.suffix
+        whole, scores = site.stream, site.scores
+        if state.index is not None:
+            assert scores is not None
+            whole = emit(gtp_fx.put_back.default, state.carried[0], site.stream, state.index, prefix, suffix)
+            scores = emit(aten.scatter.src, state.carried[1], 1, state.index, scores)
+        idle = site.axis.domain.whole_count - site.count + site.leaving
+        chosen = emit(gtp_fx.select.default, scores, idle)
+        kept, left = emit(operator.getitem, chosen, 0), emit(operator.getitem, chosen, 1)
+        shorter = emit(gtp_fx.take_tokens.default, whole, kept, 0, 1, prefix, suffix)
+        assert scores is not None
+        return shorter, StreamState(kept, None, (whole, scores), Removal(kept, left, kept, left, None, of_whole=True))
+
+    def put_back(self, emit: Emit, stream: fx.Node, state: StreamState, axis: TokenAxis) -> fx.Node:
+        assert state.index is not None
+        return emit(gtp_fx.put_back.default, state.carried[0], stream, state.index, axis.prefix, axis.suffix)

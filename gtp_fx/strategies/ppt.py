@@ -1,0 +1,76 @@
+"""PPT, token pruning and pooling (arXiv 2310.01812): each image's tokens are pruned or pooled, as its scores are spread."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gtp_fx.errors import OptionError
+from gtp_fx.strategies.grouping import Grouping
+from gtp_fx.strategies.matching import bipartite_matching, matching_flops
+from gtp_fx.strategies.protocol import SiteShape
+from gtp_fx.strategies.registry import register_strategy
+from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
+
+
+@register_strategy
+@dataclass(frozen=True)
+class PPT(Grouping):
+    """A patch's score is the attention that CLS pays it, times the length of its value, as a share of all patches' (section 3).
+
+    Where an image's scores vary by more than `threshold`, the lowest are pruned; else the most alike are pooled, as in ToMe.
+    threshold: of the variance; 7e-5 suits about 196 patches, whose mean share is 1/196, and fewer patches have larger shares.
+    blocks: at which of a stream's blocks; at a quarter, a half and three quarters of its depth where None (3, 6 and 9 of 12).
+    The heads' attention is averaged before it is multiplied, and a value's length is that of all heads'.
+    """
+
+    name: ClassVar[str] = "ppt"
+    merges: ClassVar[bool] = True
+    sized: ClassVar[bool] = True
+    score: str = "cls-mean"
+    threshold: float = 7e-5
+    blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.threshold >= 0:
+            raise OptionError(f"PPT(threshold={self.threshold!r}): give a variance of 0 or more; inf always pools")
+
+    def positions(self, blocks: int) -> Collection[int]:
+        chosen = self.blocks if self.blocks is not None else tuple(round(blocks * part / 4) for part in (1, 2, 3))
+        if outside := [block for block in chosen if not 0 <= block < blocks]:
+            raise OptionError(f"PPT(blocks={chosen}): this stream has blocks 0 to {blocks - 1}, and no {outside[0]}")
+        return chosen
+
+    def group(self, tokens: Tokens) -> Groups:
+        score_Bn = tokens.score_Bn
+        assert score_Bn is not None
+        shares_Bn = score_Bn * tokens.values_BHnD.float().square().sum(dim=(1, 3)).sqrt()
+        shares_Bn = shares_Bn / shares_Bn.sum(dim=1, keepdim=True)
+        prunes_B1 = shares_Bn.var(dim=1, keepdim=True, unbiased=False) > self.threshold
+        kept_BK, left_BP = split(shares_Bn, tokens.leaving)
+        pooled = averaged(tokens, *bipartite_matching(tokens.keys_BnD, tokens.sizes_Bn, tokens.leaving, tokens.prefix))
+        assert pooled.weights_BKP is not None and pooled.own_BK is not None and pooled.size_BK is not None
+
+        def either(pruned: Any, pooled: Tensor) -> Tensor:
+            return torch.where(prunes_B1.reshape(-1, *(1,) * (pooled.ndim - 1)), pruned, pooled)
+
+        return Groups(
+            either(kept_BK, pooled.kept_BK),
+            either(left_BP, pooled.left_BP),
+            either(0.0, pooled.weights_BKP),
+            either(1.0, pooled.own_BK),
+            either(tokens.sizes_Bn.gather(1, kept_BK), pooled.size_BK),
+        )
+
+    def group_flops(self, site: SiteShape) -> Any:
+        leaving = site.patches_in - site.patches_out
+        return site.images * matching_flops(site.patches_in, leaving, site.key_features, site.prefix)
+
+    def variants(self) -> list[PPT]:
+        thresholds = (0.0, 1e-5, 7e-5, 5e-4, 4e-3, float("inf"))
+        return [replace(self, threshold=value) for value in thresholds if value != self.threshold]

@@ -1,0 +1,40 @@
+"""Chance: what any other strategy has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gtp_fx.strategies.grouping import Grouping
+from gtp_fx.strategies.registry import register_strategy
+from gtp_fx.strategies.tokens import Groups, Tokens, dropped
+
+_MIX, _FOLD, _MASK = 0x45D9F3B, 16, 0xFFFFFFFF
+"""Of an integer hash (two rounds of multiply and fold, in 32 of an int64's bits): a graph draws no random numbers, so that
+an image's result is the same compiled and eager, alone and in a batch."""
+
+
+@register_strategy
+@dataclass(frozen=True)
+class Random(Grouping):
+    """Tokens leave by chance and nothing of them stays: at each block others, for every image the same places.
+
+    seed: another choice.
+    """
+
+    name: ClassVar[str] = "random"
+    seed: int = 0
+
+    def group(self, tokens: Tokens) -> Groups:
+        start = (self.seed * 1_000_003 + tokens.block + 1) << 16
+        return dropped(_hash(tokens.index_Bn + start).float(), tokens.leaving)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """24 bits that look drawn, of each integer: as many as a float32 tells apart."""
+    for _ in range(2):
+        x = ((x ^ (x >> _FOLD)) * _MIX) & _MASK
+    return torch.bitwise_right_shift(x ^ (x >> _FOLD), 8)

@@ -1,0 +1,144 @@
+"""CageViT (arXiv 2305.09924): a map of the image decides before the first block; minor tokens are fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.ops import gtp_fx  # type: ignore[import-not-found]
+
+from gtp_fx.axes import TokenAxis
+from gtp_fx.errors import OptionError, UnsupportedModelError
+from gtp_fx.ops.register import operator
+from gtp_fx.strategies.grouping import Grouping
+from gtp_fx.strategies.protocol import AtSite, Emit
+from gtp_fx.strategies.registry import register_strategy
+from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
+
+SaliencyMap = Callable[[Tensor], Tensor]
+"""Images [B, channels, *sides] to [B, *any sides]: how much each place matters."""
+
+MAPS: dict[str, SaliencyMap] = {}
+
+_ONTO_GRID: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_MEANS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+"""By the sides of an image."""
+_AROUND = 7
+"""Pixels."""
+
+
+def register_saliency(name: str) -> Callable[[SaliencyMap], SaliencyMap]:
+    """Make `Saliency(map=name)` ask the function below; it becomes an operator of the graph, `gtp_fx::saliency_<name>`.
+
+    The function is plain PyTorch of its images alone: a network's weights belong into the model, which a graph shares.
+    """
+    if not name.isidentifier():
+        raise OptionError(f"register_saliency({name!r}): give a name that Python could have, such as 'edges'")
+
+    def register(function: SaliencyMap) -> SaliencyMap:
+        MAPS[name] = function
+        if not hasattr(gtp_fx, f"saliency_{name}"):
+            operator(_shapes)(_operator_of(name))
+        return function
+
+    return register
+
+
+def _shapes(images, grid):  # type: ignore[no-untyped-def]
+    return images.new_empty(images.shape[0], torch.Size(grid).numel(), dtype=torch.float32)
+
+
+def _operator_of(name: str) -> Callable[[Tensor, list[int]], Tensor]:
+    def saliency(images: Tensor, grid: list[int]) -> Tensor:
+        found = MAPS[name](images).float()
+        if found.ndim != images.ndim - 1 or found.shape[0] != images.shape[0]:
+            raise OptionError(
+                f"saliency map {name!r} gave {tuple(found.shape)} for images {tuple(images.shape)}: give [B, *sides]"
+            )
+        pooled: Tensor = _ONTO_GRID[len(grid)](found[:, None], grid).flatten(1)
+        return pooled
+
+    saliency.__name__ = f"saliency_{name}"
+    return saliency
+
+
+@register_saliency("contrast")
+def contrast(images: Tensor) -> Tensor:
+    """How far each pixel is from the mean of those around it: flat regions are minor."""
+    around = _MEANS[images.ndim - 2](images, _AROUND, stride=1, padding=_AROUND // 2, count_include_pad=False)
+    apart: Tensor = (images - around).square().sum(dim=1)
+    return apart
+
+
+@register_strategy
+@dataclass(frozen=True)
+class Saliency(Grouping):
+    """Of the patches that enter the first block, those of the highest saliency are major and stay; the minor ones are fused.
+
+    map: a name given to `register_saliency`; "contrast" needs nothing. The publication takes a convolutional net's activations.
+    fused: how many tokens the minor ones become, groups of neighbours in the order of their saliency, each its members' mean
+    (the publication learns how to fuse them); each stands where its most salient member stood.
+    token_scale: tell attention how many patches a fused token is.
+    """
+
+    name: ClassVar[str] = "saliency"
+    merges: ClassVar[bool] = True
+    sized: ClassVar[bool] = True
+    before_attention: ClassVar[bool] = True
+    token_scale: bool = False
+    map: str = "contrast"
+    fused: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.map not in MAPS:
+            raise OptionError(
+                f"Saliency(map={self.map!r}) is unknown; give one of {', '.join(map(repr, MAPS))}, or register your own with "
+                f"@gtp_fx.register_saliency({self.map!r})"
+            )
+        if self.fused < 1:
+            raise OptionError(f"Saliency(fused={self.fused!r}): give 1 or more")
+
+    def positions(self, blocks: int) -> Collection[int]:
+        return [0]
+
+    def ranking(self, emit: Emit, site: AtSite) -> fx.Node:
+        grid = list(site.axis.domain.grid.shape)
+        operator_of_map = getattr(gtp_fx, f"saliency_{self.map}").default
+        return emit(operator_of_map, images_of(site.stream, site.axis), grid)
+
+    def group(self, tokens: Tokens) -> Groups:
+        score_Bn = tokens.score_Bn
+        assert score_Bn is not None
+        kept_BK, left_BP = split(score_Bn, tokens.leaving)
+        fused = min(self.fused, kept_BK.shape[1], tokens.leaving)
+        # The least salient of those that stay carry the groups, the most salient carrier the most salient group.
+        carriers_BF = score_Bn.gather(1, kept_BK).argsort(dim=1, descending=True, stable=True)[:, -fused:]
+        order_BP = score_Bn.gather(1, left_BP).argsort(dim=1, descending=True, stable=True)
+        rank_BP = order_BP.argsort(dim=1)
+        into_BP = carriers_BF.gather(1, rank_BP * fused // tokens.leaving)
+        return averaged(tokens, kept_BK, left_BP, into_BP)
+
+
+def images_of(stream: fx.Node, axis: TokenAxis) -> fx.Node:
+    """The graph's input that the patches of a stream were cut from. Raises UnsupportedModelError where it can't be told."""
+    grid = axis.domain.grid.shape
+    batch = stream.meta["val"].shape[0]
+    nodes: list[fx.Node] = list(stream.graph.nodes)
+    found = [node for node in nodes if node.op == "placeholder" and _could_be_images(node.meta.get("val"), grid, batch)]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"strategy 'saliency' looks at the images, and {len(found)} inputs of this model could be a batch of "
+            f"them over a grid of {' x '.join(map(str, grid))} patches: another strategy ranks tokens by themselves"
+        )
+    return found[0]
+
+
+def _could_be_images(value: object, grid: tuple[int, ...], batch: int) -> bool:
+    if not isinstance(value, Tensor) or value.ndim != len(grid) + 2 or value.shape[0] != batch:
+        return False
+    return all(size >= side for size, side in zip(value.shape[2:], grid, strict=True))

@@ -1,0 +1,46 @@
+"""EViT (arXiv 2202.07800): the tokens that CLS attends to stay, the rest become one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from gtp_fx.strategies.grouping import Grouping
+from gtp_fx.strategies.registry import register_strategy
+from gtp_fx.strategies.tokens import Groups, Tokens, joins, split
+
+
+@register_strategy
+@dataclass(frozen=True)
+class TopK(Grouping):
+    """Attentive tokens stay, inattentive ones are fused into one, weighted by that attention (sections 3.2 and 3.3).
+
+    score: CLS attention, mean over heads, in the publication; "broadcast-mean", what all tokens pay, where there is no CLS.
+    normalised: weights of the fused token add up to 1; they are the attention itself in the publication.
+    The fused token stands where the most attentive of its members stood, and is ranked like any other at the next site.
+    """
+
+    name: ClassVar[str] = "topk"
+    merges: ClassVar[bool] = True
+    skips_branches: ClassVar[bool] = True
+    score: str = "cls-mean"
+    normalised: bool = False
+
+    def group(self, tokens: Tokens) -> Groups:
+        score_Bn = tokens.score_Bn
+        assert score_Bn is not None
+        kept_BK, left_BP = split(score_Bn, tokens.leaving)
+        if self.score.startswith("broadcast"):
+            score_Bn = score_Bn / tokens.x_BNC.shape[1]  # of column sums, what a token pays on average
+        score_BK, score_BP = score_Bn.gather(1, kept_BK), score_Bn.gather(1, left_BP)
+        # Ties as in `split`: of the lowest the last one is the next to leave, and it is the one that carries the rest.
+        carrier_B1 = score_BK.shape[1] - 1 - score_BK.flip(1).argmin(dim=1, keepdim=True)
+        carries_BK = joins(carrier_B1, score_BK.shape[1])[..., 0] > 0
+        share_BP, share_B1 = score_BP, score_BK.gather(1, carrier_B1)
+        if self.normalised:
+            total_B1 = share_B1 + share_BP.sum(dim=1, keepdim=True)
+            share_BP, share_B1 = share_BP / total_B1, share_B1 / total_B1
+        weights_BKP = torch.where(carries_BK[..., None], share_BP[:, None, :], 0.0)
+        return Groups(kept_BK, left_BP, weights_BKP, torch.where(carries_BK, share_B1, 1.0))

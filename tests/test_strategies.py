@@ -1,0 +1,85 @@
+"""Every strategy is what its publication says: equal to an eager reference written from it, on live weights.
+
+Tolerances: the reference is float64 and the graph float32; over four blocks that was up to 2e-6 of the largest logit. Where
+the two chose other tokens the difference is more than 1e-3, so a tie that rounding decides would show, and seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import gtp_fx
+from gtp_fx.strategies import STRATEGIES
+
+import reference_strategies as by_hand
+from reference_strategies import Told, strategy_reference
+from zoo import BY_NAME, build, images
+
+DEPTH = 4
+Made = tuple[gtp_fx.Grouping, Told, tuple[int, ...]]
+
+
+def _cls(seen: by_hand.Seen) -> list[float]:
+    return seen.cls
+
+
+def _contrast(x: Tensor, side: int) -> Callable[[], list[float]]:
+    """Squared distance of each pixel from the mean of the 7 x 7 around it, averaged over a patch."""
+    around = F.avg_pool2d(x.double(), 7, stride=1, padding=3, count_include_pad=False)
+    heat = F.avg_pool2d((x.double() - around).square().sum(1, keepdim=True), side)
+    return iter([row.flatten().tolist() for row in heat]).__next__
+
+
+CASES: dict[str, Callable[[], Made]] = {
+    "tome": lambda: (gtp_fx.ToMe(), Told(by_hand.tome, told=True), (20, 0, 30, 10)),
+    "tome-not-told": lambda: (gtp_fx.ToMe(token_scale=False), Told(by_hand.tome), (20, 30, 0, 10)),
+    "tome-more-than-half": lambda: (gtp_fx.ToMe(), Told(by_hand.tome, told=True), (0, 170, 15, 0)),
+    "topk": lambda: (gtp_fx.TopK(), Told(by_hand.topk), (20, 0, 60, 10)),
+    "topk-normalised": lambda: (
+        gtp_fx.TopK(normalised=True),
+        Told(functools.partial(by_hand.topk, normalised=True)),
+        (60, 1, 30, 0),
+    ),
+    "topk-received": lambda: (
+        gtp_fx.TopK(score="broadcast-mean"),
+        Told(functools.partial(by_hand.topk, scores=lambda seen: seen.received)),
+        (20, 0, 60, 10),
+    ),
+    "ppt-prunes": lambda: (
+        gtp_fx.PPT(threshold=0.0, blocks=(0, 2)),
+        Told(functools.partial(by_hand.ppt, threshold=0.0), told=True),
+        (50, 0, 60, 0),
+    ),
+    "ppt-pools": lambda: (
+        gtp_fx.PPT(threshold=1.0),
+        Told(functools.partial(by_hand.ppt, threshold=1.0), told=True),
+        (0, 50, 60, 40),
+    ),
+    "mergence": lambda: (gtp_fx.Mergence(), Told(by_hand.mergence), (20, 0, 60, 10)),
+    "cluster": lambda: (
+        gtp_fx.Cluster(after=1),
+        Told(functools.partial(by_hand.cluster, sides=(14, 14))),
+        (0, 120, 0, 0),
+    ),
+    "idle": lambda: (gtp_fx.Idle(), Told(by_hand.tome, idles=_cls), (20, 0, 60, 40)),
+    "halting": lambda: (gtp_fx.Halting(beta=0.0), Told(functools.partial(by_hand.halting, beta=0.0)), (20, 60, 0, 10)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["deit"])
+def test_equals_the_reference(name: str, case: str) -> None:
+    strategy, how, schedule = CASES[case]()
+    row = BY_NAME[name]
+    model, x = build(row, depth=DEPTH), images(row, 3)
+    fast = gtp_fx.optimize(model, schedule=list(schedule), strategy=strategy, compile=False, dead_tokens=False)
+    found, wanted = fast(x), strategy_reference(model, x, schedule, how)
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert (model(x) - wanted).abs().max() > 1e-4 * wanted.abs().max(), "a schedule that changes nothing proves nothing"
