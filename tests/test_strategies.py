@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar
 
 import pytest
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import gtp_fx
-from gtp_fx.strategies import STRATEGIES
 
 import reference_strategies as by_hand
 from reference_strategies import Told, strategy_reference
