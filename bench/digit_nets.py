@@ -1,10 +1,10 @@
-"""Small vision transformers trained on `bench.digits` in a few minutes of one core: trained weights to measure accuracy with.
+"""Small vision transformers trained on `bench.tasks` in a few minutes of one core: trained weights to measure accuracy with.
 
-A net first learns from close-ups, small canvases whose clutter grows, at places drawn from the grid of positions, and then from
-whole canvases. It is trained on one thread, so that a seed gives the same net whatever else runs, and kept in the user's
+A plain net first learns from close-ups, small canvases whose clutter grows, at places drawn from the grid of positions, and then from
+whole canvases; a windowed one, which has no positions, in the same way. It is trained on one thread, so that a seed gives the same net whatever else runs, and kept in the user's
 cache, under a hash of everything that decides it.
 
-    python -m bench.digit_nets --seed 0 --seed 1
+    python -m bench.digit_nets --net digits-cls --seed 0 --seed 1
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -22,13 +22,18 @@ from typing import Annotated
 import torch
 import typer
 from safetensors.torch import load_file, save_file
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bench.digits import CLASSES, Look, Split, canvases
+from bench.digits import Look, Split
+from bench.scenes import CELL
+from bench.scenes import LOOK as SCENES
+from bench.tasks import TASKS, outputs_of
 from gtp_fx import cache
 from gtp_fx.progress import Progress, progress_bar
+
+Net = VisionTransformer | SwinTransformer
 
 _RECIPE = 1
 """Counts up when code here or in `bench.digits` changes what is trained: cached nets of older recipes are no longer found."""
@@ -38,7 +43,8 @@ _RECIPE = 1
 class NetConfig:
     """A net and its training.
 
-    look: the canvases. patch, width, depth, heads: the transformer's. class_token: the head reads a CLS token; without
+    task: a name in `bench.tasks.TASKS`. look: the canvases. windows: side of the windows that a Swin-like net of three stages attends
+    in; 0 for a plain transformer. patch, width, depth, heads: the transformer's. class_token: the head reads a CLS token; without
     one, the mean of the patches. close_ups, steps: batches of close-ups, and of whole canvases after them. close_up:
     a close-up's side in pixels. batch: images of one step. rate: the highest learning rate.
     """
@@ -54,6 +60,8 @@ class NetConfig:
     steps: int = 350
     batch: int = 64
     rate: float = 2e-3
+    task: str = "digits"
+    windows: int = 0
 
     @property
     def tokens(self) -> int:
@@ -61,7 +69,7 @@ class NetConfig:
         return (self.look.side // self.patch) ** 2
 
 
-def load_or_train(config: NetConfig, seed: int, progress: Progress | None = None) -> VisionTransformer:
+def load_or_train(config: NetConfig, seed: int, progress: Progress | None = None) -> Net:
     """The net of a configuration and seed, in eval mode: from the cache, or trained now and put there."""
     path = cache_folder() / f"{_key(config, seed)}.safetensors"
     model = build(config)
@@ -77,18 +85,21 @@ def load_or_train(config: NetConfig, seed: int, progress: Progress | None = None
     return model
 
 
-def build(config: NetConfig) -> VisionTransformer:
+def build(config: NetConfig) -> Net:
     """The net as initialised, from torch's global generator.
 
     timm's own start (a deviation of 0.02 everywhere) makes every attention uniform at this width, and learning slow to begin.
     """
+    if config.windows:
+        return _windowed(config)
+    task = TASKS[config.task]
     model = VisionTransformer(
         img_size=config.look.side,
         patch_size=config.patch,
         in_chans=1,
-        num_classes=CLASSES,
-        global_pool="token" if config.class_token else "avg",
-        class_token=config.class_token,
+        num_classes=task.classes,
+        global_pool="" if task.per_patch else "token" if config.class_token else "avg",
+        class_token=config.class_token and not task.per_patch,
         embed_dim=config.width,
         depth=config.depth,
         num_heads=config.heads,
@@ -103,19 +114,32 @@ def build(config: NetConfig) -> VisionTransformer:
     return model
 
 
-def train(config: NetConfig, seed: int, progress: Progress | None = None) -> VisionTransformer:
+def _windowed(config: NetConfig) -> SwinTransformer:
+    return SwinTransformer(
+        img_size=config.look.side,
+        patch_size=config.patch,
+        in_chans=1,
+        num_classes=TASKS[config.task].classes,
+        embed_dim=config.width,
+        depths=(2, config.depth - 4, 2),
+        num_heads=(config.heads, 2 * config.heads, 4 * config.heads),
+        window_size=config.windows,
+    )
+
+
+def train(config: NetConfig, seed: int, progress: Progress | None = None) -> Net:
     """A net trained from nothing, in eval mode."""
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(config).train()
+        model, task = build(config).train(), TASKS[config.task]
         optimizer = torch.optim.AdamW(model.parameters(), config.rate, betas=(0.9, 0.98), weight_decay=0.05)
         total = config.close_ups + config.steps
         for step in range(total):
             for group in optimizer.param_groups:
                 group["lr"] = config.rate * min(1, (step + 1) / 50, 2 * (1 - step / total))
             look = _look_at(config, step)
-            images, labels = canvases(Split.train, seed * 1_000_000 + step, config.batch, look)
-            loss = F.cross_entropy(_forward(model, config, images), labels)
+            images, labels = task.draw(Split.train, seed * 1_000_000 + step, config.batch, look, config.patch)
+            loss = task.loss(_forward(model, config, images), labels)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -125,23 +149,17 @@ def train(config: NetConfig, seed: int, progress: Progress | None = None) -> Vis
     return model.eval()
 
 
-@torch.no_grad()
-def logits(model: nn.Module, images: Tensor, batch: int = 100) -> Tensor:
-    """[B, classes], a batch at a time."""
-    return torch.cat([model(part) for part in images.split(batch)])
-
-
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return (logits(model, images).argmax(dim=1) == labels).float().mean().item()
-
-
 def cache_folder() -> Path:
     """Where trained nets are kept, in the folder of everything that gtp_fx keeps."""
     return cache.cache_folder() / "digit_nets"
 
 
 def _key(config: NetConfig, seed: int) -> str:
-    text = json.dumps({"config": asdict(config), "seed": seed, "recipe": _RECIPE}, sort_keys=True)
+    described = asdict(config)
+    for field_, default in (("task", "digits"), ("windows", 0)):
+        if described[field_] == default:  # nets trained before there was another have keep their names
+            del described[field_]
+    text = json.dumps({"config": described, "seed": seed, "recipe": _RECIPE}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
@@ -155,13 +173,18 @@ def _look_at(config: NetConfig, step: int) -> Look:
     return replace(config.look, side=config.close_up, pieces=pieces, strokes=strokes, noise=clutter * config.look.noise)
 
 
-def _forward(model: VisionTransformer, config: NetConfig, images: Tensor) -> Tensor:
+def _forward(model: Net, config: NetConfig, images: Tensor) -> Tensor:
     """Logits, of canvases or of close-ups: those stand at a random place of the grid of positions."""
-    assert model.pos_embed is not None
     sides = images.shape[-1] // config.patch, config.look.side // config.patch
     if sides[0] == sides[1]:
         whole: Tensor = model(images)
         return whole
+    if isinstance(model, SwinTransformer):
+        model.set_input_size(img_size=images.shape[-1])
+        found: Tensor = model(images)
+        model.set_input_size(img_size=config.look.side)
+        return found
+    assert model.pos_embed is not None
     top, left = torch.randint(0, sides[1] - sides[0] + 1, (2,)).tolist()
     prefix, grid = model.pos_embed.split([model.num_prefix_tokens, sides[1] ** 2], dim=1)
     window = grid.unflatten(1, (sides[1], sides[1]))[:, top : top + sides[0], left : left + sides[0]].flatten(1, 2)
@@ -191,19 +214,62 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+NETS = {
+    "digits-cls": NetConfig(),
+    "digits-pooled": NetConfig(class_token=False),
+    "digits-windowed": NetConfig(patch=4, width=32, depth=8, heads=2, windows=4, class_token=False),
+    "scenes-cls": NetConfig(look=SCENES, task="scenes", close_ups=600, close_up=CELL, steps=1200),
+    "scenes-pooled": NetConfig(look=SCENES, task="scenes", close_ups=600, close_up=CELL, steps=1200, class_token=False),
+    "patches": NetConfig(task="patches", class_token=False),
+}
+"""What `bench.accuracy` measures on: with and without CLS, windowed, two tasks and a dense one."""
+
+
 def main(
     seed: Annotated[list[int], typer.Option(help="Seeds, each its own net.")],
-    patch: Annotated[int, typer.Option(help="Side of a patch in pixels.")] = 8,
-    side: Annotated[int, typer.Option(help="Side of a canvas in pixels.")] = 64,
-    class_token: Annotated[bool, typer.Option(help="The head reads a CLS token.")] = True,
+    net: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(NETS)}; all where none is given.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Draw canvases of each net's task with labels to this PNG.")
+    ] = None,
 ) -> None:
-    """Train nets that aren't in the cache yet, and print each one's accuracy on 2,000 canvases of unseen digits."""
-    config = NetConfig(look=Look(side=side), patch=patch, class_token=class_token)
-    images, labels = canvases(Split.test, 0, 2000, config.look)
-    for number in seed:
-        with progress_bar() as show:
-            model = load_or_train(config, number, show)
-        typer.echo(f"net {number}, {config.tokens} tokens: {100 * accuracy(model, images, labels):.1f} %")
+    """Train nets that aren't in the cache yet, and print each one's score on 2,000 canvases of unseen digits."""
+    chosen = net or list(NETS)
+    if unknown := [name for name in chosen if name not in NETS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is unknown; nets are {', '.join(NETS)}")
+    if sheet is not None:
+        draw_sheet([NETS[name] for name in chosen], sheet)
+    for name in chosen:
+        config = NETS[name]
+        task = TASKS[config.task]
+        images, labels = task.draw(Split.test, 0, 2000, config.look, config.patch)
+        for number in seed:
+            with progress_bar() as show:
+                model = load_or_train(config, number, show)
+            score = task.score(outputs_of(model, images), labels)
+            typer.echo(f"{name} {number}, {config.tokens} tokens: {100 * score:.1f} %")
+
+
+def draw_sheet(configs: Sequence[NetConfig], file: Path, columns: int = 6) -> None:
+    """A row of canvases a net, each with its label; a patch that shows a digit is framed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, rows = pyplot.subplots(
+        len(configs), columns, figsize=(1.8 * columns, 2.0 * len(configs)), squeeze=False, layout="constrained"
+    )
+    for config, row in zip(configs, rows, strict=True):
+        images, labels = TASKS[config.task].draw(Split.test, 1, columns, config.look, config.patch)
+        for axes, image, label in zip(row, images, labels, strict=True):
+            axes.imshow(image[0], cmap="gray")
+            axes.set(xticks=[], yticks=[], title=f"{config.task}: {int(label.max()) - label.ndim}")
+            for at in label.nonzero().flatten().tolist() if label.ndim else []:
+                down, across = divmod(at, config.look.side // config.patch)
+                corner = (across * config.patch - 0.5, down * config.patch - 0.5)
+                axes.add_patch(pyplot.Rectangle(corner, config.patch, config.patch, fill=False, edgecolor="C1"))
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ _SHARES = (0.70, 0.10, 0.20)
 """Of the digit images: train, calibration, test."""
 _NEAREST_PIECE = 4
 """Pixels from the digit's box that the middle of a piece of clutter keeps away, so that no label is made unreadable."""
+_INK, _COVERED = 0.3, 0.1
+"""What of a pixel's brightness is ink, and the part of a patch that a digit's ink has to cover for the patch to show it."""
 _TRIES = 1000
 """To find such a place; a canvas little larger than its digit has none."""
 
@@ -65,46 +68,69 @@ class Look:
 def canvases(split: Split, seed: int, n: int, look: Look | None = None) -> tuple[Tensor, Tensor]:
     """`n` canvases [n, 1, side, side] and their labels [n], the same for the same arguments; pixels are centred and scaled."""
     look = look or Look()
+    drawn = _drawn(split, seed, n, look)
+    return as_images([canvas for canvas, _, _ in drawn]), torch.tensor([label for _, _, label in drawn])
+
+
+def patch_labels(split: Split, seed: int, n: int, look: Look, patch: int) -> tuple[Tensor, Tensor]:
+    """The same canvases, and a label a patch, [n, patches]: 0 where no digit is, d + 1 where ink of the whole digit d covers
+    a `_COVERED` part or more of the patch. Pieces, strokes and noise are no digit."""
+    drawn = _drawn(split, seed, n, look)
+    ink = torch.from_numpy(np.stack([ink for _, ink, _ in drawn]))[:, None]
+    digit = torch.tensor([label for _, _, label in drawn])[:, None] + 1
+    covered = F.avg_pool2d((ink > _INK).float(), patch).flatten(1) >= _COVERED
+    return as_images([canvas for canvas, _, _ in drawn]), torch.where(covered, digit, 0)
+
+
+def as_images(drawn: Sequence[Pixels]) -> Tensor:
+    """[n, 1, side, side], centred and scaled."""
+    return (torch.from_numpy(np.stack(drawn))[:, None] - 0.1) / 0.3
+
+
+def _drawn(split: Split, seed: int, n: int, look: Look) -> list[tuple[Pixels, Pixels, int]]:
+    """Each canvas, the ink of its whole digit alone, and its label."""
     chance = np.random.default_rng((int(split), seed))
     pool = digit_indices(split)
     shown = chance.choice(pool, n)
-    images = np.stack([_canvas(int(index), pool, look, chance) for index in shown])
-    return (torch.from_numpy(images)[:, None] - 0.1) / 0.3, torch.from_numpy(_digits()[1][shown])
+    return [(*_canvas(int(index), pool, look, chance), int(digits()[1][index])) for index in shown]
 
 
 @functools.cache
 def digit_indices(split: Split) -> NDArray[np.int64]:
     """The digit images of a split, by their places in scikit-learn's set."""
-    count = len(_digits()[1])
+    count = len(digits()[1])
     bounds = np.cumsum(np.array([0, *_SHARES]) * count).round().astype(int)
     order = np.random.default_rng(0).permutation(count)
     return order[bounds[split] : bounds[split + 1]]
 
 
 @functools.cache
-def _digits() -> tuple[Pixels, NDArray[np.int64]]:
+def digits() -> tuple[Pixels, NDArray[np.int64]]:
     """Images [1797, 8, 8] of values from 0 to 1, and labels."""
     found = load_digits()
     return (found.images / 16).astype(np.float32), found.target.astype(np.int64)
 
 
 @functools.cache
-def _enlarged(side: int) -> Pixels:
+def enlarged(side: int) -> Pixels:
     """Every digit image at another size."""
-    images = torch.from_numpy(_digits()[0])[:, None]
+    images = torch.from_numpy(digits()[0])[:, None]
     return np.asarray(F.interpolate(images, size=(side, side), mode="bilinear")[:, 0])
 
 
-def _canvas(index: int, pool: NDArray[np.int64], look: Look, chance: np.random.Generator) -> Pixels:
+def _canvas(index: int, pool: NDArray[np.int64], look: Look, chance: np.random.Generator) -> tuple[Pixels, Pixels]:
+    """The canvas, and its whole digit alone."""
     canvas = np.zeros((look.side, look.side), np.float32)
     side = int(chance.integers(look.smallest, look.largest + 1))
     top, left = _corner(side, look, chance), _corner(side, look, chance)
     for other in chance.choice(pool, look.pieces):
-        _put(canvas, _piece(_enlarged(side)[other], chance), _away_from(top, left, side, look.side, chance))
+        put(canvas, _piece(enlarged(side)[other], chance), _away_from(top, left, side, look.side, chance))
     for _ in range(look.strokes):
-        _put(canvas, _stroke(side // 2, chance), _away_from(top, left, side, look.side, chance))
-    _put(canvas, _enlarged(side)[index], (top, left))
-    return canvas + look.noise * chance.standard_normal(canvas.shape, np.float32)
+        put(canvas, stroke(side // 2, chance), _away_from(top, left, side, look.side, chance))
+    ink = np.zeros_like(canvas)
+    put(ink, enlarged(side)[index], (top, left))
+    put(canvas, ink, (0, 0))
+    return canvas + look.noise * chance.standard_normal(canvas.shape, np.float32), ink
 
 
 def _corner(side: int, look: Look, chance: np.random.Generator) -> int:
@@ -121,7 +147,7 @@ def _piece(digit: Pixels, chance: np.random.Generator) -> Pixels:
     return digit[top : top + height, left : left + width]
 
 
-def _stroke(length: int, chance: np.random.Generator) -> Pixels:
+def stroke(length: int, chance: np.random.Generator) -> Pixels:
     """A straight line, two pixels wide, in a box of its own."""
     slope = float(chance.uniform(-1, 1))
     box = np.zeros((length, length), np.float32)
@@ -142,7 +168,7 @@ def _away_from(top: int, left: int, side: int, canvas: int, chance: np.random.Ge
     return canvas, canvas
 
 
-def _put(canvas: Pixels, patch: Pixels, corner: tuple[int, int]) -> None:
+def put(canvas: Pixels, patch: Pixels, corner: tuple[int, int]) -> None:
     """Draw `patch` with its corner there, in place; the brighter of two strokes wins, what lies outside is cut off."""
     height, width = patch.shape
     top, left = corner

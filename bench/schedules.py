@@ -21,10 +21,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import gtp_fx
-from bench.digit_nets import NetConfig, load_or_train, logits
+from bench.digit_nets import NetConfig, load_or_train
 from bench.digits import Split, canvases
 from bench.environment import Environment
 from bench.output import publish
+from bench.tasks import outputs_of
 from gtp_fx.damage.divergence import divergence
 from gtp_fx.errors import BudgetError
 from gtp_fx.progress import progress_bar
@@ -93,7 +94,7 @@ def measure(name: str, seed: int, budgets: Sequence[float], test_images: int, ca
         model = load_or_train(config, seed, show)
     images, labels = canvases(Split.test, 0, test_images, config.look)
     unlabelled, _ = canvases(Split.calibration, 0, calibration_images, config.look)
-    original = logits(model, images)
+    original = outputs_of(model, images)
     base = float((original.argmax(1) == labels).double().mean())
     rows = []
     for ratio in budgets:
@@ -102,7 +103,7 @@ def measure(name: str, seed: int, budgets: Sequence[float], test_images: int, ca
                 fast = _optimised(model, way, ratio, unlabelled)
             except BudgetError:
                 continue  # uniform counts don't reach every budget
-            found = logits(fast.graph_module, images)
+            found = outputs_of(fast.graph_module, images)
             correct = float((found.argmax(1) == labels).double().mean())
             kl = divergence(found, original)
             rows.append(Row(name, seed, ratio, way, tuple(fast.schedule), fast.report.flops_ratio, correct, base, kl))

@@ -130,10 +130,10 @@ class Grouping:
         if self.sized:
             carried.append(found["size"])
         removal = Removal(kept, left, kept_index, left_index, weights, 1.0, found.get("own"))
-        return shorter, StreamState(kept_index, found["size"] if self.told else None, tuple(carried), removal)
+        return shorter, StreamState(kept_index, found["size"] if self._tells_sizes else None, tuple(carried), removal)
 
     @property
-    def told(self) -> bool:
+    def _tells_sizes(self) -> bool:
         """Whether attention is told sizes."""
         return self.sized and self.token_scale
 

@@ -102,6 +102,22 @@ class GTP:
                 f"measures them"
             )
 
+    @classmethod
+    def paper(cls, alpha: float = 0.1, attention_sparsity: float = 1.0) -> GTP:
+        """The method as published, whatever the defaults here are: for its own schedule give schedule="uniform".
+
+        alpha, attention_sparsity: the publication tunes both for each model and count.
+        """
+        return cls(
+            score="mixed-max",
+            graph="mixed",
+            neighbors=8,
+            alpha=alpha,
+            token_scale=True,
+            attention_sparsity=attention_sparsity,
+            weighted_pooling=False,
+        )
+
     @property
     def recovers_branches(self) -> bool:
         return self.branch == "recover"

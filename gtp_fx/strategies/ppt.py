@@ -24,7 +24,7 @@ class PPT(Grouping):
 
     Where an image's scores vary by more than `threshold`, the lowest are pruned; else the most alike are pooled, as in ToMe.
     threshold: of the variance; 7e-5 suits about 196 patches, whose mean share is 1/196, and fewer patches have larger shares.
-    blocks: at which of a stream's blocks; at a quarter, a half and three quarters of its depth where None (3, 6 and 9 of 12).
+    blocks: at which of a stream's blocks, counted from 0, as far as it has them; at a quarter, a half and three quarters of its depth where None (3, 6 and 9 of 12).
     The heads' attention is averaged before it is multiplied, and a value's length is that of all heads'.
     """
 
@@ -41,10 +41,9 @@ class PPT(Grouping):
             raise OptionError(f"PPT(threshold={self.threshold!r}): give a variance of 0 or more; inf always pools")
 
     def positions(self, blocks: int) -> Collection[int]:
-        chosen = self.blocks if self.blocks is not None else tuple(round(blocks * part / 4) for part in (1, 2, 3))
-        if outside := [block for block in chosen if not 0 <= block < blocks]:
-            raise OptionError(f"PPT(blocks={chosen}): this stream has blocks 0 to {blocks - 1}, and no {outside[0]}")
-        return chosen
+        if self.blocks is None:
+            return sorted({min(round(blocks * part / 4), blocks - 1) for part in (1, 2, 3)})
+        return [block for block in self.blocks if block < blocks]
 
     def group(self, tokens: Tokens) -> Groups:
         score_Bn = tokens.score_Bn

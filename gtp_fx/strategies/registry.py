@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TypeVar
 
 from gtp_fx.errors import OptionError
@@ -25,7 +24,7 @@ def register_strategy(cls: C) -> C:
     name = getattr(cls, "name", None)
     if not isinstance(name, str) or not name.isidentifier():
         raise OptionError(f"{cls.__name__}.name={name!r}: give a class variable such as name: ClassVar[str] = 'mine'")
-    if not dataclasses.is_dataclass(cls) or not issubclass(cls, Grouping):
+    if "__dataclass_fields__" not in vars(cls) or not issubclass(cls, Grouping):  # inherited, they would lack its own
         raise OptionError(
             f"{cls.__name__} is no dataclass over gtp_fx.Grouping: write @dataclass(frozen=True) above it"
         )

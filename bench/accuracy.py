@@ -1,0 +1,167 @@
+"""What does each strategy cost in accuracy? Off the shelf, in one compiler, at equal FLOPs, on nets trained on real digits.
+
+    python -m bench.accuracy --out bench/results/accuracy.json --plot bench/results/accuracy.png --table bench/results/accuracy.md
+
+Nets of `bench.digit_nets` (trained where the cache has none, a minute or two each), every strategy of `bench.contenders` on every
+schedule and budget, scored on canvases of digits that no net has seen. A process a core works at (net, seed) pairs. Rows that
+--out has already are not measured again, so more seeds or strategies can be added. `bench.accuracy_times` adds compiled time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import fx
+
+from bench.contenders import CONTENDERS, Contender, contenders
+from bench.digit_nets import NETS, load_or_train
+from bench.digits import Split
+from bench.environment import Environment
+from bench.output import publish
+from bench.tasks import TASKS, outputs_of
+from gtp_fx.capture import capture_module
+from gtp_fx.config import Options
+from gtp_fx.damage.divergence import divergence
+from gtp_fx.errors import BudgetError, UnsupportedModelError
+from gtp_fx.inputs import call_signature
+from gtp_fx.pipeline import run_passes
+from gtp_fx.progress import progress_bar
+
+BUDGETS = (0.85, 0.7, 0.55, 0.4, 0.3)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One net and seed, one strategy on one schedule, at one budget. score and base in [0, 1]; moved: how far the outputs did,
+    in nats or of their square. refusal: why there is no score, else empty."""
+
+    net: str
+    seed: int
+    strategy: str
+    schedule: str
+    budget: float
+    base: float
+    flops_ratio: float = 0.0
+    score: float = 0.0
+    moved: float = 0.0
+    counts: tuple[int, ...] = ()
+    refusal: str = ""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.net, self.seed, self.strategy, self.schedule, self.budget
+
+
+def main(
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seeds, each its own nets; 0, 1 and 2 where none is given.")
+    ] = None,
+    net: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(NETS)}; all where none is given.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(CONTENDERS)}; all.")] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="Instead of 0.85, 0.7, 0.55, 0.4 and 0.3.")] = None,
+    test_images: Annotated[int, typer.Option(help="Canvases that scores are measured on.")] = 1000,
+    workers: Annotated[int, typer.Option(help="Processes; one a core where 0.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file; rows it has stay.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw scores against FLOPs to this PNG.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the table to this Markdown file.")] = None,
+) -> None:
+    """Measure what every strategy keeps."""
+    from bench import accuracy_report
+
+    for name, known in ((net, NETS), (strategy, CONTENDERS)):
+        if unknown := [value for value in name or [] if value not in known]:
+            raise typer.BadParameter(f"{unknown[0]!r} is unknown; give some of {', '.join(known)}")
+    rows = {row.key: row for row in _known(out)}
+    asked = contenders(strategy or CONTENDERS)
+    budgets = tuple(budget or BUDGETS)
+    pairs = [(name, number) for number in seed or (0, 1, 2) for name in net or NETS]
+    jobs = [(name, number, [c for c in asked if _is_missing(rows, name, number, c, budgets)]) for name, number in pairs]
+    for found in _worked_at([job for job in jobs if job[2]], budgets, test_images, workers or os.cpu_count() or 1):
+        rows |= {row.key: row for row in found}
+        _write(list(rows.values()), test_images, out)
+    every = list(rows.values())
+    text = accuracy_report.markdown(every)
+    typer.echo(text, err=out is None)
+    if out is None:
+        _write(every, test_images, None)
+    if table is not None:
+        table.write_text(text + "\n")
+    if plot is not None:
+        accuracy_report.draw(every, plot)
+
+
+def measure(name: str, seed: int, asked: Sequence[Contender], budgets: Sequence[float], test_images: int) -> list[Row]:
+    """All contenders at all budgets on one net."""
+    torch.set_num_threads(1)  # small nets: a second thread waits more than it works
+    config = NETS[name]
+    task = TASKS[config.task]
+    model = load_or_train(config, seed)
+    images, labels = task.draw(Split.test, 0, test_images, config.look, config.patch)
+    original = outputs_of(model, images)
+    base = task.score(original, labels)
+    captured = capture_module(model, call_signature(model, images[:2]))
+    rows = []
+    for contender in asked:
+        for ratio in budgets:
+            key = (name, seed, contender.strategy, contender.schedule, ratio, base)
+            try:
+                found = _optimised(captured, contender, ratio, config.class_token)
+            except (BudgetError, UnsupportedModelError) as error:
+                rows.append(Row(*key, refusal=str(error).splitlines()[0]))
+                continue
+            outputs = outputs_of(found.graph_module, images)
+            moved = divergence(outputs, original)
+            rows.append(Row(*key, found.report.flops_ratio, task.score(outputs, labels), moved, tuple(found.schedule)))
+    return rows
+
+
+def _optimised(captured: fx.GraphModule, contender: Contender, ratio: float, class_token: bool) -> Any:
+    """One capture serves every strategy: passes don't change what they are given."""
+    strategy = contender.made(class_token)
+    return run_passes(captured, Options.of(flops_budget=ratio, schedule=contender.schedule, strategy=strategy))
+
+
+def _worked_at(
+    jobs: Sequence[tuple[str, int, list[Contender]]], budgets: tuple[float, ...], test_images: int, workers: int
+) -> Iterator[list[Row]]:
+    """Rows of one job after the other, as they are done."""
+    with progress_bar() as show, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        waiting = {pool.submit(measure, name, seed, c, budgets, test_images): (name, seed) for name, seed, c in jobs}
+        show("nets", 0, len(jobs))
+        for done, future in enumerate(as_completed(waiting), start=1):
+            yield future.result()
+            show("nets", done, len(jobs))
+
+
+def _is_missing(rows: dict[Any, Row], name: str, seed: int, contender: Contender, budgets: tuple[float, ...]) -> bool:
+    return any((name, seed, contender.strategy, contender.schedule, ratio) not in rows for ratio in budgets)
+
+
+def _known(out: Path | None) -> list[Row]:
+    if out is None or not out.exists():
+        return []
+    return [Row(**{**row, "counts": tuple(row["counts"])}) for row in json.loads(out.read_text())["rows"]]
+
+
+def _write(rows: Sequence[Row], test_images: int, out: Path | None) -> None:
+    result = {
+        "bench": "accuracy",
+        "nets": {name: asdict(NETS[name]) for name in dict.fromkeys(row.net for row in rows)},
+        "test_images": test_images,
+        "environment": asdict(Environment.here("cpu")),
+        "rows": [asdict(row) for row in rows],
+    }
+    publish(result, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
