@@ -219,7 +219,6 @@ NETS = {
     "digits-pooled": NetConfig(class_token=False),
     "digits-windowed": NetConfig(patch=4, width=32, depth=8, heads=2, windows=4, class_token=False),
     "scenes-cls": NetConfig(look=SCENES, task="scenes", close_ups=600, close_up=CELL, steps=1200),
-    "scenes-pooled": NetConfig(look=SCENES, task="scenes", close_ups=600, close_up=CELL, steps=1200, class_token=False),
     "patches": NetConfig(task="patches", class_token=False),
 }
 """What `bench.accuracy` measures on: with and without CLS, windowed, two tasks and a dense one."""

@@ -48,6 +48,7 @@ from gtp_fx.strategies import (  # noqa: E402
     register_saliency,
     register_strategy,
 )
+from gtp_fx.strategy_tuning import TunedStrategy, tune_strategy  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -78,10 +79,12 @@ __all__ = [
     "ToMe",
     "Tokens",
     "TopK",
+    "TunedStrategy",
     "UnsupportedModelError",
     "averaged",
     "dropped",
     "optimize",
     "register_saliency",
     "register_strategy",
+    "tune_strategy",
 ]

@@ -31,11 +31,12 @@ Solve = Callable[[Damage], Counts]
 @dataclass(frozen=True)
 class Choice:
     """counts: tokens that leave at each site. strategy: how; another one than was asked for only where calibration may choose
-    it. origin: what the choice rests on, for the report."""
+    it. origin: what the choice rests on, for the report. moved: how far outputs moved with it, None where nobody looked."""
 
     counts: Counts
     strategy: Strategy
     origin: str
+    moved: float | None = None
 
 
 def by_prior(model: CostModel, strategy: Strategy, solve: Solve) -> Choice:
@@ -65,17 +66,18 @@ def by_calibration(
     with progress_bar(shown=calibration.progress) as show:
         damage = measured_damage(gm, found.sites, shapes, strategy, calibration, judged, show)
         first = list(dict.fromkeys([solve(damage), guessed, *_lines(model, limit)]))
-        variants = _variants(strategy, found, calibration)
-        search = Search(judged, strategy, len(first) + calibration.refine + len(variants), show)
+        search = Search(judged, strategy, len(first) + calibration.refine, show)
         for counts in first:
             search.try_out(counts)
         search.weigh_anew(damage, solve, calibration.refine)
-        affordable = [variant for variant in variants if model_of(variant).cost(search.best) <= limit]
-        chosen = search.vary_strategy(affordable)
-    looked = f", the best of {len(search.seen)} schedules" + (
-        f" and {len(affordable)} strategies" if affordable else ""
-    )
-    return Choice(search.best, chosen, f"{damage.origin}{looked}: divergence {search.least:.3g}")
+
+        def affordable(how: Strategy) -> list[Strategy]:
+            return [v for v in _variants(how, found, calibration) if model_of(v).cost(search.best) <= limit]
+
+        varied = search.vary_strategy(affordable)
+    looked = f", the best of {len(search.seen)} schedules" + (f" and {varied + 1} strategies" if varied else "")
+    origin = f"{damage.origin}{looked}: divergence {search.least:.3g}"
+    return Choice(search.best, search.strategy, origin, search.least)
 
 
 def _lines(model: CostModel, limit: float) -> Iterator[Counts]:

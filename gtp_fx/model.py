@@ -23,14 +23,15 @@ from gtp_fx.pipeline import Optimised, run_passes
 from gtp_fx.provenance import Provenance, provenance_runner
 from gtp_fx.report import Report
 from gtp_fx.schedule import Schedule
+from gtp_fx.strategies import Strategy
 from gtp_fx.thresholds import Thresholds, mean_thresholds
 
 
 class OptimizedModel(nn.Module):
     """An optimised vision transformer.
 
-    graph_module: the rewritten graph, in `gtp_fx` and ATen operators. report: what was done. schedule: tokens that leave
-    per block. With `compile`, Inductor compiles the graph at the first call.
+    graph_module: the rewritten graph, in `gtp_fx` and ATen operators. report: what was done. schedule, strategy: tokens that leave
+    per block, and how. With `compile`, Inductor compiles the graph at the first call.
     """
 
     def __init__(self, original: nn.Module, signature: CallSignature, options: Options, compile: bool) -> None:
@@ -56,6 +57,11 @@ class OptimizedModel(nn.Module):
     @property
     def schedule(self) -> Schedule:
         return self._gtp.evaluation.schedule
+
+    @property
+    def strategy(self) -> Strategy:
+        """The one that was asked for, or what calibration made of it."""
+        return self._gtp.evaluation.strategy
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
@@ -103,7 +109,9 @@ class OptimizedModel(nn.Module):
         state = self._gtp
         options = state.options
         if training:
-            options = replace(options, flops_budget=None, latency_budget=None, calibration=None, schedule=self.schedule)
+            made = state.evaluation  # of the strategy, too, calibration may have chosen another
+            options = replace(options, flops_budget=None, latency_budget=None, calibration=None)
+            options = replace(options, schedule=made.schedule, strategy=made.strategy)
         if options.calibration is not None:
             options = replace(options, calibration=bound(options.calibration, state.signature.canonical))
         optimised = run_passes(capture_module(state.original, state.signature, training), options)

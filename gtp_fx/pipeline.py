@@ -25,16 +25,21 @@ from gtp_fx.report import PassStep, Report, SiteRow
 from gtp_fx.running import Runner, carry_out
 from gtp_fx.schedule import Schedule
 from gtp_fx.shapes import check_outputs
-from gtp_fx.strategies import Grouping
+from gtp_fx.strategies import Grouping, Strategy
 
 
 @dataclass(frozen=True)
 class Optimised:
-    """A rewritten graph, the schedule that it carries out, and what was done."""
+    """A rewritten graph, the schedule and the strategy that it carries out, and what was done.
+
+    moved: how far the outputs moved on calibration's images, as `gtp_fx.damage.divergence` has it; None without.
+    """
 
     graph_module: fx.GraphModule
     schedule: Schedule
+    strategy: Strategy
     report: Report
+    moved: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
         seconds=planned.seconds,
         batch=options.batch,
     )
-    return Optimised(result, plan.schedule, report)
+    return Optimised(result, plan.schedule, plan.strategy, report, planned.moved)
 
 
 def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:

@@ -33,7 +33,8 @@ class Planned:
     """A plan, the FLOPs it was promised to cost (per image), what is expected of it, and what was refused on the way.
 
     damage_from: what the choice of counts rests on; empty where a user named them.
-    seconds: predicted for the original and the result, None where no budget asked for them.
+    seconds: predicted for the original and the result, None where no budget asked for them. moved: how far outputs moved on
+    calibration's images, None without.
     """
 
     plan: Plan
@@ -41,6 +42,7 @@ class Planned:
     refusals: tuple[Refusal, ...]
     damage_from: str = ""
     seconds: tuple[float, float] | None = None
+    moved: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def make_plan(gm: fx.GraphModule, options: Options, original: Original) -> Plann
         tuple(refusals),
         choice.origin,
         None if timed is None else (timed.original, timed.cost(choice.counts)),
+        choice.moved,
     )
 
 

@@ -23,6 +23,8 @@ _WIDEST, _NARROWEST = 0.8, 0.15
 """Standard deviation of the logarithm of a block's weight, at the first and the last evaluation."""
 _TOGETHER = 0.5
 """How far neighbouring blocks are weighed alike."""
+_TURNS = 4
+"""Of changing a strategy that was changed before."""
 _BETTER = 0.98
 """What a change of strategy has to lower the divergence to: the same images judge many of them."""
 
@@ -65,15 +67,23 @@ class Search:
             if value < least:
                 least, weights = value, found
 
-    def vary_strategy(self, variants: Iterable[Strategy]) -> Strategy:
-        """The strategy with which the best schedule moves outputs least."""
+    def vary_strategy(self, variants_of: Callable[[Strategy], Iterable[Strategy]]) -> int:
+        """Change the strategy, one thing at a time, as long as the best schedule moves outputs less for it. How many it tried."""
         counts = self.best
-        least = self.seen[counts] * _BETTER
-        for variant in variants:
-            value = self._judged(counts, variant)
-            if value < least:
-                self._least, least, self.strategy = value, value, variant
-        return self.strategy
+        least = self.seen[counts]
+        tried = {self.strategy}
+        for _ in range(_TURNS):
+            before = self.strategy
+            for variant in variants_of(before):
+                if variant in tried:
+                    continue
+                tried.add(variant)
+                value = self._judged(counts, variant)
+                if value < _BETTER * least:
+                    self._least, least, self.strategy = value, value, variant
+            if self.strategy == before:
+                break
+        return len(tried) - 1
 
     def _judged(self, counts: Counts, strategy: Strategy) -> float:
         if self.progress is not None:

@@ -221,13 +221,15 @@ class GTP:
         return shorter, StreamState(kept_index, scale, state.carried, removal)
 
     def variants(self) -> Sequence[GTP]:
-        """Other alphas, M and scores, one at a time: of the paper's tables, and column sums alone."""
+        """Other alphas, M, scores and (where there is one) thetas, one at a time: of the paper's tables, and column sums alone."""
         changes: list[dict[str, Any]] = [{"alpha": alpha} for alpha in (0.0, 0.05, 0.1, 0.2, 0.4)]
         if self.graph != "spatial":
             changes += [{"neighbors": count} for count in (4, 8, 16)]
         changes += [
             {"score": score} for score in ("mixed-max", "mixed-mean", "broadcast-max", "broadcast-mean", "cls-mean")
         ]
+        if self.attention_sparsity < 1.0 and self.thresholds is None:
+            changes += [{"attention_sparsity": theta} for theta in (0.6, 0.7, 0.8, 0.9)]
         varied = [replace(self, **change) for change in changes]
         return [variant for variant in dict.fromkeys(varied) if variant != self]
 
