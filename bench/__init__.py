@@ -5,7 +5,13 @@
     cost_model          predicted against measured speed-up, over models and budgets
     schedule_times      the chosen schedule and uniform counts, compiled, in one run
     schedules           what each way of choosing a schedule costs in accuracy, on the digit nets
+    accuracy            what every strategy costs in accuracy, at equal FLOPs, on nets trained on three tasks
+    tuning              GTP's numbers chosen without labels, against a grid with them
+    imagenet            top-1 and top-5 of a model and its optimised form on a real image set; torchrun
+    finetune            self-distillation through the optimised graph
     digit_nets          small nets trained on digits that come with scikit-learn, for accuracy; `pip install -e ".[bench]"`
+    gpu                 kernels checked, and everything timed, on a machine with a GPU
+    zoo                 which models the compiler can reduce
 
 Results that the README quotes are in results/.
 """
