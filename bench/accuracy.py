@@ -80,7 +80,7 @@ def main(
     for name, known in ((net, NETS), (strategy, CONTENDERS)):
         if unknown := [value for value in name or [] if value not in known]:
             raise typer.BadParameter(f"{unknown[0]!r} is unknown; give some of {', '.join(known)}")
-    rows = {row.key: row for row in _known(out)}
+    rows = {row.key: row for row in known_rows(out)}
     asked = contenders(strategy or CONTENDERS)
     budgets = tuple(budget or BUDGETS)
     pairs = [(name, number) for number in seed or (0, 1, 2) for name in net or NETS]
@@ -146,7 +146,7 @@ def _is_missing(rows: dict[Any, Row], name: str, seed: int, contender: Contender
     return any((name, seed, contender.strategy, contender.schedule, ratio) not in rows for ratio in budgets)
 
 
-def _known(out: Path | None) -> list[Row]:
+def known_rows(out: Path | None) -> list[Row]:
     if out is None or not out.exists():
         return []
     return [Row(**{**row, "counts": tuple(row["counts"])}) for row in json.loads(out.read_text())["rows"]]

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -236,6 +236,8 @@ def main(
     if unknown := [name for name in chosen if name not in NETS]:
         raise typer.BadParameter(f"{unknown[0]!r} is unknown; nets are {', '.join(NETS)}")
     if sheet is not None:
+        from bench.sheet import draw_sheet  # which looks at nets
+
         draw_sheet([NETS[name] for name in chosen], sheet)
     for name in chosen:
         config = NETS[name]
@@ -246,29 +248,6 @@ def main(
                 model = load_or_train(config, number, show)
             score = task.score(outputs_of(model, images), labels)
             typer.echo(f"{name} {number}, {config.tokens} tokens: {100 * score:.1f} %")
-
-
-def draw_sheet(configs: Sequence[NetConfig], file: Path, columns: int = 6) -> None:
-    """A row of canvases a net, each with its label; a patch that shows a digit is framed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, rows = pyplot.subplots(
-        len(configs), columns, figsize=(1.8 * columns, 2.0 * len(configs)), squeeze=False, layout="constrained"
-    )
-    for config, row in zip(configs, rows, strict=True):
-        images, labels = TASKS[config.task].draw(Split.test, 1, columns, config.look, config.patch)
-        for axes, image, label in zip(row, images, labels, strict=True):
-            axes.imshow(image[0], cmap="gray")
-            axes.set(xticks=[], yticks=[], title=f"{config.task}: {int(label.max()) - label.ndim}")
-            for at in label.nonzero().flatten().tolist() if label.ndim else []:
-                down, across = divmod(at, config.look.side // config.patch)
-                corner = (across * config.patch - 0.5, down * config.patch - 0.5)
-                axes.add_patch(pyplot.Rectangle(corner, config.patch, config.patch, fill=False, edgecolor="C1"))
-    figure.savefig(file, dpi=100)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import torch
 
 import gtp_fx
 from bench import digit_nets
-from bench.digit_nets import NETS, NetConfig, build, cache_folder, draw_sheet, load_or_train, train
+from bench.digit_nets import NETS, NetConfig, build, cache_folder, load_or_train, train
 from bench.digits import CLASSES, Look, Split, canvases, digit_indices, patch_labels
 from bench.scenes import CELL, scenes, texture
+from bench.sheet import draw_sheet
 from bench.tasks import TASKS, outputs_of
 
 TINY = NetConfig(

@@ -80,3 +80,32 @@ def test_equals_the_reference(name: str, case: str) -> None:
     found, wanted = fast(x), strategy_reference(model, x, schedule, how)
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert (model(x) - wanted).abs().max() > 1e-4 * wanted.abs().max(), "a schedule that changes nothing proves nothing"
+
+
+def test_saliency_equals_the_reference() -> None:
+    """Before the first block, by the built-in map; two sizes of groups."""
+    row = BY_NAME["deit"]
+    model, x = build(row, depth=DEPTH), images(row, 3)
+    for fused, leaving in ((4, 60), (30, 7)):
+        heat = _contrast(x, 16)
+        how = Told(lambda seen, heat=heat, fused=fused: by_hand.saliency(seen, heat, fused), before=True)
+        schedule = (leaving, 0, 0, 0)
+        strategy = gtp_fx.Saliency(fused=fused)
+        fast = gtp_fx.optimize(model, schedule=list(schedule), strategy=strategy, compile=False, dead_tokens=False)
+        found, wanted = fast(x), strategy_reference(model, x, schedule, how)
+        assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_random_is_spread_and_the_same_for_every_image() -> None:
+    """Two seeds, and two blocks of one, leave different places; a half of each quarter of the grid or so is gone."""
+    row = BY_NAME["deit"]
+    model, x = build(row, depth=DEPTH), images(row, 3)
+    chosen = []
+    for seed in (0, 1):
+        fast = gtp_fx.optimize(model, schedule=[98, 0, 0, 0], strategy=gtp_fx.Random(seed=seed), compile=False)
+        (found,) = fast.provenance(x)
+        assert (found.index == found.index[:1]).all()
+        quarters = [int(((found.index[0] >= 49 * i) & (found.index[0] < 49 * (i + 1))).sum()) for i in range(4)]
+        assert all(14 <= count <= 35 for count in quarters), quarters
+        chosen.append(set(found.index[0].tolist()))
+    assert 30 <= len(chosen[0] & chosen[1]) <= 68

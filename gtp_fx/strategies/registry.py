@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TypeVar
 
 from gtp_fx.errors import OptionError
-from gtp_fx.strategies.grouping import Grouping, define_operator
+from gtp_fx.strategies.group_operator import define_operator
+from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.gtp import GTP
 from gtp_fx.strategies.protocol import Strategy
 
