@@ -126,13 +126,13 @@ def topk(seen: Seen, scores: Callable[[Seen], list[float]] = lambda s: s.cls, no
 
 
 def ppt(seen: Seen, threshold: float) -> Choice:
-    """PPT, section 3: pruned where the scores' variance is above the threshold, else pooled."""
+    """PPT, section 3: pruned where the scores' variance is the threshold or more, else pooled."""
     lengths = [float(seen.v_HnD[:, i].norm()) for i in range(len(seen.sizes))]
     raw = [a * length for a, length in zip(seen.cls, lengths, strict=True)]
     scores = [value / sum(raw) for value in raw]
     mean = sum(scores) / len(scores)
-    variance = sum((s - mean) ** 2 for s in scores) / len(scores)
-    if variance <= threshold:
+    variance = sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)
+    if variance < threshold:
         return mean_of(seen, matched(seen))
     choice = drop(seen, scores)
     return Choice(choice.made_of, [seen.sizes[i] for i, _ in choice.made_of])
@@ -174,7 +174,7 @@ def cluster(seen: Seen, neighbors: int = 5, spatial: float = 1.0, sides: tuple[i
 
 
 def halting(seen: Seen, gamma: float = 5.0, beta: float = -10.0) -> Choice:
-    """A-ViT, equation 4, added up; those nearest to halting leave."""
+    """A-ViT, section 3.1, added up; those nearest to halting leave."""
     before = seen.memory or [0.0] * len(seen.sizes)
     sums = [s + 1 / (1 + math.exp(-(gamma * float(x[0]) + beta))) for s, x in zip(before, seen.x_nC, strict=True)]
     return drop(seen, [-s for s in sums], memory=sums)

@@ -15,9 +15,9 @@ from gtp_fx.strategies.tokens import Groups, Tokens, dropped
 @register_strategy
 @dataclass(frozen=True)
 class Halting(Grouping):
-    """A token's halting score is sigmoid(gamma * t_e + beta) of one of its features, added up from site to site (equation 4).
+    """A token's halting score is sigmoid(gamma * t_e + beta) of one of its features, added up from site to site (section 3.1).
 
-    gamma, beta: the publication's 5 and -10. feature: e, the first one in the publication. A network that was trained to halt
+    gamma, beta: what a network was trained with, and it alone knows. feature: e, the first one in the publication. A network that was trained to halt
     halts a token when its sum reaches 1, at another place in each image; here those of the largest sums leave, as many as the
     schedule says (calibration= finds how many), and nothing of them stays. Any other network says nothing by that feature:
     this is then a choice by chance that is the same in every run.

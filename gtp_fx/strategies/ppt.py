@@ -22,7 +22,7 @@ from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 class PPT(Grouping):
     """A patch's score is the attention that CLS pays it, times the length of its value, as a share of all patches' (section 3).
 
-    Where an image's scores vary by more than `threshold`, the lowest are pruned; else the most alike are pooled, as in ToMe.
+    Where the variance of an image's scores is `threshold` or more, the lowest are pruned; else the most alike are pooled, as in ToMe.
     threshold: of the variance; 7e-5 suits about 196 patches, whose mean share is 1/196, and fewer patches have larger shares.
     blocks: at which of a stream's blocks, counted from 0, as far as it has them; at a quarter, a half and three quarters of its depth where None (3, 6 and 9 of 12).
     The heads' attention is averaged before it is multiplied, and a value's length is that of all heads'.
@@ -50,7 +50,7 @@ class PPT(Grouping):
         assert score_Bn is not None
         shares_Bn = score_Bn * tokens.values_BHnD.float().square().sum(dim=(1, 3)).sqrt()
         shares_Bn = shares_Bn / shares_Bn.sum(dim=1, keepdim=True)
-        prunes_B1 = shares_Bn.var(dim=1, keepdim=True, unbiased=False) > self.threshold
+        prunes_B1 = shares_Bn.var(dim=1, keepdim=True) >= self.threshold
         kept_BK, left_BP = split(shares_Bn, tokens.leaving)
         pooled = averaged(tokens, *bipartite_matching(tokens.keys_BnD, tokens.sizes_Bn, tokens.leaving, tokens.prefix))
         assert pooled.weights_BKP is not None and pooled.own_BK is not None and pooled.size_BK is not None
