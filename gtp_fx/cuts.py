@@ -9,6 +9,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import Grid, is_plain
+from gtp_fx.errors import OptionError
 from gtp_fx.graphs import descendants
 from gtp_fx.infer import Typing
 from gtp_fx.passes.find_blocks import AttentionBlock
@@ -26,9 +27,20 @@ def leaving_blocks(blocks: Sequence[AttentionBlock], strategy: Strategy) -> list
     for block in blocks:
         by_stream[block.axis.domain.grid].append(block)
     chosen = {
-        of_stream[place].index for of_stream in by_stream.values() for place in strategy.positions(len(of_stream))
+        of_stream[place].index for of_stream in by_stream.values() for place in _positions(strategy, len(of_stream))
     }
     return [b for b in blocks if b.index in chosen and b.refusal is None and cut_of(b, strategy) is not None]
+
+
+def _positions(strategy: Strategy, blocks: int) -> set[int]:
+    places = set(strategy.positions(blocks))
+    wrong = sorted(places - set(range(blocks)))
+    if wrong:
+        raise OptionError(
+            f"strategy {strategy.name!r} lets tokens leave at blocks {', '.join(map(str, wrong))} of a stream that has {blocks}: "
+            f"{type(strategy).__name__}.positions({blocks}) has to give numbers from 0 to {blocks - 1}"
+        )
+    return places
 
 
 def ends_of(blocks: Sequence[AttentionBlock], strategy: Strategy, typing: Typing) -> dict[fx.Node, Grid]:

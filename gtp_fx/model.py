@@ -73,7 +73,8 @@ class OptimizedModel(nn.Module):
         Empty where no token leaves. Eager, in the evaluation graph.
         """
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
-        return provenance_runner(self.graph_module)(*args, **kwargs)
+        evaluation = self._gtp.evaluation
+        return provenance_runner(evaluation.graph_module, evaluation.sites, self._device())(*args, **kwargs)
 
     def attention_thresholds(self, images: Any) -> Thresholds:
         """Of a model that was optimised with theta below 1: its smallest attention that stays, by block and head, for `GTP(thresholds=…)`.

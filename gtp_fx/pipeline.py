@@ -21,24 +21,27 @@ from gtp_fx.passes.spell_einsum import spell_einsum
 from gtp_fx.passes.split_projections import split_projections
 from gtp_fx.plan import Plan
 from gtp_fx.planning import Original, make_plan
+from gtp_fx.provenance import SiteRecord, record_sites
 from gtp_fx.report import PassStep, Report, SiteRow
 from gtp_fx.running import Runner, carry_out
 from gtp_fx.schedule import Schedule
 from gtp_fx.shapes import check_outputs
 from gtp_fx.strategies import Grouping, Strategy
+from gtp_fx.strategies.trial import try_out
 
 
 @dataclass(frozen=True)
 class Optimised:
     """A rewritten graph, the schedule and the strategy that it carries out, and what was done.
 
-    moved: how far the outputs moved on calibration's images, as `gtp_fx.damage.divergence` has it; None without.
+    sites: what each did, for `gtp_fx.provenance`. moved: how far the outputs moved on calibration's images, as `gtp_fx.damage.divergence` has it; None without.
     """
 
     graph_module: fx.GraphModule
     schedule: Schedule
     strategy: Strategy
     report: Report
+    sites: tuple[SiteRecord, ...] = ()
     moved: float | None = None
 
 
@@ -59,6 +62,7 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
     plan: Plan = planned.plan
     result, steps = carry_out(gm, plan, exact.original.flops)
     check_outputs(captured, result)
+    try_out(result.graph)
     after = count_flops(result.graph)
     if after != planned.flops:
         if isinstance(plan.strategy, Grouping):
@@ -83,7 +87,7 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
         seconds=planned.seconds,
         batch=options.batch,
     )
-    return Optimised(result, plan.schedule, plan.strategy, report, planned.moved)
+    return Optimised(result, plan.schedule, plan.strategy, report, record_sites(result), planned.moved)
 
 
 def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:

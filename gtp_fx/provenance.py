@@ -8,10 +8,11 @@ With it, whatever belongs to patches (labels, masks, distillation targets) can b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
@@ -34,15 +35,61 @@ class Provenance:
     index: Tensor
 
 
-def provenance_runner(gm: fx.GraphModule) -> Callable[..., tuple[Provenance, ...]]:
-    """A function of the model's inputs: one `Provenance` for each stream of `gm` that tokens leave."""
-    streams: dict[Grid, list[fx.Node]] = {}
+@dataclass(frozen=True)
+class SiteRecord:
+    """What one site did to the stream of a grid, as numbers of calls in a graph, counted from 0: those stay what they are when a
+    graph is copied, saved and loaded. place: the stream behind it. The rest as in `Removal`."""
+
+    grid: Grid
+    place: int
+    kept: int
+    propagated: int | None
+    weights: int | None
+    own: int | None
+    alpha: float
+    of_whole: bool
+
+
+def record_sites(gm: fx.GraphModule) -> tuple[SiteRecord, ...]:
+    """Of a graph that passes have just rewritten, in order."""
+    number = {node: i for i, node in enumerate(_calls(gm.graph))}
+    records = []
+    for node in number:
+        if SITE in node.meta:
+            grid, state = node.meta[SITE]
+            removal: Removal = state.removal
+            propagated, weights, own = None, removal.weights, removal.own
+            if weights is not None:  # else nothing asks who left, and that may be gone from the graph
+                propagated = number[removal.propagated]
+            records.append(
+                SiteRecord(
+                    grid=grid,
+                    place=number[node],
+                    kept=number[removal.kept],
+                    propagated=propagated,
+                    weights=None if weights is None else number[weights],
+                    own=None if own is None else number[own],
+                    alpha=removal.alpha,
+                    of_whole=removal.of_whole,
+                )
+            )
+    return tuple(records)
+
+
+def provenance_runner(
+    gm: fx.GraphModule, records: Sequence[SiteRecord], device: torch.device
+) -> Callable[..., tuple[Provenance, ...]]:
+    """A function of the model's inputs: one `Provenance` for each stream of `gm` that tokens leave.
+
+    records: of `gm`, or of the graph that it is a copy of. device: where the model is.
+    """
+    streams: dict[Grid, list[SiteRecord]] = {}
+    for record in records:
+        streams.setdefault(record.grid, []).append(record)
 
     def results(copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-        for node in copies:
-            if SITE in node.meta:
-                streams.setdefault(node.meta[SITE][0], []).append(node)
-        return [value for grid, sites in streams.items() for value in _carried(grid, sites, copies)]
+        calls = [copies[node] for node in _calls(gm.graph)]
+        return [value for sites in streams.values() for value in _carried(sites, calls, device)]
 
     runner = returning(gm, results)
 
@@ -53,40 +100,42 @@ def provenance_runner(gm: fx.GraphModule) -> Callable[..., tuple[Provenance, ...
     return run
 
 
-def _carried(grid: Grid, sites: list[fx.Node], copies: dict[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """What the sites did to a stream, from the first to the last, done to the identity: the matrix, and the index.
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_function"]
 
-    sites: nodes of the graph that was copied, whose strategy's states speak of its nodes. copies: each one's copy.
-    """
-    removals: list[Removal] = [site.meta[SITE][1].removal for site in sites]
-    matrix = identity = _identity(grid, copies[sites[0]], copies[removals[0].kept])
+
+def _carried(sites: list[SiteRecord], calls: list[fx.Node], device: torch.device) -> tuple[fx.Node, fx.Node]:
+    """What the sites did to a stream, from the first to the last, done to the identity: the matrix, and the index."""
+    patches = math.prod(sites[0].grid.shape)
+    matrix = identity = _identity(patches, calls[sites[0].place], calls[sites[0].kept], device)
     index = None
-    for site, removal in zip(sites, removals, strict=True):
-        place, kept = copies[site], copies[removal.kept]
-        if removal.of_whole:
+    for site in sites:
+        place, kept = calls[site.place], calls[site.kept]
+        if site.of_whole:
             matrix, index = identity, None
 
         def then(target: Any, *args: Any, place: fx.Node = place) -> fx.Node:
             with place.graph.inserting_before(place):
                 return call(place.graph, target, *args, like=place)
 
-        if removal.weights is None:
+        if site.weights is None:
             matrix = then(gtp_fx.take_tokens.default, matrix, kept, 0, 1, 0, 0)
         else:
-            own = None if removal.own is None else copies[removal.own]
-            received = (copies[removal.weights], kept, copies[removal.propagated])
-            matrix = then(gtp_fx.propagate.default, matrix, *received, removal.alpha, 0, own)
+            own = None if site.own is None else calls[site.own]
+            assert site.propagated is not None
+            received = (calls[site.weights], kept, calls[site.propagated])
+            matrix = then(gtp_fx.propagate.default, matrix, *received, site.alpha, 0, own)
         index = kept if index is None else then(aten.gather.default, index, 1, kept)
     assert index is not None
     return matrix, index
 
 
-def _identity(grid: Grid, first: fx.Node, like: fx.Node) -> fx.Node:
+def _identity(patches: int, first: fx.Node, like: fx.Node, device: torch.device) -> fx.Node:
     """[B, G, G] before the node `first`, of as many images as `like` has."""
     graph = first.graph
     with graph.inserting_before(first):
-        identity = call(graph, aten.eye.default, math.prod(grid.shape), like=first)
-        identity.kwargs = {"device": first.meta["val"].device}
+        identity = call(graph, aten.eye.default, patches, like=first)
+        identity.kwargs = {"device": device}
         images = call(graph, aten.sym_size.int, like, 0, like=first)
         alone = call(graph, aten.unsqueeze.default, identity, 0, like=first)
         return call(graph, aten.expand.default, alone, [images, -1, -1], like=first)

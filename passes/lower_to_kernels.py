@@ -9,7 +9,7 @@ become one kernel:
     propagate, of tokens and of scales, and a norm  propagate
     region_shares, recover and a residual add       recover
 
-What a kernel isn't made for (another rank, theta < 1, heads of 256) stays as it is: composite operators run everywhere.
+What a kernel isn't made for (another rank, theta < 1, heads of 256, merging) stays as it is: composite operators run everywhere.
 """
 
 from __future__ import annotations
@@ -164,8 +164,9 @@ def _is_index(node: fx.Node, part: fx.Node) -> bool:
 
 def _propagate(low: _Lowering, node: fx.Node) -> None:
     """The stream's, with its scales' and the norm that reads it."""
-    x, weights, kept, left, alpha, prefix = node.args
-    if weights.target is not gtp_fx.propagation_weights.default or _is_column(node):  # type: ignore[union-attr]
+    x, weights, kept, left, alpha, prefix, *own = node.args
+    of_a_graph = weights.target is gtp_fx.propagation_weights.default  # type: ignore[union-attr]
+    if own or not of_a_graph or _is_column(node):
         return
     near, degree, on_grid, left_on_grid, grid, kind = weights.args  # type: ignore[union-attr]
     channels = shape_of(x)[-1]  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 import gtp_fx
 from gtp_fx.lowering import has_kernels, lowered
 from gtp_fx.passes.lower_to_kernels import lower_to_kernels
+from gtp_fx.strategies import Strategy
 
 from zoo import BY_NAME, build, enliven, images
 
@@ -31,7 +32,7 @@ def calls(gm: fx.GraphModule) -> Counter[str]:
 
 
 @torch.no_grad()
-def check(model: nn.Module, x: torch.Tensor, strategy: gtp_fx.GTP | str = "gtp", **budget: Any) -> Counter[str]:
+def check(model: nn.Module, x: torch.Tensor, strategy: Strategy | str = "gtp", **budget: Any) -> Counter[str]:
     """Kernels that took operators' places, where the result is the same."""
     fast = gtp_fx.optimize(model.to(DEVICE), strategy=strategy, compile=False, **budget)
     plain = fast.graph_module
@@ -108,6 +109,28 @@ def test_thresholds_are_the_kernels() -> None:
     strategy = gtp_fx.GTP(attention_sparsity=0.8, thresholds=exact.attention_thresholds(x))
     left = check(model, x, strategy, schedule=[20, 20, 0])
     assert left["gtp_fx.attention_with_scores"] == 0 and left["gtp_fx_kernels.attend"] == 3
+
+
+OTHERS: list[tuple[Strategy, list[int]]] = [
+    (gtp_fx.ToMe(), [30, 20, 0]),
+    (gtp_fx.TopK(), [30, 20, 0]),
+    (gtp_fx.PPT(blocks=(0, 1)), [30, 20, 0]),
+    (gtp_fx.Mergence(), [30, 20, 0]),
+    (gtp_fx.Cluster(after=1), [0, 60, 0]),
+    (gtp_fx.Idle(), [30, 20, 0]),
+    (gtp_fx.Halting(beta=0.0), [30, 20, 0]),
+    (gtp_fx.Saliency(), [60, 0, 0]),
+    (gtp_fx.Random(), [30, 20, 0]),
+]
+
+
+@pytest.mark.parametrize(("strategy", "schedule"), OTHERS, ids=lambda value: getattr(value, "name", ""))
+def test_other_strategies_have_what_kernels_they_can(strategy: Strategy, schedule: list[int]) -> None:
+    """Attention that ranks is a kernel for any of them; what merges or drops by other weights stays as it is."""
+    row = BY_NAME["deit"]
+    left = check(build(row), images(row, 1), strategy, schedule=schedule)
+    assert left["gtp_fx.attention_with_scores"] == 0
+    assert left["gtp_fx_kernels.attend"] >= (strategy.score != "none") * sum(count > 0 for count in schedule)
 
 
 def test_kernels_take_any_batch_and_gradients() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 
@@ -44,3 +47,19 @@ def test_the_matrix_carries_what_belongs_to_patches() -> None:
 def test_nothing_removed_has_no_streams_to_tell_of() -> None:
     row = BY_NAME["deit"]
     assert gtp_fx.optimize(build(row), flops_budget=1.0, compile=False).provenance(images(row)) == ()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["gtp", "tome", "idle"])
+def test_a_copy_and_a_saved_model_tell_the_same(strategy: str) -> None:
+    row = BY_NAME["deit"]
+    x = images(row)
+    fast = gtp_fx.optimize(build(row), schedule=[60, 30, 0], strategy=strategy, compile=False)
+    (wanted,) = fast.provenance(x)
+    saved = io.BytesIO()
+    torch.save(fast, saved)
+    saved.seek(0)
+    for other in (copy.deepcopy(fast), torch.load(saved, weights_only=False)):
+        (found,) = other.provenance(x)
+        assert found.grid == wanted.grid
+        assert torch.equal(found.matrix, wanted.matrix) and torch.equal(found.index, wanted.index)

@@ -1,6 +1,6 @@
 """Do a token's neighbours in the graph look like it, and how deep down? A free signal for how far to propagate, and how much.
 
-Local-GCL (arXiv 2212.04486) takes the neighbours of a node for its positives, since neighbours tend to share a label. Where that holds of
+Local-GCL (arXiv 2212.04604) takes the neighbours of a node for its positives, since neighbours tend to share a label. Where that holds of
 a token graph, what a token passes to its neighbours is what they hold already; where it doesn't, it is noise to them. The graph is
 built once, from the first block's input, so agreement also says whether it is still good at a depth.
 """

@@ -93,7 +93,7 @@ def _key(
 ) -> str:
     """Of everything that a measurement depends on: the graph, its weights, the images, the strategy."""
     digest = hashlib.sha256()
-    said = (_VERSION, calibration.points, str(strategy), tuple(shapes), [site.block for site in sites])
+    said = (_VERSION, calibration.points, str(strategy), strategy.code, tuple(shapes), [site.block for site in sites])
     digest.update(repr(said).encode())
     digest.update(gm.code.encode())
     for tensor in [*gm.state_dict().values(), *pytree.tree_leaves(calibration.images)]:

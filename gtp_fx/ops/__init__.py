@@ -13,7 +13,8 @@
     region_shares           the same for a window's tokens that skip a branch
     grid_places             rows and columns of a grid's patches
     put_back                a stream whose tokens wait in their places, with what became of the others
-    group_<strategy>        a strategy's `group`: who leaves, and what becomes of those
+    group                   a strategy's `group`: who leaves, and what becomes of those
+    saliency                what a registered map of the images says of each patch
     recover                 a newer value with its propagated tokens back in place
 
 Each is composite: written once in plain ATen, which is its reference, its autograd, its fake and, where no kernel of the

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.register import operator
 
 SCORES = {
@@ -139,6 +140,7 @@ def _scores(exp_BHNN: Tensor, inverse_BHN1: Tensor, score: str, start: int, stop
         itself_BHN = exp_BHNN.diagonal(dim1=-2, dim2=-1) * inverse_BHN1[..., 0]
         parts.append(over_heads(itself_BHN[..., start:stop], how))
     if kind in ("broadcast", "mixed"):
-        received_BH1N = torch.matmul(inverse_BHN1.transpose(-2, -1), exp_BHNN)  # column sums of the map
+        with without_autocast(exp_BHNN):
+            received_BH1N = torch.matmul(inverse_BHN1.transpose(-2, -1), exp_BHNN)  # column sums of the map
         parts.append(over_heads(received_BH1N[:, :, 0, start:stop], how))
     return math.prod(parts[1:], start=parts[0])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gtp_fx.ops.attention import attention_map, over_heads
+from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.graph import coordinates
 from gtp_fx.ops.register import operator
 
@@ -45,7 +46,8 @@ def attention_with_cell_scores(
         index_BHN1 = own_N[:, None].expand(*exp_BHNM.shape[:3], 1)
         parts.append(over_heads((exp_BHNM.gather(-1, index_BHN1) * inverse_BHN1)[..., 0], how))
     if kind in ("broadcast", "mixed"):
-        received_BH1M = torch.matmul(inverse_BHN1.transpose(-2, -1), exp_BHNM)
+        with without_autocast(exp_BHNM):
+            received_BH1M = torch.matmul(inverse_BHN1.transpose(-2, -1), exp_BHNM)
         parts.append(over_heads(received_BH1M[:, :, 0], how).index_select(1, own_N))
     return out, math.prod(parts[1:], start=parts[0])
 

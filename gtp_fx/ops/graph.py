@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.register import operator
 
 GRAPHS = {
@@ -98,6 +99,7 @@ def _adjacent(a_R: Tensor, b_R: Tensor) -> Tensor:
 def _most_similar(x_BGC: Tensor, neighbors: int) -> Tensor:
     """[B, G, M]: the M tokens of largest cosine similarity to each, itself left out."""
     unit_BGC = F.normalize(x_BGC.float(), dim=-1)
-    similarity_BGG = torch.matmul(unit_BGC, unit_BGC.transpose(-2, -1))
+    with without_autocast(x_BGC):
+        similarity_BGG = torch.matmul(unit_BGC, unit_BGC.transpose(-2, -1))
     itself_GG = torch.eye(x_BGC.shape[1], dtype=torch.bool, device=x_BGC.device)
     return similarity_BGG.masked_fill(itself_GG, float("-inf")).topk(neighbors, dim=-1, sorted=False).indices

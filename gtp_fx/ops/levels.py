@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.graph import coordinates
 from gtp_fx.ops.register import operator
 
@@ -88,7 +89,8 @@ def recover(
     x_BN = _tokens_first(x, images, tokens)
     batch, count, inner = x_BN.shape[0], x_BN.shape[1], x_BN.shape[2:]
     patches_BKC = x_BN[:, prefix : count - suffix].flatten(2) if inner else x_BN[:, prefix : count - suffix, None]
-    back_BPC = torch.matmul(shares_BPK.to(x.dtype), patches_BKC)
+    with without_autocast(x):
+        back_BPC = torch.matmul(shares_BPK.to(x.dtype), patches_BKC)
     # Where each patch stands in [kept, propagated]: the inverse of that order.
     place_Bn = torch.cat([kept_BK, propagated_BP], dim=1).argsort(dim=1)
     patches_BnC = torch.cat([patches_BKC, back_BPC], dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.register import operator
 
 
@@ -37,7 +38,8 @@ def propagate(
     nothing = [weights_BKP.new_zeros(batch, stop - start, leaving) for start, stop in ranges]
     staying_BK = torch.cat([rows[0], kept_BK + prefix, *rows[1:]], dim=1)
     weights_BKP = torch.cat([nothing[0], weights_BKP, *nothing[1:]], dim=1).to(x_BNC.dtype)
-    received_BKC = torch.matmul(weights_BKP, _rows(x_BNC, propagated_BP + prefix))
+    with without_autocast(x_BNC):
+        received_BKC = torch.matmul(weights_BKP, _rows(x_BNC, propagated_BP + prefix))
     staying_BKC = _rows(x_BNC, staying_BK)
     if own_BK is not None:
         ones = [own_BK.new_ones(batch, stop - start) for start, stop in ranges]

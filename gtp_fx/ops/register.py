@@ -12,15 +12,15 @@ F = TypeVar("F", bound=Callable[..., object])
 
 _library = torch.library.Library("gtp_fx", "DEF")
 _shapes: dict[Any, Callable[..., Any]] = {}
-_opaque: set[Any] = set()
+_flops: dict[Any, Callable[..., int]] = {}
 
 
-def operator(shapes: Callable[..., Any], opaque: bool = False) -> Callable[[F], F]:
+def operator(shapes: Callable[..., Any], flops: Callable[..., int] | None = None) -> Callable[[F], F]:
     """Define `gtp_fx::<function's name>` from the function's annotations, with the function as its composite kernel.
 
     shapes: empty tensors as the operator would return them. A composite operator needs none to be traced; the verifier,
-    which runs every graph on fake tensors after every pass, is spared the operator's inside by it. opaque: what it computes
-    is somebody else's to say, so its FLOPs are counted by running it.
+    which runs every graph on fake tensors after every pass, is spared the operator's inside by it. flops: of a call
+    with the operator's arguments on meta, where what it computes is somebody else's to write, so that no formula says it.
     """
 
     def register(function: F) -> F:
@@ -29,8 +29,8 @@ def operator(shapes: Callable[..., Any], opaque: bool = False) -> Callable[[F], 
         _library.impl(name, function, "CompositeImplicitAutograd")
         defined = getattr(torch.ops.gtp_fx, name).default
         _shapes[defined] = shapes
-        if opaque:
-            _opaque.add(defined)
+        if flops is not None:
+            _flops[defined] = flops
         return function
 
     return register
@@ -51,6 +51,6 @@ def shapes_of(target: Any) -> Callable[..., Any] | None:
     return _shapes.get(target)
 
 
-def opaque_operators() -> set[Any]:
-    """This package's operators whose FLOPs no formula says."""
-    return _opaque
+def flops_of(target: Any) -> Callable[..., int] | None:
+    """What counts an operator's FLOPs by running it; None where a formula says them."""
+    return _flops.get(target)

@@ -41,7 +41,7 @@ class Cluster(Grouping):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.after < 0 or self.neighbors < 1 or self.spatial < 0:
+        if self.after < 0 or self.neighbors < 1 or not 0 <= self.spatial < float("inf"):
             raise OptionError(f"{self}: after and spatial are 0 or more, neighbors 1 or more")
 
     def positions(self, blocks: int) -> Collection[int]:

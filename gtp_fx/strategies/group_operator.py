@@ -1,92 +1,155 @@
-"""A strategy's `group` as an operator of the graph, `torch.ops.gtp_fx.group_<name>`.
+"""A strategy's `group` as an operator of the graph, `torch.ops.gtp_fx.group`.
 
-Composite, like every operator of the package: any batch, any device, and the compiler sees through it. The strategy's fields travel with
-it as JSON, so that a graph holds nothing but operators and plain values.
+Composite, like every operator of the package: any batch, any device, and the compiler sees through it. The strategy travels with it as
+JSON: its name, its fields, and a fingerprint of its code. So a graph holds nothing but operators and plain values, keeps
+its class when another one takes the name, and no compiler's cache takes one for the other.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.ops import gtp_fx  # type: ignore[import-not-found]
+from torch.utils.flop_counter import FlopCounterMode
 
-from gtp_fx.errors import OptionError
+from gtp_fx.errors import GtpError, OptionError
+from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.register import operator
+from gtp_fx.strategies.fingerprint import fingerprint
 from gtp_fx.strategies.tokens import Groups, Tokens
 
 if TYPE_CHECKING:
     from gtp_fx.strategies.grouping import Grouping
 
-
-def group_operator(name: str) -> Any:
-    """The operator of a registered strategy. Raises OptionError for another one."""
-    found = getattr(gtp_fx, f"group_{name}", None)
-    if found is None:
-        raise OptionError(f"strategy {name!r} isn't registered: put @gtp_fx.register_strategy over its class")
-    return found.default
+_CLASSES: dict[tuple[str, str], type] = {}
+"""By name and fingerprint: every class that was ever registered."""
+_CODES: dict[type, str] = {}
 
 
-def options_of(strategy: Grouping) -> str:
-    """The strategy's fields as JSON, from which `define_operator` makes it again."""
-    return json.dumps({field.name: getattr(strategy, field.name) for field in fields(strategy)})
+def enter(name: str, cls: type) -> None:
+    """Let graphs name `cls`."""
+    _CODES[cls] = fingerprint(cls)
+    _CLASSES[name, _CODES[cls]] = cls
 
 
-def define_operator(name: str, classes: dict[str, type]) -> None:
-    """`gtp_fx::group_<name>`: `classes[name].group` as an operator; once for each name, whatever the class is later."""
-    if hasattr(gtp_fx, f"group_{name}"):
-        return
-
-    def made_again(options: str) -> Any:
-        said = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(options).items()}
-        return classes[name](**said)
-
-    def shapes(x, k, v, score, size, index, carried, grid, around, options):  # type: ignore[no-untyped-def]
-        strategy, (leaving, prefix, suffix, _) = made_again(options), around
-        batch, count = x.shape[0], x.shape[1] - prefix - suffix
-        kept = count - leaving
-        whole, number = torch.int64, torch.float32
-        known = {
-            "kept": ((batch, kept), whole),
-            "left": ((batch, leaving), whole),
-            "weights": ((batch, kept, leaving), number),
-            "own": ((batch, kept), number),
-            "size": ((batch, kept), number),
-            "carried": ((batch, count), number),
-        }
-        return [x.new_empty(known[result][0], dtype=known[result][1]) for result in strategy.results()]
-
-    def grouped(
-        x_BNC: Tensor,
-        k_BHND: Tensor | None,
-        v_BHND: Tensor | None,
-        score_Bn: Tensor | None,
-        size_Bn: Tensor | None,
-        index_Bn: Tensor | None,
-        carried_Bn: Tensor | None,
-        grid: list[int],
-        around: list[int],
-        options: str,
-    ) -> list[Tensor]:
-        strategy, (leaving, prefix, suffix, block) = made_again(options), around
-        count = x_BNC.shape[1] - prefix - suffix
-        if index_Bn is None:
-            index_Bn = torch.arange(count, device=x_BNC.device).expand(x_BNC.shape[0], count)
-        seen = (x_BNC, k_BHND, v_BHND, score_Bn, size_Bn, index_Bn, carried_Bn)
-        groups = strategy.group(Tokens(*seen, tuple(grid), leaving, prefix, suffix, block))
-        return _listed(strategy, groups)
-
-    grouped.__name__ = f"group_{name}"
-    operator(shapes, opaque=True)(grouped)
+def code_of(cls: type) -> str:
+    """A class's fingerprint. Raises OptionError where it isn't registered."""
+    if cls not in _CODES:
+        raise OptionError(f"{cls.__name__} isn't registered: put @gtp_fx.register_strategy over it")
+    return _CODES[cls]
 
 
-def _listed(strategy: Grouping, groups: Any) -> list[Tensor]:
+def written(strategy: Grouping) -> str:
+    """The strategy as JSON. Raises OptionError where its class isn't registered, or its fields aren't plain values."""
+    code = code_of(type(strategy))
+    try:
+        said = {field.name: getattr(strategy, field.name) for field in fields(strategy)}
+        text = json.dumps({"name": strategy.name, "code": code, "fields": said})
+        same = read(text) == strategy
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{strategy!r}: {_PLAIN} ({error})") from error
+    if not same:
+        raise OptionError(f"{strategy!r}: {_PLAIN}, and written down and read again it is {read(text)!r}")
+    return text
+
+
+_PLAIN = (
+    "fields travel with the graph as JSON: numbers, strings, None, and tuples of those, all given to the constructor"
+)
+
+
+@functools.cache
+def read(text: str) -> Any:
+    """The strategy that `written` has written. Raises OptionError where this process knows no such class."""
+    said = json.loads(text)
+    name, code = said["name"], said["code"]
+    if (name, code) not in _CLASSES:
+        known = [other for known_name, other in _CLASSES if known_name == name]
+        why = (
+            f"the one registered here has other code ({', '.join(known)})"
+            if known
+            else "none of that name is registered"
+        )
+        raise OptionError(
+            f"this graph was made with strategy {name!r} of code {code}, and {why}: register the same class, or optimize the model "
+            f"again"
+        )
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in said["fields"].items()}
+    return _CLASSES[name, code](**given)
+
+
+def _shapes(x, k, v, score, size, index, carried, grid, around, strategy):  # type: ignore[no-untyped-def]
+    leaving, prefix, suffix, _ = around
+    known = _promised(x.shape[0], x.shape[1] - prefix - suffix, leaving)
+    return [x.new_empty(known[result][0], dtype=known[result][1]) for result in read(strategy).results()]
+
+
+def _promised(batch: Any, count: Any, leaving: Any) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
+    """Shapes and dtypes of what a strategy may give."""
+    kept = count - leaving
+    return {
+        "kept": ((batch, kept), torch.int64),
+        "left": ((batch, leaving), torch.int64),
+        "weights": ((batch, kept, leaving), torch.float32),
+        "own": ((batch, kept), torch.float32),
+        "size": ((batch, kept), torch.float32),
+        "carried": ((batch, count), torch.float32),
+    }
+
+
+def _flops(*args: Any) -> int:
+    """By running it without numbers, since it is somebody else's to write."""
+    with FlopCounterMode(display=False) as counter:
+        try:
+            group(*args)
+        except GtpError:
+            raise
+        except Exception as error:
+            owner = type(read(args[-1])).__name__
+            raise OptionError(
+                f"{owner}.group() can't be traced: {error}. A compiler runs it without numbers: no .item() or branches on a tensor's "
+                f"values, and new tensors on the device of those given (tokens.x_BNC.new_zeros, device=tokens.x_BNC.device)"
+            ) from error
+    return int(counter.get_total_flops())
+
+
+@operator(_shapes, flops=_flops)
+def group(
+    x_BNC: Tensor,
+    k_BHND: Tensor | None,
+    v_BHND: Tensor | None,
+    score_Bn: Tensor | None,
+    size_Bn: Tensor | None,
+    index_Bn: Tensor | None,
+    carried_Bn: Tensor | None,
+    grid: list[int],
+    around: list[int],
+    strategy: str,
+) -> list[Tensor]:
+    """What `strategy` (as `written`) makes of a site's tokens: of `Groups`, what its class says that it gives, in that order.
+
+    around: how many patches leave, prefix tokens, suffix tokens, the block's number. The other arguments are those of `Tokens`.
+    """
+    its, (leaving, prefix, suffix, block) = read(strategy), around
+    batch, count = x_BNC.shape[0], x_BNC.shape[1] - prefix - suffix
+    if index_Bn is None:
+        index_Bn = torch.arange(count, device=x_BNC.device).expand(batch, count)
+    seen = (x_BNC, k_BHND, v_BHND, score_Bn, size_Bn, index_Bn, carried_Bn)
+    # What ranks and matches is float32 whatever the model's products are under autocast.
+    with without_autocast(x_BNC):
+        groups = its.group(Tokens(*seen, tuple(grid), leaving, prefix, suffix, block))
+    return _listed(its, groups, _promised(batch, count, leaving))
+
+
+def _listed(strategy: Grouping, groups: Any, promised: dict[str, tuple[tuple[Any, ...], torch.dtype]]) -> list[Tensor]:
     """What `group` decided, as the strategy has said that it would."""
+    owner = type(strategy).__name__
     if not isinstance(groups, Groups):
-        raise OptionError(f"{strategy.name}.group() returned {type(groups).__name__}: return gtp_fx.Groups")
+        raise OptionError(f"{owner}.group() returned {type(groups).__name__}: return gtp_fx.Groups")
     found: dict[str, Any] = {
         "kept": groups.kept_BK,
         "left": groups.left_BP,
@@ -100,7 +163,14 @@ def _listed(strategy: Grouping, groups: Any) -> list[Tensor]:
     named, given = strategy.results(), [name for name, value in found.items() if value is not None]
     if given != named:
         raise OptionError(
-            f"{strategy.name}.group() gave {', '.join(given)}, and its class says {', '.join(named)}: merges= for weights and "
+            f"{owner}.group() gave {', '.join(given)}, and its class says {', '.join(named)}: merges= for weights and "
             f"own, sized= for sizes and carries= for what is carried have to agree with it"
         )
-    return [found[name].float() if found[name].is_floating_point() else found[name] for name in named]
+    listed = [found[name].float() if found[name].is_floating_point() else found[name] for name in named]
+    for name, value in zip(named, listed, strict=True):
+        shape, dtype = promised[name]
+        if tuple(value.shape) != tuple(shape) or value.dtype is not dtype:
+            raise OptionError(
+                f"{owner}.group() gave {name} of {tuple(value.shape)} in {value.dtype}, and it has to be {tuple(shape)} in {dtype}"
+            )
+    return listed

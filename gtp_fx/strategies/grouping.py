@@ -10,8 +10,9 @@
         def group(self, tokens: gtp_fx.Tokens) -> gtp_fx.Groups:
             return gtp_fx.dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
 
-The function becomes an operator of the graph (`torch.ops.gtp_fx.group_norm`), composite like the others: any batch, any device,
+An operator of the graph (`torch.ops.gtp_fx.group`) calls the function, composite like the others: any batch, any device,
 and the compiler sees through it. Fields are the method's numbers, plain values all of them: they travel with the operator.
+Autocast is off inside: ranking and matching are float32's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from gtp_fx.axes import TokenAxis
 from gtp_fx.cost.work import Work
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
-from gtp_fx.strategies.group_operator import group_operator, options_of
+from gtp_fx.strategies.group_operator import code_of, written
 from gtp_fx.strategies.pricing import FLOAT, scoring_works
 from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, Strategy, StreamState
 from gtp_fx.strategies.tokens import Groups, Tokens
@@ -39,7 +40,8 @@ from gtp_fx.strategies.tokens import Groups, Tokens
 class Grouping:
     """A strategy whose `group` says at each site who leaves and what becomes of those. Subclasses are frozen dataclasses.
 
-    score: what attention is asked to rank tokens by, a name in `gtp_fx.ops.attention.SCORES`, or "none".
+    score: what attention is asked to rank tokens by, a name in `gtp_fx.ops.attention.SCORES`; "none" where the class's default is,
+        since its `group` then reads no scores.
     merges: whether `group` gives weights. sized: whether it gives sizes. token_scale: whether later attention is told them.
     carries: whether it leaves itself numbers for its next site. before_attention: sites stand at a block's input.
     skips_branches: where a grid has to stay whole, tokens may skip branches by `score`, with their neighbours' results.
@@ -56,17 +58,26 @@ class Grouping:
     token_scale: bool = True
 
     def __post_init__(self) -> None:
+        owner, usual = type(self).__name__, type(self).score
+        if not isinstance(self.token_scale, bool):
+            raise OptionError(f"{owner}(token_scale={self.token_scale!r}): give True or False")
         if self.score not in ("none", *SCORES):
             names = "\n".join(f"  {name!r}: {meaning}" for name, meaning in SCORES.items())
-            raise OptionError(
-                f"{type(self).__name__}(score={self.score!r}) is unknown; score is 'none' or one of\n{names}"
-            )
+            raise OptionError(f"{owner}(score={self.score!r}) is unknown; score is 'none' or one of\n{names}")
+        if self.score != "none" and usual == "none":
+            raise OptionError(f"{owner}(score={self.score!r}): {self.name} doesn't rank by attention; leave score out")
+        if self.score == "none" and usual != "none":
+            raise OptionError(f"{owner}(score='none'): {self.name} ranks by attention; its own is {usual!r}")
 
     whole_maps: ClassVar[bool] = False
     rewrites_every_attention: ClassVar[bool] = False
     weighted_pooling: ClassVar[bool] = False
     recovers_branches: ClassVar[bool] = True
     skips_attention: ClassVar[bool] = False
+
+    @property
+    def code(self) -> str:
+        return code_of(type(self))
 
     def group(self, tokens: Tokens) -> Groups:
         """Who leaves at a site, and what becomes of them."""
@@ -144,7 +155,7 @@ class Grouping:
         """The operator's results, by what they are."""
         attention = site.attention
         listed = emit(
-            group_operator(self.name),
+            gtp_fx.group.default,
             site.stream,
             None if attention is None else attention.k,
             None if attention is None else attention.v,
@@ -154,7 +165,7 @@ class Grouping:
             state.carried[0] if state.carried and self.carries else None,
             list(site.axis.domain.grid.shape),
             [site.leaving, site.axis.prefix, site.axis.suffix, site.block],
-            options_of(self),
+            written(self),
         )
         return {name: emit(operator.getitem, listed, i) for i, name in enumerate(self.results())}
 

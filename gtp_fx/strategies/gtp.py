@@ -62,6 +62,7 @@ class GTP:
     skips: str = "mlp"
 
     name: ClassVar[str] = "gtp"
+    code: ClassVar[str] = ""
     before_attention: ClassVar[bool] = False
     returns: ClassVar[bool] = False
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from gtp_fx.errors import OptionError
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.tokens import Groups, Tokens, dropped
@@ -29,7 +31,17 @@ class Halting(Grouping):
     beta: float = -10.0
     feature: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.gamma) and math.isfinite(self.beta)):
+            raise OptionError(f"{self}: gamma and beta are finite numbers")
+        if isinstance(self.feature, bool) or not isinstance(self.feature, int) or self.feature < 0:
+            raise OptionError(f"Halting(feature={self.feature!r}): give the number of a channel, from 0")
+
     def group(self, tokens: Tokens) -> Groups:
+        channels = tokens.x_BNC.shape[-1]
+        if self.feature >= channels:
+            raise OptionError(f"Halting(feature={self.feature}): tokens here have {channels} features, from 0")
         feature_Bn = tokens.patches_BnC[..., self.feature].float()
         sum_Bn = torch.sigmoid(self.gamma * feature_Bn + self.beta)
         if tokens.carried_Bn is not None:

@@ -116,6 +116,10 @@ class Strategy(Protocol):
     def name(self) -> str: ...
 
     @property
+    def code(self) -> str:
+        """What tells this strategy's code from another's of the same name, where a user may write it: for what caches measure."""
+
+    @property
     def score(self) -> str:
         """What attention ranks tokens by at a site, a name in `gtp_fx.ops.attention.SCORES`; "none" where it needn't."""
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gtp_fx.errors import OptionError
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.tokens import Groups, Tokens, dropped
@@ -28,8 +29,13 @@ class Random(Grouping):
     name: ClassVar[str] = "random"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise OptionError(f"Random(seed={self.seed!r}): give an integer")
+
     def group(self, tokens: Tokens) -> Groups:
-        start = (self.seed * 1_000_003 + tokens.block + 1) << 16
+        start = ((self.seed * 1_000_003 + tokens.block + 1) << 16) & _MASK
         return dropped(_hash(tokens.index_Bn + start).float(), tokens.leaving)
 
 

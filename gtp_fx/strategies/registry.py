@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from gtp_fx.errors import OptionError
-from gtp_fx.strategies.group_operator import define_operator
+from gtp_fx.strategies.group_operator import enter, written
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.gtp import GTP
 from gtp_fx.strategies.protocol import Strategy
@@ -23,31 +23,59 @@ def register_strategy(cls: C) -> C:
     notebooks want it, but for this package's own.
     """
     name = getattr(cls, "name", None)
-    if not isinstance(name, str) or not name.isidentifier():
+    if not isinstance(name, str) or not (name.isidentifier() and name.isascii()):
         raise OptionError(f"{cls.__name__}.name={name!r}: give a class variable such as name: ClassVar[str] = 'mine'")
     if "__dataclass_fields__" not in vars(cls) or not issubclass(cls, Grouping):  # inherited, they would lack its own
         raise OptionError(
             f"{cls.__name__} is no dataclass over gtp_fx.Grouping: write @dataclass(frozen=True) above it"
         )
     before = STRATEGIES.get(name)
-    if before is not None and before.__module__.startswith(__package__) and before is not cls:
-        raise OptionError(f"{cls.__name__}.name={name!r} is one of gtp_fx's own: {', '.join(STRATEGIES)}; give another")
+    if before is not None and _is_own(before) and before is not cls:
+        own = ", ".join(name for name, known in STRATEGIES.items() if _is_own(known))
+        raise OptionError(f"{cls.__name__}.name={name!r} is one of gtp_fx's own: {own}; give another")
+    for method, where in (("group", True), ("put_back", cls.returns)):
+        if where and getattr(cls, method) is getattr(Grouping, method) and cls.reduce is Grouping.reduce:
+            raise OptionError(f"{cls.__name__} has no {method}(): {_WANTED[method]}")
+    if cls.before_attention and cls.score != "none":
+        raise OptionError(
+            f"{cls.__name__}.score={cls.score!r}: before_attention = True lets tokens leave before there are scores; leave one out"
+        )
+    enter(name, cls)
     STRATEGIES[name] = cls
-    define_operator(name, STRATEGIES)
     return cls
 
 
+_WANTED = {
+    "group": "write what it makes of gtp_fx.Tokens, a gtp_fx.Groups",
+    "put_back": "with returns = True it has to say how tokens come back; leave returns out where they are gone for good",
+}
+
+
+def _is_own(cls: type) -> bool:
+    """Whether it is this package's."""
+    return cls.__module__.startswith(__package__)
+
+
 def strategy_named(strategy: str | Strategy) -> Strategy:
-    """A strategy from its name, or the value itself."""
+    """A strategy from its name, or the value itself. Raises OptionError for what is neither, or can't travel with a graph."""
     if isinstance(strategy, str):
-        if strategy not in STRATEGIES:
-            known = ", ".join(map(repr, STRATEGIES))
-            raise OptionError(
-                f"strategy={strategy!r} is unknown; give one of {known}, or a value such as gtp_fx.GTP(alpha=0.2)"
-            )
-        return STRATEGIES[strategy]()  # type: ignore[no-any-return]
+        strategy = _of_defaults(strategy)
     if isinstance(strategy, type) or not hasattr(strategy, "site_works"):
         raise OptionError(f"strategy={strategy!r} is neither a name nor a strategy value such as gtp_fx.GTP(alpha=0.2)")
-    if isinstance(strategy, Grouping) and STRATEGIES.get(strategy.name) is not type(strategy):
-        raise OptionError(f"strategy={strategy!r} isn't registered: put @gtp_fx.register_strategy over its class")
+    if isinstance(strategy, Grouping):
+        written(strategy)
     return strategy
+
+
+def _of_defaults(name: str) -> Strategy:
+    if name not in STRATEGIES:
+        known = ", ".join(map(repr, STRATEGIES))
+        raise OptionError(
+            f"strategy={name!r} is unknown; give one of {known}, or a value such as gtp_fx.GTP(alpha=0.2)"
+        )
+    try:
+        return STRATEGIES[name]()  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise OptionError(
+            f"strategy={name!r}: {STRATEGIES[name].__name__} has fields without defaults, so give a value ({error})"
+        ) from error

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.ops import gtp_fx  # type: ignore[import-not-found]
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.axes import TokenAxis
 from gtp_fx.errors import OptionError, UnsupportedModelError
+from gtp_fx.graphs import ancestors
+from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.register import operator
+from gtp_fx.strategies.fingerprint import fingerprint
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.protocol import AtSite, Emit
 from gtp_fx.strategies.registry import register_strategy
@@ -25,51 +29,68 @@ SaliencyMap = Callable[[Tensor], Tensor]
 MAPS: dict[str, SaliencyMap] = {}
 
 _ONTO_GRID: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-_MEANS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_MEANS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d}
 """By the sides of an image."""
+_FLAT = 2
 _AROUND = 7
 """Pixels."""
 
 
 def register_saliency(name: str) -> Callable[[SaliencyMap], SaliencyMap]:
-    """Make `Saliency(map=name)` ask the function below; it becomes an operator of the graph, `gtp_fx::saliency_<name>`.
+    """Make `Saliency(map=name)` ask the function below. A function of the same name takes the place of the one before.
 
     The function is plain PyTorch of its images alone: a network's weights belong into the model, which a graph shares.
     """
-    if not name.isidentifier():
-        raise OptionError(f"register_saliency({name!r}): give a name that Python could have, such as 'edges'")
+    if not isinstance(name, str) or not name:
+        raise OptionError(f"register_saliency({name!r}): give a name, such as 'edges'")
 
     def register(function: SaliencyMap) -> SaliencyMap:
         MAPS[name] = function
-        if not hasattr(gtp_fx, f"saliency_{name}"):
-            operator(_shapes)(_operator_of(name))
+        _BY_CODE[name, _code_of(function)] = function
         return function
 
     return register
 
 
-def _shapes(images, grid):  # type: ignore[no-untyped-def]
+_BY_CODE: dict[tuple[str, str], SaliencyMap] = {}
+"""Every map that was ever registered: a graph keeps its own."""
+
+
+def _code_of(function: SaliencyMap) -> str:
+    return fingerprint(function if isinstance(function, FunctionType) else type(function))
+
+
+def _shapes(images, grid, name, code):  # type: ignore[no-untyped-def]
     return images.new_empty(images.shape[0], torch.Size(grid).numel(), dtype=torch.float32)
 
 
-def _operator_of(name: str) -> Callable[[Tensor, list[int]], Tensor]:
-    def saliency(images: Tensor, grid: list[int]) -> Tensor:
-        found = MAPS[name](images).float()
-        if found.ndim != images.ndim - 1 or found.shape[0] != images.shape[0]:
-            raise OptionError(
-                f"saliency map {name!r} gave {tuple(found.shape)} for images {tuple(images.shape)}: give [B, *sides]"
-            )
-        pooled: Tensor = _ONTO_GRID[len(grid)](found[:, None], grid).flatten(1)
-        return pooled
+@operator(_shapes)
+def saliency(images: Tensor, grid: list[int], name: str, code: str) -> Tensor:
+    """The registered map `name`, averaged over each patch: [B, channels, *sides] to [B, patches], float32.
 
-    saliency.__name__ = f"saliency_{name}"
-    return saliency
+    code: the map's fingerprint. Raises OptionError where the map isn't registered, or gives something else than a map.
+    """
+    if (name, code) not in _BY_CODE:
+        raise OptionError(
+            f"this graph looks at images through saliency map {name!r} of code {code}, and no such one is registered: register "
+            f"the same function, or optimize the model again"
+        )
+    with without_autocast(images):
+        found = _BY_CODE[name, code](images)
+    if found.ndim != images.ndim - 1 or found.shape[0] != images.shape[0]:
+        raise OptionError(
+            f"saliency map {name!r} gave {tuple(found.shape)} for images {tuple(images.shape)}: give [B, *sides]"
+        )
+    pooled: Tensor = _ONTO_GRID[len(grid)](found.float()[:, None], grid).flatten(1)
+    return pooled
 
 
 @register_saliency("contrast")
 def contrast(images: Tensor) -> Tensor:
-    """How far each pixel is from the mean of those around it: flat regions are minor."""
-    around = _MEANS[images.ndim - 2](images, _AROUND, stride=1, padding=_AROUND // 2, count_include_pad=False)
+    """How far each pixel is from the mean of those around it, in the last two dimensions: flat regions are minor."""
+    sides = min(images.ndim - 2, _FLAT)
+    flat = images.float().flatten(0, -2 - sides)  # a video's frames each for themselves
+    around = _MEANS[sides](flat, _AROUND, stride=1, padding=_AROUND // 2, count_include_pad=False).reshape(images.shape)
     apart: Tensor = (images - around).square().sum(dim=1)
     return apart
 
@@ -100,16 +121,20 @@ class Saliency(Grouping):
                 f"Saliency(map={self.map!r}) is unknown; give one of {', '.join(map(repr, MAPS))}, or register your own with "
                 f"@gtp_fx.register_saliency({self.map!r})"
             )
-        if self.fused < 1:
-            raise OptionError(f"Saliency(fused={self.fused!r}): give 1 or more")
+        if isinstance(self.fused, bool) or not isinstance(self.fused, int) or self.fused < 1:
+            raise OptionError(f"Saliency(fused={self.fused!r}): give an integer of 1 or more")
+
+    @property
+    def code(self) -> str:
+        return super().code + _code_of(MAPS[self.map])
 
     def positions(self, blocks: int) -> Collection[int]:
         return [0]
 
     def ranking(self, emit: Emit, site: AtSite) -> fx.Node:
         grid = list(site.axis.domain.grid.shape)
-        operator_of_map = getattr(gtp_fx, f"saliency_{self.map}").default
-        return emit(operator_of_map, images_of(site.stream, site.axis), grid)
+        images = images_of(site.stream, site.axis)
+        return emit(gtp_fx.saliency.default, images, grid, self.map, _code_of(MAPS[self.map]))
 
     def group(self, tokens: Tokens) -> Groups:
         score_Bn = tokens.score_Bn
@@ -125,20 +150,30 @@ class Saliency(Grouping):
 
 
 def images_of(stream: fx.Node, axis: TokenAxis) -> fx.Node:
-    """The graph's input that the patches of a stream were cut from. Raises UnsupportedModelError where it can't be told."""
-    grid = axis.domain.grid.shape
-    batch = stream.meta["val"].shape[0]
-    nodes: list[fx.Node] = list(stream.graph.nodes)
-    found = [node for node in nodes if node.op == "placeholder" and _could_be_images(node.meta.get("val"), grid, batch)]
-    if len(found) != 1:
+    """The images [B, channels, *sides] that a stream's patches were cut from. Raises UnsupportedModelError where it can't be told.
+
+    What the first convolution reads, whatever the layout of the model's input; of a model without one, the input itself.
+    """
+    grid, batch = axis.domain.grid.shape, stream.meta["val"].shape[0]
+    before = ancestors(stream)
+    convolved = {node for node in before if node.target in _CONVOLUTIONS}
+    read = {node.args[0] for node in convolved if not convolved & ancestors(node)}
+    if not convolved and len(grid) <= _FLAT:
+        read = {node for node in before if node.op == "placeholder" and _could_be_images(node, grid, batch)}
+    found = [node for node in read if isinstance(node, fx.Node) and _could_be_images(node, grid, batch)]
+    if len(found) != 1 or len(read) != 1:
         raise UnsupportedModelError(
-            f"strategy 'saliency' looks at the images, and {len(found)} inputs of this model could be a batch of "
+            f"strategy 'saliency' looks at the images, and {len(read)} values of this model could be a batch of "
             f"them over a grid of {' x '.join(map(str, grid))} patches: another strategy ranks tokens by themselves"
         )
     return found[0]
 
 
-def _could_be_images(value: object, grid: tuple[int, ...], batch: int) -> bool:
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default}
+
+
+def _could_be_images(node: fx.Node, grid: tuple[int, ...], batch: int) -> bool:
+    value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.ndim != len(grid) + 2 or value.shape[0] != batch:
         return False
     return all(size >= side for size, side in zip(value.shape[2:], grid, strict=True))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
+from gtp_fx.errors import OptionError
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
@@ -61,7 +63,9 @@ class Tokens:
 
     def _of_patches(self, x_BHND: Tensor | None) -> Tensor:
         if x_BHND is None:
-            raise ValueError("keys and values are there where tokens leave behind the attention")
+            raise OptionError(
+                "keys and values are there where tokens leave behind the attention: leave before_attention out"
+            )
         return x_BHND.narrow(2, self.prefix, self.count)
 
 
