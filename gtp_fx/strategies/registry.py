@@ -30,8 +30,8 @@ def register_strategy(cls: C) -> C:
             f"{cls.__name__} is no dataclass over gtp_fx.Grouping: write @dataclass(frozen=True) above it"
         )
     before = STRATEGIES.get(name)
-    if before is not None and _is_own(before) and before is not cls:
-        own = ", ".join(name for name, known in STRATEGIES.items() if _is_own(known))
+    if before is not None and is_own(before) and before is not cls:
+        own = ", ".join(name for name, known in STRATEGIES.items() if is_own(known))
         raise OptionError(f"{cls.__name__}.name={name!r} is one of gtp_fx's own: {own}; give another")
     for method, where in (("group", True), ("put_back", cls.returns)):
         if where and getattr(cls, method) is getattr(Grouping, method) and cls.reduce is Grouping.reduce:
@@ -51,7 +51,7 @@ _WANTED = {
 }
 
 
-def _is_own(cls: type) -> bool:
+def is_own(cls: type) -> bool:
     """Whether it is this package's."""
     return cls.__module__.startswith(__package__)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
@@ -10,6 +12,7 @@ from gtp_fx.errors import GtpError, OptionError
 from gtp_fx.graphs import tensors_of
 from gtp_fx.sizes import per_image
 from gtp_fx.strategies.group_operator import read
+from gtp_fx.strategies.registry import is_own
 
 _IMAGES = 2
 
@@ -20,18 +23,15 @@ def try_out(graph: fx.Graph) -> None:
     Raises OptionError where it fails, changes its input, says another thing the second time, or gives what aren't groups.
     """
     for node in graph.nodes:
-        if node.target is gtp_fx.group.default and not _is_own(type(read(node.args[-1]))):
+        if node.target is gtp_fx.group.default and not is_own(type(read(node.args[-1]))):
             _try_out(node)
 
 
-def _is_own(cls: type) -> bool:
-    return cls.__module__.startswith(__package__)
-
-
 def _try_out(node: fx.Node) -> None:
-    owner = type(read(node.args[-1])).__name__
+    strategy: Any = read(str(node.args[-1]))
+    owner, names = type(strategy).__name__, strategy.results()
     numbers = torch.Generator().manual_seed(0)
-    args = list(fx.map_arg(node.args, lambda operand: _random(operand, numbers)))  # type: ignore[call-overload]
+    args: list[Any] = [fx.map_arg(arg, lambda operand: _random(operand, numbers)) for arg in node.args]
     count = args[0].shape[1] - args[8][1] - args[8][2]
     if args[5] is not None:  # where tokens stand: other than numbers, they ascend
         args[5] = torch.arange(count).expand(_IMAGES, count)
@@ -47,7 +47,6 @@ def _try_out(node: fx.Node) -> None:
             raise OptionError(f"{owner}.group() failed on tokens {tuple(args[0].shape)}: {error}") from error
     if [tensor._version for tensor in given] != before:
         raise OptionError(f"{owner}.group() changed a tensor that it was given in place: work on a copy")
-    names = read(node.args[-1]).results()
     for name, first, second in zip(names, *runs, strict=True):
         if not torch.equal(first, second):
             raise OptionError(
