@@ -89,7 +89,7 @@ def test_windows_choose_and_recover_by_kernels() -> None:
     torch.manual_seed(0)
     name = "swin_tiny_patch4_window7_224"
     model = timm.create_model(name, depths=(2, 2), img_size=56, num_heads=(2, 4), embed_dim=32)
-    left = check(enliven(model).eval(), torch.randn(1, 3, 56, 56), flops_budget=0.8)
+    left = check(enliven(model).eval(), torch.randn(1, 3, 56, 56), gtp_fx.GTP(branch="recover"), flops_budget=0.8)
     assert left["gtp_fx_kernels.select"] == left["gtp_fx_kernels.recover"] == 4
     assert left["gtp_fx.region_shares"] == left["gtp_fx.recover"] == 0
 

@@ -21,7 +21,7 @@ from gtp_fx.passes.insert_branches import insert_branches
 import reference_windows as oracles
 from reference_windows import ByHand
 
-ATTENTION = gtp_fx.GTP(skips="attention")
+ATTENTION = gtp_fx.GTP(skips="attention", branch="recover")
 
 
 def of(name: str) -> Family:
@@ -95,7 +95,7 @@ def test_where_no_token_skips_the_numbers_are_the_models(family: Family) -> None
 def test_idle_tokens_keep_the_residual_alone(name: str) -> None:
     family = of(name)
     model, x = family.model(), family.inputs()
-    strategy = gtp_fx.GTP(branch="idle", skips="attention")
+    strategy = gtp_fx.GTP(skips="attention")
     fast = gtp_fx.optimize(model, schedule=family.schedule, strategy=strategy, example_inputs=x, compile=False)
     assert error(fast(x), by_hand(family, model, fast, idle=True)(x)) < 1e-5
     assert error(fast(x), by_hand(family, model, fast)(x)) > 1e-4

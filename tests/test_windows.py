@@ -87,6 +87,7 @@ def from_hf(name: str, **config: Any) -> Callable[[], nn.Module]:
     return lambda: of_class(of_class.config_class(**config))
 
 
+RECOVER = gtp_fx.GTP(branch="recover")
 ONE: dict[str, Any] = {"depths": (2,), "num_heads": (2,), "embed_dim": 32}
 PLAIN: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "window_size": 7}
 
@@ -270,7 +271,9 @@ def test_equals_the_branch_by_hand(family: Family) -> None:
 def check(family: Family) -> None:
     """On another batch than it was captured with."""
     model, x = family.model(), family.inputs(batch=3)
-    fast = gtp_fx.optimize(model, schedule=family.schedule, example_inputs=family.inputs(), compile=False)
+    fast = gtp_fx.optimize(
+        model, schedule=family.schedule, strategy=RECOVER, example_inputs=family.inputs(), compile=False
+    )
     assert [row.propagated for row in fast.report.sites] == [n for n in family.schedule if n]
     assert all(row.windows for row in fast.report.sites)
     wanted = on(family, model, family.blocks)(x)
@@ -295,9 +298,7 @@ def test_padding_is_nobodys_neighbour(family: Family, blocks: dict[str, int]) ->
 @pytest.mark.parametrize("family", [SWIN, SAM], ids=lambda family: family.name)
 def test_idle_tokens_keep_the_residual_alone(family: Family) -> None:
     model, x = family.model(), family.inputs()
-    idle = gtp_fx.optimize(
-        model, schedule=family.schedule, strategy=gtp_fx.GTP(branch="idle"), example_inputs=x, compile=False
-    )
+    idle = gtp_fx.optimize(model, schedule=family.schedule, example_inputs=x, compile=False)
     assert error(idle(x), on(family, model, family.blocks, idle=True)(x)) < 1e-5
     assert error(idle(x), on(family, model, family.blocks)(x)) > 1e-4
 
@@ -421,7 +422,7 @@ def test_places_in_the_tokens_come_out_where_they_went_in(block: int) -> None:
     assert torch.equal(whole[..., :2], 4 * places_HWR.expand(2, -1, -1, -1)), "each block doubles what it is given"
     schedule = [0, 0]
     schedule[block] = 24
-    found = gtp_fx.optimize(model, schedule=schedule, example_inputs=x, compile=False)(x)[..., :2]
+    found = gtp_fx.optimize(model, schedule=schedule, strategy=RECOVER, example_inputs=x, compile=False)(x)[..., :2]
     kept = (found == 4 * places_HWR).all(-1)
     # The other block doubles as well, and this one adds the branch to what there was: place + result.
     result = (found / 2 - places_HWR).sub(places_HWR).abs().amax(-1)

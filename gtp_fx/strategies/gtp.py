@@ -22,8 +22,8 @@ from gtp_fx.strategies.pricing import FLOAT, scoring_works
 from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, StreamState
 
 BRANCHES = {
-    "recover": "a token that skips gets what its neighbours' branch made",
-    "idle": "it gets nothing, and stays what it was (IdleViT)",
+    "idle": "a token that skips gets nothing, and stays what it was (IdleViT)",
+    "recover": "it gets what its neighbours' branch made",
 }
 
 SKIPS = {
@@ -41,8 +41,8 @@ class GTP:
     neighbors: M, semantic neighbours of a token. alpha: how much of a propagated token is passed on.
     token_scale: tell attention how many tokens a key stands for.
     weighted_pooling: let a token count in average pooling for as many as it stands for; the paper takes the plain mean.
-    branch: where tokens skip a branch of a block instead of leaving (windows, maps), "recover" gives them their neighbours'
-        results, along the spatial graph; "idle" gives them none.
+    branch: where tokens skip a branch of a block instead of leaving (windows, maps), which the paper doesn't speak of: "idle" gives
+        them nothing, and they stay what they were; "recover" gives them their neighbours' results, along the spatial graph.
     skips: which branches those are: "mlp", or "attention" as well, in every other block.
     attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves
         no FLOPs and needs the map in memory.
@@ -58,7 +58,7 @@ class GTP:
     attention_sparsity: float = 1.0
     thresholds: tuple[tuple[float, ...], ...] | None = None
     weighted_pooling: bool = False
-    branch: str = "recover"
+    branch: str = "idle"
     skips: str = "mlp"
 
     name: ClassVar[str] = "gtp"
