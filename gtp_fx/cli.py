@@ -15,7 +15,7 @@ import gtp_fx
 from gtp_fx import cli_planning
 from gtp_fx.config import Options
 from gtp_fx.errors import GtpError, OptionError
-from gtp_fx.reading import Device, Dtype, fail, parse_latency, parse_schedule
+from gtp_fx.reading import MODEL, Device, Dtype, fail, parse_latency, parse_schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ app.command()(cli_planning.tune)
 
 @app.command()
 def optimize(
-    model: Annotated[str, typer.Argument(help="timm's name, such as deit_small_patch16_224.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     flops_budget: Annotated[float | None, typer.Option(help="FLOPs after / before at most, in (0, 1].")] = None,
     latency_budget: Annotated[
         str | None, typer.Option(help="Instead: predicted time at most, a ratio or 4.5ms, for the batch and target.")
@@ -116,11 +116,11 @@ def optimize(
 def _load(name: str, pretrained: bool, weights: str | None, dtype: Dtype, device: Device) -> LoadedModel:
     import torch
 
-    from gtp_fx.loading import load_model
+    from gtp_fx.sources import load_named
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise OptionError("--device cuda: torch finds no GPU here; give --device cpu")
-    loaded = load_model(name, pretrained=pretrained, weights=weights)
+    loaded = load_named(name, pretrained=pretrained, weights=weights)
     loaded.model.to(device.value, getattr(torch, dtype.value))
     return loaded
 

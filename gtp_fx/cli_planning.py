@@ -10,14 +10,14 @@ import typer
 
 from gtp_fx.config import Options
 from gtp_fx.errors import GtpError, OptionError
-from gtp_fx.reading import Dtype, fail, parse_latency, parse_schedule
+from gtp_fx.reading import MODEL, Dtype, fail, parse_latency, parse_schedule
 
 if TYPE_CHECKING:
     from gtp_fx.forecast import Forecast
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="timm's name, such as deit_small_patch16_224.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     flops_budget: Annotated[
         list[float] | None, typer.Option(help="FLOPs after / before at most; may be repeated.")
     ] = None,
@@ -126,8 +126,8 @@ def _forecasts(model: str, dtype: Dtype, asked: list[Options]) -> list[Forecast]
     import torch
 
     from gtp_fx.forecast import Planner
-    from gtp_fx.loading import build_on_meta
+    from gtp_fx.sources import named_on_meta
 
-    built = build_on_meta(model).to(getattr(torch, dtype.value))
+    built = named_on_meta(model).to(getattr(torch, dtype.value))
     planner = Planner(built)
     return [planner.plan(options) for options in asked]

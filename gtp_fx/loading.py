@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,10 @@ def load_model(name: str, *, pretrained: bool = False, weights: str | Path | Non
     state = None if weights is None else read_state_dict(Path(weights))
     if pretrained:
         return LoadedModel(_pretrained(timm, name), name, f"pretrained (timm {timm.__version__})")
-    model = _random(timm, name)
+    model = seeded(lambda: _create(timm, name, pretrained=False))
     if state is None:
-        return LoadedModel(model, name, f"random (seed {_SEED}), not a trained model")
-    _fill(model, state, f"{weights} and {name}")
+        return LoadedModel(model, name, random_origin())
+    fill(model, state, f"{weights} and {name}")
     return LoadedModel(model, name, f"file {weights}")
 
 
@@ -111,7 +111,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     return {str(key): value for key, value in content.items()}
 
 
-def _fill(model: nn.Module, state: Mapping[str, Tensor], between: str) -> None:
+def fill(model: nn.Module, state: Mapping[str, Tensor], between: str) -> None:
     """Copy `state` into the model, all of it or nothing."""
     own = model.state_dict()
     problems = {
@@ -129,10 +129,15 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], between: str) -> None:
     model.load_state_dict(state)
 
 
-def _random(timm: Any, name: str) -> nn.Module:
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` makes, with the same random weights each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        return _create(timm, name, pretrained=False)
+        return build()
+
+
+def random_origin() -> str:
+    return f"random (seed {_SEED}), not a trained model"
 
 
 def _pretrained(timm: Any, name: str) -> nn.Module:

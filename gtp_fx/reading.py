@@ -9,6 +9,12 @@ import typer
 
 from gtp_fx.errors import OptionError
 
+MODEL = (
+    "timm's name (deit_small_patch16_224), a Hugging Face directory, name or class (ViTForImageClassification), or "
+    "package.module:factory."
+)
+"""What a command may be given, for its help; `gtp_fx.sources` reads it."""
+
 
 class Dtype(str, Enum):
     float32 = "float32"

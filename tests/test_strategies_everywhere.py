@@ -104,7 +104,7 @@ def test_what_a_strategy_cannot_do_is_named() -> None:
         with pytest.raises(gtp_fx.UnsupportedModelError, match="no prefix token here: score='broadcast-mean'"):
             optimized(pooled, name, flops_budget=0.8, example_inputs=x)
     for name in ("tome", "mergence", "cluster", "halting", "saliency", "random", "ppt"):
-        with pytest.raises(gtp_fx.UnsupportedModelError, match="strategies 'gtp' and 'idle' do that"):
+        with pytest.raises(gtp_fx.UnsupportedModelError, match="strategies 'gtp', 'idle' and 'topk' do that"):
             optimized(windowed.eval(), name, flops_budget=0.9)
     with pytest.raises(gtp_fx.ScheduleError, match="strategy 'saliency' takes them at blocks 0 alone"):
         optimized(pooled, "saliency", schedule=[0, 5, 0], example_inputs=x)

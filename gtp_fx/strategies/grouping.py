@@ -98,7 +98,7 @@ class Grouping:
         if skipping and not self.skips_branches:
             return (
                 f"{self.name} shortens a stream, and here the grid has to stay whole, so that tokens can only skip branches: "
-                f"strategies 'gtp' and 'idle' do that"
+                f"strategies 'gtp', 'idle' and 'topk' do that"
             )
         if self.score.startswith("cls") and (axis.prefix == 0 or skipping):
             return (
