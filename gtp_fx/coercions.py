@@ -42,7 +42,8 @@ class Coercion:
 
     lead: dimensions of size 1 to put before the operand's own, where its reader broadcasts over them.
     kind: the operand's type with those. images: its dimension that holds images: size B, or 1 where all share the value.
-    reason: why its reader wants other tokens.
+    reason: why its reader wants other tokens. updates: the operand is a residual stream, whose tokens come back as what they
+    were, changed as their neighbours were.
     """
 
     node: fx.Node
@@ -52,6 +53,7 @@ class Coercion:
     images: int
     steps: tuple[Step, ...]
     reason: str
+    updates: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def _coercion(
     if any(step.dim + lead == place for step in steps):
         raise _CannotCoerce(f"{operand.name} has no dimension for the images")
     steps = tuple(Step(step.dim + lead, step.axis, step.level) for step in steps)
-    return Coercion(node, operand, lead, (*plain(*(1,) * lead), *own), place, steps, reason)
+    updates = (node, operand) in typing.whole_edges and not lead
+    return Coercion(node, operand, lead, (*plain(*(1,) * lead), *own), place, steps, reason, updates)
 
 
 def _steps(own: TensorType, wanted: TensorType, operand: fx.Node) -> Iterator[Step]:

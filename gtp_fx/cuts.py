@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import Grid, is_plain
+from gtp_fx.coercions import find_coercions
 from gtp_fx.errors import OptionError
 from gtp_fx.graphs import descendants
-from gtp_fx.infer import Typing
+from gtp_fx.infer import Edge, Typing, infer_types, levels
 from gtp_fx.passes.find_blocks import AttentionBlock
 from gtp_fx.strategies.protocol import Strategy
 
@@ -53,6 +54,58 @@ def ends_of(blocks: Sequence[AttentionBlock], strategy: Strategy, typing: Typing
     last = {block.axis.domain.grid: block for block in blocks if block.site is not None and block.refusal is None}
     ends = {_end_of_block(block.site): grid for grid, block in last.items() if block.site is not None}
     return {node: grid for node, grid in ends.items() if not all(map(is_plain, typing.type(node)))}
+
+
+def typed(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Strategy, cuts: Collection[fx.Node]) -> Typing:
+    """Types of a graph whose blocks are marked, where tokens leave at `cuts` and are back where the strategy has them so."""
+    everywhere = [cut_of(block, strategy) for block in leaving_blocks(blocks, strategy)]
+    ends = frozenset(ends_of(blocks, strategy, infer_types(graph)) if strategy.returns else ())
+    edges: frozenset[Edge] = frozenset()
+    if strategy.recovers_updates:
+        # Of all sites, whichever are used: a price and a rewrite then speak of the same graph.
+        edges = updated_edges(infer_types(graph, frozenset(filter(None, everywhere)), ends), blocks)
+    typing = infer_types(graph, frozenset(cuts), ends, edges)
+    if edges and find_coercions(typing).refused:
+        return infer_types(graph, frozenset(cuts), ends)
+    return typing
+
+
+def updated_edges(typing: Typing, blocks: Sequence[AttentionBlock]) -> frozenset[Edge]:
+    """Where residual streams are read on the way to what needs every token: (reader, stream).
+
+    What is recovered there is a stream, so that a token that left can come back as what it was, changed as its neighbours
+    were; behind a norm or a head that couldn't be told. Only what runs on tokens one by one may stand between.
+    """
+    recovering = [c for c in find_coercions(typing).found if any(step.recovers for step in c.steps)]
+    if not recovering:
+        return frozenset()
+    streams = _streams(blocks)
+    edges = set()
+    for coercion in recovering:
+        reader, read = coercion.node, coercion.operand
+        while read not in streams:
+            shortened = [node for node in read.all_input_nodes if typing.is_tensor(node) and _is_short(typing, node)]
+            if len(shortened) != 1:
+                break
+            reader, read = read, shortened[0]
+        else:
+            edges.add((reader, read))
+    return frozenset(edges)
+
+
+def _is_short(typing: Typing, node: fx.Node) -> bool:
+    return any(level for level in levels(typing.type(node)))
+
+
+def _streams(blocks: Sequence[AttentionBlock]) -> set[fx.Node]:
+    """Every state of the blocks' residual streams behind the first attention: sums of it and of what was made from it."""
+    found: set[fx.Node] = set()
+    for block in blocks:
+        state = block.site
+        while state is not None and state not in found:
+            found.add(state)
+            state = _next_add(state)
+    return found
 
 
 def _end_of_block(site: fx.Node) -> fx.Node:

@@ -21,18 +21,23 @@ from gtp_fx.rules.registry import NOTHING, Call, Many, NoRule, Output, Typed, fi
 assert _rules
 
 
+Edge = tuple[fx.Node, fx.Node]
+"""A node, and one of its operands."""
+
+
 @dataclass(frozen=True)
 class Typing:
     """What the walk found.
 
     types: the type of each node's value as its users see it (after the site, at a site).
     answers: each rule's answer, for the nodes that have tensors.
-    images: size of the batch dimension of each stream with a site.
+    images: size of the batch dimension of each stream with a site. whole_edges: as they were given.
     """
 
     types: Mapping[fx.Node, Output]
     answers: Mapping[fx.Node, Typed]
     images: Mapping[Grid, int]
+    whole_edges: frozenset[Edge] = frozenset()
 
     def type(self, node: fx.Node) -> TensorType:
         """The type of a node that is a single tensor."""
@@ -52,17 +57,25 @@ class Typing:
 
 
 def infer_types(
-    graph: fx.Graph, sites: frozenset[fx.Node] = frozenset(), ends: frozenset[fx.Node] = frozenset()
+    graph: fx.Graph,
+    sites: frozenset[fx.Node] = frozenset(),
+    ends: frozenset[fx.Node] = frozenset(),
+    whole_edges: frozenset[Edge] = frozenset(),
 ) -> Typing:
     """Types for every node of `graph`, with the stream one level shorter after each node of `sites`, and whole after `ends`.
 
+    whole_edges: readers that ask for an operand with every token in place, whatever their rule could do without.
     Nodes need `meta["val"]` with their shapes. Sites must be tensors with a token axis.
     """
+    asks: dict[fx.Node, list[fx.Node]] = {}
+    for reader, operand in whole_edges:
+        asks.setdefault(reader, []).append(operand)
     types: dict[fx.Node, Output] = {}
     answers: dict[fx.Node, Typed] = {}
     images: dict[Grid, int] = {}
     for node in graph.nodes:
-        answer = _answer(node, types)
+        wanted = {operand: whole(types[operand]) for operand in asks.get(node, ())}  # type: ignore[arg-type]
+        answer = _answer(node, {**types, **wanted} if wanted else types)
         if answer is None:
             types[node] = None
             continue
@@ -75,7 +88,7 @@ def infer_types(
         if node in ends:
             assert isinstance(answer.output, tuple)
             types[node] = whole(answer.output)
-    return Typing(types, answers, images)
+    return Typing(types, answers, images, whole_edges)
 
 
 def whole(tensor_type: TensorType) -> TensorType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import fx
-from torch.ops import gtp_fx  # type: ignore[import-not-found]
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.config import Options
 from gtp_fx.cost.count import count_flops
@@ -15,6 +15,7 @@ from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.find_blocks import find_blocks, read_blocks
 from gtp_fx.passes.fold_constants import fold_constants
 from gtp_fx.passes.fuse_projections import fuse_projections
+from gtp_fx.passes.insert_propagation import RECOVERED
 from gtp_fx.passes.normalise import normalise
 from gtp_fx.passes.spell_attention import spell_attention
 from gtp_fx.passes.spell_einsum import spell_einsum
@@ -114,9 +115,9 @@ def _recovered(graph: fx.Graph) -> tuple[str, ...]:
     readers = [
         ": ".join(filter(None, (layer_name(user), operator_name(user))))
         for node in graph.nodes
-        if node.target is gtp_fx.recover.default and node.args[1].target is gtp_fx.recovery_weights.default  # type: ignore[union-attr]
+        if RECOVERED in node.meta
         for user in node.users
-        if user.target is not gtp_fx.recover.default
+        if user.target not in (gtp_fx.recover.default, aten.sub.Tensor)  # on to a level further back
     ]
     return tuple(dict.fromkeys(readers))
 

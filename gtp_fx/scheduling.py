@@ -26,7 +26,7 @@ _FINE = 192
 """Counts that the solver chooses from at once; of longer streams every second, third, … and then those around its choice."""
 _ROUNDS = 8
 """Of solving anew with what crosses streams as the last solution has it."""
-_WORTH, _LOOSE = 0.05, 0.02
+_WORTH, _LOOSE = 0.09, 0.02
 """What a site has to earn, as a share of the least damage; and how closely that is found out."""
 
 

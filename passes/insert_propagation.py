@@ -20,7 +20,7 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from gtp_fx import graphs
 from gtp_fx.axes import Grid, TensorType, images_dims, token_axis
 from gtp_fx.coercions import Coercion, Step, find_coercions
-from gtp_fx.cuts import cut_of, ends_of
+from gtp_fx.cuts import cut_of, ends_of, typed
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.passes.find_blocks import ATTENTION, AttentionBlock, read_blocks
 from gtp_fx.plan import Plan
@@ -28,6 +28,10 @@ from gtp_fx.strategies.protocol import AtSite, Attention, StreamState
 
 SITE = "gtp_site"
 """Meta key of a node behind which tokens have left: the grid that they left from, and the state of what remains."""
+
+
+RECOVERED = "gtp_recovered"
+"""Meta key of a value in which tokens that had left are back for a reader."""
 
 
 def insert_propagation(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -39,7 +43,7 @@ def insert_propagation(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     blocks = read_blocks(gm)
     sites = {cut_of(block, plan.strategy): block for block in blocks if block.index in plan.propagated}
     ends = ends_of(blocks, plan.strategy, infer_types(gm.graph)) if plan.strategy.returns else {}
-    typing = infer_types(gm.graph, frozenset(filter(None, sites)), frozenset(ends))
+    typing = typed(gm.graph, blocks, plan.strategy, list(filter(None, sites)))
     found = find_coercions(typing)
     assert not found.refused, found.refused
     coercions = found.by_node()
@@ -68,7 +72,7 @@ def insert_propagation(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 class _Walk:
     """The walk's state. args: each node's as they were, which types speak of.
 
-    states: the strategy's, by stream and level. attention, scores: of each block with a site. instead: what has taken a node's place. shares: how each site's tokens are recovered. coerced: values by operand and what was done to it.
+    states: the strategy's, by stream and level. attention, scores: of each block with a site. instead: what has taken a node's place. shares: how each site's tokens are recovered. entered: the stream as each level of it came to the next one's site. coerced: values by operand and what was done to it.
     """
 
     graph: fx.Graph
@@ -82,6 +86,7 @@ class _Walk:
     instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
     shares: dict[tuple[Grid, int], fx.Node] = field(default_factory=dict)
     coerced: dict[Any, fx.Node] = field(default_factory=dict)
+    entered: dict[tuple[Grid, int], fx.Node] = field(default_factory=dict)
 
     def coerce(self, coercion: Coercion) -> None:
         """Give the coercion's node its operand in the type that it asks for."""
@@ -92,10 +97,25 @@ class _Walk:
             value = self._once((operand, dims), emit, aten.unsqueeze.default, value, 0)
         for i, step in enumerate(coercion.steps):
             for level in _levels_between(step):
-                key = (operand, coercion.lead, coercion.steps[:i], step.dim, level)
-                value = self._once(key, emit, *self._move(emit, value, coercion.images, step, level))
+                key = (operand, coercion.lead, coercion.steps[:i], step.dim, level, coercion.updates)
+                if coercion.updates and step.recovers:
+                    value = self._updated(key, emit, value, coercion.images, step, level)
+                else:
+                    value = self._once(key, emit, *self._move(emit, value, coercion.images, step, level))
+        if any(step.recovers for step in coercion.steps):
+            value.meta[RECOVERED] = True
         node.replace_input_with(now, value)
         node.meta.pop("val", None)
+
+    def _updated(self, key: Any, emit: _Emitter, value: fx.Node, images: int, step: Step, level: int) -> fx.Node:
+        """A stream at `level`: as it entered the site behind that, plus what has changed since, which is what is recovered."""
+        grid, around = step.axis.domain.grid, (images, step.dim, step.axis.prefix, step.axis.suffix)
+        before, removal = self.entered[grid, level], self.states[grid][level + 1].removal
+        assert removal is not None
+        then = self._once((key, "then"), emit, gtp_fx.take_tokens.default, before, removal.kept, *around)
+        change = self._once((key, "change"), emit, aten.sub.Tensor, value, then)
+        back = self._once((key, "back"), emit, *self._move(emit, change, images, step, level))
+        return self._once(key, emit, aten.add.Tensor, back, before)
 
     def _once(self, key: Any, emit: _Emitter, target: Any, *args: Any) -> fx.Node:
         """A rotary table is read by every block: take from it once for each level."""
@@ -186,6 +206,7 @@ class _Walk:
         site = AtSite(cut, block.axis, count, leaving, place, self.scores.get(place), attention)
         shorter, behind = self.plan.strategy.reduce(emit, site, state)
         shorter.meta[SITE] = (grid, behind)
+        self.entered[grid, len(self.states[grid]) - 1] = cut
         self.states[grid].append(behind)
         self._give_instead(cut, shorter, emit)
 

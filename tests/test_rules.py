@@ -58,7 +58,7 @@ from rule_rows_layout import ROWS as LAYOUT_ROWS
 ROWS = [*OTHER_ROWS, *LAYOUT_ROWS]
 
 STEM, LEAVE = Grid("conv2d", (4, 3)), 3
-STRATEGY = gtp_fx.GTP(neighbors=3, token_scale=False)
+STRATEGY = gtp_fx.GTP(neighbors=3, token_scale=False, recovery="mean")
 """Attention that isn't told of token scales is the very function that the oracle calls."""
 
 TOKEN_DIMS = {"old": (1,), "memory": (), "table": (0,), "bias": (1, 2), "w": ()}

@@ -61,7 +61,7 @@ def test_a_class_and_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(LoadError, match="no configuration of .* can be had"):
+    with pytest.raises(LoadError, match=r"no configuration of .* can be had"):
         load_named(str(tmp_path))
     with pytest.raises(LoadError, match="transformers has no model class 'ViTForNothing'"):
         load_named("ViTForNothing")

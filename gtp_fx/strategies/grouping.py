@@ -73,6 +73,7 @@ class Grouping:
     rewrites_every_attention: ClassVar[bool] = False
     weighted_pooling: ClassVar[bool] = False
     recovers_branches: ClassVar[bool] = True
+    recovers_updates: ClassVar[bool] = False
     skips_attention: ClassVar[bool] = False
 
     @property

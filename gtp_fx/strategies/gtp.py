@@ -26,6 +26,11 @@ BRANCHES = {
     "recover": "it gets what its neighbours' branch made",
 }
 
+RECOVERIES = {
+    "update": "a token that left is what it was, plus the mean change of those that received it",
+    "mean": "it is the mean of those that received it",
+}
+
 SKIPS = {
     "mlp": "they skip what follows their attention; every attention is whole, and ranks them",
     "attention": "where the block before has ranked them, they skip their attention's queries and projection as well",
@@ -44,6 +49,8 @@ class GTP:
     branch: where tokens skip a branch of a block instead of leaving (windows, maps), which the paper doesn't speak of: "idle" gives
         them nothing, and they stay what they were; "recover" gives them their neighbours' results, along the spatial graph.
     skips: which branches those are: "mlp", or "attention" as well, in every other block.
+    recovery: what comes back for a token that left, where the model returns or reads every patch, which the paper doesn't speak of:
+        "update" adds to the token as it left what has changed since in those that received it; "mean" takes those themselves.
     attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves
         no FLOPs and needs the map in memory.
     thresholds: of every block, of each of its heads, below which entry that is, so that no map is ranked or kept: from
@@ -60,6 +67,7 @@ class GTP:
     weighted_pooling: bool = False
     branch: str = "idle"
     skips: str = "mlp"
+    recovery: str = "update"
 
     name: ClassVar[str] = "gtp"
     code: ClassVar[str] = ""
@@ -80,6 +88,7 @@ class GTP:
                 raise OptionError(f"GTP({option}={getattr(self, option)!r}): give True or False")
         _one_of("branch", self.branch, BRANCHES)
         _one_of("skips", self.skips, SKIPS)
+        _one_of("recovery", self.recovery, RECOVERIES)
         if self.weighted_pooling and not self.token_scale:
             raise OptionError("GTP(weighted_pooling=True) weighs by token scales: leave token_scale=True")
         if not _is_number(self.attention_sparsity) or not 0.0 < self.attention_sparsity <= 1.0:
@@ -122,6 +131,10 @@ class GTP:
     @property
     def recovers_branches(self) -> bool:
         return self.branch == "recover"
+
+    @property
+    def recovers_updates(self) -> bool:
+        return self.recovery == "update"
 
     @property
     def skips_attention(self) -> bool:

@@ -151,6 +151,11 @@ class Strategy(Protocol):
         """True where a token that skips a branch gets its neighbours' results; else it gets none."""
 
     @property
+    def recovers_updates(self) -> bool:
+        """True where a token that left is recovered in its residual stream, as what it was plus what its neighbours became; else as
+        the mean of those."""
+
+    @property
     def skips_attention(self) -> bool:
         """True where tokens may skip their attention's queries and projection too, ranked by the block before."""
 
