@@ -28,6 +28,16 @@ SCORES = tuple(f"{kind}-{over}" for kind in ("mixed", "cls", "broadcast", "regen
 
 
 @dataclass(frozen=True, eq=False)
+class Entered:
+    """The stream as it came to a site, of L patches: kept_BK and left_BP are indices into those, where_BL says where each is on the grid."""
+
+    stream_BNC: Tensor
+    kept_BK: Tensor
+    left_BP: Tensor
+    where_BL: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Site:
     """One selection: which patches stayed (ascending indices into the whole grid), how clear the choice was.
 
@@ -38,16 +48,21 @@ class Site:
     block: int
     kept_BK: Tensor
     gap_B: Tensor
+    entered: Entered
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What GTP computes: outputs, one Site for each block that propagates, the last token scales and tokens."""
+    """What GTP computes: outputs, one Site for each block that propagates, the last token scales, the stream behind the last
+    block and those tokens behind the norm; the graph's weights and the grid."""
 
     logits_BV: Tensor
     sites: tuple[Site, ...]
     scale_BN: Tensor
     tokens_BNC: Tensor
+    stream_BNC: Tensor
+    weights_BGG: Tensor
+    grid: tuple[int, int]
 
 
 @torch.no_grad()
@@ -88,11 +103,12 @@ def gtp_reference(
         if propagated > 0:  # an explicit test: the authors' [:, :-P] keeps nothing when P is 0
             score_BL = token_scores(attn_BHNN, prefix, score)
             kept_BK, propagated_BP, gap_B = select(score_BL, propagated)
+            entered = Entered(x_BNC, kept_BK, propagated_BP, where_BL)
             moves = (kept_BK, propagated_BP, where_BL, weights_BGG, alpha, prefix)
             x_BNC = propagate(x_BNC, *moves)
             scale_BN = propagate(scale_BN[..., None], *moves)[..., 0]  # as one more channel would
             where_BL = where_BL.gather(1, kept_BK)
-            sites.append(Site(index, where_BL, gap_B))
+            sites.append(Site(index, where_BL, gap_B, entered))
 
         # This block's MLP sees the short sequence already.
         x_BNC = x_BNC + block.ls2(block.mlp(block.norm2(x_BNC)))
@@ -100,7 +116,37 @@ def gtp_reference(
     key_bias_BN = scale_BN.log() if token_scale else torch.zeros_like(scale_BN)
     tokens_BNC = model.norm(x_BNC)
     logits_BV = head(model, tokens_BNC, key_bias_BN)
-    return Reference(logits_BV, tuple(sites), scale_BN, tokens_BNC)
+    return Reference(logits_BV, tuple(sites), scale_BN, tokens_BNC, x_BNC, weights_BGG, grid)
+
+
+@torch.no_grad()
+def with_everyone_back(made: Reference, prefix: int) -> Tensor:
+    """[B, prefix + G, C]: each token that left as it was, plus the change since of those that received it, by how much they did; of the
+    nearest that stayed, where nobody received it. Site by site, the last one first, in loops."""
+    whole_BNC = made.stream_BNC
+    for site in reversed(made.sites):
+        then = site.entered
+        images = []
+        for b, before_NC in enumerate(then.stream_BNC):
+            kept, left, where = (index[b].tolist() for index in (then.kept_BK, then.left_BP, then.where_BL))
+            now_NC = before_NC.clone()
+            now_NC[:prefix] = whole_BNC[b, :prefix]
+            for i, k in enumerate(kept):
+                now_NC[prefix + k] = whole_BNC[b, prefix + i]
+            for p in left:
+                shares = [float(made.weights_BGG[b, where[k], where[p]]) for k in kept]
+                if not any(shares):
+                    apart = [_apart(where[k], where[p], made.grid[1]) for k in kept]
+                    shares = [float(i == apart.index(min(apart))) for i in range(len(kept))]
+                for k, share in zip(kept, shares, strict=True):
+                    now_NC[prefix + p] += share / sum(shares) * (now_NC[prefix + k] - before_NC[prefix + k])
+            images.append(now_NC)
+        whole_BNC = torch.stack(images)
+    return whole_BNC
+
+
+def _apart(one: int, other: int, columns: int) -> int:
+    return (one // columns - other // columns) ** 2 + (one % columns - other % columns) ** 2
 
 
 def attention(layer: Attention, x_BNC: Tensor, key_bias_BN: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import gtp_fx
 
 from hf_models import COMMON
 from hf_models import enliven as enliven_hf
+from reference import gtp_reference, with_everyone_back
 from zoo import enliven
 
 SMALL = {"depth": 4, "embed_dim": 64, "num_heads": 4, "img_size": 64, "patch_size": 8}
@@ -112,7 +114,8 @@ def test_full_resolution_and_exact_where_nothing_left(name: str, x: Tensor) -> N
 def test_tokens_that_stayed_are_where_they_were_and_the_others_are_made_of_them(x: Tensor) -> None:
     """Seen on the stream itself, just before it is recovered."""
     model = vit(num_classes=0, global_pool="")
-    fast = gtp_fx.optimize(model, schedule=[10, 10, 0, 10], example_inputs=x, compile=False)
+    strategy = gtp_fx.GTP(recovery="mean")
+    fast = gtp_fx.optimize(model, schedule=[10, 10, 0, 10], strategy=strategy, example_inputs=x, compile=False)
     (output,) = (node for node in fast.graph_module.graph.nodes if node.op == "output")
     short = output.all_input_nodes[0]
     while short.target is torch.ops.gtp_fx.recover.default:
@@ -135,6 +138,35 @@ def test_tokens_that_stayed_are_where_they_were_and_the_others_are_made_of_them(
     assert torch.equal(whole[:, :1], stream[:, :1])
     low, high = stream[:, 1:].amin(1, keepdim=True), stream[:, 1:].amax(1, keepdim=True)
     assert bool(((whole[:, 1:] >= low - 1e-5) & (whole[:, 1:] <= high + 1e-5)).all()), "means of what stayed"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("class_token", [True, False])
+def test_tokens_that_left_are_what_they_were_changed_as_their_neighbours_were(x: Tensor, class_token: bool) -> None:
+    model = vit(num_classes=0, global_pool="", class_token=class_token)
+    schedule = [10, 20, 0, 10]
+    fast = gtp_fx.optimize(model, schedule=schedule, example_inputs=x, compile=False)
+    made = gtp_reference(model, x, schedule=schedule)
+    wanted = model.norm(with_everyone_back(made, model.num_prefix_tokens))
+    found = fast(x)
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    mean = gtp_fx.GTP(recovery="mean")
+    other = gtp_fx.optimize(model, schedule=schedule, strategy=mean, example_inputs=x, compile=False)(x)
+    assert (found - other).abs().max() > 1e-2 * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_states_between_sites_are_recovered_as_streams_too(x: Tensor) -> None:
+    """A hidden state behind the first block, and the last one: by hand on the model cut there."""
+    model = MODELS["forward_intermediates"]()
+    fast = gtp_fx.optimize(model, schedule=[10, 0, 10, 0], example_inputs=x, compile=False)
+    _, found = fast(x)
+    for state, schedule in zip(found, ([10], [10, 0, 10, 0]), strict=True):
+        cut = copy.deepcopy(model.vit)
+        cut.blocks = cut.blocks[: len(schedule)]
+        made = gtp_reference(cut, x, schedule=schedule)
+        wanted = with_everyone_back(made, 1)[:, 1:].transpose(1, 2).reshape(state.shape)
+        assert (state - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 @torch.no_grad()
