@@ -53,29 +53,53 @@ def overall(rows: Sequence[Row]) -> list[tuple[str, str, float, float, int]]:
     Of the nets that no strategy refuses for good; where one can't reach a budget it is taken for the worst that any reached there:
     a budget that isn't met is no result.
     """
-    contenders = list(dict.fromkeys((row.strategy, row.schedule) for row in rows))
-    shared = [net for net in dict.fromkeys(r.net for r in rows) if _is_for_all(rows, net)]
-    seeds = sorted({row.seed for row in rows})
+    shared = {net for net in dict.fromkeys(r.net for r in rows) if _is_for_all(rows, net)}
+    found = []
+    for strategy, schedule in dict.fromkeys((row.strategy, row.schedule) for row in rows):
+        own = [r for r in rows if (r.strategy, r.schedule) == (strategy, schedule) and r.net in shared]
+        found.append((strategy, schedule, *_mean_points(own, rows), sum(bool(r.refusal) for r in own)))
+    return sorted(found, key=lambda line: -line[2])
+
+
+def by_net(rows: Sequence[Row]) -> str:
+    """A line a strategy, on the schedule that suits it better over all, a column a net: mean points over budgets, ± over seeds."""
+    nets = list(dict.fromkeys(row.net for row in rows))
+    better: dict[str, str] = {}
+    for strategy, schedule, *_ in overall(rows):  # the better one first
+        better.setdefault(strategy, schedule)
+    means = {(strategy, schedule): told for strategy, schedule, *told in overall(rows)}
+    lines = []
+    for strategy, schedule in better.items():
+        cells = []
+        for net in nets:
+            own = [r for r in rows if (r.net, r.strategy, r.schedule) == (net, strategy, schedule)]
+            reached = any(not row.refusal for row in own)
+            cells.append("{:+.1f} ± {:.1f}".format(*_mean_points(own, rows)) if reached else "–")
+        mean, spread, _ = means[strategy, schedule]
+        lines.append([strategy, schedule, *cells, f"{mean:+.2f} ± {spread:.2f}"])
+    headers = ["strategy", "schedule", *(f"{net} ({_base(rows, net):.0%})" for net in nets), "mean"]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def _mean_points(own: Sequence[Row], rows: Sequence[Row]) -> tuple[float, float]:
+    """Mean over `own` and its deviation over seeds; the worst of `rows` where a budget isn't reached that somebody reaches."""
     worst: dict[Any, float] = {}
     for row in rows:
         if not row.refusal:
             key = (row.net, row.seed, row.budget)
             worst[key] = min(worst.get(key, 0.0), 100 * (row.score - row.base))
-    found = []
-    for strategy, schedule in contenders:
-        own = [r for r in rows if (r.strategy, r.schedule) == (strategy, schedule) and r.net in shared]
-        points = {
-            seed: [
-                worst[row.net, row.seed, row.budget] if row.refusal else 100 * (row.score - row.base)
-                for row in own
-                if row.seed == seed
-            ]
-            for seed in seeds
-        }
-        means = [statistics.fmean(values) for values in points.values() if values]
-        spread = statistics.stdev(means) if len(means) > 1 else 0.0
-        found.append((strategy, schedule, statistics.fmean(means), spread, sum(bool(r.refusal) for r in own)))
-    return sorted(found, key=lambda line: -line[2])
+    points: dict[int, list[float]] = {}
+    for row in own:
+        key = (row.net, row.seed, row.budget)
+        if key in worst:
+            lost = worst[key] if row.refusal else 100 * (row.score - row.base)
+            points.setdefault(row.seed, []).append(lost)
+    means = [statistics.fmean(values) for values in points.values()]
+    return statistics.fmean(means) if means else 0.0, statistics.stdev(means) if len(means) > 1 else 0.0
+
+
+def _base(rows: Sequence[Row], net: str) -> float:
+    return statistics.fmean({row.seed: row.base for row in rows if row.net == net}.values())
 
 
 def _is_for_all(rows: Sequence[Row], net: str) -> bool:
@@ -85,7 +109,7 @@ def _is_for_all(rows: Sequence[Row], net: str) -> bool:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A line a strategy and schedule over all nets, then a table a net."""
+    """A line a strategy and schedule over all nets, a column a net on the better schedule, then a table a net."""
     seeds = len({row.seed for row in rows})
     lines = [
         [strategy, schedule, f"{mean:+.2f} ± {spread:.2f}", missed or ""]
@@ -95,18 +119,19 @@ def markdown(rows: Sequence[Row]) -> str:
         tabulate(lines, ["strategy", "schedule", "points", "not reached"], tablefmt="github", disable_numparse=True),
         f"points of score against the original, mean over nets and budgets, ± deviation over {seeds} seeds; budgets not "
         f"reached count as the worst reached there",
+        "",
+        by_net(rows),
     ]
     budgets = sorted({row.budget for row in rows}, reverse=True)
     by_key = {(s.net, s.strategy, s.schedule, s.budget): s for s in summaries(rows)}
     for net in dict.fromkeys(row.net for row in rows):
-        base = statistics.fmean({row.seed: row.base for row in rows if row.net == net}.values())
         lines = []
         for strategy, schedule in dict.fromkeys((row.strategy, row.schedule) for row in rows if row.net == net):
             cells = [by_key.get((net, strategy, schedule, budget)) for budget in budgets]
             if any(cell is not None and cell.reached for cell in cells):
                 told = [f"{c.points:+.1f} ± {c.spread:.1f}" if c is not None and c.reached else "–" for c in cells]
                 lines.append([strategy, schedule, *told])
-        headers = [f"{net}, {base:.1%}", "", *(f"{budget:g}" for budget in budgets)]
+        headers = [f"{net}, {_base(rows, net):.1%}", "", *(f"{budget:g}" for budget in budgets)]
         parts += ["", tabulate(lines, headers, tablefmt="github", disable_numparse=True)]
     return "\n".join(parts)
 
@@ -142,8 +167,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
                 linewidth=2.5 if strategy == "gtp" else 1.2,
                 capsize=2,
             )
-        base = statistics.fmean({row.seed: row.base for row in rows if row.net == net}.values())
-        axes.axhline(100 * base, color="0.5", linewidth=1)
+        axes.axhline(100 * _base(rows, net), color="0.5", linewidth=1)
         axes.set(title=net, xlabel="FLOPs, of the original's", ylabel="score, %")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")

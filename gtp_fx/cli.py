@@ -48,6 +48,7 @@ def _root(
 
 
 _root.__doc__ = app.info.help
+app.command()(cli_planning.inspect)
 app.command()(cli_planning.plan)
 app.command()(cli_planning.tune)
 

@@ -1,4 +1,5 @@
-"""The commands that look ahead: `gtp-fx plan` says what a budget would do, `gtp-fx tune` measures what that rests on."""
+"""The commands that look ahead: `gtp-fx inspect` says what the compiler sees in a model, `gtp-fx plan` what a budget would do to it,
+`gtp-fx tune` measures what that rests on."""
 
 from __future__ import annotations
 
@@ -14,6 +15,24 @@ from gtp_fx.reading import MODEL, Dtype, fail, parse_latency, parse_schedule
 
 if TYPE_CHECKING:
     from gtp_fx.forecast import Forecast
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")] = False,
+) -> None:
+    """Print what the compiler sees in MODEL: attention blocks, their tokens, what can be done at each, what can't and why.
+
+    The model is built without its weights, and nothing is rewritten.
+    """
+    from gtp_fx.inspection import inspect_model
+    from gtp_fx.sources import named_on_meta
+
+    try:
+        found = inspect_model(named_on_meta(model))
+    except GtpError as error:
+        fail(str(error), 2)
+    typer.echo(json.dumps({"model": model, **found.to_dict()}, indent=2) if as_json else f"{model} {found}")
 
 
 def plan(

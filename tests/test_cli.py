@@ -111,3 +111,16 @@ def test_a_checkout_runs_without_being_installed(tmp_path: Path) -> None:
     code = f"import {', '.join(modules)}, sys; print(*[sys.modules[m].__file__ for m in {modules}])"
     done = subprocess.run((sys.executable, "-c", code), cwd=tmp_path, capture_output=True, text=True, check=True)
     assert [path.startswith(str(tmp_path)) for path in done.stdout.split()] == [True] * len(modules)
+
+
+def test_inspect_says_what_is_seen() -> None:
+    done = run("inspect", "swin_s3_tiny_224", "--json")
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert {row["can"] for row in found["blocks"]} == {"skip a branch"}
+    assert found["blocks"][0]["grid"] == [7, 7] and all(row["why"] for row in found["blocks"])
+    done = run("inspect", NAME)
+    assert done.exit_code == 0, done.output
+    assert "takes (float32[*, 3, 160, 160])" in done.stdout
+    assert "10 x 10" in done.stdout and "leave" in done.stdout
+    assert "dead tokens" in done.stdout
+    assert "no self-attention over patch tokens" in run("inspect", "resnet10t").stdout
