@@ -9,7 +9,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import Grid, is_plain
-from gtp_fx.coercions import find_coercions
+from gtp_fx.coercions import Coercion, find_coercions
 from gtp_fx.errors import OptionError
 from gtp_fx.graphs import descendants
 from gtp_fx.infer import Edge, Typing, infer_types, levels
@@ -58,16 +58,18 @@ def ends_of(blocks: Sequence[AttentionBlock], strategy: Strategy, typing: Typing
 
 def typed(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Strategy, cuts: Collection[fx.Node]) -> Typing:
     """Types of a graph whose blocks are marked, where tokens leave at `cuts` and are back where the strategy has them so."""
-    everywhere = [cut_of(block, strategy) for block in leaving_blocks(blocks, strategy)]
     ends = frozenset(ends_of(blocks, strategy, infer_types(graph)) if strategy.returns else ())
-    edges: frozenset[Edge] = frozenset()
-    if strategy.recovers_updates:
-        # Of all sites, whichever are used: a price and a rewrite then speak of the same graph.
-        edges = updated_edges(infer_types(graph, frozenset(filter(None, everywhere)), ends), blocks)
-    typing = infer_types(graph, frozenset(cuts), ends, edges)
-    if edges and find_coercions(typing).refused:
-        return infer_types(graph, frozenset(cuts), ends)
-    return typing
+    typing = infer_types(graph, frozenset(cuts), ends)
+    if not strategy.recovers_updates or not _recovering(typing):
+        return typing
+    # Of all sites, whichever are used: a price and a rewrite then speak of the same graph.
+    everywhere = frozenset(filter(None, (cut_of(block, strategy) for block in leaving_blocks(blocks, strategy))))
+    all_used = everywhere == frozenset(cuts)
+    edges = updated_edges(typing if all_used else infer_types(graph, everywhere, ends), blocks)
+    updating = infer_types(graph, everywhere, ends, edges)
+    if find_coercions(updating).refused:
+        return typing
+    return updating if all_used else infer_types(graph, frozenset(cuts), ends, edges)
 
 
 def updated_edges(typing: Typing, blocks: Sequence[AttentionBlock]) -> frozenset[Edge]:
@@ -76,12 +78,9 @@ def updated_edges(typing: Typing, blocks: Sequence[AttentionBlock]) -> frozenset
     What is recovered there is a stream, so that a token that left can come back as what it was, changed as its neighbours
     were; behind a norm or a head that couldn't be told. Only what runs on tokens one by one may stand between.
     """
-    recovering = [c for c in find_coercions(typing).found if any(step.recovers for step in c.steps)]
-    if not recovering:
-        return frozenset()
     streams = _streams(blocks)
     edges = set()
-    for coercion in recovering:
+    for coercion in _recovering(typing):
         reader, read = coercion.node, coercion.operand
         while read not in streams:
             shortened = [node for node in read.all_input_nodes if typing.is_tensor(node) and _is_short(typing, node)]
@@ -91,6 +90,10 @@ def updated_edges(typing: Typing, blocks: Sequence[AttentionBlock]) -> frozenset
         else:
             edges.add((reader, read))
     return frozenset(edges)
+
+
+def _recovering(typing: Typing) -> list[Coercion]:
+    return [coercion for coercion in find_coercions(typing).found if any(step.recovers for step in coercion.steps)]
 
 
 def _is_short(typing: Typing, node: fx.Node) -> bool:
