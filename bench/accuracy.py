@@ -88,7 +88,7 @@ def main(
     for found in _worked_at([job for job in jobs if job[2]], budgets, test_images, workers or os.cpu_count() or 1):
         rows |= {row.key: row for row in found}
         _write(list(rows.values()), test_images, out)
-    every = list(rows.values())
+    every = sorted(rows.values(), key=lambda row: (list(NETS).index(row.net), row.seed))
     text = accuracy_report.markdown(every)
     typer.echo(text, err=out is None)
     if out is None:
