@@ -76,7 +76,8 @@ def updated_edges(typing: Typing, blocks: Sequence[AttentionBlock]) -> frozenset
     """Where residual streams are read on the way to what needs every token: (reader, stream).
 
     What is recovered there is a stream, so that a token that left can come back as what it was, changed as its neighbours
-    were; behind a norm or a head that couldn't be told. Only what runs on tokens one by one may stand between.
+    were; behind a norm or a head that couldn't be told. Only what runs on tokens one by one may stand between, and nothing that
+    goes back into the stream: a convolution in a block's MLP is left what it costs now.
     """
     streams = _streams(blocks)
     edges = set()
@@ -88,7 +89,9 @@ def updated_edges(typing: Typing, blocks: Sequence[AttentionBlock]) -> frozenset
                 break
             reader, read = read, shortened[0]
         else:
-            edges.add((reader, read))
+            grid = streams[read]
+            if not any(streams.get(node) == grid for node in (reader, *descendants(reader))):
+                edges.add((reader, read))
     return frozenset(edges)
 
 
@@ -100,13 +103,14 @@ def _is_short(typing: Typing, node: fx.Node) -> bool:
     return any(level for level in levels(typing.type(node)))
 
 
-def _streams(blocks: Sequence[AttentionBlock]) -> set[fx.Node]:
-    """Every state of the blocks' residual streams behind the first attention: sums of it and of what was made from it."""
-    found: set[fx.Node] = set()
+def _streams(blocks: Sequence[AttentionBlock]) -> dict[fx.Node, Grid]:
+    """Every state of the blocks' residual streams behind the first attention, sums of it and of what was made from it; and of which
+    grid."""
+    found: dict[fx.Node, Grid] = {}
     for block in blocks:
         state = block.site
         while state is not None and state not in found:
-            found.add(state)
+            found[state] = block.axis.domain.grid
             state = _next_add(state)
     return found
 

@@ -34,7 +34,7 @@ from reference_stream import ALPHA, Removal, Stream, touching
 from zoo import enliven
 
 SCHEDULE = (12, 9, 6)
-GTP = gtp_fx.GTP(alpha=ALPHA)
+GTP = gtp_fx.GTP(alpha=ALPHA, recovery="mean")
 NARROW = {"depth": 3, "embed_dim": 96, "num_heads": 3}
 
 

@@ -22,7 +22,7 @@ from gtp_fx.damage.tables import Damage
 from gtp_fx.inputs import call_signature
 from gtp_fx.passes.find_blocks import read_blocks
 from gtp_fx.pipeline import run_exact_passes
-from gtp_fx.scheduling import few_sites, least_damage
+from gtp_fx.scheduling import _WORTH, few_sites, least_damage
 from gtp_fx.sites import find_sites
 from gtp_fx.solver import OverBudget, Steps, solve
 
@@ -140,7 +140,7 @@ def test_brute_force_agrees_on_real_models(name: str, budget: float, priced_mode
 @pytest.mark.parametrize("name", ["vit", "vit-gap", "reg4-map", "swin"])
 @pytest.mark.parametrize("budget", [0.9, 0.75])
 def test_few_sites_for_little_more_damage(name: str, budget: float, priced_models: dict[str, CostModel]) -> None:
-    """Each site left out saves a twentieth of the least damage, so what it costs is no more than that."""
+    """Each site left out saves `_WORTH` of the least damage, so what it costs is no more than that."""
     model = priced_models[name]
     damage = prior_damage(model.sites)
     limit = budget * model.original
@@ -152,7 +152,7 @@ def test_few_sites_for_little_more_damage(name: str, budget: float, priced_model
     assert model.cost(few) <= limit
     spared = sum(map(bool, many)) - sum(map(bool, few))
     assert spared >= 0
-    assert damage_of(model, damage, few) <= damage_of(model, damage, many) * (1 + 0.05 * spared) * 1.03
+    assert damage_of(model, damage, few) <= damage_of(model, damage, many) * (1 + _WORTH * spared) * 1.03
     assert damage.per_site == 0, "a price is no part of the damage"
 
 
