@@ -3,8 +3,8 @@
     python -m bench.finetune --net digits-cls --flops-budget 0.3 --out bench/results/finetune_digits.json
     torchrun --nproc-per-node 2 -m bench.finetune --net patches --flops-budget 0.3
 
-The original is the teacher, the optimised model over a copy of its parameters the student. Outputs a canvas learn from the
-teacher's (Kullback-Leibler); where outputs are a patch's, each token that is left learns from the patches it stands for, as the
+The original is the teacher, the optimised model over a copy of its parameters the student. Outputs learn from the
+teacher's (Kullback-Leibler); where outputs are a patch's, each token that is left learns from all patches it stands for as well, as the
 provenance has it. Under torchrun the processes' gradients are averaged (DistributedDataParallel).
 """
 
@@ -38,12 +38,16 @@ _SEEDS = 900_000_000
 
 @dataclass(frozen=True)
 class Training:
-    """steps of `batch` canvases a process at up to `rate`; temperature of both distributions."""
+    """steps of `batch` canvases a process at up to `rate`; temperature of both distributions.
+
+    tokens: weight of a second loss where outputs are a patch's: each token that is left learns from all patches it stands for.
+    """
 
     steps: int = 300
     batch: int = 64
     rate: float = 2e-4
     temperature: float = 2.0
+    tokens: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,11 @@ def distil(
             wanted = teacher(images)
         found = wrapped(images)
         if task.per_patch:
-            (provenance,) = student.provenance(images)
-            loss = token_loss(found, wanted, provenance.matrix.detach(), provenance.index, training.temperature)
+            loss = divergence_loss(found.flatten(0, 1), wanted.flatten(0, 1), training.temperature)
+            if training.tokens:
+                (provenance,) = student.provenance(images)
+                matrix, index = provenance.matrix.detach(), provenance.index
+                loss = loss + training.tokens * token_loss(found, wanted, matrix, index, training.temperature)
         else:
             loss = divergence_loss(found, wanted, training.temperature)
         optimizer.zero_grad()
