@@ -56,9 +56,16 @@ def ends_of(blocks: Sequence[AttentionBlock], strategy: Strategy, typing: Typing
     return {node: grid for node, grid in ends.items() if not all(map(is_plain, typing.type(node)))}
 
 
-def typed(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Strategy, cuts: Collection[fx.Node]) -> Typing:
-    """Types of a graph whose blocks are marked, where tokens leave at `cuts` and are back where the strategy has them so."""
-    ends = frozenset(ends_of(blocks, strategy, infer_types(graph)) if strategy.returns else ())
+def typed(
+    graph: fx.Graph,
+    blocks: Sequence[AttentionBlock],
+    strategy: Strategy,
+    cuts: Collection[fx.Node],
+    ends: Collection[fx.Node],
+) -> Typing:
+    """Types of a graph whose blocks are marked, where tokens leave at `cuts`, are back behind `ends` and, in streams, where the
+    strategy recovers those."""
+    ends = frozenset(ends)
     typing = infer_types(graph, frozenset(cuts), ends)
     if not strategy.recovers_updates or not _recovering(typing):
         return typing

@@ -41,8 +41,7 @@ def load_model(name: str, *, pretrained: bool = False, weights: str | Path | Non
     Raises LoadError.
     """
     timm = _import_timm()
-    if pretrained and weights is not None:
-        raise LoadError(f"pretrained weights and weights={str(weights)!r} were both asked for; give one of them")
+    one_source(pretrained, weights)
     if not timm.is_model(name):
         raise LoadError(f"timm has no model {name!r}; {_suggestion(name, timm.list_models())}")
     state = None if weights is None else read_state_dict(Path(weights))
@@ -94,8 +93,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             f"tensors alone, torch.save(model.state_dict(), …) or safetensors"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LoadError(f"weights {str(path)!r} are neither safetensors nor a torch checkpoint: {reason}") from error
+        raise LoadError(
+            f"weights {str(path)!r} are neither safetensors nor a torch checkpoint: {first_line(error)}"
+        ) from error
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -136,6 +136,16 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
+def one_source(pretrained: bool, weights: str | Path | None) -> None:
+    """Raises LoadError where weights of two origins are asked for."""
+    if pretrained and weights is not None:
+        raise LoadError(f"pretrained weights and weights={str(weights)!r} were both asked for; give one of them")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def random_origin() -> str:
     return f"random (seed {_SEED}), not a trained model"
 
@@ -148,9 +158,8 @@ def _pretrained(timm: Any, name: str) -> nn.Module:
     except LoadError:
         raise
     except Exception as error:  # whatever the hub's client, the network or the disk has to say
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise LoadError(
-            f"timm's weights for {name!r} can't be had: {reason}; check the network, or give a file with weights"
+            f"timm's weights for {name!r} can't be had: {first_line(error)}; check the network, or give a file with weights"
         ) from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import fx
-from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.config import Options
 from gtp_fx.cost.count import count_flops
@@ -117,7 +117,7 @@ def _recovered(graph: fx.Graph) -> tuple[str, ...]:
         for node in graph.nodes
         if RECOVERED in node.meta
         for user in node.users
-        if user.target not in (gtp_fx.recover.default, aten.sub.Tensor)  # on to a level further back
+        if not any(node.target is gtp_fx.recover.default for node in (user, *user.users))  # on to a level further back
     ]
     return tuple(dict.fromkeys(readers))
 

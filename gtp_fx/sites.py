@@ -13,7 +13,7 @@ from gtp_fx.branches import Branch
 from gtp_fx.coercions import find_coercions
 from gtp_fx.cost.closed_form import branch_cost
 from gtp_fx.cost.site import Site
-from gtp_fx.cuts import cut_of, leaving_blocks, typed
+from gtp_fx.cuts import cut_of, ends_of, leaving_blocks, typed
 from gtp_fx.errors import Refusal, UnsupportedModelError
 from gtp_fx.graphs import layer_name, operator_name
 from gtp_fx.infer import Typing, infer_types
@@ -44,7 +44,7 @@ def find_sites(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Stra
         raise UnsupportedModelError("no attention block of this model can lose tokens", reasons)
     whole = infer_types(graph)
     cuts = {block.index: cut for block in leaving if (cut := cut_of(block, strategy)) is not None}
-    typing = typed(graph, blocks, strategy, cuts.values())
+    typing = typed(graph, blocks, strategy, cuts.values(), ends_of(blocks, strategy, whole))
     if obstacles := _obstacles(typing, strategy):
         message = "tokens can't leave this model: what follows can't do without them (flops_budget=1.0 still works)"
         raise UnsupportedModelError(message, obstacles)

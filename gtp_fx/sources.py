@@ -5,6 +5,8 @@ path/to/model                   a directory with Hugging Face's config.json, and
 google/vit-base-patch16-224     a model of the hub: its configuration is fetched, its weights with pretrained
 ViTForImageClassification       a class of transformers, as its default configuration has it
 package.module:factory          a function without arguments that returns the model
+
+Only the last runs code that isn't installed: a directory's or the hub's own never is.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from gtp_fx.loading import (
     LoadError,
     build_on_meta,
     fill,
+    first_line,
     load_model,
+    one_source,
     random_origin,
     read_state_dict,
     seeded,
@@ -37,8 +41,7 @@ def load_named(name: str, *, pretrained: bool = False, weights: str | Path | Non
     """
     if not _is_factory(name) and not _is_hugging_face(name):
         return load_model(name, pretrained=pretrained, weights=weights)
-    if pretrained and weights is not None:
-        raise LoadError(f"pretrained weights and weights={str(weights)!r} were both asked for; give one of them")
+    one_source(pretrained, weights)
     if _is_factory(name):
         if pretrained:
             raise LoadError(f"--pretrained: {name} decides itself what weights it loads")
@@ -58,8 +61,8 @@ def named_on_meta(name: str) -> nn.Module:
     with torch.device("meta"):
         if _is_factory(name):
             return _checked(name, _factory(name)()).to("meta")
-        made: nn.Module = _class_of(name)(_config(name))
-        return made.eval()
+        cls, config = _class_and_config(name)
+        return _about_images(name, cls(config).eval())
 
 
 def _is_factory(name: str) -> bool:
@@ -91,7 +94,7 @@ def _checked(name: str, model: object) -> nn.Module:
 
 
 def _hugging_face(name: str, pretrained: bool) -> LoadedModel:
-    cls, config = _class_of(name), _config(name)
+    cls, config = _class_and_config(name)
     has_weights = Path(name).is_dir() and any(Path(name).glob("*.safetensors"))
     if not has_weights and not pretrained:
         made: nn.Module = seeded(lambda: cls(config))
@@ -100,33 +103,28 @@ def _hugging_face(name: str, pretrained: bool) -> LoadedModel:
         filled: nn.Module = cls.from_pretrained(name, config=config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise LoadError(
-            f"weights of {name} can't be had: {_first_line(error)}; check the network or the directory"
+            f"weights of {name} can't be had: {first_line(error)}; check the network or the directory"
         ) from error
     return LoadedModel(_about_images(name, filled.float().eval()), name, f"pretrained ({name})")
 
 
-def _class_of(name: str) -> Any:
-    """The class that a configuration says its weights are of, or the one that is named itself."""
+def _class_and_config(name: str) -> tuple[Any, Any]:
+    """The class that a configuration says its weights are of, or the one that is named itself; and its configuration."""
     transformers = _transformers()
     if "/" not in name and not Path(name).is_dir():
-        if not hasattr(transformers, name) or not hasattr(getattr(transformers, name), "config_class"):
+        cls: Any = getattr(transformers, name, None)
+        if not hasattr(cls, "config_class"):
             raise LoadError(f"transformers has no model class {name!r}; give ViTForImageClassification, say")
-        return getattr(transformers, name)
-    architectures = getattr(_config(name), "architectures", None) or []
-    if not architectures or not hasattr(transformers, architectures[0]):
-        raise LoadError(f"{name}: its configuration names no class of transformers (architectures: {architectures})")
-    return getattr(transformers, architectures[0])
-
-
-def _config(name: str) -> Any:
-    transformers = _transformers()
-    if "/" not in name and not Path(name).is_dir():
-        return getattr(transformers, name).config_class()
+        return cls, cls.config_class()
     try:
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         where = "the directory" if Path(name).is_dir() else "the name and the network"
-        raise LoadError(f"no configuration of {name} can be had: {_first_line(error)}; check {where}") from error
+        raise LoadError(f"no configuration of {name} can be had: {first_line(error)}; check {where}") from error
+    architectures = getattr(config, "architectures", None) or []
+    if not architectures or not hasattr(transformers, architectures[0]):
+        raise LoadError(f"{name}: its configuration names no class of transformers (architectures: {architectures})")
+    return getattr(transformers, architectures[0]), config
 
 
 def _about_images(name: str, model: nn.Module) -> nn.Module:
@@ -145,7 +143,3 @@ def _transformers() -> Any:
     except ImportError as error:
         raise LoadError(f"Hugging Face's models need transformers ({error}); pip install transformers") from error
     return transformers
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

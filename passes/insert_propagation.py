@@ -43,7 +43,7 @@ def insert_propagation(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     blocks = read_blocks(gm)
     sites = {cut_of(block, plan.strategy): block for block in blocks if block.index in plan.propagated}
     ends = ends_of(blocks, plan.strategy, infer_types(gm.graph)) if plan.strategy.returns else {}
-    typing = typed(gm.graph, blocks, plan.strategy, list(filter(None, sites)))
+    typing = typed(gm.graph, blocks, plan.strategy, list(filter(None, sites)), ends)
     found = find_coercions(typing)
     assert not found.refused, found.refused
     coercions = found.by_node()

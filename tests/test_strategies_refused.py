@@ -185,6 +185,13 @@ def test_code_that_was_edited_is_other_code() -> None:
     assert first.strategy.code != second.strategy.code == edited(reverse=True)().code
 
 
+def test_a_cell_that_is_run_twice_registers_twice() -> None:
+    """The same code is another class, of which a value isn't equal to the first one's."""
+    for _ in range(2):
+        edited(reverse=False)
+        assert optimized("edited").report.sites
+
+
 def test_a_graph_of_code_that_is_not_here_says_so() -> None:
     fast = optimized(Wrong())
     (*_, group) = (node for node in fast.graph_module.graph.nodes if "gtp_fx.group" in str(node.target))

@@ -34,6 +34,7 @@ def enter(name: str, cls: type) -> None:
     """Let graphs name `cls`."""
     _CODES[cls] = fingerprint(cls)
     _CLASSES[name, _CODES[cls]] = cls
+    read.cache_clear()  # the same code again, as a notebook's cell run twice, is another class
 
 
 def code_of(cls: type) -> str:

@@ -32,9 +32,12 @@ def _try_out(node: fx.Node) -> None:
     owner, names = type(strategy).__name__, strategy.results()
     numbers = torch.Generator().manual_seed(0)
     args: list[Any] = [fx.map_arg(arg, lambda operand: _random(operand, numbers)) for arg in node.args]
-    count = args[0].shape[1] - args[8][1] - args[8][2]
-    if args[5] is not None:  # where tokens stand: other than numbers, they ascend
-        args[5] = torch.arange(count).expand(_IMAGES, count)
+    x_BNC, k, v, score, size, index, carried, grid, around, text = args
+    _, prefix, suffix, _ = around
+    count = x_BNC.shape[1] - prefix - suffix
+    if index is not None:  # where tokens stand: other than numbers, they ascend
+        index = torch.arange(count).expand(_IMAGES, count)
+    args = [x_BNC, k, v, score, size, index, carried, grid, around, text]
     given = [arg for arg in args if isinstance(arg, Tensor)]
     before = [tensor._version for tensor in given]
     runs = []
@@ -44,7 +47,7 @@ def _try_out(node: fx.Node) -> None:
         except GtpError:
             raise
         except Exception as error:
-            raise OptionError(f"{owner}.group() failed on tokens {tuple(args[0].shape)}: {error}") from error
+            raise OptionError(f"{owner}.group() failed on tokens {tuple(x_BNC.shape)}: {error}") from error
     if [tensor._version for tensor in given] != before:
         raise OptionError(f"{owner}.group() changed a tensor that it was given in place: work on a copy")
     for name, first, second in zip(names, *runs, strict=True):
