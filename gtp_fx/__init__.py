@@ -25,6 +25,7 @@ from gtp_fx.errors import (  # noqa: E402
     ScheduleError,
     UnsupportedModelError,
 )
+from gtp_fx.exporting import Exported, ExportError, export, exported_program  # noqa: E402
 from gtp_fx.model import OptimizedModel  # noqa: E402
 from gtp_fx.provenance import Provenance  # noqa: E402
 from gtp_fx.report import Report  # noqa: E402
@@ -60,6 +61,8 @@ __all__ = [
     "Calibration",
     "CaptureError",
     "Cluster",
+    "ExportError",
+    "Exported",
     "Grouping",
     "Groups",
     "GtpError",
@@ -83,6 +86,8 @@ __all__ = [
     "UnsupportedModelError",
     "averaged",
     "dropped",
+    "export",
+    "exported_program",
     "optimize",
     "register_saliency",
     "register_strategy",

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,14 +29,9 @@ log = logging.getLogger(__name__)
 
 def capture_module(model: nn.Module, signature: CallSignature, training: bool = False) -> fx.GraphModule:
     """The graph of `model` called as `signature` says, in training or evaluation mode. `model` comes back unchanged."""
-    batch = torch.export.Dim.DYNAMIC
-    dynamic = pytree.tree_map(
-        lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, (signature.args, signature.kwargs)
-    )
-    by_name = _by_name(signature, dynamic)
     with _mode(model, training):
         try:
-            program, attributes = _export(model, signature, by_name)
+            program, attributes = export_batched(model, signature)
             if attributes:
                 call = functools.partial(model, *signature.args, **signature.kwargs)
                 attributes = changed_by_each_call(model, call)
@@ -135,13 +130,16 @@ def _explained(error: Exception) -> str:
     )
 
 
-def _export(
-    model: nn.Module, signature: CallSignature, dynamic: dict[str, Any]
+def export_batched(
+    model: nn.Module, signature: CallSignature, batch: Any = torch.export.Dim.DYNAMIC
 ) -> tuple[torch.export.ExportedProgram, list[str]]:
-    """What torch.export makes of `model` by tracing, and the attributes that its forward changes.
+    """What torch.export makes of `model` by tracing, for any batch, and the attributes that its forward changes.
+
+    batch: a `torch.export.Dim`; a named one is every tensor's and reaches down to one image, where the model lets it.
 
     Where Python itself turns the batch into a number (`len(x)`), Dynamo, which doesn't, is asked instead.
     """
+    dynamic = _by_name(signature, lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None)
     export = functools.partial(torch.export.export, model, signature.args, signature.kwargs, dynamic_shapes=dynamic)
     try:
         with watched(model) as attributes, warnings.catch_warnings():
@@ -178,10 +176,10 @@ def _mutates(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _by_name(signature: CallSignature, dynamic: tuple[Sequence[Any], dict[str, Any]]) -> dict[str, Any]:
-    """Dynamic shapes as torch.export wants them: by the parameter's name in `forward`."""
-    bound = signature.parameters.bind(*dynamic[0], **dynamic[1])
-    return dict(bound.arguments)
+def _by_name(signature: CallSignature, each: Callable[[Any], Any]) -> dict[str, Any]:
+    """`each` leaf's, as torch.export wants dynamic shapes: by the parameter's name in `forward`."""
+    args, kwargs = pytree.tree_map(each, (signature.args, signature.kwargs))
+    return dict(signature.parameters.bind(*args, **kwargs).arguments)
 
 
 def _first_lines(error: Exception, count: int = 3) -> str:

@@ -63,6 +63,11 @@ class OptimizedModel(nn.Module):
         """The one that was asked for, or what calibration made of it."""
         return self._gtp.evaluation.strategy
 
+    @property
+    def signature(self) -> CallSignature:
+        """How it is called, with examples of two images."""
+        return self._gtp.signature
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
         return self._runner()(*args, **kwargs)

@@ -13,6 +13,7 @@ F = TypeVar("F", bound=Callable[..., object])
 _library = torch.library.Library("gtp_fx", "DEF")
 _shapes: dict[Any, Callable[..., Any]] = {}
 _flops: dict[Any, Callable[..., int]] = {}
+_written: dict[Any, Callable[..., Any]] = {}
 
 
 def operator(shapes: Callable[..., Any], flops: Callable[..., int] | None = None) -> Callable[[F], F]:
@@ -29,6 +30,7 @@ def operator(shapes: Callable[..., Any], flops: Callable[..., int] | None = None
         _library.impl(name, function, "CompositeImplicitAutograd")
         defined = getattr(torch.ops.gtp_fx, name).default
         _shapes[defined] = shapes
+        _written[defined] = function
         if flops is not None:
             _flops[defined] = flops
         return function
@@ -54,3 +56,8 @@ def shapes_of(target: Any) -> Callable[..., Any] | None:
 def flops_of(target: Any) -> Callable[..., int] | None:
     """What counts an operator's FLOPs by running it; None where a formula says them."""
     return _flops.get(target)
+
+
+def written_in_aten(target: Any) -> Callable[..., Any] | None:
+    """The function that one of this package's composite operators is written as; None for any other."""
+    return _written.get(target)
