@@ -26,7 +26,8 @@ from bench.environment import Environment
 from bench.live_weights import enliven
 from bench.output import publish
 from gtp_fx.config import Options
-from gtp_fx.forecast import Forecast, Planner
+from gtp_fx.forecast import Forecast
+from gtp_fx.planner import Planner
 from gtp_fx.reading import Device, Dtype
 from gtp_fx.targets import Target, detect
 from gtp_fx.timing import Spread, clock_for, interleave

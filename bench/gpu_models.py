@@ -18,7 +18,8 @@ import gtp_fx
 from bench.live_weights import enliven
 from gtp_fx.compare import rounding_tolerance
 from gtp_fx.config import Options
-from gtp_fx.forecast import Forecast, Planner
+from gtp_fx.forecast import Forecast
+from gtp_fx.planner import Planner
 from gtp_fx.targets import Target
 from gtp_fx.timing import Run, Timings, clock_for, interleave
 

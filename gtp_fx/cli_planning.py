@@ -144,7 +144,7 @@ def _asked(
 def _forecasts(model: str, dtype: Dtype, asked: list[Options]) -> list[Forecast]:
     import torch
 
-    from gtp_fx.forecast import Planner
+    from gtp_fx.planner import Planner
     from gtp_fx.sources import named_on_meta
 
     built = named_on_meta(model).to(getattr(torch, dtype.value))

@@ -20,7 +20,7 @@ from gtp_fx.damage.calibration import Calibration, bound
 from gtp_fx.inputs import CallSignature
 from gtp_fx.lowering import lowered
 from gtp_fx.pipeline import Optimised, run_passes
-from gtp_fx.provenance import Provenance, provenance_runner
+from gtp_fx.provenance import Provenance, SiteRecord, provenance_runner
 from gtp_fx.report import Report
 from gtp_fx.schedule import Schedule
 from gtp_fx.strategies import Strategy
@@ -57,6 +57,11 @@ class OptimizedModel(nn.Module):
     @property
     def schedule(self) -> Schedule:
         return self._gtp.evaluation.schedule
+
+    @property
+    def sites(self) -> tuple[SiteRecord, ...]:
+        """What each site does to its stream, by the graph's numbers of calls; none where tokens only skip branches."""
+        return self._gtp.evaluation.sites
 
     @property
     def strategy(self) -> Strategy:

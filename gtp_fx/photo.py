@@ -8,10 +8,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from gtp_fx.errors import OptionError
@@ -32,12 +33,40 @@ def photo_batch(model: nn.Module, batch: int) -> Tensor:
     """
     if batch < 1:
         raise OptionError(f"batch={batch}: give at least one image")
-    example = _example(model)
-    if example.ndim != 4 or example.shape[1] != 3:
-        raise OptionError(f"{type(model).__name__} takes {list(example.shape[1:])}, a photograph is [3, height, width]")
+    example = _image_example(model)
     prepare = _preparation(model, tuple(example.shape[1:]))
     images = torch.stack([prepare(view) for view in _views(load_photo(), batch)])
     return images.to(example.device, example.dtype)
+
+
+def prepared(model: nn.Module, picture: Image.Image) -> Tensor:
+    """[1, 3, height, width] of any picture, prepared as timm does for this model, in its size, dtype and device."""
+    example = _image_example(model)
+    image = _preparation(model, tuple(example.shape[1:]))(picture.convert("RGB"))
+    return image[None].to(example.device, example.dtype)
+
+
+def as_seen(model: nn.Module, image: Tensor) -> Tensor:
+    """[height, width, 3] in [0, 1], of a prepared [1, 3, height, width]: the crop that the model sees, to look at."""
+    mean: Any = _MEAN
+    std: Any = _STD
+    if _knows_timm(model):
+        from timm.data.config import resolve_data_config
+
+        config = resolve_data_config({}, model=model)
+        mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    return (image[0].detach().cpu().float() * std + mean).clamp(0, 1).permute(1, 2, 0)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Raises OptionError where it can't be read."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise OptionError(f"{path} is no picture that Pillow reads; give a JPEG or PNG") from error
+    except OSError as error:
+        raise OptionError(f"{path} can't be read: {error.strerror or error}; give a JPEG or PNG") from error
 
 
 def load_photo() -> Image.Image:
@@ -46,9 +75,16 @@ def load_photo() -> Image.Image:
         return Image.open(file).convert("RGB")
 
 
-def _example(model: nn.Module) -> Tensor:
+def _image_example(model: nn.Module) -> Tensor:
     signature = call_signature(model, None)
-    return next(v for v in (*signature.args, *signature.kwargs.values()) if isinstance(v, Tensor))
+    example = next(v for v in (*signature.args, *signature.kwargs.values()) if isinstance(v, Tensor))
+    if example.ndim != 4 or example.shape[1] != 3:
+        raise OptionError(f"{type(model).__name__} takes {list(example.shape[1:])}, a photograph is [3, height, width]")
+    return example
+
+
+def _knows_timm(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "pretrained_cfg", None), Mapping)
 
 
 def _views(photo: Image.Image, count: int) -> list[Image.Image]:
@@ -66,7 +102,7 @@ def _views(photo: Image.Image, count: int) -> list[Image.Image]:
 
 def _preparation(model: nn.Module, size: tuple[int, ...]) -> Callable[[Image.Image], Tensor]:
     """Image to [3, height, width], `size`: timm's evaluation transform, or a plain resize where timm knows nothing."""
-    if not isinstance(getattr(model, "pretrained_cfg", None), Mapping):
+    if not _knows_timm(model):
         return lambda image: _resized(image, size)
     from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
@@ -10,6 +10,7 @@ from torch.ops import gtp_fx  # type: ignore[import-not-found]
 from gtp_fx.config import Options
 from gtp_fx.cost.count import count_flops
 from gtp_fx.errors import OptionError
+from gtp_fx.forecasting import forecast
 from gtp_fx.graphs import layer_name, operator_name
 from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.find_blocks import find_blocks, read_blocks
@@ -87,6 +88,7 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
         latency_budget=None if options.latency_budget is None else str(options.latency_budget),
         seconds=planned.seconds,
         batch=options.batch,
+        forecast=forecast(gm, exact.original, planned, replace(options, strategy=plan.strategy)),
     )
     return Optimised(result, plan.schedule, plan.strategy, report, record_sites(result), planned.moved)
 

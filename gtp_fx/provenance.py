@@ -52,7 +52,7 @@ class SiteRecord:
 
 def record_sites(gm: fx.GraphModule) -> tuple[SiteRecord, ...]:
     """Of a graph that passes have just rewritten, in order."""
-    number = {node: i for i, node in enumerate(_calls(gm.graph))}
+    number = {node: i for i, node in enumerate(calls_of(gm.graph))}
     records = []
     for node in number:
         if SITE in node.meta:
@@ -88,7 +88,7 @@ def provenance_runner(
         streams.setdefault(record.grid, []).append(record)
 
     def results(copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-        calls = [copies[node] for node in _calls(gm.graph)]
+        calls = [copies[node] for node in calls_of(gm.graph)]
         return [value for sites in streams.values() for value in _carried(sites, calls, device)]
 
     runner = returning(gm, results)
@@ -100,7 +100,8 @@ def provenance_runner(
     return run
 
 
-def _calls(graph: fx.Graph) -> list[fx.Node]:
+def calls_of(graph: fx.Graph) -> list[fx.Node]:
+    """By which `SiteRecord` numbers them."""
     return [node for node in graph.nodes if node.op == "call_function"]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from gtp_fx.errors import Refusal
+from gtp_fx.forecast import Forecast
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Report:
     recovered: readers for which tokens that had left were put back.
     damage_from: where the expected damage comes from that schedule="auto" minimised; empty where nothing was chosen.
     latency_budget: what was asked, or None. seconds: predicted, of a run of `batch` images through the original and the result.
+    forecast: FLOPs and predicted time of every block, before and after, as `gtp-fx plan` prints them.
     """
 
     flops_before: int
@@ -61,6 +64,7 @@ class Report:
     latency_budget: str | None = None
     seconds: tuple[float, float] | None = None
     batch: int = 0
+    forecast: Forecast | None = None
 
     @property
     def flops_ratio(self) -> float:
@@ -69,6 +73,16 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {**asdict(self), "flops_ratio": self.flops_ratio}
+
+    def plot(self, file: str | Path) -> None:
+        """Draw tokens and predicted time of every block, before and after, to a PNG (or whatever matplotlib writes by that suffix).
+
+        Raises OptionError where matplotlib isn't installed or doesn't write such files.
+        """
+        from gtp_fx.plotting import plot_blocks
+
+        assert self.forecast is not None, "the pipeline gives every report one"
+        plot_blocks(self.forecast, Path(file))
 
     def _placements(self) -> str:
         skipping = sum(bool(site.windows) for site in self.sites)

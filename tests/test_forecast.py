@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 import gtp_fx
 from gtp_fx import cli, tuning
 from gtp_fx.config import Options
-from gtp_fx.forecast import Planner
 from gtp_fx.latency import LatencyBudget
+from gtp_fx.planner import Planner
 
 from zoo import BY_NAME, build, images
 
