@@ -7,15 +7,32 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import gtp_fx
-from gtp_fx import cli_planning
-from gtp_fx.config import Options
+from gtp_fx import cli_making, cli_planning
 from gtp_fx.errors import GtpError, OptionError
-from gtp_fx.reading import MODEL, Device, Dtype, fail, parse_latency, parse_schedule
+from gtp_fx.reading import (
+    AsJson,
+    Batch,
+    Device,
+    Dtype,
+    FlopsBudget,
+    LatencyBudget,
+    Model,
+    Pretrained,
+    Rounds,
+    ScheduleText,
+    Strategy,
+    Target,
+    Weights,
+    asked,
+    fail,
+    load,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +45,6 @@ app = typer.Typer(
     help="Make pre-trained vision transformers faster by graph-based token propagation.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     no_args_is_help=True,
 )
 main = app
@@ -51,28 +67,28 @@ _root.__doc__ = app.info.help
 app.command()(cli_planning.inspect)
 app.command()(cli_planning.plan)
 app.command()(cli_planning.tune)
+app.command()(cli_making.bench)
+app.command()(cli_making.export)
+app.command()(cli_making.show)
 
 
 @app.command()
 def optimize(
-    model: Annotated[str, typer.Argument(help=MODEL)],
-    flops_budget: Annotated[float | None, typer.Option(help="FLOPs after / before at most, in (0, 1].")] = None,
-    latency_budget: Annotated[
-        str | None, typer.Option(help="Instead: predicted time at most, a ratio or 4.5ms, for the batch and target.")
-    ] = None,
-    schedule: Annotated[
-        str, typer.Option(help="auto, uniform, even, or tokens that leave per block: 8,8,8,…")
-    ] = "auto",
-    strategy: Annotated[str, typer.Option(help="How tokens leave.")] = "gtp",
-    target: Annotated[str, typer.Option(help="Processor to compile for; auto is this machine's.")] = "auto",
-    batch: Annotated[int, typer.Option(help="Images per run.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Rounds of timing, each runs every contender once.")] = 15,
+    model: Model,
+    flops_budget: FlopsBudget = None,
+    latency_budget: LatencyBudget = None,
+    schedule: ScheduleText = "auto",
+    strategy: Strategy = "gtp",
+    target: Target = "auto",
+    batch: Batch = 8,
+    rounds: Rounds = 15,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     device: Annotated[Device, typer.Option()] = Device.cpu,
-    weights: Annotated[str | None, typer.Option(help="File of weights: safetensors or a torch state dict.")] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Download timm's weights.")] = False,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
     no_time: Annotated[bool, typer.Option("--no-time", help="Optimise and check; compile and time nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens and predicted time per block to this PNG.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Optimise MODEL, check it on a photograph, and time it against the original, eager and compiled."""
     from gtp_fx.compare import CheckError, agreement
@@ -85,20 +101,14 @@ def optimize(
     try:
         if rounds < 1:
             raise OptionError(f"--rounds {rounds}: give at least one")
-        counts = parse_schedule(schedule)
-        asked: dict[str, Any] = {
-            "flops_budget": flops_budget,
-            "latency_budget": None if latency_budget is None else parse_latency(latency_budget),
-            "batch": batch,
-            "schedule": counts,
-            "strategy": strategy,
-            "target": target,
-        }
-        Options.of(**asked)  # a typing error shouldn't cost a download first
-        loaded = _load(model, pretrained, weights, dtype, device)
+        options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
+        loaded = load(model, pretrained, weights, dtype, device)
         say(f"{loaded.name}, weights: {loaded.weights_origin}; {dtype.value} on {device.value}\n")
-        fast = gtp_fx.optimize(loaded.model, **asked)
+        fast = gtp_fx.optimize(loaded.model, **options)
         say(f"{fast.report}\n")
+        if plot is not None:
+            fast.report.plot(plot)
+            say(f"written: {plot}\n")
         images = photo_batch(loaded.model, batch)
         agreed = agreement(loaded.model, fast, images)
         say(f"checked: {agreed}\n")
@@ -107,23 +117,13 @@ def optimize(
         fail(str(error), 2)
     except CheckError as error:
         fail(f"{model}: {error}", 1)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}", 2)
     if comparison is not None:
         furthest = max(done.error for done in comparison.compilations.values())
         say(f"checked: compiled within {furthest:.1e} of eager (tolerance {comparison.tolerance:.0e})\n\n{comparison}")
     if as_json:
         typer.echo(json.dumps(_as_dict(loaded, fast, comparison, agreed, dtype, device), indent=2))
-
-
-def _load(name: str, pretrained: bool, weights: str | None, dtype: Dtype, device: Device) -> LoadedModel:
-    import torch
-
-    from gtp_fx.sources import load_named
-
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise OptionError("--device cuda: torch finds no GPU here; give --device cpu")
-    loaded = load_named(name, pretrained=pretrained, weights=weights)
-    loaded.model.to(device.value, getattr(torch, dtype.value))
-    return loaded
 
 
 def _compare(loaded: LoadedModel, fast: OptimizedModel, images: Tensor, rounds: int) -> Comparison:

@@ -11,15 +11,28 @@ import typer
 
 from gtp_fx.config import Options
 from gtp_fx.errors import GtpError, OptionError
-from gtp_fx.reading import MODEL, Dtype, fail, parse_latency, parse_schedule
+from gtp_fx.reading import (
+    AsJson,
+    Batch,
+    Dtype,
+    FlopsBudgets,
+    LatencyBudgets,
+    Model,
+    ScheduleText,
+    Strategy,
+    Targets,
+    fail,
+    parse_latency,
+    parse_schedule,
+)
 
 if TYPE_CHECKING:
     from gtp_fx.forecast import Forecast
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help=MODEL)],
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")] = False,
+    model: Model,
+    as_json: AsJson = False,
 ) -> None:
     """Print what the compiler sees in MODEL: attention blocks, their tokens, what can be done at each, what can't and why.
 
@@ -36,21 +49,13 @@ def inspect(
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help=MODEL)],
-    flops_budget: Annotated[
-        list[float] | None, typer.Option(help="FLOPs after / before at most; may be repeated.")
-    ] = None,
-    latency_budget: Annotated[
-        list[str] | None, typer.Option(help="Predicted time at most: a ratio, or 4.5ms; may be repeated.")
-    ] = None,
-    target: Annotated[
-        list[str] | None, typer.Option(help="Processor to plan for, this machine's or another; may be repeated.")
-    ] = None,
-    schedule: Annotated[
-        str, typer.Option(help="auto, uniform, even, or tokens that leave per block: 8,8,8,…")
-    ] = "auto",
-    strategy: Annotated[str, typer.Option(help="How tokens leave.")] = "gtp",
-    batch: Annotated[int, typer.Option(help="Images per run.")] = 8,
+    model: Model,
+    flops_budget: FlopsBudgets = None,
+    latency_budget: LatencyBudgets = None,
+    target: Targets = None,
+    schedule: ScheduleText = "auto",
+    strategy: Strategy = "gtp",
+    batch: Batch = 8,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     plot: Annotated[
         Path | None, typer.Option(help="Draw tokens per block, for every budget and target, to this PNG.")
@@ -58,7 +63,7 @@ def plan(
     save: Annotated[
         Path | None, typer.Option(help="Write the schedule to this JSON; one budget and one target only.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print what a budget would do to MODEL: where tokens leave, FLOPs and predicted time of every block. Nothing is compiled.
 
@@ -93,7 +98,7 @@ def tune(
     device: Annotated[str, typer.Option(help="cpu or cuda; auto is the GPU where there is one.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Of products and attention.")] = Dtype.float32,
     rounds: Annotated[int, typer.Option(help="Rounds of timing, each runs every probe once.")] = 9,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure this machine's rates, a minute or two of small kernels, and keep them: predictions then rest on them. On a GPU, kernels' tiles too."""
     import torch

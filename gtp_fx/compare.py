@@ -177,7 +177,7 @@ def compare(
     compilations = {}
     for name, eager in _EAGER_OF.items():
         step(f"compiling ({name})", 1)
-        compilations[name] = _compile(name, contenders[name], contenders[eager](), tolerance, images.device)
+        compilations[name] = compile_checked(name, contenders[name], contenders[eager](), tolerance, images.device)
     step("timing", 1)
     timings = interleave(
         contenders, rounds=rounds, warmup=_WARMUP, clock=clock_for(images.device), progress=lambda: step("timing", 1)
@@ -195,7 +195,8 @@ def rounding_tolerance(dtype: torch.dtype) -> float:
     return max(1e-3, 10 * torch.finfo(dtype).eps)
 
 
-def _compile(name: str, run: Run, expected: Any, tolerance: float, device: torch.device) -> Compilation:
+def compile_checked(name: str, run: Run, expected: Any, tolerance: float, device: torch.device) -> Compilation:
+    """Run once, which compiles, and hold the output against eager's. Raises CheckError where it is further than `tolerance`."""
     start = time.perf_counter()
     output = run()
     if device.type == "cuda":

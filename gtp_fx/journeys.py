@@ -35,6 +35,14 @@ class SiteView:
     shares: Tensor | None
     scale: Tensor
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; of the shares who receives them, by number of patch."""
+        found = {"layer": self.layer, "grid": list(self.grid), "kept": self.kept.tolist(), "left": self.left.tolist()}
+        to = None
+        if self.shares is not None:
+            to = [self.kept[column > 0].tolist() for column in self.shares.T]
+        return {**found, "received_by": to, "scale": self.scale.tolist()}
+
 
 @torch.no_grad()
 def journeys(model: OptimizedModel, image: Tensor) -> tuple[SiteView, ...]:
@@ -48,7 +56,7 @@ def journeys(model: OptimizedModel, image: Tensor) -> tuple[SiteView, ...]:
             "tokens only skip branches here, and stay where they are" if model.report.sites else "no token leaves"
         )
         raise OptionError(
-            f"{type(model).__name__} at {model.report.flops_ratio:.3f} of its FLOPs: {skipping}, so there is no way to draw"
+            f"{type(model).__name__} at {model.report.flops_ratio:.3f} of its FLOPs: {skipping}, so there is nothing to draw"
         )
     runner = returning(gm, lambda copies: _values(records, [copies[node] for node in calls_of(gm.graph)]))
     found = iter(runner(image))

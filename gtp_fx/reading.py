@@ -1,19 +1,18 @@
-"""What the commands have in common: reading what a person typed, and failing as a command does."""
+"""What the commands have in common: options spelled once, reading what a person typed, and failing as a command does."""
 
 from __future__ import annotations
 
 from enum import Enum
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from gtp_fx.errors import OptionError
+from gtp_fx.schedule import Schedule
 
-MODEL = (
-    "timm's name (deit_small_patch16_224), a Hugging Face directory, name or class (ViTForImageClassification), or "
-    "package.module:factory."
-)
-"""What a command may be given, for its help; `gtp_fx.sources` reads it."""
+if TYPE_CHECKING:
+    from gtp_fx.loading import LoadedModel
 
 
 class Dtype(str, Enum):
@@ -26,16 +25,87 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-def parse_schedule(text: str) -> str | tuple[int, ...]:
-    """A schedule's name, which is checked later, or its counts: "8,8,8" gives (8, 8, 8). Raises OptionError."""
+def _models(incomplete: str) -> list[str]:
+    """For a shell's completion: timm's names, which are many, once some letters are there."""
+    if len(incomplete) < 3:
+        return []
+    import timm
+
+    return [name for name in timm.list_models() if name.startswith(incomplete)]
+
+
+def _strategies(incomplete: str) -> list[str]:
+    from gtp_fx.strategies import STRATEGIES
+
+    return [name for name in STRATEGIES if name.startswith(incomplete)]
+
+
+def _targets(incomplete: str) -> list[str]:
+    from gtp_fx.targets import TARGETS
+
+    return [name for name in ("auto", *TARGETS) if name.startswith(incomplete)]
+
+
+def _schedules(incomplete: str) -> list[str]:
+    return [name for name in ("auto", "uniform", "even") if name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="timm's name (deit_small_patch16_224), a Hugging Face directory, name or class (ViTForImageClassification), or "
+        "package.module:factory.",
+        autocompletion=_models,
+    ),
+]
+FlopsBudget = Annotated[float | None, typer.Option(help="FLOPs after / before at most, in (0, 1].")]
+FlopsBudgets = Annotated[list[float] | None, typer.Option(help="FLOPs after / before at most; may be repeated.")]
+LatencyBudget = Annotated[
+    str | None, typer.Option(help="Instead: predicted time at most, a ratio or 4.5ms, for the batch and target.")
+]
+LatencyBudgets = Annotated[
+    list[str] | None, typer.Option(help="Predicted time at most: a ratio, or 4.5ms; may be repeated.")
+]
+ScheduleText = Annotated[
+    str,
+    typer.Option(
+        help="auto, uniform, even, tokens that leave per block (8,8,8,…), or a schedule's file (x.json).",
+        autocompletion=_schedules,
+    ),
+]
+Strategy = Annotated[str, typer.Option(help="How tokens leave.", autocompletion=_strategies)]
+Strategies = Annotated[
+    list[str] | None, typer.Option(help="How tokens leave; may be repeated.", autocompletion=_strategies)
+]
+Target = Annotated[str, typer.Option(help="Processor to compile for; auto is this machine's.", autocompletion=_targets)]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(help="Processor to plan for, this machine's or another; may be repeated.", autocompletion=_targets),
+]
+Batch = Annotated[int, typer.Option(help="Images per run.")]
+Rounds = Annotated[int, typer.Option(help="Rounds of timing, each runs every contender once.")]
+Weights = Annotated[str | None, typer.Option(help="File of weights: safetensors or a torch state dict.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the model's weights.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")]
+
+
+def parse_schedule(text: str) -> str | tuple[int, ...] | Schedule:
+    """A schedule's name, which is checked later, its counts ("8,8,8" gives (8, 8, 8)), or what a file holds. Raises OptionError, ScheduleError."""
     if text.isalpha():
         return text
+    if text.endswith(".json"):
+        try:
+            return Schedule.from_json(Path(text).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(
+                f"--schedule {text}: {error}; give a file that `gtp-fx plan --save` has written"
+            ) from error
     try:
         return tuple(int(entry) for entry in text.split(","))
     except ValueError:
         raise OptionError(
             f"--schedule {text!r} is neither auto, uniform, even nor a list of counts; give the tokens that leave in each "
-            f"attention block, such as 8,8,8"
+            f"attention block, such as 8,8,8, or a file that ends in .json"
         ) from None
 
 
@@ -45,6 +115,37 @@ def parse_latency(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def asked(
+    flops: float | None, latency: str | None, schedule: str, strategy: str, target: str, batch: int
+) -> dict[str, Any]:
+    """What `gtp_fx.optimize` is to be told. Raises OptionError, so that a typing error costs no download."""
+    from gtp_fx.config import Options
+
+    found: dict[str, Any] = {
+        "flops_budget": flops,
+        "latency_budget": None if latency is None else parse_latency(latency),
+        "batch": batch,
+        "schedule": parse_schedule(schedule),
+        "strategy": strategy,
+        "target": target,
+    }
+    Options.of(**found)
+    return found
+
+
+def load(name: str, pretrained: bool, weights: str | None, dtype: Dtype, device: Device) -> LoadedModel:
+    """Raises OptionError, LoadError."""
+    import torch
+
+    from gtp_fx.sources import load_named
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise OptionError("--device cuda: torch finds no GPU here; give --device cpu")
+    loaded = load_named(name, pretrained=pretrained, weights=weights)
+    loaded.model.to(device.value, getattr(torch, dtype.value))
+    return loaded
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -176,7 +176,7 @@ def test_plan_compares_budgets_and_targets() -> None:
         (["no_such_model", "--flops-budget", "0.7"], "no model"),
         ([NAME, "--flops-budget", "0.7", "--flops-budget", "0.6", "--save", "x.json"], "--save keeps one"),
         ([NAME, "--flops-budget", "0.7", "--save", "/nowhere/x.json"], "/nowhere/x.json"),
-        ([NAME, "--flops-budget", "0.7", "--plot", "x.nothing"], "--plot x.nothing"),
+        ([NAME, "--flops-budget", "0.7", "--plot", "x.nothing"], "plot x.nothing"),
     ],
 )
 def test_plan_fails_with_a_sentence(arguments: list[str], message: str) -> None:
