@@ -18,14 +18,14 @@ from gtp_fx.cost.terms import Term, terms_of
 from gtp_fx.forecast import BlockForecast, Cost, Forecast
 from gtp_fx.passes.find_blocks import AttentionBlock, read_blocks
 from gtp_fx.planning import Original, Planned
-from gtp_fx.sites import Candidates, find_sites
+from gtp_fx.sites import Candidates, find_sites, no_sites
 
 
 def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: Options) -> Forecast:
     """Of a plan for `gm`, which is behind the exact passes."""
     graph, target, batch = gm.graph, options.target, options.batch
     blocks = read_blocks(gm)
-    found = find_sites(graph, blocks, options.strategy)
+    found = find_sites(graph, blocks, options.strategy) if planned.plan.sites else no_sites(graph)
     counts = [planned.plan.schedule.propagated[site.block] for site in found.sites]
     owner = _owners(graph, blocks)
     flops = _by_block(found, counts, owner, options, flops_of, 1)

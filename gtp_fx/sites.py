@@ -62,6 +62,11 @@ def find_sites(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Stra
     return Candidates(in_order, typing, {block.index: branch for block, branch in branched}, turns)
 
 
+def no_sites(graph: fx.Graph) -> Candidates:
+    """Where nothing is to leave, and whether anything could isn't asked."""
+    return Candidates((), infer_types(graph), {}, Turns({}, ()))
+
+
 def _refuse_unfit(leaving: list[AttentionBlock], skipping: list[AttentionBlock], strategy: Strategy) -> None:
     asked = [*((block, False) for block in leaving), *((block, True) for block in skipping)]
     unfit = [

@@ -79,6 +79,10 @@ def layout() -> Iterator[Row]:
     yield Row(aten.expand.default, lambda x: x[:, None].expand(x.shape[0], 3, -1, 8), "B, 3, 2+n1, 8")
     yield Row(aten.expand.default, lambda x: x.expand(3, x.shape[0], x.shape[1], 8), "3, B, 2+n1, 8")
     yield Row(aten.expand.default, lambda x: x + x[:, :1].expand(x.shape), "B, 14, 8")
+    each = aten.repeat_interleave.self_int
+    yield Row(each, lambda x: x.unflatten(2, (2, 4)).repeat_interleave(3, 2), "B, 2+n1, 6, 4")
+    yield Row(each, lambda x: x.repeat_interleave(2, 1), "B, 28, 8", "what is repeated run over tokens")
+    yield Row(each, lambda x: x.repeat_interleave(2), "224B", "it flattens what it repeats")
     yield Row(aten.flatten.using_ints, lambda x: x.flatten(0, 1).mean(0), merged)
     yield Row(aten.flatten.using_ints, lambda x: x.unflatten(2, (2, 4)).flatten(-2), STREAM)
     yield Row(aten.unflatten.int, lambda x: x.unflatten(-1, (2, 4)), "B, 2+n1, 2, 4")
@@ -233,6 +237,7 @@ def spatial() -> Iterator[Row]:
         cuts,
         "kept",
     )
+    yield Row(aten.im2col.default, lambda x: F.unfold(grid(x), (2, 1), stride=(2, 1)), "B, 16, m0", cuts)
     volume = "B, 8, h0, h1, h2"
     yield Row(aten.conv3d.default, lambda x, w: F.conv3d(grid(x)[:, :, None], kernel(w, 1, 3, 3)), volume, cuts)
     yield Row(

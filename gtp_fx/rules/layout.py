@@ -15,6 +15,7 @@ from gtp_fx.axes import (
     GridAxis,
     Plain,
     TensorType,
+    holds_images,
     is_plain,
     merge_grids,
     merge_plain,
@@ -25,7 +26,7 @@ from gtp_fx.axes import (
     whole_size,
 )
 from gtp_fx.rules.grids import folded
-from gtp_fx.rules.registry import NOTHING, Call, NoRule, Repair, Typed, rule
+from gtp_fx.rules.registry import NOTHING, Call, NoRule, Repair, Typed, require_plain, rule
 from gtp_fx.rules.unfold import unfolded
 from gtp_fx.sizes import is_symbolic
 
@@ -77,6 +78,19 @@ def expand(call: Call) -> Typed:
         dim if whole_size(dim) == wanted else (Plain(wanted),) for dim, wanted in zip(padded, shape, strict=True)
     )
     return Typed(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
+
+
+@rule(aten.repeat_interleave.self_int)
+def repeat_each(call: Call) -> Typed:
+    """Each entry of one dimension several times in a row, as grouped queries share their keys: nothing that runs over tokens."""
+    x, dim = list(call.type(0)), call.arg(2)
+    if dim is None:
+        raise NoRule("it flattens what it repeats")
+    require_plain([x[dim]], "what is repeated")
+    if holds_images(x[dim]):
+        raise NoRule("it repeats images")
+    x[dim] = (Plain(call.output_shape()[dim]),)
+    return Typed(tuple(x), operands={call.operand(0): call.type(0)})
 
 
 @rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.axes import Grid, GridAxis, Plain, TensorType, is_plain, plain, token_axes, whole_size
+from gtp_fx.axes import Grid, GridAxis, Plain, TensorType, is_plain, merge_grids, plain, token_axes, whole_size
 from gtp_fx.rules.registry import Call, Many, NoRule, Typed, require_plain, rule
 
 GRID_MAKERS = (
@@ -40,6 +40,25 @@ def convolution(call: Call) -> Typed:
         grid = old if old.shape == grid.shape else grid
     sides = tuple((GridAxis(grid, side),) for side in range(len(grid.shape)))
     output: TensorType = ((Plain(shape[0], images=True),), (Plain(shape[1]),), *sides)
+    return Typed(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
+
+
+@rule(aten.im2col.default)
+def columns(call: Call) -> Typed:
+    """F.unfold, [B, C, h, w] -> [B, C·k·k, rows·columns]: patches in a row, of a new grid."""
+    x = call.type(0)
+    if len(x) != 4 or not is_plain(x[0]):
+        raise NoRule("a grid without a batch")
+    counts = [
+        (whole_size(x[2 + side]) + 2 * call.arg(3)[side] - call.arg(2)[side] * (call.arg(1)[side] - 1) - 1)
+        // call.arg(4)[side]
+        + 1
+        for side in range(2)
+    ]
+    shape = call.output_shape()
+    grid = Grid(call.node.name, tuple(counts))
+    patches = merge_grids((GridAxis(grid, 0), GridAxis(grid, 1)))
+    output: TensorType = ((Plain(shape[0], images=True),), (Plain(shape[1]),), patches)
     return Typed(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
 
 

@@ -44,7 +44,7 @@ def unfolded(view: fx.Node) -> list[Factor] | None:
         return None
     sizes = shape_of(split)
     grid = Grid(view.name, tuple(sizes[count] for count in counts))
-    return [GridAxis(grid, counts.index(dim)) if dim in counts else Plain(sizes[dim]) for dim in order]
+    return [GridAxis(grid, counts.index(dim)) if dim in counts else Plain(sizes[dim], images=dim == 0) for dim in order]
 
 
 def _outer_halves(before: tuple[int, ...], after: tuple[int, ...]) -> list[int]:

@@ -1,0 +1,151 @@
+"""Random vision transformers x budgets x strategies, each held to what gtp_fx promises of every model.
+
+    python -m bench.fuzz --cases 1000 --out bench/results/fuzz.json
+
+Some seconds a case: a thousand are a night's work. A failure is printed as the `Case` that makes it again; put it into tests/test_fuzz.py.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+import traceback
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from bench import fuzz_models as models
+from bench.environment import Environment
+from bench.fuzz_checks import Case, check
+from bench.fuzz_models import Architecture
+from bench.output import publish
+from gtp_fx.progress import progress_bar
+from gtp_fx.strategies import STRATEGIES
+
+BUDGETS = (1.0, 0.9, 0.8, 0.65, 0.5)
+
+
+@st.composite
+def architectures(draw: Any) -> Architecture:
+    """Whatever goes together: heads divide, windows divide the grid, a CLS token is there to be read."""
+    window = draw(st.sampled_from((0, 0, 0, 2, 3)))
+    sides = st.integers(1, 3).map(lambda n: n * window) if window else st.integers(2, 8)
+    key_heads = draw(st.integers(1, 3))
+    heads = key_heads * draw(st.sampled_from((1, 1, 2, 4)))
+    attention = draw(st.sampled_from(models.ATTENTIONS))
+    positions = [p for p in models.POSITIONS if attention != "multihead" or p not in ("rotary", "bias")]
+    prefix = 0 if window else draw(st.integers(0, 5))
+    pools = [p for p in models.POOLS if prefix or p not in ("token", "tokens and logits")]
+    return Architecture(
+        grid=(draw(sides), draw(sides)),
+        prefix=prefix,
+        suffix=0 if window else draw(st.sampled_from((0, 0, 0, 1, 3))),
+        depth=draw(st.integers(1, 4)),
+        heads=heads,
+        key_heads=key_heads,
+        sharing=draw(st.sampled_from(models.SHARINGS)),
+        head=draw(st.sampled_from((8, 16, 24))),
+        embed=draw(st.sampled_from(models.EMBEDS)),
+        position=draw(st.sampled_from([p for p in positions if not window or p != "rotary"])),
+        attention=attention,
+        projections=draw(st.sampled_from(models.PROJECTIONS)),
+        query_key_norm=draw(st.sampled_from(("", "", "layer", "rms"))),
+        order=draw(st.sampled_from(models.ORDERS)),
+        layer_scale=draw(st.booleans()),
+        mlp=draw(st.sampled_from(models.MLPS)),
+        norm=draw(st.sampled_from(models.NORMS)),
+        window=window,
+        shift=draw(st.booleans()),
+        pool=draw(st.sampled_from(pools)),
+        dtype=draw(st.sampled_from(("float32", "float32", "float64", "bfloat16"))),
+    )
+
+
+def cases(compiled: st.SearchStrategy[bool]) -> st.SearchStrategy[Case]:
+    return st.builds(
+        Case,
+        architecture=architectures(),
+        flops_budget=st.sampled_from(BUDGETS),
+        strategy=st.sampled_from(["gtp", "gtp", "gtp", *(name for name in STRATEGIES if name != "gtp")]),
+        batch=st.integers(2, 4),
+        compiled=compiled,
+    )
+
+
+def drawn(count: int, first: int = 0, compiled: float = 0.0) -> list[Case]:
+    """`count` cases, the same for the same seed. Hypothesis varies each example a few times before it draws anew: every tenth is taken."""
+    found: list[Case] = []
+    every = round(1 / compiled) if compiled else 0
+    chosen = st.integers(1, every).map(lambda n: n == every) if every else st.just(False)
+
+    @seed(first)
+    @settings(
+        max_examples=10 * count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases(chosen))
+    def collect(case: Case) -> None:
+        found.append(case)
+
+    collect()
+    return found[9::10]
+
+
+def main(
+    count: Annotated[int, typer.Option("--cases", help="How many.")] = 1000,
+    first: Annotated[int, typer.Option("--seed", help="Another one gives other cases.")] = 0,
+    compiled: Annotated[
+        float, typer.Option(help="Share of cases that Inductor compiles, too: ten times as long.")
+    ] = 0.05,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+) -> None:
+    """Exit code 1 where a promise is broken."""
+    outcomes: collections.Counter[str] = collections.Counter()
+    failures: list[dict[str, str]] = []
+    refusals: list[dict[str, str]] = []
+    start = time.perf_counter()
+    with progress_bar() as show, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for done, case in enumerate(drawn(count, first, compiled)):
+            show(", ".join(f"{number} {name}" for name, number in outcomes.items()), done, count)
+            try:
+                outcome, _, why = check(case).partition(": ")
+            except Exception as error:
+                outcome, told = "broken", f"{type(error).__name__}: {error}"
+                where = traceback.format_exc().strip().splitlines()[-12:]
+                failures.append({"case": repr(case), "error": told, "where": "\n".join(where)})
+                typer.echo(f"\n{case!r}\n  {told}", err=True)
+            if outcome == "refused":
+                refusals.append({"case": repr(case), "why": why})
+            outcomes[outcome] += 1
+    for name, count in sorted(outcomes.items(), key=lambda pair: -pair[1]):
+        typer.echo(f"{count:5d} {name}", err=True)
+    publish(
+        {
+            "bench": "fuzz",
+            "cases": count,
+            "seed": first,
+            "seconds": time.perf_counter() - start,
+            "environment": asdict(Environment.here("cpu")),
+            "outcomes": dict(outcomes),
+            "failures": failures,
+            "refusals": refusals,
+        },
+        out,
+    )
+    if failures:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    typer.run(main)
