@@ -18,6 +18,8 @@ from gtp_fx.journeys import journeys
 
 TOLERANCE = {"float32": 2e-4, "float64": 2e-4, "bfloat16": 4e-2}
 """Of outputs' size. Attention that ranks its tokens works in float32 whatever the model's dtype."""
+SWAPPED = {**TOLERANCE, "bfloat16": 0.15}
+"""The same where two ways of rounding choose tokens, of which some are as good as another."""
 
 
 class Broken(AssertionError):
@@ -51,17 +53,19 @@ def check(case: Case) -> str:
     _unchanged(model, before, x, wanted)
     eager = fast.graph_module(x)
     _same_form(wanted, eager)
-    limit = TOLERANCE[case.architecture.dtype]
+    limit, swapped = TOLERANCE[case.architecture.dtype], SWAPPED[case.architecture.dtype]
     nothing_gone = fast.schedule.removes_nothing
     if case.flops_budget == 1.0 or nothing_gone:
         _close(wanted, eager, limit, "budget 1.0 has to be exact")
     _counted(fast, case, x)
-    _close(fast.graph_module(x[1:2]), pytree.tree_map(lambda t: t[1:2], eager), limit, "an image alone and in a batch")
-    _close(_through_dynamo(model, case, x), eager, limit, "the two doors")
+    _close(
+        fast.graph_module(x[1:2]), pytree.tree_map(lambda t: t[1:2], eager), swapped, "an image alone and in a batch"
+    )
+    _close(_through_dynamo(model, case, x), eager, swapped, "the two doors")
     if case.compiled:
-        _close(fast(x), eager, limit, "compiled and eager")
+        _close(fast(x), eager, swapped, "compiled and eager")
     if fast.sites and case.strategy == "gtp":
-        _dropping_is_masking(model, case, limit)
+        _dropping_is_masking(model, case, swapped)
     return "exact" if nothing_gone else "reduced"
 
 
@@ -152,7 +156,7 @@ def _dropping_is_masking(model: RandomViT, case: Case, limit: float) -> None:
         wanted, found = (
             pytree.tree_map(lambda t: t[:, ~gone] if t.ndim == 3 else t, value) for value in (wanted, found)
         )
-    _close(wanted, found, 2 * limit, "dropping tokens and masking them")  # two ways of rounding
+    _close(wanted, found, limit, "dropping tokens and masking them")
 
 
 def _close(wanted: Any, found: Any, limit: float, what: str) -> None:

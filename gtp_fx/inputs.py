@@ -28,6 +28,14 @@ class CallSignature:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call has this form."""
+        try:
+            self.canonical(args, kwargs)
+        except InputError:
+            return False
+        return True
+
     def canonical(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call in the captured form. Raises InputError where the call has another."""
         try:

@@ -1,13 +1,16 @@
 """What `optimize` returns: an nn.Module that stands in for the original.
 
 Same call, same output type and shapes, same parameters (names, order, storage), any batch, both modes, `.to()`,
-`state_dict()`, and the original's plain attributes (`config`, `pretrained_cfg`, …). What would run the *original's* code, its
-methods, is refused instead of silently being slow.
+`state_dict()`, and the original's attributes (`config`, `pretrained_cfg`, …) and methods, those that take tensors optimised as well
+(`gtp_fx.methods`).
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,8 +20,11 @@ from torch import fx, nn
 from gtp_fx.capture import capture_module
 from gtp_fx.config import Options
 from gtp_fx.damage.calibration import Calibration, bound
-from gtp_fx.inputs import CallSignature
+from gtp_fx.errors import NoBlocksError, ScheduleError
+from gtp_fx.inputs import CallSignature, call_signature
 from gtp_fx.lowering import lowered
+from gtp_fx.methods import MethodModule, run_on_original, takes_tensors
+from gtp_fx.passes.call_functions import call_functions
 from gtp_fx.pipeline import Optimised, run_passes
 from gtp_fx.provenance import Provenance, SiteRecord, provenance_runner
 from gtp_fx.report import Report
@@ -105,12 +111,60 @@ class OptimizedModel(nn.Module):
             if name == "_gtp" or name.startswith("__"):
                 raise
         value = getattr(self._gtp.original, name)  # raises the usual error where there is none
-        if callable(value):
-            raise AttributeError(
-                f"{type(self._gtp.original).__name__}.{name} would run the original model, not the optimised graph; call the "
-                f"optimised model itself, or gtp_fx.optimize a module whose forward is {name}"
-            )
-        return value
+        return functools.partial(self._call_method, name, value) if inspect.ismethod(value) else value
+
+    def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        state = self._gtp
+        if not takes_tensors(args, kwargs):
+            result, changed = run_on_original(state.original, method, args, kwargs)
+            if changed:
+                self._remake()
+            return result
+        made = state.methods.setdefault(name, [])
+        for fast in made:
+            if fast is None or fast.signature.takes(args, kwargs):
+                break
+        else:
+            fast = self._optimised_method(name, args, kwargs)
+            made.append(fast)
+        if fast is None:
+            return method(*args, **kwargs)
+        fast.training = self.training
+        return fast(*args, **kwargs)
+
+    def _optimised_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OptimizedModel | None:
+        """None where there is no attention in it, so that it may as well run as it is."""
+        state = self._gtp
+        module = MethodModule(state.original, name)
+        example: Any = args if not kwargs else inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        options = _settled(state.options, state.evaluation)
+        try:
+            fast = OptimizedModel(module, call_signature(module, example), options, state.compile)
+        except NoBlocksError:
+            return None
+        except ScheduleError as error:
+            raise ScheduleError(f"{type(state.original).__name__}.{name}: {error}") from error
+        fast._parameters, fast._buffers, fast._modules = self._parameters, self._buffers, self._modules
+        for made in fast._gtp.by_mode.values():
+            _share(made.graph_module, self)
+        return fast
+
+    def _remake(self) -> None:
+        """The original has other modules or parameters now: with the same schedule, from the start."""
+        state = self._gtp
+        tree = _parameter_tree(state.original, {})
+        for mine, new in (
+            (self._parameters, tree._parameters),
+            (self._buffers, tree._buffers),
+            (self._modules, tree._modules),
+        ):
+            mine.clear()
+            mine.update(new)  # type: ignore[arg-type]
+        state.options = _settled(state.options, state.evaluation)
+        state.by_mode.clear()
+        state.runners.clear()
+        state.methods.clear()
+        self._specialise(training=False)
 
     def extra_repr(self) -> str:
         return f"{type(self._gtp.original).__name__} at {self.report.flops_ratio:.4f} of its FLOPs"
@@ -118,11 +172,7 @@ class OptimizedModel(nn.Module):
     def _specialise(self, training: bool) -> Optimised:
         """Capture and rewrite in one mode; in training with the schedule of evaluation."""
         state = self._gtp
-        options = state.options
-        if training:
-            made = state.evaluation  # of the strategy, too, calibration may have chosen another
-            options = replace(options, flops_budget=None, latency_budget=None, calibration=None)
-            options = replace(options, schedule=made.schedule, strategy=made.strategy)
+        options = _settled(state.options, state.evaluation) if training else state.options
         if options.calibration is not None:
             options = replace(options, calibration=bound(options.calibration, state.signature.canonical))
         optimised = run_passes(capture_module(state.original, state.signature, training), options)
@@ -135,19 +185,14 @@ class OptimizedModel(nn.Module):
         state, training, device = self._gtp, self.training, self._device()
         if (training, device) not in state.runners:
             optimised = state.by_mode.get(training) or self._specialise(training)
-            graph_module: Any = optimised.graph_module
+            runner: Any = call_functions(
+                lowered(optimised.graph_module, device) if state.compile else optimised.graph_module
+            )
+            _share(runner, self)
             if state.compile:
-                options = dict(state.options.target.inductor) or None
-                graph_module = torch.compile(self._lowered(graph_module, device), options=options)
-            state.runners[training, device] = graph_module
+                runner = torch.compile(runner, options=dict(state.options.target.inductor) or None)
+            state.runners[training, device] = runner
         return state.runners[training, device]
-
-    def _lowered(self, graph_module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-        """Over this module's parameters, too."""
-        kernels = lowered(graph_module, device)
-        if kernels is not graph_module:
-            _share(kernels, self)
-        return kernels
 
     def _device(self) -> torch.device:
         """Where it is now: `.to()` may have moved it since it was captured."""
@@ -157,7 +202,8 @@ class OptimizedModel(nn.Module):
 
 @dataclass
 class _State:
-    """What an OptimizedModel keeps beside its parameters. by_mode: by `training`; runners: by that and the device."""
+    """What an OptimizedModel keeps beside its parameters. by_mode: by `training`; runners: by that and the device. methods: the original's,
+    by name, one for each form of arguments; None where it runs as it is."""
 
     original: nn.Module
     signature: CallSignature
@@ -165,17 +211,30 @@ class _State:
     compile: bool
     by_mode: dict[bool, Optimised] = field(default_factory=dict)
     runners: dict[tuple[bool, torch.device], Any] = field(default_factory=dict)
+    methods: dict[str, list[OptimizedModel | None]] = field(default_factory=dict)
 
     @property
     def evaluation(self) -> Optimised:
         return self.by_mode[False]
 
 
+def _settled(options: Options, made: Optimised) -> Options:
+    """The schedule that was made, with its strategy, which calibration may have chosen; no budget."""
+    options = replace(options, flops_budget=None, latency_budget=None, calibration=None)
+    return replace(options, schedule=made.schedule, strategy=made.strategy)
+
+
 def _parameter_tree(module: nn.Module, seen: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Bare modules with the parameters and buffers of `module` under the same names."""
+    """Bare modules with the parameters and buffers of `module` under the same names.
+
+    Linear layers stay what they are: that is how a quantiser that replaces weights (torchao's) finds them.
+    """
     if module in seen:
         return seen[module]
     bare = seen[module] = nn.Module()
+    if type(module) is nn.Linear:
+        bare.__class__ = nn.Linear
+        bare.in_features, bare.out_features = module.in_features, module.out_features
     bare._parameters.update(module._parameters)
     bare._buffers.update(module._buffers)
     bare._non_persistent_buffers_set.update(module._non_persistent_buffers_set)

@@ -49,6 +49,7 @@ def spell_attention(gm: fx.GraphModule) -> fx.GraphModule:
     typing = infer_types(gm.graph)
     for node in list(gm.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
+            _repeat_shared(gm.graph, node)
             _separate_heads(gm.graph, node, typing)
         if node.target not in _PRODUCTS or not isinstance(node.args[0], fx.Node):
             continue
@@ -57,6 +58,26 @@ def spell_attention(gm: fx.GraphModule) -> fx.GraphModule:
         if logits is not None and _same_rank(logits, node):
             _replace(gm.graph, node, logits, typing)
     return graphs.finish(gm)
+
+
+def _repeat_shared(graph: fx.Graph, attention: fx.Node) -> None:
+    """Grouped queries, several heads of which share a key's: each gets its own, as without `enable_gqa`."""
+    if not attention.kwargs.get("enable_gqa"):
+        return
+    q, k, v, *rest = attention.args
+    heads = shape_of(q)[-3]  # type: ignore[arg-type]
+    with graph.inserting_before(attention):
+        k, v = (
+            graphs.call(
+                graph, aten.repeat_interleave.self_int, shared, heads // shape_of(shared)[-3], -3, like=attention
+            )  # type: ignore[arg-type]
+            for shared in (k, v)
+        )
+    for repeated, shared in ((k, attention.args[1]), (v, attention.args[2])):
+        value = shared.meta["val"]  # type: ignore[union-attr]
+        repeated.meta["val"] = value.repeat_interleave(heads // value.shape[-3], dim=-3)
+    attention.args = (q, k, v, *rest)
+    attention.kwargs = {name: value for name, value in attention.kwargs.items() if name != "enable_gqa"}
 
 
 def _softmax_before(node: fx.Node) -> fx.Node | None:

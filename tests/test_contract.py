@@ -70,8 +70,6 @@ def test_to_moves_graph_and_parameters_together(fast: gtp_fx.OptimizedModel) -> 
 def test_attributes_of_the_original_can_be_read(model: nn.Module, fast: gtp_fx.OptimizedModel) -> None:
     assert fast.pretrained_cfg == model.pretrained_cfg
     assert fast.num_features == model.num_features
-    with pytest.raises(AttributeError, match="forward_features would run the original"):
-        _ = fast.forward_features
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = fast.no_such_thing
 
