@@ -42,6 +42,7 @@ class OptimizedModel(nn.Module):
 
     def __init__(self, original: nn.Module, signature: CallSignature, options: Options, compile: bool) -> None:
         super().__init__()
+        self.__class__ = _class_like(type(original))
         tree = _parameter_tree(original, {})
         # The graphs and this module hold the very same dicts, so `.to()` and `load_state_dict` reach all of them.
         self._parameters, self._buffers, self._modules = tree._parameters, tree._buffers, tree._modules
@@ -166,8 +167,11 @@ class OptimizedModel(nn.Module):
         state.methods.clear()
         self._specialise(training=False)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _bare, (type(self._gtp.original),), self.__dict__
+
     def extra_repr(self) -> str:
-        return f"{type(self._gtp.original).__name__} at {self.report.flops_ratio:.4f} of its FLOPs"
+        return f"optimised by gtp_fx, at {self.report.flops_ratio:.4f} of its FLOPs"
 
     def _specialise(self, training: bool) -> Optimised:
         """Capture and rewrite in one mode; in training with the schedule of evaluation."""
@@ -198,6 +202,31 @@ class OptimizedModel(nn.Module):
         """Where it is now: `.to()` may have moved it since it was captured."""
         held = next(itertools.chain(self.parameters(), self.buffers()), None)
         return torch.device("cpu") if held is None else held.device
+
+
+@functools.cache
+def _class_like(original: type[nn.Module]) -> type[OptimizedModel]:
+    """An OptimizedModel by the name of the original's class, with its forward's signature: Trainers and pipelines ask for both."""
+
+    def forward(self: OptimizedModel, *args: Any, **kwargs: Any) -> Any:
+        return OptimizedModel.forward(self, *args, **kwargs)
+
+    signature = inspect.signature(original.forward)
+    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if len(named) > 1:  # a graph takes no arguments but those that it was captured with
+        signature = signature.replace(parameters=named)
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return type(
+        original.__name__,
+        (OptimizedModel,),
+        {"forward": forward, "__doc__": OptimizedModel.__doc__, "__module__": __name__},
+    )
+
+
+def _bare(original: type[nn.Module]) -> OptimizedModel:
+    """To be filled with another one's state: a copy, or what was pickled."""
+    cls = _class_like(original)
+    return cls.__new__(cls)
 
 
 @dataclass
