@@ -6,12 +6,11 @@
 ARCHITECTURE.md is the map.
 """
 
-from pathlib import Path as _Path
+import sys as _sys
 
-# In a checkout that is not installed, passes/ and targets/ stand beside this folder, not in it.
-_checkout = _Path(__file__).resolve().parent.parent
-if (_checkout / "passes" / "find_blocks.py").exists() and str(_checkout) not in __path__:
-    __path__.append(str(_checkout))
+from gtp_fx.checkout import BesideThePackage as _BesideThePackage
+
+_sys.meta_path.insert(0, _BesideThePackage())
 
 from gtp_fx.api import optimize  # noqa: E402
 from gtp_fx.damage.calibration import Calibration  # noqa: E402

@@ -20,7 +20,7 @@ from gtp_fx.axes import Dim, Grid, Plain, TensorType, is_plain, split_tokens, wh
 from gtp_fx.branches import Branch, is_token_wise
 from gtp_fx.errors import Refusal
 from gtp_fx.features import Lost, are_last, features_of, is_move, moved, named, parts_in
-from gtp_fx.graphs import ancestors, operator_name
+from gtp_fx.graphs import ancestors, operator_name, refusal
 from gtp_fx.infer import Typing
 from gtp_fx.layouts import NoLayout, arrange, base_of, convert
 from gtp_fx.passes.find_blocks import AttentionBlock
@@ -81,7 +81,7 @@ def take_turns(blocks: Sequence[AttentionBlock], typing: Typing, strategy: Strat
                 continue
             except NoHalf as reason:
                 why = f"tokens skip what follows it and not this attention: {reason}"
-                refusals.append(Refusal(block.layer, operator_name(block.attention), why))
+                refusals.append(refusal(block.attention, why))
         whole[grid] = block
     return Turns(halves, tuple(refusals))
 

@@ -1,6 +1,6 @@
 """`torch.compile(model, backend="gtp", options={…})`, the door for graphs that Dynamo captures.
 
-Options are `optimize`'s: flops_budget, schedule, strategy, target, dead_tokens; and "mode", torch.compile's own, which
+Options are `optimize`'s: flops_budget, schedule, strategy, target, …; and "mode", torch.compile's own, which
 torch refuses beside options=. Dynamo calls a backend once a graph, and again for a second batch size: the schedule depends
 on the graph alone, so it is the same each time.
 """
@@ -8,7 +8,6 @@ on the graph alone, so it is the same each time.
 from __future__ import annotations
 
 import importlib
-import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -21,8 +20,6 @@ from gtp_fx.config import Options
 from gtp_fx.errors import NoBlocksError, OptionError
 from gtp_fx.lowering import lowered
 from gtp_fx.pipeline import run_passes
-
-log = logging.getLogger(__name__)
 
 
 def gtp(
@@ -45,8 +42,8 @@ def gtp(
     except NoBlocksError as error:
         warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
         return _inductor(gm, example_inputs, patches)
-    log.info("%s", optimised.report)
-    return _inductor(lowered(optimised.graph_module, _device(example_inputs)), example_inputs, patches)
+    made = lowered(optimised.graph_module, _device(example_inputs), checked.disabled_passes)
+    return _inductor(made, example_inputs, patches)
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:

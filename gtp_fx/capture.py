@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -121,11 +123,11 @@ def _explained(error: Exception) -> str:
     if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error):
         return (
             f"its forward decides by what a tensor holds (an `if`, a loop or a shape that depends on values), and a graph has "
-            f"one course: {_first_lines(error, 1)}\nOptimise the module inside that doesn't; torch.compile(model, "
+            f"one course: {_first_lines(error, 1)}{_where(error)}\nOptimise the module inside that doesn't; torch.compile(model, "
             f"backend='gtp') does so by itself, since Dynamo breaks the graph there"
         )
     return (
-        f"{_first_lines(error)}\nGive example_inputs that the model takes; torch.export.export(model, example_inputs) shows "
+        f"{_first_lines(error)}{_where(error)}\nGive example_inputs that the model takes; torch.export.export(model, example_inputs) shows "
         f"the whole error"
     )
 
@@ -180,6 +182,14 @@ def _by_name(signature: CallSignature, each: Callable[[Any], Any]) -> dict[str, 
     """`each` leaf's, as torch.export wants dynamic shapes: by the parameter's name in `forward`."""
     args, kwargs = pytree.tree_map(each, (signature.args, signature.kwargs))
     return dict(signature.parameters.bind(*args, **kwargs).arguments)
+
+
+def _where(error: Exception) -> str:
+    """The line of the model's source at which it came up, where it was running: the last that is neither torch's nor this package's."""
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    model = [frame for frame in frames if frame.name != "<module>"]
+    return f" [{model[-1].filename}:{model[-1].lineno}: {model[-1].line}]" if model else ""
 
 
 def _first_lines(error: Exception, count: int = 3) -> str:

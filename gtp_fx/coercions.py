@@ -15,7 +15,7 @@ from torch import fx
 
 from gtp_fx.axes import Dim, TensorType, TokenAxis, images_dims, plain, token_axes, token_axis, whole_size
 from gtp_fx.errors import Refusal
-from gtp_fx.graphs import layer_name, operator_name
+from gtp_fx.graphs import refusal
 from gtp_fx.infer import Typing
 from gtp_fx.rules.registry import Typed
 
@@ -85,7 +85,7 @@ def find_coercions(typing: Typing) -> Coercions:
             try:
                 found.append(_coercion(node, operand, own, wanted, answer, typing))
             except _CannotCoerce as reason:
-                refused.append(Refusal(layer_name(node), operator_name(node), str(reason)))
+                refused.append(refusal(node, str(reason)))
     return Coercions(tuple(found), tuple(refused))
 
 

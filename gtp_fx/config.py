@@ -15,6 +15,17 @@ from gtp_fx.scheduling import AUTO, SCHEDULES
 from gtp_fx.strategies import Strategy, strategy_named
 from gtp_fx.targets import Target, target_named
 
+DISABLEABLE = (
+    "fold_constants",
+    "spell_einsum",
+    "spell_attention",
+    "split_projections",
+    "drop_dead_tokens",
+    "fuse_projections",
+    "lower_to_kernels",
+)
+"""Passes that may be left out, to see what one does or to do without. What a budget asks for can't be."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -25,6 +36,7 @@ class Options:
         (of a graph whose batch is fixed, for that).
     schedule: "auto", "uniform", "even", a Schedule, or tokens that leave in each attention block.
     dead_tokens: drop tokens that no output depends on (exact).
+    disabled_passes: exact passes to leave out, names in `DISABLEABLE`. dump_graphs: a folder for the graph behind each pass.
     calibration: unlabelled images that schedule="auto" measures damage on; None for a prior. Bound to the model's calls.
     """
 
@@ -35,6 +47,8 @@ class Options:
     strategy: Strategy
     target: Target
     dead_tokens: bool
+    disabled_passes: tuple[str, ...] = ()
+    dump_graphs: str | None = None
     calibration: Calibration | None = None
 
     @classmethod
@@ -47,6 +61,8 @@ class Options:
         strategy: str | Strategy = "gtp",
         target: str | Target = "auto",
         dead_tokens: bool = True,
+        disabled_passes: Sequence[str] = (),
+        dump_graphs: str | None = None,
         calibration: Any = None,
     ) -> Options:
         """Options from what a user wrote. Raises OptionError with the bad value and the good ones."""
@@ -77,6 +93,8 @@ class Options:
             strategy_named(strategy),
             target_named(target),
             dead_tokens,
+            _disabled(disabled_passes),
+            None if dump_graphs is None else str(dump_graphs),
             None if calibration is None else Calibration.of(calibration),
         )
 
@@ -112,6 +130,15 @@ class Options:
         if unknown:
             raise OptionError(f"unknown option {', '.join(map(repr, unknown))}; the backend knows {', '.join(known)}")
         return cls.of(**options)
+
+
+def _disabled(names: Any) -> tuple[str, ...]:
+    given = (names,) if isinstance(names, str) else tuple(names)
+    if unknown := [name for name in given if name not in DISABLEABLE]:
+        raise OptionError(
+            f"disabled_passes={unknown}: no such pass can be left out; give some of {', '.join(DISABLEABLE)}"
+        )
+    return given
 
 
 def _budget(value: float | None) -> float | None:

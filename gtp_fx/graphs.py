@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,6 +11,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from gtp_fx.errors import Refusal
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 META_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 
 
@@ -29,6 +34,22 @@ def layer_name(node: fx.Node) -> str:
         return ""
     path, _ = list(stack.values())[-1]
     return str(path).replace("L['self'].", "").removeprefix("L['self']").strip(".")
+
+
+def source_line(node: fx.Node) -> str:
+    """Where in the model's source the node was called, "timm/layers/attention.py:124", or "" where the graph doesn't know."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    file, line = frames[-1]
+    for folder in ("/site-packages/", "/dist-packages/"):
+        file = file.rpartition(folder)[2]
+    return f"{os.path.relpath(file) if os.path.isabs(file) and file.startswith(os.getcwd()) else file}:{line}"
+
+
+def refusal(node: fx.Node, reason: str, remedy: str = "") -> Refusal:
+    """What the compiler leaves as it is at `node`, and why."""
+    return Refusal(layer_name(node), operator_name(node), reason, remedy, source_line(node))
 
 
 def descendants(node: fx.Node) -> set[fx.Node]:

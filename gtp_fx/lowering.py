@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -13,12 +14,12 @@ _LEAST_CAPABILITY = (8, 0)
 """Ampere: the kernels' tiles want its shared memory, and bfloat16 its tensor cores."""
 
 
-def lowered(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """`gm` in Triton kernels where `device` is a GPU that they are made for, and `gm` itself elsewhere.
+def lowered(gm: fx.GraphModule, device: torch.device, disabled: Sequence[str] = ()) -> fx.GraphModule:
+    """`gm` in Triton kernels where `device` is a GPU that they are made for, and `gm` itself elsewhere or where that pass is disabled.
 
     Export and eager runs take `gm`, which is plain ATen.
     """
-    return lower_to_kernels(gm) if has_kernels(device) else gm
+    return lower_to_kernels(gm) if has_kernels(device) and "lower_to_kernels" not in disabled else gm
 
 
 def has_kernels(device: torch.device) -> bool:

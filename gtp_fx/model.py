@@ -190,7 +190,9 @@ class OptimizedModel(nn.Module):
         if (training, device) not in state.runners:
             optimised = state.by_mode.get(training) or self._specialise(training)
             runner: Any = call_functions(
-                lowered(optimised.graph_module, device) if state.compile else optimised.graph_module
+                lowered(optimised.graph_module, device, state.options.disabled_passes)
+                if state.compile
+                else optimised.graph_module
             )
             _share(runner, self)
             if state.compile:

@@ -9,7 +9,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.axes import TensorType, is_plain, token_axes, token_axis
 from gtp_fx.errors import Refusal
-from gtp_fx.graphs import ancestors, layer_name, operator_name
+from gtp_fx.graphs import ancestors, operator_name, refusal
 from gtp_fx.infer import Typing
 from gtp_fx.passes.find_blocks import ATTENTION, MARK
 
@@ -42,7 +42,7 @@ def other_attention(graph: fx.Graph, typing: Typing) -> tuple[Refusal, ...]:
         elif node.target in _SOFTMAX and _feeds_a_product(node):
             reason = _why_not_spelled(node)
         if reason:
-            found.setdefault(reason, []).append(Refusal(layer_name(node), operator_name(node), reason))
+            found.setdefault(reason, []).append(refusal(node, reason))
     return tuple(_counted(refusals) for refusals in found.values())
 
 

@@ -12,6 +12,7 @@ from gtp_fx.cost.count import count_flops
 from gtp_fx.errors import OptionError
 from gtp_fx.forecasting import forecast
 from gtp_fx.graphs import layer_name, operator_name
+from gtp_fx.journal import Journal
 from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.find_blocks import find_blocks, read_blocks
 from gtp_fx.passes.fold_constants import fold_constants
@@ -49,11 +50,13 @@ class Optimised:
 
 @dataclass(frozen=True)
 class Exact:
-    """A graph behind the exact passes, its blocks marked. original: before them. steps: what each did."""
+    """A graph behind the exact passes, its blocks marked. original: before them. steps: what each did. journal: goes on with
+    the passes behind."""
 
     graph_module: fx.GraphModule
     original: Original
     steps: tuple[PassStep, ...]
+    journal: Journal
 
 
 def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
@@ -62,7 +65,7 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
     gm = exact.graph_module
     planned = make_plan(gm, options, exact.original)
     plan: Plan = planned.plan
-    result, steps = carry_out(gm, plan, exact.original.flops)
+    result, steps = carry_out(gm, plan, exact.original.flops, exact.journal)
     check_outputs(captured, result)
     try_out(result.graph)
     after = count_flops(result.graph)
@@ -90,6 +93,8 @@ def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
         batch=options.batch,
         forecast=forecast(gm, exact.original, planned, replace(options, strategy=plan.strategy)),
     )
+    exact.journal.note("schedule", plan.schedule.to_json())
+    exact.journal.note("report", str(report))
     return Optimised(result, plan.schedule, plan.strategy, report, record_sites(result), planned.moved)
 
 
@@ -98,7 +103,8 @@ def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
     # What no output depends on is none of the model's work: one door's capture drops it, the other's doesn't.
     spelled = normalise(captured)
     original = Original(spelled.graph, count_flops(spelled.graph))
-    run = Runner("exact", original.flops)
+    journal = Journal.beginning(captured, options.dump_graphs)
+    run = Runner("exact", original.flops, journal, options.disabled_passes)
     whole_maps = options.strategy.whole_maps
     gm = run("normalise", normalise, captured)
     gm = run("fold_constants", fold_constants, gm)
@@ -109,7 +115,7 @@ def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
         gm = run("split_projections", lambda g: split_projections(g, whole_maps), gm)
         gm = run("drop_dead_tokens", lambda g: drop_dead_tokens(g, whole_maps), gm)
     gm = run("fuse_projections", fuse_projections, gm)
-    return Exact(gm, original, tuple(run.steps))
+    return Exact(gm, original, tuple(run.steps), journal)
 
 
 def _recovered(graph: fx.Graph) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from gtp_fx.cost.count import count_flops
+from gtp_fx.journal import Journal
 from gtp_fx.passes.insert_branches import insert_branches
 from gtp_fx.passes.insert_propagation import insert_propagation
 from gtp_fx.plan import Plan
@@ -21,9 +22,11 @@ log = logging.getLogger(__name__)
 Rewrite = Callable[[fx.GraphModule], fx.GraphModule]
 
 
-def carry_out(gm: fx.GraphModule, plan: Plan, original: int) -> tuple[fx.GraphModule, tuple[PassStep, ...]]:
+def carry_out(
+    gm: fx.GraphModule, plan: Plan, original: int, journal: Journal
+) -> tuple[fx.GraphModule, tuple[PassStep, ...]]:
     """The approximate passes: `gm`, behind the exact ones, with the plan's tokens leaving. original: FLOPs, for the account."""
-    run = Runner("approximate", original)
+    run = Runner("approximate", original, journal)
     for name, rewrite in _approximate(plan):
         gm = run(name, rewrite, gm)
     return gm, tuple(run.steps)
@@ -51,19 +54,25 @@ def _approximate(plan: Plan) -> list[tuple[str, Rewrite]]:
 
 @dataclass
 class Runner:
-    """Runs passes of one tier: verifies each, and keeps account."""
+    """Runs passes of one tier, but for disabled ones: verifies each, and keeps account."""
 
     tier: str
     original: int
+    journal: Journal
+    disabled: tuple[str, ...] = ()
     steps: list[PassStep] = field(default_factory=list)
 
     def __call__(self, name: str, rewrite: Rewrite, gm: fx.GraphModule) -> fx.GraphModule:
+        if name in self.disabled:
+            log.info("%s: disabled", name)
+            return gm
         result = rewrite(gm)
         if result is not gm:  # a pass with nothing to do may hand back what it got
             propagate_shapes(result, after=name)
         step = PassStep(name, self.tier, count_flops(result.graph), _operators(result.graph))
         self.steps.append(step)
         ratio = step.flops / max(self.original, 1)
+        self.journal.page(name, result)
         log.info("%s (%s): %d operators, %.4f of the FLOPs", name, self.tier, step.operators, ratio)
         return result
 

@@ -22,7 +22,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
 from gtp_fx.branches import Branch, NoBranch, find_branch, pooled_to
 from gtp_fx.errors import Refusal
-from gtp_fx.graphs import ancestors, attention_dropout, copy_of, descendants, layer_name, operator_name
+from gtp_fx.graphs import ancestors, attention_dropout, copy_of, descendants, layer_name, refusal
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.layouts import base_of
 from gtp_fx.schedule import BlockShape
@@ -147,7 +147,7 @@ def _with_branch(block: AttentionBlock, typing: Typing) -> AttentionBlock:
 
 
 def _refusal(attention: fx.Node, reason: str) -> Refusal:
-    return Refusal(layer_name(attention), operator_name(attention), reason)
+    return refusal(attention, reason)
 
 
 def self_attention_axis(node: fx.Node, typing: Typing) -> TokenAxis | None:
