@@ -63,6 +63,11 @@ def optimize(
         raise OptionError(
             f"model={model!r} is no nn.Module; give a model such as timm.create_model('deit_small_patch16_224')"
         )
+    if isinstance(model, OptimizedModel):
+        raise OptionError(
+            f"this {type(model).__name__} is optimised already, to {model.report.flops_ratio:.3f} of its FLOPs: optimize the original, with "
+            f"the budget that you want in all"
+        )
     options = Options.of(
         flops_budget=flops_budget,
         latency_budget=latency_budget,

@@ -36,6 +36,8 @@ def gtp(
     mode = chosen.pop("mode", mode)
     checked = Options.from_mapping(chosen)
     patches = {**_mode_options(mode), **checked.target.inductor}
+    if any(getattr(node.target, "namespace", "") == "gtp_fx" for node in gm.graph.nodes):
+        raise OptionError("backend 'gtp': this model is optimised already; compile it with torch.compile's own backend")
     captured = capture_dynamo(gm)
     try:
         optimised = run_passes(captured, checked)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import traceback
 import warnings
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 def capture_module(model: nn.Module, signature: CallSignature, training: bool = False) -> fx.GraphModule:
     """The graph of `model` called as `signature` says, in training or evaluation mode. `model` comes back unchanged."""
-    with _mode(model, training):
+    with tracing_alone(), _mode(model, training):
         try:
             program, attributes = export_batched(model, signature)
             if attributes:
@@ -48,6 +49,12 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
     captured = fx.GraphModule(exported, exported.graph)
     fix_symbols(captured)
     return captured
+
+
+def tracing_alone() -> Any:
+    """A context that one thread is in at a time: tracing patches torch for the whole process. Dynamo's own lock, which it holds when it
+    calls a backend."""
+    return importlib.import_module("torch._dynamo.convert_frame").compile_lock
 
 
 def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:

@@ -26,7 +26,7 @@ from gtp_fx.lowering import lowered
 from gtp_fx.methods import MethodModule, run_on_original, takes_tensors
 from gtp_fx.passes.call_functions import call_functions
 from gtp_fx.pipeline import Optimised, run_passes
-from gtp_fx.provenance import Provenance, SiteRecord, provenance_runner
+from gtp_fx.provenance import Provenance, SiteRecord, output_and_provenance_runner, provenance_runner
 from gtp_fx.report import Report
 from gtp_fx.schedule import Schedule
 from gtp_fx.strategies import Strategy
@@ -92,6 +92,14 @@ class OptimizedModel(nn.Module):
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
         evaluation = self._gtp.evaluation
         return provenance_runner(evaluation.graph_module, evaluation.sites, self._device())(*args, **kwargs)
+
+    def with_provenance(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Provenance, ...]]:
+        """Called as the model is: what it returns, and `provenance`, from one run. Of a map of tokens that is returned, those that were left
+        (and needn't have come back) are at `index`, behind the prefix: what a reader of fewer tokens takes."""
+        args, kwargs = self._gtp.signature.canonical(args, kwargs)
+        evaluation = self._gtp.evaluation
+        run = output_and_provenance_runner(evaluation.graph_module, evaluation.sites, self._device())
+        return run(*args, **kwargs)
 
     def attention_thresholds(self, images: Any) -> Thresholds:
         """Of a model that was optimised with theta below 1: its smallest attention that stays, by block and head, for `GTP(thresholds=…)`.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+from torch.utils import _pytree as pytree
 
 from gtp_fx.axes import Grid
 from gtp_fx.graphs import call, returning
@@ -83,9 +84,7 @@ def provenance_runner(
 
     records: of `gm`, or of the graph that it is a copy of. device: where the model is.
     """
-    streams: dict[Grid, list[SiteRecord]] = {}
-    for record in records:
-        streams.setdefault(record.grid, []).append(record)
+    streams = _by_stream(records)
 
     def results(copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
         calls = [copies[node] for node in calls_of(gm.graph)]
@@ -94,10 +93,44 @@ def provenance_runner(
     runner = returning(gm, results)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Provenance, ...]:
-        flat = runner(*args, **kwargs)
-        return tuple(Provenance(grid.shape, flat[2 * i], flat[2 * i + 1]) for i, grid in enumerate(streams))
+        return _provenances(streams, runner(*args, **kwargs))
 
     return run
+
+
+def output_and_provenance_runner(
+    gm: fx.GraphModule, records: Sequence[SiteRecord], device: torch.device
+) -> Callable[..., tuple[Any, tuple[Provenance, ...]]]:
+    """The same, with what the graph returns, in one run."""
+    streams = _by_stream(records)
+    count = len(gm.graph.output_node().all_input_nodes)
+    returned: list[Any] = pytree.tree_leaves(gm.graph.output_node().args[0])
+
+    def results(copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+        calls = [copies[node] for node in calls_of(gm.graph)]
+        outputs = [copies[node] for node in gm.graph.output_node().all_input_nodes]
+        return [*outputs, *(value for sites in streams.values() for value in _carried(sites, calls, device))]
+
+    runner = returning(gm, results)
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Any, tuple[Provenance, ...]]:
+        flat = runner(*args, **kwargs)
+        of_node = dict(zip(gm.graph.output_node().all_input_nodes, flat[:count], strict=True))
+        outputs = [of_node.get(value, value) for value in returned]
+        return gm.graph.process_outputs(outputs), _provenances(streams, flat[count:])
+
+    return run
+
+
+def _by_stream(records: Sequence[SiteRecord]) -> dict[Grid, list[SiteRecord]]:
+    streams: dict[Grid, list[SiteRecord]] = {}
+    for record in records:
+        streams.setdefault(record.grid, []).append(record)
+    return streams
+
+
+def _provenances(streams: dict[Grid, list[SiteRecord]], flat: Sequence[Tensor]) -> tuple[Provenance, ...]:
+    return tuple(Provenance(grid.shape, flat[2 * i], flat[2 * i + 1]) for i, grid in enumerate(streams))
 
 
 def calls_of(graph: fx.Graph) -> list[fx.Node]:

@@ -88,7 +88,7 @@ class Schedule:
             if not all(_is_count(size) for block in blocks for size in asdict(block).values()):
                 raise ScheduleError("a schedule's blocks are described by integers")
             return cls(tuple(data["propagated"]), blocks)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ScheduleError(f"not a schedule's JSON: {error!r}; Schedule.to_json() writes one") from error
 
 

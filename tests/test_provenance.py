@@ -10,6 +10,7 @@ import torch
 
 import gtp_fx
 
+import hf_models
 from reference import gtp_reference
 from zoo import BY_NAME, build, images
 
@@ -63,3 +64,17 @@ def test_a_copy_and_a_saved_model_tell_the_same(strategy: str) -> None:
         (found,) = other.provenance(x)
         assert found.grid == wanted.grid
         assert torch.equal(found.matrix, wanted.matrix) and torch.equal(found.index, wanted.index)
+
+
+@torch.no_grad()
+def test_outputs_and_provenance_come_from_one_run() -> None:
+    """Of the map that comes back, what is at `index` are the tokens that were left: the others are made up."""
+    fast = gtp_fx.optimize(hf_models.build("dinov2"), flops_budget=0.6, compile=False)
+    given = hf_models.inputs("dinov2", batch=3)
+    found, (patches,) = fast.with_provenance(**given)
+    wanted, (alone,) = fast(**given), fast.provenance(**given)
+    assert type(found) is type(wanted)
+    torch.testing.assert_close(found.last_hidden_state, wanted.last_hidden_state)
+    torch.testing.assert_close(patches.matrix, alone.matrix)
+    assert torch.equal(patches.index, alone.index)
+    assert patches.index.shape[1] < 64 == found.last_hidden_state.shape[1] - 1

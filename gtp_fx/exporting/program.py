@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from gtp_fx.capture import export_batched
+from gtp_fx.capture import export_batched, tracing_alone
 from gtp_fx.errors import CaptureError, GtpError
 from gtp_fx.inputs import CallSignature
 from gtp_fx.model import OptimizedModel
@@ -81,7 +81,7 @@ def program_of(model: OptimizedModel) -> Program:
     args, kwargs = pytree.tree_map_only(Tensor, example, (call.args, call.kwargs))
     spelled = _Spelled(model.graph_module, call.parameters)
     like_it = CallSignature(call.parameters, args, kwargs)
-    with torch.no_grad():
+    with tracing_alone(), torch.no_grad():
         try:
             program, _ = export_batched(spelled, like_it, torch.export.Dim("batch"))
         except Exception:  # a model that wants an even batch, or none below some size, has no such dimension
