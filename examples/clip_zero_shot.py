@@ -30,10 +30,10 @@ def main(
     given = processor(text=labels, images=Image.open(picture).convert("RGB"), return_tensors="pt", padding=True)
     before = clip(**given).logits_per_image
 
-    # Whatever holds a tower may hold the optimised one instead: it is called the same and returns the same.
-    clip.vision_model = gtp_fx.optimize(
-        clip.vision_model, flops_budget=flops_budget, example_inputs={"pixel_values": given["pixel_values"]}
-    )
+    # Whatever holds a tower may hold the optimised one instead: it is called the same and returns the same. The example is a call
+    # as the owner makes it, flags and all, since a graph is good for calls of that form.
+    call = {"pixel_values": given["pixel_values"], "return_dict": True}
+    clip.vision_model = gtp_fx.optimize(clip.vision_model, flops_budget=flops_budget, example_inputs=call)
     after = clip(**given).logits_per_image
     print(f"{clip.vision_model.report.flops_ratio:.3f} of the image tower's FLOPs")
     for label, old, new in zip(labels, before.softmax(1)[0], after.softmax(1)[0], strict=True):
