@@ -224,7 +224,7 @@ def table(rows: list[Row], style: str = "simple") -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """For the README: which families of each group are reduced and which are refused, as Markdown."""
+    """For docs/models.md: which families of each group are reduced and which are refused, as Markdown."""
     by_key = {(row.library, row.name): row for row in rows}
     cells = []
     for group, members in GROUPS.items():
@@ -250,7 +250,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the rows as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
     summarised: Annotated[
-        bool, typer.Option("--summary", help="Print the README's table as well; needs all rows.")
+        bool, typer.Option("--summary", help="Print the table of docs/models.md as well; needs all rows.")
     ] = False,
 ) -> None:
     """Run the zoo and print its table; exit status 1 where a row is wrong."""
