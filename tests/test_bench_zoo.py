@@ -53,7 +53,9 @@ def test_every_model_has_a_committed_row_and_none_is_wrong() -> None:
 
 
 def test_the_readme_shows_the_committed_result() -> None:
-    assert summary(committed()) in (ROOT / "docs" / "models.md").read_text(), "paste what `python -m bench.zoo --summary` prints"
+    assert summary(committed()) in (ROOT / "docs" / "models.md").read_text(), (
+        "paste what `python -m bench.zoo --summary` prints"
+    )
     assert table(committed(), "github") in (RESULT.with_suffix(".md")).read_text()
 
 

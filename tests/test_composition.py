@@ -10,13 +10,13 @@ import pytest
 import timm
 import torch
 import torch.multiprocessing as mp
-from distributed_worker import work
 from torch import Tensor, nn
 
 import gtp_fx
 from gtp_fx.photo import load_photo
 
 import hf_models
+from distributed_worker import work
 from zoo import BY_NAME, build, enliven, images
 
 NAME = "test_vit"
