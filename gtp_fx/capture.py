@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import logging
 import traceback
 import warnings
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from gtp_fx.errors import CaptureError
 from gtp_fx.inputs import CallSignature, describe
+from gtp_fx.methods import MethodModule
 from gtp_fx.rules.spatial import GRID_MAKERS
 from gtp_fx.side_effects import changed_by_each_call, watched
 from gtp_fx.sizes import fix_symbols
@@ -148,8 +150,9 @@ def export_batched(
 
     Where Python itself turns the batch into a number (`len(x)`), Dynamo, which doesn't, is asked instead.
     """
+    called, signature = _named_arguments(model, signature)
     dynamic = _by_name(signature, lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None)
-    export = functools.partial(torch.export.export, model, signature.args, signature.kwargs, dynamic_shapes=dynamic)
+    export = functools.partial(torch.export.export, called, signature.args, signature.kwargs, dynamic_shapes=dynamic)
     try:
         with watched(model) as attributes, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The tensor attribute")  # a cache, or refused below by name
@@ -166,6 +169,25 @@ def export_batched(
             # Dynamo warns of what it finds changed: whose attributes, not which.
             return program, [str(warning.message) for warning in told if "side effects" in str(warning.message)]
         raise
+
+
+def _named_arguments(model: nn.Module, signature: CallSignature) -> tuple[nn.Module, CallSignature]:
+    """A model called with flags that its forward takes as `**kwargs`, as one whose forward names them: torch 2.11 exports no other."""
+    parameters = signature.parameters.parameters
+    extra = [name for name in signature.kwargs if name not in parameters]
+    if not extra:
+        return model, signature
+    named = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    named += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    spelled = signature.parameters.replace(parameters=named)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return model.forward(*args, **kwargs)
+
+    forward.__signature__ = spelled  # type: ignore[attr-defined]
+    called = MethodModule(model, "forward")
+    called.forward = forward
+    return called, CallSignature(spelled, signature.args, signature.kwargs)
 
 
 @contextlib.contextmanager

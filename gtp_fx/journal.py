@@ -7,13 +7,14 @@ dump_graphs="folder"    every graph as a file, 00_captured.py, 01_normalise.py, 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import fx
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from gtp_fx.graphs import operator_name
 
@@ -32,9 +33,8 @@ class Journal:
     def beginning(cls, captured: fx.GraphModule, dump: str | None) -> Journal:
         folder = None
         if dump is not None:
-            number = 0
-            while (folder := Path(dump) / f"graph_{number}").exists():
-                number += 1
+            numbered = (Path(dump) / f"graph_{number}" for number in itertools.count())
+            folder = next(path for path in numbered if not path.exists())
             folder.mkdir(parents=True)
         journal = cls(folder)
         journal.page("captured", captured)

@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 class MethodModule(nn.Module):
     """A module whose forward is another one's method, over the very same parameters, in the other's mode."""
 
+    _original: nn.Module
+
     def __init__(self, original: nn.Module, name: str) -> None:
         object.__setattr__(self, "_original", original)
         training = original.training
@@ -32,7 +34,7 @@ class MethodModule(nn.Module):
 
     @property
     def training(self) -> bool:  # type: ignore[override]
-        return self._original.training  # type: ignore[no-any-return]
+        return self._original.training
 
     @training.setter
     def training(self, mode: bool) -> None:

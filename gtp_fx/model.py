@@ -22,6 +22,7 @@ from gtp_fx.config import Options
 from gtp_fx.damage.calibration import Calibration, bound
 from gtp_fx.errors import NoBlocksError, ScheduleError
 from gtp_fx.inputs import CallSignature, call_signature
+from gtp_fx.likeness import class_like, parameter_tree, share
 from gtp_fx.lowering import lowered
 from gtp_fx.methods import MethodModule, run_on_original, takes_tensors
 from gtp_fx.passes.call_functions import call_functions
@@ -42,8 +43,8 @@ class OptimizedModel(nn.Module):
 
     def __init__(self, original: nn.Module, signature: CallSignature, options: Options, compile: bool) -> None:
         super().__init__()
-        self.__class__ = _class_like(type(original))
-        tree = _parameter_tree(original, {})
+        self.__class__ = class_like(OptimizedModel, type(original))
+        tree = parameter_tree(original, {})
         # The graphs and this module hold the very same dicts, so `.to()` and `load_state_dict` reach all of them.
         self._parameters, self._buffers, self._modules = tree._parameters, tree._buffers, tree._modules
         self._non_persistent_buffers_set = tree._non_persistent_buffers_set
@@ -155,13 +156,13 @@ class OptimizedModel(nn.Module):
             raise ScheduleError(f"{type(state.original).__name__}.{name}: {error}") from error
         fast._parameters, fast._buffers, fast._modules = self._parameters, self._buffers, self._modules
         for made in fast._gtp.by_mode.values():
-            _share(made.graph_module, self)
+            share(made.graph_module, self)
         return fast
 
     def _remake(self) -> None:
         """The original has other modules or parameters now: with the same schedule, from the start."""
         state = self._gtp
-        tree = _parameter_tree(state.original, {})
+        tree = parameter_tree(state.original, {})
         for mine, new in (
             (self._parameters, tree._parameters),
             (self._buffers, tree._buffers),
@@ -188,7 +189,7 @@ class OptimizedModel(nn.Module):
         if options.calibration is not None:
             options = replace(options, calibration=bound(options.calibration, state.signature.canonical))
         optimised = run_passes(capture_module(state.original, state.signature, training), options)
-        _share(optimised.graph_module, self)
+        share(optimised.graph_module, self)
         state.by_mode[training] = optimised
         return optimised
 
@@ -202,7 +203,7 @@ class OptimizedModel(nn.Module):
                 if state.compile
                 else optimised.graph_module
             )
-            _share(runner, self)
+            share(runner, self)
             if state.compile:
                 runner = torch.compile(runner, options=dict(state.options.target.inductor) or None)
             state.runners[training, device] = runner
@@ -214,28 +215,9 @@ class OptimizedModel(nn.Module):
         return torch.device("cpu") if held is None else held.device
 
 
-@functools.cache
-def _class_like(original: type[nn.Module]) -> type[OptimizedModel]:
-    """An OptimizedModel by the name of the original's class, with its forward's signature: Trainers and pipelines ask for both."""
-
-    def forward(self: OptimizedModel, *args: Any, **kwargs: Any) -> Any:
-        return OptimizedModel.forward(self, *args, **kwargs)
-
-    signature = inspect.signature(original.forward)
-    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    if len(named) > 1:  # a graph takes no arguments but those that it was captured with
-        signature = signature.replace(parameters=named)
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    return type(
-        original.__name__,
-        (OptimizedModel,),
-        {"forward": forward, "__doc__": OptimizedModel.__doc__, "__module__": __name__},
-    )
-
-
 def _bare(original: type[nn.Module]) -> OptimizedModel:
     """To be filled with another one's state: a copy, or what was pickled."""
-    cls = _class_like(original)
+    cls = class_like(OptimizedModel, original)
     return cls.__new__(cls)
 
 
@@ -261,35 +243,3 @@ def _settled(options: Options, made: Optimised) -> Options:
     """The schedule that was made, with its strategy, which calibration may have chosen; no budget."""
     options = replace(options, flops_budget=None, latency_budget=None, calibration=None)
     return replace(options, schedule=made.schedule, strategy=made.strategy)
-
-
-def _parameter_tree(module: nn.Module, seen: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Bare modules with the parameters and buffers of `module` under the same names.
-
-    Linear layers stay what they are: that is how a quantiser that replaces weights (torchao's) finds them.
-    """
-    if module in seen:
-        return seen[module]
-    bare = seen[module] = nn.Module()
-    if type(module) is nn.Linear:
-        bare.__class__ = nn.Linear
-        bare.in_features, bare.out_features = module.in_features, module.out_features
-    bare._parameters.update(module._parameters)
-    bare._buffers.update(module._buffers)
-    bare._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
-    bare._modules.update({name: child and _parameter_tree(child, seen) for name, child in module._modules.items()})
-    bare.training = module.training
-    return bare
-
-
-def _share(graph_module: fx.GraphModule, owner: nn.Module) -> None:
-    """Let `graph_module` read its parameters from `owner`; what only the graph has (lifted constants) moves there."""
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
-            path, _, leaf = node.target.rpartition(".")
-            holder = owner.get_submodule(path)
-            if leaf not in holder._parameters and leaf not in holder._buffers:
-                holder._buffers[leaf] = getattr(graph_module.get_submodule(path), leaf)
-                holder._non_persistent_buffers_set.add(leaf)
-    graph_module._parameters, graph_module._buffers = owner._parameters, owner._buffers
-    graph_module._modules = owner._modules

@@ -55,7 +55,8 @@ def as_seen(model: nn.Module, image: Tensor) -> Tensor:
 
         config = resolve_data_config({}, model=model)
         mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
-    return (image[0].detach().cpu().float() * std + mean).clamp(0, 1).permute(1, 2, 0)
+    seen: Tensor = image[0].detach().cpu().float() * std + mean
+    return seen.clamp(0, 1).permute(1, 2, 0)
 
 
 def read_picture(path: Path) -> Image.Image:

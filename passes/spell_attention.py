@@ -64,19 +64,15 @@ def _repeat_shared(graph: fx.Graph, attention: fx.Node) -> None:
     """Grouped queries, several heads of which share a key's: each gets its own, as without `enable_gqa`."""
     if not attention.kwargs.get("enable_gqa"):
         return
-    q, k, v, *rest = attention.args
-    heads = shape_of(q)[-3]  # type: ignore[arg-type]
+    operands: Any = attention.args[:3]
+    q, *shared = operands
+    heads = shape_of(q)[-3]
     with graph.inserting_before(attention):
-        k, v = (
-            graphs.call(
-                graph, aten.repeat_interleave.self_int, shared, heads // shape_of(shared)[-3], -3, like=attention
-            )  # type: ignore[arg-type]
-            for shared in (k, v)
-        )
-    for repeated, shared in ((k, attention.args[1]), (v, attention.args[2])):
-        value = shared.meta["val"]  # type: ignore[union-attr]
-        repeated.meta["val"] = value.repeat_interleave(heads // value.shape[-3], dim=-3)
-    attention.args = (q, k, v, *rest)
+        for place, few in enumerate(shared, start=1):
+            times = heads // shape_of(few)[-3]
+            each = graphs.call(graph, aten.repeat_interleave.self_int, few, times, -3, like=attention)
+            each.meta["val"] = few.meta["val"].repeat_interleave(times, dim=-3)
+            attention.update_arg(place, each)
     attention.kwargs = {name: value for name, value in attention.kwargs.items() if name != "enable_gqa"}
 
 

@@ -1,0 +1,68 @@
+"""Standing in for a module: its parameters under its names, its class's name, its forward's signature."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, TypeVar
+
+from torch import fx, nn
+
+Base = TypeVar("Base", bound=nn.Module)
+
+_made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def class_like(base: type[Base], original: type[nn.Module]) -> type[Base]:
+    """A subclass of `base` by the name of the original's class, with its forward's signature: Trainers and pipelines ask for both.
+
+    One for each class of models.
+    """
+    if (base, original) not in _made:
+        _made[base, original] = _new_class(base, original)
+    return _made[base, original]  # type: ignore[return-value]
+
+
+def parameter_tree(module: nn.Module, seen: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Bare modules with the parameters and buffers of `module` under the same names.
+
+    Linear layers stay what they are: that is how a quantiser that replaces weights (torchao's) finds them.
+    """
+    if module in seen:
+        return seen[module]
+    bare = seen[module] = nn.Module()
+    if type(module) is nn.Linear:
+        bare.__class__ = nn.Linear
+        bare.__dict__.update(in_features=module.in_features, out_features=module.out_features)
+    bare._parameters.update(module._parameters)
+    bare._buffers.update(module._buffers)
+    bare._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+    bare._modules.update({name: child and parameter_tree(child, seen) for name, child in module._modules.items()})
+    bare.training = module.training
+    return bare
+
+
+def share(graph_module: fx.GraphModule, owner: nn.Module) -> None:
+    """Let `graph_module` read its parameters from `owner`; what only the graph has (lifted constants) moves there."""
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            path, _, leaf = node.target.rpartition(".")
+            holder = owner.get_submodule(path)
+            if leaf not in holder._parameters and leaf not in holder._buffers:
+                holder._buffers[leaf] = getattr(graph_module.get_submodule(path), leaf)
+                holder._non_persistent_buffers_set.add(leaf)
+    graph_module._parameters, graph_module._buffers = owner._parameters, owner._buffers
+    graph_module._modules = owner._modules
+
+
+def _new_class(base: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, **kwargs)
+
+    signature = inspect.signature(original.forward)
+    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if len(named) > 1:  # a graph takes no arguments but those that it was captured with
+        signature = signature.replace(parameters=named)
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return type(
+        original.__name__, (base,), {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__}
+    )
