@@ -12,9 +12,10 @@
     insert_branches       approximate   lets the plan's tokens skip branches, where the grid has to stay whole
     insert_propagation    approximate   lets the plan's tokens leave, and repairs what follows
     lower_to_kernels      exact         on a GPU, GTP's operators become Triton kernels
+    call_functions        exact         linear layers become calls that a quantised weight answers
 
-Between the tiers stands the plan (`gtp_fx.planning`): the approximate passes carry it out. The last pass runs
-where a graph is compiled and on a GPU (`gtp_fx.lowering`); users see what it was before. Every pass is a function from a
+Between the tiers stands the plan (`gtp_fx.planning`): the approximate passes carry it out. The last two run
+where a graph is compiled on a GPU (`gtp_fx.lowering`) and where a module runs it; users see what it was before. Every pass is a function from a
 graph module to a new one; the shapes of the result are recomputed by running it on fake tensors before the next pass.
 """
 
