@@ -1,7 +1,7 @@
 """Telling what the passes do: in the log, in torch's trace (tlparse), and on request as files.
 
 TORCH_LOGS="gtp_fx"     what each pass left: operators, share of the FLOPs; with "+gtp_fx" which operators came and went
-TORCH_TRACE=folder      every graph as an artifact that `tlparse folder` shows
+TORCH_TRACE=folder      every graph as an artifact that `tlparse folder/*.log` shows
 dump_graphs="folder"    every graph as a file, 00_captured.py, 01_normalise.py, …, a folder a graph
 """
 
