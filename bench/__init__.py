@@ -10,6 +10,7 @@
     imagenet            top-1 and top-5 of a model and its optimised form on a real image set; torchrun
     finetune            self-distillation through the optimised graph
     digit_nets          small nets trained on digits that come with scikit-learn, for accuracy; `pip install -e ".[bench]"`
+    export_times        speed-up in onnxruntime and as an AOTInductor package
     fuzz                random models held to what is promised of every model
     gpu                 kernels checked, and everything timed, on a machine with a GPU
     zoo                 which models the compiler can reduce

@@ -39,7 +39,7 @@ def draw_journeys(views: Sequence[SiteView], picture: Tensor, title: str, file: 
     figure, grid = pyplot.subplots(
         rows, columns, figsize=(3.6 * columns, 3.9 * rows), squeeze=False, layout="constrained"
     )
-    figure.suptitle(title)
+    figure.suptitle(f"{title}\nred: leaves here; yellow: to whom it is passed on; white: gone before", fontsize=10)
     axes = iter(grid.flat)
     _panel(next(axes), picture, "what the model sees")
     for view in views:
