@@ -22,9 +22,9 @@ from zoo import BY_NAME, build, enliven, images
 NAME = "test_vit"
 
 
-def small(**options: Any) -> gtp_fx.OptimizedModel:
+def small(depth: int = 6, **options: Any) -> gtp_fx.OptimizedModel:
     return gtp_fx.optimize(
-        enliven(timm.create_model(NAME)).eval(), **{"flops_budget": 0.7, "compile": False, **options}
+        enliven(timm.create_model(NAME, depth=depth)).eval(), **{"flops_budget": 0.7, "compile": False, **options}
     )
 
 
@@ -64,7 +64,7 @@ def test_torchao_quantises_what_was_optimised(config: str, family: str) -> None:
 @torch.no_grad()
 def test_quantised_weights_compile() -> None:
     quantization = pytest.importorskip("torchao.quantization")
-    fast = small(flops_budget=None, schedule=[30, 0, 0, 0, 0, 0])
+    fast = small(depth=2, flops_budget=None, schedule=[30, 0])
     quantization.quantize_(fast, quantization.Int8WeightOnlyConfig())
     assert apart(torch.compile(fast)(noise()), fast(noise())) < 1e-2
 
@@ -89,7 +89,7 @@ def test_autocast() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_modes_of_torch_compile(mode: str) -> None:
-    fast = small(flops_budget=None, schedule=[30, 0, 0, 0, 0, 0])
+    fast = small(depth=2, flops_budget=None, schedule=[30, 0])
     compiled: Any = torch.compile(fast, mode=mode)
     assert apart(compiled(noise()), fast(noise())) < 1e-3
 
