@@ -58,17 +58,26 @@ def check(case: Case) -> str:
     if case.flops_budget == 1.0 or nothing_gone:
         _close(wanted, eager, limit, "budget 1.0 has to be exact")
     _counted(fast, case, x)
-    _close(
-        fast.graph_module(x[1:2]), pytree.tree_map(lambda t: t[1:2], eager), swapped, "an image alone and in a batch"
-    )
+    _alone_as_in_a_batch(fast, x, eager, swapped)
     _close(_through_dynamo(model, case, x), eager, swapped, "the two doors")
     if case.compiled:
-        _close(fast(x), eager, swapped, "compiled and eager")
-    if (
-        fast.sites and case.strategy == "gtp" and not case.architecture.window
-    ):  # there they skip a branch, or come back for it
+        _same_form(eager, fast(x))
+        if x.dtype is not torch.bfloat16 or nothing_gone:  # fused, it rounds less, and chooses by that
+            _close(fast(x), eager, swapped, "compiled and eager")
+    if fast.sites and case.strategy == "gtp" and not case.architecture.window:  # in windows tokens are still seen
         _dropping_is_masking(model, case, swapped)
     return "exact" if nothing_gone else "reduced"
+
+
+def _alone_as_in_a_batch(fast: gtp_fx.OptimizedModel, x: Tensor, eager: Any, limit: float) -> None:
+    """Of the second image. In bfloat16 a batch may round otherwise and choose another token, nearly as good: then the answer is another."""
+    alone, together = fast.graph_module(x[1:2]), pytree.tree_map(lambda t: t[1:2], eager)
+    _same_form(together, alone)
+    chosen = [[p.index[i].tolist() for p in fast.provenance(images)] for images, i in ((x[1:2], 0), (x, 1))]
+    by_rounding = x.dtype is torch.bfloat16 and not fast.schedule.removes_nothing
+    if by_rounding and (chosen[0] != chosen[1] or not fast.sites):
+        return
+    _close(alone, together, limit, "an image alone and in a batch")
 
 
 def _options(case: Case) -> dict[str, Any]:

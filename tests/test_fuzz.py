@@ -35,6 +35,24 @@ FOUND = {
         ),
         "reduced",
     ),
+    "rounding in bfloat16, by which an image alone chose another token": (
+        Case(
+            Architecture(
+                grid=(6, 4),
+                prefix=5,
+                head=8,
+                attention="multihead",
+                position="sine",
+                order="both",
+                norm="rms",
+                pool="all tokens",
+                dtype="bfloat16",
+            ),
+            0.7,
+            batch=2,
+        ),
+        "reduced",
+    ),
     "budget 1.0 where no block can lose tokens": (
         Case(Architecture(grid=(4, 4), prefix=0, order="parallel", window=2, pool="mean"), 1.0),
         "exact",
