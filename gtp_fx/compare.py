@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from gtp_fx.inputs import tensors_in
 from gtp_fx.model import OptimizedModel
 from gtp_fx.progress import Progress
 from gtp_fx.timing import Run, Spread, Timings, clock_for, interleave
@@ -131,7 +131,7 @@ def agreement(original: nn.Module, optimised: OptimizedModel, images: Tensor) ->
     if _shapes(theirs) != _shapes(ours):
         raise CheckError(f"the optimised model's output is {_shapes(ours)}, the original's {_shapes(theirs)}")
     for name, output in (("original", theirs), ("optimised model", ours)):
-        if not all(bool(t.isfinite().all()) for t in _tensors(output)):
+        if not all(bool(t.isfinite().all()) for t in tensors_in(output)):
             raise CheckError(f"the {name}'s output is not finite on the photograph; are these weights whole?")
     a, b = _logits(theirs), _logits(ours)
     cosine = F.cosine_similarity(a, b, dim=1)
@@ -211,14 +211,10 @@ def compile_checked(name: str, run: Run, expected: Any, tolerance: float, device
     return Compilation(seconds, error)
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
 def _shapes(output: Any) -> list[list[int]]:
-    return [list(t.shape) for t in _tensors(output)]
+    return [list(t.shape) for t in tensors_in(output)]
 
 
 def _logits(output: Any) -> Tensor:
     """[B, everything else], double: the first tensor of the output, which is the logits or the features."""
-    return _tensors(output)[0].flatten(1).double()
+    return tensors_in(output)[0].flatten(1).double()

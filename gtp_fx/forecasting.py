@@ -15,21 +15,17 @@ from gtp_fx.cost.closed_form import flops_of
 from gtp_fx.cost.seconds import branch_seconds, graph_seconds, total_seconds
 from gtp_fx.cost.site import lent
 from gtp_fx.cost.terms import Term, terms_of
-from gtp_fx.errors import UnsupportedModelError
 from gtp_fx.forecast import BlockForecast, Cost, Forecast
 from gtp_fx.passes.find_blocks import AttentionBlock, read_blocks
 from gtp_fx.planning import Original, Planned
-from gtp_fx.sites import Candidates, find_sites, no_sites
+from gtp_fx.sites import Candidates, no_sites
 
 
 def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: Options) -> Forecast:
     """Of a plan for `gm`, which is behind the exact passes."""
     graph, target, batch = gm.graph, options.target, options.batch
     blocks = read_blocks(gm)
-    try:
-        found = find_sites(graph, blocks, options.strategy)
-    except UnsupportedModelError:  # no budget asked for any
-        found = no_sites(graph)
+    found = planned.found or no_sites(graph)
     counts = [planned.plan.schedule.propagated[site.block] for site in found.sites]
     owner = _owners(graph, blocks)
     flops = _by_block(found, counts, owner, options, flops_of, 1)

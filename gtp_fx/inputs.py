@@ -56,7 +56,7 @@ class CallSignature:
 def call_signature(model: nn.Module, example_inputs: Any) -> CallSignature:
     """From what a user gave: a tensor, a sequence of positional arguments, or a mapping of keyword arguments."""
     args, kwargs = _split(model, example_inputs)
-    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+    if not tensors_in((args, kwargs)):
         raise CaptureError(
             f"example_inputs={example_inputs!r} hold no tensor; give an image batch such as [2, 3, 224, 224]"
         )
@@ -80,6 +80,11 @@ def canonical_arguments(
         if default is not inspect.Parameter.empty and not isinstance(value, Tensor) and value == default:
             del bound.arguments[name]
     return bound.args, bound.kwargs
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Of whatever a model takes or returns, in pytree's order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

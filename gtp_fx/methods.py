@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 
 class MethodModule(nn.Module):
@@ -39,10 +38,6 @@ class MethodModule(nn.Module):
     @training.setter
     def training(self, mode: bool) -> None:
         self._original.training = mode
-
-
-def takes_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs)))
 
 
 def run_on_original(

@@ -21,10 +21,10 @@ from gtp_fx.capture import capture_module
 from gtp_fx.config import Options
 from gtp_fx.damage.calibration import Calibration, bound
 from gtp_fx.errors import NoBlocksError, ScheduleError
-from gtp_fx.inputs import CallSignature, call_signature
+from gtp_fx.inputs import CallSignature, call_signature, tensors_in
 from gtp_fx.likeness import class_like, parameter_tree, share
 from gtp_fx.lowering import lowered
-from gtp_fx.methods import MethodModule, run_on_original, takes_tensors
+from gtp_fx.methods import MethodModule, run_on_original
 from gtp_fx.passes.call_functions import call_functions
 from gtp_fx.pipeline import Optimised, run_passes
 from gtp_fx.provenance import Provenance, SiteRecord, output_and_provenance_runner, provenance_runner
@@ -125,7 +125,7 @@ class OptimizedModel(nn.Module):
 
     def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = self._gtp
-        if not takes_tensors(args, kwargs):
+        if not tensors_in((args, kwargs)):
             result, changed = run_on_original(state.original, method, args, kwargs)
             if changed:
                 self._remake()

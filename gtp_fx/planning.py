@@ -34,7 +34,7 @@ class Planned:
 
     damage_from: what the choice of counts rests on; empty where a user named them.
     seconds: predicted for the original and the result, None where no budget asked for them. moved: how far outputs moved on
-    calibration's images, None without.
+    calibration's images, None without. found: the sites it was chosen from, None where nothing was to leave, so that none were looked for.
     """
 
     plan: Plan
@@ -43,6 +43,7 @@ class Planned:
     damage_from: str = ""
     seconds: tuple[float, float] | None = None
     moved: float | None = None
+    found: Candidates | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def make_plan(gm: fx.GraphModule, options: Options, original: Original) -> Plann
         choice.origin,
         None if timed is None else (timed.original, timed.cost(choice.counts)),
         choice.moved,
+        found,
     )
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gtp_fx.compare import rounding_tolerance
 from gtp_fx.exporting.onnx import run_onnx, write_onnx
-from gtp_fx.exporting.program import ExportError, Program, program_of, tensors_in
+from gtp_fx.exporting.program import ExportError, Program, program_of
+from gtp_fx.inputs import tensors_in
 from gtp_fx.model import OptimizedModel
 
 FORMATS = {

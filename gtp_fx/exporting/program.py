@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from gtp_fx.capture import export_batched, tracing_alone
 from gtp_fx.errors import CaptureError, GtpError
-from gtp_fx.inputs import CallSignature
+from gtp_fx.inputs import CallSignature, tensors_in
 from gtp_fx.model import OptimizedModel
 from gtp_fx.ops.register import written_in_aten
 
@@ -112,10 +112,6 @@ def _output_names(outputs: Any) -> list[str]:
         found = tensors_in(value)
         names += [key] if len(found) == 1 else [f"{key}_{number}" for number, _ in enumerate(found)]
     return names
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 class _Spelled(nn.Module):
