@@ -19,8 +19,8 @@ import typer
 import gtp_fx
 from bench.environment import Environment
 from bench.output import publish
-from gtp_fx.compare import CheckError, Comparison, compare
-from gtp_fx.errors import GtpError
+from gtp_fx.compare import Comparison, compare
+from gtp_fx.errors import CheckError, GtpError
 from gtp_fx.loading import LoadedModel, load_model
 from gtp_fx.photo import photo_batch
 from gtp_fx.progress import progress_bar

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gtp_fx.compare import Agreement, agreement, compile_checked, rounding_tolerance
 from gtp_fx.model import OptimizedModel
-from gtp_fx.progress import Progress
+from gtp_fx.progress import Progress, Steps
 from gtp_fx.timing import Run, Timings, clock_for, interleave
 
 ORIGINAL = "original"
@@ -98,15 +98,7 @@ def benchmark(
     Raises CheckError where an output is wrong, OptionError for no rounds; what compiling raises goes through.
     """
     torch._dynamo.reset()
-    total = (1 + len(optimised)) * ((not eager) + _WARMUP + rounds)
-    done = 0
-
-    def step(label: str, finished: int = 1) -> None:
-        nonlocal done
-        done += finished
-        if progress is not None:
-            progress(label, done, total)
-
+    steps = Steps((1 + len(optimised)) * ((not eager) + _WARMUP + rounds), progress)
     agreed = {name: agreement(original, fast, images) for name, fast in optimised.items()}
     eager_runs: dict[str, Run] = {ORIGINAL: lambda: original(images)}
     eager_runs |= {name: lambda fast=fast: fast.graph_module(images) for name, fast in optimised.items()}  # type: ignore[misc]
@@ -117,14 +109,13 @@ def benchmark(
         runs = {ORIGINAL: lambda: compiled(images)}
         runs |= {name: lambda fast=fast: fast(images) for name, fast in optimised.items()}  # type: ignore[misc]
         for name, run in runs.items():
-            step(f"compiling {name}", 0)
+            steps.begin(f"compiling {name}")
             seconds[name] = compile_checked(
                 name, run, eager_runs[name](), rounding_tolerance(images.dtype), images.device
             ).seconds
-            step(f"compiling {name}")
-    timings = interleave(
-        runs, rounds=rounds, warmup=_WARMUP, clock=clock_for(images.device), progress=lambda: step("timing")
-    )
+            steps.done()
+    steps.begin("timing")
+    timings = interleave(runs, rounds=rounds, warmup=_WARMUP, clock=clock_for(images.device), progress=steps.done)
     entries = []
     for name, fast in optimised.items():
         forecast = fast.report.forecast

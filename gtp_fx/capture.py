@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from gtp_fx.errors import CaptureError
 from gtp_fx.inputs import CallSignature, describe
-from gtp_fx.methods import MethodModule
+from gtp_fx.methods import CalledAs
 from gtp_fx.rules.spatial import GRID_MAKERS
 from gtp_fx.side_effects import changed_by_each_call, watched
 from gtp_fx.sizes import fix_symbols
@@ -180,14 +180,7 @@ def _named_arguments(model: nn.Module, signature: CallSignature) -> tuple[nn.Mod
     named = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     named += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
     spelled = signature.parameters.replace(parameters=named)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return model.forward(*args, **kwargs)
-
-    forward.__signature__ = spelled  # type: ignore[attr-defined]
-    called = MethodModule(model, "forward")
-    called.forward = forward
-    return called, CallSignature(spelled, signature.args, signature.kwargs)
+    return CalledAs(model, model.forward, spelled), CallSignature(spelled, signature.args, signature.kwargs)
 
 
 @contextlib.contextmanager

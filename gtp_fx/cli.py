@@ -14,7 +14,7 @@ import typer
 
 import gtp_fx
 from gtp_fx import cli_making, cli_planning
-from gtp_fx.errors import GtpError, OptionError
+from gtp_fx.errors import OptionError
 from gtp_fx.reading import (
     AsJson,
     Batch,
@@ -30,7 +30,7 @@ from gtp_fx.reading import (
     Target,
     Weights,
     asked,
-    fail,
+    explaining,
     load,
 )
 
@@ -91,14 +91,14 @@ def optimize(
     as_json: AsJson = False,
 ) -> None:
     """Optimise MODEL, check it on a photograph, and time it against the original, eager and compiled."""
-    from gtp_fx.compare import CheckError, agreement
+    from gtp_fx.compare import agreement
     from gtp_fx.photo import photo_batch
 
     def say(text: str) -> None:
         if not as_json:
             typer.echo(text)
 
-    try:
+    with explaining(model):
         if rounds < 1:
             raise OptionError(f"--rounds {rounds}: give at least one")
         options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
@@ -113,12 +113,6 @@ def optimize(
         agreed = agreement(loaded.model, fast, images)
         say(f"checked: {agreed}\n")
         comparison = None if no_time else _compare(loaded, fast, images, rounds)
-    except GtpError as error:
-        fail(str(error), 2)
-    except CheckError as error:
-        fail(f"{model}: {error}", 1)
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}", 2)
     if comparison is not None:
         furthest = max(done.error for done in comparison.compilations.values())
         say(f"checked: compiled within {furthest:.1e} of eager (tolerance {comparison.tolerance:.0e})\n\n{comparison}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import gtp_fx
-from gtp_fx.errors import GtpError, OptionError
+from gtp_fx.errors import OptionError
 from gtp_fx.exporting import FORMATS
 from gtp_fx.reading import (
     AsJson,
@@ -30,7 +30,8 @@ from gtp_fx.reading import (
     Target,
     Weights,
     asked,
-    fail,
+    budgets,
+    explaining,
     load,
 )
 
@@ -53,28 +54,19 @@ def bench(
 ) -> None:
     """Time MODEL against what each budget and strategy makes of it, compiled against compiled, interleaved in one run."""
     from gtp_fx.benchmark import benchmark
-    from gtp_fx.compare import CheckError
     from gtp_fx.photo import photo_batch
     from gtp_fx.progress import progress_bar
 
-    budgets: list[tuple[float | None, str | None]] = [(ratio, None) for ratio in flops_budget or []]
-    budgets += [(None, text) for text in latency_budget or []]
-    if not budgets and schedule in ("auto", "uniform", "even"):
-        fail("no budget: give --flops-budget 0.74 or --latency-budget 0.74, or counts with --schedule", 2)
-    wanted = list(itertools.product(strategy or ["gtp"], budgets or [(None, None)]))
-    try:
+    with explaining(model):
         if rounds < 1:
             raise OptionError(f"--rounds {rounds}: give at least one")
+        wanted = itertools.product(strategy or ["gtp"], budgets(flops_budget, latency_budget, schedule))
         options = {_named(how, *budget): asked(*budget, schedule, how, target, batch) for how, budget in wanted}
         loaded = load(model, pretrained, weights, dtype, device)
         made = {name: gtp_fx.optimize(loaded.model, **chosen) for name, chosen in options.items()}
         images = photo_batch(loaded.model, batch)
         with progress_bar() as show:
             found = benchmark(loaded.model, made, images, rounds=rounds, eager=eager, progress=show)
-    except GtpError as error:
-        fail(str(error), 2)
-    except CheckError as error:
-        fail(f"{model}: {error}", 1)
     about = {"model": loaded.name, "weights": loaded.weights_origin, "dtype": dtype.value, "device": device.value}
     if as_json:
         typer.echo(
@@ -108,7 +100,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Optimise MODEL and write it for any batch: a torch.export program, an AOTInductor package or ONNX. Read back and run, too."""
-    try:
+    with explaining(model):
         if format is not None and format not in FORMATS:
             raise OptionError(f"--format {format}: give {', '.join(FORMATS)}")
         options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
@@ -117,10 +109,6 @@ def export(
         written = gtp_fx.export(fast, file, format)
         if save_schedule is not None:
             save_schedule.write_text(fast.schedule.to_json() + "\n")
-    except GtpError as error:
-        fail(str(error), 2)
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}", 2)
     if as_json:
         about: dict[str, Any] = {"model": loaded.name, "weights": loaded.weights_origin, "dtype": dtype.value}
         done = {"exported": written.to_dict(), "schedule": json.loads(fast.schedule.to_json())}
@@ -154,7 +142,7 @@ def show(
     from gtp_fx.journeys import journeys
     from gtp_fx.photo import as_seen, load_photo, prepared, read_picture
 
-    try:
+    with explaining(model):
         options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
         picture = load_photo() if image is None else read_picture(image)
         loaded = load(model, pretrained, weights, Dtype.float32, Device.cpu)
@@ -165,10 +153,6 @@ def show(
             f"{loaded.name}, weights: {loaded.weights_origin}; {fast.report.flops_ratio:.3f} of its FLOPs, {strategy}"
         )
         draw_journeys(views, as_seen(loaded.model, pixels), title, out)
-    except GtpError as error:
-        fail(str(error), 2)
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}", 2)
     if as_json:
         about = {"model": loaded.name, "weights": loaded.weights_origin, "picture": str(out)}
         typer.echo(json.dumps({**about, "sites": [view.to_dict() for view in views]}, indent=2))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gtp_fx.config import Options
-from gtp_fx.errors import GtpError, OptionError
+from gtp_fx.errors import OptionError
 from gtp_fx.reading import (
     AsJson,
     Batch,
@@ -21,9 +22,9 @@ from gtp_fx.reading import (
     ScheduleText,
     Strategy,
     Targets,
-    fail,
-    parse_latency,
-    parse_schedule,
+    asked,
+    budgets,
+    explaining,
 )
 
 if TYPE_CHECKING:
@@ -41,10 +42,8 @@ def inspect(
     from gtp_fx.inspection import inspect_model
     from gtp_fx.sources import named_on_meta
 
-    try:
+    with explaining():
         found = inspect_model(named_on_meta(model))
-    except GtpError as error:
-        fail(str(error), 2)
     typer.echo(json.dumps({"model": model, **found.to_dict()}, indent=2) if as_json else f"{model} {found}")
 
 
@@ -69,23 +68,22 @@ def plan(
 
     The model is built without its weights, so even large ones take seconds.
     """
-    try:
-        asked = _asked(flops_budget or [], latency_budget or [], target or ["auto"], schedule, strategy, batch)
-        if save is not None and len(asked) != 1:
+    with explaining():
+        asked_for = itertools.product(target or ["auto"], budgets(flops_budget, latency_budget, schedule))
+        options = [
+            Options.of(**asked(*budget, schedule, strategy, processor, batch)) for processor, budget in asked_for
+        ]
+        if save is not None and len(options) != 1:
             raise OptionError(
-                f"--save keeps one schedule, and {len(asked)} were asked for: give one budget and one target"
+                f"--save keeps one schedule, and {len(options)} were asked for: give one budget and one target"
             )
-        forecasts = _forecasts(model, dtype, asked)
+        forecasts = _forecasts(model, dtype, options)
         if plot is not None:
             from gtp_fx.plotting import plot_tokens
 
             plot_tokens(forecasts, model, plot)
         if save is not None:
             save.write_text(forecasts[0].schedule.to_json() + "\n")
-    except GtpError as error:
-        fail(str(error), 2)
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}", 2)
     if as_json:
         typer.echo(json.dumps({"model": model, "plans": [found.to_dict() for found in forecasts]}, indent=2))
         return
@@ -109,7 +107,7 @@ def tune(
     from gtp_fx.targets import listed
     from gtp_fx.targets.tuned import as_dict, save_tuned
 
-    try:
+    with explaining():
         if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
             raise OptionError(f"--device {device}: give cpu, cuda (where torch finds a GPU) or auto")
         if rounds < 1:
@@ -119,8 +117,6 @@ def tune(
                 tuning.tune_kernels(torch.device("cuda"), getattr(torch, dtype.value), rounds, show)
             tuned = tuning.tune(listed(device), getattr(torch, dtype.value), rounds, show)
         file = save_tuned(tuned)
-    except GtpError as error:
-        fail(str(error), 2)
     if as_json:
         typer.echo(json.dumps(as_dict(tuned), indent=2))
         return
@@ -128,25 +124,7 @@ def tune(
     typer.echo(f"\nkept in {file}; delete it to go back to the table's figures")
 
 
-def _asked(
-    flops: list[float], latencies: list[str], targets: list[str], schedule: str, strategy: str, batch: int
-) -> list[Options]:
-    """Every budget on every target. Raises OptionError."""
-    counts = parse_schedule(schedule)
-    budgets: list[dict[str, float | str]] = [{"flops_budget": ratio} for ratio in flops]
-    budgets += [{"latency_budget": parse_latency(text)} for text in latencies]
-    if not budgets and not isinstance(counts, str):
-        budgets = [{}]
-    if not budgets:
-        raise OptionError("no budget: give --flops-budget 0.74 or --latency-budget 0.74, or counts with --schedule")
-    return [
-        Options.of(**budget, target=target, schedule=counts, strategy=strategy, batch=batch)  # type: ignore[arg-type]
-        for target in targets
-        for budget in budgets
-    ]
-
-
-def _forecasts(model: str, dtype: Dtype, asked: list[Options]) -> list[Forecast]:
+def _forecasts(model: str, dtype: Dtype, wanted: list[Options]) -> list[Forecast]:
     import torch
 
     from gtp_fx.planner import Planner
@@ -154,4 +132,4 @@ def _forecasts(model: str, dtype: Dtype, asked: list[Options]) -> list[Forecast]
 
     built = named_on_meta(model).to(getattr(torch, dtype.value))
     planner = Planner(built)
-    return [planner.plan(options) for options in asked]
+    return [planner.plan(options) for options in wanted]

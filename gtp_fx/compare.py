@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from gtp_fx.errors import CheckError
 from gtp_fx.inputs import tensors_in
 from gtp_fx.model import OptimizedModel
-from gtp_fx.progress import Progress
+from gtp_fx.progress import Progress, Steps
 from gtp_fx.timing import Run, Spread, Timings, clock_for, interleave
 
 ORIGINAL_EAGER, OPTIMISED_EAGER = "original eager", "optimised eager"
@@ -27,10 +28,6 @@ BASELINES = {OPTIMISED_EAGER: ORIGINAL_EAGER, OPTIMISED_COMPILED: ORIGINAL_COMPI
 
 _WARMUP = 1
 _EAGER_OF = {ORIGINAL_COMPILED: ORIGINAL_EAGER, OPTIMISED_COMPILED: OPTIMISED_EAGER}
-
-
-class CheckError(RuntimeError):
-    """A contender's output is wrong. Not a user's mistake, so no GtpError."""
 
 
 @dataclass(frozen=True)
@@ -163,25 +160,18 @@ def compare(
         OPTIMISED_COMPILED: lambda: optimised(images),
     }
     total = 1 + len(_EAGER_OF) + len(contenders) * (_WARMUP + rounds)
-    done = 0
-
-    def step(label: str, finished: int = 0) -> None:
-        nonlocal done
-        done += finished
-        if progress is not None:
-            progress(label, done, total)
-
-    step("checking on the photograph")
+    steps = Steps(total, progress)
+    steps.begin("checking on the photograph")
     agreed = agreement(original, optimised, images)
     tolerance = rounding_tolerance(images.dtype)
     compilations = {}
     for name, eager in _EAGER_OF.items():
-        step(f"compiling ({name})", 1)
+        steps.done()
+        steps.begin(f"compiling ({name})")
         compilations[name] = compile_checked(name, contenders[name], contenders[eager](), tolerance, images.device)
-    step("timing", 1)
-    timings = interleave(
-        contenders, rounds=rounds, warmup=_WARMUP, clock=clock_for(images.device), progress=lambda: step("timing", 1)
-    )
+    steps.done()
+    steps.begin("timing")
+    timings = interleave(contenders, rounds=rounds, warmup=_WARMUP, clock=clock_for(images.device), progress=steps.done)
     return Comparison(agreed, compilations, tolerance, timings, optimised.report.flops_ratio, len(images))
 
 

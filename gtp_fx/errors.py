@@ -69,3 +69,7 @@ class UnsupportedModelError(GtpError):
 
 class NoBlocksError(UnsupportedModelError):
     """The graph has no self-attention over patch tokens at all."""
+
+
+class CheckError(RuntimeError):
+    """A model's output is wrong. Not a user's mistake, so no GtpError."""

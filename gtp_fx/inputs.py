@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,11 @@ class CallSignature:
     parameters: inspect.Signature
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> CallSignature:
+        """With examples that `function` has made of these."""
+        args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
+        return CallSignature(self.parameters, args, kwargs)
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call has this form."""
@@ -85,6 +91,12 @@ def canonical_arguments(
 def tensors_in(value: Any) -> list[Tensor]:
     """Of whatever a model takes or returns, in pytree's order."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first parameter or buffer is now; the CPU where it has none."""
+    held = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if held is None else held.device
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import fx, nn
 
 Base = TypeVar("Base", bound=nn.Module)
+Tensors = dict[str, Any]
+Twins = dict[nn.Module, nn.Module]
+"""By the modules of an original, those that stand for them."""
 
 _made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
@@ -22,7 +26,7 @@ def class_like(base: type[Base], original: type[nn.Module]) -> type[Base]:
     return _made[base, original]  # type: ignore[return-value]
 
 
-def parameter_tree(module: nn.Module, seen: dict[nn.Module, nn.Module]) -> nn.Module:
+def parameter_tree(module: nn.Module, seen: Twins) -> nn.Module:
     """Bare modules with the parameters and buffers of `module` under the same names.
 
     Linear layers stay what they are: that is how a quantiser that replaces weights (torchao's) finds them.
@@ -39,6 +43,31 @@ def parameter_tree(module: nn.Module, seen: dict[nn.Module, nn.Module]) -> nn.Mo
     bare._modules.update({name: child and parameter_tree(child, seen) for name, child in module._modules.items()})
     bare.training = module.training
     return bare
+
+
+def held_by_both(twins: Twins) -> list[tuple[Tensors, Tensors, str]]:
+    """Where a stand-in has the original's very own tensors: its dict, the original's, and their name in both."""
+    return [
+        (mine, theirs, name)
+        for module, bare in twins.items()
+        for mine, theirs in ((bare._parameters, module._parameters), (bare._buffers, module._buffers))
+        for name, value in theirs.items()
+        if value is not None and mine.get(name) is value
+    ]
+
+
+def carry_over(old: Twins, new: Twins, before: Mapping[nn.Module, Tensors]) -> None:
+    """Of what an original held `before` and still holds, the modules of `new` get what those of `old` had in its place."""
+    for module in old.keys() & new.keys():
+        held = before.get(module, {})
+        pairs: tuple[tuple[Tensors, Tensors], ...] = (
+            (old[module]._parameters, new[module]._parameters),
+            (old[module]._buffers, new[module]._buffers),
+        )
+        for mine, fresh in pairs:
+            fresh.update(
+                {name: mine[name] for name, value in fresh.items() if name in mine and value is held.get(name)}
+            )
 
 
 def share(graph_module: fx.GraphModule, owner: nn.Module) -> None:

@@ -1,63 +1,94 @@
 """What else a model is called by: `forward_features`, `get_image_features`, `get_classifier`, `reset_classifier`.
 
-A method that takes tensors is a forward of its own, so it is captured and optimised as the forward was, with the same schedule; one
-that attends to nothing (a head on finished tokens) runs as it is. A method that takes none asks or changes the model: it runs on
-the original, and where that changed something the graphs are made anew.
+A method that takes tensors is a forward of its own, so it is captured as the forward was, and optimised with the same schedule where it
+has the same blocks; one that has none (a head on finished tokens) is captured all the same, so that it follows the stand-in's
+weights and mode. A method that takes none asks or changes the model: it runs on the original, and where that changed
+something the graphs are made anew.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-class MethodModule(nn.Module):
-    """A module whose forward is another one's method, over the very same parameters, in the other's mode."""
+class CalledAs(nn.Module):
+    """Another module called in another way: `forward` over the very same parameters, in the other's mode.
 
-    _original: nn.Module
+    signature: how it is called; where None, as `forward` says.
+    """
 
-    def __init__(self, original: nn.Module, name: str) -> None:
-        object.__setattr__(self, "_original", original)
-        training = original.training
+    _owner: nn.Module
+
+    def __init__(
+        self, owner: nn.Module, forward: Callable[..., Any], signature: inspect.Signature | None = None
+    ) -> None:
+        object.__setattr__(self, "_owner", owner)
+        training = owner.training
         super().__init__()
-        self._parameters, self._buffers, self._modules = original._parameters, original._buffers, original._modules
-        self._non_persistent_buffers_set = original._non_persistent_buffers_set
+        self._parameters, self._buffers, self._modules = owner._parameters, owner._buffers, owner._modules
+        self._non_persistent_buffers_set = owner._non_persistent_buffers_set
         self.training = training
-        self.forward = getattr(original, name)
+        self.forward = forward if signature is None else _spelled(forward, signature)
         for attribute in ("main_input_name", "config", "pretrained_cfg"):
-            if hasattr(original, attribute):
-                object.__setattr__(self, attribute, getattr(original, attribute))
+            if hasattr(owner, attribute):
+                object.__setattr__(self, attribute, getattr(owner, attribute))
 
     @property
     def training(self) -> bool:  # type: ignore[override]
-        return self._original.training
+        return self._owner.training
 
     @training.setter
     def training(self, mode: bool) -> None:
-        self._original.training = mode
+        self._owner.training = mode
 
 
-def run_on_original(
-    original: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, bool]:
-    """What `method` returned, and whether it changed the model that it belongs to: its modules, parameters or plain attributes."""
-    before = _state_of(original)
-    result = method(*args, **kwargs)
-    return result, _state_of(original) != before
+def _spelled(function: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward
 
 
-def _state_of(model: nn.Module) -> list[Any]:
-    """Everything that a graph of the model may rest on, as values that can be compared."""
-    found: list[Any] = []
-    for name, module in model.named_modules():
-        plain = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str | tuple | torch.dtype)
-        }
-        tensors = {key: id(value) for key, value in (*module._parameters.items(), *module._buffers.items())}
-        found.append((name, id(module), repr(plain), tensors))
-    return found
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """Everything that a graph of a model may rest on. Holds what it names, so that nothing new can be taken for it."""
+
+    modules: dict[str, nn.Module]
+    plain: dict[nn.Module, str]
+    tensors: dict[nn.Module, dict[str, Tensor | None]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Contents:
+        modules = dict(model.named_modules())
+        return cls(
+            modules,
+            {module: repr(_plain(module)) for module in modules.values()},
+            {module: {**module._parameters, **module._buffers} for module in modules.values()},
+        )
+
+    def same(self, other: Contents) -> bool:
+        """Modules are equal when they are the same; so have tensors to be."""
+        return (
+            self.modules == other.modules
+            and self.plain == other.plain
+            and all(_identical(held, other.tensors[module]) for module, held in self.tensors.items())
+        )
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str | tuple | torch.dtype)
+    }
+
+
+def _identical(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> bool:
+    return one.keys() == other.keys() and all(value is other[name] for name, value in one.items())

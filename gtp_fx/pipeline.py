@@ -59,11 +59,14 @@ class Exact:
     journal: Journal
 
 
-def run_passes(captured: fx.GraphModule, options: Options) -> Optimised:
-    """Rewrite a captured graph. `captured` is not changed; its nodes carry `meta["val"]`."""
+def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool = True) -> Optimised:
+    """Rewrite a captured graph. `captured` is not changed; its nodes carry `meta["val"]`.
+
+    blocks_needed: whether a graph without attention over patches is refused; else the exact passes are all that it gets.
+    """
     exact = run_exact_passes(captured, options)
     gm = exact.graph_module
-    planned = make_plan(gm, options, exact.original)
+    planned = make_plan(gm, options, exact.original, blocks_needed)
     plan: Plan = planned.plan
     result, steps = carry_out(gm, plan, exact.original.flops, exact.journal)
     check_outputs(captured, result)

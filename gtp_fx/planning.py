@@ -54,18 +54,20 @@ class Original:
     flops: int
 
 
-def make_plan(gm: fx.GraphModule, options: Options, original: Original) -> Planned:
-    """Plan for `gm`, whose blocks are marked and whose exact passes have run.
+def make_plan(gm: fx.GraphModule, options: Options, original: Original, blocks_needed: bool = True) -> Planned:
+    """Plan for `gm`, whose blocks are marked and whose exact passes have run; where it has none and needs none, to change nothing.
 
     Raises UnsupportedModelError, BudgetError or ScheduleError; `gm` is not changed.
     """
     blocks = read_blocks(gm)
     others = other_attention(gm.graph, infer_types(gm.graph))
+    flops_now = count_flops(gm.graph)
+    if not blocks and not blocks_needed:
+        return Planned(Plan.of((), (), (), options.strategy), flops_now, others)
     if not blocks and not (others and options.exact_only):
         raise NoBlocksError(_no_blocks(gm.graph), others)
     shapes = tuple(map(block_shape, blocks))
     asked = _asked(options.schedule, shapes)
-    flops_now = count_flops(gm.graph)
     if _nothing_to_remove(asked, options, flops_now / original.flops):
         return Planned(Plan.of((), (), shapes, options.strategy), flops_now, others)
     found = find_sites(gm.graph, blocks, options.strategy)

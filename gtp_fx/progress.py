@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -23,3 +24,25 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
             bar.set_description_str(label)
 
         yield show
+
+
+@dataclass
+class Steps:
+    """Counts steps for whoever is told. total: of all of them."""
+
+    total: int
+    progress: Progress | None = None
+    finished: int = 0
+    label: str = ""
+
+    def begin(self, label: str) -> None:
+        self.label = label
+        self._tell()
+
+    def done(self) -> None:
+        self.finished += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.progress is not None:
+            self.progress(self.label, self.finished, self.total)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from gtp_fx.errors import OptionError
+from gtp_fx.errors import CheckError, GtpError, OptionError
 from gtp_fx.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -117,6 +119,17 @@ def parse_latency(text: str) -> float | str:
         return text
 
 
+def budgets(
+    flops: list[float] | None, latencies: list[str] | None, schedule: str
+) -> list[tuple[float | None, str | None]]:
+    """Each budget that was given, in FLOPs or time; where counts were given, perhaps none. Raises OptionError."""
+    found: list[tuple[float | None, str | None]] = [(ratio, None) for ratio in flops or []]
+    found += [(None, text) for text in latencies or []]
+    if not found and isinstance(parse_schedule(schedule), str):
+        raise OptionError("no budget: give --flops-budget 0.74 or --latency-budget 0.74, or counts with --schedule")
+    return found or [(None, None)]
+
+
 def asked(
     flops: float | None, latency: str | None, schedule: str, strategy: str, target: str, batch: int
 ) -> dict[str, Any]:
@@ -148,6 +161,21 @@ def load(name: str, pretrained: bool, weights: str | None, dtype: Dtype, device:
     return loaded
 
 
-def fail(message: str, code: int) -> NoReturn:
+@contextlib.contextmanager
+def explaining(model: str = "") -> Iterator[None]:
+    """Errors that are for people end the command with their message alone; whatever else is a defect and shows where it is."""
+    try:
+        yield
+    except GtpError as error:
+        _fail(str(error), 2)
+    except CheckError as error:
+        _fail(f"{model}: {error}", 1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
     typer.echo(f"gtp-fx: {message}", err=True)
     raise typer.Exit(code)

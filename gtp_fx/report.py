@@ -68,7 +68,10 @@ class Report:
 
     @property
     def flops_ratio(self) -> float:
-        return self.flops_after / self.flops_before
+        return self._ratio(self.flops_after)
+
+    def _ratio(self, flops: int) -> float:
+        return flops / self.flops_before if self.flops_before else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -111,8 +114,7 @@ class Report:
         if self.damage_from:
             lines.append(f"schedule: least damage expected by {self.damage_from}")
         steps = [
-            [s.name, s.tier, f"{s.flops / 1e9:.3f}", f"{s.flops / self.flops_before:.4f}", s.operators]
-            for s in self.passes
+            [s.name, s.tier, f"{s.flops / 1e9:.3f}", f"{self._ratio(s.flops):.4f}", s.operators] for s in self.passes
         ]
         headers = ["pass", "tier", "GFLOPs after", "ratio", "operators"]
         lines += ["", tabulate(steps, headers, disable_numparse=True, colalign=("left",) * 2 + ("right",) * 3)]

@@ -1,8 +1,9 @@
 """Interleaved timing of several callables.
 
 A machine's speed drifts: clocks, neighbours, heat. Timed one after the other, contenders meet different machines; so here
-each round runs every contender once, in an order that rotates, and ratios are taken within a round before the median is
-taken over rounds.
+each round runs every contender once, and ratios are taken within a round before the median is taken over rounds. Who runs
+after whom matters as well (caches, a clock that the one before has heated), so orders are those of Williams' squares, in which everyone
+follows everyone else equally often (E. J. Williams, Australian Journal of Scientific Research A 2, 1949).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def interleave(
     clock: Clock | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Timings:
-    """Time every contender once a round, the first one of a round rotating.
+    """Time every contender once a round, in orders that take turns; `len(contenders)` rounds, or twice as many where they are odd, are balanced.
 
     warmup: rounds that run but do not count; compile before, not here. clock: `cpu_seconds` where None. progress: called
     after each run, warm-up included: `len(contenders) * (warmup + rounds)` times.
@@ -79,17 +80,31 @@ def interleave(
     if rounds < 1 or warmup < 0:
         raise OptionError(f"rounds={rounds}, warmup={warmup}: give at least one round and no negative warm-up")
     clock = clock or cpu_seconds
-    names = list(contenders)
+    names, orders = list(contenders), balanced_orders(len(contenders))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in (names[place] for place in orders[turn % len(orders)]):
             taken = clock(contenders[name])
             if turn >= warmup:
                 seconds[name].append(taken)
             if progress is not None:
                 progress()
     return Timings({name: tuple(values) for name, values in seconds.items()})
+
+
+def balanced_orders(count: int) -> list[list[int]]:
+    """Orders of `count` contenders, in which each is at each place, and next after each other one, equally often."""
+    inward = [
+        step // 2 + 1 if step % 2 else -(step // 2) for step in range(count)
+    ]  # 0, 1, -1, 2, -2, …: all differences once
+    left = [[(start + step) % count for step in inward] for start in range(count)]
+    if count % 2:
+        left += [order[::-1] for order in left]
+    orders = [left.pop(0)]
+    while left:  # nobody after himself, where there are enough to choose from
+        apart = (place for place, order in enumerate(left) if order[0] != orders[-1][-1])
+        orders.append(left.pop(next(apart, 0)))
+    return orders
 
 
 def cpu_seconds(run: Run) -> float:

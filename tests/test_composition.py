@@ -199,3 +199,77 @@ def test_methods_follow_the_weights() -> None:
     torch.testing.assert_close(fast.forward_features(noise()), wanted)
     fast.to(torch.float64)
     assert fast.forward_features(noise().double()).dtype == torch.float64
+    assert fast.forward_head(fast.forward_features(noise().double())).dtype == torch.float64
+
+
+class Headed(nn.Module):
+    """Attention, and a head with a buffer that a product reads, dropout, and no attention."""
+
+    main_input_name = "x"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = enliven(timm.create_model(NAME, depth=2, num_classes=0)).eval()
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(64, 5)
+        self.register_buffer("mix", torch.randn(5, 5, generator=torch.Generator().manual_seed(0)))
+
+    def score(self, features: Tensor) -> Tensor:
+        return self.head(self.drop(features)) @ self.mix
+
+    def mean(self, features: Tensor) -> Tensor:
+        return features.mean(-1)
+
+    def renew(self) -> None:
+        self.head = nn.Linear(64, 7)
+        self.mix = torch.eye(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(self.body(x))
+
+
+@torch.no_grad()
+def test_methods_without_attention_follow_weights_and_mode() -> None:
+    """Captured over the stand-in's own parameters: its mode, its dtype, and what a quantiser put in their place."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = Headed().eval()
+    fast = gtp_fx.optimize(model, schedule=[30, 0], compile=False, example_inputs=noise())
+    features = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    exact = fast.score(features)
+    torch.testing.assert_close(exact, model.score(features))
+    torch.testing.assert_close(fast.mean(features), features.mean(-1))  # no FLOPs at all
+
+    fast.train()
+    assert not model.training and not torch.equal(fast.score(features), fast.score(features)), "dropout"
+    fast.eval()
+    torch.testing.assert_close(fast.score(features), exact)
+
+    quantization.quantize_(fast, quantization.Int8WeightOnlyConfig())
+    quantised = fast.score(features)
+    assert 1e-5 < apart(quantised, exact) < 0.05 and torch.equal(model.score(features), exact)
+
+
+@torch.no_grad()
+def test_a_remade_model_keeps_what_was_quantised() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    fast = gtp_fx.optimize(Headed().eval(), schedule=[30, 0], compile=False, example_inputs=noise())
+    quantization.quantize_(fast, quantization.Int8WeightOnlyConfig())
+    before = {name for name, p in fast.named_parameters() if type(p).__module__.startswith("torchao")}
+    fast.renew()
+    after = {name for name, p in fast.named_parameters() if type(p).__module__.startswith("torchao")}
+    assert fast(noise()).shape == (3, 7) and len(before) > 8
+    assert before - after == {"head.weight"}, "the new head is what the original has now"
+    fast.to(torch.float64)
+    assert fast.mix is fast._gtp.original.mix and fast.mix.dtype == torch.float64
+
+
+@torch.no_grad()
+def test_moving_moves_the_original_wholly() -> None:
+    """Buffers too, which `.to()` would renew in the stand-in alone; what is captured afterwards is of one dtype."""
+    model = Headed().eval()
+    fast = gtp_fx.optimize(model, schedule=[30, 0], compile=False, example_inputs=noise())
+    fast.to(torch.float64)
+    assert model.mix is fast.mix and model.mix.dtype == torch.float64
+    features = torch.randn(4, 64, dtype=torch.float64)
+    torch.testing.assert_close(fast.score(features), model.score(features))
+    assert fast.train()(noise().double()).dtype == torch.float64, "captured for training only now"
+    assert fast.score(features).dtype == torch.float64

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 
 import pytest
 import torch
 
 from gtp_fx.errors import GtpError
-from gtp_fx.timing import Run, Spread, Timings, clock_for, cpu_seconds, cuda_seconds, interleave
+from gtp_fx.timing import Run, Spread, Timings, balanced_orders, clock_for, cpu_seconds, cuda_seconds, interleave
 
 
 class Machine:
@@ -33,10 +35,38 @@ class Machine:
         return self.now - start
 
 
-def test_every_round_runs_every_contender_once_and_the_first_one_rotates() -> None:
+def test_every_round_runs_every_contender_once_in_orders_that_take_turns() -> None:
     machine = Machine({"a": 1, "b": 2, "c": 3})
-    interleave(machine.contenders(), rounds=3, warmup=1, clock=machine.clock)
-    assert ["".join(machine.log[i : i + 3]) for i in range(0, 12, 3)] == ["abc", "bca", "cab", "abc"]
+    interleave(machine.contenders(), rounds=6, warmup=1, clock=machine.clock)
+    rounds = ["".join(machine.log[i : i + 3]) for i in range(0, 21, 3)]
+    assert rounds == ["abc", "bca", "cab", "cba", "bac", "acb", "abc"]
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_everyone_follows_everyone_else_equally_often(count: int) -> None:
+    orders = balanced_orders(count)
+    followed = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert len(followed) == count * (count - 1) and len(set(followed.values())) <= 1
+    for place in range(count):
+        assert set(Counter(order[place] for order in orders).values()) == {len(orders) // count}
+    ends = [order[-1] != later[0] for order, later in itertools.pairwise([*orders, orders[0]])]
+    assert all(ends) or count <= 2
+
+
+def test_what_the_one_before_leaves_behind_does_not_favour_anyone() -> None:
+    """Whoever runs after "hot" takes 10 % longer; in orders that only rotate it would always be the same one."""
+    last = ""
+
+    def run(name: str) -> None:
+        nonlocal last
+        machine.now += 1.1 if last == "hot" else 1.0
+        last = name
+
+    machine = Machine({})
+    timings = interleave(
+        {name: lambda name=name: run(name) for name in ("hot", "a", "b")}, rounds=12, clock=machine.clock
+    )  # type: ignore[misc]
+    assert sum(timings.seconds["a"]) == pytest.approx(sum(timings.seconds["b"]), rel=0.01)
 
 
 def test_seconds_are_each_contenders_own_and_warm_up_does_not_count() -> None:

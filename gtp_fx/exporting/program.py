@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from gtp_fx.capture import export_batched, tracing_alone
 from gtp_fx.errors import CaptureError, GtpError
-from gtp_fx.inputs import CallSignature, tensors_in
+from gtp_fx.inputs import CallSignature, device_of, tensors_in
+from gtp_fx.methods import CalledAs
 from gtp_fx.model import OptimizedModel
 from gtp_fx.ops.register import written_in_aten
 
@@ -67,7 +67,7 @@ def program_of(model: OptimizedModel) -> Program:
     """The same with an example of its inputs and outputs, to check by what is made of it."""
     if not isinstance(model, OptimizedModel):
         raise ExportError(f"export takes what gtp_fx.optimize returned, and got a {type(model).__name__}")
-    device = next((value.device for value in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     if device.type == "meta":
         raise ExportError("this model is on the meta device, so it has no weights to export: load it with weights")
     call = model.signature
@@ -79,7 +79,7 @@ def program_of(model: OptimizedModel) -> Program:
         return torch.randn(_IMAGES, *leaf.shape[1:], generator=generator).to(device, leaf.dtype)
 
     args, kwargs = pytree.tree_map_only(Tensor, example, (call.args, call.kwargs))
-    spelled = _Spelled(model.graph_module, call.parameters)
+    spelled = CalledAs(model.graph_module, _written_out(model.graph_module), call.parameters)
     like_it = CallSignature(call.parameters, args, kwargs)
     with tracing_alone(), torch.no_grad():
         try:
@@ -114,20 +114,14 @@ def _output_names(outputs: Any) -> list[str]:
     return names
 
 
-class _Spelled(nn.Module):
-    """A graph module whose forward is called as the original's, and runs no operator of this package."""
+def _written_out(gm: fx.GraphModule) -> Callable[..., Any]:
+    """The graph's forward, which runs no operator of this package."""
 
-    def __init__(self, gm: fx.GraphModule, parameters: inspect.Signature) -> None:
-        super().__init__()
-        self._parameters, self._buffers, self._modules = gm._parameters, gm._buffers, gm._modules
-        self.training = False
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _WrittenOut():
+            return gm.forward(*args, **kwargs)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with _WrittenOut():
-                return gm.forward(*args, **kwargs)
-
-        forward.__signature__ = parameters  # type: ignore[attr-defined]
-        self.forward = forward
+    return forward
 
 
 class _WrittenOut(TorchFunctionMode):
