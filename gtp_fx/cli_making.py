@@ -137,7 +137,8 @@ def show(
     pretrained: Pretrained = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw IMAGE with what becomes of its tokens in MODEL: kept and leaving at each site, who receives them, and the token scales at the end."""
+    """Draw IMAGE with what becomes of its tokens in MODEL: kept and leaving at each site, who receives them, and the token scales at the end; in
+    models of windows, which skip at each site."""
     from gtp_fx.drawing import draw_journeys
     from gtp_fx.journeys import journeys
     from gtp_fx.photo import as_seen, load_photo, prepared, read_picture

@@ -1,4 +1,5 @@
-"""Where an image's tokens went: at each site, which patches are left, which leave, who receives those and what each then stands for.
+"""Where an image's tokens went: at each site, which patches are left, which leave, who receives those and what each then stands for; or,
+where the grid has to stay whole, which skip the site's branch.
 
 `Provenance` says what the last tokens are made of; this is how it came to that, site by site, for a picture.
 """
@@ -6,12 +7,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.errors import OptionError
 from gtp_fx.graphs import layer_name, returning
@@ -44,28 +46,59 @@ class SiteView:
         return {**found, "received_by": to, "scale": self.scale.tolist()}
 
 
+@dataclass(frozen=True, eq=False)
+class SkipView:
+    """One site, of one image, that all tokens stay in. skipped [P]: patches of the grid, ascending, that its branch is spared, and where
+    `attention` its attention's queries as well. Padding that skips is nobody's patch."""
+
+    layer: str
+    grid: tuple[int, ...]
+    skipped: Tensor
+    attention: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        found = {"layer": self.layer, "grid": list(self.grid), "skipped": self.skipped.tolist()}
+        return {**found, "skips": "attention and MLP" if self.attention else "MLP"}
+
+
+View = SiteView | SkipView
+
+
 @torch.no_grad()
-def journeys(model: OptimizedModel, image: Tensor) -> tuple[SiteView, ...]:
+def journeys(model: OptimizedModel, image: Tensor) -> tuple[View, ...]:
     """Of one image, [1, …] as the model takes it; in the order of the graph, eager.
 
-    Raises OptionError where no token leaves: nothing does at this budget, or they only skip branches within windows.
+    Raises OptionError where nothing happens to any token at this budget.
     """
-    records, gm = model.sites, model.graph_module
-    if not records:
-        skipping = (
-            "tokens only skip branches here, and stay where they are" if model.report.sites else "no token leaves"
-        )
+    if not model.report.sites:
         raise OptionError(
-            f"{type(model).__name__} at {model.report.flops_ratio:.3f} of its FLOPs: {skipping}, so there is nothing to draw"
+            f"{type(model).__name__} at {model.report.flops_ratio:.3f} of its FLOPs: no token leaves, so there is nothing to draw"
         )
-    runner = returning(gm, lambda copies: _values(records, [copies[node] for node in calls_of(gm.graph)]))
-    found = iter(runner(image))
-    nodes = calls_of(gm.graph)
-    views: list[SiteView] = []
+    nodes = calls_of(model.graph_module.graph)
+    skips = [number for number, node in enumerate(nodes) if node.target is gtp_fx.region_shares.default]
+
+    def wanted(copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+        calls = [copies[node] for node in nodes]
+        return [*_values(model.sites, calls), *(value for number in skips for value in _places_and_left(calls[number]))]
+
+    found = iter(returning(model.graph_module, wanted)(image))
+    views = dict(_leaving(model.sites, nodes, found, image.device))
+    skipping = (row for row in model.report.sites if row.windows)
+    for number, row in zip(skips, skipping, strict=True):
+        skipped = _patches(next(found), next(found), shape := _grid_of(nodes[number]))
+        views[number] = SkipView(row.layer, shape, skipped, row.lender is not None)
+    return tuple(views[place] for place in sorted(views))
+
+
+def _leaving(
+    records: Sequence[SiteRecord], nodes: Sequence[fx.Node], found: Iterator[Tensor], device: torch.device
+) -> Iterator[tuple[int, View]]:
+    """Sites that tokens leave their stream at, by their places. found: what `_values` has asked for."""
     streams: dict[Any, tuple[Tensor, Tensor]] = {}
     for record in records:
         count = math.prod(record.grid.shape)
-        everything = torch.arange(count, device=image.device), torch.ones(count, device=image.device)
+        everything = torch.arange(count, device=device), torch.ones(count, device=device)
         index, scale = everything if record.of_whole else streams.get(record.grid, everything)
         kept = next(found)[0]
         left = torch.ones_like(index, dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
@@ -76,10 +109,8 @@ def journeys(model: OptimizedModel, image: Tensor) -> tuple[SiteView, ...]:
             then = then + (shares if record.own is None else _split(shares)) @ scale[received]
             shares = shares[:, received.argsort()]
         streams[record.grid] = index[kept], then
-        views.append(
-            SiteView(layer_name(nodes[record.place]), record.grid.shape, index[kept], index[left], shares, then)
-        )
-    return tuple(views)
+        layer = layer_name(nodes[record.place])
+        yield record.place, SiteView(layer, record.grid.shape, index[kept], index[left], shares, then)
 
 
 def _split(shares_KP: Tensor) -> Tensor:
@@ -95,3 +126,30 @@ def _values(records: Sequence[SiteRecord], calls: Sequence[fx.Node]) -> list[fx.
         if record.weights is not None:
             wanted += [record.propagated, record.weights]
     return [calls[number] for number in wanted if number is not None]
+
+
+def _places_and_left(shares: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Of a call of `region_shares`: where a window's tokens stand on the image, and which of them skip."""
+    places, _, left = shares.all_input_nodes
+    return places, left
+
+
+def _grid_of(shares: fx.Node) -> tuple[int, ...]:
+    """Rows and columns of the image whose places a call of `region_shares` is given."""
+    node = shares
+    while node.target is not gtp_fx.grid_places.default:
+        node = node.all_input_nodes[0]
+    shape: Any = node.args[0]
+    return tuple(shape)
+
+
+def _patches(places_WnR: Tensor, left_WP: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[P]: by number on the grid, row-major, ascending; of the tokens of one image's windows that aren't padding, which stands at
+    negative places."""
+    index_WPR = left_WP[..., None].expand(*left_WP.shape, len(shape))
+    places_PR = places_WnR.gather(1, index_WPR).flatten(0, 1)
+    inside_PR = places_PR[(places_PR >= 0).all(dim=1)]
+    number_P = torch.zeros(len(inside_PR), dtype=torch.int64, device=inside_PR.device)
+    for side, column in zip(shape, inside_PR.T, strict=True):
+        number_P = number_P * side + column
+    return number_P.sort().values

@@ -6,16 +6,19 @@ a block sees what those before it made of theirs. Tolerance: the two do the same
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 import transformers
+from PIL import Image
 from timm.models.nest import Nest
 from torch import Tensor, fx, nn
 from torchvision.models.swin_transformer import SwinTransformer
@@ -26,8 +29,10 @@ from bench.live_weights import enliven
 from gtp_fx.axes import Plain, TensorType
 from gtp_fx.branches import Branch
 from gtp_fx.capture import capture_module
+from gtp_fx.drawing import draw_journeys
 from gtp_fx.infer import infer_types
 from gtp_fx.inputs import call_signature
+from gtp_fx.journeys import SkipView, journeys
 from gtp_fx.layouts import by_window, convert, image_layout
 from gtp_fx.passes.find_blocks import find_blocks, read_blocks
 from gtp_fx.passes.fold_constants import fold_constants
@@ -38,6 +43,7 @@ from gtp_fx.passes.spell_einsum import spell_einsum
 from gtp_fx.shapes import propagate_shapes
 
 import reference_windows as oracles
+from reference import select
 from reference_windows import ByHand, Oracle, Parts
 
 
@@ -301,6 +307,37 @@ def test_idle_tokens_keep_the_residual_alone(family: Family) -> None:
     idle = gtp_fx.optimize(model, schedule=family.schedule, example_inputs=x, compile=False)
     assert error(idle(x), on(family, model, family.blocks, idle=True)(x)) < 1e-5
     assert error(idle(x), on(family, model, family.blocks)(x)) > 1e-4
+
+
+def skipping_by_hand(parts: Parts, count: int) -> list[int]:
+    """Of the first image, numbers on the grid."""
+    found = []
+    for index_n, score_n in zip(parts.windows.index_Wn, parts.score_BWn[0], strict=True):
+        score_n = torch.where(index_n < 0, -1.0 - torch.arange(len(index_n)), score_n)
+        left_1P = select(score_n[None], count)[1]
+        found.append(index_n[left_1P[0]])
+    left = torch.cat(found)
+    places_NR = parts.windows.places_NR
+    numbers_N = places_NR[:, 0] * (int(places_NR[:, 1].max()) + 1) + places_NR[:, 1]
+    return sorted(numbers_N[left[left >= 0]].tolist())
+
+
+@pytest.mark.parametrize("family", [SWIN, PADDED, TORCHVISION, HIERA, TWINS], ids=lambda family: family.name)
+@torch.no_grad()
+def test_journeys_say_which_patches_skip(family: Family, tmp_path: Path) -> None:
+    """Rolled, padded, pooled: where on the image a window's tokens are, and padding is nowhere."""
+    model, x = family.model(), family.inputs(batch=1)
+    fast = gtp_fx.optimize(model, schedule=family.schedule, example_inputs=family.inputs(), compile=False)
+    views = journeys(fast, x)
+    hand = on(family, model, family.blocks, idle=True)
+    hand(x)
+    assert len(views) == len(family.blocks)
+    for view, (name, count) in zip(views, family.blocks.items(), strict=True):
+        assert isinstance(view, SkipView) and view.layer.startswith(name)
+        assert view.skipped.tolist() == skipping_by_hand(hand.seen[name], count), name
+    draw_journeys(views, torch.rand(*family.shape[1:], 3), family.name, tmp_path / "skips.png")
+    assert Image.open(tmp_path / "skips.png").width > 1000
+    assert json.loads(json.dumps(views[0].to_dict()))["skips"] == "MLP"
 
 
 @cache
