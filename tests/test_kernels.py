@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from gtp_fx import site_probes
 from gtp_fx.kernels import attention, propagate, recover, select, tuned  # noqa: F401
 from gtp_fx.kernels.tiles import ROW_FITS, AttentionTile, attention_tiles
 from gtp_fx.ops.attention import SCORES
-from gtp_fx.timing import interleave
+from gtp_fx.timing import Run, Timings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernels, ops = torch.ops.gtp_fx_kernels, torch.ops.gtp_fx
@@ -271,11 +272,13 @@ def test_every_launch_compiles_for_gpus_that_are_not_here() -> None:
 def test_tiles_are_timed_kept_and_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The clock decides; another size's file, or a broken one, counts as none."""
     monkeypatch.setenv("GTP_FX_CACHE", str(tmp_path))
-    slow_first = iter([5.0, 4.0, 3.0, 1.0] * 9)
-    monkeypatch.setattr(tuned, "clock_for", lambda device: lambda run: next(slow_first))
-    monkeypatch.setattr(
-        tuned, "interleave", lambda runs, rounds, clock: interleave(runs, rounds=1, warmup=0, clock=clock)
-    )
+
+    def slow_first(runs: dict[Any, Run], **how: Any) -> Timings:
+        for run in runs.values():
+            run()
+        return Timings({name: (1 / place,) for place, name in enumerate(runs, start=1)})
+
+    monkeypatch.setattr(tuned, "interleave", slow_first)
     found = tuned.tune_tiles(torch.device(DEVICE), torch.float16, sizes=[(20, 16)])
     candidates = attention_tiles(20, 16, torch.float16)
     assert found == {f"32 16 {torch.float16}": candidates[-1]} and len(candidates) == 4

@@ -59,7 +59,7 @@ def _padding(work: Work, target: Target) -> Any:
     """By how much whole tiles, and whole waves of them over the units, are more than the work itself."""
     if work.kind == "attention":
         queries, keys = target.attention_tile
-        return (_up(work.rows, queries) * queries / work.rows) * (_up(work.tokens, keys) * keys / work.tokens)
+        return _whole(work.rows, queries) * _whole(work.tokens, keys)
     if not target.tiles:
         return 1.0
     return np.minimum.reduce([_in_tiles(work, tile, target.units) for tile in target.tiles])
@@ -69,7 +69,12 @@ def _in_tiles(work: Work, tile: Tile, units: int) -> Any:
     """The last wave takes as long as a full one, however few tiles it has."""
     tiles = work.batch * _up(work.rows, tile.rows) * _up(work.columns, tile.columns)
     made = _up(tiles, units) * units * tile.rows * tile.columns
-    return made / (work.batch * work.rows * work.columns * tile.share)
+    return made / (np.maximum(work.batch * work.rows * work.columns, 1) * tile.share)  # of no rows nothing is made
+
+
+def _whole(amount: Any, tile: int) -> Any:
+    """By how much whole tiles are more; of nothing, nothing."""
+    return _up(amount, tile) * tile / np.maximum(amount, 1)
 
 
 def _up(amount: Any, tile: int) -> Any:
