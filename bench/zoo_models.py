@@ -200,9 +200,9 @@ HIERARCHICAL = (
     timm_model("pit_b_224", "PiT"),
     timm_model("pit_s_distilled_224", "PiT"),
     timm_model("vitamin_small_224", "ViTamin"),
-    timm_model("levit_128", "LeViT"),
-    timm_model("visformer_small", "Visformer"),
-    timm_model("coat_lite_tiny", "CoaT"),
+    timm_model("levit_128", "LeViT", depth=(1, 1, 1)),
+    timm_model("visformer_small", "Visformer", depth=(1, 1, 1)),
+    timm_model("coat_lite_tiny", "CoaT", serial_depths=(1, 1, 1, 1)),
     timm_model("efficientformer_l1", "EfficientFormer"),
     timm_model("mobilevit_s", "MobileViT"),
     timm_model("swin_tiny_patch4_window7_224", "Swin", **_STAGES),
@@ -240,7 +240,7 @@ HIERARCHICAL = (
 
 NO_ATTENTION = (
     timm_model("resnet50", "convolutions alone"),
-    timm_model("convnext_tiny", "convolutions alone"),
+    timm_model("convnext_tiny", "convolutions alone", **_STAGES),
 )
 
 GROUPS = {

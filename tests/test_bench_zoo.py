@@ -30,7 +30,6 @@ def committed() -> list[Row]:
         ("timm", "naflexvit_base_patch16_gap", "reduced"),
         ("timm", "levit_128", "reduced"),
         ("transformers", "DINOv3", "reduced"),
-        ("timm", "swinv2_tiny_window8_256", "reduced"),
         ("timm", "coat_lite_tiny", "refused"),
         ("timm", "xcit_tiny_12_p16_224", "refused"),
         ("transformers", "ViT-MAE", "refused"),

@@ -21,6 +21,7 @@ from gtp_fx.passes.insert_branches import insert_branches
 import reference_windows as oracles
 from reference_windows import ByHand
 
+TWO = from_timm("swin_tiny_patch4_window7_224", img_size=56, depths=(2,), num_heads=(2,), embed_dim=32)
 ATTENTION = gtp_fx.GTP(skips="attention", branch="recover")
 
 
@@ -169,7 +170,9 @@ def test_both_doors_agree_at_any_batch() -> None:
 
 @torch.no_grad()
 def test_compiled_it_says_the_same() -> None:
-    family = test_windows.SWIN
+    family = Family(
+        "swin", TWO, lambda _: oracles.swin, {"layers.0.blocks.0": 20, "layers.0.blocks.1": 26}, (3, 56, 56)
+    )
     model, x = family.model(), family.inputs()
     options: dict[str, Any] = {"schedule": family.schedule, "strategy": ATTENTION, "example_inputs": x}
     fast, eager = (gtp_fx.optimize(model, compile=compiled, **options) for compiled in (True, False))
@@ -197,9 +200,8 @@ def gated(make: Callable[[], Any]) -> Any:
 
 @torch.no_grad()
 def test_what_cannot_be_followed_falls_back_by_name() -> None:
-    make = from_timm("swin_tiny_patch4_window7_224", img_size=56, depths=(2,), num_heads=(2,), embed_dim=32)
     x = torch.randn(1, 3, 56, 56)
-    fast = gtp_fx.optimize(gated(make), schedule=[10, 10], strategy=ATTENTION, example_inputs=x, compile=False)
+    fast = gtp_fx.optimize(gated(TWO), schedule=[10, 10], strategy=ATTENTION, example_inputs=x, compile=False)
     assert [row.lender for row in fast.report.sites] == [None, None]
     (refusal,) = fast.report.refusals
     assert refusal.layer == "layers.0.blocks.1.attn"
