@@ -44,8 +44,8 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
                 program = program.run_decompositions({})  # an empty table: functionalise, decompose nothing
         except Exception as error:
             given = describe(signature.args, signature.kwargs)
-            raise CaptureError(f"{type(model).__name__} with {given} can't be captured: {_explained(error)}") from error
-    _refuse_changes(type(model).__name__, [*attributes, *_changed(program.graph_signature)])
+            raise CaptureError(f"{model._get_name()} with {given} can't be captured: {_explained(error)}") from error
+    _refuse_changes(model._get_name(), [*attributes, *_changed(program.graph_signature)])
     exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
     captured = fx.GraphModule(exported, exported.graph)

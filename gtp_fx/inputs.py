@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,16 @@ class CallSignature:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> CallSignature:
-        """With examples that `function` has made of these."""
-        args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
+    def like(self, model: nn.Module, was: torch.dtype | None) -> CallSignature:
+        """With examples where `model` is now, and those of the dtype that its weights had in the one that they have."""
+        device, dtype = device_of(model), dtype_of(model)
+
+        def moved(example: Tensor) -> Tensor:
+            if example.is_meta and device.type != "meta":
+                example = torch.zeros_like(example, device=device)
+            return example.to(device, dtype if dtype is not None and example.dtype == was else example.dtype)
+
+        args, kwargs = pytree.tree_map_only(Tensor, moved, (self.args, self.kwargs))
         return CallSignature(self.parameters, args, kwargs)
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -83,7 +90,7 @@ def canonical_arguments(
     for name in list(bound.arguments):
         default = parameters.parameters[name].default
         value = bound.arguments[name]
-        if default is not inspect.Parameter.empty and not isinstance(value, Tensor) and value == default:
+        if default is not inspect.Parameter.empty and not isinstance(value, Tensor) and _is(value, default):
             del bound.arguments[name]
     return bound.args, bound.kwargs
 
@@ -97,6 +104,11 @@ def device_of(model: nn.Module) -> torch.device:
     """Where its first parameter or buffer is now; the CPU where it has none."""
     held = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if held is None else held.device
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """Of its first parameter of real numbers; None where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -115,9 +127,16 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 def _same_form(mine: Any, theirs: Any) -> bool:
     if isinstance(mine, Tensor) != isinstance(theirs, Tensor):
         return False
-    if isinstance(mine, Tensor):
-        return bool(mine.shape[1:] == theirs.shape[1:] and mine.ndim == theirs.ndim)
-    return bool(mine == theirs)
+    if not isinstance(mine, Tensor):
+        return _is(mine, theirs)
+    # Of real numbers the dtype may be another: autocast, or weights that were replaced by those of another.
+    same_kind = mine.dtype == theirs.dtype or (mine.is_floating_point() and theirs.is_floating_point())
+    return bool(same_kind and mine.shape[1:] == theirs.shape[1:] and mine.ndim == theirs.ndim)
+
+
+def _is(value: Any, other: Any) -> bool:
+    """Equal, and of one type: 3, 3.0 and True take a forward different ways."""
+    return type(value) is type(other) and bool(value == other)
 
 
 def _split(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from torch import fx, nn
+
+from gtp_fx.errors import InputError
 
 Base = TypeVar("Base", bound=nn.Module)
 Tensors = dict[str, Any]
@@ -26,6 +29,16 @@ def class_like(base: type[Base], original: type[nn.Module]) -> type[Base]:
     return _made[base, original]  # type: ignore[return-value]
 
 
+class Part(nn.Module):
+    """The parameters of a module inside the original, under their names."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError(
+            "this is a part of an optimised model: it holds parameters, and the whole model's graph runs them. Call a method of the "
+            "model, or optimise the original's part by itself, gtp_fx.optimize(model.part, …)"
+        )
+
+
 def parameter_tree(module: nn.Module, seen: Twins) -> nn.Module:
     """Bare modules with the parameters and buffers of `module` under the same names.
 
@@ -33,7 +46,8 @@ def parameter_tree(module: nn.Module, seen: Twins) -> nn.Module:
     """
     if module in seen:
         return seen[module]
-    bare = seen[module] = nn.Module()
+    bare: nn.Module = Part()
+    seen[module] = bare
     if type(module) is nn.Linear:
         bare.__class__ = nn.Linear
         bare.__dict__.update(in_features=module.in_features, out_features=module.out_features)
@@ -70,17 +84,41 @@ def carry_over(old: Twins, new: Twins, before: Mapping[nn.Module, Tensors]) -> N
             )
 
 
-def share(graph_module: fx.GraphModule, owner: nn.Module) -> None:
-    """Let `graph_module` read its parameters from `owner`; what only the graph has (lifted constants) moves there."""
+def names_of(original: nn.Module) -> set[str]:
+    """Of its parameters and buffers, shared ones by each of their names."""
+    everything = (original.named_parameters(remove_duplicate=False), original.named_buffers(remove_duplicate=False))
+    return {name for named in everything for name, _ in named}
+
+
+def adopt(graph_module: fx.GraphModule, owner: nn.Module, names: Collection[str]) -> None:
+    """Let `graph_module` read everything from `owner`. names: the original's; what else the graph reads (constants that were lifted into it)
+    moves there, under another name where another graph's constant has that."""
+    moved: dict[str, str] = {}
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
-            path, _, leaf = node.target.rpartition(".")
-            holder = owner.get_submodule(path)
-            if leaf not in holder._parameters and leaf not in holder._buffers:
-                holder._buffers[leaf] = getattr(graph_module.get_submodule(path), leaf)
-                holder._non_persistent_buffers_set.add(leaf)
+        if node.op == "get_attr" and node.target not in names:
+            if node.target not in moved:
+                moved[node.target] = _move_in(graph_module, node.target, owner)
+            node.target = moved[node.target]
+    share(graph_module, owner)
+    graph_module.recompile()
+
+
+def share(graph_module: fx.GraphModule, owner: nn.Module) -> None:
+    """The very same dicts, so that whatever is put into one is in the other."""
     graph_module._parameters, graph_module._buffers = owner._parameters, owner._buffers
     graph_module._modules = owner._modules
+
+
+def _move_in(graph_module: fx.GraphModule, name: str, owner: nn.Module) -> str:
+    """A constant of the graph's into `owner`; returns what it is called there."""
+    path, _, leaf = name.rpartition(".")
+    holder, value = owner.get_submodule(path), getattr(graph_module.get_submodule(path), leaf)
+    held: Tensors = {**holder._parameters, **holder._buffers}
+    free = itertools.chain([leaf], (f"{leaf}_{number}" for number in itertools.count(1)))
+    leaf = next(candidate for candidate in free if candidate not in held or held[candidate] is value)
+    holder._buffers[leaf] = value
+    holder._non_persistent_buffers_set.add(leaf)
+    return f"{path}.{leaf}" if path else leaf
 
 
 def _new_class(base: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:

@@ -9,6 +9,7 @@ something the graphs are made anew.
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,9 @@ class CalledAs(nn.Module):
             if hasattr(owner, attribute):
                 object.__setattr__(self, attribute, getattr(owner, attribute))
 
+    def _get_name(self) -> str:
+        return f"{type(self._owner).__name__}.{getattr(self.forward, '__name__', 'forward')}"
+
     @property
     def training(self) -> bool:  # type: ignore[override]
         return self._owner.training
@@ -61,7 +65,7 @@ class Contents:
     """Everything that a graph of a model may rest on. Holds what it names, so that nothing new can be taken for it."""
 
     modules: dict[str, nn.Module]
-    plain: dict[nn.Module, str]
+    attributes: dict[nn.Module, Any]
     tensors: dict[nn.Module, dict[str, Tensor | None]]
 
     @classmethod
@@ -69,7 +73,7 @@ class Contents:
         modules = dict(model.named_modules())
         return cls(
             modules,
-            {module: repr(_plain(module)) for module in modules.values()},
+            {module: _frozen(_attributes(module)) for module in modules.values()},
             {module: {**module._parameters, **module._buffers} for module in modules.values()},
         )
 
@@ -77,17 +81,48 @@ class Contents:
         """Modules are equal when they are the same; so have tensors to be."""
         return (
             self.modules == other.modules
-            and self.plain == other.plain
+            and self.attributes == other.attributes
             and all(_identical(held, other.tensors[module]) for module, held in self.tensors.items())
         )
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, bool | int | float | str | tuple | torch.dtype)
-    }
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """But for those in which nn.Module keeps house."""
+    return {key: value for key, value in vars(module).items() if key not in _HOUSEKEEPING}
+
+
+_HOUSEKEEPING = frozenset(vars(nn.Module())) - {"training"}
+_DEEPEST = 4
+
+
+def _frozen(value: Any, depth: int = 0) -> Any:
+    """A value that is equal to another one while nothing in it has changed: containers and plain objects (a configuration) by what is in
+    them, everything else by what it is."""
+    if isinstance(value, bool | int | float | complex | str | bytes | None | torch.dtype | torch.device):
+        return type(value), repr(value)  # 1, 1.0 and True are not the same; nan is
+    if depth < _DEEPEST:
+        if isinstance(value, dict):
+            return type(value), tuple((_frozen(key, _DEEPEST), _frozen(held, depth + 1)) for key, held in value.items())
+        if isinstance(value, list | tuple | set | frozenset):
+            return type(value), tuple(_frozen(held, depth + 1) for held in value)
+        if hasattr(value, "__dict__") and not isinstance(value, _BY_IDENTITY) and not callable(value):
+            return _Same(value), _frozen(vars(value), depth + 1)
+    return _Same(value)
+
+
+_BY_IDENTITY = (Tensor, nn.Module, type, types.ModuleType)
+
+
+class _Same:
+    """Equal to what holds the very same object."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _identical(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> bool:

@@ -7,11 +7,12 @@ Same call, same output type and shapes, same parameters (names, order, storage),
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,15 +22,17 @@ from gtp_fx.capture import capture_module
 from gtp_fx.config import Options
 from gtp_fx.damage.calibration import Calibration, bound
 from gtp_fx.errors import ScheduleError
-from gtp_fx.inputs import CallSignature, call_signature, device_of, tensors_in
-from gtp_fx.likeness import Twins, carry_over, class_like, held_by_both, parameter_tree, share
+from gtp_fx.inputs import CallSignature, call_signature, device_of, dtype_of, tensors_in
+from gtp_fx.likeness import Twins, adopt, carry_over, class_like, held_by_both, names_of, parameter_tree, share
 from gtp_fx.lowering import lowered
 from gtp_fx.methods import CalledAs, Contents
+from gtp_fx.model_state import State, settled
 from gtp_fx.passes.call_functions import call_functions
 from gtp_fx.pipeline import Optimised, run_passes
 from gtp_fx.provenance import Provenance, SiteRecord, output_and_provenance_runner, provenance_runner
 from gtp_fx.report import Report
 from gtp_fx.schedule import Schedule
+from gtp_fx.scheduling import AUTO
 from gtp_fx.strategies import Strategy
 from gtp_fx.thresholds import Thresholds, mean_thresholds
 
@@ -58,32 +61,32 @@ class OptimizedModel(nn.Module):
         self._non_persistent_buffers_set = tree._non_persistent_buffers_set
         twins[original] = self
         # Set past nn.Module, which would register the original as a child and double every name.
-        self._gtp: _State
-        object.__setattr__(self, "_gtp", _State(original, signature, options, compile, blocks_needed, twins))
-        self._specialise(training=False)
+        self._gtp: State
+        object.__setattr__(self, "_gtp", State(original, signature, options, compile, blocks_needed, twins))
+        self._gtp.first = self._optimised(training=False)
         self.training = original.training
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        return self._gtp.evaluation.graph_module
+        return self._optimised(training=False).graph_module
 
     @property
     def report(self) -> Report:
-        return self._gtp.evaluation.report
+        return self._gtp.chosen.report
 
     @property
     def schedule(self) -> Schedule:
-        return self._gtp.evaluation.schedule
+        return self._gtp.chosen.schedule
 
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
         """What each site does to its stream, by the graph's numbers of calls; none where tokens only skip branches."""
-        return self._gtp.evaluation.sites
+        return self._optimised(training=False).sites
 
     @property
     def strategy(self) -> Strategy:
         """The one that was asked for, or what calibration made of it."""
-        return self._gtp.evaluation.strategy
+        return self._gtp.chosen.strategy
 
     @property
     def signature(self) -> CallSignature:
@@ -100,14 +103,14 @@ class OptimizedModel(nn.Module):
         Empty where no token leaves. Eager, in the evaluation graph.
         """
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
-        evaluation = self._gtp.evaluation
+        evaluation = self._optimised(training=False)
         return provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))(*args, **kwargs)
 
     def with_provenance(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Provenance, ...]]:
         """Called as the model is: what it returns, and `provenance`, from one run. Of a map of tokens that is returned, those that were left
         (and needn't have come back) are at `index`, behind the prefix: what a reader of fewer tokens takes."""
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
-        evaluation = self._gtp.evaluation
+        evaluation = self._optimised(training=False)
         run = output_and_provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))
         return run(*args, **kwargs)
 
@@ -153,15 +156,18 @@ class OptimizedModel(nn.Module):
         state = self._gtp
         module = CalledAs(state.original, getattr(state.original, name))
         example: Any = args if not kwargs else inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        options = _settled(state.options, state.evaluation)
+        options = settled(state.options, state.chosen)
+        if not any(state.chosen.schedule):  # so that no token leaves, whatever blocks the method has
+            options = replace(options, schedule=AUTO, flops_budget=1.0)
         try:
             fast = OptimizedModel(module, call_signature(module, example), options, state.compile, blocks_needed=False)
         except ScheduleError as error:
-            raise ScheduleError(f"{type(state.original).__name__}.{name}: {error}") from error
+            raise ScheduleError(f"{module._get_name()}: {error}") from error
         fast._gtp.compile &= fast.report.blocks > 0
         fast._parameters, fast._buffers, fast._modules = self._parameters, self._buffers, self._modules
+        fast._non_persistent_buffers_set = self._non_persistent_buffers_set
         for made in fast._gtp.by_mode.values():
-            share(made.graph_module, self)
+            adopt(made.graph_module, self, names_of(state.original))
         return fast
 
     def _remake(self, before: Contents) -> None:
@@ -170,6 +176,8 @@ class OptimizedModel(nn.Module):
         What it still has stays as this model holds it, which may be in another form (quantised).
         """
         state = self._gtp
+        state.options = settled(state.options, state.chosen)
+        made = self._rewritten(training=False)  # first of all, since it may fail
         twins: Twins = {}
         tree = parameter_tree(state.original, twins)
         carry_over(state.twins, twins, before.tensors)
@@ -180,45 +188,74 @@ class OptimizedModel(nn.Module):
         ):
             mine.clear()
             mine.update(new)  # type: ignore[arg-type]
-        state.options = _settled(state.options, state.evaluation)
         state.twins = {**twins, state.original: self}
-        state.by_mode.clear()
-        state.runners.clear()
-        state.methods.clear()
-        self._specialise(training=False)
+        state.forget()
+        adopt(made.graph_module, self, names_of(state.original))
+        state.first = state.by_mode[False] = made
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
-        """`.to()` and its like. What is captured from now on is captured of the original, with the examples: both go along."""
-        both = held_by_both(self._gtp.twins)
-        super()._apply(fn, recurse)
-        for mine, theirs, name in both:  # a parameter changes in place; buffers are renewed
-            theirs[name] = mine[name]
-        for each in (self, *itertools.chain(*self._gtp.methods.values())):
-            each._gtp.signature = each._gtp.signature.map(fn)
-        return self
+        """`.to()` and its like."""
+        with self._together():
+            return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """nn.Module's."""
+        with self._together():
+            return super().load_state_dict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What both hold stays the same in both: a parameter changes in place, mostly, but buffers are renewed, and with assign=True all are.
+
+        What is captured from then on is captured of the original, with the examples, which go along. A graph has dtypes written into it
+        (`x.to(torch.float32)`), so that in another one they are made anew.
+        """
+        state = self._gtp
+        both, was = held_by_both(state.twins), dtype_of(state.original)
+        try:
+            yield
+        finally:
+            for mine, theirs, name in both:
+                theirs[name] = mine[name]
+            for each in (self, *itertools.chain(*state.methods.values())):
+                each._gtp.signature = each._gtp.signature.like(state.original, was)
+            if dtype_of(state.original) != was:
+                state.forget()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _bare, (type(self._gtp.original),), self.__dict__
+        state = {**self.__dict__, "_gtp": replace(self._gtp, runners={})}
+        return _bare, (type(self._gtp.original),), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for made in self._gtp.by_mode.values():  # graph modules copy their dicts
+            share(made.graph_module, self)
 
     def extra_repr(self) -> str:
         return f"optimised by gtp_fx, at {self.report.flops_ratio:.4f} of its FLOPs"
 
-    def _specialise(self, training: bool) -> Optimised:
-        """Capture and rewrite in one mode; in training with the schedule of evaluation."""
+    def _optimised(self, training: bool) -> Optimised:
+        """In one mode; made when it is first asked for."""
         state = self._gtp
-        options = _settled(state.options, state.evaluation) if training else state.options
+        if training not in state.by_mode:
+            made = self._rewritten(training)
+            adopt(made.graph_module, self, names_of(state.original))
+            state.by_mode[training] = made
+        return state.by_mode[training]
+
+    def _rewritten(self, training: bool) -> Optimised:
+        """Capture the original and rewrite its graph: in training, and whenever again, with the schedule that was settled."""
+        state = self._gtp
+        options = state.options if state.first is None else settled(state.options, state.first)
         if options.calibration is not None:
             options = replace(options, calibration=bound(options.calibration, state.signature.canonical))
-        optimised = run_passes(capture_module(state.original, state.signature, training), options, state.blocks_needed)
-        share(optimised.graph_module, self)
-        state.by_mode[training] = optimised
-        return optimised
+        return run_passes(capture_module(state.original, state.signature, training), options, state.blocks_needed)
 
     def _runner(self) -> Any:
         """What computes the current mode: the graph module, or its compiled form."""
         state, training, device = self._gtp, self.training, device_of(self)
         if (training, device) not in state.runners:
-            optimised = state.by_mode.get(training) or self._specialise(training)
+            optimised = self._optimised(training)
             runner: Any = call_functions(
                 lowered(optimised.graph_module, device, state.options.disabled_passes)
                 if state.compile
@@ -235,29 +272,3 @@ def _bare(original: type[nn.Module]) -> OptimizedModel:
     """To be filled with another one's state: a copy, or what was pickled."""
     cls = class_like(OptimizedModel, original)
     return cls.__new__(cls)
-
-
-@dataclass
-class _State:
-    """What an OptimizedModel keeps beside its parameters. blocks_needed: as `run_passes` has it. by_mode: by `training`; runners: by that
-    and the device. methods: the original's, by name, one for each form of arguments."""
-
-    original: nn.Module
-    signature: CallSignature
-    options: Options
-    compile: bool
-    blocks_needed: bool
-    twins: Twins
-    by_mode: dict[bool, Optimised] = field(default_factory=dict)
-    runners: dict[tuple[bool, torch.device], Any] = field(default_factory=dict)
-    methods: dict[str, list[OptimizedModel]] = field(default_factory=dict)
-
-    @property
-    def evaluation(self) -> Optimised:
-        return self.by_mode[False]
-
-
-def _settled(options: Options, made: Optimised) -> Options:
-    """The schedule that was made, with its strategy, which calibration may have chosen; no budget."""
-    options = replace(options, flops_budget=None, latency_budget=None, calibration=None)
-    return replace(options, schedule=made.schedule, strategy=made.strategy)
