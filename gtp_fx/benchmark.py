@@ -78,7 +78,7 @@ class Benchmark:
         headers = ["", "FLOPs", "ms per batch", "images/s", "speed-up", "quartiles", "of limit", "predicted", "cosine"]
         table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * 8))
         return (
-            f"{table}\n{self.how} against {self.how}, medians of {self.timings.rounds} interleaved rounds, batch {self.batch}; limit: 1 / "
+            f"{table}\n{self.how} against {self.how}, medians of {self.timings.rounds} interleaved rounds, batch {self.batch}; speed-ups within rounds; predicted: compiled; limit: 1 / "
             f"FLOPs; cosine: of outputs with the original's, on a photograph: agreement, not accuracy"
         )
 

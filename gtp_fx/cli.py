@@ -93,6 +93,7 @@ def optimize(
     """Optimise MODEL, check it on a photograph, and time it against the original, eager and compiled."""
     from gtp_fx.compare import agreement
     from gtp_fx.photo import photo_batch
+    from gtp_fx.plotting import must_draw
 
     def say(text: str) -> None:
         if not as_json:
@@ -102,6 +103,7 @@ def optimize(
         if rounds < 1:
             raise OptionError(f"--rounds {rounds}: give at least one")
         options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
+        must_draw(plot)
         loaded = load(model, pretrained, weights, dtype, device)
         say(f"{loaded.name}, weights: {loaded.weights_origin}; {dtype.value} on {device.value}\n")
         fast = gtp_fx.optimize(loaded.model, **options)

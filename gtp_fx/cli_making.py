@@ -12,6 +12,8 @@ import typer
 import gtp_fx
 from gtp_fx.errors import OptionError
 from gtp_fx.exporting import FORMATS
+from gtp_fx.exporting.files import format_of
+from gtp_fx.plotting import must_have_folder
 from gtp_fx.reading import (
     AsJson,
     Batch,
@@ -104,6 +106,8 @@ def export(
         if format is not None and format not in FORMATS:
             raise OptionError(f"--format {format}: give {', '.join(FORMATS)}")
         options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
+        format_of(file, format)
+        must_have_folder(save_schedule)
         loaded = load(model, pretrained, weights, dtype, device)
         fast = gtp_fx.optimize(loaded.model, **options, compile=False)
         written = gtp_fx.export(fast, file, format)
@@ -142,9 +146,11 @@ def show(
     from gtp_fx.drawing import draw_journeys
     from gtp_fx.journeys import journeys
     from gtp_fx.photo import as_seen, load_photo, prepared, read_picture
+    from gtp_fx.plotting import must_draw
 
     with explaining(model):
         options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
+        must_draw(out)
         picture = load_photo() if image is None else read_picture(image)
         loaded = load(model, pretrained, weights, Dtype.float32, Device.cpu)
         fast = gtp_fx.optimize(loaded.model, **options, compile=False)

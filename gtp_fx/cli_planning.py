@@ -68,6 +68,8 @@ def plan(
 
     The model is built without its weights, so even large ones take seconds.
     """
+    from gtp_fx.plotting import must_draw, must_have_folder, plot_tokens
+
     with explaining():
         asked_for = itertools.product(target or ["auto"], budgets(flops_budget, latency_budget, schedule))
         options = [
@@ -77,10 +79,10 @@ def plan(
             raise OptionError(
                 f"--save keeps one schedule, and {len(options)} were asked for: give one budget and one target"
             )
+        must_draw(plot)
+        must_have_folder(save)
         forecasts = _forecasts(model, dtype, options)
         if plot is not None:
-            from gtp_fx.plotting import plot_tokens
-
             plot_tokens(forecasts, model, plot)
         if save is not None:
             save.write_text(forecasts[0].schedule.to_json() + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -128,7 +129,11 @@ class Options:
             )
         unknown = sorted(set(options) - set(known))
         if unknown:
-            raise OptionError(f"unknown option {', '.join(map(repr, unknown))}; the backend knows {', '.join(known)}")
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else "."
+            raise OptionError(
+                f"unknown option {', '.join(map(repr, unknown))}{meant} The backend knows {', '.join(known)}, and torch.compile's mode"
+            )
         return cls.of(**options)
 
 

@@ -106,7 +106,7 @@ def _skips(axes: Any, view: SkipView, picture: Tensor) -> None:
 def _scales(figure: Any, axes: Any, view: SiteView, picture: Tensor) -> None:
     field = np.full(math.prod(view.grid), np.nan)
     field[view.kept.cpu().numpy()] = view.scale.cpu().numpy()
-    title = f"patches a token stands for, {float(view.scale.min()):.3g} – {float(view.scale.max()):.3g}"
+    title = f"token scale, {float(view.scale.min()):.3g} – {float(view.scale.max()):.3g}"
     _field(figure, axes, field, view, picture, title)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from gtp_fx.errors import Refusal
 from gtp_fx.schedule import Schedule
 
 
@@ -39,7 +40,8 @@ class BlockForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """original: the model as it came. blocks: behind the exact passes. measured: of what machine the target's curves are, or empty."""
+    """original: the model as it came. blocks: behind the exact passes. measured: of what machine the target's curves are, or empty. refusals: what
+    was left as it was, and why."""
 
     budget: str
     target: str
@@ -50,6 +52,7 @@ class Forecast:
     schedule: Schedule
     original: Cost
     blocks: tuple[BlockForecast, ...]
+    refusals: tuple[Refusal, ...] = ()
 
     @property
     def after(self) -> Cost:
@@ -98,6 +101,12 @@ class Forecast:
                 "",
                 table,
                 "the last block's row has the head in it; ms and GFLOPs are with the exact passes done",
+                *(
+                    ["predicted slower than the original: a larger batch or model has more to win"]
+                    if self.speed_up < 1
+                    else []
+                ),
+                *(["", "left as it was:", *(f"  - {refusal}" for refusal in self.refusals)] if self.refusals else []),
             ]
         )
 

@@ -62,6 +62,7 @@ def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: 
         schedule=planned.plan.schedule,
         original=Cost(original.flops, graph_seconds(original.graph, target, batch)),
         blocks=tuple(rows),
+        refusals=planned.refusals,
     )
 
 

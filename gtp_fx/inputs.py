@@ -165,7 +165,8 @@ def _example_image(model: nn.Module) -> Tensor:
     if shape is None:
         raise CaptureError(
             f"{type(model).__name__} has neither timm's pretrained_cfg nor a HF config to tell its input size: give "
-            f"example_inputs=torch.randn(2, 3, 224, 224), or whatever it takes"
+            f"example_inputs=torch.randn(2, 3, 224, 224), or whatever it takes; on the command line, let the factory say "
+            f"model.pretrained_cfg = {{'input_size': (3, 224, 224)}}"
         )
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(_BATCH, *shape, dtype=like.dtype, device=like.device)

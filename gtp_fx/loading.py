@@ -159,7 +159,7 @@ def _pretrained(timm: Any, name: str) -> nn.Module:
         raise
     except Exception as error:  # whatever the hub's client, the network or the disk has to say
         raise LoadError(
-            f"timm's weights for {name!r} can't be had: {first_line(error)}; check the network, or give a file with weights"
+            f"timm's weights for {name!r} can't be had: {first_line(error)}; check the network, or give a file (--weights FILE, weights=)"
         ) from error
 
 

@@ -128,9 +128,11 @@ def _choose(
     except OverBudget as over:
         on = "" if options.latency_budget is None else f" on target {options.target.name!r}, {options.batch} images,"
         advice = "" if options.schedule == AUTO else "; schedule='auto' may go lower"
+        absolute = options.latency_budget is not None and options.latency_budget.seconds is not None
+        lowest = f" ({_round_up(over.cost * 1e3):.3f} ms)" if absolute else ""
         raise BudgetError(
             f"{options.budget}{on} can't be reached: the lowest ratio that schedule={options.schedule!r} gives on this model "
-            f"is {_round_up(over.cost / model.original):.3f}{advice}"
+            f"is {_round_up(over.cost / model.original):.3f}{lowest}{advice}"
         ) from None
 
 

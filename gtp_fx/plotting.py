@@ -83,9 +83,29 @@ def matplotlib_pyplot() -> Any:
         from matplotlib import pyplot
     except ImportError as error:
         raise OptionError(
-            f"plots need matplotlib, which can't be imported ({error}); pip install 'gtp-fx[plot]'"
+            f"plots need matplotlib, which can't be imported ({error}); pip install matplotlib"
         ) from error
     return pyplot
+
+
+def must_draw(file: Path | None) -> None:
+    """To be asked before the work. Raises OptionError as drawing to `file` would; None is no picture."""
+    if file is None:
+        return
+    must_have_folder(file)
+    figure = matplotlib_pyplot().figure()
+    kinds = figure.canvas.get_supported_filetypes()
+    matplotlib_pyplot().close(figure)
+    if file.suffix.removeprefix(".").lower() not in kinds:
+        raise OptionError(
+            f"plot {file}: Format {file.suffix.removeprefix('.')!r} is not supported; give x.png, or {', '.join(sorted(kinds))}"
+        )
+
+
+def must_have_folder(file: Path | None) -> None:
+    """Raises OptionError where nothing can be written to `file`."""
+    if file is not None and not file.parent.is_dir():
+        raise OptionError(f"{file}: {file.parent} is no directory; make it first")
 
 
 def save(figure: Any, file: Path) -> None:

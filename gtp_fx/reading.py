@@ -136,6 +136,8 @@ def asked(
     """What `gtp_fx.optimize` is to be told. Raises OptionError, so that a typing error costs no download."""
     from gtp_fx.config import Options
 
+    if flops is None and latency is None:
+        budgets(None, None, schedule)
     found: dict[str, Any] = {
         "flops_budget": flops,
         "latency_budget": None if latency is None else parse_latency(latency),

@@ -45,7 +45,7 @@ def load_named(name: str, *, pretrained: bool = False, weights: str | Path | Non
     if _is_factory(name):
         if pretrained:
             raise LoadError(f"--pretrained: {name} decides itself what weights it loads")
-        loaded = LoadedModel(_checked(name, _factory(name)()), name, f"whatever {name} gave")
+        loaded = LoadedModel(_called(name), name, f"whatever {name} gave")
     else:
         loaded = _hugging_face(name, pretrained)
     if weights is not None:
@@ -60,7 +60,7 @@ def named_on_meta(name: str) -> nn.Module:
         return build_on_meta(name)
     with torch.device("meta"):
         if _is_factory(name):
-            return _checked(name, _factory(name)()).to("meta")
+            return _called(name).to("meta")
         cls, config = _class_and_config(name)
         return _about_images(name, cls(config).eval())
 
@@ -87,7 +87,14 @@ def _factory(name: str) -> Callable[[], Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _checked(name: str, model: object) -> nn.Module:
+def _called(name: str) -> nn.Module:
+    factory = _factory(name)
+    try:
+        model = factory()
+    except Exception as error:  # whatever a user's code raises
+        raise LoadError(
+            f"{name}() raised {type(error).__name__}: {first_line(error)}; give a function that returns a model when it is called without arguments"
+        ) from error
     if not isinstance(model, nn.Module):
         raise LoadError(f"{name}() returned {type(model).__name__}, no torch.nn.Module")
     return model.eval()

@@ -115,6 +115,8 @@ def test_calibrations_that_do_not_fit(model: nn.Module, options: dict[str, Any],
 
 @pytest.mark.parametrize("options", [{"points": 0}, {"refine": -1}, {"points": True}, {"strategy": True}])
 def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(gtp_fx.OptionError, match="calibration='pictures/': give a tensor of images"):
+        gtp_fx.Calibration("pictures/").batches()
     with pytest.raises(gtp_fx.OptionError, match="Calibration"):
         Calibration(torch.zeros(1), **options)
 

@@ -53,7 +53,7 @@ def test_json_is_all_there_is_on_stdout() -> None:
     ("arguments", "told"),
     [
         (["deit_smal_patch16_224", "--flops-budget", "0.7"], "did you mean deit_small"),
-        ([NAME], "needs a budget"),
+        ([NAME], "no budget: give --flops-budget"),
         ([NAME, "--flops-budget", "1.5"], "flops_budget=1.5 is no ratio"),
         ([NAME, "--flops-budget", "0.01"], "the lowest ratio"),
         ([NAME, "--flops-budget", "0.7", "--schedule", "1,2,x"], "--schedule '1,2,x' is neither"),

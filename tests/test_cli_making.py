@@ -139,6 +139,10 @@ def test_what_the_model_sees_is_the_photograph() -> None:
         (["show", NAME, __file__, "--flops-budget", "0.7"], "is no picture that Pillow reads"),
         (["show", NAME, "--flops-budget", "1.0"], "no token leaves"),
         (["show", NAME, "--flops-budget", "0.7", "--out", "x.abc"], "plot x.abc: Format 'abc' is not supported"),
+        (["show", NAME, "--flops-budget", "0.7", "--out", "no/x.png"], "no/x.png: no is no directory; make it first"),
+        (["plan", NAME, "--flops-budget", "0.7", "--save", "no/x.json"], "no is no directory"),
+        (["plan", NAME, "--latency-budget", "1us"], " ms)"),
+        (["export", NAME, "no/x.pt2", "--flops-budget", "0.7"], "no is no directory"),
     ],
 )
 def test_a_users_error_is_one_message(arguments: list[str], told: str) -> None:
@@ -146,6 +150,13 @@ def test_a_users_error_is_one_message(arguments: list[str], told: str) -> None:
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith("gtp-fx: ") and told in done.stderr
     assert "Traceback" not in done.output
+
+
+def test_a_plan_names_what_it_leaves_as_it_is() -> None:
+    """A count for a block without live patches can't be carried out, and a prediction may be of a slowdown."""
+    done = run("plan", NAME, "--schedule", "1,1,1,1,1,1", "--target", "h100")
+    assert done.exit_code == 0 and "left as it was:" in done.stdout and "blocks.5.attn" in done.stdout
+    assert "predicted slower than the original" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_a_directory_of_a_configuration_alone_has_random_weights(saved: Path) ->
 
 def test_a_class_and_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_here.py").write_text(
-        "import timm\ndef tiny():\n    return timm.create_model('test_vit', num_classes=5)\nnumber = 3\ndef none():\n    return 1\n"
+        "import timm\ndef tiny():\n    return timm.create_model('test_vit', num_classes=5)\nnumber = 3\ndef none():\n    return 1\ndef needs(depth):\n    return depth\n"
     )
     monkeypatch.chdir(tmp_path)
     assert load_named("mine_here:tiny").model.num_classes == 5
@@ -52,6 +52,10 @@ def test_a_class_and_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert type(named_on_meta("ViTForImageClassification")) is transformers.ViTForImageClassification
     for name, message in (
         ("mine_here:none", r"mine_here:none\(\) returned int, no torch.nn.Module"),
+        (
+            "mine_here:needs",
+            r"needs\(\) raised TypeError: .*'depth'; give a function that returns a model when it is called without",
+        ),
         ("mine_here:number", "has no function 'number'"),
         ("not_here:tiny", "No module named 'not_here'"),
     ):

@@ -51,11 +51,15 @@ class Calibration:
         """Raises OptionError where there is no image."""
         images = self.images
         found = (
-            [images] if isinstance(images, Tensor | Mapping) else list(images) if isinstance(images, Sequence) else None
+            [images]
+            if isinstance(images, Tensor | Mapping)
+            else list(images)
+            if isinstance(images, Sequence) and not isinstance(images, str)
+            else None
         )
         if not found:
             raise OptionError(
-                f"calibration={type(images).__name__}: give a tensor of images, or a list of batches, each a tensor, a tuple of "
+                f"calibration={type(images).__name__ if not isinstance(images, str) else repr(images)}: give a tensor of images, or a list of batches, each a tensor, a tuple of "
                 f"arguments or a dict of keyword arguments"
             )
         return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gtp_fx.compare import rounding_tolerance
-from gtp_fx.exporting.onnx import run_onnx, write_onnx
+from gtp_fx.exporting.onnx import must_have_packages, run_onnx, write_onnx
 from gtp_fx.exporting.program import ExportError, Program, program_of
 from gtp_fx.inputs import tensors_in
 from gtp_fx.model import OptimizedModel
@@ -55,10 +55,7 @@ def export(model: OptimizedModel, file: str | Path, format: str | None = None) -
 
     The file is read back and run. Raises ExportError where it can't be made or computes something else, and leaves no file then.
     """
-    path = Path(file)
-    chosen = _format(path, format)
-    if not path.parent.is_dir():
-        raise ExportError(f"{path}: {path.parent} is no directory; make it first")
+    path, chosen = Path(file), format_of(file, format)
     made = program_of(model)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         draft = Path(scratch) / path.name
@@ -70,7 +67,9 @@ def export(model: OptimizedModel, file: str | Path, format: str | None = None) -
     return Exported(str(path), chosen, path.stat().st_size, error, found if isinstance(found, str) else "")
 
 
-def _format(path: Path, format: str | None) -> str:
+def format_of(file: str | Path, format: str | None) -> str:
+    """As `export` will have it, to be asked before the work. Raises ExportError where it can't write such a file."""
+    path = Path(file)
     if format is None:
         format = {suffix: name for name, suffix in reversed(_SUFFIX.items())}.get(path.suffix)
         if format is None:
@@ -82,6 +81,10 @@ def _format(path: Path, format: str | None) -> str:
         raise ExportError(f"format={format!r} is unknown; give one of\n{told}")
     if path.suffix != _SUFFIX[format]:
         raise ExportError(f"{path}: a file of format {format!r} ends in {_SUFFIX[format]}")
+    if not path.parent.is_dir():
+        raise ExportError(f"{path}: {path.parent} is no directory; make it first")
+    if format == "onnx":
+        must_have_packages()
     return format
 
 

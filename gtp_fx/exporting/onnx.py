@@ -15,10 +15,15 @@ _SLOW = ("ScatterElements", "ScatterND")
 """With a reduction: runtimes do them slowly, or not at all."""
 
 
+def must_have_packages() -> None:
+    """Raises ExportError where one is missing."""
+    for package in ("onnx", "onnxscript"):
+        required(package, "ONNX", "onnx onnxscript onnxruntime")
+
+
 def write_onnx(made: Program, file: Path) -> None:
     """Raises ExportError where a package is missing, or an operator of the model has no counterpart in ONNX."""
-    for package in ("onnx", "onnxscript"):
-        required(package, "ONNX", "gtp-fx[export]")
+    must_have_packages()
     inputs, outputs = made.names()
     try:
         written: Any = torch.onnx.export(

@@ -92,13 +92,13 @@ def program_of(model: OptimizedModel) -> Program:
         return Program(program, args, kwargs, model.graph_module(*args, **kwargs))
 
 
-def required(package: str, what: str, extra: str) -> Any:
+def required(package: str, what: str, packages: str) -> Any:
     """The package, imported. Raises ExportError where it can't be."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
         raise ExportError(
-            f"{what} needs {package}, which can't be imported ({error}); pip install '{extra}'"
+            f"{what} needs {package}, which can't be imported ({error}); pip install {packages}"
         ) from error
 
 
