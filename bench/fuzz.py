@@ -132,8 +132,8 @@ def main(
             if outcome == "refused":
                 refusals.append({"case": repr(case), "why": why})
             outcomes[outcome] += 1
-    for name, count in sorted(outcomes.items(), key=lambda pair: -pair[1]):
-        typer.echo(f"{count:5d} {name}", err=True)
+    for name, number in outcomes.most_common():
+        typer.echo(f"{number:5d} {name}", err=True)
     publish(
         {
             "bench": "fuzz",

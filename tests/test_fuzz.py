@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench.fuzz import drawn
+from bench.fuzz import drawn, main
 from bench.fuzz_checks import Case, check
 from bench.fuzz_models import Architecture
 
@@ -103,3 +105,10 @@ def test_the_oracle_sees_a_token_too_many() -> None:
     gone = gone.index_fill(0, torch.tensor([5]), True)
     model.masked = [torch.zeros_like(gone), gone, gone]
     assert float((model(x) - whole).detach().abs().max()) > 1e-2
+
+
+def test_the_command_counts_what_it_has_run(tmp_path: Path) -> None:
+    out = tmp_path / "fuzz.json"
+    main(count=3, first=7, compiled=0.0, out=out)
+    found = json.loads(out.read_text())
+    assert found["cases"] == sum(found["outcomes"].values()) == 3 and not found["failures"]
