@@ -82,13 +82,13 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
 def test_the_benchmark_writes_what_it_measured_and_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Compiles both models, so also what `gtp-fx optimize` times."""
     path = tmp_path / "results" / "one.json"
-    bench_main(model=NAME, batch=2, budget=0.7, rounds=2, out=path)
+    bench_main(model=NAME, batch=2, budget=0.9, rounds=2, out=path)
     found = json.loads(path.read_text())
     assert set(found["environment"]["versions"]) == {"python", "torch", "timm", "transformers", "triton"}
     assert found["environment"]["processor"]
     comparison = found["comparison"]
     assert comparison["rounds"] == 2
-    assert comparison["flops_ratio"] <= 0.7
+    assert comparison["flops_ratio"] <= 0.9
     for name in ("optimised eager", "optimised compiled"):
         ratio = comparison["speed_up"][name]["median"]
         assert ratio > 0

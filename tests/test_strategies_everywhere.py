@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import gtp_fx
+from bench.dynamo_door import Door
 from gtp_fx.strategies import STRATEGIES
 from gtp_fx.strategies.protocol import SiteShape
 
@@ -145,7 +146,7 @@ def test_both_doors_take_any_strategy() -> None:
     model, x = build(row), images(row)
     options = {"schedule": [40, 0, 0], "strategy": gtp_fx.ToMe()}
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="gtp", options=options)
+    compiled = torch.compile(model, backend=Door(**options))
     torch.testing.assert_close(compiled(x), optimized(model, "tome", schedule=[40, 0, 0])(x), rtol=1e-3, atol=1e-3)
 
 
