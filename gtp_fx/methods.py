@@ -73,7 +73,7 @@ class Contents:
         modules = dict(model.named_modules())
         return cls(
             modules,
-            {module: _frozen(_attributes(module)) for module in modules.values()},
+            {module: _frozen(attributes_of(module)) for module in modules.values()},
             {module: {**module._parameters, **module._buffers} for module in modules.values()},
         )
 
@@ -86,8 +86,8 @@ class Contents:
         )
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """But for those in which nn.Module keeps house."""
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """But for its tensors and modules, and what nn.Module keeps house with."""
     return {key: value for key, value in vars(module).items() if key not in _HOUSEKEEPING}
 
 

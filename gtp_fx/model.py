@@ -25,7 +25,7 @@ from gtp_fx.errors import ScheduleError
 from gtp_fx.inputs import CallSignature, call_signature, device_of, dtype_of, tensors_in
 from gtp_fx.likeness import Twins, adopt, carry_over, class_like, held_by_both, names_of, parameter_tree, share
 from gtp_fx.lowering import lowered
-from gtp_fx.methods import CalledAs, Contents
+from gtp_fx.methods import CalledAs, Contents, attributes_of
 from gtp_fx.model_state import State, settled
 from gtp_fx.passes.call_functions import call_functions
 from gtp_fx.pipeline import Optimised, run_passes
@@ -135,14 +135,26 @@ class OptimizedModel(nn.Module):
         value = getattr(self._gtp.original, name)  # raises the usual error where there is none
         return functools.partial(self._call_method, name, value) if inspect.ismethod(value) else value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A plain attribute that the original has (`global_pool`) is the original's, and its graphs depend on it."""
+        state: State | None = self.__dict__.get("_gtp")
+        if state is None or name == "training" or name not in attributes_of(state.original):
+            super().__setattr__(name, value)
+        else:
+            self._changing(setattr, state.original, name, value)
+
+    def _changing(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `do` returns, which may change the original."""
+        before = Contents.of(self._gtp.original)
+        result = do(*args, **kwargs)
+        if not before.same(Contents.of(self._gtp.original)):
+            self._remake(before)
+        return result
+
     def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = self._gtp
         if not tensors_in((args, kwargs)):
-            before = Contents.of(state.original)
-            result = method(*args, **kwargs)
-            if not before.same(Contents.of(state.original)):
-                self._remake(before)
-            return result
+            return self._changing(method, *args, **kwargs)
         made = state.methods.setdefault(name, [])
         fast = next((fast for fast in made if fast.signature.takes(args, kwargs)), None)
         if fast is None:

@@ -174,6 +174,19 @@ def test_methods_that_change_anything_are_noticed(how: str) -> None:
 
 
 @torch.no_grad()
+def test_an_attribute_of_the_original_is_the_originals() -> None:
+    model = enliven(timm.create_model(NAME, depth=2)).eval()
+    fast, before = exact(model), model(noise())
+    graph = fast.graph_module
+    fast.mine, fast.num_classes = 3, model.num_classes
+    assert fast.mine == 3 and not hasattr(model, "mine") and fast.graph_module is graph
+    fast.global_pool = "avg"
+    assert fast.global_pool == model.global_pool == "avg" and fast.graph_module is not graph
+    torch.testing.assert_close(fast(noise()), model(noise()))
+    assert apart(model(noise()), before) > 0.01
+
+
+@torch.no_grad()
 def test_forms_of_a_call_differ_by_type_too() -> None:
     model = Constants().eval()
     fast, features = exact(model), torch.linspace(1, 9, 128).reshape(2, 64)
