@@ -9,13 +9,13 @@ something the graphs are made anew.
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from gtp_fx.looks import attributes_of, look
 
 
 class CalledAs(nn.Module):
@@ -73,7 +73,7 @@ class Contents:
         modules = dict(model.named_modules())
         return cls(
             modules,
-            {module: _frozen(attributes_of(module)) for module in modules.values()},
+            {module: look(attributes_of(module), objects=True) for module in modules.values()},
             {module: {**module._parameters, **module._buffers} for module in modules.values()},
         )
 
@@ -84,45 +84,6 @@ class Contents:
             and self.attributes == other.attributes
             and all(_identical(held, other.tensors[module]) for module, held in self.tensors.items())
         )
-
-
-def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """But for its tensors and modules, and what nn.Module keeps house with."""
-    return {key: value for key, value in vars(module).items() if key not in _HOUSEKEEPING}
-
-
-_HOUSEKEEPING = frozenset(vars(nn.Module())) - {"training"}
-_DEEPEST = 4
-
-
-def _frozen(value: Any, depth: int = 0) -> Any:
-    """A value that is equal to another one while nothing in it has changed: containers and plain objects (a configuration) by what is in
-    them, everything else by what it is."""
-    if isinstance(value, bool | int | float | complex | str | bytes | None | torch.dtype | torch.device):
-        return type(value), repr(value)  # 1, 1.0 and True are not the same; nan is
-    if depth < _DEEPEST:
-        if isinstance(value, dict):
-            return type(value), tuple((_frozen(key, _DEEPEST), _frozen(held, depth + 1)) for key, held in value.items())
-        if isinstance(value, list | tuple | set | frozenset):
-            return type(value), tuple(_frozen(held, depth + 1) for held in value)
-        if hasattr(value, "__dict__") and not isinstance(value, _BY_IDENTITY) and not callable(value):
-            return _Same(value), _frozen(vars(value), depth + 1)
-    return _Same(value)
-
-
-_BY_IDENTITY = (Tensor, nn.Module, type, types.ModuleType)
-
-
-class _Same:
-    """Equal to what holds the very same object."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _identical(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> bool:

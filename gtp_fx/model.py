@@ -24,8 +24,9 @@ from gtp_fx.damage.calibration import Calibration, bound
 from gtp_fx.errors import ScheduleError
 from gtp_fx.inputs import CallSignature, call_signature, device_of, dtype_of, tensors_in
 from gtp_fx.likeness import Twins, adopt, carry_over, class_like, held_by_both, names_of, parameter_tree, share
+from gtp_fx.looks import attributes_of
 from gtp_fx.lowering import lowered
-from gtp_fx.methods import CalledAs, Contents, attributes_of
+from gtp_fx.methods import CalledAs, Contents
 from gtp_fx.model_state import State, settled
 from gtp_fx.passes.call_functions import call_functions
 from gtp_fx.pipeline import Optimised, run_passes
@@ -188,7 +189,6 @@ class OptimizedModel(nn.Module):
         What it still has stays as this model holds it, which may be in another form (quantised).
         """
         state = self._gtp
-        state.options = settled(state.options, state.chosen)
         made = self._rewritten(training=False)  # first of all, since it may fail
         twins: Twins = {}
         tree = parameter_tree(state.original, twins)

@@ -14,12 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-_VALUES = (int, float, complex, str, bytes, bool, type(None))
-_OWN = frozenset(vars(nn.Module())) - {"training"}
-"""nn.Module's own dictionaries: of parameters and buffers, the graph itself tells the changes."""
+from gtp_fx.looks import DEPTH, attributes_of, look
+
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
-_DEPTH = 4
-"""How deep containers within containers are looked into."""
 
 
 @contextlib.contextmanager
@@ -59,7 +56,7 @@ def changed_by_each_call(model: nn.Module, call: Callable[[], object]) -> list[s
 def _put_back(model: nn.Module) -> Iterator[None]:
     """Every module's attributes and hooks as they were, containers with the same items."""
     hooks = {module: {name: dict(vars(module)[name] or {}) for name in _HOOKS} for module in model.modules()}
-    before = {module: _attributes(module) for module in model.modules()}
+    before = {module: attributes_of(module) for module in model.modules()}
     copies = {module: _copied(attributes) for module, attributes in before.items()}
     try:
         yield
@@ -70,23 +67,19 @@ def _put_back(model: nn.Module) -> Iterator[None]:
                     vars(module)[name].clear()
                     vars(module)[name].update(then)
         for module, attributes in before.items():
-            for name in _attributes(module).keys() - attributes.keys():
+            for name in attributes_of(module).keys() - attributes.keys():
                 del module.__dict__[name]
             for name, value in attributes.items():
                 _refill(value, copies[module][name])
                 module.__dict__[name] = value
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in _OWN}
-
-
 def _looks(model: nn.Module) -> dict[str, Any]:
     """Every attribute of every module by path, with what there is to compare."""
     return {
-        ".".join(filter(None, (path, name))): _look(value)
+        ".".join(filter(None, (path, name))): look(value)
         for path, module in model.named_modules()
-        for name, value in _attributes(module).items()
+        for name, value in attributes_of(module).items()
     }
 
 
@@ -95,32 +88,7 @@ def _differing(model: nn.Module, before: dict[str, Any]) -> list[str]:
     return [name for name in (before | now) if name not in before or name not in now or before[name] != now[name]]
 
 
-def _look(value: Any, depth: int = _DEPTH) -> Any:
-    """Equal for a value that nothing has happened to: containers by their items, plain values by what they are."""
-    if isinstance(value, _VALUES):
-        return type(value), repr(value)
-    if depth and isinstance(value, list | tuple):
-        return [_look(item, depth - 1) for item in value]
-    if depth and isinstance(value, dict):
-        return [(key, _look(item, depth - 1)) for key, item in value.items()]
-    if isinstance(value, set):
-        return len(value)
-    return _Same(value)
-
-
-class _Same:
-    """Equal to another of the very same object, which it keeps alive, so that its address isn't used again."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _copied(value: Any, depth: int = _DEPTH) -> Any:
+def _copied(value: Any, depth: int = DEPTH) -> Any:
     if depth and type(value) is list:
         return [_copied(item, depth - 1) for item in value]
     if depth and type(value) is dict:
