@@ -116,9 +116,8 @@ def _skipped(figure: Any, axes: Any, views: Sequence[SkipView], picture: Tensor)
     for view in views:
         field[view.skipped.cpu().numpy()] += 1
     rows, columns = views[0].grid
-    _field(
-        figure, axes, field, views[0], picture, f"skipped by each patch of {rows} × {columns}, of {len(views)} sites"
-    )
+    title = f"skipped by each patch of {rows} × {columns}, of {len(views)} sites"
+    _field(figure, axes, field, views[0], picture, title, range(len(views) + 1))
 
 
 def _over(axes: Any, veil: Any, view: View, picture: Tensor) -> None:
