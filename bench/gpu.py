@@ -29,8 +29,7 @@ from bench.gpu_checks import DRY, MODELS, Check, run_checks
 from bench.gpu_kernels import KernelRow, time_kernels
 from bench.gpu_models import DRY_SUBJECTS, SUBJECTS, ModelRow, time_models
 from bench.output import publish
-from gtp_fx.lowering import has_kernels
-from gtp_fx.passes.lower_to_kernels import load_kernels
+from gtp_fx.kernels.available import has_kernels, load_kernels
 from gtp_fx.reading import Dtype
 from gtp_fx.targets import detect
 

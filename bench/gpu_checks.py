@@ -59,7 +59,7 @@ class Check:
 
 
 def run_checks(device: torch.device, sizes: Sizes = MODELS) -> Iterator[Check]:
-    """Every kernel at every size in every dtype. `gtp_fx.passes.lower_to_kernels.load_kernels` has registered them."""
+    """Every kernel at every size in every dtype. `gtp_fx.kernels.available.load_kernels` has registered them."""
     for dtype in TOLERANCE:
         random = _randoms(device, dtype)
         for size in sizes.attention:

@@ -18,7 +18,7 @@ from torch import fx
 from gtp_fx.capture import capture_dynamo
 from gtp_fx.config import Options
 from gtp_fx.errors import NoBlocksError, OptionError
-from gtp_fx.lowering import lowered
+from gtp_fx.passes.lower.triton_kernels import lowered
 from gtp_fx.pipeline import run_passes
 
 

@@ -104,7 +104,7 @@ def tune(
     import torch
 
     from gtp_fx import tuning
-    from gtp_fx.lowering import has_kernels
+    from gtp_fx.kernels.available import has_kernels
     from gtp_fx.progress import progress_bar
     from gtp_fx.targets import listed
     from gtp_fx.targets.tuned import as_dict, save_tuned

@@ -25,10 +25,10 @@ from gtp_fx.errors import ScheduleError
 from gtp_fx.inputs import CallSignature, call_signature, device_of, dtype_of, tensors_in
 from gtp_fx.likeness import Twins, adopt, carry_over, class_like, held_by_both, names_of, parameter_tree, share
 from gtp_fx.looks import attributes_of
-from gtp_fx.lowering import lowered
 from gtp_fx.methods import CalledAs, Contents
 from gtp_fx.model_state import State, settled
 from gtp_fx.passes.call_functions import call_functions
+from gtp_fx.passes.lower.triton_kernels import lowered
 from gtp_fx.pipeline import Optimised, run_passes
 from gtp_fx.provenance import Provenance, SiteRecord, output_and_provenance_runner, provenance_runner
 from gtp_fx.report import Report

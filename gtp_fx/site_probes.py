@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
-from gtp_fx.lowering import has_kernels
-from gtp_fx.passes.lower_to_kernels import load_kernels
+from gtp_fx.kernels.available import has_kernels, load_kernels
 
 Call = tuple[Any, ...]
 """A function, and what it is called with."""

@@ -125,7 +125,7 @@ def written() -> Iterator[tuple[str, list[str]]]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     import gtp_fx
-    from gtp_fx.passes.lower_to_kernels import lower_to_kernels
+    from gtp_fx.passes.lower.triton_kernels import lower_to_kernels
 
     model = timm.create_model("vit_tiny_patch16_224", depth=3, num_classes=0, global_pool="")  # a token map
     fast = gtp_fx.optimize(model, schedule=[20, 30, 0], compile=False)

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from bench import gpu
 from bench.gpu_checks import DRY, Check, run_checks
 from bench.gpu_models import ModelRow
-from gtp_fx.passes.lower_to_kernels import load_kernels
+from gtp_fx.kernels.available import load_kernels
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the dry run wants Triton's interpreter")
 

@@ -16,8 +16,8 @@ from torch import fx, nn
 pytest.importorskip("triton")
 
 import gtp_fx
-from gtp_fx.lowering import has_kernels, lowered
-from gtp_fx.passes.lower_to_kernels import lower_to_kernels
+from gtp_fx.kernels.available import has_kernels
+from gtp_fx.passes.lower.triton_kernels import lower_to_kernels, lowered
 from gtp_fx.strategies import Strategy
 
 from zoo import BY_NAME, build, enliven, images

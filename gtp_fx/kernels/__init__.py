@@ -5,7 +5,7 @@
     propagate   the shorter stream, its token scales and the norm behind: each row adds the few rows that it receives
     recover     the stream as it was, with the residual added
 
-`gtp_fx.passes.lower_to_kernels` puts them in; nothing else imports this package, since Triton isn't installed everywhere. Each is a
+`gtp_fx.passes.lower.triton_kernels` puts them in; nothing else imports these modules (but for `available`), since Triton isn't installed everywhere. Each is a
 triton_op, so Inductor sees the launches, and has the operators of `gtp_fx.ops` as its reference and for its gradients. A program owns
 what it stores: no atomics, the same result every time. Without a GPU, TRITON_INTERPRET=1 runs them as Python.
 """

@@ -1,0 +1,44 @@
+"""The walk's state while operators become kernels, and the questions that several of its steps ask."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from gtp_fx import graphs
+from gtp_fx.kernels.available import Kernels
+
+
+@dataclass
+class Lowering:
+    """The walk's state. instead: new nodes that have taken old ones' places. maps: by the index of a level's tokens into the
+    grid, the map that `select` left, and the grid's cells."""
+
+    graph: fx.Graph
+    kernels: Kernels
+    instead: list[fx.Node] = field(default_factory=list)
+    maps: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)
+
+    def call(self, before: fx.Node, target: Any, *args: Any) -> fx.Node:
+        with self.graph.inserting_before(before):
+            return graphs.call(self.graph, target, *args, like=before)
+
+    def item(self, of: fx.Node, index: int) -> fx.Node:
+        """One of several results."""
+        return self.call(of.next, operator.getitem, of, index)
+
+    def swap(self, old: fx.Node, new: fx.Node) -> fx.Node:
+        new.meta["val"] = old.meta["val"]
+        self.instead.append(new)
+        old.replace_all_uses_with(new)
+        return new
+
+
+def only(values: Iterable[Any]) -> Any:
+    """The only one; None where there are none or several."""
+    found = list(values)
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,88 @@
+"""What a site does to its stream as kernels: selection, and propagation with the norm that reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+
+from gtp_fx.passes.lower.lowering import Lowering, only
+from gtp_fx.sizes import shape_of
+
+
+def lower_select(low: Lowering, node: fx.Node) -> None:
+    """With the two gathers that say where tokens are on the whole grid, where some have left before."""
+    score, count = node.args
+    kept, left = (only(user for user in node.users if user.args[1] == index) for index in (0, 1))
+    if kept is None or left is None:
+        return
+    cells, before = shape_of(score)[1], None  # type: ignore[arg-type]
+    gathers = [only(user for user in part.users if _is_index(user, part)) for part in (kept, left)]
+    known = {gather.args[0] for gather in gathers if gather is not None} & low.maps.keys()
+    if None not in gathers and len(known) == 1:
+        before, cells = low.maps[known.pop()]  # type: ignore[index]
+    if cells > low.kernels.most_cells:
+        return
+    made = low.call(node, low.kernels.select, score, before, count, cells)
+    on_grid = kept = low.swap(kept, low.item(made, 0))
+    low.swap(left, low.item(made, 1))
+    if before is not None:
+        on_grid, _ = (low.swap(gather, low.item(made, place)) for gather, place in zip(gathers, (2, 3), strict=True))  # type: ignore[arg-type]
+    low.maps[on_grid] = low.item(made, 4), cells
+
+
+def _is_index(node: fx.Node, part: fx.Node) -> bool:
+    """Whether `node` is where the tokens `part` stand on the grid: their entries of the index of all."""
+    return node.target is aten.gather.default and node.args[1:3] == (1, part)
+
+
+def lower_propagate(low: Lowering, node: fx.Node) -> None:
+    """The stream's, with its scales' and the norm that reads it."""
+    x, weights, kept, left, alpha, prefix, *own = node.args
+    of_a_graph = weights.target is gtp_fx.propagation_weights.default  # type: ignore[union-attr]
+    if own or not of_a_graph or _is_column(node):
+        return
+    near, degree, on_grid, left_on_grid, grid, kind = weights.args  # type: ignore[union-attr]
+    channels = shape_of(x)[-1]  # type: ignore[arg-type]
+    if on_grid not in low.maps or channels > low.kernels.most_channels or len(grid) > _MOST_SIDES:  # type: ignore[arg-type]
+        return
+    place, _ = low.maps[on_grid]  # type: ignore[index]
+    norm = next((user for user in node.users if _is_norm(user, node, channels)), None)
+    scale, bias, eps = _norm_of(norm)
+    column = only(user for user in weights.users if _is_column(user) and user.args[2:5] == (kept, left, alpha))  # type: ignore[union-attr]
+    scales = None if column is None else column.args[0].args[0]  # type: ignore[union-attr]
+    known = None if column is None or scales.target is aten.ones_like.default else scales  # type: ignore[union-attr]
+    indices = (kept, left, on_grid, left_on_grid, place)
+    told = (known, scale, bias, grid, kind, alpha, prefix, eps, column is not None)
+    made = low.call(node, low.kernels.propagate, x, near, degree, *indices, *told)
+    low.swap(node, low.item(made, 0))
+    if column is not None:
+        squeezed = only(user for user in column.users if user.target is aten.squeeze.dim and user.args[1] == _FEATURE)
+        if squeezed is not None:
+            low.swap(squeezed, low.item(made, 1))
+    if norm is not None:
+        low.swap(norm, low.item(made, 2))
+
+
+_MOST_SIDES, _FEATURE = 3, 2
+
+
+def _is_column(node: fx.Node) -> bool:
+    """Scales travel as a stream of one channel without prefix tokens."""
+    if node.target is not gtp_fx.propagate.default or node.args[5] != 0:
+        return False
+    x: Any = node.args[0]
+    return x.target is aten.unsqueeze.default and x.args[1] == _FEATURE
+
+
+def _is_norm(node: fx.Node, of: fx.Node, channels: int) -> bool:
+    return node.target is aten.layer_norm.default and node.args[0] is of and list(node.args[1]) == [channels]  # type: ignore[arg-type]
+
+
+def _norm_of(norm: fx.Node | None) -> tuple[Any, Any, float]:
+    """Weight, bias and eps of aten.layer_norm(x, shape, weight, bias, eps); eps -1 for no norm."""
+    if norm is None:
+        return None, None, -1.0
+    given = dict(zip(("weight", "bias", "eps"), norm.args[2:], strict=False)) | dict(norm.kwargs)
+    return given.get("weight"), given.get("bias"), given.get("eps", 1e-5)  # type: ignore[return-value]

@@ -1,0 +1,60 @@
+"""Exact: GTP's operators as the Triton kernels of `gtp_fx.kernels`, for graphs that run on a GPU.
+
+Run last, on what is about to be compiled; plain ATen stays what users see, export and run elsewhere. Operators that belong together
+become one kernel:
+
+    key_bias and attention                          attend, where attention keeps no stock kernel for want of a mask that it takes
+    attention_with_scores                           attend
+    select and where its tokens are on the grid     select
+    propagate, of tokens and of scales, and a norm  propagate
+    region_shares, recover and a residual add       recover
+
+What a kernel isn't made for (another rank, theta < 1, heads of 256, merging) stays as it is: composite operators run everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+
+from gtp_fx import graphs
+from gtp_fx.kernels.available import has_kernels, load_kernels
+from gtp_fx.passes.lower.attention import lower_attention, lower_scored_attention
+from gtp_fx.passes.lower.lowering import Lowering
+from gtp_fx.passes.lower.recover import lower_recover
+from gtp_fx.passes.lower.sites import lower_propagate, lower_select
+from gtp_fx.shapes import propagate_shapes
+
+
+def lowered(gm: fx.GraphModule, device: torch.device, disabled: Sequence[str] = ()) -> fx.GraphModule:
+    """`gm` in Triton kernels where `device` is a GPU that they are made for, and `gm` itself elsewhere or where that pass is disabled.
+
+    Export and eager runs take `gm`, which is plain ATen.
+    """
+    return lower_to_kernels(gm) if has_kernels(device) and "lower_to_kernels" not in disabled else gm
+
+
+def lower_to_kernels(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm` that calls kernels. Raises ImportError where Triton isn't installed."""
+    gm = graphs.copy_of(gm)
+    lowering = Lowering(gm.graph, load_kernels())
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target in _LOWERINGS:
+            _LOWERINGS[node.target](lowering, node)
+    for node in lowering.instead:  # so far they had the shapes of what they stand for
+        node.meta.pop("val", None)
+    gm = graphs.finish(gm)
+    propagate_shapes(gm, after="lower_to_kernels")
+    return gm
+
+
+_LOWERINGS = {
+    aten.scaled_dot_product_attention.default: lower_attention,
+    gtp_fx.attention_with_scores.default: lower_scored_attention,
+    gtp_fx.select.default: lower_select,
+    gtp_fx.propagate.default: lower_propagate,
+    gtp_fx.recover.default: lower_recover,
+}
