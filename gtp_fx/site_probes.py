@@ -6,6 +6,7 @@ Each returns a function and its arguments, to be compiled and timed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,11 +35,11 @@ def selection(scores_BN: Tensor, leaving: int) -> Call:
     return lambda s: gtp_fx.select(s, leaving), scores_BN
 
 
-def propagation(x_BNC: Tensor, leaving: int) -> Call:
+def propagation(x_BNC: Tensor, leaving: int, tile: Sequence[int] = ()) -> Call:
     """What becomes of the stream at a site: the attention's branch is added, `leaving` tokens of all over the image are propagated along the
     mixed graph, with the tokens' scales, and the shorter stream is normalised.
 
-    x_BNC: patches alone. The function returns the shorter stream, its norm and its token scales.
+    x_BNC: patches alone. tile: the kernel's, or none for the best that is known. The function returns the shorter stream, its norm and its token scales.
     """
     batch, tokens = x_BNC.shape[:2]
     grid = _nearly_square(tokens)
@@ -60,7 +61,7 @@ def propagation(x_BNC: Tensor, leaving: int) -> Call:
 
     def kernels(x, r, s, weight, bias, *site):  # type: ignore[no-untyped-def]
         told = (s, weight, bias, grid, "mixed", _ALPHA, 0, _EPS, True)
-        shorter, moved, normed = propagate_sum(x, r, *site, *told)
+        shorter, moved, normed = propagate_sum(x, r, *site, *told, tile=tile)
         return shorter, normed, moved
 
     return kernels, x_BNC, residual, scales, weight, bias, near, degree, *chosen, place
@@ -76,15 +77,24 @@ def stream_pass(x_BNC: Tensor) -> Call:
     return add_and_norm, x_BNC, torch.roll(x_BNC, 1, 1), x_BNC[0, 0], x_BNC[0, 1]
 
 
-def propagate_sum(x: Tensor, residual: Tensor | None, *rest: Any) -> Any:
-    """The kernel `propagate` of x + residual, which it adds itself where it takes a residual."""
-    if takes_residual():
-        return gtp_fx_kernels.propagate(x, residual, *rest)
-    return gtp_fx_kernels.propagate(x if residual is None else x + residual, *rest)
+def propagate_sum(x: Tensor, residual: Tensor | None, *rest: Any, tile: Sequence[int] = ()) -> Any:
+    """The kernel `propagate` of x + residual, which it adds itself where it takes a residual. tile: as the kernel's, where it takes one."""
+    known = kernel_arguments("propagate")
+    if "residual" in known:
+        first: tuple[Any, ...] = (x, residual)
+    else:
+        first = (x if residual is None else x + residual,)
+    return gtp_fx_kernels.propagate(*first, *rest, *([list(tile)] if "tile" in known else []))
 
 
-def takes_residual() -> bool:
-    return bool(gtp_fx_kernels.propagate.default._schema.arguments[1].name == "residual")
+def kernel_arguments(name: str) -> list[str]:
+    """Their names."""
+    return [argument.name for argument in kernel_named(name).default._schema.arguments]
+
+
+def kernel_named(name: str) -> Any:
+    """One of the kernels, or None where there is none of that name."""
+    return getattr(gtp_fx_kernels, name, None)
 
 
 def _nearly_square(cells: int) -> list[int]:
