@@ -12,7 +12,7 @@
     digit_nets          small nets trained on digits that come with scikit-learn, for accuracy; `pip install -e ".[bench]"`
     export_times        speed-up in onnxruntime and as an AOTInductor package
     fuzz                random models held to what is promised of every model
-    gpu                 kernels checked, and everything timed, on a machine with a GPU
+    gpu_quarter         a quarter of an hour on one GPU: kernels checked and timed, models, by operator, and what would help
     zoo                 which models the compiler can reduce
 
 Results that the README quotes are in results/.

@@ -48,16 +48,16 @@ _LIMITS = {
     "environment": Limits(15, 3, 60),
     "checks": Limits(0, 15, 150, waits=False),
     "kernels": Limits(25, 6, 170),
-    "model": Limits(40, 8, 200),
-    "ablate": Limits(15, 4, 200),
+    "model": Limits(40, 8, 280),
+    "ablate": Limits(15, 4, 250),
     "sweep": Limits(30, 8, 120),
-    "plain": Limits(40, 8, 200),
+    "plain": Limits(40, 8, 250),
     "tiles": Limits(20, 5, 150),
-    "options": Limits(30, 6, 240),
+    "options": Limits(30, 6, 280),
     "sanitize": Limits(0, 20, 180, waits=False),
     "warps": Limits(0, 15, 120, waits=False),
 }
-_SINGLE = Limits(20, 4, 240)
+_SINGLE = Limits(20, 4, 280)
 """Of a model at batch 1: two modes to compile, and short runs."""
 _DRY = 20
 """Triton's interpreter and one core: how much longer everything may take in a dry run."""

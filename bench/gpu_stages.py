@@ -197,7 +197,7 @@ def _case(place: Place, rest: Sequence[str]) -> None:
         gpu_wrong.relaunch(int(rest[2]))
     found = gpu_wrong.run_case(gpu_wrong.cases_of(rest[0], place.dry)[int(rest[1])], place.device)
     place.turn.keep(found)
-    print(found)
+    print(f"{rest[0]} at {found['size']} in {found['dtype']}: {'right' if found['right'] else 'WRONG'}")
 
 
 def _find_failing(place: Place, rest: Sequence[str]) -> None:
