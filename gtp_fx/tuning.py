@@ -20,7 +20,7 @@ from torch import Tensor
 from gtp_fx.cost.work import DENSE, KINDS, Work
 from gtp_fx.progress import Progress
 from gtp_fx.site_probes import propagation, scored_attention, selection
-from gtp_fx.targets.target import Curve, Target
+from gtp_fx.targets.target import MOST_SHARE, Curve, Target
 from gtp_fx.timing import clock_for, interleave
 
 ROUNDS = 9
@@ -102,7 +102,7 @@ def fitted(target: Target, probes: Sequence[Probe], seconds: dict[str, float], d
         for probe in (p for p in probes if p.kind == kind):
             roof = probe.work.flops / dense if kind in DENSE else probe.work.bytes / bandwidth
             points.setdefault(probe.amount, []).append(roof / own[probe.name])
-        shares = {amount: min(max(statistics.fmean(s), _LEAST_SHARE), 16.0) for amount, s in points.items()}
+        shares = {amount: min(max(statistics.fmean(s), _LEAST_SHARE), MOST_SHARE) for amount, s in points.items()}
         curves[kind] = Curve(tuple(sorted(shares.items())))
     others = {name: rate for name, rate in target.dense.items() if name != dtype}
     # Of dtypes that weren't measured, the listed rates keep their proportion to the one that was.

@@ -26,16 +26,16 @@ class Curve:
         amounts = [amount for amount, _ in self.points]
         if not amounts or amounts != sorted(set(amounts)) or amounts[0] <= 0:
             raise OptionError(f"a curve's amounts are positive and ascend, got {amounts}")
-        if any(not 0 < share <= _MOST for _, share in self.points):
-            raise OptionError(f"a curve's shares are in (0, {_MOST:g}], got {[share for _, share in self.points]}")
+        if any(not 0 < share <= MOST_SHARE for _, share in self.points):
+            raise OptionError(f"a curve's shares are in (0, {MOST_SHARE:g}], got {[share for _, share in self.points]}")
 
     def __call__(self, amount: Any) -> Any:
         amounts, shares = zip(*self.points, strict=True)
         return np.interp(np.log(np.maximum(amount, 1)), np.log(amounts), shares)
 
 
-_MOST = 16.0
-"""What caches hold comes faster than from main memory, so a share of bandwidth may be above one."""
+MOST_SHARE = 64.0
+"""What caches hold comes faster than from main memory, and what is counted in registers takes none, so a share of bandwidth may be above one."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,11 @@ class Target:
             )
         if missing := sorted(set(KINDS) - set(self.curves)):
             raise OptionError(f"target {self.name!r} has no curve for {', '.join(missing)}; KINDS names what is needed")
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether GTP's operators run as kernels there (`gtp_fx.kernels`)."""
+        return self.device == "cuda"
 
     def on_threads(self, threads: int) -> Target:
         """Of rates that are one core's: so many cores'."""
