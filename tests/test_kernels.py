@@ -21,12 +21,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gtp_fx import site_probes
-from gtp_fx.kernels import attention, propagate, recover, select, tuned  # noqa: F401
+from gtp_fx.kernels import tuned
+from gtp_fx.kernels.available import load_kernels
 from gtp_fx.kernels.tiles import ROW_FITS, AttentionTile, attention_tiles
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.timing import Run, Timings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+load_kernels()
 kernels, ops = torch.ops.gtp_fx_kernels, torch.ops.gtp_fx
 B, H = 2, 3
 WITHIN = {torch.float32: 3e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -132,6 +134,31 @@ def test_attention_has_the_gradients_of_the_operator() -> None:
     pairs = zip(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(wanted, inputs, upstream), strict=True)
     for found, expected in pairs:
         close(found, expected)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_of_a_log_sum_exp_are_the_operators(score: str) -> None:
+    """Of 40 tokens, one before and two behind the patches, told scales or not: more than a tile of keys and of queries."""
+    q, k, v = operands(40, 24, 16, torch.float32)
+    scales = random(B, 37, seed=1).exp()
+    for told in (None, scales):
+        bias = None if told is None else ops.key_bias(told, 1, 2, None, q)
+        logits = 0.3 * q @ k.transpose(-2, -1) + (0.0 if bias is None else bias)
+        found = kernels.attention_scores(q, k, logits.logsumexp(-1), 0.3, score, 1, 2, told)
+        _, wanted = ops.attention_with_scores(q, k, v, bias, 0.3, 1.0, score, 1, 2)
+        close(found, wanted)
+        assert torch.equal(found.argsort(dim=1), wanted.argsort(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scores_in_half_precision_are_those_of_the_same_operands_in_float32(dtype: torch.dtype) -> None:
+    """With a log-sum-exp by token first, as torch's attention on a CPU leaves it; and it has no gradient."""
+    q, k, v = (x.detach().requires_grad_() for x in operands(70, 16, 16, dtype))
+    lse = (q.float() @ k.float().transpose(-2, -1) / 4).logsumexp(-1).transpose(1, 2).contiguous().transpose(1, 2)
+    found = kernels.attention_scores(q, k, lse, None, "mixed-max", 1, 0, None)
+    _, wanted = ops.attention_with_scores(q.float(), k.float(), v.float(), None, None, 1.0, "mixed-max", 1, 0)
+    close(found, wanted)
+    assert torch.autograd.grad(found.sum(), [q, k, lse], allow_unused=True) == (None, None, None)
 
 
 SCORES_THAT_TIE = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1.5, 1.5, 1e-40, -2.0]
