@@ -161,6 +161,28 @@ def test_scores_in_half_precision_are_those_of_the_same_operands_in_float32(dtyp
     assert torch.autograd.grad(found.sum(), [q, k, lse], allow_unused=True) == (None, None, None)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's stock attention is bench.gpu's to check")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["mask", "channel"])
+def test_stock_attention_told_scales_ranks_as_the_operator_does(form: str, dtype: torch.dtype) -> None:
+    """log s, of at most 3 here, is rounded in bfloat16, to 2^-9 in a mask and 2^-16 in two channels: so far off is an entry, and twice
+    as far a product of two."""
+    q, k, v = operands(40, 16, 16, dtype)
+    scales = random(B, 39, seed=1).clamp(-3, 3).exp()
+    if form == "mask":
+        out, lse = ops.attention_with_lse(q, k, v, ops.key_bias(scales, 1, 0, None, q), 0.25, "cpu")
+    else:
+        wide = F.pad(v, (0, 8))
+        out, lse = ops.attention_with_lse(*ops.scale_channels(q, k, scales, 1, 0, 0.25), wide, None, 0.25, "cpu")
+    found = kernels.attention_scores(q, k, lse, 0.25, "mixed-max", 1, 0, scales)
+    told = ops.key_bias(scales, 1, 0, None, scales)
+    single = (q.float(), k.float(), v.float())
+    wanted, ranks = ops.attention_with_scores(*single, told, None, 1.0, "mixed-max", 1, 0)
+    close(out[..., :16], wanted, dtype)
+    rounding = {torch.float32: 2**-20, torch.bfloat16: 2**-9 if form == "mask" else 2**-16}[dtype]
+    assert ((found - ranks).abs() / ranks).max() < 2 * 3 * rounding
+
+
 SCORES_THAT_TIE = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1.5, 1.5, 1e-40, -2.0]
 
 
