@@ -54,6 +54,10 @@ class Tile:
             raise OptionError(f"a tile has rows, columns and a share in (0, 1], got {self}")
 
 
+TOLD = ("mask", "kernel", "channel")
+"""How attention can be told token scales on a GPU (`gtp_fx.passes.lower.attention_forms`), in the order in which "auto" asks."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One processor, or a kind of them.
@@ -64,7 +68,8 @@ class Target:
     kernel to the next. units: multiprocessors or cores, over which tiles are spread. tiles: of products, of which a library takes
     the fastest, () where the curve says it all. attention_tile: queries and keys.
     curves: a Curve for each kind of work (`gtp_fx.cost.work.KINDS`), of the dense rate or the bandwidth.
-    inductor: options for Inductor, measured to pay there.
+    told: how attention is told token scales, a name in `TOLD`; "auto" for the first of them that can be, where a mask counts only if
+    it leaves attention the kernel that it has without. inductor: options for Inductor, measured to pay there.
     sources: where each figure comes from. measured: when and by what the curves were measured, empty where they weren't.
     """
 
@@ -79,6 +84,7 @@ class Target:
     tiles: tuple[Tile, ...] = ()
     attention_tile: tuple[int, int] = (1, 1)
     devices: tuple[str, ...] = ()
+    told: str = "auto"
     inductor: Mapping[str, Any] = field(default_factory=dict)
     measured: str = ""
 
@@ -91,6 +97,9 @@ class Target:
             raise OptionError(
                 f"target {self.name!r}: launch={self.launch!r}, dense={dict(self.dense)!r}: give seconds and rates"
             )
+        if self.told not in ("auto", *TOLD):
+            names = ", ".join(map(repr, ("auto", *TOLD)))
+            raise OptionError(f"target {self.name!r}: told={self.told!r} is unknown; give one of {names}")
         if missing := sorted(set(KINDS) - set(self.curves)):
             raise OptionError(f"target {self.name!r} has no curve for {', '.join(missing)}; KINDS names what is needed")
 

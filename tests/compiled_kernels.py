@@ -54,7 +54,7 @@ class Absent(GPUDriver):
 
 def launches() -> Iterator[tuple[str, Any]]:
     """A name, and what makes the launches: attention of ordinary and awkward sizes, and the others."""
-    from gtp_fx.kernels import attention, propagate, recover, select
+    from gtp_fx.kernels import attention, propagate, recover, scores, select
 
     half, single = torch.bfloat16, torch.float32
     sizes = [(197, 64, half), (577, 64, half), (49, 32, half), (4096, 80, half), (197, 64, single), (4096, 80, single)]
@@ -76,6 +76,18 @@ def launches() -> Iterator[tuple[str, Any]]:
         asking = q[:, :, :1] if score == "none" else q
         call = (asking, k, v, seen, scales, thresholds, None, score, 1, 0, tile)
         yield f"attend {name}", lambda call=call: attention.attend._init_fn(*call)
+    for tokens, head, score in (
+        (197, 64, "mixed-max"),
+        (577, 64, "mixed-max"),
+        (1370, 64, "broadcast-mean"),
+        (197, 80, "mixed-max"),
+    ):
+        q, k, _ = torch.empty(2, tokens, 3, 2, head, dtype=half).permute(2, 0, 3, 1, 4)
+        told = None if score == "broadcast-mean" else torch.empty(2, tokens - 1)
+        given = (q, k, torch.empty(2, 2, tokens), None, score, 1, 0, told)
+        yield f"scores {tokens} {head} {score}", lambda given=given: scores.attention_scores._init_fn(*given)
+    lone = (q[:1, :1, :30], k[:1, :1, :30], torch.empty(1, 1, 30), 0.125, "cls-max", 1, 0, None)
+    yield "scores cls", lambda: scores.attention_scores._init_fn(*lone)
     yield from _sites(select.select._init_fn, propagate.propagate._init_fn, recover.recover._init_fn)
 
 
@@ -161,9 +173,9 @@ def main() -> None:
     triton.runtime.driver.set_active(Absent(CAPABILITIES[-1]))
     for kernel, arguments in written():
         print(f"written {kernel} {','.join(sorted(arguments))}", flush=True)
-    from gtp_fx.kernels import attention, propagate, recover, select
+    from gtp_fx.kernels import attention, propagate, recover, scores, select
 
-    for module in (attention, propagate, recover, select):
+    for module in (attention, propagate, recover, scores, select):
         module.launcher = Compiling  # type: ignore[attr-defined]
     for capability in CAPABILITIES:
         triton.runtime.driver.set_active(Absent(capability))

@@ -21,12 +21,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gtp_fx import site_probes
-from gtp_fx.kernels import attention, propagate, recover, select, tuned  # noqa: F401
+from gtp_fx.kernels import tuned
+from gtp_fx.kernels.available import load_kernels
 from gtp_fx.kernels.tiles import ROW_FITS, AttentionTile, attention_tiles
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.timing import Run, Timings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+load_kernels()
 kernels, ops = torch.ops.gtp_fx_kernels, torch.ops.gtp_fx
 B, H = 2, 3
 WITHIN = {torch.float32: 3e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -132,6 +134,53 @@ def test_attention_has_the_gradients_of_the_operator() -> None:
     pairs = zip(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(wanted, inputs, upstream), strict=True)
     for found, expected in pairs:
         close(found, expected)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_of_a_log_sum_exp_are_the_operators(score: str) -> None:
+    """Of 40 tokens, one before and two behind the patches, told scales or not: more than a tile of keys and of queries."""
+    q, k, v = operands(40, 24, 16, torch.float32)
+    scales = random(B, 37, seed=1).exp()
+    for told in (None, scales):
+        bias = None if told is None else ops.key_bias(told, 1, 2, None, q)
+        logits = 0.3 * q @ k.transpose(-2, -1) + (0.0 if bias is None else bias)
+        found = kernels.attention_scores(q, k, logits.logsumexp(-1), 0.3, score, 1, 2, told)
+        _, wanted = ops.attention_with_scores(q, k, v, bias, 0.3, 1.0, score, 1, 2)
+        close(found, wanted)
+        assert torch.equal(found.argsort(dim=1), wanted.argsort(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scores_in_half_precision_are_those_of_the_same_operands_in_float32(dtype: torch.dtype) -> None:
+    """With a log-sum-exp by token first, as torch's attention on a CPU leaves it; and it has no gradient."""
+    q, k, v = (x.detach().requires_grad_() for x in operands(70, 16, 16, dtype))
+    lse = (q.float() @ k.float().transpose(-2, -1) / 4).logsumexp(-1).transpose(1, 2).contiguous().transpose(1, 2)
+    found = kernels.attention_scores(q, k, lse, None, "mixed-max", 1, 0, None)
+    _, wanted = ops.attention_with_scores(q.float(), k.float(), v.float(), None, None, 1.0, "mixed-max", 1, 0)
+    close(found, wanted)
+    assert torch.autograd.grad(found.sum(), [q, k, lse], allow_unused=True) == (None, None, None)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's stock attention is bench.gpu's to check")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["mask", "channel"])
+def test_stock_attention_told_scales_ranks_as_the_operator_does(form: str, dtype: torch.dtype) -> None:
+    """log s, of at most 3 here, is rounded in bfloat16, to 2^-9 in a mask and 2^-16 in two channels: so far off is an entry, and twice
+    as far a product of two."""
+    q, k, v = operands(40, 16, 16, dtype)
+    scales = random(B, 39, seed=1).clamp(-3, 3).exp()
+    if form == "mask":
+        out, lse = ops.attention_with_lse(q, k, v, ops.key_bias(scales, 1, 0, None, q), 0.25, "cpu")
+    else:
+        wide = F.pad(v, (0, 8))
+        out, lse = ops.attention_with_lse(*ops.scale_channels(q, k, scales, 1, 0, 0.25), wide, None, 0.25, "cpu")
+    found = kernels.attention_scores(q, k, lse, 0.25, "mixed-max", 1, 0, scales)
+    told = ops.key_bias(scales, 1, 0, None, scales)
+    single = (q.float(), k.float(), v.float())
+    wanted, ranks = ops.attention_with_scores(*single, told, None, 1.0, "mixed-max", 1, 0)
+    close(out[..., :16], wanted, dtype)
+    rounding = {torch.float32: 2**-20, torch.bfloat16: 2**-9 if form == "mask" else 2**-16}[dtype]
+    assert ((found - ranks).abs() / ranks).max() < 2 * 3 * rounding
 
 
 SCORES_THAT_TIE = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1.5, 1.5, 1e-40, -2.0]

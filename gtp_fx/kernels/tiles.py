@@ -51,6 +51,13 @@ def attention_tiles(keys: int, head: int, dtype: torch.dtype) -> tuple[Attention
     return fitting if columns <= 64 else (*fitting, tiled[1])
 
 
+def score_tile(head: int, dtype: torch.dtype) -> AttentionTile:
+    """Keys that a program scores, as rows, and queries that it looks at once: both operands and the sums stay in registers."""
+    if dtype == torch.float32:
+        return AttentionTile(32, 32, 4, 1)
+    return AttentionTile(64, 64, 4, 2)
+
+
 def power_of_two(size: int) -> int:
     """The least one that is at least `size`, and at least 16: tensor cores take no smaller operand."""
     return max(16, 1 << (size - 1).bit_length())

@@ -11,15 +11,19 @@ from torch import fx
 
 from gtp_fx import graphs
 from gtp_fx.kernels.available import Kernels
+from gtp_fx.kernels.stock_attention import StockAttention
 
 
 @dataclass
 class Lowering:
-    """The walk's state. instead: new nodes that have taken old ones' places. maps: by the index of a level's tokens into the
-    grid, the map that `select` left, and the grid's cells."""
+    """The walk's state. stock: what torch's own attention would do there; None where that isn't known. told: how attention is told scales,
+    `Target.told`. instead: new nodes that have taken old ones' places. maps: by the index of a level's tokens into the grid, the map
+    that `select` left, and the grid's cells."""
 
     graph: fx.Graph
     kernels: Kernels
+    stock: StockAttention | None = None
+    told: str = "auto"
     instead: list[fx.Node] = field(default_factory=list)
     maps: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)
 
