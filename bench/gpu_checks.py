@@ -116,7 +116,7 @@ def _site(random: Random, dtype: torch.dtype, size: tuple[int, int, int, int]) -
         yield Check("select", str(size), "int64", float(wrong), 0.0)
         with _poisoned():
             shorter, moved, normed = gtp_fx_kernels.propagate(
-                x, near, degree, *chosen, place, scales, weight, bias, grid, "mixed", 0.3, 1, 1e-6, True
+                x, None, near, degree, *chosen, place, scales, weight, bias, grid, "mixed", 0.3, 1, 1e-6, True, []
             )
         weights = gtp_fx.propagation_weights(near, degree, *wanted[2:], grid, "mixed")
         before = torch.ones_like(score) if scales is None else scales

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from torch import fx, nn
+from torch.ops import aten  # type: ignore[import-not-found]
 
 pytest.importorskip("triton")
 
@@ -142,14 +143,30 @@ def torch_chooses() -> str | None:
     return {"CUDNN_ATTENTION": "cudnn", "FLASH_ATTENTION": "flash"}.get(name)
 
 
-def test_the_norm_behind_a_site_is_the_kernels() -> None:
-    row = BY_NAME["deit"]
-    fast = gtp_fx.optimize(build(row), schedule=[20, 20, 0], compile=False)
-    norms = [
-        sum(node.target is torch.ops.aten.layer_norm.default for node in gm.graph.nodes)
+@pytest.mark.parametrize(("name", "fewer"), [("deit", (2, 2, 0)), ("dinov2-reg4", (2, 2, 2))])
+def test_the_add_before_a_site_and_the_norm_behind_it_are_the_kernels(name: str, fewer: tuple[int, ...]) -> None:
+    """Of two sites: norms, adds, and LayerScale's products where there are any."""
+    fast = gtp_fx.optimize(build(BY_NAME[name]), schedule=[20, 20, 0], compile=False)
+    before, after = (
+        Counter(node.target for node in gm.graph.nodes)
         for gm in (fast.graph_module, lower_to_kernels(fast.graph_module))
-    ]
-    assert norms[0] - norms[1] == 2
+    )
+    targets = (aten.layer_norm.default, aten.add.Tensor, aten.mul.Tensor)
+    assert tuple(before[target] - after[target] for target in targets) == fewer
+
+
+def test_an_add_that_others_read_stays() -> None:
+    """What a token missed is added to the stream as it entered the site, which is written out for that."""
+    row = BY_NAME["no-classes"]
+    model = timm.create_model(row.arch, depth=3, num_classes=0, global_pool="")
+    fast = gtp_fx.optimize(model, strategy=gtp_fx.GTP(recovery="update"), schedule=[30, 0, 0], compile=False)
+    (site,) = (
+        node
+        for node in lower_to_kernels(fast.graph_module).graph.nodes
+        if node.target is torch.ops.gtp_fx_kernels.propagate.default
+    )
+    stream, residual, *_ = site.args
+    assert stream.target is aten.add.Tensor and residual is None and len(stream.users) > 1
 
 
 def test_a_token_map_is_recovered_by_a_kernel() -> None:

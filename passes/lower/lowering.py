@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx import graphs
 from gtp_fx.kernels.available import Kernels
@@ -46,3 +47,12 @@ def only(values: Iterable[Any]) -> Any:
     """The only one; None where there are none or several."""
     found = list(values)
     return found[0] if len(found) == 1 else None
+
+
+def summands(add: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two values of one shape and dtype whose plain sum `add` is; None where it is something else."""
+    if add.target is not aten.add.Tensor or add.kwargs or not all(isinstance(value, fx.Node) for value in add.args):
+        return None
+    one, other = add.args
+    (shape, dtype), theirs = ((v.meta["val"].shape, v.meta["val"].dtype) for v in (one, other))  # type: ignore[union-attr]
+    return (one, other) if (shape, dtype) == theirs else None  # type: ignore[return-value]

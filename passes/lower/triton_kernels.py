@@ -6,7 +6,7 @@ become one kernel:
     key_bias and attention                          stock attention or attend (`attention_forms`)
     attention_with_scores                           the same, and attention_scores
     select and where its tokens are on the grid     select
-    propagate, of tokens and of scales, and a norm  propagate
+    an add (LayerScale too), propagate and a norm   propagate, of tokens and of scales
     region_shares, recover and a residual add       recover
 
 What a kernel isn't made for (another rank, theta < 1, heads of 256, merging) stays as it is: composite operators run everywhere.
