@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "timm", "transformers", "triton")
 class Environment:
     """processor: what ran the model. threads: torch's, on a CPU. versions: of what decides the code that ran.
 
-    commit: of this repository, "unknown" outside git; dirty: tracked files differed from it.
+    commit: of this repository; outside git what $GTP_FX_COMMIT says, or "unknown"; dirty: tracked files differed from it.
     """
 
     processor: str
@@ -40,7 +40,7 @@ class Environment:
             threads=torch.get_num_threads(),
             system=f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical cores",
             versions={"python": platform.python_version(), **_versions()},
-            commit=_git("rev-parse", "HEAD") or "unknown",
+            commit=_git("rev-parse", "HEAD") or os.environ.get("GTP_FX_COMMIT") or "unknown",
             dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
             utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )

@@ -1,13 +1,13 @@
 """Is every kernel right on this GPU? Each against the operator it stands for, on random inputs, its outputs' memory poisoned.
 
-The sizes are models' own. Tolerances are of the largest value: the order of sums in float32, rounding of weights and outputs below
-(the kernels' docstrings argue them).
+The nets' own sizes in bfloat16 come first. Tolerances are of the largest value: the order of sums in float32, rounding of weights
+and outputs below (the kernels' docstrings argue them). References take the same numbers in float32.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,20 +15,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-7}
+from bench.gpu_stock import log_sum_exps
+from gtp_fx.ops.graph import coordinates
+from gtp_fx.site_probes import kernel_named, propagate_sum
+
+TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 1e-5}
+_STOCK_TOLERANCE = 1e-4
+"""Of scores from a log-sum-exp that torch's attention has made, with exponentials of its own."""
+_NEIGHBORS = 8
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is checked: (images, heads, tokens, head size, image's side in patches) of attention, (images, side, channels,
-    leaving) of sites, (images, windows a side, window's side, channels, leaving) of windows."""
+    """What is checked: (images, heads, tokens, head size) of attention, (images, side in patches, channels, leaving) of sites, (images,
+    windows a side, window's side, channels, leaving) of windows."""
 
-    attention: tuple[tuple[int, int, int, int], ...]
-    sites: tuple[tuple[int, int, int, int], ...]
-    windows: tuple[tuple[int, int, int, int, int], ...]
+    attention: tuple[tuple[int, ...], ...]
+    sites: tuple[tuple[int, ...], ...]
+    windows: tuple[tuple[int, ...], ...] = ()
 
 
-MODELS = Sizes(
+NETS = Sizes(
+    attention=((256, 6, 197, 64), (64, 12, 197, 64), (16, 16, 577, 64), (8, 12, 1370, 64)),
+    sites=((256, 14, 384, 16), (64, 14, 768, 16), (16, 24, 1024, 60), (8, 37, 768, 200)),
+)
+OTHERS = Sizes(
     attention=(
         (8, 6, 197, 64),
         (4, 12, 256, 32),
@@ -45,32 +56,53 @@ DRY = Sizes(attention=((1, 2, 37, 32), (1, 1, 280, 16)), sites=((2, 5, 24, 4),),
 
 @dataclass(frozen=True)
 class Check:
-    """error: the largest difference over the largest value; NaN where a kernel left poison."""
+    """error: the largest difference over the largest value; NaN where a kernel left poison. failed: why it gave nothing."""
 
     kernel: str
     case: str
     dtype: str
     error: float
     tolerance: float
+    failed: str = ""
 
     @property
     def right(self) -> bool:
         return self.error <= self.tolerance  # False for NaN
 
 
-def run_checks(device: torch.device, sizes: Sizes = MODELS) -> Iterator[Check]:
-    """Every kernel at every size in every dtype. `gtp_fx.kernels.available.load_kernels` has registered them."""
-    for dtype in TOLERANCE:
-        random = _randoms(device, dtype)
-        for size in sizes.attention:
-            yield from _attention(random, dtype, size)
-        for site in sizes.sites:
-            yield from _site(random, dtype, site)
-        for windows in sizes.windows:
-            yield from _windows(random, dtype, windows)
-
-
 Random = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """kernels: those that it calls. made: its checks, of random numbers."""
+
+    kernels: tuple[str, ...]
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    made: Callable[[Random, torch.dtype, tuple[int, ...]], Iterator[Check]]
+
+    def checks(self, device: torch.device) -> Iterator[Check]:
+        """Those made before one raises, and that it did."""
+        try:
+            yield from self.made(_randoms(device, self.dtype), self.dtype, self.size)
+        except Exception as error:  # of one case; the others go on
+            why = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            yield Check(" or ".join(self.kernels), str(self.size), _name(self.dtype), float("nan"), 0.0, why)
+
+
+def cases(sizes: Sizes, dtypes: Iterable[torch.dtype] = tuple(TOLERANCE)) -> Iterator[Case]:
+    """`gtp_fx.kernels.available.load_kernels` has registered the kernels; of those that aren't there is no case."""
+    for dtype in dtypes:
+        made = [(("attend",), _attention, size) for size in sizes.attention]
+        made += [(("attention_scores",), _scores, size) for size in sizes.attention]
+        made += [(("token_graph",), _graph, size) for size in sizes.sites]
+        made += [(("select",), _ties, size) for size in sizes.sites]
+        made += [(("select", "propagate", "recover"), _site, size) for size in sizes.sites]
+        made += [(("select", "recover"), _windows, size) for size in sizes.windows]
+        for kernels, check, size in made:
+            if all(kernel_named(kernel) for kernel in kernels):
+                yield Case(kernels, size, dtype, check)
 
 
 def _randoms(device: torch.device, dtype: torch.dtype) -> Random:
@@ -83,26 +115,106 @@ def _randoms(device: torch.device, dtype: torch.dtype) -> Random:
     return random
 
 
-def _attention(random: Random, dtype: torch.dtype, size: tuple[int, int, int, int]) -> Iterator[Check]:
+def _attention(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
+    """Told and scored, told alone, and with a bias."""
     images, heads, tokens, head = size
     q, k, v = random(images, tokens, 3, heads, head).permute(2, 0, 3, 1, 4)
     scales = random(images, tokens - 1, whole=True).exp()
-    for name, bias in (("", None), (", bias", random(1, heads, tokens, tokens))):
+    wide = [x.float() for x in (q, k, v)]
+    for name, score, bias in (
+        ("", "mixed-max", None),
+        (", told alone", "none", None),
+        (", bias", "mixed-max", random(1, heads, tokens, tokens)),
+    ):
         with _poisoned():
-            out, scores = gtp_fx_kernels.attend(q, k, v, bias, scales, None, None, "mixed-max", 1, 0, [])
-        wide = [x.float() for x in (q, k, v)]
+            out, scores = gtp_fx_kernels.attend(q, k, v, bias, scales, None, None, score, 1, 0, [])
         told = gtp_fx.key_bias(scales, 1, 0, None if bias is None else bias.float(), wide[0])
-        wanted, ranks = gtp_fx.attention_with_scores(*wide, told, None, 1.0, "mixed-max", 1, 0)
+        wanted, ranks = gtp_fx.attention_with_scores(*wide, told, None, 1.0, score, 1, 0)
         yield _check("attend", f"{size}{name}", dtype, out, wanted)
-        yield _check("attend's scores", f"{size}{name}", torch.float32, scores, ranks)
+        if score != "none":
+            yield _check("attend's scores", f"{size}{name}", torch.float32, scores, ranks)
 
 
-def _site(random: Random, dtype: torch.dtype, size: tuple[int, int, int, int]) -> Iterator[Check]:
+def _scores(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
+    """From an exact log-sum-exp, with scales and without, and from what torch's own attention returns."""
+    images, heads, tokens, head = size
+    q, k, v = random(images, tokens, 3, heads, head).permute(2, 0, 3, 1, 4)
+    wide = [x.float() for x in (q, k, v)]
+    told = random(images, tokens - 1, whole=True).exp()
+    ranks = None
+    for name, scales in ((", told", told), ("", None)):
+        bias = None if scales is None else gtp_fx.key_bias(scales, 1, 0, None, wide[0])
+        logits = wide[0] @ wide[1].transpose(-2, -1) * head**-0.5
+        lse = (logits if bias is None else logits + bias).logsumexp(-1)
+        del logits
+        with _poisoned():
+            found = kernel_named("attention_scores")(q, k, lse, None, "mixed-max", 1, 0, scales)
+        _, ranks = gtp_fx.attention_with_scores(*wide, bias, None, 1.0, "mixed-max", 1, 0)
+        yield _check("attention_scores", f"{size}{name}", torch.float32, found, ranks)
+    if dtype != torch.float32:
+        for kind, run in log_sum_exps(q, k, v).items():
+            found = kernel_named("attention_scores")(q, k, run()[1], None, "mixed-max", 1, 0, None)
+            error = _error(found, ranks)  # type: ignore[arg-type]
+            yield Check("attention_scores", f"{size}, behind {kind}", _name(dtype), error, _STOCK_TOLERANCE)
+
+
+def _graph(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
+    """As similar neighbours as the reference's, which may be others where they are equally similar; and degrees that belong to them."""
+    images, side, channels, _ = size
+    cells, grid = side * side, [side, side]
+    x = random(images, 1 + cells, channels)
+    with _poisoned():
+        near, degree = kernel_named("token_graph")(x, grid, 1, "mixed", _NEIGHBORS)
+    wanted, _ = gtp_fx.token_graph(x.float(), grid, 1, "mixed", _NEIGHBORS)
+    ordered, itself = near.long().sort(dim=-1).values, torch.arange(cells, device=x.device)[:, None]
+    wrong = (ordered[..., 1:] == ordered[..., :-1]).sum() + (ordered == itself).sum()
+    wrong = wrong + ((ordered < 0) | (ordered >= cells)).sum()
+    yield Check("token_graph", str(size), "int32", float(wrong), 0.0)
+    if wrong:
+        return
+    unit = F.normalize(x[:, 1:].float(), dim=-1)
+    alike, best = (_similarities(unit, which.long()).sort(dim=-1).values for which in (near, wanted))
+    yield _check("token_graph's neighbours", str(size), torch.float32, alike, best)
+    here = coordinates(grid, x.device)
+    beside = (here[:, None] - here[near.long()]).abs().amax(dim=-1) <= 1
+    spatial = (here[:, None] - here[None]).abs().amax(dim=-1).eq(1).sum(dim=-1)
+    edges = spatial + _NEIGHBORS - beside.sum(dim=-1)
+    yield _check("token_graph's degrees", str(size), torch.float32, degree, edges.float().rsqrt())
+
+
+def _similarities(unit_BGC: Tensor, near_BGM: Tensor) -> Tensor:
+    """[B, G, M], a neighbour at a time: all at once would be M streams."""
+    each = [
+        (unit_BGC * unit_BGC.gather(1, near_BGM[..., place, None].expand_as(unit_BGC))).sum(-1)
+        for place in range(near_BGM.shape[-1])
+    ]
+    return torch.stack(each, dim=-1)
+
+
+def _ties(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
+    """Scores of five values, two of them zeros, at any of which the border may be."""
+    images, side, _, _ = size
+    cells = side * side
+    values = torch.tensor([float("-inf"), -0.0, 0.0, 1.0, float("nan")], device=random(1).device)
+    score = values[(random(images, cells, whole=True) * 1.5 + 2).round().clamp(0, 4).long()]
+    for leaving in sorted({1, cells // 4, cells // 2, cells - 1}):
+        with _poisoned():
+            *chosen, _ = gtp_fx_kernels.select(score, None, leaving, cells)
+        kept, gone = gtp_fx.select(score, leaving)
+        yield _selected(f"{(images, cells, leaving)}, ties", chosen, (kept, gone, kept, gone))
+
+
+def _selected(case: str, chosen: list[Tensor], wanted: tuple[Tensor, ...]) -> Check:
+    wrong = sum(int((found != right).sum()) for found, right in zip(chosen, wanted, strict=True))
+    return Check("select", case, "int64", float(wrong), 0.0)
+
+
+def _site(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
     """Two in a row: the second on what the first left."""
     images, side, channels, leaving = size
     cells, grid = side * side, [side, side]
     x, weight, bias = random(images, 1 + cells, channels), random(channels), random(channels)
-    near, degree = gtp_fx.token_graph(x, grid, 1, "mixed", 8)
+    near, degree = gtp_fx.token_graph(x, grid, 1, "mixed", _NEIGHBORS)
     index = torch.arange(cells, device=x.device).expand(images, cells)
     place = scales = None
     for _ in range(2):
@@ -112,16 +224,15 @@ def _site(random: Random, dtype: torch.dtype, size: tuple[int, int, int, int]) -
             *chosen, place = gtp_fx_kernels.select(score, place, leaving, cells)
         kept, gone = gtp_fx.select(score, leaving)
         wanted = (kept, gone, index.gather(1, kept), index.gather(1, gone))
-        wrong = sum(int((found != right).sum()) for found, right in zip(chosen, wanted, strict=True))
-        yield Check("select", str(size), "int64", float(wrong), 0.0)
+        yield _selected(str(size), chosen, wanted)
+        branch = random(*x.shape)
+        told = (scales, weight, bias, grid, "mixed", 0.3, 1, 1e-6, True)
         with _poisoned():
-            shorter, moved, normed = gtp_fx_kernels.propagate(
-                x, None, near, degree, *chosen, place, scales, weight, bias, grid, "mixed", 0.3, 1, 1e-6, True, []
-            )
+            shorter, moved, normed = propagate_sum(x, branch, near, degree, *chosen, place, *told)
         weights = gtp_fx.propagation_weights(near, degree, *wanted[2:], grid, "mixed")
         before = torch.ones_like(score) if scales is None else scales
         after = gtp_fx.propagate(before[..., None], weights, kept, gone, 0.3, 0)[..., 0]
-        right = gtp_fx.propagate(x.float(), weights, kept, gone, 0.3, 1)
+        right = gtp_fx.propagate((x + branch).float(), weights, kept, gone, 0.3, 1)
         norm = F.layer_norm(shorter.float(), (channels,), weight.float(), bias.float(), 1e-6)
         yield _check("propagate", str(size), dtype, shorter, right)
         yield _check("propagate's scales", str(size), torch.float32, moved, after)
@@ -135,7 +246,7 @@ def _site(random: Random, dtype: torch.dtype, size: tuple[int, int, int, int]) -
         x, index, scales = shorter, wanted[2], moved
 
 
-def _windows(random: Random, dtype: torch.dtype, size: tuple[int, int, int, int, int]) -> Iterator[Check]:
+def _windows(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
     images, across, side, channels, leaving = size
     places = gtp_fx.grid_places([across * side, across * side], random(1))[0]
     places = places.reshape(across, side, across, side, 2).transpose(1, 2).reshape(across**2, side**2, 2)
@@ -150,8 +261,15 @@ def _windows(random: Random, dtype: torch.dtype, size: tuple[int, int, int, int,
 
 
 def _check(kernel: str, case: str, dtype: torch.dtype, found: Tensor, wanted: Tensor) -> Check:
-    error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
-    return Check(kernel, case, str(dtype).removeprefix("torch."), float(error), TOLERANCE[dtype])
+    return Check(kernel, case, _name(dtype), _error(found, wanted), TOLERANCE[dtype])
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager

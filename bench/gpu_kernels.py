@@ -1,108 +1,216 @@
-"""How fast are the kernels? Against the rate of a copy, and against the stock attention that doesn't score.
+"""How fast are the kernels? Each beside what stands, or could stand, in its place.
 
-The contenders of a row run interleaved, some dozen times in a row each; what is told is the median over rounds.
+Contenders of a row run interleaved, some dozen times in a row each and, on a GPU, as one CUDA graph, so that no launch from Python is
+timed; what is told is the median over rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.ops import gtp_fx_kernels  # type: ignore[import-not-found]
+from torch import Tensor
+from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
-from gtp_fx.site_probes import propagation, selection
+from bench.gpu_stock import log_sum_exps, stock_attention
+from gtp_fx.site_probes import kernel_named, propagation, stream_pass
 from gtp_fx.timing import clock_for, interleave
 
-_REPEATS = 20
-"""Runs of a timing: a single one is as short as the launch of it."""
 _COPIED = 2**28
 """Bytes: more than any cache."""
+_NEIGHBORS = 8
+NOT_THERE = "not there"
+
+
+@dataclass(frozen=True)
+class KernelSizes:
+    """attention: (images, heads, tokens, head size). streams: (images, patches, channels, leaving). images: (images, side, patch, channels).
+    copied: bytes."""
+
+    attention: tuple[tuple[int, ...], ...]
+    streams: tuple[tuple[int, ...], ...]
+    images: tuple[tuple[int, ...], ...]
+    copied: int
+
+
+NETS = KernelSizes(
+    attention=((256, 6, 197, 64), (256, 12, 197, 64), (64, 16, 577, 64), (32, 12, 1370, 64)),
+    streams=((256, 196, 384, 16), (256, 196, 768, 18), (64, 576, 1024, 46), (32, 1369, 768, 82)),
+    images=((256, 224, 16, 384), (256, 224, 16, 768), (64, 384, 16, 1024), (32, 518, 14, 768)),
+    copied=_COPIED,
+)
+DRY = KernelSizes(((1, 1, 20, 16),), ((2, 20, 16, 4),), ((1, 28, 14, 16),), 4096)
+
+Made = tuple[dict[str, Callable[[], object] | None], dict[str, int]]
+"""Contenders, None for a kernel that isn't there; and what they move."""
 
 
 @dataclass(frozen=True)
 class KernelRow:
-    """seconds: of one run. against: what it is held against, "copy" or "stock attention"; share: of the copy's rate for that, of its
-    time for this. aim: what share is wanted, at least or at most."""
+    """seconds: of one run, by contender. moved: bytes that a contender has to read and write at least, of those that memory bounds.
+    failed: contenders that aren't there, or raise, and why."""
 
     kernel: str
-    case: str
-    seconds: float
-    against: str
-    share: float
-    aim: float
-
-    @property
-    def reached(self) -> bool:
-        return self.share >= self.aim if self.against == "copy" else self.share <= self.aim
+    size: tuple[int, ...]
+    seconds: Mapping[str, float]
+    moved: Mapping[str, int] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
-def time_kernels(device: torch.device, dtype: torch.dtype, rounds: int, small: bool = False) -> Iterator[KernelRow]:
-    """Selection, propagation, and attention with scores. small: sizes for a dry run."""
-    images, attention = (256, ((256, 12, 197, 64), (32, 16, 577, 64))) if not small else (2, ((1, 1, 20, 16),))
-    copied = torch.empty((_COPIED if not small else 4096) // dtype.itemsize, dtype=dtype, device=device)
-    into = torch.empty_like(copied)
-    for tokens, channels in ((196, 384), (196, 768), (576, 1024)) if not small else ((20, 16),):
-        leaving = tokens // 12
-        x = torch.randn(images, tokens, channels, device=device).to(dtype)
-        scores = torch.rand(16 * images, tokens, device=device)
-        moved = dtype.itemsize * channels * images * (2 * tokens - leaving)
-        ranked = scores.numel() * (4 + 4 + 2 * 8)  # read; the map, and both pairs of lists
-        runs = {
-            "copy": (lambda: into.copy_(copied), 2 * copied.nbytes),
-            "select": (_bound(*selection(scores, leaving)), ranked),
-            "propagate": (_bound(*propagation(x, leaving)), moved),
-        }
-        seconds = _seconds({name: run for name, (run, _) in runs.items()}, device, rounds)
-        rate = runs["copy"][1] / seconds["copy"]
-        for name, shape in (("select", scores.shape), ("propagate", x.shape)):
-            share = runs[name][1] / seconds[name] / rate
-            yield KernelRow(name, str(tuple(shape)), seconds[name], "copy", share, 0.70)
-    for size in attention:
-        count, heads, tokens, head = size
-        q, k, v = torch.randn(count, tokens, 3, heads, head, device=device).to(dtype).permute(2, 0, 3, 1, 4)
-        scales = torch.ones(count, tokens - 1, device=device)
-        runs = {
-            "stock attention": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v),
-            "attend": lambda q=q, k=k, v=v, s=scales: _attend(q, k, v, s, "none"),
-            "attend with scores": lambda q=q, k=k, v=v, s=scales: _attend(q, k, v, s, "mixed-max"),
-        }
-        seconds = _seconds(runs, device, rounds)
-        for name in ("attend", "attend with scores"):
-            share = seconds[name] / seconds["stock attention"]
-            yield KernelRow(name, str(size), seconds[name], "stock attention", share, 1.10)
+@dataclass(frozen=True)
+class Question:
+    """A row to be. runs: what is ready of its contenders, each `repeats` times."""
+
+    kernel: str
+    size: tuple[int, ...]
+    runs: Mapping[str, Callable[[], object]]
+    moved: Mapping[str, int]
+    failed: Mapping[str, str]
+
+    def answer(self, device: torch.device, rounds: int) -> KernelRow:
+        """The median over rounds."""
+        seconds: dict[str, float] = {}
+        if self.runs:
+            timings = interleave(self.runs, rounds=rounds, clock=clock_for(device))
+            seconds = {name: timings.spread(name).median / repeats(device) for name in self.runs}
+        return KernelRow(self.kernel, self.size, seconds, self.moved, self.failed)
 
 
-def _attend(q: Any, k: Any, v: Any, scales: Any, score: str) -> Any:
-    return gtp_fx_kernels.attend(q, k, v, None, scales, None, None, score, 1, 0, [])
+def questions(what: str, device: torch.device, dtype: torch.dtype, sizes: KernelSizes) -> Iterator[Question]:
+    """what: "attention", "sites", or any row's kernel. The kernels are registered. All contenders are compiled."""
+    rows: list[tuple[str, Any, Callable[..., Made]]]
+    if what == "attention":
+        rows = [("attention", size, attention) for size in sizes.attention]
+    else:
+        rows = [("copy", (sizes.copied,), _copy)]
+        kernels = (("graph", _graph), ("propagate", _propagate), ("select", _select))
+        rows += [(name, size, make) for size in sizes.streams for name, make in kernels]
+        rows += [("patch embedding", size, _embedding) for size in sizes.images]
+    for kernel, size, make in rows:
+        yield question(kernel, size, make(size, device, dtype), device)
 
 
-def _seconds(runs: dict[str, Any], device: torch.device, rounds: int) -> dict[str, float]:
-    """Of one run each, the median over rounds."""
-    for run in runs.values():
-        run()  # compiles
-    repeated = {name: _repeated(run, device) for name, run in runs.items()}
-    timings = interleave(repeated, rounds=rounds, clock=clock_for(device))
-    return {name: timings.spread(name).median / _REPEATS for name in runs}
+def question(kernel: str, size: tuple[int, ...], made: Made, device: torch.device) -> Question:
+    """What can be made ready of it."""
+    runs, moved = made
+    ready, failed = {}, {}
+    for name, run in runs.items():
+        if run is None:
+            failed[name] = NOT_THERE
+            continue
+        try:
+            run()  # compiles
+            ready[name] = _repeated(run, device)
+        except Exception as error:  # of one contender; the others go on
+            failed[name] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    return Question(kernel, size, ready, moved, failed)
+
+
+def attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
+    """Torch's own, plain and told scales by a mask; ours, plain, told, and scored; and torch's own with scores from its log-sum-exp."""
+    images, heads, tokens, head = size
+    q, k, v = torch.randn(images, tokens, 3, heads, head, device=device).to(dtype).permute(2, 0, 3, 1, 4)
+    scales = torch.ones(images, tokens - 1, device=device)
+    mask = gtp_fx.key_bias(scales, 1, 0, None, q)
+    runs: dict[str, Callable[[], object] | None] = {}
+    for kind in ("cudnn", "flash"):
+        runs[kind] = lambda kind=kind: stock_attention(kind, q, k, v)
+    runs["cudnn, mask"] = lambda: stock_attention("cudnn", q, k, v, mask)
+    for name, told, score in (
+        ("attend", None, "none"),
+        ("attend, told", scales, "none"),
+        ("attend, told, scored", scales, "mixed-max"),
+        ("attend, scored", None, "mixed-max"),
+    ):
+        runs[name] = lambda told=told, score=score: attend(q, k, v, told, score, [])
+    scores = kernel_named("attention_scores")
+    for kind, run in log_sum_exps(q, k, v).items():
+        behind = f"{kind} and attention_scores"
+        runs[behind] = None if scores is None else _scored(scores, q, k, run)
+    return runs, {}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None, score: str, tile: list[int]) -> Any:
+    return gtp_fx_kernels.attend(q, k, v, None, scales, None, None, score, 1, 0, tile)
+
+
+def _scored(scores: Any, q: Tensor, k: Tensor, run: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], object]:
+    def both() -> object:
+        out, lse = run()
+        return out, scores(q, k, lse, None, "mixed-max", 1, 0, None)
+
+    return both
+
+
+def _copy(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
+    source = torch.empty(size[0] // dtype.itemsize, dtype=dtype, device=device)
+    into = torch.empty_like(source)
+    return {"copy": lambda: into.copy_(source)}, {"copy": 2 * source.nbytes}
+
+
+def _graph(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
+    """The operator, as Inductor compiles it, and the kernel."""
+    images, patches, channels, _ = size
+    side = round(patches**0.5)
+    grid = [side, side] if side * side == patches else [1, patches]
+    x = torch.randn(images, 1 + patches, channels, device=device).to(dtype)
+    composite: Any = torch.compile(lambda x: gtp_fx.token_graph(x, grid, 1, "mixed", _NEIGHBORS), dynamic=False)
+    kernel = kernel_named("token_graph")
+    runs: dict[str, Callable[[], object] | None] = {"product and topk": lambda: composite(x)}
+    runs["token_graph"] = None if kernel is None else lambda: kernel(x, grid, 1, "mixed", _NEIGHBORS)
+    return runs, {}
+
+
+def _propagate(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
+    """At a site, and what is in its place where no token leaves: each reads the stream and the branch, and writes the sum and its norm."""
+    images, patches, channels, leaving = size
+    x = torch.randn(images, patches, channels, device=device).to(dtype)
+    function, *arguments = propagation(x, leaving)
+    plain, *operands = stream_pass(x)
+    fused: Any = torch.compile(plain, dynamic=False)
+    moved = dtype.itemsize * channels * images * (4 * patches - 2 * leaving)
+    passed = dtype.itemsize * channels * images * 4 * patches
+    runs = {"propagate": lambda: function(*arguments), "add and norm": lambda: fused(*operands)}
+    return {**runs}, {"propagate": moved, "add and norm": passed}
+
+
+def _select(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
+    images, patches, _, leaving = size
+    scores = torch.rand(images, patches, device=device)
+    ranked = scores.numel() * (4 + 4 + 2 * 8)  # read; the map, and both pairs of lists
+    return {"select": lambda: gtp_fx_kernels.select(scores, None, leaving, patches)}, {"select": ranked}
+
+
+def _embedding(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
+    """Patches as a convolution, and as a view and a product."""
+    images, side, patch, channels = size
+    x = torch.randn(images, 3, side, side, device=device).to(dtype)
+    weight = torch.randn(channels, 3, patch, patch, device=device).to(dtype)
+
+    def product() -> Tensor:
+        cut = x.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5)
+        return F.linear(cut.reshape(images, -1, 3 * patch * patch), weight.flatten(1))
+
+    convolution = lambda: F.conv2d(x, weight, stride=patch).flatten(2).transpose(1, 2)  # noqa: E731
+    return {"convolution": convolution, "linear": product}, {}
+
+
+def repeats(device: torch.device) -> int:
+    """Runs of a timing: on a GPU a single one is as short as its launch, in the interpreter long enough."""
+    return 20 if device.type == "cuda" else 1
 
 
 def _repeated(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """`_REPEATS` runs; on a GPU recorded, so that what Python does between launches isn't timed."""
-
-    def again() -> None:
-        for _ in range(_REPEATS):
-            run()
-
+    """On a GPU recorded, so that what Python does between launches isn't timed."""
     if device.type != "cuda":
-        return again
+        return run
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        again()
+        for _ in range(repeats(device)):
+            run()
     replay: Callable[[], object] = graph.replay
     return replay
-
-
-def _bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
-    return lambda: function(*arguments)

@@ -1,13 +1,15 @@
 """How much faster are whole models on this GPU, against the same model compiled as well as torch can?
 
-Original and optimised, each in every mode of torch.compile that is asked for, and the original eager: interleaved in one run, by CUDA's own
-events. What counts is the best optimised against the best original.
+Contenders are interleaved in one run, by CUDA's own events; what counts is the fastest of ours against the fastest original, and a row
+says which originals there were: of some, it claims no best.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,138 +17,171 @@ import torch
 from torch import nn
 
 import gtp_fx
+from bench.gpu_contenders import AT_BORDER, BASELINES, VARIANTS, Compiled, Contender, compiled
+from bench.gpu_profile import Profile, profiled
+from bench.gpu_turns import Turn
 from bench.live_weights import enliven
 from gtp_fx.compare import rounding_tolerance
-from gtp_fx.config import Options
-from gtp_fx.forecast import Forecast
-from gtp_fx.planner import Planner
 from gtp_fx.targets import Target
 from gtp_fx.timing import Run, Timings, clock_for, interleave
+
+_CHECKED = 4
+"""Images of a batch whose outputs are compared."""
+_CALLS, _LARGE = 5, 8
+"""Calls of a timing, from that batch on: what the host does before the first is then a small part of it. Below, a call alone."""
+_WARM_UP = 3
+ORIGINAL, OURS = "original", "ours"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """timm's name, what it is made with, its image side, and batches worth timing, the most telling first."""
+    """timm's name, what it is made with, its image side, and FLOPs after / before. border: a block and the tokens that leave there, and nowhere else, at about the same
+    FLOPs, so that those left fill whole tiles of attention."""
 
     name: str
     side: int
-    batches: tuple[int, ...]
+    border: tuple[int, int]
     made_with: Mapping[str, Any] = field(default_factory=dict)
+    budget: float = 0.74
 
     def build(self) -> nn.Module:
         made: nn.Module = timm.create_model(self.name, **self.made_with)
         return enliven(made).eval()
 
 
-SUBJECTS = (
-    Subject("deit_small_patch16_224", 224, (256, 1, 8, 64)),
-    Subject("deit_base_patch16_224", 224, (256, 1, 8, 64)),
-    Subject("vit_large_patch16_384", 384, (64, 1, 8)),
-    Subject("vit_base_patch14_dinov2", 518, (64, 1, 8)),
-    Subject("swin_tiny_patch4_window7_224", 224, (256, 1, 64)),
-    Subject("samvit_base_patch16", 1024, (8, 1)),
-)
-DRY_SUBJECTS = (Subject("deit_tiny_patch16_224", 64, (2,), {"img_size": 64, "depth": 2}),)
-_CHECKED = 4
-"""Images of a batch whose outputs are compared."""
-EAGER, ORIGINAL, OPTIMISED = "original eager", "original", "optimised"
+SUBJECTS = {
+    "S": Subject("deit_small_patch16_224", 224, (4, 69)),
+    "B": Subject("deit_base_patch16_224", 224, (4, 69)),
+    "L": Subject("vit_large_patch16_384", 384, (7, 193)),
+    "D": Subject("vit_base_patch14_dinov2", 518, (3, 370)),
+    "T": Subject("deit_tiny_patch16_224", 64, (0, 5), {"img_size": 64, "depth": 2}, 0.6),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contender. error: of its outputs, against the same graph eager. first: seconds of its first call. attention: its calls in the
+    generated code. rounds: seconds of a call, by round. failed: why there are none."""
+
+    error: float = float("nan")
+    first: float = 0.0
+    attention: Mapping[str, int] = field(default_factory=dict)
+    rounds: tuple[float, ...] = ()
+    failed: str = ""
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One model at one batch. seconds: medians by contender, "original default" and so on. error: of the optimised model compiled
-    against itself eager. predicted: what the cost model says of the speed-up."""
+    """One net at one batch. predicted: what the target's cost model says of the speed-up. speed_up: the lower quartile, median and upper quartile, by
+    round, of `fastest` over each other. not_run: originals that a best one would have to be the best of, too."""
 
+    net: str
     model: str
     side: int
     batch: int
+    dtype: str
+    target: str
     flops_ratio: float
     schedule: tuple[int, ...]
-    seconds: dict[str, float]
-    quartiles: dict[str, tuple[float, float]]
-    speed_up: float
-    speed_up_quartiles: tuple[float, float]
-    best: tuple[str, str]
-    error: float
     predicted: float
-
-    def right(self, dtype: torch.dtype) -> bool:
-        return self.error <= rounding_tolerance(dtype)  # False for NaN
+    contenders: Mapping[str, Entry]
+    fastest: Mapping[str, str] = field(default_factory=dict)
+    speed_up: tuple[float, float, float] | None = None
+    not_run: tuple[str, ...] = ()
+    profile: Mapping[str, Profile] = field(default_factory=dict)
+    calls: int = 1
+    weights: str = "random, spread out"
 
     @property
-    def of_saving(self) -> float:
-        """The share of the time that FLOPs promise to save, that was saved."""
-        return (1 - 1 / self.speed_up) / (1 - self.flops_ratio)
+    def wrong(self) -> list[str]:
+        """Contenders whose outputs are further off than rounding explains."""
+        limit = rounding_tolerance(getattr(torch, self.dtype))
+        return [name for name, entry in self.contenders.items() if not entry.failed and not entry.error <= limit]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "wrong": self.wrong}
 
 
-def time_models(
-    subjects: Sequence[Subject],
-    batches: Sequence[int] | None,
-    modes: Sequence[str],
-    budget: float,
-    target: Target,
-    dtype: torch.dtype,
-    rounds: int,
-) -> Iterator[ModelRow | str]:
-    """A row for each model and batch, or why there is none, in a sentence. One at a time: the caller may stop between."""
-    device = torch.device(target.device)
-    for subject in subjects:
-        model = subject.build().to(device, dtype)
-        planner: Planner | None = None
-        for batch in batches or subject.batches:
-            images = torch.randn(batch, 3, subject.side, subject.side, generator=torch.Generator().manual_seed(0))
-            images = images.to(device, dtype)
-            planner = planner or Planner(model, images)
-            options = Options.of(flops_budget=budget, target=target, batch=batch)
-            try:
-                yield _row(subject, model, images, planner.plan(options), target, modes, rounds)
-            except torch.OutOfMemoryError:
-                yield f"{subject.name} x{batch}: out of memory"
-        del model
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+@dataclass
+class Prepared:
+    """A row whose contenders are compiled. entries: what is known of each before it is timed."""
+
+    row: ModelRow
+    images: torch.Tensor
+    runs: dict[str, Run]
+    entries: dict[str, Entry]
 
 
 @torch.no_grad()
-def _row(
-    subject: Subject,
-    model: nn.Module,
-    images: torch.Tensor,
-    forecast: Forecast,
-    target: Target,
-    modes: Sequence[str],
-    rounds: int,
-) -> ModelRow:
-    torch._dynamo.reset()
-    schedule = list(forecast.schedule)
-    plain = gtp_fx.optimize(model, schedule=schedule, target=target, example_inputs=images, compile=False)
-    runs: dict[str, Run] = {EAGER: lambda: model(images)}
-    for mode in modes:
-        original: Any = torch.compile(model, mode=mode, dynamic=False)
-        options = {"schedule": schedule, "target": target, "mode": mode}
-        optimised: Any = torch.compile(model, backend="gtp", options=options, dynamic=False)
-        runs[f"{ORIGINAL} {mode}"] = lambda run=original: run(images)  # type: ignore[misc]
-        runs[f"{OPTIMISED} {mode}"] = lambda run=optimised: run(images)  # type: ignore[misc]
-    wanted = plain(images[:_CHECKED])
-    error = max(_error(run(), wanted) for name, run in runs.items() if name.startswith(OPTIMISED))  # compiles
-    timings = interleave(runs, rounds=rounds, warmup=3, clock=clock_for(images.device))
-    best = tuple(_fastest(timings, kind) for kind in (ORIGINAL, OPTIMISED))
-    gain = timings.speed_up(best[1], best[0])
-    spreads = {name: timings.spread(name) for name in runs}
-    return ModelRow(
+def prepare(
+    net: str, batch: int, contenders: Sequence[Contender], target: Target, dtype: torch.dtype, code: Path
+) -> Prepared:
+    """Compile each contender, and hold it against eager. code: a folder for what Inductor generates."""
+    torch._dynamo.config.recompile_limit = 64  # one class's forward, compiled for each
+    subject, device = SUBJECTS[net], torch.device(target.device)
+    model = subject.build().to(device, dtype)
+    images = torch.randn(batch, 3, subject.side, subject.side, generator=torch.Generator().manual_seed(0))
+    images = images.to(device, dtype)
+    few = images[:_CHECKED]
+    told = {"target": target, "example_inputs": few, "compile": False}
+    plain = gtp_fx.optimize(model, flops_budget=subject.budget, batch=batch, **told)  # type: ignore[arg-type]
+    schedule = tuple(plain.schedule)
+    wanted = {ORIGINAL: model(few), "": plain(few)}
+    runs, entries = {}, {}
+    for contender in contenders:
+        options = _options(contender.variant, subject, schedule)
+        if contender.ours and contender.variant not in wanted:
+            eager = {name: value for name, value in options.items() if name != "disabled_passes"}
+            wanted[contender.variant] = gtp_fx.optimize(model, **eager, **told)(few)  # type: ignore[arg-type]
+        try:
+            made = compiled(contender, model, images, options, target)
+            entries[str(contender)] = _first_run(made, wanted[contender.variant if contender.ours else ORIGINAL])
+        except Exception as error:  # of one contender; the others go on
+            entries[str(contender)] = Entry(failed=f"{type(error).__name__}: {str(error).strip()[:300]}")
+            continue
+        runs[str(contender)] = made.run
+        code.mkdir(parents=True, exist_ok=True)
+        (code / f"{str(contender).replace(', ', '-')}.py").write_text("\n\n".join(made.code))
+    forecast = plain.report.forecast
+    assert forecast is not None
+    has_original = any(not contender.ours for contender in contenders)
+    row = ModelRow(
+        net=net,
         model=subject.name,
         side=subject.side,
-        batch=len(images),
-        flops_ratio=forecast.flops_ratio,
-        schedule=tuple(schedule),
-        seconds={name: spread.median for name, spread in spreads.items()},
-        quartiles={name: (spread.lower, spread.upper) for name, spread in spreads.items()},
-        speed_up=gain.median,
-        speed_up_quartiles=(gain.lower, gain.upper),
-        best=best,  # type: ignore[arg-type]
-        error=error,
+        batch=batch,
+        dtype=str(dtype).removeprefix("torch."),
+        target=target.name,
+        flops_ratio=plain.report.flops_ratio,
+        schedule=schedule,
         predicted=forecast.speed_up,
+        contenders=entries,
+        not_run=tuple(str(one) for one in BASELINES if str(one) not in runs) if has_original else (),
+        calls=_CALLS if batch >= _LARGE else 1,
     )
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # others get ready beside this one
+    return Prepared(row, images, runs, entries)
+
+
+def _options(variant: str, subject: Subject, schedule: Sequence[int]) -> dict[str, Any]:
+    """The backend's: the schedule stays the same, so that a variant differs in one thing."""
+    block, leaving = subject.border
+    border = [leaving if place == block else 0 for place in range(len(schedule))]
+    return {"schedule": border if variant in AT_BORDER else list(schedule), **VARIANTS.get(variant, {})}
+
+
+def _first_run(made: Compiled, wanted: torch.Tensor) -> Entry:
+    """Compiles; run thrice, so that a mode that records graphs has recorded them."""
+    begun = time.perf_counter()
+    found = made.run()
+    error = _error(found, wanted)  # waits for the GPU
+    first = time.perf_counter() - begun
+    del found
+    for _ in range(2):
+        made.run()
+    return Entry(error=error, first=first, attention=made.attention)
 
 
 def _error(found: Any, wanted: torch.Tensor) -> float:
@@ -155,6 +190,48 @@ def _error(found: Any, wanted: torch.Tensor) -> float:
     return float(((one - other).norm(dim=1) / other.norm(dim=1)).max())
 
 
-def _fastest(timings: Timings, kind: str) -> str:
-    own = [name for name in timings.seconds if name.startswith(kind + " ") and name != EAGER]
-    return min(own, key=lambda name: timings.spread(name).median)
+@torch.no_grad()
+def timed(prepared: Prepared, rounds: int, turn: Turn) -> ModelRow:
+    """`rounds` rounds, or as many as there is time for. Of the few contenders that are left, whoever they are, where others failed."""
+    row, runs = prepared.row, prepared.runs
+    if not runs:
+        return row
+    device = prepared.images.device
+    calls = {name: _repeated(run, row.calls) for name, run in runs.items()}
+    clock = clock_for(device)
+    trial = interleave(calls, rounds=1, warmup=_WARM_UP, clock=clock)
+    each = sum(trial.spread(name).median for name in runs)
+    fitting = max(3, int(0.6 * turn.left / max(each, 1e-9)))
+    timings = interleave(calls, rounds=min(rounds, fitting), warmup=0, clock=clock)
+    seconds = {name: tuple(value / row.calls for value in timings.seconds[name]) for name in runs}
+    entries = {name: replace(entry, rounds=seconds.get(name, ())) for name, entry in prepared.entries.items()}
+    fastest = {kind: name for kind in (ORIGINAL, OURS) if (name := _fastest(timings, kind))}
+    row = replace(row, contenders=entries, fastest=fastest)
+    if len(fastest) < 2:
+        return row
+    gain = timings.speed_up(fastest[OURS], fastest[ORIGINAL])
+    return replace(row, speed_up=(gain.lower, gain.median, gain.upper))
+
+
+@torch.no_grad()
+def by_operator(prepared: Prepared, row: ModelRow, traces: Path) -> ModelRow:
+    """The same row, with where the time of the fastest original and of the fastest of ours goes. traces: a folder."""
+    device = prepared.images.device
+    profile = {
+        kind: profiled(prepared.runs[name], _CALLS, device, traces / f"{row.net}-{row.batch}-{kind}.json.gz")
+        for kind, name in row.fastest.items()
+    }
+    return replace(row, profile=profile)
+
+
+def _repeated(run: Run, times: int) -> Run:
+    def again() -> None:
+        for _ in range(times):
+            run()
+
+    return again
+
+
+def _fastest(timings: Timings, kind: str) -> str | None:
+    own = [name for name in timings.seconds if name.split(", ")[0] == kind]
+    return min(own, key=lambda name: timings.spread(name).median, default=None)

@@ -5,9 +5,12 @@ Each returns a function and its arguments, to be compiled and timed.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
@@ -15,6 +18,8 @@ from gtp_fx.kernels.available import has_kernels, load_kernels
 
 Call = tuple[Any, ...]
 """A function, and what it is called with."""
+
+_NEIGHBORS, _ALPHA, _EPS = 8, 0.1, 1e-6
 
 
 def scored_attention(q_BHND: Tensor) -> Call:
@@ -30,21 +35,72 @@ def selection(scores_BN: Tensor, leaving: int) -> Call:
     return lambda s: gtp_fx.select(s, leaving), scores_BN
 
 
-def propagation(x_BNC: Tensor, leaving: int) -> Call:
-    """Of the last tokens, on a graph in which each has a few neighbours, as the spatial one has."""
-    batch, tokens, _ = x_BNC.shape
-    kept, gone = (
-        part.expand(batch, -1).contiguous()
-        for part in torch.arange(tokens, device=x_BNC.device).split([tokens - leaving, leaving])
-    )
-    near, degree = gtp_fx.token_graph(x_BNC, [tokens], 0, "spatial", 1)
+def propagation(x_BNC: Tensor, leaving: int, tile: Sequence[int] = ()) -> Call:
+    """What becomes of the stream at a site: the attention's branch is added, `leaving` tokens of all over the image are propagated along the
+    mixed graph, with the tokens' scales, and the shorter stream is normalised.
+
+    x_BNC: patches alone. tile: the kernel's, or none for the best that is known. The function returns the shorter stream, its norm and its token scales.
+    """
+    batch, tokens = x_BNC.shape[:2]
+    grid = _nearly_square(tokens)
+    residual = torch.roll(x_BNC, 1, 1)
+    near, degree = gtp_fx.token_graph(x_BNC, grid, 0, "mixed", min(_NEIGHBORS, tokens - 1))
+    scores = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(0)).to(x_BNC.device)
+    scales, weight, bias = torch.ones_like(scores), x_BNC[0, 0], x_BNC[0, 1]
     if not _load_kernels(x_BNC.device):
-        weights = gtp_fx.propagation_weights(near, degree, kept, gone, [tokens], "spatial")
-        return lambda x, w, k, g: gtp_fx.propagate(x, w, k, g, 0.1, 0), x_BNC, weights, kept, gone
-    place = torch.cat([kept, -2 - gone], dim=1).int()
-    told = (None, None, None, [tokens], "spatial", 0.1, 0, -1.0, False, [])
-    indices = (kept, gone, kept, gone, place)
-    return lambda x, n, d, *i: gtp_fx_kernels.propagate(x, None, n, d, *i, *told), x_BNC, near, degree, *indices
+        kept, gone = gtp_fx.select(scores, leaving)
+        weights = gtp_fx.propagation_weights(near, degree, kept, gone, grid, "mixed")
+
+        def composite(x, r, w, k, g, s, *norm):  # type: ignore[no-untyped-def]
+            shorter = gtp_fx.propagate(x + r, w, k, g, _ALPHA, 0)
+            moved = gtp_fx.propagate(s[..., None], w, k, g, _ALPHA, 0)[..., 0]
+            return shorter, F.layer_norm(shorter, shorter.shape[-1:], *norm, _EPS), moved
+
+        return composite, x_BNC, residual, weights, kept, gone, scales, weight, bias
+    *chosen, place = gtp_fx_kernels.select(scores, None, leaving, tokens)
+
+    def kernels(x, r, s, weight, bias, *site):  # type: ignore[no-untyped-def]
+        told = (s, weight, bias, grid, "mixed", _ALPHA, 0, _EPS, True)
+        shorter, moved, normed = propagate_sum(x, r, *site, *told, tile=tile)
+        return shorter, normed, moved
+
+    return kernels, x_BNC, residual, scales, weight, bias, near, degree, *chosen, place
+
+
+def stream_pass(x_BNC: Tensor) -> Call:
+    """What the same place costs where no token leaves: the branch is added, and the sum normalised."""
+
+    def add_and_norm(x, r, *norm):  # type: ignore[no-untyped-def]
+        total = x + r
+        return total, F.layer_norm(total, total.shape[-1:], *norm, _EPS)
+
+    return add_and_norm, x_BNC, torch.roll(x_BNC, 1, 1), x_BNC[0, 0], x_BNC[0, 1]
+
+
+def propagate_sum(x: Tensor, residual: Tensor | None, *rest: Any, tile: Sequence[int] = ()) -> Any:
+    """The kernel `propagate` of x + residual, which it adds itself where it takes a residual. tile: as the kernel's, where it takes one."""
+    known = kernel_arguments("propagate")
+    if "residual" in known:
+        first: tuple[Any, ...] = (x, residual)
+    else:
+        first = (x if residual is None else x + residual,)
+    return gtp_fx_kernels.propagate(*first, *rest, *([list(tile)] if "tile" in known else []))
+
+
+def kernel_arguments(name: str) -> list[str]:
+    """Their names."""
+    return [argument.name for argument in kernel_named(name).default._schema.arguments]
+
+
+def kernel_named(name: str) -> Any:
+    """One of the kernels, or None where there is none of that name."""
+    return getattr(gtp_fx_kernels, name, None)
+
+
+def _nearly_square(cells: int) -> list[int]:
+    """The sides of a grid of so many."""
+    side = max(side for side in range(1, math.isqrt(cells) + 1) if cells % side == 0)
+    return [side, cells // side]
 
 
 def _load_kernels(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gtp_fx.cost.work import DENSE, KINDS, Work
 from gtp_fx.progress import Progress
-from gtp_fx.site_probes import propagation, scored_attention, selection
+from gtp_fx.site_probes import propagation, scored_attention, selection, stream_pass
 from gtp_fx.targets.target import MOST_SHARE, Curve, Target
 from gtp_fx.timing import clock_for, interleave
 
@@ -179,6 +179,10 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
     for tokens in (98, 392):
         x = random(big, tokens, _WIDTH)
         leaving = tokens // 12
+        # A site's add and norm are priced as any block's, so they are timed without a site as well.
+        plain, passed = f"stream of {tokens}", 4 * x.numel() * size
+        whole = _compiled(*stream_pass(x))
+        yield Probe(plain, "stream", passed, Work("stream", bytes=passed), whole, (CALL,))
         moved = size * big * (2 * tokens - leaving) * _WIDTH
         yield Probe(
             f"gather {tokens}",
@@ -186,7 +190,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
             moved,
             Work("gather", bytes=moved),
             _compiled(*propagation(x, leaving)),
-            (CALL,),
+            (plain,),
         )
         scores = random(big, tokens).float()
         ranked = 4 * scores.numel()

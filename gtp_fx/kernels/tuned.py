@@ -31,7 +31,7 @@ def best_tile(keys: int, head: int, dtype: torch.dtype, device: torch.device) ->
     usual = attention_tiles(keys, head, dtype)[0]
     if device.type != "cuda" or not torch.cuda.is_available():
         return usual
-    return measured_tiles(torch.cuda.get_device_name(device)).get(_size(keys, head, dtype), usual)
+    return measured_tiles(torch.cuda.get_device_name(device)).get(tile_key(keys, head, dtype), usual)
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def tune_tiles(
                 progress(f"attention of {keys} keys", done, len(sizes) * len(candidates))
         timings = interleave({str(tile): run for tile, run in runs.items()}, rounds=rounds, clock=clock_for(device))
         taken = {tile: statistics.median(timings.seconds[str(tile)]) for tile in runs}
-        found[_size(keys, head, dtype)] = min(taken, key=taken.__getitem__)
+        found[tile_key(keys, head, dtype)] = min(taken, key=taken.__getitem__)
     return found
 
 
@@ -90,7 +90,8 @@ def save_tiles(gpu: str, tiles: Mapping[str, AttentionTile]) -> Path:
     return file
 
 
-def _size(keys: int, head: int, dtype: torch.dtype) -> str:
+def tile_key(keys: int, head: int, dtype: torch.dtype) -> str:
+    """What a tile is kept by: sizes whose next powers of two are the same share one."""
     return f"{power_of_two(keys)} {power_of_two(head)} {dtype}"
 
 

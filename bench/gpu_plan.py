@@ -1,0 +1,148 @@
+"""What `bench.gpu_quarter` does in a quarter of an hour on one GPU: its stages, in order of what they are worth. Imports no torch.
+
+A stage's name says what it does, and `bench.gpu_stages` takes it apart:
+
+    environment                  what ran, and the ceilings: a copy's rate, a large product's
+    checks                       are the kernels right?
+    kernels-WHAT                 kernels alone, against what stands in their place
+    model-NET-BATCH              original and ours, compiled and interleaved; at a large batch by operator, too
+    ablate-NET-VARIANT-…         ours against ours without or with something
+    sweep-NET                    one block of the original over counts of tokens
+    plain-NET-BATCH              a model without kernels, where one of those is wrong
+    tiles-WHAT, options-NET-BATCH-OPTION, sanitize-KERNEL-TOOL, warps-KERNEL
+
+Nets are keys of `bench.gpu_models.SUBJECTS`: S and B are DeiT's at 224, L is ViT-L at 384, D is DINOv2-B at 518; T is a toy.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.gpu_turns import Stage
+
+SIZES = (("S", 256), ("B", 256), ("L", 64), ("D", 32))
+"""Each net at the batch that tells most."""
+VARIANTS = ("spatial", "told", "untold", "nokernels", "border", "all")
+OPTIONS = ("maxautotune", "coordinate", "tma", "epilogue", "pdl")
+TOOLS = ("memcheck", "racecheck")
+KERNELS = ("attend", "attention_scores", "token_graph", "select", "propagate", "recover")
+GOALS = {"S": 1.30, "B": 1.30, "L": 1.33, "D": 1.33, "T": 1.0}
+"""Speed-ups that are wanted of each net at its large batch; at batch 1 of any, none below 1."""
+TILED = ("197", "577", "1370", "propagate")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds. turn: at most. least: without which it isn't begun. prepare: until it is ready, or done where it waits for no turn."""
+
+    turn: float
+    least: float
+    prepare: float
+    waits: bool = True
+
+
+_LIMITS = {
+    "environment": Limits(15, 3, 60),
+    "checks": Limits(0, 15, 150, waits=False),
+    "kernels": Limits(25, 6, 170),
+    "model": Limits(40, 8, 200),
+    "ablate": Limits(15, 4, 200),
+    "sweep": Limits(30, 8, 120),
+    "plain": Limits(40, 8, 200),
+    "tiles": Limits(20, 5, 150),
+    "options": Limits(30, 6, 240),
+    "sanitize": Limits(0, 20, 180, waits=False),
+    "warps": Limits(0, 15, 120, waits=False),
+}
+_SINGLE = Limits(20, 4, 240)
+"""Of a model at batch 1: two modes to compile, and short runs."""
+_DRY = 20
+"""Triton's interpreter and one core: how much longer everything may take in a dry run."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """rounds: stages of a later one use what an earlier one kept. seconds: of all. settle: until turns begin, whoever is ready."""
+
+    rounds: tuple[tuple[str, ...], ...]
+    seconds: float
+    settle: float
+
+    @property
+    def names(self) -> list[str]:
+        return [name for names in self.rounds for name in names]
+
+
+def first(dry: bool) -> Plan:
+    if dry:
+        ablations = ("ablate-T-spatial-told-untold", "ablate-T-nokernels-border-all")
+        nets = ("model-T-2", "kernels-attention", "kernels-sites", "model-T-1", *ablations, "sweep-T")
+        return Plan((("environment", "checks", *nets),), 430 * _DRY, 110 * _DRY)
+    started = {"L": 0, "D": 1, "B": 2, "S": 3}  # who takes longest to compile gets ready first
+    large = sorted((f"model-{net}-{batch}" for net, batch in SIZES), key=lambda name: started[name.split("-")[1]])
+    single = [f"model-{net}-1" for net, _ in SIZES]
+    ablations = tuple(f"ablate-{net}-{variant}" for variant in VARIANTS for net in "BD")
+    names = (*large, "environment", "checks", "kernels-attention", "kernels-sites", *single, *ablations)
+    return Plan(((*names, "sweep-B", "sweep-L"),), 430, 110)
+
+
+def sanitize(kernel: str, dry: bool) -> Plan:
+    """Where a kernel is wrong: what it does to memory, whether fewer warps change it, and what models do without any."""
+    nets: Iterable[tuple[str, int]] = [("T", 2)] if dry else SIZES
+    names = [*(f"sanitize-{kernel}-{tool}" for tool in TOOLS), f"warps-{kernel}"]
+    names += [f"plain-{net}-{batch}" for net, batch in nets]
+    return Plan((tuple(names),), *_time(dry))
+
+
+def tiles(dry: bool) -> Plan:
+    """Where kernels miss the goal: other tiles, then models with the best of them."""
+    later = ("model-T-2",) if dry else ("model-B-256", "model-D-32")
+    return Plan((tuple(f"tiles-{what}" for what in TILED), later), *_time(dry))
+
+
+def options(dry: bool) -> Plan:
+    """Where the goal is met, or near: what Inductor can do more, and other batches."""
+    if dry:
+        return Plan((("options-T-2-coordinate", "options-T-1-pdl"),), *_time(dry))
+    large = [f"options-B-256-{option}" for option in OPTIONS if option != "pdl"]
+    batches = [f"model-{net}-{batch}" for net in "SB" for batch in (64, 8)]
+    return Plan(((*large, "options-B-1-pdl", "options-S-1-pdl", *batches),), *_time(dry))
+
+
+def _time(dry: bool) -> tuple[float, float]:
+    return (300 * _DRY, 80 * _DRY) if dry else (300, 80)
+
+
+def stages(names: Sequence[str], folder: Path, dry: bool) -> list[Stage]:
+    """As processes of this Python, which find what they need in `folder`."""
+    found = []
+    for name in names:
+        what, *rest = name.split("-")
+        limits = _SINGLE if what == "model" and rest[-1] == "1" else _LIMITS[what]
+        times = _DRY if dry else 1
+        command = (sys.executable, "-m", "bench.gpu_stages", name, "--folder", str(folder), "--in-turn")
+        command += ("--dry-run",) if dry else ()
+        found.append(
+            Stage(name, command, limits.turn * times, limits.least, limits.prepare * times, waits=limits.waits)
+        )
+    return found
+
+
+def environment(folder: Path, processes: int, cores: int, dry: bool) -> dict[str, str]:
+    """What all stages are run with: one cache for what any of them has compiled, and tiles that were measured here alone."""
+    caches = folder / "caches"
+    found = {
+        "PYTHONUNBUFFERED": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "GTP_FX_CACHE": str(caches / "gtp_fx"),
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+        # Its key doesn't know which attention kernel was asked for, and contenders differ in nothing else.
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+        "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, 2 * cores // processes)),
+        "OMP_NUM_THREADS": str(max(1, cores // processes)),
+    }
+    return {**found, "TRITON_INTERPRET": "1"} if dry else found

@@ -1,0 +1,39 @@
+"""Torch's own attention, by the kernel that is asked for, and with the log-sum-exp that it keeps for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from bench.gpu_contenders import ATTENTION
+
+
+def stock_attention(kind: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """kind: a name in `ATTENTION`."""
+    with sdpa_kernel(list(ATTENTION[kind]), set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def log_sum_exps(q: Tensor, k: Tensor, v: Tensor) -> Mapping[str, Callable[[], tuple[Tensor, Tensor]]]:
+    """By kernel: what returns the output and the log-sum-exp [B, H, N] of each row."""
+    if q.device.type != "cuda":
+        return {"cpu": lambda: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]}
+
+    def cudnn() -> tuple[Tensor, Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+        return out, lse.squeeze(-1) if lse.ndim == 4 else lse
+
+    return {"cudnn": cudnn, "flash": lambda: aten._scaled_dot_product_flash_attention(q, k, v)[:2]}
+
+
+def backend_chosen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str:
+    """The kernel that torch takes for such operands as it is set up here."""
+    chosen: Any = torch._fused_sdp_choice(q, k, v, attn_mask=mask)
+    names = {int(backend.value): name for name, backend in torch.nn.attention.SDPBackend.__members__.items()}
+    return names.get(int(chosen), str(chosen)).removesuffix("_ATTENTION").lower()

@@ -1,0 +1,80 @@
+"""Which tiles are fastest, where kernels miss the goal: attention's at the nets' counts of tokens, and the stream's at a site.
+
+The best of attention is kept where `gtp_fx.kernels.tuned` finds it, so that models which are compiled afterwards run with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bench.gpu_kernels import DRY, NETS, NOT_THERE, KernelRow, KernelSizes, Made, Question, attend, question
+from gtp_fx.kernels.tiles import AttentionTile
+from gtp_fx.kernels.tuned import save_tiles, tile_key
+from gtp_fx.site_probes import kernel_arguments, propagation
+
+FITTING = ((32, 256, 4, 1), (32, 256, 8, 1), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 4, 3))
+TILED = ((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 4), (128, 32, 4, 3))
+"""(queries, keys, warps, stages): of up to 256 keys, and of more."""
+STREAM = ((1, 1), (1, 2), (2, 4), (4, 4))
+"""(rows, warps)."""
+CALLS = {"told": "none", "plain": "none", "told, scored": "mixed-max"}
+
+
+def questions(what: str, device: torch.device, dtype: torch.dtype, small: bool) -> list[Question]:
+    """what: a number of tokens, or "propagate". A contender's name is what is called and its tile, "told (32, 256, 4, 1)"."""
+    sizes = DRY if small else NETS
+    if what == "propagate":
+        return [question("propagate", size, _stream(size, device, dtype), device) for size in sizes.streams]
+    return [
+        question("attend", size, _attention(size, device, dtype), device)
+        for size in _attentions(int(what), sizes, small)
+    ]
+
+
+def _attentions(tokens: int, sizes: KernelSizes, small: bool) -> Sequence[tuple[int, ...]]:
+    """The largest of the nets that have so many tokens; the toy one stands for any."""
+    return sizes.attention if small else [size for size in sizes.attention if size[2] == tokens][-1:]
+
+
+def keep_best(row: KernelRow, device: torch.device, dtype: torch.dtype) -> str:
+    """The tile that told attention, scored and not, takes the least time in, kept for this GPU; said in words."""
+    *_, tokens, head = row.size
+    taken = {
+        tile: sum(row.seconds[f"{call} {tile}"] for call in ("told", "told, scored"))
+        for tile in (*FITTING, *TILED)
+        if all(f"{call} {tile}" in row.seconds for call in ("told", "told, scored"))
+    }
+    if not taken:
+        return "none: no tile ran"
+    best = min(taken, key=taken.__getitem__)
+    if device.type == "cuda":
+        save_tiles(torch.cuda.get_device_name(device), {tile_key(tokens, head, dtype): AttentionTile(*best)})
+    return str(best)
+
+
+def _attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
+    images, heads, tokens, head = size
+    q, k, v = torch.randn(images, tokens, 3, heads, head, device=device).to(dtype).permute(2, 0, 3, 1, 4)
+    scales = torch.ones(images, tokens - 1, device=device)
+
+    def call(tile: tuple[int, ...], told: Tensor | None, score: str) -> object:
+        return attend(q, k, v, told, score, list(tile))
+
+    runs = {}
+    for tile in FITTING if tokens <= 256 else TILED:
+        for name, score in CALLS.items():
+            told = None if name == "plain" else scales
+            runs[f"{name} {tile}"] = lambda tile=tile, told=told, score=score: call(tile, told, score)
+    return {**runs}, {}
+
+
+def _stream(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
+    images, patches, channels, leaving = size
+    if "tile" not in kernel_arguments("propagate"):
+        return {f"{tile}, {NOT_THERE}": None for tile in STREAM}, {}
+    x = torch.randn(images, patches, channels, device=device).to(dtype)
+    calls = {str(tile): propagation(x, leaving, tile) for tile in STREAM}
+    return {tile: lambda call=call: call[0](*call[1:]) for tile, call in calls.items()}, {}
