@@ -57,7 +57,7 @@ class GTP:
     attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves
         no FLOPs and needs the map in memory.
     thresholds: of every block, of each of its heads, below which entry that is, so that no map is ranked or kept: from
-        `gtp_fx.calibrate_thresholds`.
+        `OptimizedModel.attention_thresholds`.
     """
 
     score: str = "mixed-max"
@@ -110,8 +110,8 @@ class GTP:
         rows = thresholds if isinstance(thresholds, tuple) else ()
         if not rows or not all(isinstance(row, tuple) and all(map(_is_share, row)) for row in rows):
             raise OptionError(
-                f"GTP(thresholds={thresholds!r}): give a tuple a block, of a number in [0, 1] a head; gtp_fx.calibrate_thresholds "
-                f"measures them"
+                f"GTP(thresholds={thresholds!r}): give a tuple a block, of a number in [0, 1] a head; attention_thresholds() of a "
+                f"model optimised with that attention_sparsity measures them"
             )
 
     @classmethod
@@ -215,7 +215,7 @@ class GTP:
             have = f"{len(given[block])} heads" if block < len(given) else f"{len(given)} blocks"
             raise OptionError(
                 f"GTP(thresholds=…) are for {have}, and block {block} of this model has {heads} heads: they were measured on "
-                f"another model; measure with gtp_fx.calibrate_thresholds"
+                f"another model; attention_thresholds() of this one, optimised without thresholds, measures its own"
             )
         return list(given[block])
 
