@@ -34,7 +34,8 @@ def _order(name: str) -> tuple[bool, int, str]:
 
 
 def wrong_checks(found: Mapping[str, Found]) -> list[Found]:
-    return [check for check in found.get("checks", {}).get("checks", []) if not check["right"]]
+    parts = [part for name, part in found.items() if name.split("-")[0] == "checks"]
+    return [check for part in parts for check in part["checks"] if not check["right"]]
 
 
 def _environment(name: str, part: Found) -> Iterator[str]:
@@ -46,15 +47,22 @@ def _environment(name: str, part: Found) -> Iterator[str]:
     )
 
 
-def _checks(name: str, part: Found) -> Iterator[str]:
-    checks, wrong = part["checks"], wrong_checks({"checks": part})
+def _checks(names: Sequence[str], found: Mapping[str, Found]) -> Iterator[str]:
+    parts = [found[name] for name in names]
+    if not parts:
+        return
+    wrong = wrong_checks(found)
     told = [f"{one['kernel']} at {one['case']} in {one['dtype']} ({one['failed'] or _off(one)})" for one in wrong]
     verdict = f"WRONG: {'; '.join(told[:_WRONG_TOLD])}" if wrong else "yes"
     if len(told) > _WRONG_TOLD:
         verdict += f"; and {len(told) - _WRONG_TOLD} more"
-    missing = f"; not there: {', '.join(part['not_there'])}" if part["not_there"] else ""
-    right = len(checks) - len(wrong)
-    yield f"kernels right? {verdict} ({right} of {len(checks)} checks, {part['cases']} cases{missing})"
+    missing = sorted({name for part in parts for name in part["not_there"]})
+    checks = sum(len(part["checks"]) for part in parts)
+    cases = [sum(part[count] for part in parts) for count in ("done", "wanted")]
+    yield (
+        f"kernels right? {verdict} ({checks - len(wrong)} of {checks} checks, {cases[0]} of {cases[1]} cases of {', '.join(names)}"
+        f"{'; not there: ' + ', '.join(missing) if missing else ''})"
+    )
 
 
 def _off(check: Found) -> str:
@@ -146,7 +154,7 @@ def _timed(row: Found, contender: str, copies: Sequence[float]) -> str:
     share = ""
     if copies and contender in row["moved"]:
         share = f" ({row['moved'][contender] / taken / copies[0]:.2f} of a copy)"
-    return f"{contender} {taken * 1e6:.4g}{share}"
+    return f"{contender} {taken * 1e6:.1f}{share}"
 
 
 def _sweep(name: str, part: Found) -> Iterator[str]:
@@ -180,7 +188,7 @@ def _each(lines_of: Callable[[str, Found], Iterator[str]]) -> Callable[[Sequence
 
 _QUESTIONS: Mapping[str, Callable[[Sequence[str], Mapping[str, Found]], Iterable[str]]] = {
     "environment": _each(_environment),
-    "checks": _each(_checks),
+    "checks": _checks,
     "sanitize": _each(_sanitize),
     "warps": _each(_warps),
     "model": _each(_model),

@@ -117,7 +117,11 @@ def compiled(
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         with sdpa_kernel(list(ATTENTION[contender.attention]), set_priority=True), _noted(code):
             if contender.ours:
-                told = {**options, "mode": contender.mode, "target": replace(target, inductor=more)}
+                told = {
+                    **options,
+                    "mode": contender.mode,
+                    "target": replace(target, inductor={**target.inductor, **more}),
+                }
                 return gtp(gm, inputs, options=told)
             mode = {} if contender.mode == "default" else torch._inductor.list_mode_options(contender.mode)
             return compile_fx(gm, list(inputs), config_patches={**mode, **more})

@@ -117,7 +117,6 @@ def prepare(
     net: str, batch: int, contenders: Sequence[Contender], target: Target, dtype: torch.dtype, code: Path
 ) -> Prepared:
     """Compile each contender, and hold it against eager. code: a folder for what Inductor generates."""
-    torch._dynamo.config.recompile_limit = 64  # one class's forward, compiled for each
     subject, device = SUBJECTS[net], torch.device(target.device)
     model = subject.build().to(device, dtype)
     images = torch.randn(batch, 3, subject.side, subject.side, generator=torch.Generator().manual_seed(0))

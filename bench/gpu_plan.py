@@ -3,7 +3,7 @@
 A stage's name says what it does, and `bench.gpu_stages` takes it apart:
 
     environment                  what ran, and the ceilings: a copy's rate, a large product's
-    checks                       are the kernels right?
+    checks-WHAT                  are the kernels right? at the nets' sizes in bfloat16, or at others in one dtype
     kernels-WHAT                 kernels alone, against what stands in their place
     model-NET-BATCH              original and ours, compiled and interleaved; at a large batch by operator, too
     ablate-NET-VARIANT-…         ours against ours without or with something
@@ -78,15 +78,15 @@ class Plan:
 
 def first(dry: bool) -> Plan:
     if dry:
-        ablations = ("ablate-T-spatial-told-untold", "ablate-T-nokernels-border-all")
-        nets = ("model-T-2", "kernels-attention", "kernels-sites", "model-T-1", *ablations, "sweep-T")
-        return Plan((("environment", "checks", *nets),), 430 * _DRY, 110 * _DRY)
+        nets = ("model-T-2", "kernels-attention", "kernels-sites", "model-T-1", "ablate-T-untold-border", "sweep-T")
+        return Plan((("environment", "checks-nets", *nets),), 430 * _DRY, 110 * _DRY)
     started = {"L": 0, "D": 1, "B": 2, "S": 3}  # who takes longest to compile gets ready first
     large = sorted((f"model-{net}-{batch}" for net, batch in SIZES), key=lambda name: started[name.split("-")[1]])
     single = [f"model-{net}-1" for net, _ in SIZES]
     ablations = tuple(f"ablate-{net}-{variant}" for variant in VARIANTS for net in "BD")
-    names = (*large, "environment", "checks", "kernels-attention", "kernels-sites", *single, *ablations)
-    return Plan(((*names, "sweep-B", "sweep-L"),), 430, 110)
+    names = (*large, "environment", "checks-nets", "kernels-attention", "kernels-sites", *single, *ablations)
+    others = tuple(f"checks-{dtype}" for dtype in ("bfloat16", "float16", "float32"))
+    return Plan(((*names, "sweep-B", "sweep-L", *others),), 430, 110)
 
 
 def sanitize(kernel: str, dry: bool) -> Plan:

@@ -104,7 +104,7 @@ class Quarter:
         for file, kinds in FILES.items():
             parts = {name: part for name, part in found.items() if name.split("-")[0] in kinds}
             if parts:
-                write_whole(self.out / file, json.dumps({**head, "found": parts}))
+                write_whole(self.out / file, json.dumps({**head, "found": parts}, indent=1) + "\n")
         log = [self._line(outcome) for outcome in self.outcomes]
         for file in sorted((self.folder / "logs").glob("*.txt")):
             log += [f"\n==== {file.stem}", file.read_bytes()[-_LOG_TOLD:].decode(errors="replace")]

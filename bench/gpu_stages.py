@@ -64,6 +64,7 @@ def main(
         _interpret()
     load_kernels()
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # contenders share one class's forward
     turn = Turn(folder, name, alone=not in_turn)
     place = Place(folder, turn, device, torch.float32 if dry_run else torch.bfloat16, dry_run)
     STAGES[what](place, rest)
@@ -86,16 +87,19 @@ def _environment(place: Place, rest: Sequence[str]) -> None:
 
 
 def _checks(place: Place, rest: Sequence[str]) -> None:
-    """Kernels that aren't there yet have no case, and are named."""
-    sizes = [gpu_checks.DRY] if place.dry else [gpu_checks.NETS, gpu_checks.OTHERS]
-    wanted = [case for each in sizes for case in gpu_checks.cases(each)]
-    wanted.sort(key=lambda case: case.dtype != torch.bfloat16)  # stable: the nets' sizes stay first
-    found: dict[str, object] = {"not_there": [name for name in KERNELS if site_probes.kernel_named(name) is None]}
+    """The nets' sizes, in bfloat16, or others in the dtype that is named. Kernels that aren't there yet have no case, and are named."""
+    sizes, dtypes = gpu_checks.NETS, [torch.bfloat16]
+    if rest[0] != "nets":
+        sizes, dtypes = gpu_checks.OTHERS, [getattr(torch, rest[0])]
+    if place.dry:
+        sizes, dtypes = gpu_checks.DRY, [torch.bfloat16, torch.float32]
+    wanted = list(gpu_checks.cases(sizes, dtypes))
+    missing = [name for name in KERNELS if site_probes.kernel_named(name) is None]
     checks: list[gpu_checks.Check] = []
     for done, case in enumerate(wanted, 1):
         checks += case.checks(place.device)
         told = [{**asdict(check), "right": check.right} for check in checks]
-        place.turn.keep({**found, "cases": f"{done} of {len(wanted)}", "checks": told})
+        place.turn.keep({"done": done, "wanted": len(wanted), "not_there": missing, "checks": told})
 
 
 def _kernels(place: Place, rest: Sequence[str]) -> None:
