@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
 from gtp_fx.kernels.available import has_kernels, load_kernels
+from gtp_fx.kernels.stock_attention import stock_attention
 
 Call = tuple[Any, ...]
 """A function, and what it is called with."""
@@ -24,8 +25,17 @@ _NEIGHBORS, _ALPHA, _EPS = 8, 0.1, 1e-6
 
 def scored_attention(q_BHND: Tensor) -> Call:
     """Of one token before the patches, which are ranked."""
+    _, _, tokens, head = q_BHND.shape
     if _load_kernels(q_BHND.device):
-        return lambda q: gtp_fx_kernels.attend(q, q, q, None, None, None, None, "mixed-max", 1, 0, []), q_BHND
+        kernel = stock_attention(q_BHND.device).choice(head, head, tokens, q_BHND.dtype, masked=False)
+        if kernel is None:
+            return lambda q: gtp_fx_kernels.attend(q, q, q, None, None, None, None, "mixed-max", 1, 0, []), q_BHND
+
+        def scored(q: Tensor) -> tuple[Tensor, Tensor]:
+            out, lse = gtp_fx.attention_with_lse(q, q, q, None, None, kernel)
+            return out, gtp_fx_kernels.attention_scores(q, q, lse, None, "mixed-max", 1, 0, None)
+
+        return scored, q_BHND
     return lambda q: gtp_fx.attention_with_scores(q, q, q, None, None, 1.0, "mixed-max", 1, 0), q_BHND
 
 
