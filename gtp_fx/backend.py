@@ -44,7 +44,7 @@ def gtp(
     except NoBlocksError as error:
         warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
         return _inductor(gm, example_inputs, patches)
-    made = lowered(optimised.graph_module, _device(example_inputs), checked.disabled_passes)
+    made = lowered(optimised.graph_module, _device(example_inputs), checked.disabled_passes, checked.target.told)
     return _inductor(made, example_inputs, patches)
 
 

@@ -15,21 +15,19 @@ class Refusal:
 
     layer: the module path where it happened ("blocks.3.attn"), or "" where the graph keeps none.
     operator: the operator as the graph spells it ("aten.conv2d.default").
-    reason: one sentence. remedy: what the user can do, may be empty. source: the line of the model's code that called it, "timm/layers/
-    attention.py:124", "" where the graph doesn't know.
+    reason: one sentence, with what the user can do where there is something. source: the line of the model's code that called it,
+    "timm/layers/attention.py:124", "" where the graph doesn't know.
     """
 
     layer: str
     operator: str
     reason: str
-    remedy: str = ""
     source: str = ""
 
     def __str__(self) -> str:
         place = f"{self.layer}: " if self.layer else ""
         operator = f"{self.operator}: " if self.operator else ""
-        advice = f" ({self.remedy})" if self.remedy else ""
-        return f"{place}{operator}{self.reason}{advice}" + (f" [{self.source}]" if self.source else "")
+        return f"{place}{operator}{self.reason}" + (f" [{self.source}]" if self.source else "")
 
 
 class GtpError(ValueError):

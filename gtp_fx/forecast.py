@@ -73,6 +73,16 @@ class Forecast:
         return self.original.seconds / self.after.seconds
 
     @property
+    def slower(self) -> str:
+        """A sentence where the plan is predicted to lose time; empty where it gains some."""
+        if self.speed_up >= 1:
+            return ""
+        return (
+            f"predicted slower than the original on target {self.target!r} for a batch of {self.batch}, {self.speed_up:.3f}×: a larger batch, image or "
+            f"model has more to win; latency_budget= keeps to what is predicted to pay, and flops_budget=1.0 to the exact passes"
+        )
+
+    @property
     def share_of_limit(self) -> float:
         """Of what the FLOPs alone would give."""
         return self.speed_up * self.flops_ratio
@@ -101,11 +111,7 @@ class Forecast:
                 "",
                 table,
                 "the last block's row has the head in it; ms and GFLOPs are with the exact passes done",
-                *(
-                    ["predicted slower than the original: a larger batch or model has more to win"]
-                    if self.speed_up < 1
-                    else []
-                ),
+                *([self.slower] if self.slower else []),
                 *(["", "left as it was:", *(f"  - {refusal}" for refusal in self.refusals)] if self.refusals else []),
             ]
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -24,12 +25,14 @@ from gtp_fx.sites import Candidates, no_sites
 def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: Options) -> Forecast:
     """Of a plan for `gm`, which is behind the exact passes."""
     graph, target, batch = gm.graph, options.target, options.batch
+    options = replace(options, strategy=planned.plan.strategy)
     blocks = read_blocks(gm)
     found = planned.found or no_sites(graph)
     counts = [planned.plan.schedule.propagated[site.block] for site in found.sites]
     owner = _owners(graph, blocks)
     flops = _by_block(found, counts, owner, options, flops_of, 1)
-    seconds = _by_block(found, counts, owner, options, lambda works: total_seconds(works, target), batch)
+    weigh = lambda works: total_seconds(works, target)  # noqa: E731
+    seconds = _by_block(found, counts, owner, options, weigh, batch, target.has_kernels)
     skipped = branch_seconds(graph, found.sites, options.strategy, target, batch, found)
     for site, count in zip(found.sites, counts, strict=True):
         if site.branch is not None:
@@ -73,12 +76,13 @@ def _by_block(
     options: Options,
     weigh: Callable[[Any], Any],
     batch: int,
+    kernels: bool = False,
 ) -> dict[int, list[Any]]:
     """[with every token, with the plan] by block; branches are left out."""
     behind = counts_behind(found.sites, counts)
     spent: dict[int, list[Any]] = defaultdict(lambda: [0, 0])
     graph = next(iter(found.typing.answers)).graph
-    for term in terms_of(graph, found.typing, found.sites, options.strategy, batch):
+    for term in terms_of(graph, found.typing, found.sites, options.strategy, batch, kernels):
         row = spent[owner(term) if term.site is None else found.sites[term.site].block]
         if term.site is None:
             row[0] += weigh(term.works(whole_count))

@@ -47,9 +47,9 @@ def source_line(node: fx.Node) -> str:
     return f"{os.path.relpath(file) if os.path.isabs(file) and file.startswith(os.getcwd()) else file}:{line}"
 
 
-def refusal(node: fx.Node, reason: str, remedy: str = "") -> Refusal:
+def refusal(node: fx.Node, reason: str) -> Refusal:
     """What the compiler leaves as it is at `node`, and why."""
-    return Refusal(layer_name(node), operator_name(node), reason, remedy, source_line(node))
+    return Refusal(layer_name(node), operator_name(node), reason, source_line(node))
 
 
 def descendants(node: fx.Node) -> set[fx.Node]:

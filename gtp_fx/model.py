@@ -269,7 +269,7 @@ class OptimizedModel(nn.Module):
         if (training, device) not in state.runners:
             optimised = self._optimised(training)
             runner: Any = call_functions(
-                lowered(optimised.graph_module, device, state.options.disabled_passes)
+                lowered(optimised.graph_module, device, state.options.disabled_passes, state.options.target.told)
                 if state.compile
                 else optimised.graph_module
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
@@ -94,7 +94,7 @@ def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool =
         latency_budget=None if options.latency_budget is None else str(options.latency_budget),
         seconds=planned.seconds,
         batch=options.batch,
-        forecast=forecast(gm, exact.original, planned, replace(options, strategy=plan.strategy)),
+        forecast=forecast(gm, exact.original, planned, options),
     )
     exact.journal.note("schedule", plan.schedule.to_json())
     exact.journal.note("report", str(report))

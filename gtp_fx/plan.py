@@ -14,7 +14,7 @@ from gtp_fx.strategies.protocol import Strategy
 
 @dataclass(frozen=True)
 class Plan:
-    """schedule: tokens that leave per block. sites: the places where some do, in graph order. strategy: how."""
+    """schedule: tokens that leave per block. sites: the places where some do, in graph order. strategy: how, settled for them."""
 
     schedule: Schedule
     sites: tuple[Site, ...]
@@ -27,7 +27,8 @@ class Plan:
         for site, count in zip(sites, counts, strict=True):
             propagated[site.block] = count
         used = _numbered(site for site in sites if propagated[site.block])
-        return cls(Schedule(tuple(propagated), tuple(blocks)), used, strategy)
+        settled = strategy.settled(leaving_by_stream(used, [propagated[site.block] for site in used]))
+        return cls(Schedule(tuple(propagated), tuple(blocks)), used, settled)
 
     @property
     def propagated(self) -> dict[int, int]:
@@ -43,6 +44,15 @@ class Plan:
         """Patch tokens of `domain`: of the whole grid, less what left at its first `level` sites."""
         passed = [s for s in self.sites if s.domain.grid == domain.grid and s.branch is None][: domain.level]
         return domain.whole_count - sum(self.schedule.propagated[site.block] for site in passed)
+
+
+def leaving_by_stream(sites: Sequence[Site], counts: Sequence[int]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Of each stream that tokens leave: its grid, and how many do, site by site."""
+    streams: dict[Grid, list[int]] = {}
+    for site, count in zip(sites, counts, strict=True):
+        if site.branch is None:
+            streams.setdefault(site.domain.grid, []).append(count)
+    return [(tuple(grid.shape), leaving) for grid, leaving in streams.items()]
 
 
 def _numbered(sites: Iterable[Site]) -> tuple[Site, ...]:

@@ -16,11 +16,12 @@ from gtp_fx.cost.count import count_flops
 from gtp_fx.cost.seconds import graph_seconds, seconds_model
 from gtp_fx.damage.tables import Damage
 from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError
+from gtp_fx.fastest import fastest_alike
 from gtp_fx.graphs import operator_name
 from gtp_fx.infer import infer_types
 from gtp_fx.other_attention import other_attention
 from gtp_fx.passes.find_blocks import AttentionBlock, block_shape, read_blocks
-from gtp_fx.plan import Plan
+from gtp_fx.plan import Plan, leaving_by_stream
 from gtp_fx.schedule import BlockShape, Schedule
 from gtp_fx.scheduling import AUTO, LINES, few_sites, first_within, least_damage
 from gtp_fx.sites import Candidates, find_sites
@@ -71,21 +72,23 @@ def make_plan(gm: fx.GraphModule, options: Options, original: Original, blocks_n
     if _nothing_to_remove(asked, options, flops_now / original.flops):
         return Planned(Plan.of((), (), shapes, options.strategy), flops_now, others)
     found = find_sites(gm.graph, blocks, options.strategy)
+    options = replace(options, strategy=_settled_early(options.strategy, found))
     flops = flops_model(gm.graph, found.typing, found.sites, options.strategy, original.flops)
     timed = None if options.latency_budget is None else _seconds(gm.graph, found, options, original)
     if asked is not None:
         choice = Choice(_split(asked, blocks, flops, options), options.strategy, "")
     else:
         choice = _choose(gm, found, shapes, flops if timed is None else timed, options, original)
-    if choice.strategy != options.strategy:
-        flops = flops_model(gm.graph, found.typing, found.sites, choice.strategy, original.flops)
+    plan = Plan.of(found.sites, choice.counts, shapes, choice.strategy)
+    if plan.strategy != options.strategy:
+        flops = flops_model(gm.graph, found.typing, found.sites, plan.strategy, original.flops)
     refusals = [
         *(block.refusal for block in blocks if block.refusal is not None and block.branch is None),
         *found.turns.refusals,
         *others,
     ]
     return Planned(
-        Plan.of(found.sites, choice.counts, shapes, choice.strategy),
+        plan,
         flops.cost(choice.counts),
         tuple(refusals),
         choice.origin,
@@ -93,6 +96,12 @@ def make_plan(gm: fx.GraphModule, options: Options, original: Original, blocks_n
         choice.moved,
         found,
     )
+
+
+def _settled_early(strategy: Strategy, found: Candidates) -> Strategy:
+    """The strategy with what no schedule changes decided before it is priced: that token scales are too small to be told."""
+    worst = strategy.settled(leaving_by_stream(found.sites, [site.whole - 1 for site in found.sites]))
+    return strategy if worst.tells_scales else worst
 
 
 def _choose(
@@ -113,10 +122,12 @@ def _choose(
             return _seconds(gm.graph, found, replace(options, strategy=strategy), original)
         return flops_model(gm.graph, found.typing, found.sites, strategy, original.flops)
 
-    spend = few_sites if options.latency_budget is None else least_damage
-
     def solve(damage: Damage) -> tuple[int, ...]:
-        return spend(model, damage, limit)
+        if options.latency_budget is not None:
+            return least_damage(model, damage, limit)
+        if options.target.has_kernels:
+            return fastest_alike(model, _seconds(gm.graph, found, options, original), damage, limit)
+        return few_sites(model, damage, limit)
 
     assert isinstance(options.schedule, str)
     try:

@@ -111,6 +111,8 @@ class Report:
                 f"predicted for {self.batch} images, compiled: {before:.3g} ms before, {after:.3g} ms after, {after / before:.4f} of it "
                 f"(budget {self.latency_budget})"
             )
+        if self.forecast is not None and self.forecast.slower:
+            lines.append(self.forecast.slower)
         if self.damage_from:
             lines.append(f"schedule: least damage expected by {self.damage_from}")
         steps = [

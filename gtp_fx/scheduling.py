@@ -37,13 +37,13 @@ def least_damage(model: CostModel, damage: Damage, limit: float, levels: Levels 
     Raises OverBudget.
     """
     if levels is not None:
-        return _within(model, damage, limit, [levels(chain) for chain in model.chains])
-    coarse = _coarse(model)
-    found = _within(model, damage, limit, coarse)
-    around = [_around(chain, found, counts) for chain, counts in zip(model.chains, coarse, strict=True)]
-    if all(len(fine) == len(counts) for fine, counts in zip(around, coarse, strict=True)):
+        return least_within(model, damage, limit, [levels(chain) for chain in model.chains])
+    coarse = coarse_levels(model)
+    found = least_within(model, damage, limit, coarse)
+    fine = [around(chain, found, counts) for chain, counts in zip(model.chains, coarse, strict=True)]
+    if all(len(some) == len(counts) for some, counts in zip(fine, coarse, strict=True)):
         return found
-    return _within(model, damage, limit, around)
+    return least_within(model, damage, limit, fine)
 
 
 Levels = Callable[[Chain], NDArray[np.int64]]
@@ -56,25 +56,27 @@ def few_sites(model: CostModel, damage: Damage, limit: float) -> tuple[int, ...]
     time. Damage is known to within some tens of per cent, and many schedules do as little; of those this is one with few sites.
     Raises OverBudget.
     """
-    least = _within(model, damage, limit, _coarse(model), _LOOSE)
+    least = least_within(model, damage, limit, coarse_levels(model), _LOOSE)
     whole = sum(damage.of(chain, tokens_left(chain, least)) for chain in model.chains)
     return least_damage(model, replace(damage, per_site=_WORTH * whole), limit)
 
 
-def _coarse(model: CostModel) -> list[NDArray[np.int64]]:
+def coarse_levels(model: CostModel) -> list[NDArray[np.int64]]:
+    """Of each chain the counts to choose from at first: all, or of long streams some."""
     levels = [np.arange(chain.whole, 0, -max(1, chain.whole // _FINE)) for chain in model.chains]
     return [counts if counts[-1] == 1 else np.append(counts, 1) for counts in levels]
 
 
-def _within(
+def least_within(
     model: CostModel, damage: Damage, limit: float, levels: list[NDArray[np.int64]], tolerance: float = 1e-3
 ) -> tuple[int, ...]:
-    steps = [_steps(chain, counts, damage) for chain, counts in zip(model.chains, levels, strict=True)]
+    """The schedule of least damage whose counts are among `levels`. Raises OverBudget."""
+    steps = [damage_steps(chain, counts, damage) for chain, counts in zip(model.chains, levels, strict=True)]
     crossing = float(model.crossing_cost((0,) * len(model.sites)))
     best = None
     for _ in range(_ROUNDS if model.crossing else 1):
         try:
-            found = _counts(model, solve(steps, limit - float(model.fixed) - crossing, tolerance))
+            found = chosen_counts(model, solve(steps, limit - float(model.fixed) - crossing, tolerance))
         except OverBudget as over:
             if best is None:
                 raise OverBudget(over.cost + float(model.fixed) + crossing) from None
@@ -92,7 +94,8 @@ def _within(
     return best
 
 
-def _steps(chain: Chain, levels: NDArray[np.int64], damage: Damage) -> Steps:
+def damage_steps(chain: Chain, levels: NDArray[np.int64], damage: Damage) -> Steps:
+    """What each step between two of `levels` costs and loses."""
     before, after = levels[:, None], levels[None, :]
     falls = after <= before
     cost = [np.where(falls, at(before, np.minimum(before, after)) + behind[after], 0.0) for behind, at in _sites(chain)]
@@ -104,7 +107,7 @@ def _sites(chain: Chain):  # type: ignore[no-untyped-def]
     return zip(chain.behind, chain.at, strict=True)
 
 
-def _around(chain: Chain, counts: Sequence[int], coarse: NDArray[np.int64]) -> NDArray[np.int64]:
+def around(chain: Chain, counts: Sequence[int], coarse: NDArray[np.int64]) -> NDArray[np.int64]:
     """Every count near one that the coarse solution has, between its neighbours there."""
     step = int(-np.diff(coarse).min(initial=-1))
     if step == 1:
@@ -117,7 +120,8 @@ def _around(chain: Chain, counts: Sequence[int], coarse: NDArray[np.int64]) -> N
     return np.array(sorted(near, reverse=True), np.int64)
 
 
-def _counts(model: CostModel, path: Path) -> tuple[int, ...]:
+def chosen_counts(model: CostModel, path: Path) -> tuple[int, ...]:
+    """Tokens that leave at each site along a path."""
     counts = [0] * len(model.sites)
     for chain, left in zip(model.chains, path.left, strict=True):
         before = chain.whole

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
 from gtp_fx.kernels.available import has_kernels, load_kernels
+from gtp_fx.kernels.stock_attention import stock_attention
 
 Call = tuple[Any, ...]
 """A function, and what it is called with."""
@@ -24,8 +25,17 @@ _NEIGHBORS, _ALPHA, _EPS = 8, 0.1, 1e-6
 
 def scored_attention(q_BHND: Tensor) -> Call:
     """Of one token before the patches, which are ranked."""
+    _, _, tokens, head = q_BHND.shape
     if _load_kernels(q_BHND.device):
-        return lambda q: gtp_fx_kernels.attend(q, q, q, None, None, None, None, "mixed-max", 1, 0, []), q_BHND
+        kernel = stock_attention(q_BHND.device).choice(head, head, tokens, q_BHND.dtype, masked=False)
+        if kernel is None:
+            return lambda q: gtp_fx_kernels.attend(q, q, q, None, None, None, None, "mixed-max", 1, 0, []), q_BHND
+
+        def scored(q: Tensor) -> tuple[Tensor, Tensor]:
+            out, lse = gtp_fx.attention_with_lse(q, q, q, None, None, kernel)
+            return out, gtp_fx_kernels.attention_scores(q, q, lse, None, "mixed-max", 1, 0, None)
+
+        return scored, q_BHND
     return lambda q: gtp_fx.attention_with_scores(q, q, q, None, None, 1.0, "mixed-max", 1, 0), q_BHND
 
 
@@ -60,8 +70,8 @@ def propagation(x_BNC: Tensor, leaving: int, tile: Sequence[int] = ()) -> Call:
     *chosen, place = gtp_fx_kernels.select(scores, None, leaving, tokens)
 
     def kernels(x, r, s, weight, bias, *site):  # type: ignore[no-untyped-def]
-        told = (s, weight, bias, grid, "mixed", _ALPHA, 0, _EPS, True)
-        shorter, moved, normed = propagate_sum(x, r, *site, *told, tile=tile)
+        told = (s, weight, bias, grid, "mixed", _ALPHA, 0, _EPS, True, list(tile))
+        shorter, moved, normed = gtp_fx_kernels.propagate(x, r, *site, *told)
         return shorter, normed, moved
 
     return kernels, x_BNC, residual, scales, weight, bias, near, degree, *chosen, place
@@ -75,26 +85,6 @@ def stream_pass(x_BNC: Tensor) -> Call:
         return total, F.layer_norm(total, total.shape[-1:], *norm, _EPS)
 
     return add_and_norm, x_BNC, torch.roll(x_BNC, 1, 1), x_BNC[0, 0], x_BNC[0, 1]
-
-
-def propagate_sum(x: Tensor, residual: Tensor | None, *rest: Any, tile: Sequence[int] = ()) -> Any:
-    """The kernel `propagate` of x + residual, which it adds itself where it takes a residual. tile: as the kernel's, where it takes one."""
-    known = kernel_arguments("propagate")
-    if "residual" in known:
-        first: tuple[Any, ...] = (x, residual)
-    else:
-        first = (x if residual is None else x + residual,)
-    return gtp_fx_kernels.propagate(*first, *rest, *([list(tile)] if "tile" in known else []))
-
-
-def kernel_arguments(name: str) -> list[str]:
-    """Their names."""
-    return [argument.name for argument in kernel_named(name).default._schema.arguments]
-
-
-def kernel_named(name: str) -> Any:
-    """One of the kernels, or None where there is none of that name."""
-    return getattr(gtp_fx_kernels, name, None)
 
 
 def _nearly_square(cells: int) -> list[int]:

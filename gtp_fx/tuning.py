@@ -18,9 +18,12 @@ from tabulate import tabulate
 from torch import Tensor
 
 from gtp_fx.cost.work import DENSE, KINDS, Work
+from gtp_fx.kernels.available import has_kernels
 from gtp_fx.progress import Progress
 from gtp_fx.site_probes import propagation, scored_attention, selection, stream_pass
-from gtp_fx.targets.target import Curve, Target
+from gtp_fx.strategies import GTP
+from gtp_fx.strategies.protocol import SiteShape
+from gtp_fx.targets.target import MOST_SHARE, Curve, Target
 from gtp_fx.timing import clock_for, interleave
 
 ROUNDS = 9
@@ -102,7 +105,7 @@ def fitted(target: Target, probes: Sequence[Probe], seconds: dict[str, float], d
         for probe in (p for p in probes if p.kind == kind):
             roof = probe.work.flops / dense if kind in DENSE else probe.work.bytes / bandwidth
             points.setdefault(probe.amount, []).append(roof / own[probe.name])
-        shares = {amount: min(max(statistics.fmean(s), _LEAST_SHARE), 16.0) for amount, s in points.items()}
+        shares = {amount: min(max(statistics.fmean(s), _LEAST_SHARE), MOST_SHARE) for amount, s in points.items()}
         curves[kind] = Curve(tuple(sorted(shares.items())))
     others = {name: rate for name, rate in target.dense.items() if name != dtype}
     # Of dtypes that weren't measured, the listed rates keep their proportion to the one that was.
@@ -130,6 +133,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
     """A GPU is only busy with many images."""
     size = dtype.itemsize
     name = str(dtype).removeprefix("torch.")
+    kernels = has_kernels(device)
     tiny = random(8, 8)
     yield Probe(CALL, "", 0, Work("stream"), _compiled(lambda x: x + 1, tiny[0]))
     yield Probe(SHORT_CHAIN, "", 0, Work("stream"), _compiled(lambda x: _chain(x, 1), tiny))
@@ -160,11 +164,10 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
         plain = f"attention {tokens}"
         yield Probe(plain, "attention", tokens, work, _bound(F.scaled_dot_product_attention, q, q, q))
         if tokens in (49, 197, 394):
-            entries = 4 * big * 6 * tokens * tokens
+            shape = SiteShape(tokens, tokens, 0, 6 * _HEAD, 6, big, name, _HEAD, kernels=kernels)
+            work = _of_kind("scores", GTP().site_works(shape, told=False))
             scored = _compiled(*scored_attention(q))
-            yield Probe(
-                f"scores {tokens}", "scores", entries, Work("scores", bytes=entries), scored, less=(plain, CALL)
-            )
+            yield Probe(f"scores {tokens}", "scores", work.bytes, work, scored, less=(plain, CALL))
     for rows in (200, 800, 6400):
         x = random(rows * (big // 4), _WIDTH)
         moved = 3 * x.numel() * size
@@ -183,15 +186,10 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
         plain, passed = f"stream of {tokens}", 4 * x.numel() * size
         whole = _compiled(*stream_pass(x))
         yield Probe(plain, "stream", passed, Work("stream", bytes=passed), whole, (CALL,))
-        moved = size * big * (2 * tokens - leaving) * _WIDTH
-        yield Probe(
-            f"gather {tokens}",
-            "gather",
-            moved,
-            Work("gather", bytes=moved),
-            _compiled(*propagation(x, leaving)),
-            (plain,),
-        )
+        shape = SiteShape(tokens, tokens - leaving, 0, _WIDTH, 6, big, name, _HEAD, kernels=kernels)
+        work = _of_kind("gather", GTP().site_works(shape, told=True))
+        propagated = _compiled(*propagation(x, leaving))
+        yield Probe(f"gather {tokens}", "gather", work.bytes, work, propagated, (plain,))
         scores = random(big, tokens).float()
         ranked = 4 * scores.numel()
         yield Probe(
@@ -207,6 +205,11 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
         ranked = 4 * pairs.numel()
         work = Work("sort", bytes=ranked)
         yield Probe(f"sort pairs {side}", "sort", ranked, work, _compiled(_nearest, pairs), (CALL,))
+
+
+def _of_kind(kind: str, works: Sequence[Work]) -> Work:
+    """The one among a site's works, so that a curve is fitted to the very amounts that it is asked about."""
+    return next(work for work in works if work.kind == kind)
 
 
 def _nearest(similarity_BGG: Tensor) -> Tensor:

@@ -14,9 +14,10 @@
     lower_to_kernels      exact         on a GPU, GTP's operators become Triton kernels
     call_functions        exact         linear layers become calls that a quantised weight answers
 
-Between the tiers stands the plan (`gtp_fx.planning`): the approximate passes carry it out. The last two run
-where a graph is compiled on a GPU (`gtp_fx.passes.lower.triton_kernels.lowered`) and where a module runs it; users see what it was before. Every pass is a function from a
-graph module to a new one; the shapes of the result are recomputed by running it on fake tensors before the next pass.
+Between the tiers stands the plan (`gtp_fx.planning`): the approximate passes carry it out. The last two run where a graph is compiled on a
+GPU (`gtp_fx.passes.lower.triton_kernels.lowered`) and where a module runs it; users see what it was before. Every pass is a function
+from a graph module to a new one; the shapes of the result are recomputed by running it on fake tensors before the next pass (but for
+find_blocks, which changes none).
 """
 
 if __name__ != "gtp_fx.passes":

@@ -32,6 +32,8 @@ def drop_dead_tokens(gm: fx.GraphModule, whole_maps: bool = False) -> fx.GraphMo
             graphs.set_args(node, answer.repair(whole_count))  # bounds counted from an end that moves
         if live.computed.get(node, ALL) != ALL and node in typing.answers and typing.answers[node].operands:
             _narrow(gm.graph, node, typing, live, slices)
+    for part in slices.values():
+        _merge_rows(gm.graph, part)
     return graphs.finish(gm)
 
 
@@ -53,6 +55,28 @@ def _narrow(
             with graph.inserting_after(operand):
                 slices[operand, wanted] = graphs.call(graph, aten.slice.Tensor, operand, dims[0], 0, wanted, like=node)
         node.replace_input_with(operand, slices[operand, wanted])
+
+
+def _merge_rows(graph: fx.Graph, part: fx.Node) -> None:
+    """Let linear layers that read a slice of tokens [B, few, C] read it as one matrix.
+
+    Its rows lie a whole image apart, so no view makes [B * few, C] of it, and torch would multiply each image by a copy of
+    the weight. A single token is selected instead, which copies nothing; several are copied together.
+    """
+    source, dim, _, wanted = part.args
+    if dim == 0:  # whole rows, one behind the other
+        return
+    for linear in [user for user in part.users if user.target is aten.linear.default]:
+        with graph.inserting_before(linear):
+            if wanted == 1:
+                rows = graphs.call(graph, aten.select.int, source, dim, 0, like=linear)
+            else:
+                rows = graphs.call(graph, aten.clone.default, part, like=linear)
+        graphs.set_args(linear, (rows, *linear.args[1:]))
+        if wanted == 1:
+            with graph.inserting_after(linear):
+                back = graphs.call(graph, aten.unsqueeze.default, linear, dim, like=linear)
+            linear.replace_all_uses_with(back, delete_user_cb=lambda user, own=back: user is not own)
 
 
 def _total(wanted: int, answer: Typed):  # type: ignore[no-untyped-def]

@@ -154,9 +154,9 @@ class _Walk:
         emit = _Emitter(self.graph, before=node, like=node)
         state = self.states[keys.domain.grid][keys.domain.level] if keys is not None and keys.domain.level else None
         bias = attention.bias
-        if keys is not None and state is not None and state.scale is not None:
-            bias = emit(gtp_fx.key_bias.default, state.scale, keys.prefix, keys.suffix, bias, attention.q)
         strategy = self.plan.strategy
+        if keys is not None and state is not None and strategy.tells_scales:
+            bias = emit(gtp_fx.key_bias.default, state.scale, keys.prefix, keys.suffix, bias, attention.q)
         operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale)
         if block is not None:
             self.attention[block.index] = operands

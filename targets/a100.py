@@ -7,6 +7,7 @@ from gtp_fx.targets.sources import (
     GRAPH_LAUNCHES,
     UNMEASURED_CURVES,
     UNMEASURED_SOURCES,
+    counted_curves,
 )
 from gtp_fx.targets.target import Curve, Target
 
@@ -26,6 +27,7 @@ A100 = Target(
         "attention": Curve(((512, 0.55), (1024, 0.59))),
         "stream": Curve(((1e6, 0.85),)),
         **UNMEASURED_CURVES,
+        **counted_curves(108, 1.41e9, 2.039e12),
     },
     sources={
         "dense": "data sheet: 312 TFLOP/s bf16 and fp16 without sparsity, 19.5 TFLOP/s fp32",

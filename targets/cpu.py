@@ -15,6 +15,7 @@ CPU = Target(
         "scores": Curve(((1e6, 0.5),)),
         "stream": Curve(((1e5, 2.0), (1e8, 1.0))),
         "gather": Curve(((1e6, 0.5),)),
+        "neighbors": Curve(((1e4, 0.01),)),
         "sort": Curve(((1e4, 0.01),)),
     },
     sources={

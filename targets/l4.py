@@ -6,6 +6,7 @@ from gtp_fx.targets.sources import (
     FLASH_TILES,
     UNMEASURED_CURVES,
     UNMEASURED_SOURCES,
+    counted_curves,
 )
 from gtp_fx.targets.target import Curve, Target
 
@@ -25,6 +26,7 @@ L4 = Target(
         "attention": Curve(((512, 0.30),)),
         "stream": Curve(((1e6, 0.85),)),
         **UNMEASURED_CURVES,
+        **counted_curves(58, 2.04e9, 0.300e12),
     },
     sources={
         "dense": "data sheet: 242 TFLOP/s bf16 and fp16 with sparsity, half of that without; 30.3 TFLOP/s fp32",

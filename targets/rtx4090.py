@@ -6,6 +6,7 @@ from gtp_fx.targets.sources import (
     FLASH_TILES,
     UNMEASURED_CURVES,
     UNMEASURED_SOURCES,
+    counted_curves,
 )
 from gtp_fx.targets.target import Curve, Target
 
@@ -25,6 +26,7 @@ RTX4090 = Target(
         "attention": Curve(((512, 0.55),)),
         "stream": Curve(((1e6, 0.91),)),
         **UNMEASURED_CURVES,
+        **counted_curves(128, 2.52e9, 1.008e12),
     },
     sources={
         "dense": "clock 2.52 GHz x 128 multiprocessors x 512 FLOP with float32 accumulation, no sparsity; 82.6 TFLOP/s fp32",

@@ -20,10 +20,27 @@ AMPERE_TILE_SOURCE = (
 FLASH_TILES = "FlashAttention-2 at head size 64 (csrc/flash_attn/src/flash_fwd_launch_template.h), in torch's SDPA too"
 
 UNMEASURED_CURVES = {
-    "scores": Curve(((1e6, 0.4),)),
     "gather": Curve(((1e6, 0.5),)),
     "sort": Curve(((1e4, 0.001), (1e7, 0.05))),
 }
 """Of kinds of work that no publication times; `gtp-fx tune` measures them on the machine it runs on."""
 
-UNMEASURED_SOURCES = {f"curves.{kind}": "assumed, not measured: run `gtp-fx tune`" for kind in UNMEASURED_CURVES}
+UNMEASURED_SOURCES = {
+    **{f"curves.{kind}": "assumed, not measured: run `gtp-fx tune`" for kind in UNMEASURED_CURVES},
+    "curves.scores": "counted, not measured: 16 exponentials a cycle and multiprocessor (CUDA C++ Programming Guide, arithmetic "
+    "instructions), of which 0.8 are assumed to be reached; run `gtp-fx tune`",
+    "curves.neighbors": "counted, not measured: some 12 instructions a comparison at 128 a cycle and multiprocessor; run `gtp-fx tune`",
+}
+
+_BYTES = 4
+"""Of an entry, as works of these kinds count them."""
+
+
+def counted_curves(units: int, clock: float, bandwidth: float) -> dict[str, Curve]:
+    """Curves of work that is bound by instructions, told as shares of the bandwidth.
+
+    units: multiprocessors. clock: cycles/s at which the dense rate is reached. bandwidth: bytes/s.
+    """
+    exponentials, comparisons = 0.8 * 16 * units * clock, 128 / 12 * units * clock
+    rates = {"scores": exponentials, "neighbors": comparisons}
+    return {kind: Curve(((1e6, _BYTES * rate / bandwidth),)) for kind, rate in rates.items()}

@@ -26,16 +26,16 @@ class Curve:
         amounts = [amount for amount, _ in self.points]
         if not amounts or amounts != sorted(set(amounts)) or amounts[0] <= 0:
             raise OptionError(f"a curve's amounts are positive and ascend, got {amounts}")
-        if any(not 0 < share <= _MOST for _, share in self.points):
-            raise OptionError(f"a curve's shares are in (0, {_MOST:g}], got {[share for _, share in self.points]}")
+        if any(not 0 < share <= MOST_SHARE for _, share in self.points):
+            raise OptionError(f"a curve's shares are in (0, {MOST_SHARE:g}], got {[share for _, share in self.points]}")
 
     def __call__(self, amount: Any) -> Any:
         amounts, shares = zip(*self.points, strict=True)
         return np.interp(np.log(np.maximum(amount, 1)), np.log(amounts), shares)
 
 
-_MOST = 16.0
-"""What caches hold comes faster than from main memory, so a share of bandwidth may be above one."""
+MOST_SHARE = 64.0
+"""What caches hold comes faster than from main memory, and what is counted in registers takes none, so a share of bandwidth may be above one."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Tile:
             raise OptionError(f"a tile has rows, columns and a share in (0, 1], got {self}")
 
 
+TOLD = ("mask", "kernel", "channel")
+"""How attention can be told token scales on a GPU (`gtp_fx.passes.lower.attention_forms`), in the order in which "auto" asks."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One processor, or a kind of them.
@@ -64,7 +68,8 @@ class Target:
     kernel to the next. units: multiprocessors or cores, over which tiles are spread. tiles: of products, of which a library takes
     the fastest, () where the curve says it all. attention_tile: queries and keys.
     curves: a Curve for each kind of work (`gtp_fx.cost.work.KINDS`), of the dense rate or the bandwidth.
-    inductor: options for Inductor, measured to pay there.
+    told: how attention is told token scales, a name in `TOLD`; "auto" for the first of them that can be, where a mask counts only if
+    it leaves attention the kernel that it has without. inductor: options for Inductor, measured to pay there.
     sources: where each figure comes from. measured: when and by what the curves were measured, empty where they weren't.
     """
 
@@ -79,6 +84,7 @@ class Target:
     tiles: tuple[Tile, ...] = ()
     attention_tile: tuple[int, int] = (1, 1)
     devices: tuple[str, ...] = ()
+    told: str = "auto"
     inductor: Mapping[str, Any] = field(default_factory=dict)
     measured: str = ""
 
@@ -91,8 +97,16 @@ class Target:
             raise OptionError(
                 f"target {self.name!r}: launch={self.launch!r}, dense={dict(self.dense)!r}: give seconds and rates"
             )
+        if self.told not in ("auto", *TOLD):
+            names = ", ".join(map(repr, ("auto", *TOLD)))
+            raise OptionError(f"target {self.name!r}: told={self.told!r} is unknown; give one of {names}")
         if missing := sorted(set(KINDS) - set(self.curves)):
             raise OptionError(f"target {self.name!r} has no curve for {', '.join(missing)}; KINDS names what is needed")
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether GTP's operators run as kernels there (`gtp_fx.kernels`)."""
+        return self.device == "cuda"
 
     def on_threads(self, threads: int) -> Target:
         """Of rates that are one core's: so many cores'."""

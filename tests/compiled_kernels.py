@@ -54,7 +54,7 @@ class Absent(GPUDriver):
 
 def launches() -> Iterator[tuple[str, Any]]:
     """A name, and what makes the launches: attention of ordinary and awkward sizes, and the others."""
-    from gtp_fx.kernels import attention, propagate, recover, select
+    from gtp_fx.kernels import attention, propagate, recover, scores, select
 
     half, single = torch.bfloat16, torch.float32
     sizes = [(197, 64, half), (577, 64, half), (49, 32, half), (4096, 80, half), (197, 64, single), (4096, 80, single)]
@@ -76,30 +76,59 @@ def launches() -> Iterator[tuple[str, Any]]:
         asking = q[:, :, :1] if score == "none" else q
         call = (asking, k, v, seen, scales, thresholds, None, score, 1, 0, tile)
         yield f"attend {name}", lambda call=call: attention.attend._init_fn(*call)
-    yield from _sites(select.select._init_fn, propagate.propagate._init_fn, recover.recover._init_fn)
+    for tokens, head, score in (
+        (197, 64, "mixed-max"),
+        (577, 64, "mixed-max"),
+        (1370, 64, "broadcast-mean"),
+        (197, 80, "mixed-max"),
+    ):
+        q, k, _ = torch.empty(2, tokens, 3, 2, head, dtype=half).permute(2, 0, 3, 1, 4)
+        told = None if score == "broadcast-mean" else torch.empty(2, tokens - 1)
+        given = (q, k, torch.empty(2, 2, tokens), None, score, 1, 0, told)
+        yield f"scores {tokens} {head} {score}", lambda given=given: scores.attention_scores._init_fn(*given)
+    lone = (q[:1, :1, :30], k[:1, :1, :30], torch.empty(1, 1, 30), 0.125, "cls-max", 1, 0, None)
+    yield "scores cls", lambda: scores.attention_scores._init_fn(*lone)
+    yield from _sites(select.select._init_fn, recover.recover._init_fn)
+    yield from _propagations(propagate.propagate._init_fn)
 
 
-def _sites(select: Any, propagate: Any, recover: Any) -> Iterator[tuple[str, Any]]:
+def _sites(select: Any, recover: Any) -> Iterator[tuple[str, Any]]:
     """Of 150 of 14 x 14 patches 20 leave; and where one token is all there is of something."""
     place, score = torch.empty(2, 196, dtype=torch.int32), torch.empty(2, 150)
     kept, left, one = (torch.empty(2, size, dtype=torch.int64) for size in (130, 20, 1))
     x = torch.empty(2, 151, 384, dtype=torch.bfloat16)
-    near, degree = torch.empty(2, 196, 8, dtype=torch.int64), torch.empty(2, 196)
     yield "select", lambda: select(score, place, 20, 196)
     yield "select whole", lambda: select(score[:1], None, 149, 150)
-    told = (x[0, 0], x[0, 0], [14, 14], "mixed", 0.1, 1, 1e-6, True)
-    yield "propagate", lambda: propagate(x, near, degree, kept, left, kept, left, place, score, *told)
-    deep = (None, None, None, [4, 7, 7], "spatial", 0.1, 0, -1.0, False)
-    yield (
-        "propagate deep",
-        lambda: propagate(x[:, :3], near[..., :0], degree, one, one, one, one, place, *deep),
-    )
-    similar = (None, x[0, 0], None, [196], "semantic", 0.1, 1, 1e-6, True)
-    yield "propagate similar", lambda: propagate(x, near, degree, kept, left, kept, left, place, *similar)
     yield "recover", lambda: recover(x[:, 20:], torch.empty(2, 20, 130), None, x, kept, left, 1, 0)
     places = torch.empty(2, 150, 2, dtype=torch.int64)
     yield "recover windows", lambda: recover(x[:, 21:], None, places, None, kept, left, 0, 0)
     yield "recover one", lambda: recover(x[:, :1], None, places[:1, :2], x[:, :2], one, one, 0, 0)
+
+
+def _propagations(propagate: Any) -> Iterator[tuple[str, Any]]:
+    """Sites of 14 x 14 patches by width and graph, with all that they may be asked for and with little; every tile of one width."""
+    from gtp_fx.kernels.tiles import propagation_tiles
+
+    place, scales = torch.empty(2, 196, dtype=torch.int32), torch.empty(2, 150)
+    near, degree = torch.empty(2, 196, 8, dtype=torch.int64), torch.empty(2, 196)
+    kept, left, one = (torch.empty(2, size, dtype=torch.int64) for size in (130, 20, 1))
+    chosen = (kept, left, kept, left, place)
+    for channels in (384, 768, 1024):
+        x = torch.empty(2, 151, channels, dtype=torch.bfloat16)
+        norm = (x[0, 0], x[0, 0])
+        for kind in ("mixed", "spatial"):
+            told = (near, degree, *chosen, scales, *norm, [14, 14], kind, 0.1, 1, 1e-6, True, [])
+            yield f"propagate {channels} {kind}", lambda x=x, told=told: propagate(x, x.clone(), *told)
+    for tile in propagation_tiles(768)[1:]:
+        told = (near, degree, *chosen, scales, *norm, [14, 14], "mixed", 0.1, 1, 1e-6, True, tile.arguments)
+        yield f"propagate {tile}", lambda x=x, told=told: propagate(x, x.clone(), *told)
+    told = (near, degree, *chosen, scales, *norm, [14, 14], "mixed", 0.1, 1, 1e-6, True, [])
+    yield "propagate 1024 scaled", lambda: propagate(x, x.clone(), *told, x[0, 0])
+    deep = (None, None, None, [4, 7, 7], "spatial", 0.1, 0, -1.0, False, [])
+    few = (near[..., :0], degree, one, one, one, one, place)
+    yield "propagate deep", lambda: propagate(x[:, :3], None, *few, *deep)
+    similar = (None, norm[0], None, [196], "semantic", 0.1, 1, 1e-6, True, [])
+    yield "propagate similar", lambda: propagate(x, None, near, degree, *chosen, *similar)
 
 
 def resources(kernel: Any) -> tuple[int, int]:
@@ -161,9 +190,9 @@ def main() -> None:
     triton.runtime.driver.set_active(Absent(CAPABILITIES[-1]))
     for kernel, arguments in written():
         print(f"written {kernel} {','.join(sorted(arguments))}", flush=True)
-    from gtp_fx.kernels import attention, propagate, recover, select
+    from gtp_fx.kernels import attention, propagate, recover, scores, select
 
-    for module in (attention, propagate, recover, select):
+    for module in (attention, propagate, recover, scores, select):
         module.launcher = Compiling  # type: ignore[attr-defined]
     for capability in CAPABILITIES:
         triton.runtime.driver.set_active(Absent(capability))

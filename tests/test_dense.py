@@ -145,12 +145,13 @@ def test_tokens_that_stayed_are_where_they_were_and_the_others_are_made_of_them(
 def test_tokens_that_left_are_what_they_were_changed_as_their_neighbours_were(x: Tensor, class_token: bool) -> None:
     model = vit(num_classes=0, global_pool="", class_token=class_token)
     schedule = [10, 20, 0, 10]
-    fast = gtp_fx.optimize(model, schedule=schedule, example_inputs=x, compile=False)
+    told = gtp_fx.GTP(token_scale=True)
+    fast = gtp_fx.optimize(model, schedule=schedule, strategy=told, example_inputs=x, compile=False)
     made = gtp_reference(model, x, schedule=schedule)
     wanted = model.norm(with_everyone_back(made, model.num_prefix_tokens))
     found = fast(x)
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    mean = gtp_fx.GTP(recovery="mean")
+    mean = gtp_fx.GTP(recovery="mean", token_scale=True)
     other = gtp_fx.optimize(model, schedule=schedule, strategy=mean, example_inputs=x, compile=False)(x)
     assert (found - other).abs().max() > 1e-2 * wanted.abs().max()
 
@@ -159,7 +160,8 @@ def test_tokens_that_left_are_what_they_were_changed_as_their_neighbours_were(x:
 def test_states_between_sites_are_recovered_as_streams_too(x: Tensor) -> None:
     """A hidden state behind the first block, and the last one: by hand on the model cut there."""
     model = MODELS["forward_intermediates"]()
-    fast = gtp_fx.optimize(model, schedule=[10, 0, 10, 0], example_inputs=x, compile=False)
+    told = gtp_fx.GTP(token_scale=True)
+    fast = gtp_fx.optimize(model, schedule=[10, 0, 10, 0], strategy=told, example_inputs=x, compile=False)
     _, found = fast(x)
     for state, schedule in zip(found, ([10], [10, 0, 10, 0]), strict=True):
         cut = copy.deepcopy(model.vit)

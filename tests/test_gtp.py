@@ -31,7 +31,8 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @torch.no_grad()
 def check(row: Row, schedule: Sequence[int], dead_tokens: bool = True, **options: Any) -> None:
     model, x = build(row), images(row)
-    strategy = {{"sparsity": "attention_sparsity"}.get(name, name): value for name, value in options.items()}
+    strategy: dict[str, Any] = {"token_scale": True}
+    strategy |= {{"sparsity": "attention_sparsity"}.get(name, name): value for name, value in options.items()}
     fast = optimized(model, schedule=schedule, strategy=gtp_fx.GTP(**strategy), dead_tokens=dead_tokens)
     wanted = gtp_reference(model, x, schedule=schedule, **options).logits_BV
     assert relative(fast(x), wanted) < 1e-5
@@ -100,7 +101,7 @@ def test_kept_tokens_are_the_references_and_ascending() -> None:
     row = BY_NAME["deit3"]
     model, x = build(row), images(row)
     schedule = [30, 30, 0]
-    fast = optimized(model, schedule=schedule)
+    fast = optimized(model, schedule=schedule, strategy=gtp_fx.GTP.paper())
     kept: list[Tensor] = []
 
     class Watch(torch.fx.Interpreter):
@@ -125,6 +126,6 @@ def test_bfloat16_follows_float32() -> None:
     row = BY_NAME["deit"]
     model, x = build(row), images(row)
     wanted = gtp_reference(model, x, schedule=[10, 10, 10]).logits_BV
-    low = optimized(model.bfloat16(), schedule=[10, 10, 10])(x.bfloat16())
+    low = optimized(model.bfloat16(), schedule=[10, 10, 10], strategy=gtp_fx.GTP.paper())(x.bfloat16())
     assert low.dtype == torch.bfloat16
     assert relative(low.float(), wanted) < 0.1

@@ -12,17 +12,22 @@ import pytest
 import timm
 import torch
 from torch import fx, nn
+from torch.ops import aten  # type: ignore[import-not-found]
 
 pytest.importorskip("triton")
 
 import gtp_fx
 from gtp_fx.kernels.available import has_kernels
+from gtp_fx.kernels.stock_attention import StockAttention, stock_attention
 from gtp_fx.passes.lower.triton_kernels import lower_to_kernels, lowered
 from gtp_fx.strategies import Strategy
 
 from zoo import BY_NAME, build, enliven, images
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HERE = stock_attention(torch.device(DEVICE))
+HOPPER = StockAttention(("cudnn", "flash", "efficient", "math"), (9, 0), 91900)
+AMPERE = StockAttention(("flash", "efficient", "math", "cudnn"), (8, 0), 91900)
 
 
 def calls(gm: fx.GraphModule) -> Counter[str]:
@@ -32,12 +37,14 @@ def calls(gm: fx.GraphModule) -> Counter[str]:
 
 
 @torch.no_grad()
-def check(model: nn.Module, x: torch.Tensor, strategy: Strategy | str = "gtp", **budget: Any) -> Counter[str]:
-    """Kernels that took operators' places, where the result is the same."""
+def check(
+    model: nn.Module, x: torch.Tensor, strategy: Strategy | str = "gtp", told: str = "kernel", **budget: Any
+) -> Counter[str]:
+    """Kernels that took operators' places, where the result is the same. told: how scales are; "kernel" leaves stock attention out."""
     fast = gtp_fx.optimize(model.to(DEVICE), strategy=strategy, compile=False, **budget)
     plain = fast.graph_module
     before = calls(plain)
-    kernels = lower_to_kernels(plain)
+    kernels = lower_to_kernels(plain, None if told == "kernel" else HERE, told)
     assert calls(plain) == before, "a pass leaves its input alone"
     wanted, found = plain(x.to(DEVICE)), kernels(x.to(DEVICE))
     pairs = [(found, wanted)] if isinstance(found, torch.Tensor) else zip(found, wanted, strict=True)
@@ -47,34 +54,119 @@ def check(model: nn.Module, x: torch.Tensor, strategy: Strategy | str = "gtp", *
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "told"),
     [
-        ("deit", {}),
-        ("siglip-map", {}),
-        ("dinov2-reg4", {"graph": "spatial"}),
-        ("clip", {"score": "cls-mean", "token_scale": False}),
-        ("eva", {"graph": "semantic", "weighted_pooling": True, "alpha": 0.3}),
+        ("deit", {}, "kernel"),
+        ("siglip-map", {}, "mask"),
+        ("dinov2-reg4", {"graph": "spatial"}, "channel"),
+        ("clip", {"score": "cls-mean", "token_scale": False}, "kernel"),
+        ("eva", {"graph": "semantic", "weighted_pooling": True, "alpha": 0.3}, "kernel"),
     ],
 )
-def test_a_plain_transformer(name: str, options: dict[str, Any]) -> None:
+def test_a_plain_transformer(name: str, options: dict[str, Any], told: str) -> None:
     """Two sites in a row, the block behind them told by token scales: no operator of a site is left."""
     row = BY_NAME[name]
     strategy = gtp_fx.GTP(**options)
-    left = check(build(row), images(row, 1), strategy, schedule=[row.patches // 6, row.patches // 5, 0])
-    told = 1 if strategy.token_scale else 0
-    assert left["gtp_fx_kernels.attend"] >= 2 + told  # pooling by attention is one more
+    left = check(build(row), images(row, 1), strategy, told, schedule=[row.patches // 6, row.patches // 5, 0])
+    if told == "kernel" or DEVICE != "cpu":
+        assert left["gtp_fx_kernels.attend"] >= 2 + bool(strategy.token_scale)  # pooling by attention is one more
+    else:
+        assert left["gtp_fx_kernels.attention_scores"] == 2
     assert (left["gtp_fx_kernels.select"], left["gtp_fx_kernels.propagate"]) == (2, 2)
-    assert not left.keys() & {f"gtp_fx.{name}" for name in ("select", "propagate", "attention_with_scores", "key_bias")}
+    gone = ("select", "propagate", "attention_with_scores", *(("key_bias",) if told == "kernel" else ()))
+    assert not left.keys() & {f"gtp_fx.{name}" for name in gone}
 
 
-def test_the_norm_behind_a_site_is_the_kernels() -> None:
+@pytest.mark.skipif(DEVICE != "cpu", reason="stock attention takes no float32 on a GPU")
+@pytest.mark.parametrize("told", ["mask", "channel"])
+@pytest.mark.parametrize("strategy", [gtp_fx.ToMe(), gtp_fx.PPT(blocks=(0, 1))], ids=lambda strategy: strategy.name)
+def test_stock_attention_scores_and_is_told_scales(strategy: Strategy, told: str) -> None:
+    """By its log-sum-exp, with a mask or channels for scales: the first block is told none, the third doesn't score."""
     row = BY_NAME["deit"]
-    fast = gtp_fx.optimize(build(row), schedule=[20, 20, 0], compile=False)
-    norms = [
-        sum(node.target is torch.ops.aten.layer_norm.default for node in gm.graph.nodes)
-        for gm in (fast.graph_module, lower_to_kernels(fast.graph_module))
+    left = check(build(row), images(row, 1), strategy, told, schedule=[30, 20, 0])
+    scored = 0 if strategy.score == "none" else 2
+    assert left["gtp_fx.attention_with_lse"] == left["gtp_fx_kernels.attention_scores"] == scored
+    assert left["gtp_fx_kernels.attend"] == left["gtp_fx.attention_with_scores"] == 0
+    assert left["gtp_fx.key_bias" if told == "mask" else "gtp_fx.scale_channels"] == 2
+
+
+def kernels_in(gm: fx.GraphModule) -> list[str]:
+    """Which kernel of torch's returns a log-sum-exp, and how scales are told, in the graph's order."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.gtp_fx.attention_with_lse.default:
+            found.append(node.args[-1])
+        elif node.op == "call_function" and "attend" in str(node.target):
+            found.append("attend")
+        elif node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            found.append("stock")
+    return found
+
+
+def test_the_form_is_what_the_device_has_at_speed() -> None:
+    """cuDNN takes a mask; flash attention doesn't, and what is told scales is a kernel then, or channels where they are asked for."""
+    row = BY_NAME["deit"]
+    fast = gtp_fx.optimize(build(row).bfloat16(), schedule=[30, 20, 0], compile=False).graph_module
+    assert kernels_in(lower_to_kernels(fast, HOPPER)) == ["cudnn", "cudnn", "stock"]
+    assert kernels_in(lower_to_kernels(fast, AMPERE)) == ["flash", "attend", "attend"]
+    assert kernels_in(lower_to_kernels(fast, AMPERE, "channel")) == ["flash", "flash", "stock"]
+    assert kernels_in(lower_to_kernels(fast, AMPERE, "mask")) == ["flash", "attend", "stock"]
+    assert kernels_in(lower_to_kernels(fast, HOPPER, "kernel")) == ["cudnn", "attend", "attend"]
+    single = gtp_fx.optimize(build(row), schedule=[30, 20, 0], compile=False).graph_module
+    assert kernels_in(lower_to_kernels(single, HOPPER)) == ["attend"] * 3
+
+
+def test_what_torch_would_choose() -> None:
+    half, single = torch.bfloat16, torch.float32
+    assert HOPPER.choice(64, 64, 197, half, masked=False) == HOPPER.choice(64, 64, 197, half, masked=True) == "cudnn"
+    assert HOPPER.choice(72, 64, 197, half, masked=False) == "cudnn"
+    assert HOPPER.choice(192, 192, 197, half, masked=False) == "flash"
+    assert AMPERE.choice(64, 64, 197, half, masked=False) == "flash"
+    nothing = [
+        HOPPER.choice(64, 64, 197, single, masked=False),
+        HOPPER.choice(60, 60, 197, half, masked=False),
+        AMPERE.choice(64, 64, 197, half, masked=True),
+        AMPERE.choice(72, 64, 197, half, masked=False),
+        StockAttention(HOPPER.order, (7, 5), 91900).choice(64, 64, 197, half, masked=False),
+        StockAttention(("efficient", "flash"), (9, 0), 91900).choice(64, 64, 197, half, masked=False),
     ]
-    assert norms[0] - norms[1] == 2
+    assert nothing == [None] * len(nothing)
+    for without in (StockAttention(HOPPER.order, (9, 0), 0), StockAttention(HOPPER.order, (9, 0), 91900, True)):
+        assert without.choice(64, 64, 197, half, masked=False) == "flash"
+    assert HERE.choice(64, 64, 197, half, masked=False) == ("cpu" if DEVICE == "cpu" else torch_chooses())
+
+
+def torch_chooses() -> str | None:
+    """What torch itself answers on this GPU."""
+    q = torch.empty(2, 3, 197, 64, dtype=torch.bfloat16, device=DEVICE)
+    name = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q)).name
+    return {"CUDNN_ATTENTION": "cudnn", "FLASH_ATTENTION": "flash"}.get(name)
+
+
+@pytest.mark.parametrize(("name", "fewer"), [("deit", (2, 2, 0)), ("dinov2-reg4", (2, 2, 2))])
+def test_the_add_before_a_site_and_the_norm_behind_it_are_the_kernels(name: str, fewer: tuple[int, ...]) -> None:
+    """Of two sites: norms, adds, and LayerScale's products where there are any."""
+    fast = gtp_fx.optimize(build(BY_NAME[name]), schedule=[20, 20, 0], compile=False)
+    before, after = (
+        Counter(node.target for node in gm.graph.nodes)
+        for gm in (fast.graph_module, lower_to_kernels(fast.graph_module))
+    )
+    targets = (aten.layer_norm.default, aten.add.Tensor, aten.mul.Tensor)
+    assert tuple(before[target] - after[target] for target in targets) == fewer
+
+
+def test_an_add_that_others_read_stays() -> None:
+    """What a token missed is added to the stream as it entered the site, which is written out for that."""
+    row = BY_NAME["no-classes"]
+    model = timm.create_model(row.arch, depth=3, num_classes=0, global_pool="")
+    fast = gtp_fx.optimize(model, strategy=gtp_fx.GTP(recovery="update"), schedule=[30, 0, 0], compile=False)
+    (site,) = (
+        node
+        for node in lower_to_kernels(fast.graph_module).graph.nodes
+        if node.target is torch.ops.gtp_fx_kernels.propagate.default
+    )
+    stream, residual, *_ = site.args
+    assert stream.target is aten.add.Tensor and residual is None and len(stream.users) > 1
 
 
 def test_a_token_map_is_recovered_by_a_kernel() -> None:
@@ -137,7 +229,7 @@ def test_kernels_take_any_batch_and_gradients() -> None:
     row = BY_NAME["vit"]
     model, x = build(row).to(DEVICE), images(row, 3).to(DEVICE)
     fast = gtp_fx.optimize(model, schedule=[20, 0, 0], compile=False)
-    kernels = lower_to_kernels(fast.graph_module)
+    kernels = lower_to_kernels(fast.graph_module, HERE)
     weight = model.blocks[0].attn.qkv.weight
     found, wanted = (torch.autograd.grad(run(x).square().sum(), weight)[0] for run in (kernels, fast))
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()

@@ -175,6 +175,41 @@ def test_taking_tokens_keeps_prefix_and_suffix() -> None:
         assert torch.equal(taken[image, 0], table[rows])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scales_in_channels_are_the_mask_on_the_logits(dtype: torch.dtype) -> None:
+    """In half precision to 2^-16 of log s, which the mask itself is rounded to 2^-9 of; of scale 0 a key is not seen."""
+    q, k, v = (x.to(dtype) for x in qkv())
+    scale_BN = random(2, 11).mul(3).exp()
+    scale_BN[0, 4] = 0.0
+    wide_q, wide_k = ops.scale_channels(q, k, scale_BN, 1, 1, 0.3)
+    mask = ops.key_bias(scale_BN, 1, 1, None, scale_BN)
+    product = 0.3 * (wide_q[..., 8:].float() @ wide_k[..., 8:].float().transpose(-2, -1))
+    seen = mask.isfinite().expand_as(product)
+    torch.testing.assert_close(product[seen], mask.expand_as(product)[seen], rtol=2**-16, atol=0)
+    attended = torch.nn.functional.scaled_dot_product_attention(wide_q.float(), wide_k.float(), v.float(), scale=0.3)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), attn_mask=mask, scale=0.3
+    )
+    torch.testing.assert_close(attended, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_stock_attention_returns_its_log_sum_exp(graded: bool) -> None:
+    """Also where its mask wants a gradient, which the kernel that returns it hasn't got."""
+    q, k, v = (x.requires_grad_() for x in qkv())
+    mask = random(2, 1, 1, 13).requires_grad_(graded)
+    out, lse = ops.attention_with_lse(q, k, v, mask, 0.3, "cpu")
+    logits = 0.3 * q @ k.transpose(-2, -1) + mask
+    torch.testing.assert_close(lse, logits.logsumexp(-1))
+    wanted = logits.softmax(-1) @ v
+    torch.testing.assert_close(out, wanted)
+    inputs = [q, k, v, *([mask] if graded else [])]
+    pairs = zip(*(torch.autograd.grad(one.square().sum(), inputs) for one in (out, wanted)), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected)
+    torch.library.opcheck(ops.attention_with_lse.default, (q, k, v, mask, 0.3, "cpu"))
+
+
 def test_recovering_puts_kept_tokens_back_and_the_others_as_the_mean_of_who_received_them() -> None:
     x = random(2, 5, 2 + 3 + 1, 4)  # [R, B = 5, tokens, C]: any dimension may be the images'
     kept, propagated = torch.tensor([[0, 2, 4]] * 5), torch.tensor([[1, 3, 5]] * 5)
@@ -209,6 +244,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     return {
         "attention_with_scores": (q, k, v, None, None, 1.0, "mixed-max", 1, 0),
         "key_bias": (scores + 1, 1, 0, random(1, 3, 13, 13), x),
+        "scale_channels": (q, k, scores + 1, 1, 0, 0.3),
         "select": (scores, 4),
         "token_graph": (x, GRID, 1, "mixed", 3),
         "propagation_weights": (near, inv_sqrt_degree, kept, propagated, GRID, "mixed"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.ops import aten
 
 from gtp_fx.graphs import set_args
@@ -219,6 +220,29 @@ def test_dead_tokens_are_dropped_exactly() -> None:
     assert [tuple(arg.meta["val"].shape) for arg in last.args[:3]] == [(2, 2, 1, 4), (2, 2, 13, 4), (2, 2, 13, 4)]
     torch.testing.assert_close(dropped(*INPUTS), gm(*INPUTS), rtol=0, atol=1e-6)
     assert read_blocks(dropped)[1].dead
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("live", [1, 2])
+def test_few_live_tokens_are_projected_as_one_matrix(live: int) -> None:
+    """As Inductor gets it: a product with a bias for each linear layer, and none for each image with a copy of the weight."""
+    weight, bias = torch.randn(8, 8, generator=torch.Generator().manual_seed(4)), torch.linspace(-1, 1, 8)
+
+    def model(image: Tensor, embed: Tensor, weight: Tensor, bias: Tensor, cls: Tensor) -> Tensor:
+        x = torch.cat([cls.expand(2, live, -1), patches(image, embed)], dim=1)
+        q, k = (F.linear(x, weight, bias).reshape(2, -1, 2, 4).transpose(1, 2) for _ in range(2))
+        out = F.scaled_dot_product_attention(q, k, k).transpose(1, 2)
+        return torch.stack([out[:, place] for place in range(live)])
+
+    inputs = (IMAGE, EMBED, weight, bias, CLS)
+    gm = normalise(traced(model, *inputs))
+    dropped = drop_dead_tokens(gm)
+    propagate_shapes(dropped, "drop_dead_tokens")
+    attention = node(dropped, aten.scaled_dot_product_attention.default, 0)
+    assert attention.args[0].meta["val"].shape == (2, 2, live, 4)
+    torch.testing.assert_close(dropped(*inputs), gm(*inputs), rtol=0, atol=1e-5)
+    opened = make_fx(dropped)(*inputs)
+    assert [calls(opened, getattr(aten, name).default) for name in ("addmm", "mm", "bmm")] == [2, 0, 0]
 
 
 def test_only_the_projection_whose_parts_differ_is_split() -> None:

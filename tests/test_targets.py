@@ -138,6 +138,7 @@ def test_curves_go_through_what_was_measured(cache: Path) -> None:
         "stream": 20e9,
         "scores": 5e9,
         "gather": 4e9,
+        "neighbors": 3e9,
         "sort": 1e8,
     }
     taken = {p.name: 1e-6 + p.amount / rate[p.kind] for p in probes if p.kind}

@@ -26,7 +26,8 @@ Numbers = NDArray[Any]
 """int64 FLOPs, or float64 seconds."""
 Crossing = Callable[[Sequence[int]], Any]
 Transition = Callable[[Any, Any], Any]
-"""From tokens before and behind a site, numbers or arrays that broadcast, to what that costs; 0 where they are equal."""
+"""From tokens before and behind a site, numbers or arrays that broadcast, to what that costs: the site itself only where some
+leave, and what runs across it whether they do or not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class Chain:
         """left: tokens behind each site."""
         total, before = 0, self.whole
         for after, behind, at in zip(left, self.behind, self.at, strict=True):
-            total += behind[after] + (at(before, after) if after != before else 0)
+            total += behind[after] + at(before, after)
             before = after
         return total
 
@@ -162,13 +163,15 @@ def _only_whole(domain: TokenDomain) -> int:
 
 def _transition(term: Term, domain: TokenDomain, weigh: Callable[[Any], Any]) -> Transition:
     """domain: the tokens before."""
-    first = term.first
+    first, of_site = term.first, term.site is not None
 
     def cost(before: Any, after: Any) -> Any:
+        works = term.works(_counting({domain: before, domain.at(domain.level + 1): after}))
+        if not of_site:  # an add and a norm that run as one, before and behind the place where tokens may leave
+            return weigh(works)
         leaves = np.asarray(after < before)
         if first:
             leaves = leaves & np.asarray(before == domain.whole_count)
-        works = term.works(_counting({domain: before, domain.at(domain.level + 1): after}))
         return weigh(works) * leaves
 
     return cost

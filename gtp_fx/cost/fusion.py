@@ -70,9 +70,8 @@ def fused_groups(graph: fx.Graph, typing: Typing) -> Iterator[Group]:
 
 
 def _fuses(source: fx.Node, node: fx.Node, depth: dict[fx.Node, int], typing: Typing) -> bool:
-    """Behind a site there are fewer tokens than it was computed for: what lies behind begins a kernel of its own."""
-    is_site = typing.type(source) != typing.written(source)
-    return not is_site and depth[source] == depth[node] and _elements(source, typing) == _elements(node, typing)
+    """Also across a place where tokens may leave: none need, and what it costs where some do is the site's."""
+    return depth[source] == depth[node] and _elements(source, typing) == _elements(node, typing)
 
 
 def _group(nodes: list[fx.Node], typing: Typing) -> Group:

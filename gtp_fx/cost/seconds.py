@@ -103,7 +103,7 @@ def seconds_model(
 ) -> CostModel:
     """Seconds of every schedule. original: of what ratios are taken of. found: the branches that tokens skip."""
     skipped = branch_seconds(graph, sites, strategy, target, batch, found)
-    terms = terms_of(graph, typing, sites, strategy, batch)
+    terms = terms_of(graph, typing, sites, strategy, batch, target.has_kernels)
     weigh = lambda works: total_seconds(works, target)  # noqa: E731
     return cost_model(sites, terms, weigh, lambda site: skipped[site.block], original, np.float64)
 

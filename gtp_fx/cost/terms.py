@@ -51,19 +51,27 @@ class Term:
     node: fx.Node | None = None
 
 
-def terms_of(graph: fx.Graph, typing: Typing, sites: tuple[Site, ...], strategy: Strategy, batch: int) -> list[Term]:
-    """All work of `graph`, typed with the sites at which tokens leave; branches are priced apart. batch: images of a run."""
+def terms_of(
+    graph: fx.Graph, typing: Typing, sites: tuple[Site, ...], strategy: Strategy, batch: int, kernels: bool = False
+) -> list[Term]:
+    """All work of `graph`, typed with the sites at which tokens leave; branches are priced separately.
+
+    batch: images of a run. kernels: as GTP's kernels do it, where there are some; FLOPs are always the operators'.
+    """
     at = {(site.domain.grid, site.domain.level): place for place, site in enumerate(sites) if site.branch is None}
     terms = [*graph_terms(graph, typing, batch)]
     terms += _recovery_terms(find_coercions(typing), at, batch)
-    readers = [*_key_types(graph, typing), *(_pooled_types(graph, typing) if strategy.weighted_pooling else [])]
+    readers = _key_types(graph, typing) if strategy.tells_scales else []
+    readers += _pooled_types(graph, typing) if strategy.weighted_pooling else []
     read = {axis.domain for kind in readers for axis in token_axes(kind)}
     for (grid, level), place in at.items():
         site = sites[place]
         told = any(d.grid == grid and d.level > level for d in read)
-        terms.append(_site_term(site, place, strategy, told, batch))
-        works = strategy.start_works(grid.shape, site.channels, site.images * batch, site.dtype)
+        terms.append(_site_term(site, place, strategy, told, batch, kernels))
+        works = strategy.start_works(grid.shape, site.channels, site.images * batch, site.dtype, kernels)
         terms.append(Term(frozenset(), lambda _, works=works: works, place, first=True))  # type: ignore[misc]
+    if kernels and strategy.tells_scales:
+        terms += _told_terms(graph, typing, batch)
     return terms
 
 
@@ -109,7 +117,7 @@ def group_work(group: Group, typing: Typing, count: Counts, batch: int) -> Work:
     for node, kind in group.reads:
         moved = moved + math.prod(sizes_of(kind, count, batch)) * node.meta["val"].dtype.itemsize
     for node in group.writes:
-        moved = moved + math.prod(sizes_of(typing.written(node), count, batch)) * node.meta["val"].dtype.itemsize
+        moved = moved + math.prod(sizes_of(typing.type(node), count, batch)) * node.meta["val"].dtype.itemsize
     return Work("stream", bytes=moved)
 
 
@@ -141,13 +149,13 @@ def _domains(kinds: list[Any]) -> frozenset[TokenDomain]:
     return frozenset(domain for domain in found if domain.level)
 
 
-def _site_term(site: Site, place: int, strategy: Strategy, told: bool, batch: int) -> Term:
+def _site_term(site: Site, place: int, strategy: Strategy, told: bool, batch: int, kernels: bool) -> Term:
     behind = site.domain.at(site.domain.level + 1)
 
     def works(count: Counts) -> list[Work]:
         images = site.images * batch
         sizes = (count(site.domain), count(behind), site.others, site.channels, site.heads, images, site.dtype)
-        shape = SiteShape(*sizes, site.key_features, site.axis.prefix)
+        shape = SiteShape(*sizes, site.key_features, site.axis.prefix, kernels)
         return strategy.site_works(shape, told)
 
     return Term(frozenset(d for d in (site.domain, behind) if d.level), works, place)
@@ -187,6 +195,21 @@ def _recovery_works(
         return [Work("gather", flops, number * each * (kept + 2 * all_) * itemsize, launches=2)]
 
     return works
+
+
+def _told_terms(graph: fx.Graph, typing: Typing, batch: int) -> Iterator[Term]:
+    """What attention over a shortened stream costs more where it is told token scales: queries and keys with a feature more."""
+    for node in graph.nodes:
+        if node.target is _ATTENTION:
+            asked = [typing.answers[node].operands[node.args[i]] for i in (0, 1)]
+            if _domains(asked[1:]):
+                size = node.meta["val"].dtype.itemsize
+
+                def works(count: Counts, asked: list[TensorType] = asked, size: int = size) -> list[Work]:
+                    moved: Any = sum(math.prod(sizes_of(kind, count, batch)) for kind in asked)
+                    return [Work("stream", bytes=2 * size * moved, launches=2)]
+
+                yield Term(_domains(asked), works, node=node)
 
 
 def _pooled_types(graph: fx.Graph, typing: Typing) -> list[TensorType]:

@@ -18,6 +18,7 @@ KINDS = {
     "scores": "what attention costs more where it also ranks its tokens; bound by bandwidth",
     "stream": "element-wise operators, norms and copies, as the compiler fuses them; bound by bandwidth",
     "gather": "rows taken by index, and small products with them; bound by bandwidth",
+    "neighbors": "the most similar tokens of each, ranked in registers by a kernel; bound by comparisons, told as bandwidth",
     "sort": "ranking the tokens of an image; bound by bandwidth",
 }
 """Each has an efficiency curve of its own in a target."""

@@ -23,9 +23,13 @@ from gtp_fx.damage.tables import Damage, Table
 _DECAY_FOR_PREFIX, _DECAY_FOR_PATCHES = 5.0, 2.0
 """s: how much the logarithm of damage falls from the first block to the last."""
 
+_UNCERTAINTY = 0.85
+"""Of schedules at equal FLOPs on two trained nets, divergence lay a factor of 1.5 to 2.3 off what this prior expects (one standard deviation; a
+geometric mean of 1.85), and the less above it the fewer sites there were (`bench/results/expected_damage.json`)."""
+
 
 def prior_damage(sites: Sequence[Site]) -> Damage:
-    return Damage(tuple(_table(site) for site in sites), "a prior without data")
+    return Damage(tuple(_table(site) for site in sites), "a prior without data", uncertainty=_UNCERTAINTY)
 
 
 def _table(site: Site) -> Table:

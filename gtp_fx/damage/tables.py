@@ -25,12 +25,14 @@ class Damage:
         tables[i][the same share of all]                  a ranking of each site's own: a bad place for choosing stays bad
 
     On small nets trained on digits the sum ranked schedules more nearly as the divergence of their outputs does than either half.
-    origin: where the tables come from. per_site: what a site costs besides, however many leave there.
+    origin: where the tables come from. per_site: what a site costs besides, however many leave there. uncertainty: by what share a
+    schedule's damage may lie above the least and it is as good for all that is known (`python -m bench.expected_damage`).
     """
 
     tables: tuple[Table, ...]
     origin: str
     per_site: float = 0.0
+    uncertainty: float = 0.0
 
     def __post_init__(self) -> None:
         for table in self.tables:

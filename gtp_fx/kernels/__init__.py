@@ -1,6 +1,7 @@
 """Triton kernels for GTP's operators, `torch.ops.gtp_fx_kernels.*`: what a graph calls instead of them on a GPU.
 
     attend      attention that also ranks its tokens and knows their scales; the map is never in memory
+    attention_scores  how attention ranks its tokens, from the log-sum-exp that stock attention returns
     select      which tokens stay, where they are on the grid, and a map of it, in one launch
     propagate   the shorter stream, its token scales and the norm behind: each row adds the few rows that it receives
     recover     the stream as it was, with the residual added

@@ -28,6 +28,7 @@ class Kernels:
     """What a lowering has to choose from: operators, and what they are made for."""
 
     attend: Any
+    attention_scores: Any
     select: Any
     propagate: Any
     recover: Any
@@ -38,11 +39,13 @@ class Kernels:
 
 def load_kernels() -> Kernels:
     """Registers them. Raises ImportError where Triton isn't installed."""
-    attention, select, propagate, recover = (
-        importlib.import_module(f"gtp_fx.kernels.{name}") for name in ("attention", "select", "propagate", "recover")
+    attention, scores, select, propagate, recover = (
+        importlib.import_module(f"gtp_fx.kernels.{name}")
+        for name in ("attention", "scores", "select", "propagate", "recover")
     )
     return Kernels(
         attend=attention.attend._opoverload,
+        attention_scores=scores.attention_scores._opoverload,
         select=select.select._opoverload,
         propagate=propagate.propagate._opoverload,
         recover=recover.recover._opoverload,

@@ -1,4 +1,5 @@
-"""Propagation, and the norm behind it: one read of the stream and one write of each result (arXiv 2311.03035, token summarisation).
+"""Propagation, with the residual add before it and the norm behind: one read of the stream and one write of each result
+(arXiv 2311.03035, token summarisation).
 
 A token's neighbours are a handful of cells: those around it, and the M most similar. The map that `select` leaves says which of
 them leave now, so each row adds the few rows that it receives, in a fixed order. Nothing of size N x N, in no dtype.
@@ -14,21 +15,44 @@ from torch import Tensor
 
 from gtp_fx.kernels.backward import differentiable
 from gtp_fx.kernels.launch import launcher
-from gtp_fx.kernels.tiles import power_of_two
+from gtp_fx.kernels.tile_ops import INTERPRETED
+from gtp_fx.kernels.tiles import PropagationTile, power_of_two, propagation_tiles
 from gtp_fx.ops.graph import propagation_weights
 from gtp_fx.ops.propagate import propagate as propagate_reference
 from gtp_fx.ops.register import shaped
 
 MOST_CHANNELS = 8_192
 """A row of the stream is held in registers."""
+_LANES = 32
+"""A warp's: candidates fill it at least. With fewer, each lane would hold several of the same, in registers."""
+_INTERPRETER = PropagationTile(16, 1)
+"""Taken in Triton's interpreter, to which a program costs the same whatever its rows."""
+
+
+@triton.jit
+def stream_rows(  # type: ignore[no-untyped-def]
+    x_ptr, residual_ptr, gain_ptr, rows, channel, inside, x_row, x_channel, residual_row, residual_channel, channels,
+    HAS_RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr,
+):  # fmt: skip
+    """[rows, channels] of x + residual * gain in float32, rounded as the operators alone would round; 0 outside."""
+    found = tl.load(x_ptr + rows[:, None] * x_row + channel[None, :] * x_channel, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        at = rows[:, None] * residual_row + channel[None, :] * residual_channel
+        added = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_GAIN:
+            gain = tl.load(gain_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+            added = (added * gain[None, :]).to(found.dtype).to(tl.float32)
+        found = (found.to(tl.float32) + added).to(found.dtype)
+    return found.to(tl.float32)
 
 
 @triton.jit
 def propagate_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, near_ptr, degree_ptr, kept_ptr, cell_ptr, place_ptr, scale_ptr, weight_ptr, bias_ptr,
+    x_ptr, residual_ptr, gain_ptr, near_ptr, degree_ptr, kept_ptr, cell_ptr, place_ptr, scale_ptr, weight_ptr, bias_ptr,
     out_ptr, normed_ptr, moved_ptr,
-    x_image, x_row, x_channel, channels, prefix, kept, leaving, staying, depth, height, width, neighbors, alpha, eps,
-    SPATIAL: tl.constexpr, SEMANTIC: tl.constexpr, DEEP: tl.constexpr, HAS_SCALES: tl.constexpr, TELLS: tl.constexpr,
+    x_image, x_row, x_channel, residual_image, residual_row, residual_channel,
+    channels, prefix, kept, leaving, staying, depth, height, width, neighbors, alpha, eps,
+    HAS_RESIDUAL: tl.constexpr, HAS_GAIN: tl.constexpr, SPATIAL: tl.constexpr, SEMANTIC: tl.constexpr, DEEP: tl.constexpr, HAS_SCALES: tl.constexpr, TELLS: tl.constexpr,
     NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, CANDIDATES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -47,11 +71,12 @@ def propagate_kernel(  # type: ignore[no-untyped-def]
     channel = tl.arange(0, CHANNELS)
     in_row = channel < channels
     x_ptr += image * x_image
-    x = tl.load(
-        x_ptr + source[:, None].to(tl.int64) * x_row + channel[None, :] * x_channel,
-        mask=inside[:, None] & in_row[None, :],
-        other=0.0,
-    ).to(tl.float32)
+    residual_ptr += image * residual_image
+    stored = inside[:, None] & in_row[None, :]
+    x = stream_rows(
+        x_ptr, residual_ptr, gain_ptr, source.to(tl.int64), channel, stored,
+        x_row, x_channel, residual_row, residual_channel, channels, HAS_RESIDUAL, HAS_GAIN,
+    )  # fmt: skip
     # Candidates: the 3 x 3 (x 3) cells around, itself among them, then the M most similar.
     candidate = tl.arange(0, CANDIDATES)
     around = 0
@@ -91,15 +116,12 @@ def propagate_kernel(  # type: ignore[no-untyped-def]
         one = tl.sum(this.to(tl.int32), 1) > 0
         from_row = prefix + tl.sum(tl.where(this, given, 0), 1)
         share = tl.sum(tl.where(this, weight, 0.0), 1)
-        rows = tl.load(
-            x_ptr + from_row[:, None].to(tl.int64) * x_row + channel[None, :] * x_channel,
-            mask=one[:, None] & in_row[None, :],
-            other=0.0,
-        )
-        received += share[:, None] * rows.to(tl.float32)
+        received += share[:, None] * stream_rows(
+            x_ptr, residual_ptr, gain_ptr, from_row.to(tl.int64), channel, one[:, None] & in_row[None, :],
+            x_row, x_channel, residual_row, residual_channel, channels, HAS_RESIDUAL, HAS_GAIN,
+        )  # fmt: skip
     out = (x + alpha * received).to(out_ptr.dtype.element_ty)
     at_out = (image * staying + row)[:, None] * channels + channel[None, :]
-    stored = inside[:, None] & in_row[None, :]
     tl.store(out_ptr + at_out, out, mask=stored)
     if TELLS:
         tokens = kept + leaving
@@ -121,7 +143,7 @@ def propagate_kernel(  # type: ignore[no-untyped-def]
         tl.store(normed_ptr + at_out, normed.to(normed_ptr.dtype.element_ty), mask=stored)
 
 
-def _shapes(x, near, degree, kept, leaving, kept_cell, leaving_cell, place, scales, weight, bias, grid, kind, alpha, prefix, eps, tells):  # type: ignore[no-untyped-def]  # fmt: skip
+def _shapes(x, residual, near, degree, kept, leaving, kept_cell, leaving_cell, place, scales, weight, bias, grid, kind, alpha, prefix, eps, tells, tile, gain=None):  # type: ignore[no-untyped-def]  # fmt: skip
     batch, tokens, channels = x.shape
     shorter = x.new_empty(batch, tokens - leaving.shape[1], channels)
     normed = x.new_empty(shorter.shape if eps >= 0 else (0,))
@@ -132,6 +154,7 @@ def _shapes(x, near, degree, kept, leaving, kept_cell, leaving_cell, place, scal
 @torch.library.triton_op("gtp_fx_kernels::propagate", mutates_args={})
 def propagate(
     x: Tensor,
+    residual: Tensor | None,
     near: Tensor,
     degree: Tensor,
     kept: Tensor,
@@ -148,16 +171,23 @@ def propagate(
     prefix: int,
     eps: float,
     tells: bool,
+    tile: list[int],
+    gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `torch.ops.gtp_fx.propagate` for the stream and for its token scales, and `layer_norm` of the stream.
 
-    x: [B, prefix + n + suffix, C], any strides, C at most `MOST_CHANNELS`. near [B, G, M], degree [B, G]: from `token_graph`, of kind `kind`
+    x: [B, prefix + n + suffix, C], any strides, C at most `MOST_CHANNELS`. residual: of x's shape and dtype, any strides: the
+    stream is x + residual, or x + residual * gain with a gain of C numbers (LayerScale), made as rows are read and never written; with
+    None it is x. near [B, G, M], degree [B, G]: from `token_graph`, of kind `kind`
     over `grid` of one to three sides. kept, leaving, kept_cell, leaving_cell, place: from `select`. scales: [B, n], or None for all 1.
     weight, bias, eps: of the layer norm behind; eps below 0 for none. tells: whether anybody asks for the scales.
+    tile: `PropagationTile.arguments`, or [] for the best that is known.
     Returns the shorter stream, its patches' scales [B, K] (empty unless `tells`) and the normed stream (empty without).
 
     Tolerance: sums are in float32 and rounded once, where the reference in a lower dtype rounds weights, sum and product;
-    so it is the nearer one to float32, and within 2^-8 of what a token receives of the reference in bfloat16.
+    so it is the nearer one to float32, and within 2^-8 of what a token receives of the reference in bfloat16. What is made
+    of residual and gain is rounded as the operators would round it, so the numbers are those of a stream that was added before (but
+    float32, where a product and its sum may be rounded once).
     """
     batch, tokens, channels = x.shape
     gone = leaving.shape[1]
@@ -169,22 +199,24 @@ def propagate(
     depth, height, width = (1,) * (3 - len(grid)) + tuple(grid)
     spatial, semantic = kind != "semantic", kind != "spatial"
     candidates = (27 if depth > 1 else 9) * spatial + near.shape[-1] * semantic
-    block = power_of_two(channels)
-    rows = max(1, min(8, 2_048 // block))
-    launcher(propagate_kernel)[(batch * triton.cdiv(staying, rows),)](
-        x, near, degree.contiguous(), kept, kept_cell, place,
+    cut = PropagationTile(*tile) if tile else _INTERPRETER if INTERPRETED else propagation_tiles(channels)[0]
+    added = x if residual is None else residual
+    launcher(propagate_kernel)[(batch * triton.cdiv(staying, cut.rows),)](
+        x, added, degree if gain is None else gain.contiguous(), near, degree.contiguous(), kept, kept_cell, place,
         *(degree if optional is None else optional.contiguous() for optional in (scales, weight, bias)),
         out, after, moved,
-        *x.stride(), channels, prefix, kept.shape[1], gone, staying, depth, height, width, near.shape[-1], alpha, eps,
-        SPATIAL=spatial, SEMANTIC=semantic, DEEP=depth > 1, HAS_SCALES=scales is not None, TELLS=tells,
+        *x.stride(), *added.stride(), channels, prefix, kept.shape[1], gone, staying, depth, height, width, near.shape[-1], alpha, eps,
+        HAS_RESIDUAL=residual is not None, HAS_GAIN=gain is not None, SPATIAL=spatial, SEMANTIC=semantic, DEEP=depth > 1, HAS_SCALES=scales is not None, TELLS=tells,
         NORM=normed, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        ROWS=rows, CANDIDATES=power_of_two(candidates), CHANNELS=block, num_warps=max(1, min(8, rows * block // 512)),
+        ROWS=cut.rows, CANDIDATES=max(_LANES, power_of_two(candidates)), CHANNELS=power_of_two(channels), num_warps=cut.warps,
     )  # fmt: skip
     return out, moved if tells else degree.new_empty(0), after if normed else x.new_empty(0)
 
 
-def _reference(x, near, degree, kept, leaving, kept_cell, leaving_cell, place, scales, weight, bias, grid, kind, alpha, prefix, eps, tells):  # type: ignore[no-untyped-def]  # fmt: skip
+def _reference(x, residual, near, degree, kept, leaving, kept_cell, leaving_cell, place, scales, weight, bias, grid, kind, alpha, prefix, eps, tells, tile, gain=None):  # type: ignore[no-untyped-def]  # fmt: skip
     weights = propagation_weights(near, degree, kept_cell, leaving_cell, grid, kind)
+    if residual is not None:
+        x = x + (residual if gain is None else residual * gain)
     shorter = propagate_reference(x, weights, kept, leaving, alpha, prefix)
     moved = shorter.new_empty(0)
     if tells:

@@ -51,6 +51,49 @@ def attention_tiles(keys: int, head: int, dtype: torch.dtype) -> tuple[Attention
     return fitting if columns <= 64 else (*fitting, tiled[1])
 
 
+def score_tile(head: int, dtype: torch.dtype) -> AttentionTile:
+    """Keys that a program scores, as rows, and queries that it looks at once: both operands and the sums stay in registers."""
+    if dtype == torch.float32:
+        return AttentionTile(32, 32, 4, 1)
+    return AttentionTile(64, 64, 4, 2)
+
+
+_CHANNELS_OF_A_WARP = 1_024
+_MOST_WARPS = 8
+
+
+@dataclass(frozen=True)
+class PropagationTile:
+    """rows: of the shorter stream, which a program makes whole. warps: Triton's, which share them.
+
+    `PropagationTile(*tile.arguments)` is the tile again.
+    """
+
+    rows: int
+    warps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows not in (1, 2, 4, 8, 16) or self.warps not in (1, 2, 4, _MOST_WARPS):
+            raise OptionError(f"{self}: rows are 1, 2, 4, 8 or 16, warps 1, 2, 4 or {_MOST_WARPS}")
+
+    @property
+    def arguments(self) -> list[int]:
+        return list(astuple(self))
+
+
+def propagation_tiles(channels: int) -> tuple[PropagationTile, ...]:
+    """What is worth timing for a stream of so many channels; the one that is taken untimed first.
+
+    One warp a row needs no barrier: candidates, sums and norm stay within the warp. It holds 1024 channels of the stream and of
+    what they receive. None spills registers in half precision.
+    """
+    warps = max(1, power_of_two(channels) // _CHANNELS_OF_A_WARP)
+    if warps > 1:
+        return tuple(PropagationTile(1, count) for count in sorted({warps, min(2 * warps, _MOST_WARPS)}))
+    few = (PropagationTile(2, 1),) if channels <= _CHANNELS_OF_A_WARP // 4 else ()
+    return PropagationTile(1, 1), *few, PropagationTile(1, 2), PropagationTile(2, 4)
+
+
 def power_of_two(size: int) -> int:
     """The least one that is at least `size`, and at least 16: tensor cores take no smaller operand."""
     return max(16, 1 << (size - 1).bit_length())

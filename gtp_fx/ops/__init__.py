@@ -7,6 +7,8 @@
     propagation_weights     the part of the normalised adjacency that a site needs
     propagate               kept tokens, plus what they receive from the propagated ones
     key_bias                log token scale, as attention's additive mask
+    scale_channels          log token scale, as channels of queries and keys
+    attention_with_lse      torch's own attention, with its log-sum-exp
     take_tokens             an older value (a rotary table, a bias, a skip) for the tokens that are left
     recovery_weights        of which kept tokens a propagated one is made up again
     weighted_mean           average pooling in which a token counts for those it stands for
@@ -24,6 +26,6 @@ Shapes, here and in the modules: B images, H heads, N tokens of a stream (p pref
 K kept and P propagated patch tokens, M semantic neighbours of a token, G patch tokens of the whole grid.
 """
 
-from gtp_fx.ops import attention, cells, graph, levels, pool, propagate, regions, select
+from gtp_fx.ops import attention, cells, graph, levels, pool, propagate, regions, select, stock_attention
 
-__all__ = ["attention", "cells", "graph", "levels", "pool", "propagate", "regions", "select"]
+__all__ = ["attention", "cells", "graph", "levels", "pool", "propagate", "regions", "select", "stock_attention"]

@@ -1,6 +1,6 @@
 """Tokens from one level of a stream to another: `take_tokens` to a newer one, `recover` to the one before, `put_back` to all.
 
-Both work on any value that runs over a stream's tokens, wherever its token axis is: a residual stream [B, N, C], a rotary
+The first two work on any value that runs over a stream's tokens, wherever its token axis is: a residual stream [B, N, C], a rotary
 table [1, 1, N, D], one side of a relative-position bias [1, H, N, N]. `images` and `tokens` say which dimensions those are.
 """
 

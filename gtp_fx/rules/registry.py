@@ -1,14 +1,15 @@
 """What a rule is, and where rules are kept.
 
 A rule answers, for one operator: given the types of the inputs, which type has the output, in which type must each
-input come, and which arguments hold sizes that change when tokens leave? The same answer serves three readers:
-`typing` walks the graph with it, `drop_dead_tokens` follows it backwards, `insert_propagation` repairs the graph by it.
+input come, and which arguments hold sizes that change when tokens leave? The same answer serves four readers:
+`infer_types` walks the graph with it, `liveness` follows it backwards, `insert_propagation` repairs the graph by it, and
+`cost.terms` reads off it what the operator costs for every count of tokens.
 
     @rule(aten.linear.default)
     def linear(call):
         x = call.type(0)
-        call.must_be_plain(x[-1:], "the contracted features")
-        return Typed(output=(*x[:-1], *call.plain_output_dims()[-1:]))
+        require_plain(x[-1:], "the features that a linear layer mixes")
+        return Typed((*x[:-1], (Plain(call.output_shape()[-1]),)), operands={call.operand(0): x})
 
 A rule that can't answer raises `NoRule` with the reason. The operator is then a *barrier*, exactly like one that has no
 rule at all: its inputs must be whole and nothing is claimed about its output. So a missing rule costs speed or a named

@@ -22,7 +22,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
@@ -31,7 +30,7 @@ from gtp_fx.cost.work import Work
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.strategies.group_operator import code_of, written
-from gtp_fx.strategies.pricing import FLOAT, scoring_works
+from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
 from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, Strategy, StreamState
 from gtp_fx.strategies.tokens import Groups, Tokens
 
@@ -91,6 +90,9 @@ class Grouping:
         """
         return 0
 
+    def settled(self, streams: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Grouping:
+        return self
+
     def positions(self, blocks: int) -> Collection[int]:
         """At which of a stream's blocks, counted from 0, tokens may leave."""
         return range(blocks)
@@ -141,10 +143,10 @@ class Grouping:
         if self.sized:
             carried.append(found["size"])
         removal = Removal(kept, left, kept_index, left_index, weights, 1.0, found.get("own"))
-        return shorter, StreamState(kept_index, found["size"] if self._tells_sizes else None, tuple(carried), removal)
+        return shorter, StreamState(kept_index, found["size"] if self.tells_scales else None, tuple(carried), removal)
 
     @property
-    def _tells_sizes(self) -> bool:
+    def tells_scales(self) -> bool:
         """Whether attention is told sizes."""
         return self.sized and self.token_scale
 
@@ -181,7 +183,7 @@ class Grouping:
     def variants(self) -> Sequence[Strategy]:
         return ()
 
-    def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str) -> list[Work]:
+    def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str, kernels: bool) -> list[Work]:
         return []
 
     def scoring_works(self, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:
@@ -190,13 +192,14 @@ class Grouping:
     def site_works(self, site: SiteShape, told: bool) -> list[Work]:
         leaving = site.patches_in - site.patches_out
         tokens_in, tokens_out = site.others + site.patches_in, site.others + site.patches_out
-        size = getattr(torch, site.dtype).itemsize
-        moved = site.images * size * (tokens_in + tokens_out) * site.channels
         summed = 2 * site.images * tokens_out * leaving * site.channels if self.merges else 0
         ranked = site.images * FLOAT * site.patches_in
+        scoring = self.scoring_works(site.heads, tokens_in, tokens_in, site.images, site.dtype)
+        if site.kernels:
+            scoring = kernel_scoring_works(self.score, site)
         return [
-            *self.scoring_works(site.heads, tokens_in, tokens_in, site.images, site.dtype),
+            *scoring,
             Work("product", self.group_flops(site), ranked, site.patches_in, site.patches_in, site.images),
             Work("sort", bytes=ranked),
-            Work("gather", summed, moved, launches=2),
+            Work("gather", summed, rows_moved(site), launches=2),
         ]

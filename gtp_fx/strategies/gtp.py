@@ -18,8 +18,9 @@ from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.graph import GRAPHS
 from gtp_fx.sizes import shape_of
-from gtp_fx.strategies.pricing import FLOAT, scoring_works
+from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
 from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, StreamState
+from gtp_fx.strategies.token_scale import AUTO, TOLD_FROM, log_scale_bound
 
 BRANCHES = {
     "idle": "a token that skips gets nothing, and stays what it was (IdleViT)",
@@ -44,8 +45,10 @@ class GTP:
     score: how tokens are ranked, a name in `gtp_fx.ops.attention.SCORES`.
     graph: who receives from whom, a name in `gtp_fx.ops.graph.GRAPHS`.
     neighbors: M, semantic neighbours of a token. alpha: how much of a propagated token is passed on.
-    token_scale: tell attention how many tokens a key stands for.
-    weighted_pooling: let a token count in average pooling for as many as it stands for; the paper takes the plain mean.
+    token_scale: tell attention how many tokens a key stands for; "auto" where that can make a difference
+        (`gtp_fx.strategies.token_scale`), which the plan's counts decide: with alpha = 0.1 it can't.
+    weighted_pooling: let a token count in average pooling for as many as it stands for, whether attention is told that or not; the
+        paper takes the plain mean.
     branch: where tokens skip a branch of a block instead of leaving (windows, maps), which the paper doesn't speak of: "idle" gives
         them nothing, and they stay what they were; "recover" gives them their neighbours' results, along the spatial graph.
     skips: which branches those are: "mlp", or "attention" as well, in every other block.
@@ -54,14 +57,14 @@ class GTP:
     attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves
         no FLOPs and needs the map in memory.
     thresholds: of every block, of each of its heads, below which entry that is, so that no map is ranked or kept: from
-        `gtp_fx.calibrate_thresholds`.
+        `OptimizedModel.attention_thresholds`.
     """
 
     score: str = "mixed-max"
     graph: str = "mixed"
     neighbors: int = 8
     alpha: float = 0.1
-    token_scale: bool = True
+    token_scale: bool | str = AUTO
     attention_sparsity: float = 1.0
     thresholds: tuple[tuple[float, ...], ...] | None = None
     weighted_pooling: bool = False
@@ -83,14 +86,13 @@ class GTP:
             raise OptionError(
                 f"GTP(alpha={self.alpha!r}): give a finite number of 0 or more (the paper uses 0.1 to 0.4)"
             )
-        for option in ("token_scale", "weighted_pooling"):
-            if not isinstance(getattr(self, option), bool):
-                raise OptionError(f"GTP({option}={getattr(self, option)!r}): give True or False")
+        if not isinstance(self.token_scale, bool) and self.token_scale != AUTO:
+            raise OptionError(f"GTP(token_scale={self.token_scale!r}): give True, False or {AUTO!r}")
+        if not isinstance(self.weighted_pooling, bool):
+            raise OptionError(f"GTP(weighted_pooling={self.weighted_pooling!r}): give True or False")
         _one_of("branch", self.branch, BRANCHES)
         _one_of("skips", self.skips, SKIPS)
         _one_of("recovery", self.recovery, RECOVERIES)
-        if self.weighted_pooling and not self.token_scale:
-            raise OptionError("GTP(weighted_pooling=True) weighs by token scales: leave token_scale=True")
         if not _is_number(self.attention_sparsity) or not 0.0 < self.attention_sparsity <= 1.0:
             raise OptionError(
                 f"GTP(attention_sparsity={self.attention_sparsity!r}): give theta with 0 < theta <= 1; 1 drops nothing"
@@ -108,8 +110,8 @@ class GTP:
         rows = thresholds if isinstance(thresholds, tuple) else ()
         if not rows or not all(isinstance(row, tuple) and all(map(_is_share, row)) for row in rows):
             raise OptionError(
-                f"GTP(thresholds={thresholds!r}): give a tuple a block, of a number in [0, 1] a head; gtp_fx.calibrate_thresholds "
-                f"measures them"
+                f"GTP(thresholds={thresholds!r}): give a tuple a block, of a number in [0, 1] a head; attention_thresholds() of a "
+                f"model optimised with that attention_sparsity measures them"
             )
 
     @classmethod
@@ -147,6 +149,20 @@ class GTP:
     @property
     def rewrites_every_attention(self) -> bool:
         return self.attention_sparsity < 1.0
+
+    @property
+    def tells_scales(self) -> bool:
+        """Also while that isn't settled, so that what is priced before is never too cheap."""
+        return self.token_scale is not False
+
+    def settled(self, streams: Sequence[tuple[Sequence[int], Sequence[int]]]) -> GTP:
+        if self.token_scale != AUTO:
+            return self
+        most = max(
+            (log_scale_bound(grid, self.graph, self.neighbors, self.alpha, counts) for grid, counts in streams),
+            default=0,
+        )
+        return replace(self, token_scale=most > TOLD_FROM)
 
     def positions(self, blocks: int) -> range:
         return range(blocks)
@@ -199,7 +215,7 @@ class GTP:
             have = f"{len(given[block])} heads" if block < len(given) else f"{len(given)} blocks"
             raise OptionError(
                 f"GTP(thresholds=…) are for {have}, and block {block} of this model has {heads} heads: they were measured on "
-                f"another model; measure with gtp_fx.calibrate_thresholds"
+                f"another model; attention_thresholds() of this one, optimised without thresholds, measures its own"
             )
         return list(given[block])
 
@@ -225,7 +241,7 @@ class GTP:
         )
         shorter = emit(gtp_fx.propagate.default, site.stream, weights, kept, leaving, self.alpha, site.axis.prefix)
         scale = None
-        if self.token_scale:
+        if self.tells_scales or self.weighted_pooling:
             # A token's scale travels like its features: one channel, no prefix. Before the first site all are 1.
             before = state.scale or emit(aten.ones_like.default, site.scores)
             column = emit(aten.unsqueeze.default, before, 2)
@@ -247,28 +263,43 @@ class GTP:
         varied = [replace(self, **change) for change in changes]
         return [variant for variant in dict.fromkeys(varied) if variant != self]
 
-    def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str) -> list[Work]:
+    def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str, kernels: bool) -> list[Work]:
         """Cosine similarity of every pair of patches and its largest entries; a spatial graph asks coordinates only."""
         patches = math.prod(grid)
         if self.graph == "spatial":
             return [Work("stream", bytes=FLOAT * patches * patches)]
         pairs = images * patches * patches
+        if kernels:  # similarities are ranked in registers
+            read = getattr(torch, dtype).itemsize * images * patches * channels
+            product = Work("product", 2 * pairs * channels, read, patches, patches, images, dtype=dtype, launches=0)
+            return [product, Work("neighbors", bytes=FLOAT * pairs * self.neighbors)]
         similarity = Work("product", 2 * pairs * channels, FLOAT * pairs, patches, patches, images)
         return [similarity, Work("sort", bytes=FLOAT * pairs), Work("stream", bytes=2 * FLOAT * pairs)]
 
     def site_works(self, site: SiteShape, told: bool) -> list[Work]:
         leaving = site.patches_in - site.patches_out
+        if site.kernels:
+            return self._kernel_site_works(site)
         tokens_in, tokens_out = site.others + site.patches_in, site.others + site.patches_out
         features = 2 * tokens_out * leaving * site.channels
-        scales = 2 * site.patches_out * leaving if told and self.token_scale else 0
-        size = getattr(torch, site.dtype).itemsize
-        moved = size * (tokens_in + tokens_out) * site.channels
+        scales = 2 * site.patches_out * leaving if told else 0
         edges = site.patches_out * leaving * (1 if self.graph == "spatial" else self.neighbors)
         return [
             *self.scoring_works(site.heads, tokens_in, tokens_in, site.images, site.dtype),
             Work("sort", bytes=site.images * FLOAT * site.patches_in),
             Work("stream", bytes=site.images * FLOAT * edges, launches=2),
-            Work("gather", site.images * (features + scales), site.images * moved, launches=3),
+            Work("gather", site.images * (features + scales), rows_moved(site), launches=3),
+        ]
+
+    def _kernel_site_works(self, site: SiteShape) -> list[Work]:
+        """The residual add and the norm are in propagation's kernel, and counted where they are in the original's."""
+        tokens_out = site.others + site.patches_out
+        candidates = (0 if self.graph == "semantic" else 9) + (0 if self.graph == "spatial" else self.neighbors)
+        return [
+            *kernel_scoring_works(self.score, site),
+            Work("sort", bytes=site.images * FLOAT * site.patches_in),
+            # A row looks at each candidate's index, place and degree.
+            Work("gather", bytes=site.images * tokens_out * candidates * 3 * FLOAT, launches=0),
         ]
 
     def scoring_works(self, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:

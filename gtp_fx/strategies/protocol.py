@@ -25,7 +25,8 @@ class Emit(Protocol):
 @dataclass(frozen=True)
 class SiteShape:
     """A site's sizes for pricing: patches in and out (numbers, or arrays of candidates), tokens that are none, channels,
-    heads and features of a key; images of a run, the stream's dtype as torch names it; prefix: tokens before the patches."""
+    heads and features of a key; images of a run, the stream's dtype as torch names it; prefix: tokens before the patches.
+    kernels: the work as GTP's kernels do it, where there are some; else as the operators do."""
 
     patches_in: Any
     patches_out: Any
@@ -36,6 +37,7 @@ class SiteShape:
     dtype: str = "float32"
     key_features: int = 1
     prefix: int = 0
+    kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,13 @@ class Strategy(Protocol):
         """True where attention differs from the original's even in blocks without a site."""
 
     @property
+    def tells_scales(self) -> bool:
+        """True where attention over a shortened stream is told how many tokens each key stands for."""
+
+    def settled(self, streams: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Strategy:
+        """The same strategy with what the plan decides decided, once it is known: of each stream its grid and the counts that leave."""
+
+    @property
     def weighted_pooling(self) -> bool:
         """True where average pooling weighs tokens by their scale."""
 
@@ -187,8 +196,8 @@ class Strategy(Protocol):
     def variants(self) -> Sequence[Strategy]:
         """The same strategy with other numbers or another score: what calibration may choose among."""
 
-    def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str) -> list[Work]:
-        """The work of `start`."""
+    def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str, kernels: bool) -> list[Work]:
+        """The work of `start`. kernels: as `SiteShape` has it."""
 
     def scoring_works(self, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:
         """What scoring adds to one attention."""

@@ -8,18 +8,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx import graphs
 from gtp_fx.kernels.available import Kernels
+from gtp_fx.kernels.stock_attention import StockAttention
 
 
 @dataclass
 class Lowering:
-    """The walk's state. instead: new nodes that have taken old ones' places. maps: by the index of a level's tokens into the
-    grid, the map that `select` left, and the grid's cells."""
+    """The walk's state. stock: what torch's own attention would do there; None where that isn't known. told: how attention is told scales,
+    `Target.told`. instead: new nodes that have taken old ones' places. maps: by the index of a level's tokens into the grid, the map
+    that `select` left, and the grid's cells."""
 
     graph: fx.Graph
     kernels: Kernels
+    stock: StockAttention | None = None
+    told: str = "auto"
     instead: list[fx.Node] = field(default_factory=list)
     maps: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)
 
@@ -42,3 +47,12 @@ def only(values: Iterable[Any]) -> Any:
     """The only one; None where there are none or several."""
     found = list(values)
     return found[0] if len(found) == 1 else None
+
+
+def summands(add: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two values of one shape and dtype whose plain sum `add` is; None where it is something else."""
+    if add.target is not aten.add.Tensor or add.kwargs or not all(isinstance(value, fx.Node) for value in add.args):
+        return None
+    one, other = add.args
+    (shape, dtype), theirs = ((v.meta["val"].shape, v.meta["val"].dtype) for v in (one, other))  # type: ignore[union-attr]
+    return (one, other) if (shape, dtype) == theirs else None  # type: ignore[return-value]

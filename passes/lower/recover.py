@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import fx
-from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.passes.lower.lowering import Lowering, only
+from gtp_fx.passes.lower.lowering import Lowering, only, summands
 from gtp_fx.sizes import shape_of
 
 
@@ -27,10 +27,5 @@ def lower_recover(low: Lowering, node: fx.Node) -> None:
 
 def _residual(add: fx.Node, to: fx.Node) -> fx.Node | None:
     """What `add` adds to `to`, of the same shape and dtype."""
-    if add.target is not aten.add.Tensor or add.kwargs:
-        return None
-    other = only(value for value in add.args if value is not to)
-    if not isinstance(other, fx.Node):
-        return None
-    own, theirs = to.meta["val"], other.meta["val"]
-    return other if (own.shape, own.dtype) == (theirs.shape, theirs.dtype) else None
+    found = summands(add)
+    return None if found is None else only(value for value in found if value is not to)  # type: ignore[no-any-return]

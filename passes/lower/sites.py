@@ -1,4 +1,4 @@
-"""What a site does to its stream as kernels: selection, and propagation with the norm that reads it."""
+"""What a site does to its stream as kernels: selection, and propagation with the residual add before it and the norm that reads it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.passes.lower.lowering import Lowering, only
+from gtp_fx.passes.lower.lowering import Lowering, only, summands
 from gtp_fx.sizes import shape_of
 
 
@@ -38,7 +38,7 @@ def _is_index(node: fx.Node, part: fx.Node) -> bool:
 
 
 def lower_propagate(low: Lowering, node: fx.Node) -> None:
-    """The stream's, with its scales' and the norm that reads it."""
+    """The stream's, with the residual add that makes it, its scales' and the norm that reads it."""
     x, weights, kept, left, alpha, prefix, *own = node.args
     of_a_graph = weights.target is gtp_fx.propagation_weights.default  # type: ignore[union-attr]
     if own or not of_a_graph or _is_column(node):
@@ -54,8 +54,9 @@ def lower_propagate(low: Lowering, node: fx.Node) -> None:
     scales = None if column is None else column.args[0].args[0]  # type: ignore[union-attr]
     known = None if column is None or scales.target is aten.ones_like.default else scales  # type: ignore[union-attr]
     indices = (kept, left, on_grid, left_on_grid, place)
-    told = (known, scale, bias, grid, kind, alpha, prefix, eps, column is not None)
-    made = low.call(node, low.kernels.propagate, x, near, degree, *indices, *told)
+    told = (known, scale, bias, grid, kind, alpha, prefix, eps, column is not None, [])
+    x, residual, gain = _stream(x, node)  # type: ignore[arg-type]
+    made = low.call(node, low.kernels.propagate, x, residual, near, degree, *indices, *told, gain)
     low.swap(node, low.item(made, 0))
     if column is not None:
         squeezed = only(user for user in column.users if user.target is aten.squeeze.dim and user.args[1] == _FEATURE)
@@ -66,6 +67,35 @@ def lower_propagate(low: Lowering, node: fx.Node) -> None:
 
 
 _MOST_SIDES, _FEATURE = 3, 2
+
+
+def _stream(x: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
+    """x as the sum that it is, a value + a residual * a gain, where `reader` alone reads it; else x, None, None.
+
+    Whoever else reads x has it written out, and adding up twice saves nothing then.
+    """
+    found = summands(x) if list(x.users) == [reader] else None
+    if found is None:
+        return x, None, None
+    for branch, stream in (found, found[::-1]):
+        scaled = _scaled(branch, x)
+        if scaled is not None:
+            return stream, *scaled
+    return *found, None
+
+
+def _scaled(branch: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """A value and the number for each of its channels that make `branch`, read by nobody but `reader`: LayerScale."""
+    if branch.target is not aten.mul.Tensor or list(branch.users) != [reader]:
+        return None
+    for value, gain in (branch.args, branch.args[::-1]):
+        if not isinstance(value, fx.Node) or not isinstance(gain, fx.Node):
+            return None
+        whole, few, made = (node.meta["val"] for node in (value, gain, branch))
+        a_channel = few.shape[-1:] == whole.shape[-1:] and all(size == 1 for size in few.shape[:-1])
+        if a_channel and whole.shape == made.shape and whole.dtype == few.dtype == made.dtype:
+            return value, gain
+    return None
 
 
 def _is_column(node: fx.Node) -> bool:

@@ -3,10 +3,10 @@
 Run last, on what is about to be compiled; plain ATen stays what users see, export and run elsewhere. Operators that belong together
 become one kernel:
 
-    key_bias and attention                          attend, where attention keeps no stock kernel for want of a mask that it takes
-    attention_with_scores                           attend
+    key_bias and attention                          stock attention or attend (`attention_forms`)
+    attention_with_scores                           the same, and attention_scores
     select and where its tokens are on the grid     select
-    propagate, of tokens and of scales, and a norm  propagate
+    an add (LayerScale too), propagate and a norm   propagate, of tokens and of scales
     region_shares, recover and a residual add       recover
 
 What a kernel isn't made for (another rank, theta < 1, heads of 256, merging) stays as it is: composite operators run everywhere.
@@ -22,6 +22,7 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx import graphs
 from gtp_fx.kernels.available import has_kernels, load_kernels
+from gtp_fx.kernels.stock_attention import StockAttention, stock_attention
 from gtp_fx.passes.lower.attention import lower_attention, lower_scored_attention
 from gtp_fx.passes.lower.lowering import Lowering
 from gtp_fx.passes.lower.recover import lower_recover
@@ -29,18 +30,25 @@ from gtp_fx.passes.lower.sites import lower_propagate, lower_select
 from gtp_fx.shapes import propagate_shapes
 
 
-def lowered(gm: fx.GraphModule, device: torch.device, disabled: Sequence[str] = ()) -> fx.GraphModule:
+def lowered(
+    gm: fx.GraphModule, device: torch.device, disabled: Sequence[str] = (), told: str = "auto"
+) -> fx.GraphModule:
     """`gm` in Triton kernels where `device` is a GPU that they are made for, and `gm` itself elsewhere or where that pass is disabled.
 
-    Export and eager runs take `gm`, which is plain ATen.
+    told: how attention is told token scales, `Target.told`. Export and eager runs take `gm`, which is plain ATen.
     """
-    return lower_to_kernels(gm) if has_kernels(device) and "lower_to_kernels" not in disabled else gm
+    if not has_kernels(device) or "lower_to_kernels" in disabled:
+        return gm
+    return lower_to_kernels(gm, stock_attention(device), told)
 
 
-def lower_to_kernels(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `gm` that calls kernels. Raises ImportError where Triton isn't installed."""
+def lower_to_kernels(gm: fx.GraphModule, stock: StockAttention | None = None, told: str = "auto") -> fx.GraphModule:
+    """A copy of `gm` that calls kernels. Raises ImportError where Triton isn't installed.
+
+    stock: what torch's own attention does on the graph's device; None leaves it out, so that `attend` takes what it can.
+    """
     gm = graphs.copy_of(gm)
-    lowering = Lowering(gm.graph, load_kernels())
+    lowering = Lowering(gm.graph, load_kernels(), stock, told)
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target in _LOWERINGS:
             _LOWERINGS[node.target](lowering, node)

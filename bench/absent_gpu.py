@@ -1,0 +1,161 @@
+"""An H100 that isn't there: what Inductor asks a GPU while it generates code for it, answered without one.
+
+Inductor decides and writes everything before it launches anything, so fake tensors on "cuda" and a processor's
+properties are all that it takes. Nothing here is torch's public interface; `tests/test_bench_gpu_traffic.py` says when
+a release changes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+CAPABILITY = (9, 0)
+PROPERTIES = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=CAPABILITY[0],
+    minor=CAPABILITY[1],
+    multi_processor_count=132,
+    total_memory=80 * 2**30,
+    L2_cache_size=50 * 2**20,
+    regs_per_multiprocessor=65_536,
+    max_threads_per_multi_processor=2_048,
+    max_threads_per_block=1_024,
+    shared_memory_per_block_optin=232_448,
+    shared_memory_per_multiprocessor=233_472,
+    warp_size=32,
+)
+"""As `torch.cuda.get_device_properties` gives an H100's (SXM, 80 GB)."""
+
+
+@contextlib.contextmanager
+def absent_h100() -> Iterator[None]:
+    """Inside it torch and Triton generate code for an H100. Only for a process that does nothing else with a GPU: what
+    they find out about it they keep."""
+    from torch._dynamo import device_interface
+    from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
+
+    device_interface.get_interface_for_device("cuda")  # fills the table that is patched
+    interface = _interface(device_interface)
+    deduce = UniformValueConstantFolder._deduce_value
+
+    def deduce_on_host(folder: Any, node: Any) -> Any:
+        with _OnHost():
+            return deduce(folder, node)
+
+    patches = [
+        # Inductor's own questions (multiprocessors, registers, capability, bfloat16) go through this one table.
+        mock.patch.dict(device_interface.device_interfaces, {"cuda": interface, "cuda:0": interface}),
+        # Some go past it: Triton's TMA support and gtp_fx's own lowering ask torch.cuda.
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=CAPABILITY),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=PROPERTIES),
+        # Constants are folded by making one of their entries: on the host, where the numbers are the same.
+        mock.patch.object(UniformValueConstantFolder, "_deduce_value", deduce_on_host),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        stack.enter_context(_triton_driver())
+        yield
+
+
+def _interface(device_interface: Any) -> Any:
+    class Absent(device_interface.CudaInterface):  # type: ignore[misc, name-defined]
+        class Worker:
+            set_device = staticmethod(lambda device: None)
+            current_device = staticmethod(lambda: 0)
+            get_device_properties = staticmethod(lambda device=None: PROPERTIES)
+
+        is_available = staticmethod(lambda: True)
+        device_count = staticmethod(lambda: 1)
+        current_device = staticmethod(lambda: 0)
+        get_device_properties = staticmethod(lambda device=None: PROPERTIES)
+        get_compute_capability = staticmethod(lambda device=None: 10 * CAPABILITY[0] + CAPABILITY[1])
+        is_bf16_supported = staticmethod(lambda including_emulation=False: True)
+        is_triton_capable = staticmethod(lambda device=None: True)
+        raise_if_triton_unavailable = staticmethod(lambda device=None: None)
+
+    return Absent
+
+
+@contextlib.contextmanager
+def _triton_driver() -> Iterator[None]:
+    """Inductor reads a kernel's intermediate code to see which arguments it writes; making that asks for the target
+    alone."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import GPUDriver
+
+    class Absent(GPUDriver):  # type: ignore[misc]
+        def __init__(self) -> None:
+            """Nothing to load."""
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return False
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cuda", 0)
+
+        def get_benchmarker(self) -> Any:
+            raise NotImplementedError
+
+    # What was active is not asked for: where there is no GPU, asking raises.
+    with mock.patch.object(triton.runtime.driver, "_active", Absent()):
+        yield
+
+
+class _OnHost(TorchFunctionMode):
+    """What is made on a GPU inside it is made on the host."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("cpu")
+        return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """A model whose parameters are fake tensors on "cuda": shapes alone, however large it is."""
+
+    module: nn.Module
+    mode: FakeTensorMode
+
+    def images(self, batch: int, side: int, dtype: torch.dtype) -> Tensor:
+        with self.mode:
+            return torch.empty(batch, 3, side, side, dtype=dtype, device="cuda")
+
+
+def fake_on_gpu(module: nn.Module) -> FakeModel:
+    """`module`, made on "meta", with fake parameters and buffers in the place of its own, which it loses."""
+    mode = FakeTensorMode()
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, value in held.items():
+                if value is not None:
+                    with mode:
+                        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+                    held[name] = nn.Parameter(fake, requires_grad=False) if isinstance(value, nn.Parameter) else fake
+    return FakeModel(module.eval(), mode)

@@ -1,0 +1,148 @@
+"""What GTP adds to a graph, by its operators: marked before anything lowers them, and taken out for comparison.
+
+Marks ride in a node's meta["custom"]; whatever a node is lowered to or traced into has its mark. `bare` is the same
+graph with the same number of tokens everywhere, but stock attention, the first tokens kept and nothing propagated: what
+shortening alone would cost. The difference between the two is what GTP's operators cost, under whichever mark.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+from torch import fx
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+
+from bench.launches import GENERATED, MARK, Launch
+from gtp_fx import graphs
+from gtp_fx.sizes import shape_of
+
+
+class Group(str, Enum):
+    """A row of the table. What isn't marked is `other`: fused differently around what is."""
+
+    graph = "token graph"
+    scored = "scored attention, over stock"
+    over_heads = "scores over heads"
+    told = "attention told scales, over stock"
+    select = "select"
+    stream = "residual + propagate + norm, over add + norm"
+    single = "products of one row an image (last q)"
+    other = "other"
+
+    @classmethod
+    def of(cls, launch: Launch) -> Group:
+        if launch.mark == cls.scored.name and launch.kind == GENERATED:
+            return cls.over_heads
+        return cls[launch.mark] if launch.mark else cls.other
+
+
+def mark(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of an optimised graph, not lowered yet, whose nodes know their group."""
+    gm = graphs.copy_of(gm)
+    for node in gm.graph.nodes:
+        if node.target is gtp_fx.token_graph.default:
+            _put(node, Group.graph)
+        elif node.target is gtp_fx.select.default:
+            _put(node, Group.select)
+        elif node.target is gtp_fx.attention_with_scores.default:
+            _put(node, Group.scored)
+            _put_on_bias(node.args[3], Group.scored)
+        elif node.target is aten.scaled_dot_product_attention.default:
+            bias = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+            if _is_told(bias):
+                _put(node, Group.told)
+                _put_on_bias(bias, Group.told)
+        elif node.target in (gtp_fx.propagate.default, gtp_fx.propagation_weights.default, aten.layer_norm.default):
+            # All norms: where a site's sum is written and where it is added up again by later ones differs between the
+            # graphs.
+            _put(node, Group.stream)
+            if node.args[0].target is aten.add.Tensor:
+                _put(node.args[0], Group.stream)
+        elif _is_of_single_rows(node):
+            _put(node, Group.single)
+    return gm
+
+
+def _put(node: fx.Node, group: Group) -> None:
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), MARK: group.name}
+
+
+def _is_told(bias: Any) -> bool:
+    return isinstance(bias, fx.Node) and bias.target is gtp_fx.key_bias.default
+
+
+def _put_on_bias(bias: Any, group: Group) -> None:
+    if _is_told(bias):
+        _put(bias, group)
+
+
+def _is_of_single_rows(node: fx.Node) -> bool:
+    return node.target is aten.linear.default and len(shape_of(node)) == 3 and shape_of(node)[1] == 1
+
+
+def bare(marked: fx.GraphModule) -> fx.GraphModule:
+    """A marked graph without GTP's operators, at its token counts; what is left has its mark.
+
+    Raises NotImplementedError where the graph has one that this can't do without, such as tokens that come back.
+    """
+    gm = graphs.copy_of(marked)
+    for node in list(gm.graph.nodes):
+        replace = _WITHOUT.get(node.target)
+        if replace is not None:
+            with gm.graph.inserting_before(node):
+                replace(gm.graph, node)
+    gm = graphs.finish(gm)
+    for node in gm.graph.nodes:
+        if getattr(node.target, "namespace", "") == "gtp_fx":
+            raise NotImplementedError(f"{node.format_node()}: nothing stock stands for this operator")
+    return gm
+
+
+def _stock_attention(graph: fx.Graph, node: fx.Node) -> None:
+    q, k, v, bias, scale, *_ = node.args
+    stock = graphs.call(graph, aten.scaled_dot_product_attention.default, q, k, v, _untold(bias), like=node)
+    stock.kwargs = {"scale": scale}
+    for user in list(node.users):
+        if user.target is operator.getitem and user.args[1] == 0:
+            user.replace_all_uses_with(stock)
+
+
+def _attention_untold(graph: fx.Graph, node: fx.Node) -> None:
+    bias = node.args[3] if len(node.args) > 3 else None
+    if _is_told(bias):
+        node.args = (*node.args[:3], _untold(bias), *node.args[4:])
+
+
+def _untold(bias: Any) -> Any:
+    return bias.args[3] if _is_told(bias) else bias
+
+
+def _first_rows(graph: fx.Graph, node: fx.Node) -> None:
+    """As many rows as stay. What is behind the patches doesn't matter: sizes do."""
+    x: Any = node.args[0]
+    shorter = graphs.call(graph, aten.slice.Tensor, x, 1, 0, shape_of(node)[1], like=node)
+    shorter.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(shorter)
+
+
+def _rows_together(graph: fx.Graph, node: fx.Node) -> None:
+    """[B, 1, C] as the matrix [B, C] that it is, so that the weight is read once and not for every image."""
+    if not _is_of_single_rows(node):
+        return
+    x, *held = node.args
+    flat = graphs.call(graph, aten.select.int, x, 1, 0, like=node)
+    made = graphs.call(graph, aten.linear.default, flat, *held, like=node)
+    whole = graphs.call(graph, aten.unsqueeze.default, made, 1, like=node)
+    whole.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(whole)
+
+
+_WITHOUT: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {
+    gtp_fx.attention_with_scores.default: _stock_attention,
+    aten.scaled_dot_product_attention.default: _attention_untold,
+    gtp_fx.propagate.default: _first_rows,
+    aten.linear.default: _rows_together,
+}

@@ -1,0 +1,112 @@
+"""Scores from what stock attention knows: each row's log-sum-exp, from which any entry of the map is one dot product away.
+
+A program owns some keys of a head and looks at all queries. Sums over queries stay with the thread that made their entries until the
+end, so nothing is reduced in the loop; the diagonal is one dot product a row, made outside it. Nothing N x N is in memory, nothing is
+added by atomics, and results are the same every time. Letters: N keys and M queries of a tile, D features of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gtp_fx.kernels.backward import differentiable
+from gtp_fx.kernels.launch import launcher
+from gtp_fx.kernels.tile_ops import LOG2_E, load_tile, product
+from gtp_fx.kernels.tiles import power_of_two, score_tile
+from gtp_fx.ops.attention import over_heads
+from gtp_fx.ops.register import shaped
+
+
+@triton.jit
+def scores_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, lse_ptr, scales_ptr, received_ptr, own_ptr,
+    q_image, q_head, q_row, q_column, k_image, k_head, k_row, k_column, lse_image, lse_head, lse_row,
+    heads, queries, features, softmax_scale, counted, prefix, patches,
+    HAS_SCALES: tl.constexpr, RECEIVED: tl.constexpr, OWN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """`ROWS` patches of a head, as keys: received [B, H, n], the sums of their columns over the first `counted` queries, and
+    own [B, H, n], their entries on the diagonal."""
+    blocks = tl.cdiv(patches, ROWS)
+    image_head = (tl.program_id(0) // blocks).to(tl.int64)
+    image, head = image_head // heads, image_head % heads
+    q_ptr += image * q_image + head * q_head
+    k_ptr += image * k_image + head * k_head
+    lse_ptr += image * lse_image + head * lse_head
+    patch = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    inside, rows = patch < patches, prefix + patch
+    of_head = tl.arange(0, FEATURES)
+    k_ND = load_tile(k_ptr, rows, of_head, k_row, k_column, prefix + patches, features)
+    exponent = softmax_scale * LOG2_E
+    sums_NM = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if RECEIVED:
+        for start in range(0, counted, COLUMNS):
+            asking = start + tl.arange(0, COLUMNS)
+            q_DM = load_tile(q_ptr, of_head, asking, q_column, q_row, features, queries)
+            lse_M = tl.load(lse_ptr + asking * lse_row, mask=asking < counted, other=float("inf"))  # 0 behind the last
+            sums_NM += tl.exp2(product(k_ND, q_DM) * exponent - (lse_M * LOG2_E)[None, :])
+    # exp(x + log s) is s * exp(x), and s is its column's: a factor behind the sum.
+    s_N = tl.load(scales_ptr + image * patches + patch, mask=inside, other=0.0) if HAS_SCALES else 1.0
+    place = image_head * patches + patch
+    if RECEIVED:
+        tl.store(received_ptr + place, tl.sum(sums_NM, 1) * s_N, mask=inside)
+    if OWN:
+        q_ND = load_tile(q_ptr, rows, of_head, q_row, q_column, prefix + patches, features)
+        logit_N = tl.sum(q_ND.to(tl.float32) * k_ND.to(tl.float32), 1) * exponent
+        lse_N = tl.load(lse_ptr + rows * lse_row, mask=inside, other=0.0)
+        tl.store(own_ptr + place, tl.exp2(logit_N - lse_N * LOG2_E) * s_N, mask=inside)
+
+
+def _shapes(q, k, lse, scale, score, prefix, suffix, scales):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape[0], k.shape[2] - prefix - suffix, dtype=torch.float32)
+
+
+@shaped(_shapes)
+@torch.library.triton_op("gtp_fx_kernels::attention_scores", mutates_args={})
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float | None,
+    score: str,
+    prefix: int,
+    suffix: int,
+    scales: Tensor | None,
+) -> Tensor:
+    """The scores of `torch.ops.gtp_fx.attention_with_scores`, [B, n] float32, for the n patches between prefix and suffix.
+
+    q, k: [B, H, N, D] of float32, bfloat16 or float16, any strides, D from 16 to 128. lse: [B, H, N] float32, any strides, the natural
+    logarithm of the sum of exponentials of each query's logits, those of told scales included. scale: None for D**-0.5.
+    score: a name in `SCORES`. scales: token scales [B, n] where attention was told them, or None. They rank, and have no gradient.
+
+    Tolerance: products of halves are exact in float32, in which they are added; an entry exp(x - lse) is as far off as x and lse
+    are, some 1e-6 of either's size. Where attention was told log s in a lower dtype, lse knows that and `scales` don't: an
+    entry is off by that rounding, 2^-9 of |log s| in bfloat16.
+    """
+    batch, heads, tokens, features = q.shape
+    assert k.shape == q.shape, "the diagonal is that of self-attention"
+    kind, _, how = score.partition("-")
+    patches = tokens - prefix - suffix
+    cut = score_tile(features, q.dtype)
+    receives, owns = kind != "regenerate", kind in ("regenerate", "mixed")
+    nothing = q.new_empty(1, dtype=torch.float32)  # in the place of what isn't read or written
+    received, own = (
+        q.new_empty(batch, heads, patches, dtype=torch.float32) if wanted else nothing for wanted in (receives, owns)
+    )
+    launcher(scores_kernel)[(triton.cdiv(patches, cut.rows) * batch * heads,)](
+        q, k, lse, nothing if scales is None else scales.contiguous(), received, own,
+        *q.stride(), *k.stride(), *lse.stride(),
+        heads, tokens, features, features**-0.5 if scale is None else scale, 1 if kind == "cls" else tokens, prefix, patches,
+        HAS_SCALES=scales is not None, RECEIVED=receives, OWN=owns,
+        ROWS=cut.rows, COLUMNS=cut.columns, FEATURES=power_of_two(features), num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    factors = [over_heads(part, how) for part, wanted in ((own, owns), (received, receives)) if wanted]
+    return math.prod(factors[1:], start=factors[0])
+
+
+differentiable(attention_scores, lambda *arguments: ())
