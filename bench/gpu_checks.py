@@ -261,7 +261,10 @@ def _windows(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Itera
 
 
 def _check(kernel: str, case: str, dtype: torch.dtype, found: Tensor, wanted: Tensor) -> Check:
-    return Check(kernel, case, _name(dtype), _error(found, wanted), TOLERANCE[dtype])
+    tolerance = TOLERANCE[dtype]
+    if found.device.type == "cpu" and dtype == torch.bfloat16:
+        tolerance *= 2  # Triton's interpreter rounds to it towards 0
+    return Check(kernel, case, _name(dtype), _error(found, wanted), tolerance)
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:

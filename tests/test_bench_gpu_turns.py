@@ -153,7 +153,7 @@ def test_answers_are_few_and_name_what_is_missing() -> None:
     assert lines[-1] == "left out or failed: sweep-B (left out: time was over)"
     assert (
         answers({"sweep-B": {"net": "B"}, "model-S-256": row}, [])[1]
-        == "sweep? it can't be read off what was kept, KeyError: 'batch'"
+        == "sweep? it can't be read off what was kept, KeyError: 'steps'"
     )
     many = {f"model-S-{batch}": {**row, "batch": batch} for batch in range(2, 50)}
     assert len(answers(many, [])) == 30
