@@ -12,8 +12,8 @@
     digit_nets          small nets trained on digits that come with scikit-learn, for accuracy; `pip install -e ".[bench]"`
     export_times        speed-up in onnxruntime and as an AOTInductor package
     fuzz                random models held to what is promised of every model
+    gpu_quarter         a quarter of an hour on one GPU: kernels checked and timed, models, by operator, and what would help
     gpu_traffic         what GTP's operators launch and move on an H100, counted in generated code, without a GPU
-    gpu                 kernels checked, and everything timed, on a machine with a GPU
     zoo                 which models the compiler can reduce
 
 Results that the README quotes are in results/.

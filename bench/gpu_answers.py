@@ -20,7 +20,10 @@ def answers(found: Mapping[str, Found], outcomes: Sequence[Outcome]) -> list[str
     lines: list[str] = []
     for what, lines_of in _QUESTIONS.items():
         names = sorted((name for name in found if name.split("-")[0] == what and found[name]), key=_order)
-        lines += lines_of(names, found)
+        try:
+            lines += lines_of(names, found)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # the other questions have answers
+            lines.append(f"{what}? it can't be read off what was kept, {type(error).__name__}: {error}")
     trouble = [f"{outcome.stage} ({outcome.trouble})" for outcome in outcomes if outcome.trouble]
     last = f"left out or failed: {'; '.join(trouble)}" if trouble else "nothing was left out"
     return [*lines[: MOST_LINES - 1], last[:2000]]

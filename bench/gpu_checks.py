@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
-from bench.gpu_stock import log_sum_exps
+from bench.gpu_stock import kernel_named, log_sum_exps
 from gtp_fx.ops.graph import coordinates
-from gtp_fx.site_probes import kernel_named, propagate_sum
 
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 1e-5}
 _STOCK_TOLERANCE = 1e-4
@@ -148,12 +147,12 @@ def _scores(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterat
         lse = (logits if bias is None else logits + bias).logsumexp(-1)
         del logits
         with _poisoned():
-            found = kernel_named("attention_scores")(q, k, lse, None, "mixed-max", 1, 0, scales)
+            found = gtp_fx_kernels.attention_scores(q, k, lse, None, "mixed-max", 1, 0, scales)
         _, ranks = gtp_fx.attention_with_scores(*wide, bias, None, 1.0, "mixed-max", 1, 0)
         yield _check("attention_scores", f"{size}{name}", torch.float32, found, ranks)
     if dtype != torch.float32:
         for kind, run in log_sum_exps(q, k, v).items():
-            found = kernel_named("attention_scores")(q, k, run()[1], None, "mixed-max", 1, 0, None)
+            found = gtp_fx_kernels.attention_scores(q, k, run()[1], None, "mixed-max", 1, 0, None)
             error = _error(found, ranks)  # type: ignore[arg-type]
             yield Check("attention_scores", f"{size}, behind {kind}", _name(dtype), error, _STOCK_TOLERANCE)
 
@@ -210,14 +209,14 @@ def _selected(case: str, chosen: list[Tensor], wanted: tuple[Tensor, ...]) -> Ch
 
 
 def _site(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
-    """Two in a row: the second on what the first left."""
+    """Two in a row: the second on what the first left, and with LayerScale."""
     images, side, channels, leaving = size
     cells, grid = side * side, [side, side]
     x, weight, bias = random(images, 1 + cells, channels), random(channels), random(channels)
     near, degree = gtp_fx.token_graph(x, grid, 1, "mixed", _NEIGHBORS)
     index = torch.arange(cells, device=x.device).expand(images, cells)
     place = scales = None
-    for _ in range(2):
+    for gain in (None, random(channels)):
         score = random(images, index.shape[1], whole=True)
         score[:, ::3] = score[:, :1]  # ties
         with _poisoned():
@@ -226,13 +225,14 @@ def _site(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator
         wanted = (kept, gone, index.gather(1, kept), index.gather(1, gone))
         yield _selected(str(size), chosen, wanted)
         branch = random(*x.shape)
-        told = (scales, weight, bias, grid, "mixed", 0.3, 1, 1e-6, True)
+        told = (scales, weight, bias, grid, "mixed", 0.3, 1, 1e-6, True, [], gain)
         with _poisoned():
-            shorter, moved, normed = propagate_sum(x, branch, near, degree, *chosen, place, *told)
+            shorter, moved, normed = gtp_fx_kernels.propagate(x, branch, near, degree, *chosen, place, *told)
         weights = gtp_fx.propagation_weights(near, degree, *wanted[2:], grid, "mixed")
         before = torch.ones_like(score) if scales is None else scales
         after = gtp_fx.propagate(before[..., None], weights, kept, gone, 0.3, 0)[..., 0]
-        right = gtp_fx.propagate((x + branch).float(), weights, kept, gone, 0.3, 1)
+        stream = x + (branch if gain is None else branch * gain)
+        right = gtp_fx.propagate(stream.float(), weights, kept, gone, 0.3, 1)
         norm = F.layer_norm(shorter.float(), (channels,), weight.float(), bias.float(), 1e-6)
         yield _check("propagate", str(size), dtype, shorter, right)
         yield _check("propagate's scales", str(size), torch.float32, moved, after)

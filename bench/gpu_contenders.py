@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gtp_fx import GTP
 from gtp_fx.backend import gtp
 from gtp_fx.targets import Target
+from gtp_fx.targets.target import TOLD
 from gtp_fx.timing import Run
 
 ATTENTION: Mapping[str, list[SDPBackend]] = {
@@ -48,13 +49,14 @@ OPTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "spatial": {"strategy": GTP(graph="spatial")},
-    "told": {"strategy": GTP(token_scale=True)},
     "untold": {"strategy": GTP(token_scale=False)},
+    **{f"told{form}": {"strategy": GTP(token_scale=True), "told": form} for form in TOLD},
     "nokernels": {"disabled_passes": ("lower_to_kernels",)},
     "border": {},
     "all": {"strategy": GTP(graph="spatial", token_scale=False)},
 }
-"""Options of the backend; "border" and "all" also take the net's schedule of one site at a tile's border."""
+"""Options of the backend, and as "told" the target's: the form in which attention is told scales. "border" and "all" also take the net's schedule
+of one site at a tile's border."""
 AT_BORDER = ("border", "all")
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
-from bench.gpu_stock import log_sum_exps, stock_attention
-from gtp_fx.site_probes import kernel_named, propagation, stream_pass
+from bench.gpu_stock import kernel_named, log_sum_exps, stock_attention
+from gtp_fx.site_probes import propagation, stream_pass
 from gtp_fx.timing import clock_for, interleave
 
 _COPIED = 2**28
@@ -110,7 +110,7 @@ def question(kernel: str, size: tuple[int, ...], made: Made, device: torch.devic
 
 
 def attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
-    """Torch's own, plain and told scales by a mask; ours, plain, told, and scored; and torch's own with scores from its log-sum-exp."""
+    """Torch's own, plain and told scales by a mask or in channels; ours, plain, told, and scored; and torch's own with scores from its log-sum-exp."""
     images, heads, tokens, head = size
     q, k, v = torch.randn(images, tokens, 3, heads, head, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     scales = torch.ones(images, tokens - 1, device=device)
@@ -119,6 +119,9 @@ def attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
     for kind in ("cudnn", "flash"):
         runs[kind] = lambda kind=kind: stock_attention(kind, q, k, v)
     runs["cudnn, mask"] = lambda: stock_attention("cudnn", q, k, v, mask)
+    runs["cudnn, channels"] = lambda: stock_attention(
+        "cudnn", *gtp_fx.scale_channels(q, k, scales, 1, 0, head**-0.5), v, scale=head**-0.5
+    )
     for name, told, score in (
         ("attend", None, "none"),
         ("attend, told", scales, "none"),
@@ -126,10 +129,8 @@ def attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
         ("attend, scored", None, "mixed-max"),
     ):
         runs[name] = lambda told=told, score=score: attend(q, k, v, told, score, [])
-    scores = kernel_named("attention_scores")
     for kind, run in log_sum_exps(q, k, v).items():
-        behind = f"{kind} and attention_scores"
-        runs[behind] = None if scores is None else _scored(scores, q, k, run)
+        runs[f"{kind} and attention_scores"] = _scored(q, k, run)
     return runs, {}
 
 
@@ -137,10 +138,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None, score: str, t
     return gtp_fx_kernels.attend(q, k, v, None, scales, None, None, score, 1, 0, tile)
 
 
-def _scored(scores: Any, q: Tensor, k: Tensor, run: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], object]:
+def _scored(q: Tensor, k: Tensor, run: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], object]:
     def both() -> object:
         out, lse = run()
-        return out, scores(q, k, lse, None, "mixed-max", 1, 0, None)
+        return out, gtp_fx_kernels.attention_scores(q, k, lse, None, "mixed-max", 1, 0, None)
 
     return both
 

@@ -130,7 +130,7 @@ def prepare(
     for contender in contenders:
         options = _options(contender.variant, subject, schedule)
         if contender.ours and contender.variant not in wanted:
-            eager = {name: value for name, value in options.items() if name != "disabled_passes"}
+            eager = {name: value for name, value in options.items() if name not in ("disabled_passes", "told")}
             wanted[contender.variant] = gtp_fx.optimize(model, **eager, **told)(few)  # type: ignore[arg-type]
         try:
             made = compiled(contender, model, images, options, target)

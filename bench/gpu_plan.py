@@ -25,7 +25,11 @@ from bench.gpu_turns import Stage
 
 SIZES = (("S", 256), ("B", 256), ("L", 64), ("D", 32))
 """Each net at the batch that tells most."""
-VARIANTS = ("spatial", "told", "untold", "nokernels", "border", "all")
+VARIANTS = {
+    "B": ("spatial", "nokernels", "border", "all"),
+    "D": ("spatial", "nokernels", "border", "all", "toldmask", "toldkernel", "toldchannel"),
+}
+"""Which of `bench.gpu_contenders.VARIANTS` are tried on which net. Telling scales costs most where attention does."""
 OPTIONS = ("maxautotune", "coordinate", "tma", "epilogue", "pdl")
 TOOLS = ("memcheck", "racecheck")
 KERNELS = ("attend", "attention_scores", "token_graph", "select", "propagate", "recover")
@@ -48,16 +52,16 @@ _LIMITS = {
     "environment": Limits(15, 3, 60),
     "checks": Limits(0, 15, 150, waits=False),
     "kernels": Limits(25, 6, 170),
-    "model": Limits(40, 8, 200),
-    "ablate": Limits(15, 4, 200),
+    "model": Limits(40, 8, 280),
+    "ablate": Limits(15, 4, 250),
     "sweep": Limits(30, 8, 120),
-    "plain": Limits(40, 8, 200),
+    "plain": Limits(40, 8, 250),
     "tiles": Limits(20, 5, 150),
-    "options": Limits(30, 6, 240),
+    "options": Limits(30, 6, 280),
     "sanitize": Limits(0, 20, 180, waits=False),
     "warps": Limits(0, 15, 120, waits=False),
 }
-_SINGLE = Limits(20, 4, 240)
+_SINGLE = Limits(20, 4, 280)
 """Of a model at batch 1: two modes to compile, and short runs."""
 _DRY = 20
 """Triton's interpreter and one core: how much longer everything may take in a dry run."""
@@ -78,12 +82,12 @@ class Plan:
 
 def first(dry: bool) -> Plan:
     if dry:
-        nets = ("model-T-2", "kernels-attention", "kernels-sites", "model-T-1", "ablate-T-untold-border", "sweep-T")
+        nets = ("model-T-2", "kernels-attention", "kernels-sites", "model-T-1", "ablate-T-toldmask-border", "sweep-T")
         return Plan((("environment", "checks-nets", *nets),), 430 * _DRY, 110 * _DRY)
     started = {"L": 0, "D": 1, "B": 2, "S": 3}  # who takes longest to compile gets ready first
     large = sorted((f"model-{net}-{batch}" for net, batch in SIZES), key=lambda name: started[name.split("-")[1]])
     single = [f"model-{net}-1" for net, _ in SIZES]
-    ablations = tuple(f"ablate-{net}-{variant}" for variant in VARIANTS for net in "BD")
+    ablations = tuple(f"ablate-{net}-{variant}" for net, variants in VARIANTS.items() for variant in variants)
     names = (*large, "environment", "checks-nets", "kernels-attention", "kernels-sites", *single, *ablations)
     others = tuple(f"checks-{dtype}" for dtype in ("bfloat16", "float16", "float32"))
     return Plan(((*names, "sweep-B", "sweep-L", *others),), 430, 110)

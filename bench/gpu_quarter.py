@@ -198,7 +198,7 @@ def _run(
         typer.echo(line)
     if dry:
         typer.echo("a dry run: no figure means anything")
-    if wrong_checks(found) or any(outcome.trouble for outcome in quarter.outcomes):
+    if wrong_checks(found) or any(outcome.failed for outcome in quarter.outcomes):
         raise typer.Exit(1)
 
 

@@ -24,6 +24,7 @@ from bench import gpu_checks, gpu_kernels, gpu_models, gpu_sweep, gpu_tiles, gpu
 from bench.gpu_contenders import Contender
 from bench.gpu_environment import environment
 from bench.gpu_plan import KERNELS, SIZES
+from bench.gpu_stock import kernel_named
 from bench.gpu_turns import Turn
 from gtp_fx import site_probes
 from gtp_fx.kernels.available import has_kernels, load_kernels
@@ -94,7 +95,7 @@ def _checks(place: Place, rest: Sequence[str]) -> None:
     if place.dry:
         sizes, dtypes = gpu_checks.DRY, [torch.bfloat16, torch.float32]
     wanted = list(gpu_checks.cases(sizes, dtypes))
-    missing = [name for name in KERNELS if site_probes.kernel_named(name) is None]
+    missing = [name for name in KERNELS if kernel_named(name) is None]
     checks: list[gpu_checks.Check] = []
     for done, case in enumerate(wanted, 1):
         checks += case.checks(place.device)
@@ -197,7 +198,7 @@ def _case(place: Place, rest: Sequence[str]) -> None:
         gpu_wrong.relaunch(int(rest[2]))
     found = gpu_wrong.run_case(gpu_wrong.cases_of(rest[0], place.dry)[int(rest[1])], place.device)
     place.turn.keep(found)
-    print(found)
+    print(f"{rest[0]} at {found['size']} in {found['dtype']}: {'right' if found['right'] else 'WRONG'}")
 
 
 def _find_failing(place: Place, rest: Sequence[str]) -> None:

@@ -9,27 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
-from torch.ops import aten  # type: ignore[import-not-found]
+from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
 from bench.gpu_contenders import ATTENTION
 
 
-def stock_attention(kind: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def stock_attention(
+    kind: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """kind: a name in `ATTENTION`."""
     with sdpa_kernel(list(ATTENTION[kind]), set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def log_sum_exps(q: Tensor, k: Tensor, v: Tensor) -> Mapping[str, Callable[[], tuple[Tensor, Tensor]]]:
     """By kernel: what returns the output and the log-sum-exp [B, H, N] of each row."""
-    if q.device.type != "cuda":
-        return {"cpu": lambda: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]}
+    kinds = ("cudnn", "flash") if q.device.type == "cuda" else ("cpu",)
+    return {kind: lambda kind=kind: gtp_fx.attention_with_lse(q, k, v, None, None, kind) for kind in kinds}
 
-    def cudnn() -> tuple[Tensor, Tensor]:
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
-        return out, lse.squeeze(-1) if lse.ndim == 4 else lse
 
-    return {"cudnn": cudnn, "flash": lambda: aten._scaled_dot_product_flash_attention(q, k, v)[:2]}
+def kernel_named(name: str) -> Any:
+    """One of GTP's, or None where there is none of that name."""
+    return getattr(torch.ops.gtp_fx_kernels, name, None)
 
 
 def backend_chosen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bench.gpu_kernels import DRY, NETS, NOT_THERE, KernelRow, KernelSizes, Made, Question, attend, question
+from bench.gpu_kernels import DRY, NETS, KernelRow, KernelSizes, Made, Question, attend, question
 from gtp_fx.kernels.tiles import AttentionTile
 from gtp_fx.kernels.tuned import save_tiles, tile_key
-from gtp_fx.site_probes import kernel_arguments, propagation
+from gtp_fx.site_probes import propagation
 
 FITTING = ((32, 256, 4, 1), (32, 256, 8, 1), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 4, 3))
 TILED = ((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 4), (128, 32, 4, 3))
@@ -73,8 +73,6 @@ def _attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) 
 
 def _stream(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
     images, patches, channels, leaving = size
-    if "tile" not in kernel_arguments("propagate"):
-        return {f"{tile}, {NOT_THERE}": None for tile in STREAM}, {}
     x = torch.randn(images, patches, channels, device=device).to(dtype)
     calls = {str(tile): propagation(x, leaving, tile) for tile in STREAM}
     return {tile: lambda call=call: call[0](*call[1:]) for tile, call in calls.items()}, {}

@@ -26,6 +26,7 @@ from typing import Any
 
 _POLL = 0.05
 NO_LIMIT = 1e9
+_LEFT_OUT = "left out"
 FOLDERS = ("found", "turns", "logs")
 
 
@@ -52,6 +53,11 @@ class Outcome:
     stage: str
     trouble: str
     seconds: tuple[float, float]
+
+    @property
+    def failed(self) -> bool:
+        """It was begun and came to nothing good, where one that is left out was not."""
+        return bool(self.trouble) and not self.trouble.startswith(_LEFT_OUT)
 
 
 class Turn:
@@ -204,10 +210,10 @@ def run_stages(
             time.sleep(_POLL)
     finally:  # time is over, or somebody interrupts
         for run in list(now.running):
-            got = "stopped in its turn" if run is now.turn else "left out: it was not ready"
+            got = "stopped in its turn" if run is now.turn else f"{_LEFT_OUT}: it was not ready"
             now.finish(run, f"{got} when time was over")
         for stage in now.pending:
-            now.record(Outcome(stage.name, "left out: time was over", (0.0, 0.0)))
+            now.record(Outcome(stage.name, f"{_LEFT_OUT}: time was over", (0.0, 0.0)))
     return now.outcomes
 
 
@@ -235,7 +241,7 @@ def _begin(now: _Round, processes: int) -> None:
         stage = now.pending.pop(0)
         if now.left < stage.least:
             now.record(
-                Outcome(stage.name, f"left out: {now.left:.0f} s were left, it takes {stage.least:g}", (0.0, 0.0))
+                Outcome(stage.name, f"{_LEFT_OUT}: {now.left:.0f} s were left, it takes {stage.least:g}", (0.0, 0.0))
             )
         else:
             now.start(stage)
@@ -246,7 +252,7 @@ def _give_turn(now: _Round) -> None:
     order = [run for run in now.ready() if run.process.poll() is None]
     for run in order:
         if now.left < run.stage.least:
-            now.finish(run, f"left out: {now.left:.0f} s were left for its turn, it takes {run.stage.least:g}")
+            now.finish(run, f"{_LEFT_OUT}: {now.left:.0f} s were left for its turn, it takes {run.stage.least:g}")
             continue
         now.turn = run
         run.prepared, run.active = run.active, 0.0

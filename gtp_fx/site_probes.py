@@ -70,8 +70,8 @@ def propagation(x_BNC: Tensor, leaving: int, tile: Sequence[int] = ()) -> Call:
     *chosen, place = gtp_fx_kernels.select(scores, None, leaving, tokens)
 
     def kernels(x, r, s, weight, bias, *site):  # type: ignore[no-untyped-def]
-        told = (s, weight, bias, grid, "mixed", _ALPHA, 0, _EPS, True)
-        shorter, moved, normed = propagate_sum(x, r, *site, *told, tile=tile)
+        told = (s, weight, bias, grid, "mixed", _ALPHA, 0, _EPS, True, list(tile))
+        shorter, moved, normed = gtp_fx_kernels.propagate(x, r, *site, *told)
         return shorter, normed, moved
 
     return kernels, x_BNC, residual, scales, weight, bias, near, degree, *chosen, place
@@ -85,26 +85,6 @@ def stream_pass(x_BNC: Tensor) -> Call:
         return total, F.layer_norm(total, total.shape[-1:], weight, bias, _EPS)
 
     return add_and_norm, x_BNC, torch.roll(x_BNC, 1, 1), x_BNC[0, 0], x_BNC[0, 1]
-
-
-def propagate_sum(x: Tensor, residual: Tensor | None, *rest: Any, tile: Sequence[int] = ()) -> Any:
-    """The kernel `propagate` of x + residual, which it adds itself where it takes a residual. tile: as the kernel's, where it takes one."""
-    known = kernel_arguments("propagate")
-    if "residual" in known:
-        first: tuple[Any, ...] = (x, residual)
-    else:
-        first = (x if residual is None else x + residual,)
-    return gtp_fx_kernels.propagate(*first, *rest, *([list(tile)] if "tile" in known else []))
-
-
-def kernel_arguments(name: str) -> list[str]:
-    """Their names."""
-    return [argument.name for argument in kernel_named(name).default._schema.arguments]
-
-
-def kernel_named(name: str) -> Any:
-    """One of the kernels, or None where there is none of that name."""
-    return getattr(gtp_fx_kernels, name, None)
 
 
 def _nearly_square(cells: int) -> list[int]:

@@ -85,6 +85,7 @@ def test_nothing_is_begun_that_does_not_fit(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 4
     assert found["large"].trouble.startswith("left out: ") and found["large"].trouble.endswith("it takes 60")
     assert found["first"].trouble == "stopped in its turn when time was over"
+    assert found["first"].failed and not found["large"].failed
     assert found["late"].trouble in (
         "left out: time was over",
         "left out: it was not ready when time was over",
@@ -150,5 +151,9 @@ def test_answers_are_few_and_name_what_is_missing() -> None:
     assert "goal 1.30? met: 1.300x (1.290 – 1.310)" in lines[0]
     assert "the fastest of 1, 2 not run" in lines[0] and "best" not in lines[0] and "FAILED: original" in lines[0]
     assert lines[-1] == "left out or failed: sweep-B (left out: time was over)"
+    assert (
+        answers({"sweep-B": {"net": "B"}, "model-S-256": row}, [])[1]
+        == "sweep? it can't be read off what was kept, KeyError: 'batch'"
+    )
     many = {f"model-S-{batch}": {**row, "batch": batch} for batch in range(2, 50)}
     assert len(answers(many, [])) == 30
