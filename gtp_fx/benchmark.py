@@ -14,7 +14,7 @@ from gtp_fx.compare import Agreement, agreement, compile_checked, rounding_toler
 from gtp_fx.errors import OptionError
 from gtp_fx.model import OptimizedModel
 from gtp_fx.progress import Progress, Steps
-from gtp_fx.timing import Run, Timings, clock_for, interleave
+from gtp_fx.timing import Run, Timings, interleave, model_clock
 
 ORIGINAL = "original"
 _WARMUP = 1
@@ -122,7 +122,7 @@ def benchmark(
             ).seconds
             steps.done()
     steps.begin("timing")
-    timings = interleave(runs, rounds=rounds, warmup=_WARMUP, clock=clock_for(images.device), progress=steps.done)
+    timings = interleave(runs, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done)
     entries = []
     for name, fast in optimised.items():
         forecast = fast.report.forecast

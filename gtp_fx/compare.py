@@ -20,7 +20,7 @@ from gtp_fx.errors import CheckError
 from gtp_fx.inputs import tensors_in
 from gtp_fx.model import OptimizedModel
 from gtp_fx.progress import Progress, Steps
-from gtp_fx.timing import Run, Spread, Timings, clock_for, interleave
+from gtp_fx.timing import Run, Spread, Timings, interleave, model_clock
 
 ORIGINAL_EAGER, OPTIMISED_EAGER = "original eager", "optimised eager"
 ORIGINAL_COMPILED, OPTIMISED_COMPILED = "original compiled", "optimised compiled"
@@ -171,7 +171,9 @@ def compare(
         compilations[name] = compile_checked(name, contenders[name], contenders[eager](), tolerance, images.device)
     steps.done()
     steps.begin("timing")
-    timings = interleave(contenders, rounds=rounds, warmup=_WARMUP, clock=clock_for(images.device), progress=steps.done)
+    timings = interleave(
+        contenders, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done
+    )
     return Comparison(agreed, compilations, tolerance, timings, optimised.report.flops_ratio, len(images))
 
 
