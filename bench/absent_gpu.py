@@ -17,7 +17,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 CAPABILITY = (9, 0)
 PROPERTIES = SimpleNamespace(
@@ -36,35 +38,40 @@ PROPERTIES = SimpleNamespace(
 )
 """As `torch.cuda.get_device_properties` gives an H100's (SXM, 80 GB)."""
 
+ATTENTION = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+"""torch's order on sm_90 with cuDNN above 9.15, which wheels of torch 2.11 and later bring (ATen, sdp_utils.cpp)."""
+CUDNN = 91_900
+
 
 @contextlib.contextmanager
 def absent_h100() -> Iterator[None]:
     """Inside it torch and Triton generate code for an H100. Only for a process that does nothing else with a GPU: what
     they find out about it they keep."""
     from torch._dynamo import device_interface
-    from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
 
     device_interface.get_interface_for_device("cuda")  # fills the table that is patched
     interface = _interface(device_interface)
-    deduce = UniformValueConstantFolder._deduce_value
-
-    def deduce_on_host(folder: Any, node: Any) -> Any:
-        with _OnHost():
-            return deduce(folder, node)
-
     patches = [
         # Inductor's own questions (multiprocessors, registers, capability, bfloat16) go through this one table.
         mock.patch.dict(device_interface.device_interfaces, {"cuda": interface, "cuda:0": interface}),
         # Some go past it: Triton's TMA support and gtp_fx's own lowering ask torch.cuda.
         mock.patch.object(torch.cuda, "get_device_capability", return_value=CAPABILITY),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=PROPERTIES),
-        # Constants are folded by making one of their entries: on the host, where the numbers are the same.
-        mock.patch.object(UniformValueConstantFolder, "_deduce_value", deduce_on_host),
+        # Which attention torch prefers it finds out when it is first asked, and the answer is the driver's.
+        mock.patch.object(torch, "_fused_sdp_choice", return_value=int(ATTENTION[0])),
+        mock.patch.object(torch.nn.attention, "_cur_sdpa_kernel_backends", return_value=list(ATTENTION)),
+        mock.patch.object(torch.backends.cudnn, "version", return_value=CUDNN),
     ]
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
         stack.enter_context(_triton_driver())
+        stack.enter_context(_OnHost())
         yield
 
 
@@ -127,11 +134,12 @@ def _triton_driver() -> Iterator[None]:
 
 
 class _OnHost(TorchFunctionMode):
-    """What is made on a GPU inside it is made on the host."""
+    """What would be made on a GPU in earnest, with nothing there that fakes it, is made on the host: an entry of a
+    constant that is folded, an operand to ask about. The numbers are the same."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if kwargs.get("device") is not None:
+        if _get_current_dispatch_mode() is None and str(kwargs.get("device")).startswith("cuda"):
             kwargs["device"] = torch.device("cpu")
         return func(*args, **kwargs)
 

@@ -25,6 +25,7 @@ from gtp_fx.loading import LoadedModel, load_model
 from gtp_fx.photo import photo_batch
 from gtp_fx.progress import progress_bar
 from gtp_fx.reading import Device, Dtype, parse_schedule
+from gtp_fx.timing import model_clock
 
 
 def main(
@@ -68,6 +69,7 @@ def as_result(
         "flops_budget": fast.report.flops_budget,
         "schedule": list(fast.schedule),
         "environment": asdict(Environment.here(device)),
+        "clock": model_clock(torch.device(device)).__name__,
         "comparison": comparison.to_dict(),
     }
 

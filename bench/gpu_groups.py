@@ -34,13 +34,18 @@ class Group(str, Enum):
 
     @classmethod
     def of(cls, launch: Launch) -> Group:
-        if launch.mark == cls.scored.name and launch.kind == GENERATED:
-            return cls.over_heads
+        if launch.mark == _SCORES:
+            return cls.over_heads if launch.kind == GENERATED else cls.scored
         return cls[launch.mark] if launch.mark else cls.other
 
 
+_SCORES = "scores"
+"""The mark of a kernel of ours that makes scores, and of what Inductor generates for its reduction over heads."""
+
+
 def mark(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of an optimised graph, not lowered yet, whose nodes know their group."""
+    """A copy of an optimised graph whose nodes know their group: first of all before it is lowered, since what is
+    lowered keeps its mark, and again behind, where operators are told apart that there weren't before."""
     gm = graphs.copy_of(gm)
     for node in gm.graph.nodes:
         if node.target is gtp_fx.token_graph.default:
@@ -49,12 +54,13 @@ def mark(gm: fx.GraphModule) -> fx.GraphModule:
             _put(node, Group.select)
         elif node.target is gtp_fx.attention_with_scores.default:
             _put(node, Group.scored)
-            _put_on_bias(node.args[3], Group.scored)
+        elif graphs.operator_name(node) in _TELLING:
+            _put(node, Group.told)
         elif node.target is aten.scaled_dot_product_attention.default:
-            bias = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-            if _is_told(bias):
+            if _is_told(node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")):
                 _put(node, Group.told)
-                _put_on_bias(bias, Group.told)
+        elif getattr(node.target, "namespace", "") == "gtp_fx_kernels" and _mark_of(node) == Group.scored.name:
+            node.meta["custom"] = {**node.meta["custom"], MARK: _SCORES}
         elif node.target in (gtp_fx.propagate.default, gtp_fx.propagation_weights.default, aten.layer_norm.default):
             # All norms: where a site's sum is written and where it is added up again by later ones differs between the
             # graphs.
@@ -66,6 +72,10 @@ def mark(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
+_TELLING = ("gtp_fx.key_bias.default", "gtp_fx.scale_channels.default")
+"""Operators that bring token scales into attention's operands, by name: not every version has all."""
+
+
 def _put(node: fx.Node, group: Group) -> None:
     node.meta["custom"] = {**(node.meta.get("custom") or {}), MARK: group.name}
 
@@ -74,9 +84,8 @@ def _is_told(bias: Any) -> bool:
     return isinstance(bias, fx.Node) and bias.target is gtp_fx.key_bias.default
 
 
-def _put_on_bias(bias: Any, group: Group) -> None:
-    if _is_told(bias):
-        _put(bias, group)
+def _mark_of(node: fx.Node) -> Any:
+    return (node.meta.get("custom") or {}).get(MARK)
 
 
 def _is_of_single_rows(node: fx.Node) -> bool:

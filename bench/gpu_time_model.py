@@ -55,7 +55,8 @@ class GpuModel:
     single_tile: Tile = _SINGLE_TILE
     """Of a float32 product. Assumed."""
     attention: float = 400e12
-    """FLOP/s of cuDNN's attention, heads of 64, in whole tiles. Assumed: published is 285 to 320 of flash, more of cuDNN."""
+    """FLOP/s of cuDNN's attention, heads of 64, in whole tiles. Assumed: published is 285 to 320 of flash, more
+    of cuDNN."""
     attention_tile: tuple[int, int] = (128, 128)
     """Queries and keys. Published of flash, assumed of cuDNN."""
     issue: int = 128
@@ -74,13 +75,11 @@ class GpuModel:
     exponentials: int = 16
     """That a multiprocessor makes in a cycle: CUDA's programming guide, throughput of special functions. It bounds
     `attention_scores`."""
-    scores_tile: tuple[int, int] = (64, 64)
-    graph_tile: tuple[int, int] = (64, 64)
-    """Of kernels of ours that this model has no count of."""
     graph_share: float = 0.65
     """Of `dense`, of the graph kernel's product. Assumed: as other products of a few hundred terms."""
     graph_select: float = 11.0
-    """A thread's instructions for an entry and neighbour: a round of the largest. Assumed."""
+    """A thread's instructions for an entry and neighbour: a round of the largest. Assumed, of as many rounds as
+    neighbours in every tile; a kernel that goes by what may still enter has fewer."""
     digits: int = 17
     pass_cycles: float = 1000.0
     """aten.topk of float32: 16 passes of two bits over a row and one that gathers (ATen's SortingRadixSelect.cuh), and
@@ -134,14 +133,12 @@ class GpuModel:
 
     @computing.register
     def _(self, work: Scores) -> float:
-        return self._entries(work, self.scores_tile) / (self.exponentials * self.units * self.clock)
+        exponentials = work.maps * _whole(work.keys, work.rows) * _whole(work.queries, work.columns)
+        return exponentials / (self.exponentials * self.units * self.clock)
 
     @computing.register
     def _(self, work: TokenGraph) -> float:
-        if not work.neighbors:
-            return 0.0
-        rows, columns = (_whole(work.cells, side) for side in self.graph_tile)
-        entries = work.images * rows * columns
+        entries = work.images * _whole(work.cells, work.rows) * _whole(work.cells, work.columns)
         chosen = entries * work.neighbors * self.graph_select / (self.issue * self.units * self.clock)
         return chosen + entries * 2 * work.channels / (self.dense * self.graph_share)
 

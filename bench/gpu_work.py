@@ -83,7 +83,11 @@ class Receive(Attention):
 
 @dataclass(frozen=True)
 class Scores(Attention):
-    """`attention_scores`: one product and one exponential an entry, from log-sum-exps that are known."""
+    """`attention_scores`: one product and one exponential an entry, from log-sum-exps that are known. rows, columns:
+    its tile, keys by queries."""
+
+    rows: int
+    columns: int
 
     @property
     def flops(self) -> int:
@@ -92,12 +96,15 @@ class Scores(Attention):
 
 @dataclass(frozen=True)
 class TokenGraph(Work):
-    """`token_graph` as one kernel: every patch with every other, the most similar of them kept."""
+    """`token_graph` as one kernel: every patch with every other, the most similar of them kept. rows, columns: its
+    tile."""
 
     images: int
     cells: int
     channels: int
     neighbors: int
+    rows: int
+    columns: int
 
     @property
     def flops(self) -> int:
@@ -155,19 +162,22 @@ def own_work(
         (images, heads, queries, features), (_, _, keys, _) = [shape for shape in read if len(shape) == 4][:2]
         sizes = {"maps": images * heads, "queries": queries, "keys": keys, "features": features, "values": features}
         if module == "scores":
-            return Scores(**sizes)
-        tile = {"rows": given["ROWS"], "columns": given["COLUMNS"]}
+            return Scores(**sizes, **_tile(given))
         if kernel == "receive_kernel":
-            return Receive(**sizes, **tile)
+            return Receive(**sizes, **_tile(given))
         sizes["values"] = tensors["v_ptr"][3]
         fits, told, scored = (bool(given[flag]) for flag in ("ROW_FITS", "HAS_SCALES", "SCORED"))
-        return TritonAttention(**sizes, **tile, fits=fits, told=told, scored=scored and fits)
+        return TritonAttention(**sizes, **_tile(given), fits=fits, told=told, scored=scored and fits)
     if module == "token_graph":
         near = next(tensors[name] for name in written if len(tensors[name]) == 3)
         x = next(shape for shape in read if len(shape) == 3)
-        return TokenGraph(near[0], near[1], x[-1], near[2])
+        return TokenGraph(near[0], near[1], x[-1], near[2], **_tile(given))
     if module == "select":
         return Select(read[0][0])
     if module in ("propagate", "recover"):
         return Gather()
     raise NotImplementedError(f"gtp_fx.kernels.{module}.{kernel}: no formula for its work in bench/gpu_work.py")
+
+
+def _tile(given: Mapping[str, Any]) -> dict[str, int]:
+    return {"rows": given["ROWS"], "columns": given["COLUMNS"]}

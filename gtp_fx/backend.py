@@ -1,7 +1,6 @@
 """`torch.compile(model, backend="gtp", options={…})`, the door for graphs that Dynamo captures.
 
-Options are `optimize`'s: flops_budget, schedule, strategy, target, …; and "mode", torch.compile's own, which
-torch refuses beside options=. Dynamo calls a backend once a graph, and again for a second batch size: the schedule depends
+Options are `optimize`'s: flops_budget, schedule, strategy, target, …, and mode, which torch refuses beside options=. Dynamo calls a backend once a graph, and again for a second batch size: the schedule depends
 on the graph alone, so it is the same each time.
 """
 
@@ -32,19 +31,17 @@ def gtp(
 ) -> Callable[..., Any]:
     """Rewrite Dynamo's graph and compile it with Inductor. A graph without attention is compiled as it is, with a warning:
     a graph break leaves such pieces before and behind a model."""
-    chosen = dict(options or {})
-    mode = chosen.pop("mode", mode)
-    checked = Options.from_mapping(chosen)
-    patches = {**_mode_options(mode), **checked.target.inductor}
+    checked = Options.from_mapping({"mode": mode, **(options or {})})
     if any(getattr(node.target, "namespace", "") == "gtp_fx" for node in gm.graph.nodes):
         raise OptionError("backend 'gtp': this model is optimised already; compile it with torch.compile's own backend")
-    captured = capture_dynamo(gm)
+    captured, device = capture_dynamo(gm), _device(example_inputs)
+    patches = checked.inductor(device)
     try:
         optimised = run_passes(captured, checked)
     except NoBlocksError as error:
         warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
         return _inductor(gm, example_inputs, patches)
-    made = lowered(optimised.graph_module, _device(example_inputs), checked.disabled_passes, checked.target.told)
+    made = lowered(optimised.graph_module, device, checked.disabled_passes, checked.target.told)
     return _inductor(made, example_inputs, patches)
 
 
@@ -57,12 +54,3 @@ def _device(inputs: Sequence[Any]) -> torch.device:
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
     compile_fx = importlib.import_module("torch._inductor.compile_fx").compile_fx  # takes a second, so only when asked
     return cast("Callable[..., Any]", compile_fx(gm, list(example_inputs), config_patches=patches))
-
-
-def _mode_options(mode: str | None) -> dict[str, Any]:
-    if mode is None or mode == "default":
-        return {}
-    known = torch._inductor.list_mode_options()
-    if mode not in known:
-        raise OptionError(f"mode={mode!r} is unknown; torch.compile has {', '.join(map(repr, known))}")
-    return dict(known[mode])

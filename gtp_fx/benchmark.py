@@ -11,9 +11,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from gtp_fx.compare import Agreement, agreement, compile_checked, rounding_tolerance
+from gtp_fx.errors import OptionError
 from gtp_fx.model import OptimizedModel
 from gtp_fx.progress import Progress, Steps
-from gtp_fx.timing import Run, Timings, clock_for, interleave
+from gtp_fx.timing import Run, Timings, interleave, model_clock
 
 ORIGINAL = "original"
 _WARMUP = 1
@@ -95,8 +96,14 @@ def benchmark(
 ) -> Benchmark:
     """Check every model against the original and its compiled form against its eager one, then time all on images [B, …].
 
-    Raises CheckError where an output is wrong, OptionError for no rounds; what compiling raises goes through.
+    The original is compiled with what all of them tell Inductor. Raises CheckError where an output is wrong, OptionError for no rounds
+    and for models that tell it different things; what compiling raises goes through.
     """
+    told = [fast.inductor_options for fast in optimised.values()]
+    if not eager and any(options != told[0] for options in told):
+        raise OptionError(
+            f"models of different modes or targets, {told}: the original is compiled in one way; time them apart"
+        )
     torch._dynamo.reset()
     steps = Steps((1 + len(optimised)) * ((not eager) + _WARMUP + rounds), progress)
     agreed = {name: agreement(original, fast, images) for name, fast in optimised.items()}
@@ -105,7 +112,7 @@ def benchmark(
     seconds: dict[str, float | None] = dict.fromkeys(eager_runs)
     runs = eager_runs
     if not eager:
-        compiled: Any = torch.compile(original)
+        compiled: Any = torch.compile(original, options=told[0] or None)
         runs = {ORIGINAL: lambda: compiled(images)}
         runs |= {name: lambda fast=fast: fast(images) for name, fast in optimised.items()}  # type: ignore[misc]
         for name, run in runs.items():
@@ -115,7 +122,7 @@ def benchmark(
             ).seconds
             steps.done()
     steps.begin("timing")
-    timings = interleave(runs, rounds=rounds, warmup=_WARMUP, clock=clock_for(images.device), progress=steps.done)
+    timings = interleave(runs, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done)
     entries = []
     for name, fast in optimised.items():
         forecast = fast.report.forecast

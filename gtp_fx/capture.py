@@ -13,7 +13,7 @@ import inspect
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,6 +77,7 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
         exported, signature = export()
     _refuse_changes("the model", _changed(signature))
     graph_module: Any = exported
+    _hold_again(graph_module, gm, {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
     new = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for before, after in zip(old, new, strict=True):
         # Inductor reads from it which inputs are parameters: without it every weight is copied at a CUDA graph's replay.
@@ -86,6 +87,23 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
         graph_module._param_name_to_source = gm._param_name_to_source
     fix_symbols(graph_module)
     return cast("fx.GraphModule", graph_module)
+
+
+def _hold_again(exported: fx.GraphModule, gm: fx.GraphModule, held: Mapping[str, str]) -> None:
+    """What `gm` holds and AOT made inputs of, as attributes again: so Dynamo has parameters that are to be frozen (Inductor's option).
+
+    held: names in `gm` by those of the inputs.
+    """
+    for node in exported.graph.find_nodes(op="placeholder"):
+        if node.name in held:
+            name = held[node.name]
+            setattr(exported, name, getattr(gm, name))
+            with exported.graph.inserting_before(node):
+                attribute = exported.graph.get_attr(name)
+            attribute.meta = node.meta
+            node.replace_all_uses_with(attribute)
+            exported.graph.erase_node(node)
+    exported.recompile()
 
 
 def _specialise_grids(graph: fx.Graph, fakes: Sequence[Any]) -> bool:

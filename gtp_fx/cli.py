@@ -22,6 +22,7 @@ from gtp_fx.reading import (
     Dtype,
     FlopsBudget,
     LatencyBudget,
+    Mode,
     Model,
     Pretrained,
     Rounds,
@@ -80,6 +81,7 @@ def optimize(
     schedule: ScheduleText = "auto",
     strategy: Strategy = "gtp",
     target: Target = "auto",
+    mode: Mode = None,
     batch: Batch = 8,
     rounds: Rounds = 15,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
@@ -102,7 +104,9 @@ def optimize(
     with explaining(model):
         if rounds < 1:
             raise OptionError(f"--rounds {rounds}: give at least one")
-        options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
+        if mode is not None and no_time:
+            raise OptionError(f"--mode {mode} is how to compile, and --no-time compiles nothing: leave one of them out")
+        options = asked(flops_budget, latency_budget, schedule, strategy, target, batch, mode)
         must_draw(plot)
         loaded = load(model, pretrained, weights, dtype, device)
         say(f"{loaded.name}, weights: {loaded.weights_origin}; {dtype.value} on {device.value}\n")

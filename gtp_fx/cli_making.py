@@ -23,6 +23,7 @@ from gtp_fx.reading import (
     FlopsBudgets,
     LatencyBudget,
     LatencyBudgets,
+    Mode,
     Model,
     Pretrained,
     Rounds,
@@ -45,6 +46,7 @@ def bench(
     strategy: Strategies = None,
     schedule: ScheduleText = "auto",
     target: Target = "auto",
+    mode: Mode = None,
     batch: Batch = 8,
     rounds: Rounds = 15,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
@@ -62,8 +64,10 @@ def bench(
     with explaining(model):
         if rounds < 1:
             raise OptionError(f"--rounds {rounds}: give at least one")
+        if mode is not None and eager:
+            raise OptionError(f"--mode {mode} is how to compile, and --eager compiles nothing: leave one of them out")
         wanted = itertools.product(strategy or ["gtp"], budgets(flops_budget, latency_budget, schedule))
-        options = {_named(how, *budget): asked(*budget, schedule, how, target, batch) for how, budget in wanted}
+        options = {_named(how, *budget): asked(*budget, schedule, how, target, batch, mode) for how, budget in wanted}
         loaded = load(model, pretrained, weights, dtype, device)
         made = {name: gtp_fx.optimize(loaded.model, **chosen) for name, chosen in options.items()}
         images = photo_batch(loaded.model, batch)
@@ -72,7 +76,9 @@ def bench(
     about = {"model": loaded.name, "weights": loaded.weights_origin, "dtype": dtype.value, "device": device.value}
     if as_json:
         typer.echo(
-            json.dumps({**about, "target": target, "schedule": schedule, "benchmark": found.to_dict()}, indent=2)
+            json.dumps(
+                {**about, "target": target, "mode": mode, "schedule": schedule, "benchmark": found.to_dict()}, indent=2
+            )
         )
         return
     typer.echo(f"{loaded.name}, weights: {loaded.weights_origin}; {dtype.value} on {device.value}\n\n{found}")

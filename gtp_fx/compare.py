@@ -1,7 +1,7 @@
 """Original and optimised model side by side: do they agree, and how much faster is it?
 
-Four contenders: each model eager, and each compiled (the original by torch.compile's defaults, the optimised one as
-`gtp_fx.optimize` compiles it). Speed-ups are taken like against like, eager to eager and compiled to compiled.
+Four contenders: each model eager, and each compiled, both with what `gtp_fx.optimize` tells Inductor. Speed-ups are taken
+like against like, eager to eager and compiled to compiled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gtp_fx.errors import CheckError
 from gtp_fx.inputs import tensors_in
 from gtp_fx.model import OptimizedModel
 from gtp_fx.progress import Progress, Steps
-from gtp_fx.timing import Run, Spread, Timings, clock_for, interleave
+from gtp_fx.timing import Run, Spread, Timings, interleave, model_clock
 
 ORIGINAL_EAGER, OPTIMISED_EAGER = "original eager", "optimised eager"
 ORIGINAL_COMPILED, OPTIMISED_COMPILED = "original compiled", "optimised compiled"
@@ -152,7 +152,7 @@ def compare(
     # One reset, before: whatever was compiled earlier in this process (dynamic shapes, recompile counts) leaves no trace.
     # None between the contenders, which would throw away the first one's code while it waits to be timed.
     torch._dynamo.reset()
-    compiled_original: Any = torch.compile(original)
+    compiled_original: Any = torch.compile(original, options=optimised.inductor_options or None)
     contenders: dict[str, Run] = {
         ORIGINAL_EAGER: lambda: original(images),
         OPTIMISED_EAGER: lambda: optimised.graph_module(images),
@@ -171,7 +171,9 @@ def compare(
         compilations[name] = compile_checked(name, contenders[name], contenders[eager](), tolerance, images.device)
     steps.done()
     steps.begin("timing")
-    timings = interleave(contenders, rounds=rounds, warmup=_WARMUP, clock=clock_for(images.device), progress=steps.done)
+    timings = interleave(
+        contenders, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done
+    )
     return Comparison(agreed, compilations, tolerance, timings, optimised.report.flops_ratio, len(images))
 
 

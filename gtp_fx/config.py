@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 from gtp_fx.damage.calibration import Calibration
 from gtp_fx.errors import OptionError
+from gtp_fx.inductor_options import check_target, checked_mode, inductor_options
 from gtp_fx.latency import LatencyBudget
 from gtp_fx.schedule import Schedule
 from gtp_fx.scheduling import AUTO, SCHEDULES
@@ -39,6 +42,7 @@ class Options:
     dead_tokens: drop tokens that no output depends on (exact).
     disabled_passes: exact passes to leave out, names in `DISABLEABLE`. dump_graphs: a folder for the graph behind each pass.
     calibration: unlabelled images that schedule="auto" measures damage on; None for a prior. Bound to the model's calls.
+    mode: torch.compile's, which wins over what the target tells Inductor.
     """
 
     flops_budget: float | None
@@ -51,6 +55,7 @@ class Options:
     disabled_passes: tuple[str, ...] = ()
     dump_graphs: str | None = None
     calibration: Calibration | None = None
+    mode: str | None = None
 
     @classmethod
     def of(
@@ -65,6 +70,7 @@ class Options:
         disabled_passes: Sequence[str] = (),
         dump_graphs: str | None = None,
         calibration: Any = None,
+        mode: str | None = None,
     ) -> Options:
         """Options from what a user wrote. Raises OptionError with the bad value and the good ones."""
         if not isinstance(dead_tokens, bool):
@@ -86,17 +92,20 @@ class Options:
             raise OptionError(
                 f"calibration= is what schedule='auto' learns from, and the schedule is {schedule!r}: give one"
             )
+        processor = target_named(target)
+        check_target(processor)
         return cls(
             budget,
             latency,
             batch,
             checked,
             strategy_named(strategy),
-            target_named(target),
+            processor,
             dead_tokens,
             _disabled(disabled_passes),
             None if dump_graphs is None else str(dump_graphs),
             None if calibration is None else Calibration.of(calibration),
+            checked_mode(mode),
         )
 
     @property
@@ -110,6 +119,10 @@ class Options:
         if self.latency_budget is not None:
             return f"latency_budget={self.latency_budget}"
         return "the counts given" if self.flops_budget is None else f"flops_budget={self.flops_budget:g}"
+
+    def inductor(self, device: torch.device) -> dict[str, Any]:
+        """What Inductor is told of a graph that runs on `device`."""
+        return inductor_options(self.target, self.mode, device)
 
     def limit(self, original: float) -> float:
         """What the result may cost, in the budget's currency, where the original costs `original`."""
@@ -132,7 +145,7 @@ class Options:
             near = difflib.get_close_matches(unknown[0], known, n=1)
             meant = f"; did you mean {near[0]!r}?" if near else "."
             raise OptionError(
-                f"unknown option {', '.join(map(repr, unknown))}{meant} The backend knows {', '.join(known)}, and torch.compile's mode"
+                f"unknown option {', '.join(map(repr, unknown))}{meant} The backend knows {', '.join(known)}"
             )
         return cls.of(**options)
 

@@ -90,6 +90,11 @@ class OptimizedModel(nn.Module):
         return self._gtp.chosen.strategy
 
     @property
+    def inductor_options(self) -> dict[str, Any]:
+        """What Inductor is told where this model is: by its target, and over that by the mode."""
+        return self._gtp.options.inductor(device_of(self))
+
+    @property
     def signature(self) -> CallSignature:
         """How it is called, with examples of two images."""
         return self._gtp.signature
@@ -275,7 +280,7 @@ class OptimizedModel(nn.Module):
             )
             share(runner, self)
             if state.compile:
-                runner = torch.compile(runner, options=dict(state.options.target.inductor) or None)
+                runner = torch.compile(runner, options=self.inductor_options or None)
             state.runners[training, device] = runner
         return state.runners[training, device]
 

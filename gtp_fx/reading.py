@@ -52,6 +52,12 @@ def _schedules(incomplete: str) -> list[str]:
     return [name for name in ("auto", "uniform", "even") if name.startswith(incomplete)]
 
 
+def _modes(incomplete: str) -> list[str]:
+    import torch
+
+    return [name for name in torch._inductor.list_mode_options() if name.startswith(incomplete)]
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -83,6 +89,10 @@ Target = Annotated[str, typer.Option(help="Processor to compile for; auto is thi
 Targets = Annotated[
     list[str] | None,
     typer.Option(help="Processor to plan for, this machine's or another; may be repeated.", autocompletion=_targets),
+]
+Mode = Annotated[
+    str | None,
+    typer.Option(help="torch.compile's, for both: reduce-overhead, max-autotune, …", autocompletion=_modes),
 ]
 Batch = Annotated[int, typer.Option(help="Images per run.")]
 Rounds = Annotated[int, typer.Option(help="Rounds of timing, each runs every contender once.")]
@@ -131,7 +141,13 @@ def budgets(
 
 
 def asked(
-    flops: float | None, latency: str | None, schedule: str, strategy: str, target: str, batch: int
+    flops: float | None,
+    latency: str | None,
+    schedule: str,
+    strategy: str,
+    target: str,
+    batch: int,
+    mode: str | None = None,
 ) -> dict[str, Any]:
     """What `gtp_fx.optimize` is to be told. Raises OptionError, so that a typing error costs no download."""
     from gtp_fx.config import Options
@@ -145,6 +161,7 @@ def asked(
         "schedule": parse_schedule(schedule),
         "strategy": strategy,
         "target": target,
+        "mode": mode,
     }
     Options.of(**found)
     return found

@@ -61,10 +61,10 @@ def propagation(x_BNC: Tensor, leaving: int, tile: Sequence[int] = ()) -> Call:
         kept, gone = gtp_fx.select(scores, leaving)
         weights = gtp_fx.propagation_weights(near, degree, kept, gone, grid, "mixed")
 
-        def composite(x, r, w, k, g, s, *norm):  # type: ignore[no-untyped-def]
+        def composite(x, r, w, k, g, s, weight, bias):  # type: ignore[no-untyped-def]
             shorter = gtp_fx.propagate(x + r, w, k, g, _ALPHA, 0)
             moved = gtp_fx.propagate(s[..., None], w, k, g, _ALPHA, 0)[..., 0]
-            return shorter, F.layer_norm(shorter, shorter.shape[-1:], *norm, _EPS), moved
+            return shorter, F.layer_norm(shorter, shorter.shape[-1:], weight, bias, _EPS), moved
 
         return composite, x_BNC, residual, weights, kept, gone, scales, weight, bias
     *chosen, place = gtp_fx_kernels.select(scores, None, leaving, tokens)
@@ -80,9 +80,9 @@ def propagation(x_BNC: Tensor, leaving: int, tile: Sequence[int] = ()) -> Call:
 def stream_pass(x_BNC: Tensor) -> Call:
     """What the same place costs where no token leaves: the branch is added, and the sum normalised."""
 
-    def add_and_norm(x, r, *norm):  # type: ignore[no-untyped-def]
+    def add_and_norm(x, r, weight, bias):  # type: ignore[no-untyped-def]
         total = x + r
-        return total, F.layer_norm(total, total.shape[-1:], *norm, _EPS)
+        return total, F.layer_norm(total, total.shape[-1:], weight, bias, _EPS)
 
     return add_and_norm, x_BNC, torch.roll(x_BNC, 1, 1), x_BNC[0, 0], x_BNC[0, 1]
 

@@ -125,6 +125,19 @@ def cuda_seconds(run: Run) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
+def process_seconds(run: Run) -> float:
+    """CPU time of all of this process's threads: what others do on the machine meanwhile is no part of it. Too coarse for single kernels."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def model_clock(device: torch.device) -> Clock:
+    """For runs of whole models: on one thread of a CPU its CPU time, with more of them the wall's, since they wait for each other."""
+    on_one = device.type != "cuda" and torch.get_num_threads() == 1
+    return process_seconds if on_one else clock_for(device)
+
+
 def clock_for(device: torch.device) -> Clock:
     return cuda_seconds if device.type == "cuda" else cpu_seconds
 

@@ -61,6 +61,8 @@ def test_json_is_all_there_is_on_stdout() -> None:
         ([NAME, "--flops-budget", "0.7", "--batch", "0"], "give the images of a run"),
         ([NAME, "--flops-budget", "0.7", "--rounds", "0"], "--rounds 0: give at least one"),
         ([NAME, "--flops-budget", "0.7", "--weights", "no/such/file"], "can't be read"),
+        ([NAME, "--flops-budget", "0.7", "--mode", "fastest"], "mode='fastest' is unknown"),
+        ([NAME, "--flops-budget", "0.7", "--mode", "max-autotune", "--no-time"], "--no-time compiles nothing"),
         (["test_convnext", "--flops-budget", "0.7"], "no self-attention over patch tokens"),
     ],
 )

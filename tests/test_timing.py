@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections import Counter
 
 import pytest
 import torch
 
 from gtp_fx.errors import GtpError
-from gtp_fx.timing import Run, Spread, Timings, balanced_orders, clock_for, cpu_seconds, cuda_seconds, interleave
+from gtp_fx.timing import (
+    Run,
+    Spread,
+    Timings,
+    balanced_orders,
+    clock_for,
+    cpu_seconds,
+    cuda_seconds,
+    interleave,
+    model_clock,
+    process_seconds,
+)
 
 
 class Machine:
@@ -125,3 +137,13 @@ def test_the_clock_fits_the_device() -> None:
     assert clock_for(torch.device("cpu")) is cpu_seconds
     assert clock_for(torch.device("cuda", 0)) is cuda_seconds
     assert cpu_seconds(lambda: sum(range(100_000))) > 0
+
+
+def test_whole_models_on_one_thread_are_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process's work is no part of it, nor is waiting."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    clock = model_clock(torch.device("cpu"))
+    assert clock is process_seconds
+    assert clock(lambda: time.sleep(0.2)) < 0.1 < clock_for(torch.device("cpu"))(lambda: time.sleep(0.2))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert model_clock(torch.device("cpu")) is cpu_seconds

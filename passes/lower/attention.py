@@ -33,4 +33,4 @@ def lower_scored_attention(low: Lowering, node: fx.Node) -> None:
     if form is not None:
         results = emit_form(low, call, form)
         for item in list(node.users):
-            low.swap(item, results[item.args[1]])  # type: ignore[index]
+            low.swap(item, results[item.args[1]])  # type: ignore[index, arg-type]

@@ -1,0 +1,57 @@
+"""What Inductor is told beside the graph: a target's options, and over them those of the mode that the user asked for.
+
+The one place that decides it, for both doors and for what they are compared with.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gtp_fx.errors import OptionError
+from gtp_fx.targets import Target
+
+
+def checked_mode(mode: Any) -> str | None:
+    """One of torch.compile's modes, or None. Raises OptionError."""
+    if mode is not None and (not isinstance(mode, str) or mode not in _modes()):
+        raise OptionError(f"mode={mode!r} is unknown; torch.compile has {', '.join(map(repr, _modes()))}")
+    return mode
+
+
+def check_target(target: Target) -> None:
+    """Raises OptionError where a target has options that Inductor doesn't, or one that this package can't bear."""
+    if not target.inductor:  # so that nothing is imported, which takes two seconds
+        return
+    config: Any = importlib.import_module("torch._inductor.config")
+    known = config.get_config_copy()
+    if unknown := sorted(set(target.inductor) - set(known)):
+        raise OptionError(
+            f"target {target.name!r}: Inductor has no option {', '.join(map(repr, unknown))}; torch._inductor.list_options() has them all"
+        )
+    if target.inductor.get("freezing"):
+        raise OptionError(
+            f"target {target.name!r}: 'freezing' compiles copies of the weights, which then don't follow the original's: leave it out "
+            f"(and it can't be had as an option: docs/using.md says how)"
+        )
+
+
+def inductor_options(target: Target, mode: str | None, device: torch.device) -> dict[str, Any]:
+    """By Inductor's names, for a graph that runs on `device`; both as checked.
+
+    A target's options are for its own kind of device: it may be one that isn't here, to predict for. What modes decide (CUDA
+    graphs, autotuning) is the mode's alone where one is given: "max-autotune-no-cudagraphs" has none, whatever the target likes.
+    """
+    own: Mapping[str, Any] = target.inductor if target.device == device.type else {}
+    if mode is None or mode == "default":
+        return dict(own)
+    modes = _modes()
+    decided = {name for options in modes.values() for name in options}
+    return {**{name: value for name, value in own.items() if name not in decided}, **modes[mode]}
+
+
+def _modes() -> Mapping[str, Mapping[str, Any]]:
+    return torch._inductor.list_mode_options()
