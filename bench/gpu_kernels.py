@@ -1,7 +1,7 @@
 """How fast are the kernels? Each beside what stands, or could stand, in its place.
 
-Contenders of a row run interleaved, some dozen times in a row each and, on a GPU, as one CUDA graph, so that no launch from Python is
-timed; what is told is the median over rounds.
+Contenders of a row run interleaved, some dozen times in a row each and, on a GPU, as one CUDA graph, so that no launch
+from Python is timed; what is told is the median over rounds.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ NOT_THERE = "not there"
 
 @dataclass(frozen=True)
 class KernelSizes:
-    """attention: (images, heads, tokens, head size). streams: (images, patches, channels, leaving). images: (images, side, patch, channels).
-    copied: bytes."""
+    """attention: (images, heads, tokens, head size). streams: (images, patches, channels, leaving). images: (images,
+    side, patch, channels). copied: bytes."""
 
     attention: tuple[tuple[int, ...], ...]
     streams: tuple[tuple[int, ...], ...]
@@ -50,8 +50,8 @@ Made = tuple[dict[str, Callable[[], object] | None], dict[str, int]]
 
 @dataclass(frozen=True)
 class KernelRow:
-    """seconds: of one run, by contender. moved: bytes that a contender has to read and write at least, of those that memory bounds.
-    failed: contenders that aren't there, or raise, and why."""
+    """seconds: of one run, by contender. moved: bytes that a contender has to read and write at least, of those that
+    memory bounds. failed: contenders that aren't there, or raise, and why."""
 
     kernel: str
     size: tuple[int, ...]
@@ -110,7 +110,8 @@ def question(kernel: str, size: tuple[int, ...], made: Made, device: torch.devic
 
 
 def attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
-    """Torch's own, plain and told scales by a mask or in channels; ours, plain, told, and scored; and torch's own with scores from its log-sum-exp."""
+    """Torch's own, plain and told scales by a mask or in channels; ours, plain, told, and scored; and torch's own with
+    scores from its log-sum-exp."""
     images, heads, tokens, head = size
     q, k, v = torch.randn(images, tokens, 3, heads, head, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     scales = torch.ones(images, tokens - 1, device=device)
@@ -166,7 +167,8 @@ def _graph(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> M
 
 
 def _propagate(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
-    """At a site, and what is in its place where no token leaves: each reads the stream and the branch, and writes the sum and its norm."""
+    """At a site, and what is in its place where no token leaves: each reads the stream and the branch, and writes the
+    sum and its norm."""
     images, patches, channels, leaving = size
     x = torch.randn(images, patches, channels, device=device).to(dtype)
     function, *arguments = propagation(x, leaving)

@@ -1,4 +1,5 @@
-"""What `bench.gpu_quarter` does in a quarter of an hour on one GPU: its stages, in order of what they are worth. Imports no torch.
+"""What `bench.gpu_quarter` does in a quarter of an hour on one GPU: its stages, in order of what they are worth.
+Imports no torch.
 
 A stage's name says what it does, and `bench.gpu_stages` takes it apart:
 
@@ -11,7 +12,8 @@ A stage's name says what it does, and `bench.gpu_stages` takes it apart:
     plain-NET-BATCH              a model without kernels, where one of those is wrong
     tiles-WHAT, options-NET-BATCH-OPTION, sanitize-KERNEL-TOOL, warps-KERNEL
 
-Nets are keys of `bench.gpu_models.SUBJECTS`: S and B are DeiT's at 224, L is ViT-L at 384, D is DINOv2-B at 518; T is a toy.
+Nets are keys of `bench.gpu_models.SUBJECTS`: S and B are DeiT's at 224, L is ViT-L at 384, D is DINOv2-B at 518; T is a
+toy.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ TILED = ("197", "577", "1370", "propagate")
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds. turn: at most. least: without which it isn't begun. prepare: until it is ready, or done where it waits for no turn."""
+    """Seconds. turn: at most. least: without which it isn't begun. prepare: until it is ready, or done where it waits
+    for no turn."""
 
     turn: float
     least: float
@@ -69,7 +72,8 @@ _DRY = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """rounds: stages of a later one use what an earlier one kept. seconds: of all. settle: until turns begin, whoever is ready."""
+    """rounds: stages of a later one use what an earlier one kept. seconds: of all. settle: until turns begin, whoever
+    is ready."""
 
     rounds: tuple[tuple[str, ...], ...]
     seconds: float
@@ -94,7 +98,7 @@ def first(dry: bool) -> Plan:
 
 
 def sanitize(kernel: str, dry: bool) -> Plan:
-    """Where a kernel is wrong: what it does to memory, whether fewer warps change it, and what models do without any."""
+    """Where a kernel is wrong: what it does to memory, whether fewer warps change it, what models do without any."""
     nets: Iterable[tuple[str, int]] = [("T", 2)] if dry else SIZES
     names = [*(f"sanitize-{kernel}-{tool}" for tool in TOOLS), f"warps-{kernel}"]
     names += [f"plain-{net}-{batch}" for net, batch in nets]
@@ -136,7 +140,8 @@ def stages(names: Sequence[str], folder: Path, dry: bool) -> list[Stage]:
 
 
 def environment(folder: Path, processes: int, cores: int, dry: bool) -> dict[str, str]:
-    """What all stages are run with: one cache for what any of them has compiled, and tiles that were measured here alone."""
+    """What all stages are run with: one cache for what any of them has compiled, and tiles that were measured here
+    alone."""
     caches = folder / "caches"
     found = {
         "PYTHONUNBUFFERED": "1",

@@ -2,7 +2,8 @@
 
     python -m bench.gpu_stages model-B-64 --folder /tmp/quarter
 
-`bench.gpu_plan` says what names there are. Finds go to FOLDER/found/NAME.json, generated code to FOLDER/code, timelines to FOLDER/traces.
+`bench.gpu_plan` says what names there are. Finds go to FOLDER/found/NAME.json, generated code to FOLDER/code, timelines
+to FOLDER/traces.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def _environment(place: Place, rest: Sequence[str]) -> None:
 
 
 def _checks(place: Place, rest: Sequence[str]) -> None:
-    """The nets' sizes, in bfloat16, or others in the dtype that is named. Kernels that aren't there yet have no case, and are named."""
+    """The nets' sizes, in bfloat16, or others in the dtype that is named. Kernels that aren't there yet have no case,
+    and are named."""
     sizes, dtypes = gpu_checks.NETS, [torch.bfloat16]
     if rest[0] != "nets":
         sizes, dtypes = gpu_checks.OTHERS, [getattr(torch, rest[0])]
