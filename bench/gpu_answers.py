@@ -199,6 +199,7 @@ _QUESTIONS: Mapping[str, Callable[[Sequence[str], Mapping[str, Found]], Iterable
     "sanitize": _each(_sanitize),
     "warps": _each(_warps),
     "model": _each(_model),
+    "full": _each(_model),
     "plain": _each(_model),
     "ablate": _changes,
     "options": _changes,

@@ -40,7 +40,6 @@ ATTENTION: Mapping[str, list[SDPBackend]] = {
 """Kernels that torch may choose from, the first first. What flash attention doesn't take (masks) goes to the others."""
 
 OPTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "maxautotune": ("max-autotune", {}),
     "coordinate": ("default", {"coordinate_descent_tuning": True}),
     "tma": ("default", {"max_autotune_gemm": True, "triton.enable_persistent_tma_matmul": True}),
     "epilogue": ("default", {"max_autotune_gemm": True, "max_epilogue_benchmarked_choices": 3}),
@@ -81,11 +80,8 @@ class Contender:
         return cls(ours, OPTIONS[option][0], option=option)
 
 
-BASELINES = tuple(
-    Contender(False, mode, attention)
-    for mode in ("default", "max-autotune", "reduce-overhead")
-    for attention in ATTENTION
-)
+MODES = ("default", "max-autotune", "reduce-overhead")
+BASELINES = tuple(Contender(False, mode, attention) for mode in MODES for attention in ATTENTION)
 """What a best original is the best of."""
 
 

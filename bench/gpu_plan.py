@@ -7,6 +7,7 @@ A stage's name says what it does, and `bench.gpu_stages` takes it apart:
     checks-WHAT                  are the kernels right? at the nets' sizes in bfloat16, or at others in one dtype
     kernels-WHAT                 kernels alone, against what stands in their place
     model-NET-BATCH              original and ours, compiled and interleaved; at a large batch by operator, too
+    full-NET-BATCH               the same against every original that a best one has to be the best of
     ablate-NET-VARIANT-…         ours against ours without or with something
     sweep-NET                    one block of the original over counts of tokens
     plain-NET-BATCH              a model without kernels, where one of those is wrong
@@ -32,7 +33,7 @@ VARIANTS = {
     "D": ("spatial", "nokernels", "border", "all", "toldmask", "toldkernel", "toldchannel"),
 }
 """Which of `bench.gpu_contenders.VARIANTS` are tried on which net. Telling scales costs most where attention does."""
-OPTIONS = ("maxautotune", "coordinate", "tma", "epilogue", "pdl")
+OPTIONS = ("coordinate", "tma", "epilogue")
 TOOLS = ("memcheck", "racecheck")
 KERNELS = ("attend", "attention_scores", "token_graph", "select", "propagate", "recover")
 GOALS = {"S": 1.30, "B": 1.30, "L": 1.33, "D": 1.33, "T": 1.0}
@@ -56,6 +57,7 @@ _LIMITS = {
     "checks": Limits(0, 15, 150, waits=False),
     "kernels": Limits(25, 6, 170),
     "model": Limits(40, 8, 280),
+    "full": Limits(50, 12, 280),
     "ablate": Limits(15, 4, 250),
     "sweep": Limits(30, 8, 120),
     "plain": Limits(40, 8, 250),
@@ -114,10 +116,10 @@ def tiles(dry: bool) -> Plan:
 def options(dry: bool) -> Plan:
     """Where the goal is met, or near: what Inductor can do more, and other batches."""
     if dry:
-        return Plan((("options-T-2-coordinate", "options-T-1-pdl"),), *_time(dry))
-    large = [f"options-B-256-{option}" for option in OPTIONS if option != "pdl"]
+        return Plan((("full-T-2", "options-T-2-coordinate", "options-T-1-pdl"),), *_time(dry))
+    large = [f"options-B-256-{option}" for option in OPTIONS]
     batches = [f"model-{net}-{batch}" for net in "SB" for batch in (64, 8)]
-    return Plan(((*large, "options-B-1-pdl", "options-S-1-pdl", *batches),), *_time(dry))
+    return Plan((("full-B-256", *large, "options-B-1-pdl", "options-S-1-pdl", *batches),), *_time(dry))
 
 
 def _time(dry: bool) -> tuple[float, float]:

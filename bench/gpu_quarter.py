@@ -39,7 +39,7 @@ _LOG_TOLD = 200_000
 """Bytes of a stage's log that are kept, its last ones."""
 FILES = {
     "kernels.json": ("environment", "checks", "kernels", "tiles", "sanitize", "warps"),
-    "models.json": ("model", "plain", "options"),
+    "models.json": ("model", "full", "plain", "options"),
     "ablations.json": ("ablate", "sweep"),
 }
 """Which stages' finds are in which; beside them log.txt, code.tar.gz and traces.tar.gz."""

@@ -22,7 +22,7 @@ import torch
 import typer
 
 from bench import gpu_checks, gpu_kernels, gpu_models, gpu_sweep, gpu_tiles, gpu_wrong
-from bench.gpu_contenders import Contender
+from bench.gpu_contenders import BASELINES, MODES, Contender
 from bench.gpu_environment import environment
 from bench.gpu_plan import KERNELS, SIZES
 from bench.gpu_stock import kernel_named
@@ -134,6 +134,12 @@ def _model(place: Place, rest: Sequence[str]) -> None:
     _compare(place, net, batch, [*originals, Contender(True), Contender(True, "reduce-overhead")])
 
 
+def _full(place: Place, rest: Sequence[str]) -> None:
+    """All that the best original is to be the best of, and ours in the same modes: long to compile."""
+    ours = [Contender(True, mode) for mode in MODES]
+    _compare(place, rest[0], int(rest[1]), [*BASELINES, *ours])
+
+
 def _ablate(place: Place, rest: Sequence[str]) -> None:
     net, *variants = rest
     batch = dict(_batches(place))[net]
@@ -212,6 +218,7 @@ STAGES: Mapping[str, Callable[[Place, Sequence[str]], None]] = {
     "checks": _checks,
     "kernels": _kernels,
     "model": _model,
+    "full": _full,
     "ablate": _ablate,
     "sweep": _sweep,
     "plain": _plain,

@@ -75,7 +75,9 @@ def test_a_question_is_answered_by_whoever_is_there() -> None:
     assert row.seconds.keys() == {"adds"} and row.failed["absent"] == gpu_kernels.NOT_THERE
     assert row.failed["raises"].startswith("RuntimeError: The size of tensor a")
     (asked,) = gpu_kernels.questions("attention", CPU, torch.float32, gpu_kernels.DRY)
-    assert {"cudnn", "flash", "cudnn, mask", "attend, told, scored"} <= asked.answer(CPU, 1).seconds.keys()
+    assert {"cudnn (runs flash)", "flash", "cudnn, mask (runs flash)", "attend, told, scored"} <= asked.answer(
+        CPU, 1
+    ).seconds.keys()
 
 
 @needs_no_gpu
