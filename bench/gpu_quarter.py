@@ -43,7 +43,8 @@ FILES = {
     "ablations.json": ("ablate", "sweep"),
 }
 """Which stages' finds are in which; beside them log.txt, code.tar.gz and traces.tar.gz."""
-_KEPT = "caches"
+_MOST_TO_SETTLE = 0.3
+"""Of the time that there is, until turns begin with whoever is ready."""
 
 app = typer.Typer(add_completion=False, help="A quarter of an hour on one GPU, in two commands.")
 Out = Annotated[Path, typer.Option(help="A folder for six files, at most 16 MiB each.")]
@@ -71,11 +72,12 @@ class Quarter:
         environment = gpu_plan.environment(self.folder, processes, cores, self.dry)
         environment["GTP_FX_COMMIT"] = self.commit
         for names in plan.rounds:
+            left = max(0.0, seconds - (time.monotonic() - self.began))
             run_stages(
                 gpu_plan.stages(names, self.folder, self.dry),
                 self.folder,
-                seconds=max(0.0, seconds - (time.monotonic() - self.began)),
-                settle=plan.settle,
+                seconds=left,
+                settle=min(plan.settle, _MOST_TO_SETTLE * left),
                 processes=processes,
                 environment=environment,
                 done=self.note,
