@@ -1,4 +1,5 @@
-"""What came out of a quarter of an hour, a line a question, for whoever has to decide what to do with the next one. Imports no torch."""
+"""What came out of a quarter of an hour, a line a question, for whoever has to decide what to do with the next one.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -44,8 +45,9 @@ def wrong_checks(found: Mapping[str, Found]) -> list[Found]:
 def _environment(name: str, part: Found) -> Iterator[str]:
     chosen, versions = part["attention_chosen"], part["versions"]
     yield (
-        f"where? {part['processor']}, torch {versions['torch']}, triton {versions['triton']}, cuDNN {part['cudnn']}; torch's attention is "
-        f"{chosen['plain']}, with a mask {chosen['mask']}; a copy {part['copy']['bytes_a_second'] / 1e12:.3g} TB/s, a product "
+        f"where? {part['processor']}, torch {versions['torch']}, triton {versions['triton']}, cuDNN {part['cudnn']}; "
+        f"torch's attention is {chosen['plain']}, with a mask {chosen['mask']}; "
+        f"a copy {part['copy']['bytes_a_second'] / 1e12:.3g} TB/s, a product "
         f"{part['product']['flops_a_second'] / 1e12:.4g} TFLOP/s; commit {part['commit'][:9]}"
     )
 
@@ -63,7 +65,8 @@ def _checks(names: Sequence[str], found: Mapping[str, Found]) -> Iterator[str]:
     checks = sum(len(part["checks"]) for part in parts)
     cases = [sum(part[count] for part in parts) for count in ("done", "wanted")]
     yield (
-        f"kernels right? {verdict} ({checks - len(wrong)} of {checks} checks, {cases[0]} of {cases[1]} cases of {', '.join(names)}"
+        f"kernels right? {verdict} ({checks - len(wrong)} of {checks} checks, "
+        f"{cases[0]} of {cases[1]} cases of {', '.join(names)}"
         f"{'; not there: ' + ', '.join(missing) if missing else ''})"
     )
 
@@ -84,17 +87,16 @@ def _model(name: str, part: Found) -> Iterator[str]:
     low, median, high = part["speed_up"]
     ours, original = (_with_time(part, part["fastest"][kind]) for kind in ("ours", "original"))
     yield (
-        f"{label}, goal {goal:.2f}? {'met' if median >= goal else 'missed'}: {median:.3f}x ({low:.3f} – {high:.3f}), predicted "
-        f"{part['predicted']:.2f}; {ours} against {original}, {_of_originals(part)}; {part['flops_ratio']:.3f} of the FLOPs"
+        f"{label}, goal {goal:.2f}? {'met' if median >= goal else 'missed'}: "
+        f"{median:.3f}x ({low:.3f} – {high:.3f}), predicted {part['predicted']:.2f}; "
+        f"{ours} against {original}, {_of_originals(part)}; {part['flops_ratio']:.3f} of the FLOPs"
         f"{'; ' + ' '.join(trouble) if trouble else ''}"
     )
     profile = part["profile"]
     if len(profile) == 2:
-        groups = (
-            (group, profile["original"]["groups"][group], profile["ours"]["groups"][group])
-            for group in profile["ours"]["groups"]
-        )
-        told = [f"{group} {before / 1e3:.2f} → {after / 1e3:.2f}" for group, before, after in groups if before or after]
+        before, after = profile["original"]["groups"], profile["ours"]["groups"]
+        used = [group for group in after if before[group] or after[group]]
+        told = [f"{group} {before[group] / 1e3:.2f} → {after[group] / 1e3:.2f}" for group in used]
         yield f"{label}, what eats it? ms {', '.join(told)}"
 
 
@@ -115,7 +117,8 @@ def _median(part: Found, contender: str) -> float:
 
 
 def _changes(names: Sequence[str], found: Mapping[str, Found]) -> Iterator[str]:
-    """What one change makes of a model, each against the same without it in the same process: a line a net, batch and kind."""
+    """What one change makes of a model, each against the same without it in the same process: a line a net, batch and
+    kind."""
     told: dict[str, list[str]] = {}
     for part in (found[name] for name in names):
         for kind in ("original", "ours"):
@@ -177,7 +180,8 @@ def _sanitize(name: str, part: Found) -> Iterator[str]:
     failing = part["failing"]
     where = "no case fails" if failing["right"] else f"fails at {failing.get('size', 'its start')}"
     lines = part["end"].strip().splitlines()
-    yield f"{name}? {where}; {part['tool']}: exit code {part['exit']}, {lines[-1][:200] if lines else 'nothing printed'}"
+    printed = lines[-1][:200] if lines else "nothing printed"
+    yield f"{name}? {where}; {part['tool']}: exit code {part['exit']}, {printed}"
 
 
 def _warps(name: str, part: Found) -> Iterator[str]:
@@ -195,6 +199,7 @@ _QUESTIONS: Mapping[str, Callable[[Sequence[str], Mapping[str, Found]], Iterable
     "sanitize": _each(_sanitize),
     "warps": _each(_warps),
     "model": _each(_model),
+    "full": _each(_model),
     "plain": _each(_model),
     "ablate": _changes,
     "options": _changes,
@@ -202,4 +207,5 @@ _QUESTIONS: Mapping[str, Callable[[Sequence[str], Mapping[str, Found]], Iterable
     "tiles": _each(_tiles),
     "sweep": _each(_sweep),
 }
-"""By the first word of a stage's name, in order of what they are worth: the last go first where there are too many lines."""
+"""By the first word of a stage's name, in order of what they are worth: the last go first where there are too many
+lines."""

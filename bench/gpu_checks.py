@@ -1,12 +1,12 @@
-"""Is every kernel right on this GPU? Each against the operator it stands for, on random inputs, its outputs' memory poisoned.
+"""Is every kernel right on this GPU? Each against the operator it stands for, on random inputs, its outputs' memory
+poisoned.
 
-The nets' own sizes in bfloat16 come first. Tolerances are of the largest value: the order of sums in float32, rounding of weights
-and outputs below (the kernels' docstrings argue them). References take the same numbers in float32.
+The nets' own sizes in bfloat16 come first. Tolerances are of the largest value: the order of sums in float32, rounding
+of weights and outputs below (the kernels' docstrings argue them). References take the same numbers in float32.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -15,19 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
+from bench.gpu_check import STOCK_TOLERANCE, TOLERANCE, Check, Random, check_of, error_of, name_of, poisoned, randoms
 from bench.gpu_stock import kernel_named, log_sum_exps
 from gtp_fx.ops.graph import coordinates
 
-TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 1e-5}
-_STOCK_TOLERANCE = 1e-4
-"""Of scores from a log-sum-exp that torch's attention has made, with exponentials of its own."""
 _NEIGHBORS = 8
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is checked: (images, heads, tokens, head size) of attention, (images, side in patches, channels, leaving) of sites, (images,
-    windows a side, window's side, channels, leaving) of windows."""
+    """What is checked: (images, heads, tokens, head size) of attention, (images, side in patches, channels, leaving) of
+    sites, (images, windows a side, window's side, channels, leaving) of windows."""
 
     attention: tuple[tuple[int, ...], ...]
     sites: tuple[tuple[int, ...], ...]
@@ -54,25 +52,6 @@ DRY = Sizes(attention=((1, 2, 37, 32), (1, 1, 280, 16)), sites=((2, 5, 24, 4),),
 
 
 @dataclass(frozen=True)
-class Check:
-    """error: the largest difference over the largest value; NaN where a kernel left poison. failed: why it gave nothing."""
-
-    kernel: str
-    case: str
-    dtype: str
-    error: float
-    tolerance: float
-    failed: str = ""
-
-    @property
-    def right(self) -> bool:
-        return self.error <= self.tolerance  # False for NaN
-
-
-Random = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
 class Case:
     """kernels: those that it calls. made: its checks, of random numbers."""
 
@@ -84,10 +63,10 @@ class Case:
     def checks(self, device: torch.device) -> Iterator[Check]:
         """Those made before one raises, and that it did."""
         try:
-            yield from self.made(_randoms(device, self.dtype), self.dtype, self.size)
+            yield from self.made(randoms(device, self.dtype), self.dtype, self.size)
         except Exception as error:  # of one case; the others go on
             why = f"{type(error).__name__}: {str(error).strip()[:300]}"
-            yield Check(" or ".join(self.kernels), str(self.size), _name(self.dtype), float("nan"), 0.0, why)
+            yield Check(" or ".join(self.kernels), str(self.size), name_of(self.dtype), float("nan"), 0.0, why)
 
 
 def cases(sizes: Sizes, dtypes: Iterable[torch.dtype] = tuple(TOLERANCE)) -> Iterator[Case]:
@@ -104,16 +83,6 @@ def cases(sizes: Sizes, dtypes: Iterable[torch.dtype] = tuple(TOLERANCE)) -> Ite
                 yield Case(kernels, size, dtype, check)
 
 
-def _randoms(device: torch.device, dtype: torch.dtype) -> Random:
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int, whole: bool = False) -> Tensor:
-        """whole: in float32, as scores and scales are."""
-        return torch.randn(*shape, generator=generator).to(device, torch.float32 if whole else dtype)
-
-    return random
-
-
 def _attention(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
     """Told and scored, told alone, and with a bias."""
     images, heads, tokens, head = size
@@ -125,13 +94,13 @@ def _attention(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Ite
         (", told alone", "none", None),
         (", bias", "mixed-max", random(1, heads, tokens, tokens)),
     ):
-        with _poisoned():
+        with poisoned():
             out, scores = gtp_fx_kernels.attend(q, k, v, bias, scales, None, None, score, 1, 0, [])
         told = gtp_fx.key_bias(scales, 1, 0, None if bias is None else bias.float(), wide[0])
         wanted, ranks = gtp_fx.attention_with_scores(*wide, told, None, 1.0, score, 1, 0)
-        yield _check("attend", f"{size}{name}", dtype, out, wanted)
+        yield check_of("attend", f"{size}{name}", dtype, out, wanted)
         if score != "none":
-            yield _check("attend's scores", f"{size}{name}", torch.float32, scores, ranks)
+            yield check_of("attend's scores", f"{size}{name}", torch.float32, scores, ranks)
 
 
 def _scores(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
@@ -146,23 +115,24 @@ def _scores(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterat
         logits = wide[0] @ wide[1].transpose(-2, -1) * head**-0.5
         lse = (logits if bias is None else logits + bias).logsumexp(-1)
         del logits
-        with _poisoned():
+        with poisoned():
             found = gtp_fx_kernels.attention_scores(q, k, lse, None, "mixed-max", 1, 0, scales)
         _, ranks = gtp_fx.attention_with_scores(*wide, bias, None, 1.0, "mixed-max", 1, 0)
-        yield _check("attention_scores", f"{size}{name}", torch.float32, found, ranks)
+        yield check_of("attention_scores", f"{size}{name}", torch.float32, found, ranks)
     if dtype != torch.float32:
         for kind, run in log_sum_exps(q, k, v).items():
             found = gtp_fx_kernels.attention_scores(q, k, run()[1], None, "mixed-max", 1, 0, None)
-            error = _error(found, ranks)  # type: ignore[arg-type]
-            yield Check("attention_scores", f"{size}, behind {kind}", _name(dtype), error, _STOCK_TOLERANCE)
+            error = error_of(found, ranks)  # type: ignore[arg-type]
+            yield Check("attention_scores", f"{size}, behind {kind}", name_of(dtype), error, STOCK_TOLERANCE)
 
 
 def _graph(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
-    """As similar neighbours as the reference's, which may be others where they are equally similar; and degrees that belong to them."""
+    """As similar neighbours as the reference's, which may be others where they are equally similar; and degrees that
+    belong to them."""
     images, side, channels, _ = size
     cells, grid = side * side, [side, side]
     x = random(images, 1 + cells, channels)
-    with _poisoned():
+    with poisoned():
         near, degree = kernel_named("token_graph")(x, grid, 1, "mixed", _NEIGHBORS)
     wanted, _ = gtp_fx.token_graph(x.float(), grid, 1, "mixed", _NEIGHBORS)
     ordered, itself = near.long().sort(dim=-1).values, torch.arange(cells, device=x.device)[:, None]
@@ -173,12 +143,12 @@ def _graph(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterato
         return
     unit = F.normalize(x[:, 1:].float(), dim=-1)
     alike, best = (_similarities(unit, which.long()).sort(dim=-1).values for which in (near, wanted))
-    yield _check("token_graph's neighbours", str(size), torch.float32, alike, best)
+    yield check_of("token_graph's neighbours", str(size), torch.float32, alike, best)
     here = coordinates(grid, x.device)
     beside = (here[:, None] - here[near.long()]).abs().amax(dim=-1) <= 1
     spatial = (here[:, None] - here[None]).abs().amax(dim=-1).eq(1).sum(dim=-1)
     edges = spatial + _NEIGHBORS - beside.sum(dim=-1)
-    yield _check("token_graph's degrees", str(size), torch.float32, degree, edges.float().rsqrt())
+    yield check_of("token_graph's degrees", str(size), torch.float32, degree, edges.float().rsqrt())
 
 
 def _similarities(unit_BGC: Tensor, near_BGM: Tensor) -> Tensor:
@@ -197,7 +167,7 @@ def _ties(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator
     values = torch.tensor([float("-inf"), -0.0, 0.0, 1.0, float("nan")], device=random(1).device)
     score = values[(random(images, cells, whole=True) * 1.5 + 2).round().clamp(0, 4).long()]
     for leaving in sorted({1, cells // 4, cells // 2, cells - 1}):
-        with _poisoned():
+        with poisoned():
             *chosen, _ = gtp_fx_kernels.select(score, None, leaving, cells)
         kept, gone = gtp_fx.select(score, leaving)
         yield _selected(f"{(images, cells, leaving)}, ties", chosen, (kept, gone, kept, gone))
@@ -209,7 +179,7 @@ def _selected(case: str, chosen: list[Tensor], wanted: tuple[Tensor, ...]) -> Ch
 
 
 def _site(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
-    """Two in a row: the second on what the first left, and with LayerScale."""
+    """Two in a row: the second on what the first left, with LayerScale, and neighbours in int32."""
     images, side, channels, leaving = size
     cells, grid = side * side, [side, side]
     x, weight, bias = random(images, 1 + cells, channels), random(channels), random(channels)
@@ -219,30 +189,31 @@ def _site(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator
     for gain in (None, random(channels)):
         score = random(images, index.shape[1], whole=True)
         score[:, ::3] = score[:, :1]  # ties
-        with _poisoned():
+        with poisoned():
             *chosen, place = gtp_fx_kernels.select(score, place, leaving, cells)
         kept, gone = gtp_fx.select(score, leaving)
         wanted = (kept, gone, index.gather(1, kept), index.gather(1, gone))
         yield _selected(str(size), chosen, wanted)
         branch = random(*x.shape)
         told = (scales, weight, bias, grid, "mixed", 0.3, 1, 1e-6, True, [], gain)
-        with _poisoned():
-            shorter, moved, normed = gtp_fx_kernels.propagate(x, branch, near, degree, *chosen, place, *told)
+        listed = near if gain is None else near.int()
+        with poisoned():
+            shorter, moved, normed = gtp_fx_kernels.propagate(x, branch, listed, degree, *chosen, place, *told)
         weights = gtp_fx.propagation_weights(near, degree, *wanted[2:], grid, "mixed")
         before = torch.ones_like(score) if scales is None else scales
         after = gtp_fx.propagate(before[..., None], weights, kept, gone, 0.3, 0)[..., 0]
         stream = x + (branch if gain is None else branch * gain)
         right = gtp_fx.propagate(stream.float(), weights, kept, gone, 0.3, 1)
         norm = F.layer_norm(shorter.float(), (channels,), weight.float(), bias.float(), 1e-6)
-        yield _check("propagate", str(size), dtype, shorter, right)
-        yield _check("propagate's scales", str(size), torch.float32, moved, after)
-        yield _check("propagate's norm", str(size), dtype, normed, norm)
+        yield check_of("propagate", str(size), dtype, shorter, right)
+        yield check_of("propagate's scales", str(size), torch.float32, moved, after)
+        yield check_of("propagate's norm", str(size), dtype, normed, norm)
         shares = gtp_fx.recovery_weights(weights, *wanted[2:], grid)
         residual = random(*x.shape)
-        with _poisoned():
+        with poisoned():
             whole = gtp_fx_kernels.recover(shorter, shares, None, residual, kept, gone, 1, 0)
         back = gtp_fx.recover(shorter.float(), shares, kept, gone, 0, 1, 1, 0) + residual.float()
-        yield _check("recover", str(size), dtype, whole, back)
+        yield check_of("recover", str(size), dtype, whole, back)
         x, index, scales = shorter, wanted[2], moved
 
 
@@ -251,36 +222,10 @@ def _windows(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Itera
     places = gtp_fx.grid_places([across * side, across * side], random(1))[0]
     places = places.reshape(across, side, across, side, 2).transpose(1, 2).reshape(across**2, side**2, 2)
     count = images * across**2
-    with _poisoned():
+    with poisoned():
         kept, left, *_ = gtp_fx_kernels.select(random(count, side**2, whole=True), None, leaving, side**2)
     x = random(count, side**2 - leaving, channels)
-    with _poisoned():
+    with poisoned():
         found = gtp_fx_kernels.recover(x, None, places, None, kept, left, 0, 0)
     wanted = gtp_fx.recover(x.float(), gtp_fx.region_shares(places, kept, left), kept, left, 0, 1, 0, 0)
-    yield _check("recover in windows", str(size), dtype, found, wanted)
-
-
-def _check(kernel: str, case: str, dtype: torch.dtype, found: Tensor, wanted: Tensor) -> Check:
-    tolerance = TOLERANCE[dtype]
-    if found.device.type == "cpu" and dtype == torch.bfloat16:
-        tolerance *= 2  # Triton's interpreter rounds to it towards 0
-    return Check(kernel, case, _name(dtype), _error(found, wanted), tolerance)
-
-
-def _error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def _poisoned() -> Iterator[None]:
-    """What `empty` makes holds NaN, or the largest integer, until somebody writes it."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    yield check_of("recover in windows", str(size), dtype, found, wanted)

@@ -1,7 +1,8 @@
-"""A model compiled in one of the ways that are held against each other: whose graph, torch.compile's mode, the attention kernel asked first.
+"""A model compiled in one of the ways that are held against each other: whose graph, torch.compile's mode, the
+attention kernel asked first.
 
-Each contender has a backend of its own, so that Dynamo shares nothing between them, and the code that Inductor generates for it is kept: it says
-which attention a contender really calls.
+Each contender has a backend of its own, so that Dynamo shares nothing between them, and the code that Inductor
+generates for it is kept: it says which attention a contender really calls.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ ATTENTION: Mapping[str, list[SDPBackend]] = {
 """Kernels that torch may choose from, the first first. What flash attention doesn't take (masks) goes to the others."""
 
 OPTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "maxautotune": ("max-autotune", {}),
     "coordinate": ("default", {"coordinate_descent_tuning": True}),
     "tma": ("default", {"max_autotune_gemm": True, "triton.enable_persistent_tma_matmul": True}),
     "epilogue": ("default", {"max_autotune_gemm": True, "max_epilogue_benchmarked_choices": 3}),
@@ -55,15 +55,15 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "border": {},
     "all": {"strategy": GTP(graph="spatial", token_scale=False)},
 }
-"""Options of the backend, and as "told" the target's: the form in which attention is told scales. "border" and "all" also take the net's schedule
-of one site at a tile's border."""
+"""Options of the backend, and as "told" the target's: the form in which attention is told scales. "border" and "all"
+also take the net's schedule of one site at a tile's border."""
 AT_BORDER = ("border", "all")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """ours: the optimised graph. mode: torch.compile's. attention: a name in `ATTENTION`. option, variant: names in `OPTIONS` and
-    `VARIANTS`, or none."""
+    """ours: the optimised graph. mode: torch.compile's. attention: a name in `ATTENTION`. option, variant: names in
+    `OPTIONS` and `VARIANTS`, or none."""
 
     ours: bool
     mode: str = "default"
@@ -80,11 +80,8 @@ class Contender:
         return cls(ours, OPTIONS[option][0], option=option)
 
 
-BASELINES = tuple(
-    Contender(False, mode, attention)
-    for mode in ("default", "max-autotune", "reduce-overhead")
-    for attention in ATTENTION
-)
+MODES = ("default", "max-autotune", "reduce-overhead")
+BASELINES = tuple(Contender(False, mode, attention) for mode in MODES for attention in ATTENTION)
 """What a best original is the best of."""
 
 
@@ -109,7 +106,8 @@ class Compiled:
 def compiled(
     contender: Contender, model: nn.Module, images: torch.Tensor, options: Mapping[str, Any], target: Target
 ) -> Compiled:
-    """options: the backend's, of a contender that is ours. Compiles at the first run. Raises KeyError for an option that Inductor doesn't have."""
+    """options: the backend's, of a contender that is ours. Compiles at the first run. Raises KeyError for an option
+    that Inductor doesn't have."""
     more = OPTIONS[contender.option][1] if contender.option else {}
     known = inductor_config.get_config_copy()
     if missing := sorted(set(more) - set(known)):

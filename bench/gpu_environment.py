@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.environment import Environment
-from bench.gpu_stock import backend_chosen
+from bench.gpu_stock import kernel_chosen
 from gtp_fx.timing import clock_for, interleave
 
 _SIDE, _BYTES, _CALLS = 8192, 2**31, 5
@@ -38,8 +38,8 @@ def environment(device: torch.device, dtype: torch.dtype, small: bool) -> dict[s
         "gpu": _gpu(device),
         "driver": _driver(),
         "attention_chosen": {
-            "plain": backend_chosen(q, q, q),
-            "mask": backend_chosen(q, q, q, torch.zeros(8, 1, 1, 197, dtype=dtype, device=device)),
+            "plain": kernel_chosen(q, q, q),
+            "mask": kernel_chosen(q, q, q, torch.zeros(8, 1, 1, 197, dtype=dtype, device=device)),
         },
         "product": {"side": side, "dtype": str(dtype), "flops_a_second": 2 * side**3 / taken["product"]},
         "copy": {"bytes": source.nbytes, "bytes_a_second": 2 * source.nbytes / taken["copy"]},

@@ -1,7 +1,7 @@
 """How fast are the kernels? Each beside what stands, or could stand, in its place.
 
-Contenders of a row run interleaved, some dozen times in a row each and, on a GPU, as one CUDA graph, so that no launch from Python is
-timed; what is told is the median over rounds.
+Contenders of a row run interleaved, some dozen times in a row each and, on a GPU, as one CUDA graph, so that no launch
+from Python is timed; what is told is the median over rounds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
-from bench.gpu_stock import kernel_named, log_sum_exps, stock_attention
+from bench.gpu_stock import kernel_named, kernel_taken, log_sum_exps, stock_attention
 from gtp_fx.site_probes import propagation, stream_pass
 from gtp_fx.timing import clock_for, interleave
 
@@ -27,8 +27,8 @@ NOT_THERE = "not there"
 
 @dataclass(frozen=True)
 class KernelSizes:
-    """attention: (images, heads, tokens, head size). streams: (images, patches, channels, leaving). images: (images, side, patch, channels).
-    copied: bytes."""
+    """attention: (images, heads, tokens, head size). streams: (images, patches, channels, leaving). images: (images,
+    side, patch, channels). copied: bytes."""
 
     attention: tuple[tuple[int, ...], ...]
     streams: tuple[tuple[int, ...], ...]
@@ -50,8 +50,8 @@ Made = tuple[dict[str, Callable[[], object] | None], dict[str, int]]
 
 @dataclass(frozen=True)
 class KernelRow:
-    """seconds: of one run, by contender. moved: bytes that a contender has to read and write at least, of those that memory bounds.
-    failed: contenders that aren't there, or raise, and why."""
+    """seconds: of one run, by contender. moved: bytes that a contender has to read and write at least, of those that
+    memory bounds. failed: contenders that aren't there, or raise, and why."""
 
     kernel: str
     size: tuple[int, ...]
@@ -110,18 +110,23 @@ def question(kernel: str, size: tuple[int, ...], made: Made, device: torch.devic
 
 
 def attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
-    """Torch's own, plain and told scales by a mask or in channels; ours, plain, told, and scored; and torch's own with scores from its log-sum-exp."""
+    """Torch's own, plain and told scales by a mask or in channels; ours, plain, told, and scored; and torch's own with
+    scores from its log-sum-exp. Where torch runs another kernel than it was asked for, a name says so."""
     images, heads, tokens, head = size
     q, k, v = torch.randn(images, tokens, 3, heads, head, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     scales = torch.ones(images, tokens - 1, device=device)
     mask = gtp_fx.key_bias(scales, 1, 0, None, q)
     runs: dict[str, Callable[[], object] | None] = {}
+    wide = gtp_fx.scale_channels(q, k, scales, 1, 0, head**-0.5)
+
+    def in_channels() -> Tensor:
+        told = gtp_fx.scale_channels(q, k, scales, 1, 0, head**-0.5)
+        return stock_attention("cudnn", *told, v, scale=head**-0.5)
+
     for kind in ("cudnn", "flash"):
-        runs[kind] = lambda kind=kind: stock_attention(kind, q, k, v)
-    runs["cudnn, mask"] = lambda: stock_attention("cudnn", q, k, v, mask)
-    runs["cudnn, channels"] = lambda: stock_attention(
-        "cudnn", *gtp_fx.scale_channels(q, k, scales, 1, 0, head**-0.5), v, scale=head**-0.5
-    )
+        runs[_really(kind, kind, q, k, v)] = lambda kind=kind: stock_attention(kind, q, k, v)
+    runs[_really("cudnn", "cudnn, mask", q, k, v, mask)] = lambda: stock_attention("cudnn", q, k, v, mask)
+    runs[_really("cudnn", "cudnn, channels", *wide, v)] = in_channels
     for name, told, score in (
         ("attend", None, "none"),
         ("attend, told", scales, "none"),
@@ -132,6 +137,11 @@ def attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
     for kind, run in log_sum_exps(q, k, v).items():
         runs[f"{kind} and attention_scores"] = _scored(q, k, run)
     return runs, {}
+
+
+def _really(kind: str, name: str, *operands: Tensor) -> str:
+    taken = kernel_taken(kind, *operands)
+    return name if taken == kind else f"{name} (runs {taken})"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None, score: str, tile: list[int]) -> Any:
@@ -166,7 +176,8 @@ def _graph(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> M
 
 
 def _propagate(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
-    """At a site, and what is in its place where no token leaves: each reads the stream and the branch, and writes the sum and its norm."""
+    """At a site, and what is in its place where no token leaves: each reads the stream and the branch, and writes the
+    sum and its norm."""
     images, patches, channels, leaving = size
     x = torch.randn(images, patches, channels, device=device).to(dtype)
     function, *arguments = propagation(x, leaving)

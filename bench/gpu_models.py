@@ -1,7 +1,7 @@
 """How much faster are whole models on this GPU, against the same model compiled as well as torch can?
 
-Contenders are interleaved in one run, by CUDA's own events; what counts is the fastest of ours against the fastest original, and a row
-says which originals there were: of some, it claims no best.
+Contenders are interleaved in one run, by CUDA's own events; what counts is the fastest of ours against the fastest
+original, and a row says which originals there were: of some, it claims no best.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from gtp_fx.timing import Run, Timings, clock_for, interleave
 _CHECKED = 4
 """Images of a batch whose outputs are compared."""
 _CALLS, _LARGE = 5, 8
-"""Calls of a timing, from that batch on: what the host does before the first is then a small part of it. Below, a call alone."""
+"""Calls of a timing, from that batch on: what the host does before the first is then a small part of it. Below, a call
+alone."""
 _WARM_UP = 3
 ORIGINAL, OURS = "original", "ours"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """timm's name, what it is made with, its image side, and FLOPs after / before. border: a block and the tokens that leave there, and nowhere else, at about the same
-    FLOPs, so that those left fill whole tiles of attention."""
+    """timm's name, what it is made with, its image side, and FLOPs after / before. border: a block and the tokens that
+    leave there, and nowhere else, at about the same FLOPs, so that those left fill whole tiles of attention."""
 
     name: str
     side: int
@@ -60,8 +61,8 @@ SUBJECTS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One contender. error: of its outputs, against the same graph eager. first: seconds of its first call. attention: its calls in the
-    generated code. rounds: seconds of a call, by round. failed: why there are none."""
+    """One contender. error: of its outputs, against the same graph eager. first: seconds of its first call. attention:
+    its calls in the generated code. rounds: seconds of a call, by round. failed: why there are none."""
 
     error: float = float("nan")
     first: float = 0.0
@@ -72,8 +73,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One net at one batch. predicted: what the target's cost model says of the speed-up. speed_up: the lower quartile, median and upper quartile, by
-    round, of `fastest` over each other. not_run: originals that a best one would have to be the best of, too."""
+    """One net at one batch. predicted: what the target's cost model says of the speed-up. speed_up: the lower quartile,
+    median and upper quartile, by round, of `fastest` over each other. not_run: originals that a best one would have to
+    be the best of, too."""
 
     net: str
     model: str
@@ -191,7 +193,8 @@ def _error(found: Any, wanted: torch.Tensor) -> float:
 
 @torch.no_grad()
 def timed(prepared: Prepared, rounds: int, turn: Turn) -> ModelRow:
-    """`rounds` rounds, or as many as there is time for. Of the few contenders that are left, whoever they are, where others failed."""
+    """`rounds` rounds, or as many as there is time for. Of the few contenders that are left, whoever they are, where
+    others failed."""
     row, runs = prepared.row, prepared.runs
     if not runs:
         return row

@@ -1,4 +1,5 @@
-"""What `bench.gpu_quarter` does in a quarter of an hour on one GPU: its stages, in order of what they are worth. Imports no torch.
+"""What `bench.gpu_quarter` does in a quarter of an hour on one GPU: its stages, in order of what they are worth.
+Imports no torch.
 
 A stage's name says what it does, and `bench.gpu_stages` takes it apart:
 
@@ -6,12 +7,14 @@ A stage's name says what it does, and `bench.gpu_stages` takes it apart:
     checks-WHAT                  are the kernels right? at the nets' sizes in bfloat16, or at others in one dtype
     kernels-WHAT                 kernels alone, against what stands in their place
     model-NET-BATCH              original and ours, compiled and interleaved; at a large batch by operator, too
+    full-NET-BATCH               the same against every original that a best one has to be the best of
     ablate-NET-VARIANT-…         ours against ours without or with something
     sweep-NET                    one block of the original over counts of tokens
     plain-NET-BATCH              a model without kernels, where one of those is wrong
     tiles-WHAT, options-NET-BATCH-OPTION, sanitize-KERNEL-TOOL, warps-KERNEL
 
-Nets are keys of `bench.gpu_models.SUBJECTS`: S and B are DeiT's at 224, L is ViT-L at 384, D is DINOv2-B at 518; T is a toy.
+Nets are keys of `bench.gpu_models.SUBJECTS`: S and B are DeiT's at 224, L is ViT-L at 384, D is DINOv2-B at 518; T is a
+toy.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ VARIANTS = {
     "D": ("spatial", "nokernels", "border", "all", "toldmask", "toldkernel", "toldchannel"),
 }
 """Which of `bench.gpu_contenders.VARIANTS` are tried on which net. Telling scales costs most where attention does."""
-OPTIONS = ("maxautotune", "coordinate", "tma", "epilogue", "pdl")
+OPTIONS = ("coordinate", "tma", "epilogue")
 TOOLS = ("memcheck", "racecheck")
 KERNELS = ("attend", "attention_scores", "token_graph", "select", "propagate", "recover")
 GOALS = {"S": 1.30, "B": 1.30, "L": 1.33, "D": 1.33, "T": 1.0}
@@ -40,7 +43,8 @@ TILED = ("197", "577", "1370", "propagate")
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds. turn: at most. least: without which it isn't begun. prepare: until it is ready, or done where it waits for no turn."""
+    """Seconds. turn: at most. least: without which it isn't begun. prepare: until it is ready, or done where it waits
+    for no turn."""
 
     turn: float
     least: float
@@ -53,6 +57,7 @@ _LIMITS = {
     "checks": Limits(0, 15, 150, waits=False),
     "kernels": Limits(25, 6, 170),
     "model": Limits(40, 8, 280),
+    "full": Limits(50, 12, 280),
     "ablate": Limits(15, 4, 250),
     "sweep": Limits(30, 8, 120),
     "plain": Limits(40, 8, 250),
@@ -69,7 +74,8 @@ _DRY = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """rounds: stages of a later one use what an earlier one kept. seconds: of all. settle: until turns begin, whoever is ready."""
+    """rounds: stages of a later one use what an earlier one kept. seconds: of all. settle: until turns begin, whoever
+    is ready."""
 
     rounds: tuple[tuple[str, ...], ...]
     seconds: float
@@ -94,7 +100,7 @@ def first(dry: bool) -> Plan:
 
 
 def sanitize(kernel: str, dry: bool) -> Plan:
-    """Where a kernel is wrong: what it does to memory, whether fewer warps change it, and what models do without any."""
+    """Where a kernel is wrong: what it does to memory, whether fewer warps change it, what models do without any."""
     nets: Iterable[tuple[str, int]] = [("T", 2)] if dry else SIZES
     names = [*(f"sanitize-{kernel}-{tool}" for tool in TOOLS), f"warps-{kernel}"]
     names += [f"plain-{net}-{batch}" for net, batch in nets]
@@ -110,10 +116,10 @@ def tiles(dry: bool) -> Plan:
 def options(dry: bool) -> Plan:
     """Where the goal is met, or near: what Inductor can do more, and other batches."""
     if dry:
-        return Plan((("options-T-2-coordinate", "options-T-1-pdl"),), *_time(dry))
-    large = [f"options-B-256-{option}" for option in OPTIONS if option != "pdl"]
+        return Plan((("full-T-2", "options-T-2-coordinate", "options-T-1-pdl"),), *_time(dry))
+    large = [f"options-B-256-{option}" for option in OPTIONS]
     batches = [f"model-{net}-{batch}" for net in "SB" for batch in (64, 8)]
-    return Plan(((*large, "options-B-1-pdl", "options-S-1-pdl", *batches),), *_time(dry))
+    return Plan((("full-B-256", *large, "options-B-1-pdl", "options-S-1-pdl", *batches),), *_time(dry))
 
 
 def _time(dry: bool) -> tuple[float, float]:
@@ -136,7 +142,8 @@ def stages(names: Sequence[str], folder: Path, dry: bool) -> list[Stage]:
 
 
 def environment(folder: Path, processes: int, cores: int, dry: bool) -> dict[str, str]:
-    """What all stages are run with: one cache for what any of them has compiled, and tiles that were measured here alone."""
+    """What all stages are run with: one cache for what any of them has compiled, and tiles that were measured here
+    alone."""
     caches = folder / "caches"
     found = {
         "PYTHONUNBUFFERED": "1",

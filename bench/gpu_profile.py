@@ -1,6 +1,7 @@
 """Which operator takes a model's time: its kernels by torch.profiler, grouped by what they do.
 
-Kernels are told by their names: of cuBLAS, cuDNN, flash attention, GTP's own, and those that Inductor generates, which say what is fused in them.
+Kernels are told by their names: of cuBLAS, cuDNN, flash attention, GTP's own, and those that Inductor generates, which
+say what is fused in them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gtp_fx.timing import Run
 
 _GENERATED = re.compile(r"^triton_(poi|per|red|for)_")
 _IN_GENERATED = (
-    ("graph", r"topk|masked_fill|eye|linalg_vector_norm"),
+    ("graph", r"topk|masked_fill|eye|linalg_vector_norm|remainder"),
     ("score", r"amax|_max_"),
     ("pointwise", r""),
 )
@@ -37,7 +38,8 @@ _NAMED = (
     ("gemm", r"gemm|nvjet|cutlass|cublas|splitk|gemv|triton_tem|aten::(add|b|baddb)?mm$"),
     ("pointwise", r"elementwise|layer_?norm|reduce_kernel|gelu"),
 )
-"""The first that fits. Products in float32, without tensor cores, are the token graph's: all others are in the model's dtype."""
+"""The first that fits. Products in float32, without tensor cores, are the token graph's: all others are in the model's
+dtype."""
 GROUPS = ("gemm", "attention", "pointwise", "conv", "graph", "score", "select", "propagate", "recover", "other")
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _MOST_KERNELS = 60
@@ -45,8 +47,8 @@ _MOST_KERNELS = 60
 
 @dataclass(frozen=True)
 class Profile:
-    """Of one call, in microseconds. groups: by `GROUPS`. kernels: (name, group, launches, microseconds), the longest first. products: launches and
-    microseconds of matrix products, by their operands' sizes."""
+    """Of one call, in microseconds. groups: by `GROUPS`. kernels: (name, group, launches, microseconds), the longest
+    first. products: launches and microseconds of matrix products, by their operands' sizes."""
 
     total: float
     groups: Mapping[str, float]

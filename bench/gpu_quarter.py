@@ -1,11 +1,13 @@
-"""A quarter of an hour on one GPU, in two commands: are the kernels right, is the goal met, which operator eats it, what would help?
+"""A quarter of an hour on one GPU, in two commands: are the kernels right, is the goal met, which operator eats it,
+what would help?
 
     python3 -m bench.gpu_quarter first --out DIR
     python3 -m bench.gpu_quarter second --out DIR --sanitize KERNEL | --tiles | --options
 
-Runs from a checkout with nothing installed but torch, triton, timm, transformers, typer, tabulate and tqdm. What to make of it is in bench/NOTES.md; what
-it does, in `bench.gpu_plan`. Files are written anew whenever a stage is done, and nothing goes on for longer than `--seconds`. On a CPU, `--dry-run`
-runs every stage on toy sizes with Triton's interpreter: figures of that say nothing.
+Runs from a checkout with nothing installed but torch, triton, timm, transformers, typer, tabulate and tqdm. What to
+make of it is in bench/NOTES.md; what it does, in `bench.gpu_plan`. Files are written anew whenever a stage is done, and
+nothing goes on for longer than `--seconds`. On a CPU, `--dry-run` runs every stage on toy sizes with Triton's
+interpreter: figures of that say nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ import typer
 from bench import gpu_plan
 from bench.gpu_answers import answers, wrong_checks
 from bench.gpu_plan import Plan
-from bench.gpu_turns import FOLDERS, Outcome, run_stages, write_whole
+from bench.gpu_rounds import run_stages
+from bench.gpu_turns import FOLDERS, Outcome, write_whole
 
 MOST_BYTES = 16 * 2**20
 """Of a file that is brought home from a machine somewhere."""
@@ -36,7 +39,7 @@ _LOG_TOLD = 200_000
 """Bytes of a stage's log that are kept, its last ones."""
 FILES = {
     "kernels.json": ("environment", "checks", "kernels", "tiles", "sanitize", "warps"),
-    "models.json": ("model", "plain", "options"),
+    "models.json": ("model", "full", "plain", "options"),
     "ablations.json": ("ablate", "sweep"),
 }
 """Which stages' finds are in which; beside them log.txt, code.tar.gz and traces.tar.gz."""
@@ -86,7 +89,8 @@ class Quarter:
     def _line(self, outcome: Outcome) -> str:
         ready, turn = outcome.seconds
         passed = time.monotonic() - self.began
-        return f"{passed:5.0f} s  {outcome.stage}: {outcome.trouble or 'done'} ({ready:.0f} s to get ready, {turn:.0f} s of its turn)"
+        spent = f"{ready:.0f} s to get ready, {turn:.0f} s of its turn"
+        return f"{passed:5.0f} s  {outcome.stage}: {outcome.trouble or 'done'} ({spent})"
 
     def found(self) -> dict[str, Any]:
         """What stages have kept, by name; of one that was cut off, what it had."""
@@ -139,7 +143,8 @@ def first(
     commit: Commit = "",
     dry_run: DryRun = False,
 ) -> None:
-    """Kernels checked and timed, models at their most telling batch and at batch 1, by operator, and with one thing changed at a time."""
+    """Kernels checked and timed, models at their most telling batch and at batch 1, by operator, and with one thing
+    changed at a time."""
     _run("first", gpu_plan.first(dry_run), out, seconds, processes, folder, commit, dry_run)
 
 

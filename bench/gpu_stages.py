@@ -2,7 +2,8 @@
 
     python -m bench.gpu_stages model-B-64 --folder /tmp/quarter
 
-`bench.gpu_plan` says what names there are. Finds go to FOLDER/found/NAME.json, generated code to FOLDER/code, timelines to FOLDER/traces.
+`bench.gpu_plan` says what names there are. Finds go to FOLDER/found/NAME.json, generated code to FOLDER/code, timelines
+to FOLDER/traces.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import typer
 
 from bench import gpu_checks, gpu_kernels, gpu_models, gpu_sweep, gpu_tiles, gpu_wrong
-from bench.gpu_contenders import Contender
+from bench.gpu_contenders import BASELINES, MODES, Contender
 from bench.gpu_environment import environment
 from bench.gpu_plan import KERNELS, SIZES
 from bench.gpu_stock import kernel_named
@@ -88,7 +89,8 @@ def _environment(place: Place, rest: Sequence[str]) -> None:
 
 
 def _checks(place: Place, rest: Sequence[str]) -> None:
-    """The nets' sizes, in bfloat16, or others in the dtype that is named. Kernels that aren't there yet have no case, and are named."""
+    """The nets' sizes, in bfloat16, or others in the dtype that is named. Kernels that aren't there yet have no case,
+    and are named."""
     sizes, dtypes = gpu_checks.NETS, [torch.bfloat16]
     if rest[0] != "nets":
         sizes, dtypes = gpu_checks.OTHERS, [getattr(torch, rest[0])]
@@ -130,6 +132,12 @@ def _model(place: Place, rest: Sequence[str]) -> None:
         return
     originals = [Contender(False), Contender(False, "reduce-overhead"), Contender(False, "reduce-overhead", "flash")]
     _compare(place, net, batch, [*originals, Contender(True), Contender(True, "reduce-overhead")])
+
+
+def _full(place: Place, rest: Sequence[str]) -> None:
+    """All that the best original is to be the best of, and ours in the same modes: long to compile."""
+    ours = [Contender(True, mode) for mode in MODES]
+    _compare(place, rest[0], int(rest[1]), [*BASELINES, *ours])
 
 
 def _ablate(place: Place, rest: Sequence[str]) -> None:
@@ -210,6 +218,7 @@ STAGES: Mapping[str, Callable[[Place, Sequence[str]], None]] = {
     "checks": _checks,
     "kernels": _kernels,
     "model": _model,
+    "full": _full,
     "ablate": _ablate,
     "sweep": _sweep,
     "plain": _plain,

@@ -33,7 +33,13 @@ def kernel_named(name: str) -> Any:
     return getattr(torch.ops.gtp_fx_kernels, name, None)
 
 
-def backend_chosen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str:
+def kernel_taken(kind: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str:
+    """The kernel that `stock_attention` really runs: one that doesn't take such operands is passed over."""
+    with sdpa_kernel(list(ATTENTION[kind]), set_priority=True):
+        return kernel_chosen(q, k, v, mask)
+
+
+def kernel_chosen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str:
     """The kernel that torch takes for such operands as it is set up here."""
     chosen: Any = torch._fused_sdp_choice(q, k, v, attn_mask=mask)
     names = {int(backend.value): name for name, backend in torch.nn.attention.SDPBackend.__members__.items()}

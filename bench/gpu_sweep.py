@@ -1,12 +1,14 @@
 """One block of the original over counts of tokens: where time makes steps, tiles end.
 
-A target's tiles of products and of attention are fitted from it (`targets/`): tokens that leave within a tile save nothing.
+A target's tiles of products and of attention are fitted from it (`targets/`): tokens that leave within a tile save
+nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,8 @@ TOKENS = {
 
 @dataclass(frozen=True)
 class SweepRow:
-    """seconds: of a call, by what was called ("block", compiled for any count; attention alone by kernel), one for each of `tokens`."""
+    """seconds: of a call, by what was called ("block", compiled for any count; attention alone by kernel), one for each
+    of `tokens`."""
 
     net: str
     batch: int
@@ -73,10 +76,10 @@ def prepare(net: str, device: torch.device, dtype: torch.dtype) -> Sweep:
     for count in counts:
         x = torch.randn(batch, count, channels, device=device).to(dtype)
         torch._dynamo.mark_dynamic(x, 1)
-        runs["block", count] = lambda x=x: compiled(x)  # type: ignore[misc]
+        runs["block", count] = partial(compiled, x)
         q, k, v = torch.randn(batch, count, 3, heads, channels // heads, device=device).to(dtype).permute(2, 0, 3, 1, 4)
         for kind in ATTENTION:
-            runs[f"attention {kind}", count] = lambda kind=kind, q=q, k=k, v=v: stock_attention(kind, q, k, v)  # type: ignore[misc]
+            runs[f"attention {kind}", count] = partial(stock_attention, kind, q, k, v)
     for run in runs.values():
         run()
     return Sweep(SweepRow(net, batch, heads, channels, counts, {}), runs, device)
@@ -91,6 +94,6 @@ def _repeated(run: Run) -> Run:
 
 
 def steps(tokens: Sequence[int], seconds: Sequence[float], above: float = 0.04) -> list[int]:
-    """Counts from which on time grows faster than their number: by more than `above` of it from one count to the next."""
+    """Counts at which time grows faster than their number: by more than `above` of it since the count before."""
     pairs = zip(tokens, tokens[1:], seconds, seconds[1:], strict=False)
     return [after for before, after, low, high in pairs if high / low > (1 + above) * after / before]

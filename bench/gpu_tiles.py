@@ -1,6 +1,8 @@
-"""Which tiles are fastest, where kernels miss the goal: attention's at the nets' counts of tokens, and the stream's at a site.
+"""Which tiles are fastest, where kernels miss the goal: attention's at the nets' counts of tokens, and the stream's at
+a site.
 
-The best of attention is kept where `gtp_fx.kernels.tuned` finds it, so that models which are compiled afterwards run with it.
+The best of attention is kept where `gtp_fx.kernels.tuned` finds it, so that models which are compiled afterwards run
+with it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ CALLS = {"told": "none", "plain": "none", "told, scored": "mixed-max"}
 
 
 def questions(what: str, device: torch.device, dtype: torch.dtype, small: bool) -> list[Question]:
-    """what: a number of tokens, or "propagate". A contender's name is what is called and its tile, "told (32, 256, 4, 1)"."""
+    """what: a number of tokens, or "propagate". A contender's name is what is called and its tile, "told (32, 256, 4,
+    1)"."""
     sizes = DRY if small else NETS
     if what == "propagate":
         return [question("propagate", size, _stream(size, device, dtype), device) for size in sizes.streams]

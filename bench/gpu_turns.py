@@ -1,9 +1,11 @@
 """Stages as processes: all get ready side by side, then each has the GPU to itself, and no more time than there is.
 
-What takes a GPU's time is compiling, on the host: so a stage compiles first, says that it is ready, and waits for its turn. In a turn
-nothing else runs; who is still getting ready is halted meanwhile. A stage that crashes, hangs or comes too late costs itself alone.
+What takes a GPU's time is compiling, on the host: so a stage compiles first, says that it is ready, and waits for its
+turn. In a turn nothing else runs; who is still getting ready is halted meanwhile. A stage that crashes, hangs or comes
+too late costs itself alone.
 
-Both sides are here, and neither imports torch: `run_stages` for who starts them, `Turn` for a stage. They speak by files in one folder:
+`Turn` is a stage's side; `bench.gpu_rounds` has the other, of who starts them. They speak by files in one folder, and
+neither imports torch:
 
     found/NAME.json    what a stage has found so far, written anew after every row
     turns/NAME.ready   it is ready
@@ -13,29 +15,27 @@ Both sides are here, and neither imports torch: `run_stages` for who starts them
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_POLL = 0.05
+POLL = 0.05
 NO_LIMIT = 1e9
-_LEFT_OUT = "left out"
+LEFT_OUT = "left out"
 FOLDERS = ("found", "turns", "logs")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """name: also its files'. command: what runs it. least: seconds without which it isn't begun. limit: seconds of its turn at most.
+    """name: also its files'. command: what runs it. least: seconds without which it isn't begun. limit: seconds of its
+    turn at most.
 
-    waits: whether it asks for a turn; one that doesn't runs through as it is started. prepare: seconds until it has to be ready, or, where
-    it doesn't wait, be done; the time in which it is halted doesn't count.
+    waits: whether it asks for a turn; one that doesn't runs through as it is started. prepare: seconds until it has to
+    be ready, or, where it doesn't wait, be done; the time in which it is halted doesn't count.
     """
 
     name: str
@@ -48,7 +48,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """trouble: why a stage gave nothing or not all, in a few words; empty for one that is done. seconds: until it was ready, and its turn's."""
+    """trouble: why a stage gave nothing or not all, in a few words; empty for one that is done. seconds: until it was
+    ready, and its turn's."""
 
     stage: str
     trouble: str
@@ -57,11 +58,12 @@ class Outcome:
     @property
     def failed(self) -> bool:
         """It was begun and came to nothing good, where one that is left out was not."""
-        return bool(self.trouble) and not self.trouble.startswith(_LEFT_OUT)
+        return bool(self.trouble) and not self.trouble.startswith(LEFT_OUT)
 
 
 class Turn:
-    """A stage's own side. In `wait` it lets others go first; what it finds is kept at once, so that it can be stopped at any time."""
+    """A stage's own side. In `wait` it lets others go first; what it finds is kept at once, so that it can be stopped
+    at any time."""
 
     def __init__(self, folder: Path, name: str, alone: bool = False) -> None:
         """alone: nobody gives turns; go on at once, with no limit."""
@@ -75,7 +77,7 @@ class Turn:
             return
         self._ready.touch()
         while not self._go.exists():
-            time.sleep(_POLL / 2)
+            time.sleep(POLL / 2)
         self._until = time.monotonic() + float(self._go.read_text())
 
     @property
@@ -93,170 +95,3 @@ def write_whole(file: Path, text: str) -> None:
     written = file.with_name(f"{file.name}.{os.getpid()}")
     written.write_text(text)
     written.replace(file)
-
-
-@dataclass
-class _Run:
-    """A stage's process. active: seconds in which it wasn't halted, since it was started or since its turn began."""
-
-    stage: Stage
-    process: subprocess.Popen[bytes]
-    active: float = 0.0
-    prepared: float = 0.0
-    halted: bool = False
-
-    def send(self, what: signal.Signals) -> None:
-        """To the stage and what it has started itself."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, what)
-
-    def halt(self, halted: bool) -> None:
-        if halted != self.halted:
-            self.send(signal.SIGSTOP if halted else signal.SIGCONT)
-            self.halted = halted
-
-
-@dataclass
-class _Round:
-    """The state of `run_stages`. turn: whose turn it is."""
-
-    folder: Path
-    deadline: float
-    pending: list[Stage]
-    done: Callable[[Outcome], object]
-    environment: Mapping[str, str]
-    running: list[_Run] = field(default_factory=list)
-    turn: _Run | None = None
-    outcomes: list[Outcome] = field(default_factory=list)
-
-    @property
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def file(self, folder: str, stage: Stage, end: str) -> Path:
-        return self.folder / folder / f"{stage.name}.{end}"
-
-    def ready(self) -> list[_Run]:
-        return [run for run in self.running if self.file("turns", run.stage, "ready").exists() and run is not self.turn]
-
-    def preparing(self) -> list[_Run]:
-        ready = self.ready()
-        return [run for run in self.running if run not in ready and run is not self.turn]
-
-    def start(self, stage: Stage) -> None:
-        with self.file("logs", stage, "txt").open("wb") as log:
-            environment = {**os.environ, **self.environment}
-            process = subprocess.Popen(
-                stage.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-        self.running.append(_Run(stage, process))
-
-    def finish(self, run: _Run, trouble: str) -> None:
-        """Whatever is left of it is ended."""
-        run.send(signal.SIGKILL)
-        run.process.wait()
-        self.running.remove(run)
-        seconds = (run.prepared, run.active) if run is self.turn else (run.active, 0.0)
-        if run is self.turn:
-            self.turn = None
-        self.record(Outcome(run.stage.name, trouble, seconds))
-
-    def record(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-        self.done(outcome)
-
-    def trouble_of(self, run: _Run, code: int) -> str:
-        if code == 0:
-            return ""
-        lines = self.file("logs", run.stage, "txt").read_text(errors="replace").strip().splitlines()
-        how = f"ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
-        return f"{how}{': ' + lines[-1][-300:] if lines else ''}"
-
-
-def run_stages(
-    stages: Sequence[Stage],
-    folder: Path,
-    *,
-    seconds: float,
-    settle: float,
-    processes: int,
-    environment: Mapping[str, str] | None = None,
-    done: Callable[[Outcome], object] = lambda outcome: None,
-) -> list[Outcome]:
-    """Run all that fits into `seconds`, the first of `stages` first, and say what became of each.
-
-    settle: turns begin once every stage is ready or so many seconds are over; later, whoever gets ready has its turn at once.
-    processes: how many get ready at a time. environment: added to this process's own. done: called as outcomes come.
-    """
-    for name in FOLDERS:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for stage in stages:
-        for file in folder.glob(f"*/{stage.name}.*"):
-            file.unlink()
-    start = time.monotonic()
-    now = _Round(folder, start + seconds, list(stages), done, environment or {})
-    try:
-        before = start
-        while now.running or now.pending:
-            passed, before = time.monotonic() - before, time.monotonic()
-            _look(now, passed)
-            if now.left <= 0:
-                break
-            if now.turn is None:
-                _begin(now, processes)
-                settled = before - start >= settle or not (now.pending or now.preparing())
-                if settled:
-                    _give_turn(now)
-            time.sleep(_POLL)
-    finally:  # time is over, or somebody interrupts
-        for run in list(now.running):
-            got = "stopped in its turn" if run is now.turn else f"{_LEFT_OUT}: it was not ready"
-            now.finish(run, f"{got} when time was over")
-        for stage in now.pending:
-            now.record(Outcome(stage.name, f"{_LEFT_OUT}: time was over", (0.0, 0.0)))
-    return now.outcomes
-
-
-def _look(now: _Round, passed: float) -> None:
-    """Who has ended, and who has to."""
-    waiting = now.ready()
-    for run in list(now.running):
-        if not run.halted and run not in waiting:
-            run.active += passed
-        code = run.process.poll()
-        if code is not None:
-            now.finish(run, now.trouble_of(run, code))
-        elif run is now.turn and run.active > run.stage.limit:
-            now.finish(run, f"stopped: its turn had {run.stage.limit:g} s")
-        elif run is not now.turn and run not in waiting and run.active > run.stage.prepare:
-            what = "ready" if run.stage.waits else "done"
-            now.finish(run, f"stopped: not {what} within {run.stage.prepare:g} s")
-    if now.turn is None:
-        for run in now.running:
-            run.halt(False)
-
-
-def _begin(now: _Round, processes: int) -> None:
-    while now.pending and len(now.preparing()) < processes:
-        stage = now.pending.pop(0)
-        if now.left < stage.least:
-            now.record(
-                Outcome(stage.name, f"{_LEFT_OUT}: {now.left:.0f} s were left, it takes {stage.least:g}", (0.0, 0.0))
-            )
-        else:
-            now.start(stage)
-
-
-def _give_turn(now: _Round) -> None:
-    """To the first that is ready and for which there is time; all others are halted."""
-    order = [run for run in now.ready() if run.process.poll() is None]
-    for run in order:
-        if now.left < run.stage.least:
-            now.finish(run, f"{_LEFT_OUT}: {now.left:.0f} s were left for its turn, it takes {run.stage.least:g}")
-            continue
-        now.turn = run
-        run.prepared, run.active = run.active, 0.0
-        for other in now.preparing():
-            other.halt(True)
-        write_whole(now.file("turns", run.stage, "go"), f"{0.9 * min(run.stage.limit, now.left):.1f}")
-        return

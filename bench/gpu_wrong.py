@@ -1,4 +1,5 @@
-"""A kernel that is wrong: which of its cases is the smallest that fails, what it does to memory, and whether fewer warps change it.
+"""A kernel that is wrong: which of its cases is the smallest that fails, what it does to memory, and whether fewer
+warps change it.
 
 Cases run in processes of their own, since one that reads where nothing is ends its process's use of the GPU.
 """
@@ -76,7 +77,7 @@ NO_TOOL = "no compute-sanitizer here"
 
 
 def by_warps(kernel: str, folder: Path, small: bool) -> dict[str, Any]:
-    """The same case with 1, 2 and 4 warps and without pipelining: a race or a miscompiled loop shows as a difference."""
+    """The same case with 1, 2 and 4 warps, and no pipelining: a race or a miscompiled loop shows as a difference."""
     failing = _failing(kernel, "warps", folder, small)
     found = {}
     for warps in WARPS:
@@ -89,9 +90,10 @@ def by_warps(kernel: str, folder: Path, small: bool) -> dict[str, Any]:
 
 def relaunch(warps: int) -> None:
     """Let all kernels of this process be launched with so many warps and one stage."""
+    options = {"num_warps": warps, "num_stages": 1}
     for name, module in list(sys.modules.items()):
         if name.startswith("gtp_fx.kernels.") and hasattr(module, "launcher"):
-            module.launcher = _with_options(module.launcher, {"num_warps": warps, "num_stages": 1})  # type: ignore[attr-defined]
+            vars(module)["launcher"] = _with_options(module.launcher, options)
 
 
 def _with_options(launcher: Callable[[Any], Any], options: dict[str, int]) -> Callable[[Any], Any]:

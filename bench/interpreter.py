@@ -1,7 +1,7 @@
 """Triton's interpreter, which runs kernels on a CPU: import this behind TRITON_INTERPRET=1 and before any kernel runs.
 
-Triton up to 3.6 hands Python the bound of a loop as `int(array)` of an array of one element, which NumPy refuses from 2.4 on; every
-kernel with `range(count)` fails there. Compiled kernels have no such thing in them.
+Triton up to 3.6 hands Python the bound of a loop as `int(array)` of an array of one element, which NumPy refuses from
+2.4 on; every kernel with `range(count)` fails there. Compiled kernels have no such thing in them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _count(out_ptr, times):  # type: ignore[no-untyped-def]
 
 
 def make_loops_run() -> None:
-    """See whether a loop runs, and mend the interpreter where it doesn't. Raises RuntimeError where that doesn't help."""
+    """Mend the interpreter where a loop doesn't run. Raises RuntimeError where that doesn't help."""
     if _loops_run():
         return
     from triton.runtime import interpreter
@@ -36,7 +36,8 @@ def make_loops_run() -> None:
     interpreter._patch_lang_tensor = patched
     if not _loops_run():
         raise RuntimeError(
-            f"the interpreter of triton {triton.__version__} runs no loop with numpy {numpy.__version__}: pip install 'numpy<2.4'"
+            f"the interpreter of triton {triton.__version__} runs no loop with numpy {numpy.__version__}: "
+            "pip install 'numpy<2.4'"
         )
 
 

@@ -46,10 +46,11 @@ def selection(scores_BN: Tensor, leaving: int) -> Call:
 
 
 def propagation(x_BNC: Tensor, leaving: int, tile: Sequence[int] = ()) -> Call:
-    """What becomes of the stream at a site: the attention's branch is added, `leaving` tokens of all over the image are propagated along the
-    mixed graph, with the tokens' scales, and the shorter stream is normalised.
+    """What becomes of the stream at a site: the attention's branch is added, `leaving` tokens of all over the image are
+    propagated along the mixed graph, with the tokens' scales, and the shorter stream is normalised.
 
-    x_BNC: patches alone. tile: the kernel's, or none for the best that is known. The function returns the shorter stream, its norm and its token scales.
+    x_BNC: patches alone. tile: the kernel's, or none for the best that is known. The function returns the shorter
+    stream, its norm and its token scales.
     """
     batch, tokens = x_BNC.shape[:2]
     grid = _nearly_square(tokens)

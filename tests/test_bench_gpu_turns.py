@@ -1,4 +1,5 @@
-"""Stages of `bench.gpu_quarter` as processes: turns, limits, one deadline, and that trouble stays where it is. Stages here are shell scripts."""
+"""Stages of `bench.gpu_quarter` as processes: turns, limits, one deadline, and that trouble stays where it is. Stages
+here are shell scripts."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import pytest
 from bench.gpu_answers import answers
 from bench.gpu_plan import Plan, first, options, sanitize, stages, tiles
 from bench.gpu_quarter import Quarter
-from bench.gpu_turns import Outcome, Stage, Turn, run_stages
+from bench.gpu_rounds import run_stages
+from bench.gpu_turns import Outcome, Stage, Turn
 
 READY = "touch turns/$0.ready; while [ ! -e turns/$0.go ]; do sleep 0.02; done; "
 KEEP = 'echo "{\\"value\\": 1}" > found/$0.json; '
