@@ -65,6 +65,8 @@ def test_a_plain_transformer(name: str, options: dict[str, Any]) -> None:
     assert left["gtp_fx_kernels.attend"] >= 2 + told  # pooling by attention is one more
     assert (left["gtp_fx_kernels.select"], left["gtp_fx_kernels.propagate"]) == (2, 2)
     assert not left.keys() & {f"gtp_fx.{name}" for name in ("select", "propagate", "attention_with_scores", "key_bias")}
+    graphs = [left[f"{place}.token_graph"] for place in ("gtp_fx_kernels", "gtp_fx")]
+    assert graphs == ([0, 1] if strategy.graph == "spatial" else [1, 0])
 
 
 def test_the_norm_behind_a_site_is_the_kernels() -> None:
@@ -95,10 +97,12 @@ def test_windows_choose_and_recover_by_kernels() -> None:
 
 
 def test_what_no_kernel_is_made_for_stays() -> None:
-    """theta needs whole maps in memory."""
+    """theta needs whole maps in memory; so many neighbours, more registers. What reads them takes either's."""
     row = BY_NAME["vit"]
-    left = check(build(row), images(row, 1), gtp_fx.GTP(attention_sparsity=0.8), schedule=[20, 20, 0])
+    strategy = gtp_fx.GTP(attention_sparsity=0.8, neighbors=33)
+    left = check(build(row), images(row, 1), strategy, schedule=[20, 20, 0])
     assert left["gtp_fx.attention_with_scores"] == 3 and left["gtp_fx_kernels.attend"] == 0
+    assert (left["gtp_fx.token_graph"], left["gtp_fx_kernels.token_graph"]) == (1, 0)
 
 
 def test_thresholds_are_the_kernels() -> None:

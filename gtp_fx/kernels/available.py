@@ -27,10 +27,12 @@ def has_kernels(device: torch.device) -> bool:
 class Kernels:
     """What a lowering has to choose from: operators, and what they are made for."""
 
+    token_graph: Any
     attend: Any
     select: Any
     propagate: Any
     recover: Any
+    most_neighbors: int
     heads: tuple[int, int]
     most_cells: int
     most_channels: int
@@ -38,14 +40,17 @@ class Kernels:
 
 def load_kernels() -> Kernels:
     """Registers them. Raises ImportError where Triton isn't installed."""
-    attention, select, propagate, recover = (
-        importlib.import_module(f"gtp_fx.kernels.{name}") for name in ("attention", "select", "propagate", "recover")
+    names = ("token_graph", "attention", "select", "propagate", "recover")
+    token_graph, attention, select, propagate, recover = (
+        importlib.import_module(f"gtp_fx.kernels.{name}") for name in names
     )
     return Kernels(
+        token_graph=token_graph.token_graph._opoverload,
         attend=attention.attend._opoverload,
         select=select.select._opoverload,
         propagate=propagate.propagate._opoverload,
         recover=recover.recover._opoverload,
+        most_neighbors=token_graph.MOST_NEIGHBORS,
         heads=attention.HEADS,
         most_cells=select.MOST_CELLS,
         most_channels=propagate.MOST_CHANNELS,
