@@ -89,7 +89,7 @@ def test_a_target_that_is_elsewhere_tells_nothing() -> None:
 @torch.no_grad()
 def test_both_doors_and_the_original_beside_them_tell_the_same(told: Told) -> None:
     model = tiny()
-    options = {"schedule": [4, 0], "target": OWN, "mode": "max-autotune-no-cudagraphs"}
+    options: dict[str, Any] = {"schedule": [4, 0], "target": OWN, "mode": "max-autotune-no-cudagraphs"}
     torch.compile(model, backend=backend.gtp, options=options)(X)
     fast = gtp_fx.optimize(model, **options)
     compare(model, fast, X, rounds=1)
@@ -135,9 +135,10 @@ def test_rows_and_candidates_are_options_that_inductor_has(name: str) -> None:
 def test_frozen_weights_run_through_the_backend(told: Told) -> None:
     """Dynamo then keeps parameters in the graph and not among its inputs; so must the graph that is handed on."""
     model = tiny()
-    wanted = gtp_fx.optimize(model, schedule=[4, 0], compile=False)(X)
+    options: dict[str, Any] = {"schedule": [4, 0]}
+    wanted = gtp_fx.optimize(model, **options, compile=False)(X)
     with torch._inductor.config.patch(freezing=True):
-        found = torch.compile(model, backend=backend.gtp, options={"schedule": [4, 0]})(X)
+        found = torch.compile(model, backend=backend.gtp, options=options)(X)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert told.inputs == [1]
 
