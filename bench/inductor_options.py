@@ -74,8 +74,8 @@ def main(
     target = detect(device.value)
     try:
         chosen = _candidates(target, option)
-        net = timm.create_model(model, **({} if depth is None else {"depth": depth}))
-        net = enliven(net).eval().to(device.value, getattr(torch, dtype.value))
+        cut: dict[str, Any] = {} if depth is None else {"depth": depth}
+        net = enliven(timm.create_model(model, **cut)).eval().to(device.value, getattr(torch, dtype.value))
         images = photo_batch(net, batch)
         schedule = gtp_fx.optimize(net, flops_budget=budget, target=target, compile=False).schedule
         timings, compilations = measure(net, images, schedule, target, chosen, rounds)

@@ -23,7 +23,7 @@ def checked_mode(mode: Any) -> str | None:
 
 
 def check_target(target: Target) -> None:
-    """Raises OptionError where a target has options that Inductor doesn't, or one that this package can't bear."""
+    """Raises OptionError where a target has an option that Inductor doesn't, a value of another type, or freezing."""
     if not target.inductor:  # so that nothing is imported, which takes two seconds
         return
     config: Any = importlib.import_module("torch._inductor.config")
@@ -32,10 +32,14 @@ def check_target(target: Target) -> None:
         raise OptionError(
             f"target {target.name!r}: Inductor has no option {', '.join(map(repr, unknown))}; torch._inductor.list_options() has them all"
         )
+    try:
+        torch.compile(torch.nn.Identity(), options=dict(target.inductor))  # compiles nothing yet
+    except RuntimeError as error:
+        raise OptionError(f"target {target.name!r}: {error}") from error
     if target.inductor.get("freezing"):
         raise OptionError(
-            f"target {target.name!r}: 'freezing' compiles copies of the weights, which then don't follow the original's: leave it out "
-            f"(and it can't be had as an option: docs/using.md says how)"
+            f"target {target.name!r}: 'freezing' compiles copies of the weights, which don't follow load_state_dict: leave it out. As an option it "
+            f"does nothing anyway; docs/using.md has what does"
         )
 
 

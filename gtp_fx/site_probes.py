@@ -39,6 +39,12 @@ def scored_attention(q_BHND: Tensor) -> Call:
     return lambda q: gtp_fx.attention_with_scores(q, q, q, None, None, 1.0, "mixed-max", 1, 0), q_BHND
 
 
+def similar_tokens(x_BNC: Tensor, grid: list[int]) -> Call:
+    """The graph that a stream begins with, mixed, over the patches alone: on a device that has kernels."""
+    _load_kernels(x_BNC.device)
+    return lambda x: gtp_fx_kernels.token_graph(x, grid, 0, "mixed", _NEIGHBORS), x_BNC
+
+
 def selection(scores_BN: Tensor, leaving: int) -> Call:
     if _load_kernels(scores_BN.device):
         return lambda s: gtp_fx_kernels.select(s, None, leaving, s.shape[1]), scores_BN

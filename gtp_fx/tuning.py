@@ -20,7 +20,7 @@ from torch import Tensor
 from gtp_fx.cost.work import DENSE, KINDS, Work
 from gtp_fx.kernels.available import has_kernels
 from gtp_fx.progress import Progress
-from gtp_fx.site_probes import propagation, scored_attention, selection, stream_pass
+from gtp_fx.site_probes import propagation, scored_attention, selection, similar_tokens, stream_pass
 from gtp_fx.strategies import GTP
 from gtp_fx.strategies.protocol import SiteShape
 from gtp_fx.targets.target import MOST_SHARE, Curve, Target
@@ -200,7 +200,12 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
             _compiled(*selection(scores, leaving)),
             (CALL,),
         )
-    for side in (49, 196):
+    for side in (14, 24) if kernels else ():
+        x = random(big, side * side, _WIDTH)
+        work = _of_kind("neighbors", GTP().start_works((side, side), _WIDTH, big, name, kernels=True))
+        graph = _compiled(*similar_tokens(x, [side, side]))
+        yield Probe(f"neighbors {side}", "neighbors", work.bytes, work, graph, (CALL,))
+    for side in () if kernels else (49, 196):
         pairs = random(big, side, side).float()
         ranked = 4 * pairs.numel()
         work = Work("sort", bytes=ranked)

@@ -23,5 +23,6 @@ CPU = Target(
         "bandwidth": "nominal: a core's share of a server's memory",
         "launch": "nominal: starting and joining a team of threads",
         "curves": "nominal",
+        "inductor": "none pays: bench/results/inductor_options_cpu_1.json and _2.json",
     },
 )

@@ -69,7 +69,8 @@ class Target:
     the fastest, () where the curve says it all. attention_tile: queries and keys.
     curves: a Curve for each kind of work (`gtp_fx.cost.work.KINDS`), of the dense rate or the bandwidth.
     told: how attention is told token scales, a name in `TOLD`; "auto" for the first of them that can be, where a mask counts only if
-    it leaves attention the kernel that it has without. inductor: options for Inductor, measured to pay there.
+        it leaves attention the kernel that it has without.
+    inductor: options for Inductor, measured to pay there (`bench.inductor_options`); a mode that the user asks for wins over them.
     sources: where each figure comes from. measured: when and by what the curves were measured, empty where they weren't.
     """
 

@@ -6,6 +6,7 @@ of a model traced as a compiler does: "written", its kernel, and the arguments t
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -54,7 +55,7 @@ class Absent(GPUDriver):
 
 def launches() -> Iterator[tuple[str, Any]]:
     """A name, and what makes the launches: attention of ordinary and awkward sizes, and the others."""
-    from gtp_fx.kernels import attention, propagate, recover, scores, select
+    from gtp_fx.kernels import attention, propagate, recover, scores, select, token_graph
 
     half, single = torch.bfloat16, torch.float32
     sizes = [(197, 64, half), (577, 64, half), (49, 32, half), (4096, 80, half), (197, 64, single), (4096, 80, single)]
@@ -88,6 +89,14 @@ def launches() -> Iterator[tuple[str, Any]]:
         yield f"scores {tokens} {head} {score}", lambda given=given: scores.attention_scores._init_fn(*given)
     lone = (q[:1, :1, :30], k[:1, :1, :30], torch.empty(1, 1, 30), 0.125, "cls-max", 1, 0, None)
     yield "scores cls", lambda: scores.attention_scores._init_fn(*lone)
+    for images, grid, channels, neighbors, kind, dtype in (
+        (48, [14, 14], 384, 8, "mixed", half),
+        (8, [37, 37], 768, 16, "semantic", torch.float16),
+        (1, [4, 8, 8], 1280, 8, "mixed", half),
+        (2, [24, 24], 1024, 8, "mixed", single),
+    ):
+        call = (torch.empty(images, 1 + math.prod(grid), channels, dtype=dtype), grid, 1, kind, neighbors)
+        yield f"token_graph {grid} {dtype}", lambda call=call: token_graph.token_graph._init_fn(*call)
     yield from _sites(select.select._init_fn, recover.recover._init_fn)
     yield from _propagations(propagate.propagate._init_fn)
 
@@ -190,9 +199,9 @@ def main() -> None:
     triton.runtime.driver.set_active(Absent(CAPABILITIES[-1]))
     for kernel, arguments in written():
         print(f"written {kernel} {','.join(sorted(arguments))}", flush=True)
-    from gtp_fx.kernels import attention, propagate, recover, scores, select
+    from gtp_fx.kernels import attention, propagate, recover, scores, select, token_graph
 
-    for module in (attention, propagate, recover, scores, select):
+    for module in (attention, propagate, recover, scores, select, token_graph):
         module.launcher = Compiling  # type: ignore[attr-defined]
     for capability in CAPABILITIES:
         triton.runtime.driver.set_active(Absent(capability))

@@ -59,6 +59,11 @@ def test_bench_times_every_strategy_at_every_budget() -> None:
     assert set(found["seconds"]) == {"original", *(row["name"] for row in found["entries"])}
 
 
+def test_bench_has_no_mode_for_what_it_does_not_compile() -> None:
+    done = run("bench", NAME, "--flops-budget", "0.8", "--mode", "max-autotune", "--eager")
+    assert done.exit_code == 2 and "--eager compiles nothing" in done.stderr
+
+
 def test_bench_compiles_both_sides() -> None:
     done = run("bench", NAME, "--schedule", "30,0,0,0,0,0", "--rounds", "1", "--batch", "2")
     assert done.exit_code == 0, done.output

@@ -89,7 +89,7 @@ def test_a_target_that_is_elsewhere_tells_nothing() -> None:
 @torch.no_grad()
 def test_both_doors_and_the_original_beside_them_tell_the_same(told: Told) -> None:
     model = tiny()
-    options = {"schedule": [4, 0], "target": OWN, "mode": "max-autotune-no-cudagraphs"}
+    options: dict[str, Any] = {"schedule": [4, 0], "target": OWN, "mode": "max-autotune-no-cudagraphs"}
     torch.compile(model, backend=backend.gtp, options=options)(X)
     fast = gtp_fx.optimize(model, **options)
     compare(model, fast, X, rounds=1)
@@ -108,6 +108,7 @@ def test_both_doors_and_the_original_beside_them_tell_the_same(told: Told) -> No
         ({"mode": "max-autotune", "compile": False}, "mode='max-autotune' is how to compile, and compile=False"),
         ({"target": telling(freezing=True)}, "target 'cpu': 'freezing' compiles copies of the weights"),
         ({"target": telling(max_autotun=True)}, "target 'cpu': Inductor has no option 'max_autotun'"),
+        ({"target": telling(max_autotune="yes")}, "target 'cpu': .* max_autotune, got str should be bool"),
     ],
 )
 def test_refused_before_anything_is_captured(options: dict[str, Any], message: str) -> None:
@@ -128,16 +129,16 @@ def test_rows_and_candidates_are_options_that_inductor_has(name: str) -> None:
     for patches in CANDIDATES[name].values():
         options = {option: value for option, value in patches.items() if option != "freezing"}
         check_target(replace(TARGETS[name], inductor=options))
-        torch.compile(nn.Identity(), options=options)  # which refuses values of another type
 
 
 @torch.no_grad()
 def test_frozen_weights_run_through_the_backend(told: Told) -> None:
     """Dynamo then keeps parameters in the graph and not among its inputs; so must the graph that is handed on."""
     model = tiny()
-    wanted = gtp_fx.optimize(model, schedule=[4, 0], compile=False)(X)
+    options: dict[str, Any] = {"schedule": [4, 0]}
+    wanted = gtp_fx.optimize(model, **options, compile=False)(X)
     with torch._inductor.config.patch(freezing=True):
-        found = torch.compile(model, backend=backend.gtp, options={"schedule": [4, 0]})(X)
+        found = torch.compile(model, backend=backend.gtp, options=options)(X)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert told.inputs == [1]
 

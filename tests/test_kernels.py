@@ -21,9 +21,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gtp_fx import site_probes
-from gtp_fx.kernels import tuned
+from gtp_fx.kernels import token_graph, tuned
 from gtp_fx.kernels.available import load_kernels
-from gtp_fx.kernels.tiles import ROW_FITS, AttentionTile, attention_tiles
+from gtp_fx.kernels.tiles import ROW_FITS, AttentionTile, GraphTile, attention_tiles
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.timing import Run, Timings
 
@@ -268,6 +268,93 @@ def test_propagation_adds_the_residual_as_the_operators_do(dtype: torch.dtype) -
         close(found, wanted, dtype)
 
 
+@pytest.fixture
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of rows, columns and channels in a grid of twenty cells."""
+    monkeypatch.setattr(token_graph, "graph_tile", lambda *sizes: GraphTile(16, 16, 16, 4, 2))
+
+
+def same_neighbors(found: Tensor, wanted: Tensor) -> None:
+    assert found.dtype == torch.int32 and torch.equal(found.long().sort(dim=-1).values, wanted.sort(dim=-1).values)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize(
+    ("grid", "prefix", "suffix", "channels", "neighbors", "kind", "dtype"),
+    [
+        ([4, 5], 1, 2, 20, 3, "mixed", torch.float32),
+        ([6, 6], 0, 1, 32, 8, "mixed", torch.bfloat16),
+        ([3, 2, 4], 2, 0, 40, 16, "mixed", torch.float16),
+        ([19], 1, 0, 16, 1, "semantic", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_token_graph_is_the_operators(
+    grid: list[int], prefix: int, suffix: int, channels: int, neighbors: int, kind: str, dtype: torch.dtype
+) -> None:
+    """Of random tokens, whose similarities are far apart beside what the order of sums changes."""
+    tokens = prefix + torch.Size(grid).numel() + suffix
+    x = random(tokens, B, channels, dtype=dtype).transpose(0, 1) * random(B, tokens, 1, seed=1, dtype=dtype).exp()
+    near, degree = kernels.token_graph(x, grid, prefix, kind, neighbors)
+    wanted, degrees = ops.token_graph(x.float(), grid, prefix, kind, neighbors)
+    same_neighbors(near, wanted)
+    close(degree, degrees)
+
+
+def test_the_token_graph_with_the_tiles_that_it_chooses() -> None:
+    x = random(B, 81, 72).requires_grad_()
+    near, degree = kernels.token_graph(x, [8, 10], 1, "mixed", 4)
+    wanted, degrees = ops.token_graph(x, [8, 10], 1, "mixed", 4)
+    same_neighbors(near, wanted)
+    close(degree, degrees)
+    assert not degree.requires_grad
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_of_equally_similar_tokens_the_first_are_neighbors() -> None:
+    """Similarities of 1, 0 and -1 without rounding: each token is plus or minus one of four directions, of some length, or zero."""
+    kinds = torch.randint(9, (B, 36), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    length = 2.0 ** (torch.arange(36, device=DEVICE) % 3)
+    directions = torch.cat([torch.eye(4), -torch.eye(4), torch.zeros(1, 4)]).to(DEVICE)
+    x = torch.cat([directions[kinds] * length[:, None], torch.zeros(B, 36, 12, device=DEVICE)], dim=-1)
+    near, _ = kernels.token_graph(x, [6, 6], 0, "mixed", 8)
+    similar = (directions[kinds] @ directions[kinds].transpose(1, 2)).masked_fill(torch.eye(36).bool().to(DEVICE), -2.0)
+    same_neighbors(near, similar.sort(dim=-1, descending=True, stable=True).indices[..., :8])
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero)")
+def test_tokens_that_are_no_numbers_have_neighbors_on_the_grid() -> None:
+    """NaN is the most similar, as in topk; a row of nothing else, or of -inf, still names other cells, each once."""
+    x = random(3, 20, 16)
+    x[0, 2, 3], x[0, 17, 5], x[1] = float("nan"), float("inf"), float("nan")
+    x[2, 0], x[2, 1:] = 1e30, -1e10
+    near, degree = kernels.token_graph(x, [4, 5], 0, "mixed", 3)
+    assert ((near >= 0) & (near < 20) & (near != torch.arange(20, device=DEVICE)[:, None])).all()
+    assert (near.sort(dim=-1).values.diff(dim=-1) > 0).all() and degree.isfinite().all()
+    numbers = [cell for cell in range(20) if cell not in (2, 17)]
+    wanted, degrees = ops.token_graph(x, [4, 5], 0, "mixed", 3)
+    same_neighbors(near[0, numbers], wanted[0, numbers])
+    close(degree[0, numbers], degrees[0, numbers])
+
+
+def rolled_windows() -> Tensor:
+    """[4, 16, 2]: places of 4 x 4 windows on an 8 x 8 map rolled by two, so that some have both ends of it."""
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    places = torch.stack([rows, columns], dim=-1).roll((-2, -2), (0, 1))
+    return places.reshape(2, 4, 2, 4, 2).transpose(1, 2).reshape(4, 16, 2).to(DEVICE)
+
+
+@pytest.mark.parametrize("leaving", [3, 12, 15])
+def test_recovery_within_windows(leaving: int) -> None:
+    """Shares from coordinates, in the kernel; where most have left, from the nearest that stayed."""
+    places, x = rolled_windows(), random(3 * 4, 16 - leaving, 24)
+    kept, left, *_ = kernels.select(random(3 * 4, 16), None, leaving, 16)
+    shares = ops.region_shares(places, kept, left)
+    wanted = ops.recover(x, shares, kept, left, 0, 1, 0, 0)
+    close(kernels.recover(x, None, places, None, kept, left, 0, 0), wanted)
+
+
 def test_propagation_and_recovery_have_the_gradients_of_the_operators() -> None:
     x, weight, gain = (value.requires_grad_() for value in (random(B, 31, 20), random(20, seed=1), random(20, seed=7)))
     branch = random(B, 31, 20, seed=5).requires_grad_()
@@ -311,6 +398,7 @@ def test_every_launch_compiles_for_gpus_that_are_not_here() -> None:
         written.setdefault(kernel, set()).update(names.split(","))
     assert written == {
         "attend_kernel": {"out_ptr", "received_ptr", "own_ptr"},
+        "token_graph_kernel": {"near_ptr", "degree_ptr"},
         "select_kernel": {"kept_ptr", "leaving_ptr", "kept_cell_ptr", "leaving_cell_ptr", "place_ptr"},
         "propagate_kernel": {"out_ptr", "moved_ptr", "normed_ptr"},
         "recover_kernel": {"out_ptr"},

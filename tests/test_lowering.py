@@ -66,7 +66,7 @@ def check(
 def test_a_plain_transformer(name: str, options: dict[str, Any], told: str) -> None:
     """Two sites in a row, the block behind them told by token scales: no operator of a site is left."""
     row = BY_NAME[name]
-    strategy = gtp_fx.GTP(**options)
+    strategy = gtp_fx.GTP(**{"token_scale": True, **options})
     left = check(build(row), images(row, 1), strategy, told, schedule=[row.patches // 6, row.patches // 5, 0])
     if told == "kernel" or DEVICE != "cpu":
         assert left["gtp_fx_kernels.attend"] >= 2 + bool(strategy.token_scale)  # pooling by attention is one more
@@ -75,6 +75,8 @@ def test_a_plain_transformer(name: str, options: dict[str, Any], told: str) -> N
     assert (left["gtp_fx_kernels.select"], left["gtp_fx_kernels.propagate"]) == (2, 2)
     gone = ("select", "propagate", "attention_with_scores", *(("key_bias",) if told == "kernel" else ()))
     assert not left.keys() & {f"gtp_fx.{name}" for name in gone}
+    graphs = [left[f"{place}.token_graph"] for place in ("gtp_fx_kernels", "gtp_fx")]
+    assert graphs == ([0, 1] if strategy.graph == "spatial" else [1, 0])
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="stock attention takes no float32 on a GPU")
@@ -106,13 +108,14 @@ def kernels_in(gm: fx.GraphModule) -> list[str]:
 def test_the_form_is_what_the_device_has_at_speed() -> None:
     """cuDNN takes a mask; flash attention doesn't, and what is told scales is a kernel then, or channels where they are asked for."""
     row = BY_NAME["deit"]
-    fast = gtp_fx.optimize(build(row).bfloat16(), schedule=[30, 20, 0], compile=False).graph_module
+    paper = gtp_fx.GTP.paper()
+    fast = gtp_fx.optimize(build(row).bfloat16(), schedule=[30, 20, 0], strategy=paper, compile=False).graph_module
     assert kernels_in(lower_to_kernels(fast, HOPPER)) == ["cudnn", "cudnn", "stock"]
     assert kernels_in(lower_to_kernels(fast, AMPERE)) == ["flash", "attend", "attend"]
     assert kernels_in(lower_to_kernels(fast, AMPERE, "channel")) == ["flash", "flash", "stock"]
     assert kernels_in(lower_to_kernels(fast, AMPERE, "mask")) == ["flash", "attend", "stock"]
     assert kernels_in(lower_to_kernels(fast, HOPPER, "kernel")) == ["cudnn", "attend", "attend"]
-    single = gtp_fx.optimize(build(row), schedule=[30, 20, 0], compile=False).graph_module
+    single = gtp_fx.optimize(build(row), schedule=[30, 20, 0], strategy=paper, compile=False).graph_module
     assert kernels_in(lower_to_kernels(single, HOPPER)) == ["attend"] * 3
 
 
@@ -187,10 +190,12 @@ def test_windows_choose_and_recover_by_kernels() -> None:
 
 
 def test_what_no_kernel_is_made_for_stays() -> None:
-    """theta needs whole maps in memory."""
+    """theta needs whole maps in memory; so many neighbours, more registers. What reads them takes either's."""
     row = BY_NAME["vit"]
-    left = check(build(row), images(row, 1), gtp_fx.GTP(attention_sparsity=0.8), schedule=[20, 20, 0])
+    strategy = gtp_fx.GTP(attention_sparsity=0.8, neighbors=33)
+    left = check(build(row), images(row, 1), strategy, schedule=[20, 20, 0])
     assert left["gtp_fx.attention_with_scores"] == 3 and left["gtp_fx_kernels.attend"] == 0
+    assert (left["gtp_fx.token_graph"], left["gtp_fx_kernels.token_graph"]) == (1, 0)
 
 
 def test_thresholds_are_the_kernels() -> None:

@@ -1,5 +1,6 @@
 """Triton kernels for GTP's operators, `torch.ops.gtp_fx_kernels.*`: what a graph calls instead of them on a GPU.
 
+    token_graph who neighbours whom: similarities, the most similar of each, and degrees; no map of it in memory
     attend      attention that also ranks its tokens and knows their scales; the map is never in memory
     attention_scores  how attention ranks its tokens, from the log-sum-exp that stock attention returns
     select      which tokens stay, where they are on the grid, and a map of it, in one launch

@@ -27,11 +27,13 @@ def has_kernels(device: torch.device) -> bool:
 class Kernels:
     """What a lowering has to choose from: operators, and what they are made for."""
 
+    token_graph: Any
     attend: Any
     attention_scores: Any
     select: Any
     propagate: Any
     recover: Any
+    most_neighbors: int
     heads: tuple[int, int]
     most_cells: int
     most_channels: int
@@ -39,16 +41,18 @@ class Kernels:
 
 def load_kernels() -> Kernels:
     """Registers them. Raises ImportError where Triton isn't installed."""
-    attention, scores, select, propagate, recover = (
-        importlib.import_module(f"gtp_fx.kernels.{name}")
-        for name in ("attention", "scores", "select", "propagate", "recover")
+    names = ("token_graph", "attention", "scores", "select", "propagate", "recover")
+    token_graph, attention, scores, select, propagate, recover = (
+        importlib.import_module(f"gtp_fx.kernels.{name}") for name in names
     )
     return Kernels(
+        token_graph=token_graph.token_graph._opoverload,
         attend=attention.attend._opoverload,
         attention_scores=scores.attention_scores._opoverload,
         select=select.select._opoverload,
         propagate=propagate.propagate._opoverload,
         recover=recover.recover._opoverload,
+        most_neighbors=token_graph.MOST_NEIGHBORS,
         heads=attention.HEADS,
         most_cells=select.MOST_CELLS,
         most_channels=propagate.MOST_CHANNELS,

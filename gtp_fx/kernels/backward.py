@@ -40,3 +40,15 @@ def differentiable(operator: Any, reference: Callable[..., Any]) -> None:
         return tuple(found)
 
     operator.register_autograd(backward, setup_context=keep)
+
+
+def not_differentiable(operator: Any) -> None:
+    """Let what `operator` returns have no gradients: whoever reads it then computes none for it."""
+
+    def mark(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise AssertionError("nothing that it returns asks for gradients")
+
+    operator.register_autograd(backward, setup_context=mark)

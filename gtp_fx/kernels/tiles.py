@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
@@ -97,3 +97,39 @@ def propagation_tiles(channels: int) -> tuple[PropagationTile, ...]:
 def power_of_two(size: int) -> int:
     """The least one that is at least `size`, and at least 16: tensor cores take no smaller operand."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class GraphTile:
+    """rows: cells whose neighbours a program finds. columns: cells that it compares them with at once, `channels` at a time.
+
+    warps, stages: Triton's.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int
+    stages: int
+
+
+_GRAPH = GraphTile(64, 64, 64, 4, 3)
+_GRAPH_LARGE = GraphTile(128, 64, 64, 8, 3)
+"""Reads a quarter less, and is worth its unused rows where cells are many."""
+_GRAPH_OF_FEW = GraphTile(16, 256, 32, 8, 5)
+"""More programs, which are done sooner: for where they would leave a large GPU's multiprocessors with one each, or none."""
+_GRAPH_SINGLE = GraphTile(64, 64, 16, 8, 1)
+
+
+def graph_tile(images: int, cells: int, dtype: torch.dtype) -> GraphTile:
+    """What finds the neighbours of so many cells. images: may be a symbol, of which nothing is asked.
+
+    All are compiled without spilling registers and in less than 99 KiB of shared memory.
+    """
+    tile = _GRAPH if cells <= 512 else _GRAPH_LARGE
+    if isinstance(images, int) and images * cells <= 128 * _GRAPH.rows:
+        tile = _GRAPH_OF_FEW
+    if dtype == torch.float32:
+        tile = _GRAPH_SINGLE
+    size = power_of_two(cells)
+    return replace(tile, rows=min(tile.rows, size), columns=min(tile.columns, size))

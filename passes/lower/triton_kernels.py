@@ -3,6 +3,7 @@
 Run last, on what is about to be compiled; plain ATen stays what users see, export and run elsewhere. Operators that belong together
 become one kernel:
 
+    token_graph                                     token_graph, where similar tokens are asked for (indices in int32)
     key_bias and attention                          stock attention or attend (`attention_forms`)
     attention_with_scores                           the same, and attention_scores
     select and where its tokens are on the grid     select
@@ -27,6 +28,7 @@ from gtp_fx.passes.lower.attention import lower_attention, lower_scored_attentio
 from gtp_fx.passes.lower.lowering import Lowering
 from gtp_fx.passes.lower.recover import lower_recover
 from gtp_fx.passes.lower.sites import lower_propagate, lower_select
+from gtp_fx.passes.lower.token_graph import lower_token_graph
 from gtp_fx.shapes import propagate_shapes
 
 
@@ -60,6 +62,7 @@ def lower_to_kernels(gm: fx.GraphModule, stock: StockAttention | None = None, to
 
 
 _LOWERINGS = {
+    gtp_fx.token_graph.default: lower_token_graph,
     aten.scaled_dot_product_attention.default: lower_attention,
     gtp_fx.attention_with_scores.default: lower_scored_attention,
     gtp_fx.select.default: lower_select,

@@ -1,0 +1,22 @@
+"""The token graph as one kernel, where it asks for similar tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from gtp_fx.passes.lower.lowering import Lowering
+
+_MOST_SIDES, _DTYPES = 3, (torch.float32, torch.bfloat16, torch.float16)
+
+
+def lower_token_graph(low: Lowering, node: fx.Node) -> None:
+    """A spatial graph compares no tokens, only coordinates: the operator does as well."""
+    x, grid, _, kind, neighbors = node.args  # type: ignore[misc]
+    if kind == "spatial" or len(grid) > _MOST_SIDES or not 1 <= neighbors <= low.kernels.most_neighbors:  # type: ignore[arg-type,operator]
+        return
+    if x.meta["val"].dtype not in _DTYPES:  # type: ignore[union-attr]
+        return
+    made = low.call(node, low.kernels.token_graph, *node.args)
+    for part in list(node.users):
+        low.swap(part, low.item(made, part.args[1]))  # type: ignore[arg-type]
