@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
 from bench.gpu_check import STOCK_TOLERANCE, TOLERANCE, Check, Random, check_of, error_of, name_of, poisoned, randoms
-from bench.gpu_stock import kernel_named, log_sum_exps
+from bench.gpu_stock import log_sum_exps
 from gtp_fx.ops.graph import coordinates
 
 _NEIGHBORS = 8
@@ -70,7 +70,7 @@ class Case:
 
 
 def cases(sizes: Sizes, dtypes: Iterable[torch.dtype] = tuple(TOLERANCE)) -> Iterator[Case]:
-    """`gtp_fx.kernels.available.load_kernels` has registered the kernels; of those that aren't there is no case."""
+    """`gtp_fx.kernels.available.load_kernels` has registered the kernels."""
     for dtype in dtypes:
         made = [(("attend",), _attention, size) for size in sizes.attention]
         made += [(("attention_scores",), _scores, size) for size in sizes.attention]
@@ -78,9 +78,7 @@ def cases(sizes: Sizes, dtypes: Iterable[torch.dtype] = tuple(TOLERANCE)) -> Ite
         made += [(("select",), _ties, size) for size in sizes.sites]
         made += [(("select", "propagate", "recover"), _site, size) for size in sizes.sites]
         made += [(("select", "recover"), _windows, size) for size in sizes.windows]
-        for kernels, check, size in made:
-            if all(kernel_named(kernel) for kernel in kernels):
-                yield Case(kernels, size, dtype, check)
+        yield from (Case(kernels, size, dtype, check) for kernels, check, size in made)
 
 
 def _attention(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
@@ -133,7 +131,7 @@ def _graph(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterato
     cells, grid = side * side, [side, side]
     x = random(images, 1 + cells, channels)
     with poisoned():
-        near, degree = kernel_named("token_graph")(x, grid, 1, "mixed", _NEIGHBORS)
+        near, degree = gtp_fx_kernels.token_graph(x, grid, 1, "mixed", _NEIGHBORS)
     wanted, _ = gtp_fx.token_graph(x.float(), grid, 1, "mixed", _NEIGHBORS)
     ordered, itself = near.long().sort(dim=-1).values, torch.arange(cells, device=x.device)[:, None]
     wrong = (ordered[..., 1:] == ordered[..., :-1]).sum() + (ordered == itself).sum()

@@ -17,13 +17,14 @@ from unittest import mock
 
 import torch
 from torch import fx, nn
-from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.graph import GraphLowering
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.gpu_plan import OPTIONS
 from gtp_fx import GTP
 from gtp_fx.backend import gtp
+from gtp_fx.inductor_options import check_target, inductor_options
 from gtp_fx.targets import Target
 from gtp_fx.targets.target import TOLD
 from gtp_fx.timing import Run
@@ -38,14 +39,6 @@ ATTENTION: Mapping[str, list[SDPBackend]] = {
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
 """Kernels that torch may choose from, the first first. What flash attention doesn't take (masks) goes to the others."""
-
-OPTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "coordinate": ("default", {"coordinate_descent_tuning": True}),
-    "tma": ("default", {"max_autotune_gemm": True, "triton.enable_persistent_tma_matmul": True}),
-    "epilogue": ("default", {"max_autotune_gemm": True, "max_epilogue_benchmarked_choices": 3}),
-    "pdl": ("reduce-overhead", {"triton.enable_pdl": True}),
-}
-"""torch.compile's mode, and Inductor's options beside it."""
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "spatial": {"strategy": GTP(graph="spatial")},
@@ -63,7 +56,7 @@ AT_BORDER = ("border", "all")
 @dataclass(frozen=True)
 class Contender:
     """ours: the optimised graph. mode: torch.compile's. attention: a name in `ATTENTION`. option, variant: names in
-    `OPTIONS` and `VARIANTS`, or none."""
+    `gpu_plan.OPTIONS` and `VARIANTS`, or none."""
 
     ours: bool
     mode: str = "default"
@@ -74,10 +67,6 @@ class Contender:
     def __str__(self) -> str:
         parts = ["ours" if self.ours else "original", self.mode, self.attention, self.option, self.variant]
         return ", ".join(part for part in parts if part)
-
-    @classmethod
-    def with_option(cls, ours: bool, option: str) -> Contender:
-        return cls(ours, OPTIONS[option][0], option=option)
 
 
 MODES = ("default", "max-autotune", "reduce-overhead")
@@ -106,25 +95,22 @@ class Compiled:
 def compiled(
     contender: Contender, model: nn.Module, images: torch.Tensor, options: Mapping[str, Any], target: Target
 ) -> Compiled:
-    """options: the backend's, of a contender that is ours. Compiles at the first run. Raises KeyError for an option
-    that Inductor doesn't have."""
-    more = OPTIONS[contender.option][1] if contender.option else {}
-    known = inductor_config.get_config_copy()
-    if missing := sorted(set(more) - set(known)):
-        raise KeyError(f"torch {torch.__version__} has no option {', '.join(missing)}")
+    """options: the backend's, of a contender that is ours. Compiles at the first run. Raises OptionError for an
+    option that Inductor doesn't have."""
+    more = OPTIONS[contender.option] if contender.option else {}
+    told = options.get("told", target.told)
+    given = {name: value for name, value in options.items() if name != "told"}
+    ours = replace(target, inductor={**target.inductor, **more}, told=told)
+    original = replace(target, inductor=more)  # what the target likes is for ours
+    check_target(ours)
     code: list[str] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         with sdpa_kernel(list(ATTENTION[contender.attention]), set_priority=True), _noted(code):
             if contender.ours:
-                told = {
-                    **options,
-                    "mode": contender.mode,
-                    "target": replace(target, inductor={**target.inductor, **more}),
-                }
-                return gtp(gm, inputs, options=told)
-            mode = {} if contender.mode == "default" else torch._inductor.list_mode_options(contender.mode)
-            return compile_fx(gm, list(inputs), config_patches={**mode, **more})
+                return gtp(gm, inputs, options={**given, "mode": contender.mode, "target": ours})
+            patches = inductor_options(original, contender.mode, images.device)
+            return compile_fx(gm, list(inputs), config_patches=patches)
 
     made: Any = torch.compile(model, backend=backend, dynamic=False)
     return Compiled(lambda: made(images), code)

@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
-from bench.gpu_stock import kernel_named, kernel_taken, log_sum_exps, stock_attention
+from bench.gpu_stock import kernel_taken, log_sum_exps, stock_attention
 from gtp_fx.site_probes import propagation, stream_pass
 from gtp_fx.timing import clock_for, interleave
 
 _COPIED = 2**28
 """Bytes: more than any cache."""
 _NEIGHBORS = 8
-NOT_THERE = "not there"
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,14 @@ NETS = KernelSizes(
 )
 DRY = KernelSizes(((1, 1, 20, 16),), ((2, 20, 16, 4),), ((1, 28, 14, 16),), 4096)
 
-Made = tuple[dict[str, Callable[[], object] | None], dict[str, int]]
-"""Contenders, None for a kernel that isn't there; and what they move."""
+Made = tuple[dict[str, Callable[[], object]], dict[str, int]]
+"""Contenders, and what they move."""
 
 
 @dataclass(frozen=True)
 class KernelRow:
     """seconds: of one run, by contender. moved: bytes that a contender has to read and write at least, of those that
-    memory bounds. failed: contenders that aren't there, or raise, and why."""
+    memory bounds. failed: contenders that raise, and what."""
 
     kernel: str
     size: tuple[int, ...]
@@ -98,9 +97,6 @@ def question(kernel: str, size: tuple[int, ...], made: Made, device: torch.devic
     runs, moved = made
     ready, failed = {}, {}
     for name, run in runs.items():
-        if run is None:
-            failed[name] = NOT_THERE
-            continue
         try:
             run()  # compiles
             ready[name] = _repeated(run, device)
@@ -116,7 +112,7 @@ def attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
     q, k, v = torch.randn(images, tokens, 3, heads, head, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     scales = torch.ones(images, tokens - 1, device=device)
     mask = gtp_fx.key_bias(scales, 1, 0, None, q)
-    runs: dict[str, Callable[[], object] | None] = {}
+    runs: dict[str, Callable[[], object]] = {}
     wide = gtp_fx.scale_channels(q, k, scales, 1, 0, head**-0.5)
 
     def in_channels() -> Tensor:
@@ -169,10 +165,11 @@ def _graph(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> M
     grid = [side, side] if side * side == patches else [1, patches]
     x = torch.randn(images, 1 + patches, channels, device=device).to(dtype)
     composite: Any = torch.compile(lambda x: gtp_fx.token_graph(x, grid, 1, "mixed", _NEIGHBORS), dynamic=False)
-    kernel = kernel_named("token_graph")
-    runs: dict[str, Callable[[], object] | None] = {"product and topk": lambda: composite(x)}
-    runs["token_graph"] = None if kernel is None else lambda: kernel(x, grid, 1, "mixed", _NEIGHBORS)
-    return runs, {}
+    kernel = gtp_fx_kernels.token_graph
+    return {
+        "product and topk": lambda: composite(x),
+        "token_graph": lambda: kernel(x, grid, 1, "mixed", _NEIGHBORS),
+    }, {}
 
 
 def _propagate(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.gpu_turns import Stage
+from bench.inductor_candidates import CANDIDATES
 
 SIZES = (("S", 256), ("B", 256), ("L", 64), ("D", 32))
 """Each net at the batch that tells most."""
@@ -33,7 +34,9 @@ VARIANTS = {
     "D": ("spatial", "nokernels", "border", "all", "toldmask", "toldkernel", "toldchannel"),
 }
 """Which of `bench.gpu_contenders.VARIANTS` are tried on which net. Telling scales costs most where attention does."""
-OPTIONS = ("coordinate", "tma", "epilogue")
+OPTIONS = {"_".join(name.replace(",", "").split()): more for name, more in CANDIDATES["h100"].items()}
+"""Of Inductor, by names that files can have."""
+_FOR_BATCH_1 = "dependent_launch"
 TOOLS = ("memcheck", "racecheck")
 KERNELS = ("attend", "attention_scores", "token_graph", "select", "propagate", "recover")
 GOALS = {"S": 1.30, "B": 1.30, "L": 1.33, "D": 1.33, "T": 1.0}
@@ -116,10 +119,11 @@ def tiles(dry: bool) -> Plan:
 def options(dry: bool) -> Plan:
     """Where the goal is met, or near: what Inductor can do more, and other batches."""
     if dry:
-        return Plan((("full-T-2", "options-T-2-coordinate", "options-T-1-pdl"),), *_time(dry))
-    large = [f"options-B-256-{option}" for option in OPTIONS]
+        return Plan((("full-T-2", "options-T-2-coordinate_descent", f"options-T-1-{_FOR_BATCH_1}"),), *_time(dry))
+    large = [f"options-B-256-{option}" for option in OPTIONS if option != _FOR_BATCH_1]
+    single = [f"options-{net}-1-{_FOR_BATCH_1}" for net in "BS"]
     batches = [f"model-{net}-{batch}" for net in "SB" for batch in (64, 8)]
-    return Plan((("full-B-256", *large, "options-B-1-pdl", "options-S-1-pdl", *batches),), *_time(dry))
+    return Plan((("full-B-256", *large, *single, *batches),), *_time(dry))
 
 
 def _time(dry: bool) -> tuple[float, float]:

@@ -24,8 +24,7 @@ import typer
 from bench import gpu_checks, gpu_kernels, gpu_models, gpu_sweep, gpu_tiles, gpu_wrong
 from bench.gpu_contenders import BASELINES, MODES, Contender
 from bench.gpu_environment import environment
-from bench.gpu_plan import KERNELS, SIZES
-from bench.gpu_stock import kernel_named
+from bench.gpu_plan import SIZES
 from bench.gpu_turns import Turn
 from gtp_fx import site_probes
 from gtp_fx.kernels.available import has_kernels, load_kernels
@@ -89,20 +88,18 @@ def _environment(place: Place, rest: Sequence[str]) -> None:
 
 
 def _checks(place: Place, rest: Sequence[str]) -> None:
-    """The nets' sizes, in bfloat16, or others in the dtype that is named. Kernels that aren't there yet have no case,
-    and are named."""
+    """The nets' sizes, in bfloat16, or others in the dtype that is named."""
     sizes, dtypes = gpu_checks.NETS, [torch.bfloat16]
     if rest[0] != "nets":
         sizes, dtypes = gpu_checks.OTHERS, [getattr(torch, rest[0])]
     if place.dry:
         sizes, dtypes = gpu_checks.DRY, [torch.bfloat16, torch.float32]
     wanted = list(gpu_checks.cases(sizes, dtypes))
-    missing = [name for name in KERNELS if kernel_named(name) is None]
     checks: list[gpu_checks.Check] = []
     for done, case in enumerate(wanted, 1):
         checks += case.checks(place.device)
         told = [{**asdict(check), "right": check.right} for check in checks]
-        place.turn.keep({"done": done, "wanted": len(wanted), "not_there": missing, "checks": told})
+        place.turn.keep({"done": done, "wanted": len(wanted), "checks": told})
 
 
 def _kernels(place: Place, rest: Sequence[str]) -> None:
@@ -155,8 +152,8 @@ def _options(place: Place, rest: Sequence[str]) -> None:
     """An option has to help ours more than the original, or both: both run with it and without."""
     net, batch, option = rest[0], int(rest[1]), rest[2]
     mode = "default" if batch > 1 else "reduce-overhead"
-    pairs = [[Contender(ours, mode), Contender.with_option(ours, option)] for ours in (False, True)]
-    _compare(place, net, batch, [one for pair in pairs for one in pair])
+    contenders = [Contender(ours, mode, option=which) for ours in (False, True) for which in ("", option)]
+    _compare(place, net, batch, contenders)
 
 
 def _compare(place: Place, net: str, batch: int, contenders: Sequence[Contender], by_operator: bool = False) -> None:

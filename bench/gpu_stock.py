@@ -28,11 +28,6 @@ def log_sum_exps(q: Tensor, k: Tensor, v: Tensor) -> Mapping[str, Callable[[], t
     return {kind: lambda kind=kind: gtp_fx.attention_with_lse(q, k, v, None, None, kind) for kind in kinds}
 
 
-def kernel_named(name: str) -> Any:
-    """One of GTP's, or None where there is none of that name."""
-    return getattr(torch.ops.gtp_fx_kernels, name, None)
-
-
 def kernel_taken(kind: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str:
     """The kernel that `stock_attention` really runs: one that doesn't take such operands is passed over."""
     with sdpa_kernel(list(ATTENTION[kind]), set_priority=True):

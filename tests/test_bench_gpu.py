@@ -20,12 +20,15 @@ from bench import gpu_kernels, gpu_models, gpu_quarter, gpu_tiles, gpu_wrong, in
 from bench.gpu_answers import answers
 from bench.gpu_check import Check
 from bench.gpu_checks import DRY, cases
-from bench.gpu_contenders import BASELINES, Contender
+from bench.gpu_contenders import BASELINES, VARIANTS, Contender, compiled
+from bench.gpu_plan import KERNELS, OPTIONS
 from bench.gpu_profile import group_of, summed
 from bench.gpu_sweep import steps
 from bench.gpu_turns import Turn
+from gtp_fx.config import Options
 from gtp_fx.kernels.available import load_kernels
 from gtp_fx.targets import detect
+from gtp_fx.targets.target import TOLD
 
 CPU = torch.device("cpu")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run wants Triton's interpreter")
@@ -35,7 +38,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run w
 def test_kernels_are_right_and_each_is_checked() -> None:
     load_kernels()
     made = list(cases(DRY, [torch.bfloat16, torch.float32]))
-    assert {name for case in made for name in case.kernels} >= {"attend", "select", "propagate", "recover"}
+    assert {name for case in made for name in case.kernels} == set(KERNELS)
     wrong = [check for case in made for check in case.checks(CPU) if not check.right]
     assert not wrong
 
@@ -57,22 +60,22 @@ def test_a_kernel_that_leaves_its_output_unwritten_or_raises_is_found(monkeypatc
     assert not last.right and "AttributeError" in last.failed
 
 
-def test_what_is_wrong_is_told_and_which_is_not_there() -> None:
+def test_what_is_wrong_is_told() -> None:
     poison = Check("select", "(1, 2)", "float32", float("nan"), 1e-5)
     assert not poison.right
     checks = [{**vars(check), "right": check.right} for check in (Check("attend", "", "float32", 1e-7, 1e-5), poison)]
-    part = {"done": 1, "wanted": 3, "not_there": ["token_graph"], "checks": checks}
+    part = {"done": 1, "wanted": 3, "checks": checks}
     told, last = answers({"checks-nets": part}, [])
     assert "WRONG: select at (1, 2) in float32 (nan, tolerance 1.0e-05) (1 of 2 checks, 1 of 3 cases" in told
-    assert "not there: token_graph" in told and last == "nothing was left out"
+    assert last == "nothing was left out"
 
 
 @needs_no_gpu
 def test_a_question_is_answered_by_whoever_is_there() -> None:
     load_kernels()
-    made = {"adds": lambda: torch.ones(2) + 1, "raises": lambda: torch.ones(2) + torch.ones(3), "absent": None}
+    made = {"adds": lambda: torch.ones(2) + 1, "raises": lambda: torch.ones(2) + torch.ones(3)}
     row = gpu_kernels.question("sum", (2,), (made, {"adds": 24}), CPU).answer(CPU, 2)  # type: ignore[arg-type]
-    assert row.seconds.keys() == {"adds"} and row.failed["absent"] == gpu_kernels.NOT_THERE
+    assert row.seconds.keys() == {"adds"}
     assert row.failed["raises"].startswith("RuntimeError: The size of tensor a")
     (asked,) = gpu_kernels.questions("attention", CPU, torch.float32, gpu_kernels.DRY)
     assert {"cudnn (runs flash)", "flash", "cudnn, mask (runs flash)", "attend, told, scored"} <= asked.answer(
@@ -95,6 +98,27 @@ def test_a_model_row_says_what_ran_and_claims_no_more(tmp_path: Path) -> None:
     row = gpu_models.by_operator(prepared, row, tmp_path / "traces")
     assert row.profile["ours"].groups["gemm"] > 0
     assert len(list((tmp_path / "code").iterdir())) == 3 and len(list((tmp_path / "traces").iterdir())) == 2
+
+
+def test_every_variant_and_option_is_one_that_the_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[Contender, Options] = {}
+    target, schedule = detect("cpu"), (0, 0, 0)
+    given = [Contender(True, variant=name) for name in ("", *VARIANTS)]
+    given += [Contender(True, "reduce-overhead", option=name) for name in OPTIONS]
+    for one in given:
+
+        def note(gm: Any, inputs: Any, options: Any, one: Contender = one) -> Any:
+            seen[one] = Options.from_mapping(options)
+            return gm.forward
+
+        torch._dynamo.reset()
+        monkeypatch.setattr("bench.gpu_contenders.gtp", note)
+        options = gpu_models._options(one.variant, gpu_models.SUBJECTS["S"], schedule * 4)
+        compiled(one, torch.nn.Linear(2, 2), torch.ones(1, 2), options, target).run()
+    assert list(seen) == given
+    assert sum(seen[Contender(True, variant="border")].schedule) == 69  # type: ignore[arg-type]
+    assert [seen[Contender(True, variant=f"told{form}")].target.told for form in TOLD] == list(TOLD)
+    assert all(seen[one].target.inductor == OPTIONS[one.option] for one in given if one.option)
 
 
 @pytest.mark.parametrize(
