@@ -64,7 +64,7 @@ class Target:
     kernel to the next. units: multiprocessors or cores, over which tiles are spread. tiles: of products, of which a library takes
     the fastest, () where the curve says it all. attention_tile: queries and keys.
     curves: a Curve for each kind of work (`gtp_fx.cost.work.KINDS`), of the dense rate or the bandwidth.
-    inductor: options for Inductor, measured to pay there (`bench.inductor_options`); a mode that the user asks for wins over them.
+    inductor: options for Inductor, measured to pay there (`bench.inductor_options`); the user's mode wins over them.
     sources: where each figure comes from. measured: when and by what the curves were measured, empty where they weren't.
     """
 
