@@ -131,8 +131,9 @@ def run_stages(
             time.sleep(POLL)
     finally:  # time is over, or somebody interrupts
         for run in list(now.running):
-            got = "stopped in its turn" if run is now.turn else f"{LEFT_OUT}: it was not ready"
-            now.finish(run, f"{got} when time was over")
+            waited = run in now.ready()
+            got = f"{LEFT_OUT}: {'its turn had not come' if waited else 'it was not ready'} when time was over"
+            now.finish(run, "stopped in its turn when time was over" if run is now.turn else got)
         for stage in now.pending:
             now.record(Outcome(stage.name, f"{LEFT_OUT}: time was over", (0.0, 0.0)))
     return now.outcomes

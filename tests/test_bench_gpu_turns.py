@@ -88,10 +88,7 @@ def test_nothing_is_begun_that_does_not_fit(tmp_path: Path) -> None:
     assert found["large"].trouble.startswith("left out: ") and found["large"].trouble.endswith("it takes 60")
     assert found["first"].trouble == "stopped in its turn when time was over"
     assert found["first"].failed and not found["large"].failed
-    assert found["late"].trouble in (
-        "left out: time was over",
-        "left out: it was not ready when time was over",
-    )
+    assert found["late"].trouble.startswith("left out: ") and found["late"].trouble.endswith("time was over")
 
 
 def test_a_turn_is_told_its_seconds(tmp_path: Path) -> None:
