@@ -42,7 +42,7 @@ def propagation(x_BNC: Tensor, leaving: int) -> Call:
         weights = gtp_fx.propagation_weights(near, degree, kept, gone, [tokens], "spatial")
         return lambda x, w, k, g: gtp_fx.propagate(x, w, k, g, 0.1, 0), x_BNC, weights, kept, gone
     place = torch.cat([kept, -2 - gone], dim=1).int()
-    told = (None, None, None, [tokens], "spatial", 0.1, 0, -1.0, False, [])
+    told: Call = (None, None, None, [tokens], "spatial", 0.1, 0, -1.0, False, [])
     indices = (kept, gone, kept, gone, place)
     return lambda x, n, d, *i: gtp_fx_kernels.propagate(x, None, n, d, *i, *told), x_BNC, near, degree, *indices
 

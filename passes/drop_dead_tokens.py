@@ -76,7 +76,8 @@ def _merge_rows(graph: fx.Graph, part: fx.Node) -> None:
         if wanted == 1:
             with graph.inserting_after(linear):
                 back = graphs.call(graph, aten.unsqueeze.default, linear, dim, like=linear)
-            linear.replace_all_uses_with(back, delete_user_cb=lambda user, own=back: user is not own)
+            linear.replace_all_uses_with(back)
+            graphs.set_args(back, (linear, dim))  # which had become its own
 
 
 def _total(wanted: int, answer: Typed):  # type: ignore[no-untyped-def]

@@ -54,7 +54,7 @@ def lower_propagate(low: Lowering, node: fx.Node) -> None:
     scales = None if column is None else column.args[0].args[0]  # type: ignore[union-attr]
     known = None if column is None or scales.target is aten.ones_like.default else scales  # type: ignore[union-attr]
     indices = (kept, left, on_grid, left_on_grid, place)
-    told = (known, scale, bias, grid, kind, alpha, prefix, eps, column is not None, [])
+    told: tuple[Any, ...] = (known, scale, bias, grid, kind, alpha, prefix, eps, column is not None, [])
     x, residual, gain = _stream(x, node)  # type: ignore[arg-type]
     made = low.call(node, low.kernels.propagate, x, residual, near, degree, *indices, *told, gain)
     low.swap(node, low.item(made, 0))
