@@ -54,7 +54,7 @@ class Tile:
             raise OptionError(f"a tile has rows, columns and a share in (0, 1], got {self}")
 
 
-TOLD = ("mask", "kernel", "channel")
+TOLD = ("mask", "channel", "kernel")
 """How attention can be told token scales on a GPU (`gtp_fx.passes.lower.attention_forms`), in the order in which "auto" asks."""
 
 

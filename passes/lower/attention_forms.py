@@ -1,8 +1,8 @@
 """The forms that attention takes on a GPU: which of them a call can take, and the nodes of each.
 
     mask      stock attention, told scales as its additive mask; without one where it is told none
-    kernel    attend
     channel   stock attention, told scales in channels of its heads, which its product adds up
+    kernel    attend, for what stock attention can't take
 
 Where attention scores, stock attention also returns its log-sum-exp, and `attention_scores` makes the scores of that.
 """
