@@ -146,7 +146,7 @@ def written() -> list[dict[str, Any]]:
 
     triton.runtime.driver.set_active(Absent(CAPABILITIES[-1]))
     model = timm.create_model("vit_tiny_patch16_224", depth=3, num_classes=0, global_pool="")  # a token map
-    fast = gtp_fx.optimize(model, schedule=[20, 30, 0], compile=False)
+    fast = gtp_fx.optimize(model, schedule=[20, 30, 0], strategy=gtp_fx.GTP.paper(), compile=False)
     kernels = lower_to_kernels(fast.graph_module)
     state = dict([*kernels.named_parameters(), *kernels.named_buffers()])
     with FakeTensorMode(), torch.no_grad():
