@@ -84,7 +84,7 @@ def graph_terms(graph: fx.Graph, typing: Typing, batch: int) -> Iterator[Term]:
             works = lambda count, node=node: [node_work(node, typing, count, batch)]  # noqa: E731
             yield Term(_domains(kinds), works, node=node)
     for group in fused_groups(graph, typing):
-        kinds = [*(kind for _, kind in group.reads), *(typing.answers[node].output for node in group.writes)]
+        kinds = [*(kind for _, kind in group.reads), *(typing.type(node) for node in group.writes)]
         works = lambda count, group=group: [group_work(group, typing, count, batch)]  # noqa: E731
         yield Term(_domains(kinds), works, node=group.nodes[0])
 
