@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -122,11 +123,14 @@ def _choose(
             return _seconds(gm.graph, found, replace(options, strategy=strategy), original)
         return flops_model(gm.graph, found.typing, found.sites, strategy, original.flops)
 
+    # Calibration solves many times over.
+    timed = functools.cache(lambda: _seconds(gm.graph, found, options, original))
+
     def solve(damage: Damage) -> tuple[int, ...]:
         if options.latency_budget is not None:
             return least_damage(model, damage, limit)
         if options.target.has_kernels:
-            return fastest_alike(model, _seconds(gm.graph, found, options, original), damage, limit)
+            return fastest_alike(model, timed(), damage, limit)
         return few_sites(model, damage, limit)
 
     assert isinstance(options.schedule, str)
