@@ -22,6 +22,11 @@ class Cost:
         return Cost(self.flops + other.flops, self.seconds + other.seconds)
 
 
+def ratio(part: float, whole: float) -> float:
+    """Divide; 1 where nothing is left to compare with: a graph may do no work that is counted (a head that only takes the class token)."""
+    return part / whole if whole else 1.0
+
+
 @dataclass(frozen=True)
 class BlockForecast:
     """One attention block, up to the next one's start; what lies before the first has block -1.
@@ -66,11 +71,11 @@ class Forecast:
 
     @property
     def flops_ratio(self) -> float:
-        return self.after.flops / self.original.flops
+        return ratio(self.after.flops, self.original.flops)
 
     @property
     def speed_up(self) -> float:
-        return self.original.seconds / self.after.seconds
+        return ratio(self.original.seconds, self.after.seconds)
 
     @property
     def slower(self) -> str:
@@ -103,7 +108,7 @@ class Forecast:
         return "\n".join(
             [
                 f"{self.budget}: {self.original.flops / 1e9:.3f} GFLOPs per image, {self.after.flops / 1e9:.3f} then: "
-                f"{self.flops_ratio:.4f}, a limit of {1 / self.flops_ratio:.3f}×",
+                f"{self.flops_ratio:.4f}, a limit of {ratio(self.original.flops, self.after.flops):.3f}×",
                 f"predicted for {self.batch} images, compiled: {self.original.seconds * 1e3:.4g} ms, "
                 f"{self.after.seconds * 1e3:.4g} ms then: {self.speed_up:.3f}×, {self.share_of_limit:.1%} of the limit",
                 f"target {self.target} ({rates}); strategy {self.strategy}",

@@ -9,7 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from gtp_fx.errors import Refusal
-from gtp_fx.forecast import Forecast
+from gtp_fx.forecast import Forecast, ratio
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Report:
         return self._ratio(self.flops_after)
 
     def _ratio(self, flops: int) -> float:
-        return flops / self.flops_before if self.flops_before else 1.0
+        return ratio(flops, self.flops_before)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -108,7 +108,7 @@ class Report:
         if self.seconds is not None:
             before, after = (seconds * 1e3 for seconds in self.seconds)
             lines.append(
-                f"predicted for {self.batch} images, compiled: {before:.3g} ms before, {after:.3g} ms after, {after / before:.4f} of it "
+                f"predicted for {self.batch} images, compiled: {before:.3g} ms before, {after:.3g} ms after, {ratio(after, before):.4f} of it "
                 f"(budget {self.latency_budget})"
             )
         if self.forecast is not None and self.forecast.slower:

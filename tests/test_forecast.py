@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 import gtp_fx
 from gtp_fx import cli, tuning
 from gtp_fx.config import Options
+from gtp_fx.forecast import BlockForecast, Cost, Forecast
 from gtp_fx.latency import LatencyBudget
 from gtp_fx.planner import Planner
 
@@ -192,3 +193,11 @@ def test_tune_keeps_what_it_measured(cache: Path, monkeypatch: pytest.MonkeyPatc
     assert "kept in" in done.stdout
     assert len(list(cache.rglob("cpu-*.json"))) == 1
     assert "measured 20" in run("plan", NAME, "--flops-budget", "0.8", "--target", "cpu").stdout
+
+
+def test_a_graph_without_work_has_a_forecast() -> None:
+    """A head that only takes the class token, as timm's `forward_head(pre_logits=True)` does: nothing to gain, and nothing to divide by."""
+    none = BlockForecast(-1, "", 0, 0, 0, Cost(0, 0.0), Cost(0, 0.0))
+    found = Forecast("no budget", "cpu", "", 8, "GTP()", "", gtp_fx.Schedule((), ()), none.before, (none,))
+    assert (found.flops_ratio, found.speed_up, found.share_of_limit, found.slower) == (1.0, 1.0, 1.0, "")
+    assert "a limit of 1.000×" in str(found)
