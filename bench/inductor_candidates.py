@@ -13,7 +13,7 @@ _GEMM: Patches = {"max_autotune_gemm": True}
 _DESCENT: Patches = {"coordinate_descent_tuning": True}
 _HOPPER: dict[str, Patches] = {
     "autotuned gemm": _GEMM,
-    # GELU as the product's epilogue is a pass over eight times the stream saved; the best few templates are timed with it.
+    # GELU as the product's epilogue saves a pass over eight times the stream; the best few templates are timed with it.
     "autotuned gemm, TMA": {
         **_GEMM,
         "triton.enable_persistent_tma_matmul": True,
@@ -38,4 +38,4 @@ CANDIDATES: dict[str, dict[str, Patches]] = {
         "frozen, max autotune": {"freezing": True, "max_autotune": True},
     },
 }
-"""By the target's name and the candidate's: Inductor's config, as `torch.compile(options=…)` takes it but for "freezing"."""
+"""By the target's name and the candidate's: as `torch.compile(options=…)` takes them, but for "freezing"."""

@@ -45,7 +45,8 @@ def optimize(
         same to the token), a Schedule, or the number of tokens that leave at each attention block, in order. By name, a budget
         is needed.
     strategy: "gtp", or a value such as `gtp_fx.GTP(alpha=0.2, graph="spatial")`.
-    target: the processor to compile for, by name; "auto" is the machine's own. What it tells Inductor was measured to pay there.
+    target: the processor to compile for, by name; "auto" is the machine's own. What it tells Inductor was measured to
+        pay there.
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the size that the model will be
         called with; found from timm's `pretrained_cfg` or HF's `config` where None. Any batch is good afterwards.
     dead_tokens: drop tokens that no output depends on. Exact.
@@ -54,7 +55,8 @@ def optimize(
     calibration: some dozens of unlabelled images (a tensor, a list of batches, or a `gtp_fx.Calibration`), on which
         schedule="auto" measures what each block can do without; takes a forward pass for each of some counts at each block,
         kept in the user's cache. Without, a prior decides.
-    mode: torch.compile's: "reduce-overhead" (CUDA graphs, for small batches), "max-autotune", …; wins over what the target tells Inductor.
+    mode: torch.compile's: "reduce-overhead" (CUDA graphs, for small batches), "max-autotune", …; wins over what the
+        target tells Inductor.
     compile: let Inductor compile the graph at its first call; False gives an eager FX module.
 
     `model` is not changed. Raises a `GtpError` (a ValueError): OptionError for a bad value, CaptureError where the graph
@@ -72,8 +74,8 @@ def optimize(
         )
     if mode is not None and not compile:
         raise OptionError(
-            f"mode={mode!r} is how to compile, and compile=False: leave one of them out (torch.compile(fast, mode={mode!r}) compiles what this "
-            f"returns)"
+            f"mode={mode!r} is how to compile, and compile=False: leave one of them out "
+            f"(torch.compile(fast, mode={mode!r}) compiles what this returns)"
         )
     options = Options.of(
         flops_budget=flops_budget,

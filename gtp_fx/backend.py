@@ -1,7 +1,8 @@
 """`torch.compile(model, backend="gtp", options={…})`, the door for graphs that Dynamo captures.
 
-Options are `optimize`'s: flops_budget, schedule, strategy, target, …, and mode, which torch refuses beside options=. Dynamo calls a backend once a graph, and again for a second batch size: the schedule depends
-on the graph alone, so it is the same each time.
+Options are `optimize`'s: flops_budget, schedule, strategy, target, …, and mode, which torch refuses beside options=.
+Dynamo calls a backend once a graph, and again for a second batch size: the schedule depends on the graph alone, so it
+is the same each time.
 """
 
 from __future__ import annotations

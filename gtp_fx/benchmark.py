@@ -96,8 +96,8 @@ def benchmark(
 ) -> Benchmark:
     """Check every model against the original and its compiled form against its eager one, then time all on images [B, …].
 
-    The original is compiled with what all of them tell Inductor. Raises CheckError where an output is wrong, OptionError for no rounds
-    and for models that tell it different things; what compiling raises goes through.
+    The original is compiled with what all of them tell Inductor. Raises CheckError where an output is wrong,
+    OptionError for no rounds and for models that tell it different things; what compiling raises goes through.
     """
     told = [fast.inductor_options for fast in optimised.values()]
     if not eager and any(options != told[0] for options in told):

@@ -90,7 +90,7 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _hold_again(exported: fx.GraphModule, gm: fx.GraphModule, held: Mapping[str, str]) -> None:
-    """What `gm` holds and AOT made inputs of, as attributes again: so Dynamo has parameters that are to be frozen (Inductor's option).
+    """What `gm` holds and AOT made inputs of, as attributes again: parameters to be frozen (Inductor's option) are so.
 
     held: names in `gm` by those of the inputs.
     """

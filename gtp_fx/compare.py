@@ -1,7 +1,7 @@
 """Original and optimised model side by side: do they agree, and how much faster is it?
 
-Four contenders: each model eager, and each compiled, both with what `gtp_fx.optimize` tells Inductor. Speed-ups are taken
-like against like, eager to eager and compiled to compiled.
+Four contenders: each model eager, and each compiled, both with what `gtp_fx.optimize` tells Inductor. Speed-ups are
+taken like against like, eager to eager and compiled to compiled.
 """
 
 from __future__ import annotations

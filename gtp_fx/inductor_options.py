@@ -30,7 +30,8 @@ def check_target(target: Target) -> None:
     known = config.get_config_copy()
     if unknown := sorted(set(target.inductor) - set(known)):
         raise OptionError(
-            f"target {target.name!r}: Inductor has no option {', '.join(map(repr, unknown))}; torch._inductor.list_options() has them all"
+            f"target {target.name!r}: Inductor has no option {', '.join(map(repr, unknown))}; "
+            f"torch._inductor.list_options() has them all"
         )
     try:
         torch.compile(torch.nn.Identity(), options=dict(target.inductor))  # compiles nothing yet
@@ -38,16 +39,17 @@ def check_target(target: Target) -> None:
         raise OptionError(f"target {target.name!r}: {error}") from error
     if target.inductor.get("freezing"):
         raise OptionError(
-            f"target {target.name!r}: 'freezing' compiles copies of the weights, which don't follow load_state_dict: leave it out. As an option it "
-            f"does nothing anyway; docs/using.md has what does"
+            f"target {target.name!r}: 'freezing' compiles copies of the weights, which don't follow load_state_dict: "
+            f"leave it out. As an option it does nothing anyway; docs/using.md has what does"
         )
 
 
 def inductor_options(target: Target, mode: str | None, device: torch.device) -> dict[str, Any]:
     """By Inductor's names, for a graph that runs on `device`; both as checked.
 
-    A target's options are for its own kind of device: it may be one that isn't here, to predict for. What modes decide (CUDA
-    graphs, autotuning) is the mode's alone where one is given: "max-autotune-no-cudagraphs" has none, whatever the target likes.
+    A target's options are for its own kind of device: it may be one that isn't here, to predict for. What modes decide
+    (CUDA graphs, autotuning) is the mode's alone where one is given: "max-autotune-no-cudagraphs" has none, whatever
+    the target likes.
     """
     own: Mapping[str, Any] = target.inductor if target.device == device.type else {}
     if mode is None or mode == "default":

@@ -1,4 +1,4 @@
-"""What reaches Inductor: the target's options under the mode that the user asked for, the same through both doors and for the original."""
+"""What reaches Inductor: the target's options under the user's mode, through both doors and for the original."""
 
 from __future__ import annotations
 

@@ -124,7 +124,8 @@ _GRAPH_SINGLE = GraphTile(64, 64, 16, 8, 1)
 def graph_tile(images: int, cells: int, dtype: torch.dtype) -> GraphTile:
     """What finds the neighbours of so many cells. images: may be a symbol, of which nothing is asked.
 
-    All are compiled without spilling registers and in less than 99 KiB of shared memory.
+    All are compiled in less than 99 KiB of shared memory; and without spilling registers, but for channels that are no multiple of
+    16, which can't be read 16 bytes at a time, and for more than 16 neighbours, where a register or two are put away outside loops.
     """
     tile = _GRAPH if cells <= 512 else _GRAPH_LARGE
     if isinstance(images, int) and images * cells <= 128 * _GRAPH.rows:
