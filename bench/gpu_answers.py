@@ -112,7 +112,7 @@ def _with_time(part: Found, contender: str) -> str:
 
 
 def _median(part: Found, contender: str) -> float:
-    return statistics.median(part["contenders"][contender]["rounds"])
+    return float(statistics.median(part["contenders"][contender]["rounds"]))
 
 
 def _changes(names: Sequence[str], found: Mapping[str, Found]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,9 @@ class Case:
 def cases(sizes: Sizes, dtypes: Iterable[torch.dtype] = tuple(TOLERANCE)) -> Iterator[Case]:
     """`gtp_fx.kernels.available.load_kernels` has registered the kernels."""
     for dtype in dtypes:
-        made = [(("attend",), _attention, size) for size in sizes.attention]
+        made: list[tuple[tuple[str, ...], Any, tuple[int, ...]]] = [
+            (("attend",), _attention, size) for size in sizes.attention
+        ]
         made += [(("attention_scores",), _scores, size) for size in sizes.attention]
         made += [(("token_graph",), _graph, size) for size in sizes.sites]
         made += [(("select",), _ties, size) for size in sizes.sites]
@@ -193,7 +196,7 @@ def _site(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator
         wanted = (kept, gone, index.gather(1, kept), index.gather(1, gone))
         yield _selected(str(size), chosen, wanted)
         branch = random(*x.shape)
-        told = (scales, weight, bias, grid, "mixed", 0.3, 1, 1e-6, True, [], gain)
+        told: Any = (scales, weight, bias, grid, "mixed", 0.3, 1, 1e-6, True, [], gain)
         listed = near if gain is None else near.int()
         with poisoned():
             shorter, moved, normed = gtp_fx_kernels.propagate(x, branch, listed, degree, *chosen, place, *told)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,11 +117,11 @@ def attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
     wide = gtp_fx.scale_channels(q, k, scales, 1, 0, head**-0.5)
 
     def in_channels() -> Tensor:
-        told = gtp_fx.scale_channels(q, k, scales, 1, 0, head**-0.5)
-        return stock_attention("cudnn", *told, v, scale=head**-0.5)
+        asking, told = gtp_fx.scale_channels(q, k, scales, 1, 0, head**-0.5)
+        return stock_attention("cudnn", asking, told, v, scale=head**-0.5)
 
     for kind in ("cudnn", "flash"):
-        runs[_really(kind, kind, q, k, v)] = lambda kind=kind: stock_attention(kind, q, k, v)
+        runs[_really(kind, kind, q, k, v)] = partial(stock_attention, kind, q, k, v)
     runs[_really("cudnn", "cudnn, mask", q, k, v, mask)] = lambda: stock_attention("cudnn", q, k, v, mask)
     runs[_really("cudnn", "cudnn, channels", *wide, v)] = in_channels
     for name, told, score in (
@@ -129,7 +130,7 @@ def attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
         ("attend, told, scored", scales, "mixed-max"),
         ("attend, scored", None, "mixed-max"),
     ):
-        runs[name] = lambda told=told, score=score: attend(q, k, v, told, score, [])
+        runs[name] = partial(attend, q, k, v, told, score, [])
     for kind, run in log_sum_exps(q, k, v).items():
         runs[f"{kind} and attention_scores"] = _scored(q, k, run)
     return runs, {}
@@ -164,11 +165,14 @@ def _graph(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> M
     side = round(patches**0.5)
     grid = [side, side] if side * side == patches else [1, patches]
     x = torch.randn(images, 1 + patches, channels, device=device).to(dtype)
-    composite: Any = torch.compile(lambda x: gtp_fx.token_graph(x, grid, 1, "mixed", _NEIGHBORS), dynamic=False)
-    kernel = gtp_fx_kernels.token_graph
+
+    def composite(x: Tensor) -> Any:
+        return gtp_fx.token_graph(x, grid, 1, "mixed", _NEIGHBORS)
+
+    compiled: Any = torch.compile(composite, dynamic=False)
     return {
-        "product and topk": lambda: composite(x),
-        "token_graph": lambda: kernel(x, grid, 1, "mixed", _NEIGHBORS),
+        "product and topk": partial(compiled, x),
+        "token_graph": partial(gtp_fx_kernels.token_graph, x, grid, 1, "mixed", _NEIGHBORS),
     }, {}
 
 

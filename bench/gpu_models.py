@@ -139,8 +139,10 @@ def prepare(
                 approximate = {name: options[name] for name in ("schedule", "strategy") if name in options}
                 eager[kind] = gtp_fx.optimize(model, **approximate, **told)  # type: ignore[arg-type]
             made = compiled(contender, model, images, options, target)
-            ratio = eager[kind].report.flops_ratio if contender.ours else 1.0  # type: ignore[union-attr]
-            entries[str(contender)] = replace(_first_run(made, eager[kind](few)), flops_ratio=ratio)
+            entry = _first_run(made, eager[kind](few))
+            if contender.ours:
+                entry = replace(entry, flops_ratio=eager[kind].report.flops_ratio)  # type: ignore[union-attr, arg-type]
+            entries[str(contender)] = entry
         except Exception as error:  # of one contender; the others go on
             entries[str(contender)] = Entry(failed=f"{type(error).__name__}: {str(error).strip()[:300]}")
             continue

@@ -137,10 +137,10 @@ def stages(names: Sequence[str], folder: Path, dry: bool) -> list[Stage]:
         what, *rest = name.split("-")
         limits = _SINGLE if what == "model" and rest[-1] == "1" else _LIMITS[what]
         times = _DRY if dry else 1
-        command = (sys.executable, "-m", "bench.gpu_stages", name, "--folder", str(folder), "--in-turn")
-        command += ("--dry-run",) if dry else ()
+        command = [sys.executable, "-m", "bench.gpu_stages", name, "--folder", str(folder), "--in-turn"]
+        command += ["--dry-run"] if dry else []
         found.append(
-            Stage(name, command, limits.turn * times, limits.least, limits.prepare * times, waits=limits.waits)
+            Stage(name, tuple(command), limits.turn * times, limits.least, limits.prepare * times, waits=limits.waits)
         )
     return found
 

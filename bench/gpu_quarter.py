@@ -107,10 +107,10 @@ class Quarter:
             "environment": found.get("environment"),
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
         }
-        for file, kinds in FILES.items():
-            parts = {name: part for name, part in found.items() if name.split("-")[0] in kinds}
+        for name, kinds in FILES.items():
+            parts = {stage: part for stage, part in found.items() if stage.split("-")[0] in kinds}
             if parts:
-                write_whole(self.out / file, json.dumps({**head, "found": parts}, indent=1) + "\n")
+                write_whole(self.out / name, json.dumps({**head, "found": parts}, indent=1) + "\n")
         log = [self._line(outcome) for outcome in self.outcomes]
         for file in sorted((self.folder / "logs").glob("*.txt")):
             log += [f"\n==== {file.stem}", file.read_bytes()[-_LOG_TOLD:].decode(errors="replace")]

@@ -22,6 +22,7 @@ import torch
 import typer
 
 from bench import gpu_checks, gpu_kernels, gpu_models, gpu_sweep, gpu_tiles, gpu_wrong
+from bench.gpu_check import Check
 from bench.gpu_contenders import BASELINES, MODES, Contender
 from bench.gpu_environment import environment
 from bench.gpu_plan import SIZES
@@ -95,7 +96,7 @@ def _checks(place: Place, rest: Sequence[str]) -> None:
     if place.dry:
         sizes, dtypes = gpu_checks.DRY, [torch.bfloat16, torch.float32]
     wanted = list(gpu_checks.cases(sizes, dtypes))
-    checks: list[gpu_checks.Check] = []
+    checks: list[Check] = []
     for done, case in enumerate(wanted, 1):
         checks += case.checks(place.device)
         told = [{**asdict(check), "right": check.right} for check in checks]

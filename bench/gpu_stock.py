@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def stock_attention(
 def log_sum_exps(q: Tensor, k: Tensor, v: Tensor) -> Mapping[str, Callable[[], tuple[Tensor, Tensor]]]:
     """By kernel: what returns the output and the log-sum-exp [B, H, N] of each row."""
     kinds = ("cudnn", "flash") if q.device.type == "cuda" else ("cpu",)
-    return {kind: lambda kind=kind: gtp_fx.attention_with_lse(q, k, v, None, None, kind) for kind in kinds}
+    return {kind: partial(gtp_fx.attention_with_lse, q, k, v, None, None, kind) for kind in kinds}
 
 
 def kernel_taken(kind: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str:

@@ -8,9 +8,9 @@ with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from bench.gpu_kernels import DRY, NETS, KernelRow, KernelSizes, Made, Question, attend, question
 from gtp_fx.kernels.tiles import AttentionTile
@@ -62,20 +62,18 @@ def _attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) 
     images, heads, tokens, head = size
     q, k, v = torch.randn(images, tokens, 3, heads, head, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     scales = torch.ones(images, tokens - 1, device=device)
-
-    def call(tile: tuple[int, ...], told: Tensor | None, score: str) -> object:
-        return attend(q, k, v, told, score, list(tile))
-
-    runs = {}
-    for tile in FITTING if tokens <= 256 else TILED:
-        for name, score in CALLS.items():
-            told = None if name == "plain" else scales
-            runs[f"{name} {tile}"] = lambda tile=tile, told=told, score=score: call(tile, told, score)
-    return {**runs}, {}
+    return {
+        f"{name} {tile}": partial(attend, q, k, v, None if name == "plain" else scales, score, list(tile))
+        for tile in (FITTING if tokens <= 256 else TILED)
+        for name, score in CALLS.items()
+    }, {}
 
 
 def _stream(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
     images, patches, channels, leaving = size
     x = torch.randn(images, patches, channels, device=device).to(dtype)
-    calls = {str(tile): propagation(x, leaving, tile) for tile in STREAM}
-    return {tile: lambda call=call: call[0](*call[1:]) for tile, call in calls.items()}, {}
+    runs = {}
+    for tile in STREAM:
+        function, *arguments = propagation(x, leaving, tile)
+        runs[str(tile)] = partial(function, *arguments)
+    return {**runs}, {}
