@@ -91,7 +91,7 @@ class Plan:
 
 def first(dry: bool) -> Plan:
     if dry:
-        nets = ("model-T-2", "kernels-attention", "kernels-sites", "model-T-1", "ablate-T-toldmask-border", "sweep-T")
+        nets = ("model-T-2", "kernels-attention", "kernels-sites", "model-T-1", "ablate-T-border", "sweep-T")
         return Plan((("environment", "checks-nets", *nets),), 430 * _DRY, 110 * _DRY)
     started = {"L": 0, "D": 1, "B": 2, "S": 3}  # who takes longest to compile gets ready first
     large = sorted((f"model-{net}-{batch}" for net, batch in SIZES), key=lambda name: started[name.split("-")[1]])

@@ -1,7 +1,7 @@
 """What `bench.gpu_quarter` runs on a GPU, without one: its own code on toy sizes, and that it says so where something
 is wrong.
 
-All its stages together, on toy sizes: `python -m bench.gpu_quarter first --out DIR --dry-run`, some three minutes of
+All its stages together, on toy sizes: `python -m bench.gpu_quarter first --out DIR --dry-run`, three to five minutes of
 one core.
 """
 
