@@ -29,7 +29,7 @@ _IN_GENERATED = (
 """Of the names of what is fused: neither a block of the original nor a site has these."""
 _NAMED = (
     ("graph", r"token_graph|topk|radix|bitonicsort|sgemm|simt|gemm_f32f32"),
-    ("score", r"receive_kernel|scores_kernel"),
+    ("score", r"scores_kernel"),
     ("select", r"select_kernel"),
     ("propagate", r"propagate_kernel"),
     ("recover", r"recover_kernel"),

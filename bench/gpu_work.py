@@ -70,21 +70,9 @@ class TritonAttention(Attention):
 
 
 @dataclass(frozen=True)
-class Receive(Attention):
-    """`attend`'s second kernel: scores of what doesn't fit a tile. There is no second product."""
-
-    rows: int
-    columns: int
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.maps * self.queries * self.keys * self.features
-
-
-@dataclass(frozen=True)
 class Scores(Attention):
-    """`attention_scores`: one product and one exponential an entry, from log-sum-exps that are known. rows, columns:
-    its tile, keys by queries."""
+    """`scores_kernel`: one product and one exponential an entry, from log-sum-exps that are known. rows, columns: its
+    tile, keys by queries."""
 
     rows: int
     columns: int
@@ -163,8 +151,6 @@ def own_work(
         sizes = {"maps": images * heads, "queries": queries, "keys": keys, "features": features, "values": features}
         if module == "scores":
             return Scores(**sizes, **_tile(given))
-        if kernel == "receive_kernel":
-            return Receive(**sizes, **_tile(given))
         sizes["values"] = tensors["v_ptr"][3]
         fits, told, scored = (bool(given[flag]) for flag in ("ROW_FITS", "HAS_SCALES", "SCORED"))
         return TritonAttention(**sizes, **_tile(given), fits=fits, told=told, scored=scored and fits)

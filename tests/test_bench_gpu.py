@@ -130,7 +130,7 @@ def test_every_variant_and_option_is_one_that_the_backend_takes(monkeypatch: pyt
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>", "attention"),
         ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention)", "attention"),
         ("attend_kernel", "attention"),
-        ("receive_kernel", "score"),
+        ("scores_kernel", "score"),
         ("triton_poi_fused_amax_mul_slice_12", "score"),
         ("sm80_xmma_gemm_f32f32_f32f32_f32_tn_n_tilesize128x128x8", "graph"),
         ("void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>", "graph"),

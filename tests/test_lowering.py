@@ -12,6 +12,8 @@ import pytest
 import timm
 import torch
 from torch import fx, nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.ops import aten  # type: ignore[import-not-found]
 
 pytest.importorskip("triton")
@@ -22,6 +24,7 @@ from gtp_fx.kernels.stock_attention import StockAttention, stock_attention
 from gtp_fx.passes.lower.triton_kernels import lower_to_kernels, lowered
 from gtp_fx.strategies import Strategy
 
+from graphs_by_hand import traced
 from zoo import BY_NAME, build, enliven, images
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,9 +96,11 @@ def test_stock_attention_scores_and_is_told_scales(strategy: Strategy, told: str
 
 
 def kernels_in(gm: fx.GraphModule) -> list[str]:
-    """Which kernel of torch's returns a log-sum-exp, and how scales are told, in the graph's order."""
+    """Which kernel of torch's returns a log-sum-exp, and how scales are told, in the graph's order; "composite": what no kernel is for."""
     found = []
     for node in gm.graph.nodes:
+        if node.target is torch.ops.gtp_fx.attention_with_scores.default:
+            found.append("composite")
         if node.target is torch.ops.gtp_fx.attention_with_lse.default:
             found.append(node.args[-1])
         elif node.op == "call_function" and "attend" in str(node.target):
@@ -117,6 +122,44 @@ def test_the_form_is_what_the_device_has_at_speed() -> None:
     assert kernels_in(lower_to_kernels(fast, HOPPER, "kernel")) == ["cudnn", "attend", "attend"]
     single = gtp_fx.optimize(build(row), schedule=[30, 20, 0], strategy=paper, compile=False).graph_module
     assert kernels_in(lower_to_kernels(single, HOPPER)) == ["attend"] * 3
+
+
+def attention_of(
+    tokens: int, head: int, dtype: torch.dtype, biased: bool = False, scale: float | None = None
+) -> fx.GraphModule:
+    """Attention that scores, that scores and is told scales, and that is told scales."""
+    q = torch.empty(2, 3, tokens, head, dtype=dtype)
+    bias = (torch.empty(3, tokens, tokens, dtype=dtype),) if biased else ()
+    scored = torch.ops.gtp_fx.attention_with_scores
+
+    def graph(q: torch.Tensor, scales: torch.Tensor, *bias: torch.Tensor) -> Any:
+        mask = bias[0] if bias else None
+        told = torch.ops.gtp_fx.key_bias(scales, 1, 0, mask, q)
+        first = scored(q, q, q, mask, scale, 1.0, "mixed-max", 1, 0)
+        second = scored(q, q, q, told, scale, 1.0, "mixed-max", 1, 0)
+        return *first, *second, nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=told, scale=scale)
+
+    return traced(graph, q, torch.empty(2, tokens - 1), *bias)
+
+
+def test_what_stock_attention_does_not_take_is_a_kernel_or_stays() -> None:
+    """float32, which stays above 256 keys; a bias; heads that are no multiple of 8, or too large for any kernel of ours; and our kernel
+    finds the largest logit before it scales, which must be by more than 0."""
+    half, single = torch.bfloat16, torch.float32
+    assert kernels_in(lower_to_kernels(attention_of(40, 64, half), None)) == ["attend"] * 3
+    for taken in (
+        attention_of(256, 64, single),
+        attention_of(40, 64, half, biased=True),
+        attention_of(40, 20, half),
+    ):
+        assert kernels_in(lower_to_kernels(taken, HOPPER)) == ["attend"] * 3
+    for left in (
+        attention_of(257, 64, single),
+        attention_of(40, 160, half),
+        attention_of(40, 20, half, scale=0.0),
+        attention_of(40, 20, half, scale=-0.125),
+    ):
+        assert kernels_in(lower_to_kernels(left, HOPPER)) == ["composite", "composite", "stock"]
 
 
 def test_what_torch_would_choose() -> None:
@@ -144,6 +187,26 @@ def torch_chooses() -> str | None:
     q = torch.empty(2, 3, 197, 64, dtype=torch.bfloat16, device=DEVICE)
     name = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q)).name
     return {"CUDNN_ATTENTION": "cudnn", "FLASH_ATTENTION": "flash"}.get(name)
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+def test_a_compiler_traces_stock_attention_and_its_gradient(kernel: str) -> None:
+    """Without a GPU: on fake tensors, whose shapes are those of the true kernels."""
+
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            q, k, v = x.unflatten(-1, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+            mask = x.new_zeros(2, 1, 1, 40) if kernel == "cudnn" else None
+            out, lse = torch.ops.gtp_fx.attention_with_lse(q, k, v, mask, None, kernel)
+            assert out.shape == (2, 2, 40, 64) and lse.shape == (2, 2, 40)
+            return out.transpose(1, 2).reshape(2, 40, 128).sum(), lse
+
+    with FakeTensorMode():
+        x = torch.empty(2, 40, 384, dtype=torch.bfloat16, requires_grad=True)
+        gm, _ = aot_export_module(Attention(), [x], trace_joint=True, output_loss_index=0)
+    named = [str(node.target) for node in gm.graph.nodes if "scaled_dot_product" in str(node.target)]
+    operator = f"aten._scaled_dot_product_{kernel}_attention"
+    assert named == [f"{operator}.default", f"{operator}_backward.default"]
 
 
 @pytest.mark.parametrize(("name", "fewer"), [("deit", (2, 2, 0)), ("dinov2-reg4", (2, 2, 2))])

@@ -1,4 +1,4 @@
-"""Attention with scores on a GPU: one kernel where a row of keys fits a tile, else a flash-style one and a pass over columns.
+"""Attention with scores on a GPU: one kernel where a row of keys fits a tile, else a flash-style one and `scores_kernel`.
 
 The map is never in memory. Token scales and biases are added inside, so that a shortened stream keeps the speed of attention
 without a mask.
@@ -7,15 +7,15 @@ without a mask.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from gtp_fx.kernels.attention_kernels import attend_kernel, receive_kernel
+from gtp_fx.kernels.attention_kernels import attend_kernel
 from gtp_fx.kernels.backward import differentiable
 from gtp_fx.kernels.launch import launcher
+from gtp_fx.kernels.scores import score_patches
 from gtp_fx.kernels.tiles import AttentionTile, power_of_two
 from gtp_fx.kernels.tuned import best_tile
 from gtp_fx.ops.attention import above, attention_map, by_head, key_bias, over_heads
@@ -62,54 +62,38 @@ def attend(
     """
     batch, heads, queries, features = q.shape
     keys, values = v.shape[-2:]
+    scale = features**-0.5 if scale is None else scale
+    assert scale > 0, "the largest logit is that of the largest product"
+    assert queries == keys or score == "none", "scores are those of self-attention"
     cut = AttentionTile(*tile) if tile else best_tile(keys, max(features, values), q.dtype, q.device)
     fits = cut.columns >= keys
     parts = triton.cdiv(queries, cut.rows)
     scored = score != "none"
     kind, _, how = score.partition("-")
-    counted = 1 if kind == "cls" else queries
-    out_BNHD = v.new_empty(batch, queries, heads, values)
     bias_BHMN = None if bias is None else bias.expand(batch, heads, queries, keys)
-    bias_strides = (0, 0, 0, 0) if bias_BHMN is None else bias_BHMN.stride()
     nothing = q.new_empty(1, dtype=torch.float32)  # in the place of what isn't read or written
+    out_BNHD = v.new_empty(batch, queries, heads, values)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32) if scored and not fits else nothing
-    received = q.new_empty(batch, heads, parts if fits else 1, keys, dtype=torch.float32) if scored else nothing
-    own = q.new_empty(batch, heads, keys, dtype=torch.float32) if scored else nothing
-    patches = keys - prefix - suffix
-    scale = features**-0.5 if scale is None else scale
-    scales_Bn = None if scales is None else scales.contiguous()
-    reads = [
-        _or(bias_BHMN, nothing),
-        _or(scales_Bn, nothing),
-        nothing if thresholds is None else by_head(thresholds, q).flatten(),
-    ]
-    options: dict[str, Any] = {
-        "HAS_BIAS": bias is not None,
-        "BOOLEAN": bias is not None and bias.dtype == torch.bool,
-        "HAS_SCALES": scales is not None,
-        "HAS_THRESHOLD": thresholds is not None,
-        "ROWS": cut.rows,
-        "COLUMNS": cut.columns,
-        "FEATURES": power_of_two(features),
-        "num_warps": cut.warps,
-        "num_stages": cut.stages,
-    }
-    strides = [*q.stride(), *k.stride()]
-    out_strides = [out_BNHD.stride(0), out_BNHD.stride(2), out_BNHD.stride(1)]
+    received = q.new_empty(batch, heads, parts, keys, dtype=torch.float32) if scored and fits else nothing
+    own = q.new_empty(batch, heads, keys, dtype=torch.float32) if scored and fits else nothing
     launcher(attend_kernel)[(parts * batch * heads,)](
-        q, k, v, *reads, out_BNHD, lse, received, own,
-        *strides, *v.stride(), *bias_strides, *out_strides,
-        heads, queries, keys, features, values, scale, counted, prefix, patches,
-        ROW_FITS=fits, SCORED=scored, VALUES=power_of_two(values), **options,
+        q, k, v, nothing if bias_BHMN is None else bias_BHMN,
+        nothing if scales is None else _log_scales(scales, prefix, suffix, triton.cdiv(keys, cut.columns) * cut.columns),
+        nothing if thresholds is None else by_head(thresholds, q).flatten(),
+        out_BNHD, lse, received, own,
+        *q.stride(), *k.stride(), *v.stride(), *((0, 0, 0, 0) if bias_BHMN is None else bias_BHMN.stride()),
+        out_BNHD.stride(0), out_BNHD.stride(2), out_BNHD.stride(1),
+        heads, queries, keys, features, values, scale, 1 if kind == "cls" else queries,
+        HAS_BIAS=bias is not None, BOOLEAN=bias is not None and bias.dtype == torch.bool,
+        HAS_SCALES=scales is not None, HAS_THRESHOLD=thresholds is not None, ROW_FITS=fits, SCORED=scored,
+        ROWS=cut.rows, COLUMNS=cut.columns, FEATURES=power_of_two(features), VALUES=power_of_two(values),
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     out = out_BNHD.transpose(1, 2)
     if not scored:
         return out, q.new_empty(batch, 0, dtype=torch.float32)
     if not fits:
-        launcher(receive_kernel)[(triton.cdiv(keys, cut.columns) * batch * heads,)](
-            q, k, *reads, lse, received, own, *strides, *bias_strides,
-            heads, queries, keys, features, scale, counted, prefix, patches, **options,
-        )  # fmt: skip
+        return out, score_patches(q, k, bias_BHMN, lse, scales, thresholds, scale, score, prefix, suffix)
     stop = keys - suffix
     factors = []
     if kind in ("regenerate", "mixed"):
@@ -133,5 +117,9 @@ def _reference(q, k, v, bias, scales, thresholds, scale, score, prefix, suffix, 
 differentiable(attend, _reference)
 
 
-def _or(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
-    return otherwise if tensor is None else tensor
+def _log_scales(scales: Tensor, prefix: int, suffix: int, columns: int) -> Tensor:
+    """log2 s as [B, columns]: of patches, 0 for other tokens, -inf behind the last key. The kernel has no cases then."""
+    batch, patches = scales.shape
+    ahead, behind = (scales.new_zeros(batch, count, dtype=torch.float32) for count in (prefix, suffix))
+    beyond = ahead.new_full((batch, columns - prefix - patches - suffix), float("-inf"))
+    return torch.cat([ahead, scales.float().log2(), behind, beyond], dim=1)

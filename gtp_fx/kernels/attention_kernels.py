@@ -1,7 +1,7 @@
-"""Attention in tiles that also says who receives it and what a token pays itself (arXiv 2311.03035, token selection).
+"""Attention in tiles, told token scales and biases, whose entries below a threshold may be dropped (arXiv 2311.03035).
 
 Letters: M queries and N keys of a tile, D features of a head. Each program owns what it stores, so nothing is added by atomics and
-results are the same every time. Softmax is in powers of two.
+results are the same every time. Softmax is in powers of two, and is told the logarithms of token scales.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gtp_fx.kernels.tile_ops import load_tile, logits_tile, product
+from gtp_fx.kernels.tile_ops import LOG2_E, keys_tile, load_tile, logits_tile, product
 
 
 @triton.jit
 def attend_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, bias_ptr, scales_ptr, threshold_ptr, out_ptr, lse_ptr, received_ptr, own_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, log_scales_ptr, threshold_ptr, out_ptr, lse_ptr, received_ptr, own_ptr,
     q_image, q_head, q_row, q_column, k_image, k_head, k_row, k_column, v_image, v_head, v_row, v_column,
     bias_image, bias_head, bias_row, bias_column, out_image, out_head, out_row,
-    heads, queries, keys, features, value_features, softmax_scale, counted, prefix, patches,
+    heads, queries, keys, features, value_features, softmax_scale, counted,
     HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
     ROW_FITS: tl.constexpr, SCORED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, VALUES: tl.constexpr,
@@ -25,7 +25,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     """`ROWS` queries of a head: their output, and what scores are made from.
 
     Where a row fits the tile: received [B, H, parts, N], column sums over this program's queries among the first `counted`, and
-    own [B, H, N], the diagonal. Else lse [B, H, N], from which `receive_kernel` makes both.
+    own [B, H, N], the diagonal. Else lse [B, H, N], the natural logarithm of its sum of exponentials, from which
+    `scores_kernel` makes both.
     """
     parts = tl.cdiv(queries, ROWS)
     part = tl.program_id(0) % parts
@@ -35,26 +36,27 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     k_ptr += image * k_image + head * k_head
     v_ptr += image * v_image + head * v_head
     bias_ptr += image * bias_image + head * bias_head
-    scales_ptr += image * patches
+    log_scales_ptr += image * tl.cdiv(keys, COLUMNS) * COLUMNS
     rows = part * ROWS + tl.arange(0, ROWS)
     of_head, of_value = tl.arange(0, FEATURES), tl.arange(0, VALUES)
-    columns = tl.arange(0, COLUMNS)
     q_MD = load_tile(q_ptr, rows, of_head, q_row, q_column, queries, features)
     threshold = tl.load(threshold_ptr + head).to(tl.float32) if HAS_THRESHOLD else 0.0
+    exponent = softmax_scale * LOG2_E
+    # By which logits are still to be multiplied, behind their largest.
+    unit = 1.0 if HAS_BIAS or HAS_SCALES else exponent
     if ROW_FITS:
-        k_DN = load_tile(k_ptr, of_head, columns, k_column, k_row, features, keys)
+        columns = tl.arange(0, COLUMNS)
+        k_ND = keys_tile(k_ptr, columns, of_head, k_row, k_column, keys, features, True)
         logits_MN = logits_tile(
-            q_MD, k_DN, rows, columns, queries, keys, softmax_scale, bias_ptr, bias_row, bias_column,
-            scales_ptr, prefix, patches, HAS_BIAS, BOOLEAN, HAS_SCALES,
+            q_MD, k_ND, rows, columns, queries, keys, exponent, bias_ptr, bias_row, bias_column, log_scales_ptr,
+            HAS_BIAS, BOOLEAN, HAS_SCALES, True,
         )  # fmt: skip
-        top_M = tl.max(logits_MN, 1)
-        top_M = tl.where(top_M == float("-inf"), 0.0, top_M)
-        exp_MN = tl.exp2(logits_MN - top_M[:, None])
+        exp_MN = tl.exp2(logits_MN * unit - (_finite(tl.max(logits_MN, 1)) * unit)[:, None])
         total_M = tl.sum(exp_MN, 1)
         inverse_M = 1.0 / tl.where(total_M == 0.0, 1.0, total_M)
         if HAS_THRESHOLD:
             exp_MN = tl.where(exp_MN * inverse_M[:, None] >= threshold, exp_MN, 0.0)
-        v_ND = load_tile(v_ptr, columns, of_value, v_row, v_column, keys, value_features)
+        v_ND = keys_tile(v_ptr, columns, of_value, v_row, v_column, keys, value_features, True)
         out_MD = product(exp_MN.to(v_ND.dtype), v_ND) * inverse_M[:, None]
         if SCORED:
             map_MN = exp_MN * inverse_M[:, None]
@@ -63,83 +65,75 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             received_N = tl.sum(tl.where((rows < counted)[:, None], map_MN, 0.0), 0)
             tl.store(received_ptr + (image_head * parts + part) * keys + columns, received_N, mask=columns < keys)
     else:
+        # The tile that may have fewer keys is by itself behind the loop, if registers are left for that.
+        peeled: tl.constexpr = FEATURES <= 64 and VALUES <= 64 and q_ptr.dtype.element_ty != tl.float32
+        last = (tl.cdiv(keys, COLUMNS) - 1) * COLUMNS if peeled else keys
         top_M = tl.full((ROWS,), float("-inf"), tl.float32)
         total_M = tl.zeros((ROWS,), tl.float32)
         out_MD = tl.zeros((ROWS, VALUES), tl.float32)
-        for start in range(0, keys, COLUMNS):
-            here = start + columns
-            k_DN = load_tile(k_ptr, of_head, here, k_column, k_row, features, keys)
-            logits_MN = logits_tile(
-                q_MD, k_DN, rows, here, queries, keys, softmax_scale, bias_ptr, bias_row, bias_column,
-                scales_ptr, prefix, patches, HAS_BIAS, BOOLEAN, HAS_SCALES,
+        for start in range(0, last, COLUMNS):
+            top_M, total_M, out_MD = _softmax_step(
+                top_M, total_M, out_MD, q_MD, start, rows, of_head, of_value, exponent, unit,
+                k_ptr, k_row, k_column, v_ptr, v_row, v_column, bias_ptr, bias_row, bias_column, log_scales_ptr,
+                queries, keys, features, value_features, HAS_BIAS, BOOLEAN, HAS_SCALES, HAS_THRESHOLD, not peeled, COLUMNS,
             )  # fmt: skip
-            higher_M = tl.maximum(top_M, tl.max(logits_MN, 1))
-            base_M = tl.where(higher_M == float("-inf"), 0.0, higher_M)
-            exp_MN = tl.exp2(logits_MN - base_M[:, None])
-            shrink_M = tl.exp2(top_M - base_M)
-            total_M = total_M * shrink_M + tl.sum(exp_MN, 1)
-            if not HAS_THRESHOLD:
-                v_ND = load_tile(v_ptr, here, of_value, v_row, v_column, keys, value_features)
-                out_MD = out_MD * shrink_M[:, None] + product(exp_MN.to(v_ND.dtype), v_ND)
-            top_M = higher_M
-        lse_M = tl.where(total_M == 0.0, 0.0, top_M + tl.log2(tl.where(total_M == 0.0, 1.0, total_M)))
+        if peeled:
+            top_M, total_M, out_MD = _softmax_step(
+                top_M, total_M, out_MD, q_MD, last, rows, of_head, of_value, exponent, unit,
+                k_ptr, k_row, k_column, v_ptr, v_row, v_column, bias_ptr, bias_row, bias_column, log_scales_ptr,
+                queries, keys, features, value_features, HAS_BIAS, BOOLEAN, HAS_SCALES, HAS_THRESHOLD, True, COLUMNS,
+            )  # fmt: skip
+        safe_M = tl.where(total_M == 0.0, 1.0, total_M)  # 0: it sees no key
+        lse_M = tl.where(total_M == 0.0, 0.0, top_M * unit + tl.log2(safe_M))
         if HAS_THRESHOLD:  # an entry is known when its row is: a second look
             for start in range(0, keys, COLUMNS):
-                here = start + columns
-                k_DN = load_tile(k_ptr, of_head, here, k_column, k_row, features, keys)
+                columns = start + tl.arange(0, COLUMNS)
+                k_ND = keys_tile(k_ptr, columns, of_head, k_row, k_column, keys, features, True)
                 logits_MN = logits_tile(
-                    q_MD, k_DN, rows, here, queries, keys, softmax_scale, bias_ptr, bias_row, bias_column,
-                    scales_ptr, prefix, patches, HAS_BIAS, BOOLEAN, HAS_SCALES,
+                    q_MD, k_ND, rows, columns, queries, keys, exponent, bias_ptr, bias_row, bias_column, log_scales_ptr,
+                    HAS_BIAS, BOOLEAN, HAS_SCALES, True,
                 )  # fmt: skip
-                map_MN = tl.exp2(logits_MN - lse_M[:, None])
+                map_MN = tl.exp2(logits_MN * unit - lse_M[:, None])
                 map_MN = tl.where(map_MN >= threshold, map_MN, 0.0)
-                v_ND = load_tile(v_ptr, here, of_value, v_row, v_column, keys, value_features)
+                v_ND = keys_tile(v_ptr, columns, of_value, v_row, v_column, keys, value_features, True)
                 out_MD += product(map_MN.to(v_ND.dtype), v_ND)
         else:
-            out_MD = out_MD / tl.where(total_M == 0.0, 1.0, total_M)[:, None]
+            out_MD = out_MD / safe_M[:, None]
         if SCORED:
-            tl.store(lse_ptr + image_head * queries + rows, lse_M, mask=rows < queries)
+            tl.store(lse_ptr + image_head * queries + rows, lse_M / LOG2_E, mask=rows < queries)
     out_ptr += image * out_image + head * out_head
     inside = (rows < queries)[:, None] & (of_value < value_features)[None, :]
     tl.store(out_ptr + rows[:, None] * out_row + of_value[None, :], out_MD.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def receive_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, bias_ptr, scales_ptr, threshold_ptr, lse_ptr, received_ptr, own_ptr,
-    q_image, q_head, q_row, q_column, k_image, k_head, k_row, k_column,
-    bias_image, bias_head, bias_row, bias_column,
-    heads, queries, keys, features, softmax_scale, counted, prefix, patches,
+def _softmax_step(  # type: ignore[no-untyped-def]
+    top_M, total_M, out_MD, q_MD, start, rows, of_head, of_value, exponent, unit,
+    k_ptr, k_row, k_column, v_ptr, v_row, v_column, bias_ptr, bias_row, bias_column, log_scales_ptr,
+    queries, keys, features, value_features,
     HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
+    LAST: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`COLUMNS` keys of a head: received [B, H, 1, N], their column sums over the first `counted` queries, and own [B, H, N]."""
-    blocks = tl.cdiv(keys, COLUMNS)
-    image_head = (tl.program_id(0) // blocks).to(tl.int64)
-    image, head = image_head // heads, image_head % heads
-    q_ptr += image * q_image + head * q_head
-    k_ptr += image * k_image + head * k_head
-    bias_ptr += image * bias_image + head * bias_head
-    scales_ptr += image * patches
-    columns = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    of_head = tl.arange(0, FEATURES)
-    threshold = tl.load(threshold_ptr + head).to(tl.float32) if HAS_THRESHOLD else 0.0
-    k_DN = load_tile(k_ptr, of_head, columns, k_column, k_row, features, keys)
-    received_N = tl.zeros((COLUMNS,), tl.float32)
-    own_N = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, counted, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        q_MD = load_tile(q_ptr, rows, of_head, q_row, q_column, queries, features)
-        logits_MN = logits_tile(
-            q_MD, k_DN, rows, columns, queries, keys, softmax_scale, bias_ptr, bias_row, bias_column,
-            scales_ptr, prefix, patches, HAS_BIAS, BOOLEAN, HAS_SCALES,
-        )  # fmt: skip
-        lse_M = tl.load(lse_ptr + image_head * queries + rows, mask=rows < counted, other=float("inf"))
-        map_MN = tl.exp2(logits_MN - lse_M[:, None])  # 0 behind the last query
-        if HAS_THRESHOLD:
-            map_MN = tl.where(map_MN >= threshold, map_MN, 0.0)
-        received_N += tl.sum(map_MN, 0)
-        own_N += tl.sum(tl.where(rows[:, None] == columns[None, :], map_MN, 0.0), 0)
-    inside = columns < keys
-    tl.store(received_ptr + image_head * keys + columns, received_N, mask=inside)
-    tl.store(own_ptr + image_head * keys + columns, own_N, mask=inside)
+    """`COLUMNS` more keys: each row's largest logit, sum of exponentials and weighted sum of values, that of values but for thresholds."""
+    columns = start + tl.arange(0, COLUMNS)
+    k_ND = keys_tile(k_ptr, columns, of_head, k_row, k_column, keys, features, LAST)
+    logits_MN = logits_tile(
+        q_MD, k_ND, rows, columns, queries, keys, exponent, bias_ptr, bias_row, bias_column, log_scales_ptr,
+        HAS_BIAS, BOOLEAN, HAS_SCALES, LAST,
+    )  # fmt: skip
+    higher_M = tl.maximum(top_M, tl.max(logits_MN, 1))
+    base_M = _finite(higher_M)
+    exp_MN = tl.exp2(logits_MN * unit - (base_M * unit)[:, None])
+    # Exactly 1 where the largest is the same: a rounding would add up over tiles.
+    shrink_M = tl.exp2((top_M - base_M) * unit)
+    total_M = total_M * shrink_M + tl.sum(exp_MN, 1)
+    if not HAS_THRESHOLD:
+        v_ND = keys_tile(v_ptr, columns, of_value, v_row, v_column, keys, value_features, LAST)
+        out_MD = out_MD * shrink_M[:, None] + product(exp_MN.to(v_ND.dtype), v_ND)
+    return higher_M, total_M, out_MD
+
+
+@triton.jit
+def _finite(top_M):  # type: ignore[no-untyped-def]
+    """The largest logit of a row, 0 where it sees no key: infinite minus infinite is no number."""
+    return tl.where(top_M == float("-inf"), 0.0, top_M)

@@ -1,4 +1,4 @@
-"""Scores from what stock attention knows: each row's log-sum-exp, from which any entry of the map is one dot product away.
+"""Scores from each row's log-sum-exp, by which any entry of the map is one dot product away (arXiv 2311.03035, token selection).
 
 A program owns some keys of a head and looks at all queries. Sums over queries stay with the thread that made their entries until the
 end, so nothing is reduced in the loop; the diagonal is one dot product a row, made outside it. Nothing N x N is in memory, nothing is
@@ -16,19 +16,20 @@ from torch import Tensor
 
 from gtp_fx.kernels.backward import differentiable
 from gtp_fx.kernels.launch import launcher
-from gtp_fx.kernels.tile_ops import LOG2_E, load_tile, product
+from gtp_fx.kernels.tile_ops import LOG2_E, biased, load_tile, product
 from gtp_fx.kernels.tiles import power_of_two, score_tile
-from gtp_fx.ops.attention import over_heads
+from gtp_fx.ops.attention import by_head, over_heads
 from gtp_fx.ops.register import shaped
 
 
 @triton.jit
 def scores_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, lse_ptr, scales_ptr, received_ptr, own_ptr,
-    q_image, q_head, q_row, q_column, k_image, k_head, k_row, k_column, lse_image, lse_head, lse_row,
+    q_ptr, k_ptr, bias_ptr, lse_ptr, scales_ptr, threshold_ptr, received_ptr, own_ptr,
+    q_image, q_head, q_row, q_column, k_image, k_head, k_row, k_column,
+    bias_image, bias_head, bias_row, bias_column, lse_image, lse_head, lse_row,
     heads, queries, features, softmax_scale, counted, prefix, patches,
-    HAS_SCALES: tl.constexpr, RECEIVED: tl.constexpr, OWN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    RECEIVED: tl.constexpr, OWN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` patches of a head, as keys: received [B, H, n], the sums of their columns over the first `counted` queries, and
     own [B, H, n], their entries on the diagonal."""
@@ -37,29 +38,86 @@ def scores_kernel(  # type: ignore[no-untyped-def]
     image, head = image_head // heads, image_head % heads
     q_ptr += image * q_image + head * q_head
     k_ptr += image * k_image + head * k_head
+    bias_ptr += image * bias_image + head * bias_head
     lse_ptr += image * lse_image + head * lse_head
     patch = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     inside, rows = patch < patches, prefix + patch
     of_head = tl.arange(0, FEATURES)
     k_ND = load_tile(k_ptr, rows, of_head, k_row, k_column, prefix + patches, features)
     exponent = softmax_scale * LOG2_E
-    sums_NM = tl.zeros((ROWS, COLUMNS), tl.float32)
+    threshold = tl.load(threshold_ptr + head).to(tl.float32) if HAS_THRESHOLD else 0.0
+    log_s_N = tl.zeros((ROWS,), tl.float32)
+    if HAS_SCALES:
+        log_s_N = tl.log2(tl.load(scales_ptr + image * patches + patch, mask=inside, other=1.0).to(tl.float32))
+    place = image_head * patches + patch
     if RECEIVED:
+        sums_NM = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, counted, COLUMNS):
             asking = start + tl.arange(0, COLUMNS)
             q_DM = load_tile(q_ptr, of_head, asking, q_column, q_row, features, queries)
             lse_M = tl.load(lse_ptr + asking * lse_row, mask=asking < counted, other=float("inf"))  # 0 behind the last
-            sums_NM += tl.exp2(product(k_ND, q_DM) * exponent - (lse_M * LOG2_E)[None, :])
-    # exp(x + log s) is s * exp(x), and s is its column's: a factor behind the sum.
-    s_N = tl.load(scales_ptr + image * patches + patch, mask=inside, other=0.0) if HAS_SCALES else 1.0
-    place = image_head * patches + patch
-    if RECEIVED:
-        tl.store(received_ptr + place, tl.sum(sums_NM, 1) * s_N, mask=inside)
+            logits_NM = product(k_ND, q_DM) * exponent
+            if HAS_BIAS:
+                seen = inside[:, None] & (asking < queries)[None, :]
+                bias_NM = tl.load(
+                    bias_ptr + rows[:, None] * bias_column + asking[None, :] * bias_row, mask=seen, other=0
+                )
+                logits_NM = biased(logits_NM, bias_NM, BOOLEAN)
+            if HAS_SCALES:
+                logits_NM += log_s_N[:, None]
+            exp_NM = tl.exp2(logits_NM - (lse_M * LOG2_E)[None, :])
+            if HAS_THRESHOLD:
+                exp_NM = tl.where(exp_NM >= threshold, exp_NM, 0.0)
+            sums_NM += exp_NM
+        tl.store(received_ptr + place, tl.sum(sums_NM, 1), mask=inside)
     if OWN:
         q_ND = load_tile(q_ptr, rows, of_head, q_row, q_column, prefix + patches, features)
         logit_N = tl.sum(q_ND.to(tl.float32) * k_ND.to(tl.float32), 1) * exponent
+        if HAS_BIAS:
+            logit_N = biased(
+                logit_N, tl.load(bias_ptr + rows * (bias_row + bias_column), mask=inside, other=0), BOOLEAN
+            )
         lse_N = tl.load(lse_ptr + rows * lse_row, mask=inside, other=0.0)
-        tl.store(own_ptr + place, tl.exp2(logit_N - lse_N * LOG2_E) * s_N, mask=inside)
+        own_N = tl.exp2(logit_N + log_s_N - lse_N * LOG2_E)
+        if HAS_THRESHOLD:
+            own_N = tl.where(own_N >= threshold, own_N, 0.0)
+        tl.store(own_ptr + place, own_N, mask=inside)
+
+
+def score_patches(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    scales: Tensor | None,
+    thresholds: list[float] | None,
+    scale: float | None,
+    score: str,
+    prefix: int,
+    suffix: int,
+) -> Tensor:
+    """Launches the kernel, for use inside a triton_op: scores [B, n]. bias: boolean or additive, [B, H, N, N] in any strides."""
+    batch, heads, tokens, features = q.shape
+    assert k.shape == q.shape, "the diagonal is that of self-attention"
+    kind, _, how = score.partition("-")
+    patches = tokens - prefix - suffix
+    cut = score_tile(features, q.dtype)
+    receives, owns = kind != "regenerate", kind in ("regenerate", "mixed")
+    nothing = q.new_empty(1, dtype=torch.float32)  # in the place of what isn't read or written
+    received, own = (
+        q.new_empty(batch, heads, patches, dtype=torch.float32) if wanted else nothing for wanted in (receives, owns)
+    )
+    launcher(scores_kernel)[(triton.cdiv(patches, cut.rows) * batch * heads,)](
+        q, k, nothing if bias is None else bias, lse, nothing if scales is None else scales.contiguous(),
+        nothing if thresholds is None else by_head(thresholds, q).flatten(), received, own,
+        *q.stride(), *k.stride(), *((0, 0, 0, 0) if bias is None else bias.stride()), *lse.stride(),
+        heads, tokens, features, features**-0.5 if scale is None else scale, 1 if kind == "cls" else tokens, prefix, patches,
+        HAS_BIAS=bias is not None, BOOLEAN=bias is not None and bias.dtype == torch.bool,
+        HAS_SCALES=scales is not None, HAS_THRESHOLD=thresholds is not None, RECEIVED=receives, OWN=owns,
+        ROWS=cut.rows, COLUMNS=cut.columns, FEATURES=power_of_two(features), num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    factors = [over_heads(part, how) for part, wanted in ((own, owns), (received, receives)) if wanted]
+    return math.prod(factors[1:], start=factors[0])
 
 
 def _shapes(q, k, lse, scale, score, prefix, suffix, scales):  # type: ignore[no-untyped-def]
@@ -88,25 +146,7 @@ def attention_scores(
     are, some 1e-6 of either's size. Where attention was told log s in a lower dtype, lse knows that and `scales` don't: an
     entry is off by that rounding, 2^-9 of |log s| in bfloat16.
     """
-    batch, heads, tokens, features = q.shape
-    assert k.shape == q.shape, "the diagonal is that of self-attention"
-    kind, _, how = score.partition("-")
-    patches = tokens - prefix - suffix
-    cut = score_tile(features, q.dtype)
-    receives, owns = kind != "regenerate", kind in ("regenerate", "mixed")
-    nothing = q.new_empty(1, dtype=torch.float32)  # in the place of what isn't read or written
-    received, own = (
-        q.new_empty(batch, heads, patches, dtype=torch.float32) if wanted else nothing for wanted in (receives, owns)
-    )
-    launcher(scores_kernel)[(triton.cdiv(patches, cut.rows) * batch * heads,)](
-        q, k, lse, nothing if scales is None else scales.contiguous(), received, own,
-        *q.stride(), *k.stride(), *lse.stride(),
-        heads, tokens, features, features**-0.5 if scale is None else scale, 1 if kind == "cls" else tokens, prefix, patches,
-        HAS_SCALES=scales is not None, RECEIVED=receives, OWN=owns,
-        ROWS=cut.rows, COLUMNS=cut.columns, FEATURES=power_of_two(features), num_warps=cut.warps, num_stages=cut.stages,
-    )  # fmt: skip
-    factors = [over_heads(part, how) for part, wanted in ((own, owns), (received, receives)) if wanted]
-    return math.prod(factors[1:], start=factors[0])
+    return score_patches(q, k, None, lse, scales, None, scale, score, prefix, suffix)
 
 
 differentiable(attention_scores, lambda *arguments: ())

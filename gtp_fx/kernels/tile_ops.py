@@ -26,22 +26,41 @@ def product(a_MK, b_KN):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def keys_tile(pointer, keys_N, of_head, key_stride, feature_stride, keys, features, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[N, D] of keys or values, 0 outside. LAST: some of `keys_N` may be behind the last one."""
+    inside = (of_head < features)[None, :]
+    if LAST:
+        inside &= (keys_N < keys)[:, None]
+    return tl.load(pointer + keys_N[:, None] * key_stride + of_head[None, :] * feature_stride, mask=inside, other=0.0)
+
+
+@triton.jit
 def logits_tile(  # type: ignore[no-untyped-def]
-    q_MD, k_DN, rows, columns, queries, keys, softmax_scale, bias_ptr, bias_row_stride, bias_column_stride,
-    scales_ptr, prefix, patches, HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr,
+    q_MD, k_ND, rows, columns, queries, keys, exponent, bias_ptr, bias_row_stride, bias_column_stride, log_scales_ptr,
+    HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """q·kᵀ·scale + bias + log s in units of log 2, [M, N] float32; -inf behind the last key. s: of the keys' patches."""
-    logits_MN = product(q_MD, k_DN) * (softmax_scale * LOG2_E)
+    """Logits [M, N] float32, -inf behind the last key. Where a bias or scales are told, q·kᵀ·scale + bias + log s in units of log 2;
+    else q·kᵀ, which is still to be multiplied by `exponent`. log_scales: log2 s, which has -inf behind the last key.
+    """
+    logits_MN = product(q_MD, tl.trans(k_ND))
+    if HAS_BIAS or HAS_SCALES:
+        logits_MN *= exponent
     if HAS_BIAS:
         inside = (rows < queries)[:, None] & (columns < keys)[None, :]
         places = rows[:, None] * bias_row_stride + columns[None, :] * bias_column_stride
-        bias_MN = tl.load(bias_ptr + places, mask=inside, other=0)
-        if BOOLEAN:
-            logits_MN = tl.where(bias_MN != 0, logits_MN, float("-inf"))
-        else:
-            logits_MN += bias_MN.to(tl.float32) * LOG2_E
+        logits_MN = biased(logits_MN, tl.load(bias_ptr + places, mask=inside, other=0), BOOLEAN)
     if HAS_SCALES:
-        patch = columns - prefix
-        s_N = tl.load(scales_ptr + patch, mask=(patch >= 0) & (patch < patches), other=1.0)
-        logits_MN += tl.log2(s_N)[None, :]
-    return tl.where((columns < keys)[None, :], logits_MN, float("-inf"))
+        logits_MN += tl.load(log_scales_ptr + columns)[None, :]
+    elif LAST:
+        logits_MN = tl.where((columns < keys)[None, :], logits_MN, float("-inf"))
+    return logits_MN
+
+
+@triton.jit
+def biased(logits, bias, BOOLEAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Logits in units of log 2, with a bias; BOOLEAN: -inf where that is False."""
+    if BOOLEAN:
+        logits = tl.where(bias != 0, logits, float("-inf"))
+    else:
+        logits += bias.to(tl.float32) * LOG2_E
+    return logits

@@ -8,8 +8,8 @@ import torch
 
 from gtp_fx.errors import OptionError
 
-ROW_FITS = 256
-"""Keys that one tile may hold: 64 queries x 256 keys of float32 are half of a multiprocessor's registers."""
+ROW_FITS = 128
+"""Keys that one tile may hold: 64 queries, as many as Hopper's tensor cores want, x 256 keys would spill registers."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,23 @@ def attention_tiles(keys: int, head: int, dtype: torch.dtype) -> tuple[Attention
     """
     columns, wide = power_of_two(keys), head > 64
     if dtype == torch.float32:  # without TF32 there are no tensor cores, and operands are in registers
-        return (AttentionTile(32, 32, 8, 1),) if wide else (AttentionTile(64, min(columns, 64), 8, 1),)
-    tiled = (AttentionTile(128, 64, 8, 2 if wide else 3), AttentionTile(64, 64, 4, 2 if wide else 3))
-    if keys > ROW_FITS or (wide and columns > 128):
-        return tiled if wide else (*tiled, AttentionTile(128, 64, 4, 3), AttentionTile(64, 32, 4, 4))
-    rows = (32,) if columns > 128 else (64, 32)
-    fitting = tuple(AttentionTile(count, columns, warps, 1) for count in rows for warps in (4, 8))
-    return fitting if columns <= 64 else (*fitting, tiled[1])
+        return (AttentionTile(32, 32, 8, 1),) if wide else (AttentionTile(64, min(columns, 32), 8, 1),)
+    # Hopper's tensor cores want 64 rows, and three such tiles of 4 warps share a multiprocessor of its, by their registers.
+    tiled = AttentionTile(64, 64, 4, 2)
+    if keys > ROW_FITS:
+        larger = AttentionTile(128, 64, 8, 2 if wide else 3)
+        return (larger, tiled) if wide else (tiled, larger, AttentionTile(64, 32, 4, 4))
+    shapes = [(64, 4), (64, 8), (32, 4), (32, 8)]
+    if wide and columns > 64:
+        shapes.remove((64, 4))  # spills on Ampere
+    fitting = tuple(AttentionTile(rows, columns, warps, 1) for rows, warps in shapes)
+    return fitting if columns <= 64 else (*fitting, tiled)
 
 
 def score_tile(head: int, dtype: torch.dtype) -> AttentionTile:
     """Keys that a program scores, as rows, and queries that it looks at once: both operands and the sums stay in registers."""
     if dtype == torch.float32:
-        return AttentionTile(32, 32, 4, 1)
+        return AttentionTile(16, 32, 4, 1)
     return AttentionTile(64, 64, 4, 2)
 
 

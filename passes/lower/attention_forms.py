@@ -16,13 +16,14 @@ import torch
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.kernels.tiles import ROW_FITS
 from gtp_fx.ops.stock_attention import CHANNELS
 from gtp_fx.passes.lower.lowering import Lowering
 from gtp_fx.sizes import shape_of
 from gtp_fx.targets.target import TOLD
 
 _HEADS, _TOKENS, _FEATURES = 1, 2, 3
+_MOST_SINGLE = 256
+"""Keys that `attend` takes in float32, whose products it makes without tensor cores: above, torch's may have TF32 and are larger."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,9 @@ def _takes(low: Lowering, call: Call, form: str) -> bool:
         return _stock(low, call, form) is not None
     keys, *sizes = call.sizes
     least, most = low.kernels.heads
-    # Without tensor cores it can't hold against torch's float32, which fits a map of few keys only.
-    return least <= min(sizes) and max(sizes) <= most and (call.dtype != torch.float32 or keys <= ROW_FITS)
+    # float32 is for cores without tensors there: beside torch's own it holds for few keys only.
+    many = call.dtype == torch.float32 and keys > _MOST_SINGLE
+    return least <= min(sizes) and max(sizes) <= most and not many and (call.scale is None or call.scale > 0)
 
 
 def _stock(low: Lowering, call: Call, form: str) -> tuple[str, int] | None:
