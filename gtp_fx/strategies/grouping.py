@@ -29,7 +29,7 @@ from gtp_fx.axes import TokenAxis
 from gtp_fx.cost.work import Work
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
-from gtp_fx.strategies.group_operator import code_of, written
+from gtp_fx.strategies.group_operator import key_of, written
 from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
 from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, Strategy, StreamState
 from gtp_fx.strategies.tokens import Groups, Tokens
@@ -47,6 +47,7 @@ class Grouping:
     """
 
     name: ClassVar[str]
+    _key: ClassVar[str]
     merges: ClassVar[bool] = False
     sized: ClassVar[bool] = False
     carries: ClassVar[bool] = False
@@ -77,7 +78,7 @@ class Grouping:
 
     @property
     def code(self) -> str:
-        return code_of(type(self))
+        return key_of(type(self))
 
     def group(self, tokens: Tokens) -> Groups:
         """Who leaves at a site, and what becomes of them."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TypeVar
 
 from gtp_fx.errors import OptionError
-from gtp_fx.strategies.group_operator import enter, written
+from gtp_fx.strategies.group_operator import written
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.gtp import GTP
+from gtp_fx.strategies.keys import enter
 from gtp_fx.strategies.protocol import Strategy
 
 STRATEGIES: dict[str, type] = {GTP.name: GTP}
@@ -40,7 +42,7 @@ def register_strategy(cls: C) -> C:
         raise OptionError(
             f"{cls.__name__}.score={cls.score!r}: before_attention = True lets tokens leave before there are scores; leave one out"
         )
-    enter(name, cls)
+    cls._key = enter(name, cls, sys._getframe(1))
     STRATEGIES[name] = cls
     return cls
 
