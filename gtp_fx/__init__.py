@@ -48,7 +48,6 @@ from gtp_fx.strategies import (  # noqa: E402
     register_saliency,
     register_strategy,
 )
-from gtp_fx.strategy_tuning import TunedStrategy, tune_strategy  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -81,7 +80,6 @@ __all__ = [
     "ToMe",
     "Tokens",
     "TopK",
-    "TunedStrategy",
     "UnsupportedModelError",
     "averaged",
     "dropped",
@@ -90,5 +88,4 @@ __all__ = [
     "optimize",
     "register_saliency",
     "register_strategy",
-    "tune_strategy",
 ]
