@@ -1,14 +1,16 @@
 """Strategies that are one function from tokens to groups: subclass `Grouping`, write `group`, register.
 
-    @gtp_fx.register_strategy
+    from gtp_fx.strategies import Grouping, Groups, Tokens, dropped, register_strategy
+
+    @register_strategy
     @dataclass(frozen=True)
-    class Norm(gtp_fx.Grouping):
+    class Norm(Grouping):
         '''Tokens of small norm leave.'''
 
         name: ClassVar[str] = "norm"
 
-        def group(self, tokens: gtp_fx.Tokens) -> gtp_fx.Groups:
-            return gtp_fx.dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
+        def group(self, tokens: Tokens) -> Groups:
+            return dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
 
 An operator of the graph (`torch.ops.gtp_fx.group`) calls the function, composite like the others: any batch, any device,
 and the compiler sees through it. Fields are the method's numbers, plain values all of them: they travel with the operator.

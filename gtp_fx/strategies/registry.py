@@ -29,7 +29,7 @@ def register_strategy(cls: C) -> C:
         raise OptionError(f"{cls.__name__}.name={name!r}: give a class variable such as name: ClassVar[str] = 'mine'")
     if "__dataclass_fields__" not in vars(cls) or not issubclass(cls, Grouping):  # inherited, they would lack its own
         raise OptionError(
-            f"{cls.__name__} is no dataclass over gtp_fx.Grouping: write @dataclass(frozen=True) above it"
+            f"{cls.__name__} is no dataclass over gtp_fx.strategies.Grouping: write @dataclass(frozen=True) above it"
         )
     before = STRATEGIES.get(name)
     if before is not None and is_own(before) and before is not cls:
@@ -48,7 +48,7 @@ def register_strategy(cls: C) -> C:
 
 
 _WANTED = {
-    "group": "write what it makes of gtp_fx.Tokens, a gtp_fx.Groups",
+    "group": "write what it makes of gtp_fx.strategies.Tokens, a gtp_fx.strategies.Groups",
     "put_back": "with returns = True it has to say how tokens come back; leave returns out where they are gone for good",
 }
 

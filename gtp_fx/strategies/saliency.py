@@ -107,7 +107,7 @@ class Saliency(Grouping):
         if self.map not in MAPS:
             raise OptionError(
                 f"Saliency(map={self.map!r}) is unknown; give one of {', '.join(map(repr, MAPS))}, or register your own with "
-                f"@gtp_fx.register_saliency({self.map!r})"
+                f"@gtp_fx.strategies.register_saliency({self.map!r})"
             )
         if isinstance(self.fused, bool) or not isinstance(self.fused, int) or self.fused < 1:
             raise OptionError(f"Saliency(fused={self.fused!r}): give an integer of 1 or more")
