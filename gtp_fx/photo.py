@@ -104,7 +104,7 @@ def _preparation(model: nn.Module, size: tuple[int, ...]) -> Callable[[Image.Ima
     import_timm("transforms of images")
     from timm.data.transforms_factory import create_transform
 
-    return cast("Callable[[Image.Image], Tensor]", create_transform(**_data_config(model), input_size=size))
+    return cast("Callable[[Image.Image], Tensor]", create_transform(**{**_data_config(model), "input_size": size}))
 
 
 def _data_config(model: nn.Module) -> dict[str, Any]:
@@ -114,4 +114,4 @@ def _data_config(model: nn.Module) -> dict[str, Any]:
     from timm.data.config import resolve_data_config
 
     config: dict[str, Any] = resolve_data_config({}, model=model)
-    return {key: value for key, value in config.items() if key != "input_size"}
+    return config

@@ -32,6 +32,8 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
 class Steps:
     """Counts steps for whoever is told. total: of all of them."""
 
+    # tqdm counts too, but whoever is told here need not be a bar of tqdm's: a test, or nobody.
+
     total: int
     progress: Progress | None = None
     finished: int = 0
