@@ -18,13 +18,13 @@ CONTENDERS: Mapping[str, Made] = {
     "gtp": lambda _: gtp_fx.GTP(),
     "tome": lambda _: gtp_fx.ToMe(),
     "topk": lambda score: gtp_fx.TopK(score=score),
-    "ppt": lambda score: gtp_fx.PPT(score=score),
-    "mergence": lambda score: gtp_fx.Mergence(score=score),
-    "cluster": lambda _: gtp_fx.Cluster(),
-    "idle": lambda score: gtp_fx.Idle(score=score),
-    "halting": lambda _: gtp_fx.Halting(),
-    "saliency": lambda _: gtp_fx.Saliency(),
-    "random": lambda _: gtp_fx.Random(),
+    "ppt": lambda score: gtp_fx.strategies.PPT(score=score),
+    "mergence": lambda score: gtp_fx.strategies.Mergence(score=score),
+    "cluster": lambda _: gtp_fx.strategies.Cluster(),
+    "idle": lambda score: gtp_fx.strategies.Idle(score=score),
+    "halting": lambda _: gtp_fx.strategies.Halting(),
+    "saliency": lambda _: gtp_fx.strategies.Saliency(),
+    "random": lambda _: gtp_fx.strategies.Random(),
 }
 SCHEDULES = ("auto", "even")
 """gtp_fx's own choice, and the publications' constant count a block, to the token."""

@@ -86,9 +86,12 @@ def _options(case: Case) -> dict[str, Any]:
     if strategy == "gtp" and patches <= 8:
         strategy = gtp_fx.GTP(neighbors=max(1, patches // 2))
     if not prefix and strategy in ("topk", "ppt", "mergence", "idle"):
-        strategy = {"topk": gtp_fx.TopK, "ppt": gtp_fx.PPT, "mergence": gtp_fx.Mergence, "idle": gtp_fx.Idle}[strategy](
-            score="broadcast-mean"
-        )
+        strategy = {
+            "topk": gtp_fx.TopK,
+            "ppt": gtp_fx.strategies.PPT,
+            "mergence": gtp_fx.strategies.Mergence,
+            "idle": gtp_fx.strategies.Idle,
+        }[strategy](score="broadcast-mean")
     return {"flops_budget": case.flops_budget, "strategy": strategy}
 
 

@@ -5,8 +5,8 @@
 default    GTP as it comes, on the schedule that the prior chooses
 agreement  the same with M and alpha as the agreement of graph neighbours proposes (`gtp_fx.damage.agreement`)
 grid       the best of alpha x M x score by the labels of calibration canvases, on the prior's schedule
-unlabelled `gtp_fx.tune_strategy` on the same canvases without their labels: schedule, alpha, M, score
-refined    `unlabelled`, from the agreement's proposal as well
+unlabelled `gtp_fx.Calibration(refine=16, strategy=True)` on the same canvases without their labels: schedule, alpha, M, score
+refined    the better of that and of the same begun at the agreement's proposal
 
 Scores are of canvases whose digits none of them has seen.
 """
@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from tabulate import tabulate
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 import gtp_fx
 from bench.digit_nets import NETS, load_or_train
@@ -34,6 +34,7 @@ from bench.tasks import TASKS, Task, outputs_of
 from gtp_fx.capture import capture_module
 from gtp_fx.config import Options
 from gtp_fx.damage.agreement import neighbour_agreement
+from gtp_fx.damage.calibration import bound
 from gtp_fx.damage.divergence import divergence
 from gtp_fx.inputs import call_signature
 from gtp_fx.pipeline import run_passes
@@ -99,7 +100,9 @@ def measure(name: str, seed: int, budgets: Sequence[float], calibration_images: 
     original = outputs_of(model, images)
     base = task.score(original, labels)
     known = task.draw(Split.calibration, 0, calibration_images, config.look, config.patch)
-    captured = capture_module(model, call_signature(model, images[:2]))
+    signature = call_signature(model, images[:2])
+    captured = capture_module(model, signature)
+    calibration = bound(gtp_fx.Calibration(known[0], refine=16, strategy=True, progress=False), signature.canonical)
     proposed = neighbour_agreement(model, known[0]).proposed()
     rows = []
     for ratio in budgets:
@@ -107,8 +110,8 @@ def measure(name: str, seed: int, budgets: Sequence[float], calibration_images: 
             "default": {"strategy": gtp_fx.GTP(), "flops_budget": ratio},
             "agreement": {"strategy": proposed, "flops_budget": ratio},
             "grid": {"strategy": _by_grid(captured, task, known, ratio), "flops_budget": ratio},
-            "unlabelled": _unlabelled(model, known[0], ratio, [gtp_fx.GTP()]),
-            "refined": _unlabelled(model, known[0], ratio, [gtp_fx.GTP(), proposed]),
+            "unlabelled": _unlabelled(captured, calibration, ratio, [gtp_fx.GTP()]),
+            "refined": _unlabelled(captured, calibration, ratio, [gtp_fx.GTP(), proposed]),
         }
         for way, options in chosen.items():
             made = run_passes(captured, Options.of(**options))
@@ -133,10 +136,13 @@ def _by_grid(captured: fx.GraphModule, task: Task, known: tuple[Tensor, Tensor],
     return max(grid, key=score)
 
 
-def _unlabelled(model: nn.Module, images: Tensor, ratio: float, starts: Sequence[gtp_fx.GTP]) -> dict[str, Any]:
-    calibration = gtp_fx.Calibration(images, refine=16, strategy=True, progress=False)
-    tuned = gtp_fx.tune_strategy(model, calibration, flops_budget=ratio, strategies=starts)
-    return {"strategy": tuned.strategy, "schedule": tuned.schedule}
+def _unlabelled(
+    captured: fx.GraphModule, calibration: gtp_fx.Calibration, ratio: float, starts: Sequence[gtp_fx.GTP]
+) -> dict[str, Any]:
+    """What moves outputs least on the calibration's images, of what is found from each start."""
+    options = [Options.of(flops_budget=ratio, strategy=start, calibration=calibration) for start in starts]
+    found = min((run_passes(captured, each) for each in options), key=lambda made: made.report.moved or 0.0)
+    return {"strategy": found.strategy, "schedule": found.schedule}
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -29,66 +29,31 @@ from gtp_fx.model import OptimizedModel  # noqa: E402
 from gtp_fx.provenance import Provenance  # noqa: E402
 from gtp_fx.report import Report  # noqa: E402
 from gtp_fx.schedule import BlockShape, Schedule  # noqa: E402
-from gtp_fx.strategies import (  # noqa: E402
-    GTP,
-    PPT,
-    Cluster,
-    Grouping,
-    Groups,
-    Halting,
-    Idle,
-    Mergence,
-    Random,
-    Saliency,
-    Tokens,
-    ToMe,
-    TopK,
-    averaged,
-    dropped,
-    register_saliency,
-    register_strategy,
-)
-from gtp_fx.strategy_tuning import TunedStrategy, tune_strategy  # noqa: E402
+from gtp_fx.strategies import GTP, ToMe, TopK  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GTP",
-    "PPT",
     "BlockShape",
     "BudgetError",
     "Calibration",
     "CaptureError",
-    "Cluster",
     "ExportError",
     "Exported",
-    "Grouping",
-    "Groups",
     "GtpError",
-    "Halting",
-    "Idle",
     "InputError",
-    "Mergence",
     "OptimizedModel",
     "OptionError",
     "Provenance",
-    "Random",
     "Refusal",
     "Report",
-    "Saliency",
     "Schedule",
     "ScheduleError",
     "ToMe",
-    "Tokens",
     "TopK",
-    "TunedStrategy",
     "UnsupportedModelError",
-    "averaged",
-    "dropped",
     "export",
     "exported_program",
     "optimize",
-    "register_saliency",
-    "register_strategy",
-    "tune_strategy",
 ]

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 
 def cache_folder() -> Path:
-    """$GTP_FX_CACHE, or gtp_fx in the user's cache folder ($XDG_CACHE_HOME, ~/.cache). It need not exist yet."""
-    if own := os.environ.get("GTP_FX_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gtp_fx"
+    """$GTP_FX_CACHE, or gtp_fx in the user's cache folder, as the system has one. It need not exist yet."""
+    return Path(os.environ.get("GTP_FX_CACHE") or platformdirs.user_cache_path("gtp_fx", appauthor=False))
 
 
 def keep_json(file: Path, value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import pickle
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from gtp_fx.errors import GtpError
 
 _SEED = 0
-_LISTED = 3
-"""Names an error lists of each kind: enough to recognise the wrong checkpoint by."""
+_LISTED, _WIDTH = 3, 160
+"""Names, or letters of torch's lists of them, in an error: enough to recognise the wrong checkpoint by."""
 
 
 class LoadError(GtpError):
@@ -40,93 +40,57 @@ def load_model(name: str, *, pretrained: bool = False, weights: str | Path | Non
 
     Raises LoadError.
     """
-    timm = _import_timm()
+    timm = import_timm()
     one_source(pretrained, weights)
-    if not timm.is_model(name):
-        raise LoadError(f"timm has no model {name!r}; {_suggestion(name, timm.list_models())}")
-    state = None if weights is None else read_state_dict(Path(weights))
     if pretrained:
         return LoadedModel(_pretrained(timm, name), name, f"pretrained (timm {timm.__version__})")
     model = seeded(lambda: _create(timm, name, pretrained=False))
-    if state is None:
+    if weights is None:
         return LoadedModel(model, name, random_origin())
-    fill(model, state, f"{weights} and {name}")
+    fill(model, read_state_dict(Path(weights)), f"{weights} and {name}")
     return LoadedModel(model, name, f"file {weights}")
 
 
 def build_on_meta(name: str) -> nn.Module:
     """The timm model `name` without weights, in eval mode: enough to plan by. Raises LoadError."""
-    timm = _import_timm()
-    if not timm.is_model(name):
-        raise LoadError(f"timm has no model {name!r}; {_suggestion(name, timm.list_models())}")
     with torch.device("meta"):
-        return _create(timm, name, pretrained=False)
+        return _create(import_timm(), name, pretrained=False)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU, from a safetensors file or a torch checkpoint. Raises LoadError."""
+    """Tensors by name, on the CPU, from a safetensors file or a torch checkpoint, as timm reads it. Raises LoadError."""
+    from safetensors.torch import load_file
+
+    timm = import_timm()
     try:
         with path.open("rb") as file:
             head = file.read(9)
+        # timm goes by the suffix, and a cache's files have none: a safetensors file is the length of its header, then JSON.
+        is_safetensors = head[8:] == b"{"
+        content: Any = load_file(path) if is_safetensors else timm.models.load_state_dict(str(path), weights_only=True)
     except OSError as error:
         raise LoadError(f"weights {str(path)!r} can't be read: {error.strerror}; give a file") from error
-    # By content: files from a cache have no suffix. A safetensors file is the length of its JSON header, then the header.
-    return _read_safetensors(path) if head[8:] == b"{" else _read_torch(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(path))
-    except SafetensorError as error:
-        raise LoadError(f"weights {str(path)!r} are no whole safetensors file: {error}; fetch it again") from error
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise LoadError(
-            f"weights {str(path)!r} hold Python objects or are no checkpoint, and unpickling them could run any code; save the "
-            f"tensors alone, torch.save(model.state_dict(), …) or safetensors"
-        ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise LoadError(
-            f"weights {str(path)!r} are neither safetensors nor a torch checkpoint: {first_line(error)}"
-        ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        held = (
-            f"the entries {_few(map(str, content))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-        )
-        raise LoadError(
-            f"weights {str(path)!r} hold {held}, no state dict; save one with torch.save(model.state_dict(), …), at the top or "
-            f"under 'model' or 'state_dict'"
-        )
+    except Exception as error:  # whatever readers make of a broken file, or of one that wants to run code
+        said = first_line(error).partition(". ")[0]  # what follows is how to unpickle it anyway
+        raise LoadError(f"weights {str(path)!r} are {_NO_STATE_DICT} ({said})") from error
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise LoadError(f"weights {str(path)!r} hold the entries {_few(map(str, content))}: {_NO_STATE_DICT}")
     return {str(key): value for key, value in content.items()}
 
 
+_NO_STATE_DICT = (
+    "no state dict; save the tensors alone, torch.save(model.state_dict(), …) or safetensors, for unpickling anything else "
+    "could run any code"
+)
+
+
 def fill(model: nn.Module, state: Mapping[str, Tensor], between: str) -> None:
-    """Copy `state` into the model, all of it or nothing."""
-    own = model.state_dict()
-    problems = {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
-        "of another shape": [
-            f"{key} {list(state[key].shape)} for {list(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ],
-    }
-    if any(problems.values()):
-        told = "; ".join(f"{len(names)} {kind}: {_few(names)}" for kind, names in problems.items() if names)
-        raise LoadError(f"{between} don't fit: {told}; give the weights of this very model")
-    model.load_state_dict(state)
+    """Copy `state` into the model, whose every tensor it has to have. Raises LoadError."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        _, *problems = (textwrap.shorten(line, _WIDTH, placeholder=" …") for line in str(error).splitlines())
+        raise LoadError(f"{between} don't fit: {' '.join(problems)} give the weights of this very model") from error
 
 
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:
@@ -151,7 +115,7 @@ def random_origin() -> str:
 
 
 def _pretrained(timm: Any, name: str) -> nn.Module:
-    if not timm.is_model_pretrained(name):
+    if timm.is_model(name) and not timm.is_model_pretrained(name):
         raise LoadError(f"timm has no pretrained weights for {name!r}; give a file with weights, or take random ones")
     try:
         return _create(timm, name, pretrained=True)
@@ -167,26 +131,22 @@ def _create(timm: Any, name: str, pretrained: bool) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained)
     except RuntimeError as error:
-        if "pretrained tag" not in str(error):
+        if "pretrained tag" not in str(error) and "Unknown model" not in str(error):
             raise
-        known = timm.list_pretrained(name.partition(".")[0] + ".*")
-        raise LoadError(f"timm has no model {name!r}; {_suggestion(name, known)}") from error
+        known = timm.list_pretrained(name.partition(".")[0] + ".*") or timm.list_models()
+        close = difflib.get_close_matches(name, known, n=_LISTED, cutoff=0.6)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('*vit*') lists those it has"
+        raise LoadError(f"timm has no model {name!r}; {hint}") from error
     return model.eval()
 
 
-def _import_timm() -> Any:
+def import_timm(what: str = "models by name") -> Any:
+    """Raises LoadError where it can't be imported."""
     try:
         import timm
     except ImportError as error:
-        raise LoadError(
-            f"models by name come from timm, which can't be imported ({error}); pip install timm"
-        ) from error
+        raise LoadError(f"{what} come from timm, which can't be imported ({error}); pip install timm") from error
     return timm
-
-
-def _suggestion(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=_LISTED, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else "timm.list_models('*vit*') lists those it has"
 
 
 def _few(names: Any) -> str:

@@ -17,12 +17,19 @@ from torch import Tensor, nn
 
 from gtp_fx.errors import OptionError
 from gtp_fx.inputs import call_signature
+from gtp_fx.loading import import_timm
 
 _LEAST_SCALE = 0.6
 """Smallest crop, as a share of the photograph's sides: the subject stays in sight."""
 
-_MEAN, _STD = 0.5, 0.5
-"""For a model without timm's data configuration, as most such models are trained."""
+_UNKNOWN: dict[str, Any] = {
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "squash",
+}
+"""The whole picture, for a model without timm's data configuration, as most such models are trained."""
 
 
 def photo_batch(model: nn.Module, batch: int) -> Tensor:
@@ -48,13 +55,8 @@ def prepared(model: nn.Module, picture: Image.Image) -> Tensor:
 
 def as_seen(model: nn.Module, image: Tensor) -> Tensor:
     """[height, width, 3] in [0, 1], of a prepared [1, 3, height, width]: the crop that the model sees, to look at."""
-    mean: Any = _MEAN
-    std: Any = _STD
-    if _knows_timm(model):
-        from timm.data.config import resolve_data_config
-
-        config = resolve_data_config({}, model=model)
-        mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    config = _data_config(model)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     seen: Tensor = image[0].detach().cpu().float() * std + mean
     return seen.clamp(0, 1).permute(1, 2, 0)
 
@@ -84,10 +86,6 @@ def _image_example(model: nn.Module) -> Tensor:
     return example
 
 
-def _knows_timm(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "pretrained_cfg", None), Mapping)
-
-
 def _views(photo: Image.Image, count: int) -> list[Image.Image]:
     """`count` differing views of the photograph, in its own proportions."""
     chance = random.Random(0)
@@ -102,18 +100,18 @@ def _views(photo: Image.Image, count: int) -> list[Image.Image]:
 
 
 def _preparation(model: nn.Module, size: tuple[int, ...]) -> Callable[[Image.Image], Tensor]:
-    """Image to [3, height, width], `size`: timm's evaluation transform, or a plain resize where timm knows nothing."""
-    if not _knows_timm(model):
-        return lambda image: _resized(image, size)
-    from timm.data.config import resolve_data_config
+    """timm's evaluation transform: image to [3, height, width], `size`. Raises LoadError where there is no timm."""
+    import_timm("transforms of images")
     from timm.data.transforms_factory import create_transform
 
-    config: dict[str, Any] = resolve_data_config({"input_size": size}, model=model)
-    return cast("Callable[[Image.Image], Tensor]", create_transform(**config))
+    return cast("Callable[[Image.Image], Tensor]", create_transform(**{**_data_config(model), "input_size": size}))
 
 
-def _resized(image: Image.Image, size: tuple[int, ...]) -> Tensor:
-    _, height, width = size
-    small = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    return (pixels.permute(2, 0, 1) / 255 - _MEAN) / _STD
+def _data_config(model: nn.Module) -> dict[str, Any]:
+    """Of timm's transform: mean, std, crop_pct and the like."""
+    if not isinstance(getattr(model, "pretrained_cfg", None), Mapping):
+        return _UNKNOWN
+    from timm.data.config import resolve_data_config
+
+    config: dict[str, Any] = resolve_data_config({}, model=model)
+    return config

@@ -37,7 +37,7 @@ from gtp_fx.strategies.trial import try_out
 class Optimised:
     """A rewritten graph, the schedule and the strategy that it carries out, and what was done.
 
-    sites: what each did, for `gtp_fx.provenance`. moved: how far the outputs moved on calibration's images, as `gtp_fx.damage.divergence` has it; None without.
+    sites: what each did, for `gtp_fx.provenance`.
     """
 
     graph_module: fx.GraphModule
@@ -45,7 +45,6 @@ class Optimised:
     strategy: Strategy
     report: Report
     sites: tuple[SiteRecord, ...] = ()
-    moved: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,11 @@ def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool =
         seconds=planned.seconds,
         batch=options.batch,
         forecast=forecast(gm, exact.original, planned, options),
+        moved=planned.moved,
     )
     exact.journal.note("schedule", plan.schedule.to_json())
     exact.journal.note("report", str(report))
-    return Optimised(result, plan.schedule, plan.strategy, report, record_sites(result), planned.moved)
+    return Optimised(result, plan.schedule, plan.strategy, report, record_sites(result))
 
 
 def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:

@@ -14,9 +14,11 @@ Progress = Callable[[str, int, int], object]
 
 @contextlib.contextmanager
 def progress_bar(shown: bool = True) -> Iterator[Progress]:
-    """A bar that is gone when the work is done; the total may still change while it goes."""
+    """A bar that is gone when the work is done, and none where stderr is no terminal; the total may still change while it goes."""
     with tqdm(
-        disable=not shown, bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]", leave=False
+        disable=None if shown else True,
+        bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+        leave=False,
     ) as bar:
 
         def show(label: str, done: int, total: int) -> None:
@@ -29,6 +31,8 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
 @dataclass
 class Steps:
     """Counts steps for whoever is told. total: of all of them."""
+
+    # tqdm counts too, but whoever is told here need not be a bar of tqdm's: a test, or nobody.
 
     total: int
     progress: Progress | None = None

@@ -48,6 +48,7 @@ class Report:
     damage_from: where the expected damage comes from that schedule="auto" minimised; empty where nothing was chosen.
     latency_budget: what was asked, or None. seconds: predicted, of a run of `batch` images through the original and the result.
     forecast: FLOPs and predicted time of every block, before and after, as `gtp-fx plan` prints them.
+    moved: how far outputs moved on calibration's images, as `gtp_fx.damage.divergence` has it; None where nobody looked.
     """
 
     flops_before: int
@@ -65,6 +66,7 @@ class Report:
     seconds: tuple[float, float] | None = None
     batch: int = 0
     forecast: Forecast | None = None
+    moved: float | None = None
 
     @property
     def flops_ratio(self) -> float:

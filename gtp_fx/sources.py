@@ -128,6 +128,7 @@ def _class_and_config(name: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         where = "the directory" if Path(name).is_dir() else "the name and the network"
         raise LoadError(f"no configuration of {name} can be had: {first_line(error)}; check {where}") from error
+    # AutoModel would leave out the head that these weights have.
     architectures = getattr(config, "architectures", None) or []
     if not architectures or not hasattr(transformers, architectures[0]):
         raise LoadError(f"{name}: its configuration names no class of transformers (architectures: {architectures})")

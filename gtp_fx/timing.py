@@ -8,12 +8,12 @@ follows everyone else equally often (E. J. Williams, Australian Journal of Scien
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from gtp_fx.errors import OptionError
@@ -33,7 +33,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        return cls(_quantile(values, 0.25), _quantile(values, 0.5), _quantile(values, 0.75))
+        return cls(*np.quantile(values, (0.25, 0.5, 0.75)).tolist())
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,3 @@ def model_clock(device: torch.device) -> Clock:
 
 def clock_for(device: torch.device) -> Clock:
     return cuda_seconds if device.type == "cuda" else cpu_seconds
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    """`statistics.quantiles` refuses a single value; a smoke test has one round."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
-    return below + (above - below) * (place - math.floor(place))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gtp_fx
+from gtp_fx.damage.agreement import neighbour_agreement
 from gtp_fx.damage.calibration import Calibration
 from gtp_fx.damage.divergence import divergence
 from gtp_fx.damage.refinement import Search
@@ -61,6 +62,32 @@ def test_refining_lowers_it_and_may_choose_the_strategy(model: nn.Module) -> Non
     assert refined.report.flops_ratio <= 0.7
     assert moved(model, refined, x) <= moved(model, plain, x) + 1e-9
     assert "strategies" in refined.report.damage_from
+
+
+@torch.no_grad()
+def test_reports_say_how_far_outputs_moved_so_that_strategies_can_be_compared(model: nn.Module) -> None:
+    x = images(ROW, 4)
+    calibration = Calibration(x, points=2, refine=2, strategy=True, progress=False)
+    made = {
+        name: gtp_fx.optimize(model, flops_budget=0.6, strategy=name, calibration=calibration, compile=False)
+        for name in ("gtp", "tome")
+    }
+    for fast in made.values():
+        assert moved(model, fast, x) == pytest.approx(fast.report.moved, rel=1e-3)
+        again = gtp_fx.optimize(model, strategy=fast.strategy, schedule=fast.schedule, compile=False)
+        assert torch.equal(again(x), fast(x)) and again.report.moved is None
+    default = gtp_fx.optimize(model, flops_budget=0.6, compile=False)
+    assert made["gtp"].report.moved <= moved(model, default, x) + 1e-9
+    with pytest.raises(gtp_fx.UnsupportedModelError, match="topk"):
+        gtp_fx.optimize(model, flops_budget=0.6, strategy="topk", calibration=calibration, compile=False)
+
+
+def test_what_calibration_chose_is_what_trains(model: nn.Module) -> None:
+    fast = calibrated(model, budget=0.6, images=images(ROW, 4), refine=1, strategy=True)
+    assert fast.strategy != gtp_fx.GTP(), "on these images another one moves outputs less, or this proves nothing"
+    x = images(ROW)
+    expected = fast(x)
+    torch.testing.assert_close(fast.train()(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_measurements_are_kept_by_weights_and_images(model: nn.Module, cache: Path) -> None:
@@ -169,3 +196,20 @@ def test_a_search_finds_the_weights_that_matter() -> None:
     search.weigh_anew(tables, solve, 10)
     assert search.best == (10, 0)
     assert len(search.seen) == 2, "what was seen is not judged again"
+
+
+def test_neighbours_agree_as_their_features_do() -> None:
+    """With the identity for blocks the stream keeps what entered: nearest neighbours agree most, and more than chance."""
+    model, x = build(ROW), images(ROW, 3)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.proj.weight.zero_()
+            block.mlp.fc2.weight.zero_()
+    found = neighbour_agreement(model, x)
+    assert found.counts == (4, 8, 16, 32) and len(found.by_block) == 3
+    for row in found.by_block:
+        assert 1 >= row[0] > row[1] > row[2] > row[3] > 0
+        assert row == pytest.approx(found.by_block[0], abs=0.05)
+    proposed = found.proposed(gtp_fx.GTP(score="broadcast-mean"))
+    assert proposed.score == "broadcast-mean" and proposed.neighbors in found.counts and 0 < proposed.alpha <= 0.4
+    assert "M=8" in str(found)

@@ -63,10 +63,10 @@ def test_weights_of_another_model_name_a_few_keys(tmp_path: Path, state: dict[st
     with pytest.raises(LoadError) as raised:
         load_model(NAME, weights=tmp_path / "other.pth")
     text = str(raised.value)
-    assert "1 unexpected: extra.bias" in text
-    assert "head.weight [10, 64] for [1000, 64]" in text
-    assert "12 missing: blocks.0." in text
-    assert text.count("blocks.0.") == 3  # a few, then "…"
+    assert 'Unexpected key(s) in state_dict: "extra.bias"' in text
+    assert "size mismatch for head.weight: copying a param with shape torch.Size([10, 64])" in text
+    assert 'Missing key(s) in state_dict: "blocks.0.' in text
+    assert 1 < text.count("blocks.0.") < 12 and " …" in text
 
 
 class Opener:
@@ -81,7 +81,7 @@ class Opener:
 
 def test_a_pickled_object_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save({"model": Opener(tmp_path / "touched")}, tmp_path / "hostile.pth")
-    with pytest.raises(LoadError, match="hold Python objects"):
+    with pytest.raises(LoadError, match=r"no state dict.*could run any code"):
         load_model(NAME, weights=tmp_path / "hostile.pth")
     assert not (tmp_path / "touched").exists()
     torch.load(tmp_path / "hostile.pth", weights_only=False)  # so the file was able to
@@ -89,7 +89,7 @@ def test_a_pickled_object_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [({"epoch": 3}, "the entries epoch"), ([torch.zeros(1)], "a list"), ({}, "the entries")]
+    ("content", "told"), [({"epoch": 3}, "the entries epoch"), ([torch.zeros(1)], "weights"), ({}, "the entries")]
 )
 def test_a_checkpoint_without_a_state_dict(tmp_path: Path, content: Any, told: str) -> None:
     torch.save(content, tmp_path / "odd.pth")

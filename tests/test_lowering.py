@@ -84,7 +84,9 @@ def test_a_plain_transformer(name: str, options: dict[str, Any], told: str) -> N
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="stock attention takes no float32 on a GPU")
 @pytest.mark.parametrize("told", ["mask", "channel"])
-@pytest.mark.parametrize("strategy", [gtp_fx.ToMe(), gtp_fx.PPT(blocks=(0, 1))], ids=lambda strategy: strategy.name)
+@pytest.mark.parametrize(
+    "strategy", [gtp_fx.ToMe(), gtp_fx.strategies.PPT(blocks=(0, 1))], ids=lambda strategy: strategy.name
+)
 def test_stock_attention_scores_and_is_told_scales(strategy: Strategy, told: str) -> None:
     """By its log-sum-exp, with a mask or channels for scales: the first block is told none, the third doesn't score."""
     row = BY_NAME["deit"]
@@ -274,13 +276,13 @@ def test_thresholds_are_the_kernels() -> None:
 OTHERS: list[tuple[Strategy, list[int]]] = [
     (gtp_fx.ToMe(), [30, 20, 0]),
     (gtp_fx.TopK(), [30, 20, 0]),
-    (gtp_fx.PPT(blocks=(0, 1)), [30, 20, 0]),
-    (gtp_fx.Mergence(), [30, 20, 0]),
-    (gtp_fx.Cluster(after=1), [0, 60, 0]),
-    (gtp_fx.Idle(), [30, 20, 0]),
-    (gtp_fx.Halting(beta=0.0), [30, 20, 0]),
-    (gtp_fx.Saliency(), [60, 0, 0]),
-    (gtp_fx.Random(), [30, 20, 0]),
+    (gtp_fx.strategies.PPT(blocks=(0, 1)), [30, 20, 0]),
+    (gtp_fx.strategies.Mergence(), [30, 20, 0]),
+    (gtp_fx.strategies.Cluster(after=1), [0, 60, 0]),
+    (gtp_fx.strategies.Idle(), [30, 20, 0]),
+    (gtp_fx.strategies.Halting(beta=0.0), [30, 20, 0]),
+    (gtp_fx.strategies.Saliency(), [60, 0, 0]),
+    (gtp_fx.strategies.Random(), [30, 20, 0]),
 ]
 
 

@@ -20,7 +20,7 @@ from reference_strategies import Told, strategy_reference
 from zoo import BY_NAME, build, images
 
 DEPTH = 4
-Made = tuple[gtp_fx.Grouping, Told, tuple[int, ...]]
+Made = tuple[gtp_fx.strategies.Grouping, Told, tuple[int, ...]]
 
 
 def _cls(seen: by_hand.Seen) -> list[float]:
@@ -50,23 +50,27 @@ CASES: dict[str, Callable[[], Made]] = {
         (20, 0, 60, 10),
     ),
     "ppt-prunes": lambda: (
-        gtp_fx.PPT(threshold=0.0, blocks=(0, 2)),
+        gtp_fx.strategies.PPT(threshold=0.0, blocks=(0, 2)),
         Told(functools.partial(by_hand.ppt, threshold=0.0), told=True),
         (50, 0, 60, 0),
     ),
     "ppt-pools": lambda: (
-        gtp_fx.PPT(threshold=1.0),
+        gtp_fx.strategies.PPT(threshold=1.0),
         Told(functools.partial(by_hand.ppt, threshold=1.0), told=True),
         (0, 50, 60, 40),
     ),
-    "mergence": lambda: (gtp_fx.Mergence(), Told(by_hand.mergence), (20, 0, 60, 10)),
+    "mergence": lambda: (gtp_fx.strategies.Mergence(), Told(by_hand.mergence), (20, 0, 60, 10)),
     "cluster": lambda: (
-        gtp_fx.Cluster(after=1),
+        gtp_fx.strategies.Cluster(after=1),
         Told(functools.partial(by_hand.cluster, sides=(14, 14))),
         (0, 120, 0, 0),
     ),
-    "idle": lambda: (gtp_fx.Idle(), Told(by_hand.tome, idles=_cls), (20, 0, 60, 40)),
-    "halting": lambda: (gtp_fx.Halting(beta=0.0), Told(functools.partial(by_hand.halting, beta=0.0)), (20, 60, 0, 10)),
+    "idle": lambda: (gtp_fx.strategies.Idle(), Told(by_hand.tome, idles=_cls), (20, 0, 60, 40)),
+    "halting": lambda: (
+        gtp_fx.strategies.Halting(beta=0.0),
+        Told(functools.partial(by_hand.halting, beta=0.0)),
+        (20, 60, 0, 10),
+    ),
 }
 
 
@@ -90,7 +94,7 @@ def test_saliency_equals_the_reference() -> None:
         heat = _contrast(x, 16)
         how = Told(lambda seen, heat=heat, fused=fused: by_hand.saliency(seen, heat, fused), before=True)
         schedule = (leaving, 0, 0, 0)
-        strategy = gtp_fx.Saliency(fused=fused)
+        strategy = gtp_fx.strategies.Saliency(fused=fused)
         fast = gtp_fx.optimize(model, schedule=list(schedule), strategy=strategy, compile=False, dead_tokens=False)
         found, wanted = fast(x), strategy_reference(model, x, schedule, how)
         assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
@@ -102,7 +106,9 @@ def test_random_is_spread_and_the_same_for_every_image() -> None:
     model, x = build(row, depth=DEPTH), images(row, 3)
     chosen = []
     for seed in (0, 1):
-        fast = gtp_fx.optimize(model, schedule=[98, 0, 0, 0], strategy=gtp_fx.Random(seed=seed), compile=False)
+        fast = gtp_fx.optimize(
+            model, schedule=[98, 0, 0, 0], strategy=gtp_fx.strategies.Random(seed=seed), compile=False
+        )
         (found,) = fast.provenance(x)
         assert (found.index == found.index[:1]).all()
         quarters = [int(((found.index[0] >= 49 * i) & (found.index[0] < 49 * (i + 1))).sum()) for i in range(4)]

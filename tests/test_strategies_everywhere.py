@@ -21,9 +21,9 @@ from zoo import BY_NAME, Row, build, enliven, images
 
 WITHOUT_CLS = {
     "topk": gtp_fx.TopK(score="broadcast-mean"),
-    "ppt": gtp_fx.PPT(score="broadcast-mean", blocks=(0, 1)),
-    "mergence": gtp_fx.Mergence(score="broadcast-mean"),
-    "idle": gtp_fx.Idle(score="broadcast-mean"),
+    "ppt": gtp_fx.strategies.PPT(score="broadcast-mean", blocks=(0, 1)),
+    "mergence": gtp_fx.strategies.Mergence(score="broadcast-mean"),
+    "idle": gtp_fx.strategies.Idle(score="broadcast-mean"),
 }
 OWN = [name for name, cls in STRATEGIES.items() if cls.__module__.startswith("gtp_fx.")]
 
@@ -50,9 +50,9 @@ def test_the_budget_is_met_as_torch_counts(name: str, arch: str) -> None:
     row = BY_NAME[arch]
     strategy = WITHOUT_CLS.get(name, name) if row.prefix == 0 else name
     if name == "ppt":
-        strategy = gtp_fx.PPT(score="cls-mean" if row.prefix else "broadcast-mean", blocks=(0, 1))
+        strategy = gtp_fx.strategies.PPT(score="cls-mean" if row.prefix else "broadcast-mean", blocks=(0, 1))
     if name == "cluster":
-        strategy = gtp_fx.Cluster(after=1)
+        strategy = gtp_fx.strategies.Cluster(after=1)
     fast = changed(row, strategy, flops_budget=0.8, dead_tokens=False)
     graph = copy.deepcopy(fast.graph_module).to("meta")
     with FlopCounterMode(display=False) as counter:  # on meta: some releases count a CPU's fused attention as nothing
@@ -68,7 +68,13 @@ def test_a_token_map_has_every_patch(name: str) -> None:
         row.arch, depth=3, img_size=row.img_size, num_classes=0, global_pool="", embed_dim=64, num_heads=2
     )
     model, x = enliven(model).eval(), images(row)
-    strategy = gtp_fx.PPT(blocks=(0, 1)) if name == "ppt" else gtp_fx.Cluster(after=1) if name == "cluster" else name
+    strategy = (
+        gtp_fx.strategies.PPT(blocks=(0, 1))
+        if name == "ppt"
+        else gtp_fx.strategies.Cluster(after=1)
+        if name == "cluster"
+        else name
+    )
     fast = optimized(model, strategy, flops_budget=0.75, example_inputs=x)
     assert fast(x).shape == model(x).shape == (2, 82, 64)
     exact = optimized(model, strategy, flops_budget=1.0, example_inputs=x)
@@ -119,20 +125,20 @@ def test_windows_take_those_that_can_skip() -> None:
         timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 2), num_heads=(2, 4), embed_dim=32)
     ).eval()
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    for strategy in (gtp_fx.Idle(score="broadcast-mean"), gtp_fx.TopK(score="broadcast-mean")):
+    for strategy in (gtp_fx.strategies.Idle(score="broadcast-mean"), gtp_fx.TopK(score="broadcast-mean")):
         fast = optimized(model, strategy, flops_budget=0.85)
         assert fast.report.flops_ratio <= 0.85 and fast(x).shape == (2, 1000)
 
 
-@gtp_fx.register_strategy
+@gtp_fx.strategies.register_strategy
 @dataclass(frozen=True)
-class Norm(gtp_fx.Grouping):
+class Norm(gtp_fx.strategies.Grouping):
     """Tokens of small norm leave: the ten lines of the documentation."""
 
     name: ClassVar[str] = "norm"
 
-    def group(self, tokens: gtp_fx.Tokens) -> gtp_fx.Groups:
-        return gtp_fx.dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
+    def group(self, tokens: gtp_fx.strategies.Tokens) -> gtp_fx.strategies.Groups:
+        return gtp_fx.strategies.dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
 
 
 def test_a_users_own_strategy_works_like_any_other() -> None:
@@ -150,20 +156,20 @@ def test_both_doors_take_any_strategy() -> None:
     torch.testing.assert_close(compiled(x), optimized(model, "tome", schedule=[40, 0, 0])(x), rtol=1e-3, atol=1e-3)
 
 
-@gtp_fx.register_strategy
+@gtp_fx.strategies.register_strategy
 @dataclass(frozen=True)
-class Alike(gtp_fx.Grouping):
+class Alike(gtp_fx.strategies.Grouping):
     """Multiplies matrices, and says so where `told`."""
 
     name: ClassVar[str] = "alike"
     told: bool = True
     lies: str = ""
 
-    def group(self, tokens: gtp_fx.Tokens) -> gtp_fx.Groups:
+    def group(self, tokens: gtp_fx.strategies.Tokens) -> gtp_fx.strategies.Groups:
         unit_BnC = F.normalize(tokens.patches_BnC, dim=-1)
-        groups = gtp_fx.dropped((unit_BnC @ unit_BnC.transpose(1, 2)).mean(dim=2).neg(), tokens.leaving)
+        groups = gtp_fx.strategies.dropped((unit_BnC @ unit_BnC.transpose(1, 2)).mean(dim=2).neg(), tokens.leaving)
         if self.lies == "sizes":
-            return gtp_fx.Groups(groups.kept_BK, groups.left_BP, size_BK=groups.kept_BK.float())
+            return gtp_fx.strategies.Groups(groups.kept_BK, groups.left_BP, size_BK=groups.kept_BK.float())
         return groups.kept_BK if self.lies == "type" else groups  # type: ignore[return-value]
 
     def group_flops(self, site: SiteShape) -> Any:
@@ -179,31 +185,31 @@ def test_a_strategy_that_tells_less_than_it_does_is_named() -> None:
         gtp_fx.OptionError, match=r"Alike.group\(\) gave kept, left, size, and its class says kept, left"
     ):
         optimized(model, Alike(lies="sizes"), flops_budget=0.7)
-    with pytest.raises(gtp_fx.OptionError, match=r"returned Tensor: return gtp_fx\.Groups"):
+    with pytest.raises(gtp_fx.OptionError, match=r"returned Tensor: return gtp_fx\.strategies\.Groups"):
         optimized(model, Alike(lies="type"), flops_budget=0.7)
 
 
 def test_names_that_can_not_be_registered() -> None:
     @dataclass(frozen=True)
-    class Taken(gtp_fx.Grouping):
+    class Taken(gtp_fx.strategies.Grouping):
         name: ClassVar[str] = "tome"
 
-    class NoDataclass(gtp_fx.Grouping):
+    class NoDataclass(gtp_fx.strategies.Grouping):
         name: ClassVar[str] = "mine"
 
     @dataclass(frozen=True)
-    class Stranger(gtp_fx.Grouping):
+    class Stranger(gtp_fx.strategies.Grouping):
         name: ClassVar[str] = "stranger"
 
     with pytest.raises(gtp_fx.OptionError, match="is one of gtp_fx's own"):
-        gtp_fx.register_strategy(Taken)
+        gtp_fx.strategies.register_strategy(Taken)
     with pytest.raises(gtp_fx.OptionError, match=r"write @dataclass\(frozen=True\) above it"):
-        gtp_fx.register_strategy(NoDataclass)
+        gtp_fx.strategies.register_strategy(NoDataclass)
     with pytest.raises(gtp_fx.OptionError, match="isn't registered"):
         optimized(build(BY_NAME["clip"]), Stranger(), flops_budget=0.7)
 
 
-@gtp_fx.register_saliency("left")
+@gtp_fx.strategies.register_saliency("left")
 def left(x_BCHW: torch.Tensor) -> torch.Tensor:
     """What is farther left matters more."""
     return torch.arange(x_BCHW.shape[-1], 0, -1.0).expand(x_BCHW.shape[0], *x_BCHW.shape[-2:])
@@ -213,11 +219,11 @@ def test_a_users_map_decides() -> None:
     """Of 14 columns the last four are minor, and are one token: where the 10th column ends."""
     row = BY_NAME["deit"]
     model, x = build(row), images(row)
-    fast = optimized(model, gtp_fx.Saliency(map="left", fused=1), schedule=[14 * 4 - 1, 0, 0])
+    fast = optimized(model, gtp_fx.strategies.Saliency(map="left", fused=1), schedule=[14 * 4 - 1, 0, 0])
     (found,) = fast.provenance(x)
     columns = found.index[0] % 14
     assert (columns < 10).sum() == 140 and found.index.shape == (2, 141)
     fused = found.matrix[0, int((columns >= 10).nonzero())]
     assert fused.count_nonzero() == 56 and fused.sum().item() == pytest.approx(1.0)
     with pytest.raises(gtp_fx.OptionError, match="register your own"):
-        gtp_fx.Saliency(map="nobody's")
+        gtp_fx.strategies.Saliency(map="nobody's")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -23,36 +27,36 @@ def optimized(strategy: Any, **options: Any) -> nn.Module:
     return gtp_fx.optimize(build(CLIP), strategy=strategy, compile=False, **options)
 
 
-@gtp_fx.register_strategy
+@gtp_fx.strategies.register_strategy
 @dataclass(frozen=True)
-class Wrong(gtp_fx.Grouping):
+class Wrong(gtp_fx.strategies.Grouping):
     """Goes wrong in the way of that name."""
 
     name: ClassVar[str] = "wrong"
     way: str = ""
 
-    def group(self, tokens: gtp_fx.Tokens) -> gtp_fx.Groups:
+    def group(self, tokens: gtp_fx.strategies.Tokens) -> gtp_fx.strategies.Groups:
         score = tokens.patches_BnC.float().norm(dim=-1)
-        groups = gtp_fx.dropped(score, tokens.leaving)
+        groups = gtp_fx.strategies.dropped(score, tokens.leaving)
         kept, left = groups.kept_BK, groups.left_BP
         if self.way == "unsorted":
-            return gtp_fx.Groups(kept.flip(1), left)
+            return gtp_fx.strategies.Groups(kept.flip(1), left)
         if self.way == "twice":
-            return gtp_fx.Groups(
+            return gtp_fx.strategies.Groups(
                 torch.arange(kept.shape[1]).expand_as(kept), torch.arange(left.shape[1]).expand_as(left)
             )
         if self.way == "counts":
-            return gtp_fx.Groups(kept[:, 1:], left)
+            return gtp_fx.strategies.Groups(kept[:, 1:], left)
         if self.way == "dtype":
-            return gtp_fx.Groups(kept.int(), left)
+            return gtp_fx.strategies.Groups(kept.int(), left)
         if self.way == "prefix":
-            return gtp_fx.Groups(kept + tokens.prefix, left + tokens.prefix)
+            return gtp_fx.strategies.Groups(kept + tokens.prefix, left + tokens.prefix)
         if self.way == "item":
-            return gtp_fx.dropped(score * score.max().item(), tokens.leaving)
+            return gtp_fx.strategies.dropped(score * score.max().item(), tokens.leaving)
         if self.way == "in place":
             tokens.x_BNC.mul_(1.0)
         if self.way == "by chance":
-            return gtp_fx.dropped(torch.rand_like(score), tokens.leaving)
+            return gtp_fx.strategies.dropped(torch.rand_like(score), tokens.leaving)
         return groups
 
 
@@ -62,7 +66,7 @@ WAYS = {
     "counts": r"gave kept of \(1, \d+\) in torch.int64, and it has to be \(1, \d+\)",
     "dtype": r"in torch.int32, and it has to be .* in torch.int64",
     "prefix": r"aren't together the \d+ patches, numbered from 0 behind the prefix tokens",
-    "item": r"Wrong\.group\(\) can't be traced: .*no \.item\(\)",
+    "item": r"Wrong\.group\(\) failed: .*no \.item\(\)",
     "in place": "changed a tensor that it was given in place",
     "by chance": "gave other kept for the same tokens the second time",
 }
@@ -78,12 +82,14 @@ OPTIONS: dict[str, Callable[[], Any]] = {
     r"TopK\(score='none'\): topk ranks by attention; its own is 'cls-mean'": lambda: gtp_fx.TopK(score="none"),
     r"ToMe\(score='cls-mean'\): tome doesn't rank by attention": lambda: gtp_fx.ToMe(score="cls-mean"),
     r"ToMe\(token_scale=2\): give True or False": lambda: gtp_fx.ToMe(token_scale=2),  # type: ignore[arg-type]
-    r"Random\(seed=0\.5\): give an integer": lambda: gtp_fx.Random(seed=0.5),  # type: ignore[arg-type]
-    r"gamma and beta are finite": lambda: gtp_fx.Halting(gamma=float("nan")),
-    r"feature=-1\): give the number of a channel": lambda: gtp_fx.Halting(feature=-1),
-    r"fused=2\.5\): give an integer": lambda: gtp_fx.Saliency(fused=2.5),  # type: ignore[arg-type]
-    r"after and spatial are 0 or more": lambda: gtp_fx.Cluster(spatial=float("nan")),
-    r"Halting\(feature=9999\): tokens here have \d+ features": lambda: optimized(gtp_fx.Halting(feature=9999)),
+    r"Random\(seed=0\.5\): give an integer": lambda: gtp_fx.strategies.Random(seed=0.5),  # type: ignore[arg-type]
+    r"gamma and beta are finite": lambda: gtp_fx.strategies.Halting(gamma=float("nan")),
+    r"feature=-1\): give the number of a channel": lambda: gtp_fx.strategies.Halting(feature=-1),
+    r"fused=2\.5\): give an integer": lambda: gtp_fx.strategies.Saliency(fused=2.5),  # type: ignore[arg-type]
+    r"after and spatial are 0 or more": lambda: gtp_fx.strategies.Cluster(spatial=float("nan")),
+    r"Halting\(feature=9999\): tokens here have \d+ features": lambda: optimized(
+        gtp_fx.strategies.Halting(feature=9999)
+    ),
 }
 
 
@@ -94,21 +100,21 @@ def test_options_that_mean_nothing_are_named(message: str) -> None:
 
 
 def test_any_integer_is_a_seed() -> None:
-    first, second = (optimized(gtp_fx.Random(seed=seed))(images(CLIP)) for seed in (10**30, -7))
+    first, second = (optimized(gtp_fx.strategies.Random(seed=seed))(images(CLIP)) for seed in (10**30, -7))
     assert not torch.equal(first, second)
 
 
-@gtp_fx.register_strategy
+@gtp_fx.strategies.register_strategy
 @dataclass(frozen=True)
-class Places(gtp_fx.Grouping):
+class Places(gtp_fx.strategies.Grouping):
     name: ClassVar[str] = "places"
     at: tuple[Any, ...] = (0, 7)
 
     def positions(self, blocks: int) -> tuple[Any, ...]:
         return self.at
 
-    def group(self, tokens: gtp_fx.Tokens) -> gtp_fx.Groups:
-        return gtp_fx.dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
+    def group(self, tokens: gtp_fx.strategies.Tokens) -> gtp_fx.strategies.Groups:
+        return gtp_fx.strategies.dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
 
 
 def test_places_that_are_none_and_fields_that_can_not_travel() -> None:
@@ -122,7 +128,7 @@ def test_places_that_are_none_and_fields_that_can_not_travel() -> None:
 
 def test_classes_that_can_not_be_registered() -> None:
     @dataclass(frozen=True)
-    class Empty(gtp_fx.Grouping):
+    class Empty(gtp_fx.strategies.Grouping):
         name: ClassVar[str] = "empty"
 
     @dataclass(frozen=True)
@@ -147,16 +153,16 @@ def test_classes_that_can_not_be_registered() -> None:
         (Umlaut, "give a class variable such as name"),
     ):
         with pytest.raises(gtp_fx.OptionError, match=message):
-            gtp_fx.register_strategy(cls)
+            gtp_fx.strategies.register_strategy(cls)
 
 
-def edited(reverse: bool) -> type[gtp_fx.Grouping]:
+def edited(reverse: bool) -> type[gtp_fx.strategies.Grouping]:
     """The same class with another body, as a user edits it in a notebook."""
-    body = f"return gtp_fx.dropped({'-' if reverse else ''}tokens.patches_BnC.norm(dim=-1), tokens.leaving)"
+    body = f"return gtp_fx.strategies.dropped({'-' if reverse else ''}tokens.patches_BnC.norm(dim=-1), tokens.leaving)"
     source = f"""
-@gtp_fx.register_strategy
+@gtp_fx.strategies.register_strategy
 @dataclass(frozen=True)
-class Edited(gtp_fx.Grouping):
+class Edited(gtp_fx.strategies.Grouping):
     name: ClassVar[str] = "edited"
 
     def group(self, tokens):
@@ -164,7 +170,7 @@ class Edited(gtp_fx.Grouping):
 """
     space: dict[str, Any] = {"gtp_fx": gtp_fx, "dataclass": dataclass, "ClassVar": ClassVar, "__name__": __name__}
     exec(source, space)
-    cls: type[gtp_fx.Grouping] = space["Edited"]
+    cls: type[gtp_fx.strategies.Grouping] = space["Edited"]
     return cls
 
 
@@ -182,7 +188,44 @@ def test_code_that_was_edited_is_other_code() -> None:
     torch.testing.assert_close(after, eager, rtol=1e-4, atol=1e-4)
     assert (before - after).abs().max() > 1e-3 * before.abs().max()
     assert torch.equal(first(x), before)
-    assert first.strategy.code != second.strategy.code == edited(reverse=True)().code
+    assert first.strategy.code != second.strategy.code
+
+
+def test_a_modules_code_has_one_key_until_a_file_of_its_package_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that another process can read a saved graph, and an edited helper is other code to a compiler's cache."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    package = tmp_path / "mine_keyed"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "norm.py").write_text(
+        """
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+from gtp_fx.strategies import Grouping, keys, register_strategy
+
+@register_strategy
+@dataclass(frozen=True)
+class Keyed(Grouping):
+    name: ClassVar[str] = "keyed"
+    def group(self, tokens):
+        ...
+
+code = keys._code(sys._getframe())
+"""
+    )
+
+    def imported(helper: str) -> ModuleType:
+        (package / "helper.py").write_text(helper)
+        sys.modules.pop("mine_keyed.norm", None)
+        return importlib.import_module("mine_keyed.norm")
+
+    first, again, edited = imported("LEAST = 1"), imported("LEAST = 1"), imported("LEAST = 2")
+    assert first.Keyed().code == f"keyed:{first.code}" and first.code == again.code != edited.code
+    assert again.Keyed().code != first.Keyed().code, "two classes in one process, whose values aren't equal"
 
 
 def test_a_cell_that_is_run_twice_registers_twice() -> None:
@@ -196,27 +239,28 @@ def test_a_graph_of_code_that_is_not_here_says_so() -> None:
     fast = optimized(Wrong())
     (*_, group) = (node for node in fast.graph_module.graph.nodes if "gtp_fx.group" in str(node.target))
     *args, text = group.args
-    group.args = (*args, re.sub(r'"code": "\w+"', '"code": "0123456789ab"', text))
+    group.args = (*args, re.sub(r"wrong:\w+", "wrong:0123456789ab", text))
     fast.graph_module.recompile()
     with pytest.raises(
-        gtp_fx.OptionError, match=r"strategy 'wrong' of code 0123456789ab, and the one registered here has other"
+        gtp_fx.OptionError,
+        match=r"made with 'wrong:0123456789ab', and registered here is wrong:\w{12}: register the same",
     ):
         fast(images(CLIP))
 
 
 def test_a_saved_map_is_told_from_another() -> None:
-    @gtp_fx.register_saliency("upper")
+    @gtp_fx.strategies.register_saliency("upper")
     def upper(x_BCHW: Tensor) -> Tensor:
         return torch.arange(x_BCHW.shape[-2], 0, -1.0)[:, None].expand(x_BCHW.shape[0], *x_BCHW.shape[-2:])
 
-    first = optimized(gtp_fx.Saliency(map="upper"), schedule=[40, 0, 0])
+    first = optimized(gtp_fx.strategies.Saliency(map="upper"), schedule=[40, 0, 0])
     (before,) = first.provenance(images(CLIP))
 
-    @gtp_fx.register_saliency("upper")
+    @gtp_fx.strategies.register_saliency("upper")
     def lower(x_BCHW: Tensor) -> Tensor:
         return torch.arange(x_BCHW.shape[-2]).float()[:, None].expand(x_BCHW.shape[0], *x_BCHW.shape[-2:])
 
-    second = optimized(gtp_fx.Saliency(map="upper"), schedule=[40, 0, 0])
+    second = optimized(gtp_fx.strategies.Saliency(map="upper"), schedule=[40, 0, 0])
     (after,) = second.provenance(images(CLIP))
     assert not torch.equal(before.index, after.index)
     assert torch.equal(first.provenance(images(CLIP))[0].index, before.index)

@@ -1,14 +1,16 @@
 """A strategy's `group` as an operator of the graph, `torch.ops.gtp_fx.group`.
 
 Composite, like every operator of the package: any batch, any device, and the compiler sees through it. The strategy travels with it as
-JSON: its name, its fields, and a fingerprint of its code. So a graph holds nothing but operators and plain values, keeps
-its class when another one takes the name, and no compiler's cache takes one for the other.
+JSON, its class by a key that no two classes ever share (`keys`): a graph holds nothing but operators and plain values, and
+keeps its class when another one takes the name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -19,102 +21,77 @@ from torch.utils.flop_counter import FlopCounterMode
 from gtp_fx.errors import GtpError, OptionError
 from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.register import operator
-from gtp_fx.strategies.fingerprint import fingerprint
+from gtp_fx.strategies.keys import entered
 from gtp_fx.strategies.tokens import Groups, Tokens
 
 if TYPE_CHECKING:
     from gtp_fx.strategies.grouping import Grouping
 
-_CLASSES: dict[tuple[str, str], type] = {}
-"""By name and fingerprint: every class that was ever registered."""
-_CODES: dict[type, str] = {}
 
-
-def enter(name: str, cls: type) -> None:
-    """Let graphs name `cls`."""
-    _CODES[cls] = fingerprint(cls)
-    _CLASSES[name, _CODES[cls]] = cls
-    read.cache_clear()  # the same code again, as a notebook's cell run twice, is another class
-
-
-def code_of(cls: type) -> str:
-    """A class's fingerprint. Raises OptionError where it isn't registered."""
-    if cls not in _CODES:
-        raise OptionError(f"{cls.__name__} isn't registered: put @gtp_fx.register_strategy over it")
-    return _CODES[cls]
+def key_of(cls: type[Grouping]) -> str:
+    """The key that graphs name a class by. Raises OptionError where it isn't registered."""
+    if "_key" not in vars(cls):  # a base's is no key of its own
+        raise OptionError(f"{cls.__name__} isn't registered: put @gtp_fx.strategies.register_strategy over it")
+    return cls._key
 
 
 def written(strategy: Grouping) -> str:
     """The strategy as JSON. Raises OptionError where its class isn't registered, or its fields aren't plain values."""
-    code = code_of(type(strategy))
+    key = key_of(type(strategy))
     try:
-        said = {field.name: getattr(strategy, field.name) for field in fields(strategy)}
-        text = json.dumps({"name": strategy.name, "code": code, "fields": said})
-        same = read(text) == strategy
+        text = json.dumps([key, {field.name: getattr(strategy, field.name) for field in fields(strategy)}])
+        if (again := read(text)) == strategy:
+            return text
+        why = f"written down and read again it is {again!r}"
     except (TypeError, ValueError) as error:
-        raise OptionError(f"{strategy!r}: {_PLAIN} ({error})") from error
-    if not same:
-        raise OptionError(f"{strategy!r}: {_PLAIN}, and written down and read again it is {read(text)!r}")
-    return text
-
-
-_PLAIN = (
-    "fields travel with the graph as JSON: numbers, strings, None, and tuples of those, all given to the constructor"
-)
+        why = str(error)
+    raise OptionError(
+        f"{strategy!r}: fields travel with the graph as JSON: numbers, strings, None, and tuples of those, all given to the "
+        f"constructor ({why})"
+    )
 
 
 @functools.cache
 def read(text: str) -> Any:
     """The strategy that `written` has written. Raises OptionError where this process knows no such class."""
-    said = json.loads(text)
-    name, code = said["name"], said["code"]
-    if (name, code) not in _CLASSES:
-        known = [other for known_name, other in _CLASSES if known_name == name]
-        why = (
-            f"the one registered here has other code ({', '.join(known)})"
-            if known
-            else "none of that name is registered"
-        )
+    key, given = json.loads(text)
+    return entered(key)(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+@contextlib.contextmanager
+def faults_named(strategy: Grouping) -> Iterator[None]:
+    """Raises OptionError, with the class and what to do, for what its `group` raises."""
+    try:
+        yield
+    except GtpError:
+        raise
+    except Exception as error:
         raise OptionError(
-            f"this graph was made with strategy {name!r} of code {code}, and {why}: register the same class, or optimize the model "
-            f"again"
-        )
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in said["fields"].items()}
-    return _CLASSES[name, code](**given)
+            f"{type(strategy).__name__}.group() failed: {error}. It is run on random numbers and, by a compiler, without numbers: no "
+            f".item() or branches on a tensor's values, and new tensors on the device of those given (tokens.x_BNC.new_zeros)"
+        ) from error
+
+
+def promised(strategy: Grouping, count: Any, leaving: Any) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
+    """An image's shape, and the dtype, of each result that the strategy's class says that it gives."""
+    kept = count - leaving
+    shapes = {"kept": (kept,), "left": (leaving,), "weights": (kept, leaving), "own": (kept,), "size": (kept,)}
+    shapes["carried"] = (count,)
+    return {
+        name: (shapes[name], torch.int64 if name in ("kept", "left") else torch.float32) for name in strategy.results()
+    }
 
 
 def _shapes(x, k, v, score, size, index, carried, grid, around, strategy):  # type: ignore[no-untyped-def]
     leaving, prefix, suffix, _ = around
-    known = _promised(x.shape[0], x.shape[1] - prefix - suffix, leaving)
-    return [x.new_empty(known[result][0], dtype=known[result][1]) for result in read(strategy).results()]
-
-
-def _promised(batch: Any, count: Any, leaving: Any) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
-    """Shapes and dtypes of what a strategy may give."""
-    kept = count - leaving
-    return {
-        "kept": ((batch, kept), torch.int64),
-        "left": ((batch, leaving), torch.int64),
-        "weights": ((batch, kept, leaving), torch.float32),
-        "own": ((batch, kept), torch.float32),
-        "size": ((batch, kept), torch.float32),
-        "carried": ((batch, count), torch.float32),
-    }
+    known = promised(read(strategy), x.shape[1] - prefix - suffix, leaving)
+    return [x.new_empty(x.shape[0], *shape, dtype=dtype) for shape, dtype in known.values()]
 
 
 def _flops(*args: Any) -> int:
     """By running it without numbers, since it is somebody else's to write."""
-    with FlopCounterMode(display=False) as counter:
-        try:
-            group(*args)
-        except GtpError:
-            raise
-        except Exception as error:
-            owner = type(read(args[-1])).__name__
-            raise OptionError(
-                f"{owner}.group() can't be traced: {error}. A compiler runs it without numbers: no .item() or branches on a tensor's "
-                f"values, and new tensors on the device of those given (tokens.x_BNC.new_zeros, device=tokens.x_BNC.device)"
-            ) from error
+    with faults_named(read(args[-1])), FlopCounterMode(display=False) as counter:
+        group(*args)
     return int(counter.get_total_flops())
 
 
@@ -143,35 +120,27 @@ def group(
     # What ranks and matches is float32 whatever the model's products are under autocast.
     with without_autocast(x_BNC):
         groups = its.group(Tokens(*seen, tuple(grid), leaving, prefix, suffix, block))
-    return _listed(its, groups, _promised(batch, count, leaving))
-
-
-def _listed(strategy: Grouping, groups: Any, promised: dict[str, tuple[tuple[Any, ...], torch.dtype]]) -> list[Tensor]:
-    """What `group` decided, as the strategy has said that it would."""
-    owner = type(strategy).__name__
+    owner = type(its).__name__
     if not isinstance(groups, Groups):
-        raise OptionError(f"{owner}.group() returned {type(groups).__name__}: return gtp_fx.Groups")
-    found: dict[str, Any] = {
-        "kept": groups.kept_BK,
-        "left": groups.left_BP,
-        "weights": groups.weights_BKP,
-        "own": groups.own_BK,
-        "size": groups.size_BK,
-        "carried": groups.carried_Bn,
-    }
+        raise OptionError(f"{owner}.group() returned {type(groups).__name__}: return gtp_fx.strategies.Groups")
+    found: dict[str, Tensor | None] = {f.name.rpartition("_")[0]: getattr(groups, f.name) for f in fields(groups)}
     if groups.weights_BKP is not None and groups.own_BK is None:
         found["own"] = torch.ones_like(groups.kept_BK, dtype=torch.float32)
-    named, given = strategy.results(), [name for name, value in found.items() if value is not None]
-    if given != named:
+    given = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in found.items()
+        if value is not None
+    }
+    known = promised(its, count, leaving)
+    if given.keys() != known.keys():
         raise OptionError(
-            f"{owner}.group() gave {', '.join(given)}, and its class says {', '.join(named)}: merges= for weights and "
+            f"{owner}.group() gave {', '.join(given)}, and its class says {', '.join(known)}: merges= for weights and "
             f"own, sized= for sizes and carries= for what is carried have to agree with it"
         )
-    listed = [found[name].float() if found[name].is_floating_point() else found[name] for name in named]
-    for name, value in zip(named, listed, strict=True):
-        shape, dtype = promised[name]
-        if tuple(value.shape) != tuple(shape) or value.dtype is not dtype:
+    for name, (shape, dtype) in known.items():
+        value, wanted = given[name], (batch, *shape)
+        if tuple(value.shape) != wanted or value.dtype is not dtype:
             raise OptionError(
-                f"{owner}.group() gave {name} of {tuple(value.shape)} in {value.dtype}, and it has to be {tuple(shape)} in {dtype}"
+                f"{owner}.group() gave {name} of {tuple(value.shape)} in {value.dtype}, and it has to be {wanted} in {dtype}"
             )
-    return listed
+    return list(given.values())

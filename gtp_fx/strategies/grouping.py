@@ -1,14 +1,16 @@
 """Strategies that are one function from tokens to groups: subclass `Grouping`, write `group`, register.
 
-    @gtp_fx.register_strategy
+    from gtp_fx.strategies import Grouping, Groups, Tokens, dropped, register_strategy
+
+    @register_strategy
     @dataclass(frozen=True)
-    class Norm(gtp_fx.Grouping):
+    class Norm(Grouping):
         '''Tokens of small norm leave.'''
 
         name: ClassVar[str] = "norm"
 
-        def group(self, tokens: gtp_fx.Tokens) -> gtp_fx.Groups:
-            return gtp_fx.dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
+        def group(self, tokens: Tokens) -> Groups:
+            return dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
 
 An operator of the graph (`torch.ops.gtp_fx.group`) calls the function, composite like the others: any batch, any device,
 and the compiler sees through it. Fields are the method's numbers, plain values all of them: they travel with the operator.
@@ -29,7 +31,7 @@ from gtp_fx.axes import TokenAxis
 from gtp_fx.cost.work import Work
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
-from gtp_fx.strategies.group_operator import code_of, written
+from gtp_fx.strategies.group_operator import key_of, written
 from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
 from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, Strategy, StreamState
 from gtp_fx.strategies.tokens import Groups, Tokens
@@ -47,6 +49,7 @@ class Grouping:
     """
 
     name: ClassVar[str]
+    _key: ClassVar[str]
     merges: ClassVar[bool] = False
     sized: ClassVar[bool] = False
     carries: ClassVar[bool] = False
@@ -77,7 +80,7 @@ class Grouping:
 
     @property
     def code(self) -> str:
-        return code_of(type(self))
+        return key_of(type(self))
 
     def group(self, tokens: Tokens) -> Groups:
         """Who leaves at a site, and what becomes of them."""

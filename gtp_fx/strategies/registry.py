@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TypeVar
 
 from gtp_fx.errors import OptionError
-from gtp_fx.strategies.group_operator import enter, written
+from gtp_fx.strategies.group_operator import written
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.gtp import GTP
+from gtp_fx.strategies.keys import enter
 from gtp_fx.strategies.protocol import Strategy
 
 STRATEGIES: dict[str, type] = {GTP.name: GTP}
@@ -27,7 +29,7 @@ def register_strategy(cls: C) -> C:
         raise OptionError(f"{cls.__name__}.name={name!r}: give a class variable such as name: ClassVar[str] = 'mine'")
     if "__dataclass_fields__" not in vars(cls) or not issubclass(cls, Grouping):  # inherited, they would lack its own
         raise OptionError(
-            f"{cls.__name__} is no dataclass over gtp_fx.Grouping: write @dataclass(frozen=True) above it"
+            f"{cls.__name__} is no dataclass over gtp_fx.strategies.Grouping: write @dataclass(frozen=True) above it"
         )
     before = STRATEGIES.get(name)
     if before is not None and is_own(before) and before is not cls:
@@ -40,13 +42,13 @@ def register_strategy(cls: C) -> C:
         raise OptionError(
             f"{cls.__name__}.score={cls.score!r}: before_attention = True lets tokens leave before there are scores; leave one out"
         )
-    enter(name, cls)
+    cls._key = enter(name, cls, sys._getframe(1))
     STRATEGIES[name] = cls
     return cls
 
 
 _WANTED = {
-    "group": "write what it makes of gtp_fx.Tokens, a gtp_fx.Groups",
+    "group": "write what it makes of gtp_fx.strategies.Tokens, a gtp_fx.strategies.Groups",
     "put_back": "with returns = True it has to say how tokens come back; leave returns out where they are gone for good",
 }
 

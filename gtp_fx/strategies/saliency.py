@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +17,8 @@ from gtp_fx.errors import OptionError, UnsupportedModelError
 from gtp_fx.graphs import ancestors
 from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.register import operator
-from gtp_fx.strategies.fingerprint import fingerprint
 from gtp_fx.strategies.grouping import Grouping
+from gtp_fx.strategies.keys import enter, entered
 from gtp_fx.strategies.protocol import AtSite, Emit
 from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
@@ -26,7 +26,8 @@ from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 SaliencyMap = Callable[[Tensor], Tensor]
 """Images [B, channels, *sides] to [B, *any sides]: how much each place matters."""
 
-MAPS: dict[str, SaliencyMap] = {}
+MAPS: dict[str, str] = {}
+"""Each name's key."""
 
 _ONTO_GRID: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 _MEANS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d}
@@ -43,43 +44,30 @@ def register_saliency(name: str) -> Callable[[SaliencyMap], SaliencyMap]:
     """
     if not isinstance(name, str) or not name:
         raise OptionError(f"register_saliency({name!r}): give a name, such as 'edges'")
+    caller = sys._getframe(1)
 
     def register(function: SaliencyMap) -> SaliencyMap:
-        MAPS[name] = function
-        _BY_CODE[name, _code_of(function)] = function
+        MAPS[name] = enter(name, function, caller)
         return function
 
     return register
 
 
-_BY_CODE: dict[tuple[str, str], SaliencyMap] = {}
-"""Every map that was ever registered: a graph keeps its own."""
-
-
-def _code_of(function: SaliencyMap) -> str:
-    return fingerprint(function if isinstance(function, FunctionType) else type(function))
-
-
-def _shapes(images, grid, name, code):  # type: ignore[no-untyped-def]
+def _shapes(images, grid, key):  # type: ignore[no-untyped-def]
     return images.new_empty(images.shape[0], torch.Size(grid).numel(), dtype=torch.float32)
 
 
 @operator(_shapes)
-def saliency(images: Tensor, grid: list[int], name: str, code: str) -> Tensor:
-    """The registered map `name`, averaged over each patch: [B, channels, *sides] to [B, patches], float32.
+def saliency(images: Tensor, grid: list[int], key: str) -> Tensor:
+    """The registered map of that key, averaged over each patch: [B, channels, *sides] to [B, patches], float32.
 
-    code: the map's fingerprint. Raises OptionError where the map isn't registered, or gives something else than a map.
+    Raises OptionError where the map isn't registered, or gives something else than a map.
     """
-    if (name, code) not in _BY_CODE:
-        raise OptionError(
-            f"this graph looks at images through saliency map {name!r} of code {code}, and no such one is registered: register "
-            f"the same function, or optimize the model again"
-        )
     with without_autocast(images):
-        found = _BY_CODE[name, code](images)
+        found = entered(key)(images)
     if found.ndim != images.ndim - 1 or found.shape[0] != images.shape[0]:
         raise OptionError(
-            f"saliency map {name!r} gave {tuple(found.shape)} for images {tuple(images.shape)}: give [B, *sides]"
+            f"saliency map {key!r} gave {tuple(found.shape)} for images {tuple(images.shape)}: give [B, *sides]"
         )
     pooled: Tensor = _ONTO_GRID[len(grid)](found.float()[:, None], grid).flatten(1)
     return pooled
@@ -119,14 +107,14 @@ class Saliency(Grouping):
         if self.map not in MAPS:
             raise OptionError(
                 f"Saliency(map={self.map!r}) is unknown; give one of {', '.join(map(repr, MAPS))}, or register your own with "
-                f"@gtp_fx.register_saliency({self.map!r})"
+                f"@gtp_fx.strategies.register_saliency({self.map!r})"
             )
         if isinstance(self.fused, bool) or not isinstance(self.fused, int) or self.fused < 1:
             raise OptionError(f"Saliency(fused={self.fused!r}): give an integer of 1 or more")
 
     @property
     def code(self) -> str:
-        return super().code + _code_of(MAPS[self.map])
+        return super().code + MAPS[self.map]
 
     def positions(self, blocks: int) -> Collection[int]:
         return [0]
@@ -134,7 +122,7 @@ class Saliency(Grouping):
     def ranking(self, emit: Emit, site: AtSite) -> fx.Node:
         grid = list(site.axis.domain.grid.shape)
         images = images_of(site.stream, site.axis)
-        return emit(gtp_fx.saliency.default, images, grid, self.map, _code_of(MAPS[self.map]))
+        return emit(gtp_fx.saliency.default, images, grid, MAPS[self.map])
 
     def group(self, tokens: Tokens) -> Groups:
         score_Bn = tokens.score_Bn

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.errors import GtpError, OptionError
+from gtp_fx.errors import OptionError
 from gtp_fx.graphs import tensors_of
 from gtp_fx.sizes import per_image
-from gtp_fx.strategies.group_operator import read
+from gtp_fx.strategies.group_operator import faults_named, read
 from gtp_fx.strategies.registry import is_own
 
 _IMAGES = 2
@@ -23,60 +23,45 @@ def try_out(graph: fx.Graph) -> None:
     Raises OptionError where it fails, changes its input, says another thing the second time, or gives what aren't groups.
     """
     for node in graph.nodes:
-        if node.target is gtp_fx.group.default and not is_own(type(read(node.args[-1]))):
-            _try_out(node)
+        if node.target is gtp_fx.group.default:
+            strategy = read(str(node.args[-1]))
+            fault = "" if is_own(type(strategy)) else _fault(node, strategy)
+            if fault:
+                raise OptionError(f"{type(strategy).__name__}.group() {fault}")
 
 
-def _try_out(node: fx.Node) -> None:
-    strategy: Any = read(str(node.args[-1]))
-    owner, names = type(strategy).__name__, strategy.results()
+def _fault(node: fx.Node, strategy: Any) -> str:
+    """What is wrong with its groups; empty where nothing is."""
     numbers = torch.Generator().manual_seed(0)
     args: list[Any] = [fx.map_arg(arg, lambda operand: _random(operand, numbers)) for arg in node.args]
-    x_BNC, k, v, score, size, index, carried, grid, around, text = args
-    _, prefix, suffix, _ = around
-    count = x_BNC.shape[1] - prefix - suffix
-    if index is not None:  # where tokens stand: other than numbers, they ascend
-        index = torch.arange(count).expand(_IMAGES, count)
-    args = [x_BNC, k, v, score, size, index, carried, grid, around, text]
-    given = [arg for arg in args if isinstance(arg, Tensor)]
-    before = [tensor._version for tensor in given]
-    runs = []
-    for _ in range(2):
-        try:
-            runs.append(gtp_fx.group.default(*args))
-        except GtpError:
-            raise
-        except Exception as error:
-            raise OptionError(f"{owner}.group() failed on tokens {tuple(x_BNC.shape)}: {error}") from error
-    if [tensor._version for tensor in given] != before:
-        raise OptionError(f"{owner}.group() changed a tensor that it was given in place: work on a copy")
-    for name, first, second in zip(names, *runs, strict=True):
-        if not torch.equal(first, second):
-            raise OptionError(
-                f"{owner}.group() gave other {name} for the same tokens the second time: it has to draw no random numbers, so that "
-                f"compiled and eager agree (Random shows how to choose by a hash)"
+    _, prefix, suffix, _ = args[-2]
+    places_Bn = torch.arange(args[0].shape[1] - prefix - suffix).expand(_IMAGES, -1)
+    if args[5] is not None:  # where tokens stand: other than numbers, they ascend
+        args[5] = places_Bn
+    before = [arg._version for arg in args if isinstance(arg, Tensor)]
+    with faults_named(strategy):
+        first, second = (dict(zip(strategy.results(), gtp_fx.group.default(*args), strict=True)) for _ in range(2))
+    if [arg._version for arg in args if isinstance(arg, Tensor)] != before:
+        return "changed a tensor that it was given in place: work on a copy"
+    for name, value in first.items():
+        if not torch.equal(value, second[name]):
+            return (
+                f"gave other {name} for the same tokens the second time: it has to draw no random numbers, so that compiled and "
+                f"eager agree (gtp_fx.strategies.Random shows how to choose by a hash)"
             )
-        if first.is_floating_point() and not first.isfinite().all():
-            raise OptionError(f"{owner}.group() gave {name} with nan or infinity for finite tokens")
-    _check_partition(owner, runs[0][0], runs[0][1], count)
-
-
-def _check_partition(owner: str, kept_BK: Tensor, left_BP: Tensor, count: int) -> None:
-    for name, index in (("kept", kept_BK), ("left", left_BP)):
-        if (index.diff(dim=1) <= 0).any():
-            raise OptionError(
-                f"{owner}.group() gave {name} {index[0].tolist()[:8]}…, and indices ascend: sort them (gtp_fx.dropped does)"
+        if value.is_floating_point() and not value.isfinite().all():
+            return f"gave {name} with nan or infinity for finite tokens"
+        if name in ("kept", "left") and (value.diff(dim=1) <= 0).any():
+            return (
+                f"gave {name} {value[0].tolist()[:8]}…, and indices ascend: sort them (gtp_fx.strategies.dropped does)"
             )
-    both = torch.cat([kept_BK, left_BP], dim=1).sort(dim=1).values
-    if not torch.equal(both, torch.arange(count).expand_as(both)):
-        raise OptionError(
-            f"{owner}.group() gave kept and left that aren't together the {count} patches, numbered from 0 behind the prefix tokens"
-        )
+    if not torch.equal(torch.cat([first["kept"], first["left"]], dim=1).sort(dim=1).values, places_Bn):
+        return f"gave kept and left that aren't together the {places_Bn.shape[1]} patches, numbered from 0 behind the prefix tokens"
+    return ""
 
 
 def _random(operand: fx.Node, numbers: torch.Generator) -> Tensor:
     """Of a value's shape and dtype, for two images: positive, as scores and sizes are."""
     (value,) = tensors_of(operand.meta["val"])
-    shape = (_IMAGES, *map(per_image, value.shape[1:]))
-    drawn = torch.rand(shape, generator=numbers) + 1.0
+    drawn = torch.rand((_IMAGES, *map(per_image, value.shape[1:])), generator=numbers) + 1.0
     return drawn.to(value.dtype)
