@@ -140,6 +140,5 @@ def _site_rows(gm: fx.GraphModule, plan: Plan) -> tuple[SiteRow, ...]:
         gone = plan.schedule.propagated[site.block]
         before = site.others + plan.count(site.domain) if site.branch is None else site.branch.tokens
         windows = 0 if site.branch is None else site.branch.windows
-        lender = None if site.branch is None else site.branch.lender
-        rows.append(SiteRow(site.block, layers[site.block], before, gone, before - gone, windows, lender))
+        rows.append(SiteRow(site.block, layers[site.block], before, gone, before - gone, windows))
     return tuple(rows)

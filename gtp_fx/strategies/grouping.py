@@ -73,7 +73,6 @@ class Grouping:
     weighted_pooling: ClassVar[bool] = False
     recovers_branches: ClassVar[bool] = True
     recovers_updates: ClassVar[bool] = False
-    skips_attention: ClassVar[bool] = False
 
     @property
     def code(self) -> str:

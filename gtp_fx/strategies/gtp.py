@@ -32,11 +32,6 @@ RECOVERIES = {
     "mean": "it is the mean of those that received it",
 }
 
-SKIPS = {
-    "mlp": "they skip what follows their attention; every attention is whole, and ranks them",
-    "attention": "where the block before has ranked them, they skip their attention's queries and projection as well",
-}
-
 
 @dataclass(frozen=True)
 class GTP:
@@ -51,7 +46,6 @@ class GTP:
         paper takes the plain mean.
     branch: where tokens skip a branch of a block instead of leaving (windows, maps), which the paper doesn't speak of: "idle" gives
         them nothing, and they stay what they were; "recover" gives them their neighbours' results, along the spatial graph.
-    skips: which branches those are: "mlp", or "attention" as well, in every other block.
     recovery: what comes back for a token that left, where the model returns or reads every patch, which the paper doesn't speak of:
         "update" adds to the token as it left what has changed since in those that received it; "mean" takes those themselves.
     attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves
@@ -69,7 +63,6 @@ class GTP:
     thresholds: tuple[tuple[float, ...], ...] | None = None
     weighted_pooling: bool = False
     branch: str = "idle"
-    skips: str = "mlp"
     recovery: str = "update"
 
     name: ClassVar[str] = "gtp"
@@ -91,7 +84,6 @@ class GTP:
         if not isinstance(self.weighted_pooling, bool):
             raise OptionError(f"GTP(weighted_pooling={self.weighted_pooling!r}): give True or False")
         _one_of("branch", self.branch, BRANCHES)
-        _one_of("skips", self.skips, SKIPS)
         _one_of("recovery", self.recovery, RECOVERIES)
         if not _is_number(self.attention_sparsity) or not 0.0 < self.attention_sparsity <= 1.0:
             raise OptionError(
@@ -99,10 +91,6 @@ class GTP:
             )
         if self.thresholds is not None:
             self._check_thresholds(self.thresholds)
-        if self.skips == "attention" and self.whole_maps:
-            raise OptionError(
-                'GTP(skips="attention") leaves queries out, and attention_sparsity ranks whole maps: leave it at 1'
-            )
 
     def _check_thresholds(self, thresholds: Any) -> None:
         if self.attention_sparsity == 1.0:
@@ -137,10 +125,6 @@ class GTP:
     @property
     def recovers_updates(self) -> bool:
         return self.recovery == "update"
-
-    @property
-    def skips_attention(self) -> bool:
-        return self.skips == "attention"
 
     @property
     def whole_maps(self) -> bool:

@@ -164,10 +164,6 @@ class Strategy(Protocol):
         """True where a token that left is recovered in its residual stream, as what it was plus what its neighbours became; else as
         the mean of those."""
 
-    @property
-    def skips_attention(self) -> bool:
-        """True where tokens may skip their attention's queries and projection too, ranked by the block before."""
-
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
         """Why this strategy can't work on such tokens; empty where it can. skipping: they only skip a branch."""
 
