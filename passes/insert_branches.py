@@ -107,7 +107,7 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
         if branch.cells:
             output, scores = strategy.attend_cells(call, operands, block.axis.domain.grid.shape, branch.cells)
         else:
-            output, scores = strategy.attend(call, operands, block.axis, True, block.index)
+            output, scores = strategy.attend(call, operands, block.axis, True)
         if not plain:
             shape = shape_of(attention)
             sizes = [-1 if is_symbolic(shape[d]) else shape[d] for d in order]

@@ -170,13 +170,8 @@ class Strategy(Protocol):
     def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
         """At the input of a stream's first block: stream [B, prefix + G + suffix, C]."""
 
-    def attend(
-        self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool, block: int
-    ) -> tuple[fx.Node, fx.Node]:
-        """Replace self-attention: its output, and the scores [B, n] of the patch tokens ([B, 0] unless `scored`).
-
-        block: the attention block's number, from 0. Raises OptionError where the strategy has been given for another model.
-        """
+    def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
+        """Replace self-attention: its output, and the scores [B, n] of the patch tokens ([B, 0] unless `scored`)."""
 
     def attend_cells(
         self, emit: Emit, attention: Attention, grid: Sequence[int], cells: Sequence[int]
