@@ -90,8 +90,8 @@ def _subjects(
 ) -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
     """Name, net, calibration's images, unseen ones."""
     if data is not None and weights is not None:
-        unlabelled, _ = load_photographs(data, "train", 0, _CALIBRATION // 10)
-        yield "photographs", load_net(weights), unlabelled, load_photographs(data, "test", 0, count // 10)[0]
+        unlabelled, _ = load_photographs(data, "train", _CALIBRATION // 10)
+        yield "photographs", load_net(weights), unlabelled, load_photographs(data, "test", count // 10)[0]
     for name in nets:
         config = NETS[name]
         with progress_bar() as show:

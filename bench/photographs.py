@@ -45,19 +45,19 @@ def load_net(weights: Path) -> PostNormNet:
     return model.eval()
 
 
-def load_photographs(data: Path, split: str, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """`count` photographs of each class from its `first` on, by name: normalised [10 * count, 3, 32, 32], and their classes.
+def load_photographs(data: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` photographs of each class, by name: normalised [10 * count, 3, 32, 32], and their classes.
 
     data: a folder, or a .tar.xz, that holds train/ and test/. split: one of those names.
     """
     chosen: dict[str, list[str]] = {}
     if data.is_dir():
         names = sorted(str(path.relative_to(data)) for path in data.glob(f"**/{split}/*/*.jpg"))
-        content = {name: (data / name).read_bytes() for name in _some(names, first, count, chosen)}
+        content = {name: (data / name).read_bytes() for name in _some(names, count, chosen)}
     else:
         with tarfile.open(data) as packed:
             members = {member.name: member for member in packed if f"{split}/" in member.name and member.isfile()}
-            wanted = _some(sorted(members), first, count, chosen)
+            wanted = _some(sorted(members), count, chosen)
             # In the order of the archive: going back means unpacking anew.
             inside = sorted(wanted, key=lambda name: members[name].offset)
             content = {name: packed.extractfile(members[name]).read() for name in inside}  # type: ignore[union-attr]
@@ -70,10 +70,10 @@ def load_photographs(data: Path, split: str, first: int, count: int) -> tuple[Te
     return torch.stack(images), torch.tensor(labels)
 
 
-def _some(names: list[str], first: int, count: int, chosen: dict[str, list[str]]) -> list[str]:
+def _some(names: list[str], count: int, chosen: dict[str, list[str]]) -> list[str]:
     """Sorted into `chosen` by class."""
     by_class: dict[str, list[str]] = {}
     for name in names:
         by_class.setdefault(name.split("/")[-2], []).append(name)
-    chosen.update({kind: files[first : first + count] for kind, files in by_class.items()})
+    chosen.update({kind: files[:count] for kind, files in by_class.items()})
     return [file for files in chosen.values() for file in files]

@@ -83,7 +83,7 @@ def _subjects(
     nets: list[str], data: Path | None, weights: Path | None, count: int
 ) -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
     if data is not None and weights is not None:
-        yield "photographs", load_net(weights), *load_photographs(data, "test", 0, count // 10)
+        yield "photographs", load_net(weights), *load_photographs(data, "test", count // 10)
     for name in nets:
         config = NETS[name]
         with progress_bar() as show:

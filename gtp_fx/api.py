@@ -26,7 +26,6 @@ def optimize(
     strategy: str | Strategy = "gtp",
     target: str | Target = "auto",
     example_inputs: Any = None,
-    dead_tokens: bool = True,
     disabled_passes: Sequence[str] = (),
     dump_graphs: str | None = None,
     calibration: Any = None,
@@ -49,8 +48,8 @@ def optimize(
         pay there.
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the size that the model will be
         called with; found from timm's `pretrained_cfg` or HF's `config` where None. Any batch is good afterwards.
-    dead_tokens: drop tokens that no output depends on. Exact.
-    disabled_passes: exact passes to leave out, by name ("fuse_projections"), to see what one does or to do without it.
+    disabled_passes: exact passes to leave out, by name ("fuse_projections"), to see what one does or to do without it. Tokens that no
+        output depends on stay with ["split_projections", "drop_dead_tokens"].
     dump_graphs: a folder for the graph behind each pass; TORCH_LOGS="+gtp_fx" and TORCH_TRACE tell the same as it happens.
     calibration: some dozens of unlabelled images (a tensor, a list of batches, or a `gtp_fx.Calibration`), on which
         schedule="auto" measures what each block can do without; takes a forward pass for each of some counts at each block,
@@ -84,7 +83,6 @@ def optimize(
         schedule=schedule,
         strategy=strategy,
         target=target,
-        dead_tokens=dead_tokens,
         disabled_passes=disabled_passes,
         dump_graphs=dump_graphs,
         calibration=calibration,

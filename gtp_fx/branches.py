@@ -149,14 +149,14 @@ def _token_wise_tail(result: fx.Node, behind: set[fx.Node], typing: Typing) -> t
             continue  # parameters, and tables that all tokens share
         # What something else reads as well has to be computed for every token anyway.
         alone = node is result or all(user in inside for user in node.users)
-        part = alone and node in behind and is_token_wise(node, lead, typing)
+        part = alone and node in behind and _is_token_wise(node, lead, typing)
         (inside if part else entries).append(node)
     if not any(node.target is aten.linear.default for node in inside):
         raise NoBranch("the branch behind its attention is not token-wise at its end (a convolution, say)")
     return entries[::-1], inside[::-1]
 
 
-def is_token_wise(node: fx.Node, lead: TensorType, typing: Typing) -> bool:
+def _is_token_wise(node: fx.Node, lead: TensorType, typing: Typing) -> bool:
     """Its result for a token needs that token alone, and what else it reads is the same for all."""
     answer = typing.answers.get(node)
     if (

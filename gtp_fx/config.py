@@ -39,7 +39,6 @@ class Options:
     latency_budget: the same of the time that `target` is predicted to take, instead; for runs of `batch` images
         (of a graph whose batch is fixed, for that).
     schedule: "auto", "uniform", "even", a Schedule, or tokens that leave in each attention block.
-    dead_tokens: drop tokens that no output depends on (exact).
     disabled_passes: exact passes to leave out, names in `DISABLEABLE`. dump_graphs: a folder for the graph behind each pass.
     calibration: unlabelled images that schedule="auto" measures damage on; None for a prior. Bound to the model's calls.
     mode: torch.compile's, which wins over what the target tells Inductor.
@@ -51,7 +50,6 @@ class Options:
     schedule: str | Schedule | tuple[int, ...]
     strategy: Strategy
     target: Target
-    dead_tokens: bool
     disabled_passes: tuple[str, ...] = ()
     dump_graphs: str | None = None
     calibration: Calibration | None = None
@@ -66,15 +64,12 @@ class Options:
         schedule: str | Schedule | Sequence[int] = "auto",
         strategy: str | Strategy = "gtp",
         target: str | Target = "auto",
-        dead_tokens: bool = True,
         disabled_passes: Sequence[str] = (),
         dump_graphs: str | None = None,
         calibration: Any = None,
         mode: str | None = None,
     ) -> Options:
         """Options from what a user wrote. Raises OptionError with the bad value and the good ones."""
-        if not isinstance(dead_tokens, bool):
-            raise OptionError(f"dead_tokens={dead_tokens!r}: give True or False")
         checked = _schedule(schedule)
         budget = _budget(flops_budget)
         latency = None if latency_budget is None else LatencyBudget.of(latency_budget)
@@ -101,7 +96,6 @@ class Options:
             checked,
             strategy_named(strategy),
             processor,
-            dead_tokens,
             _disabled(disabled_passes),
             None if dump_graphs is None else str(dump_graphs),
             None if calibration is None else Calibration.of(calibration),

@@ -96,8 +96,7 @@ def _site(axes: Any, view: SiteView, picture: Tensor) -> None:
 
 def _skips(axes: Any, view: SkipView, picture: Tensor) -> None:
     patches = math.prod(view.grid)
-    branch = "attention and MLP" if view.attention else "MLP"
-    _panel(axes, picture, f"{view.layer}: {len(view.skipped)} of {patches} skip {branch}")
+    _panel(axes, picture, f"{view.layer}: {len(view.skipped)} of {patches} skip the MLP")
     veil = np.zeros((patches, 4))
     veil[view.skipped.cpu().numpy()] = _LEAVING
     _over(axes, veil, view, picture)

@@ -98,7 +98,7 @@ class Forecast:
         return {**found, "speed_up": self.speed_up, "share_of_limit": self.share_of_limit}
 
     def __str__(self) -> str:
-        rows = [_row(row, self.batch) for row in self.blocks]
+        rows = [_row(row) for row in self.blocks]
         total = ["", "together", "", "", "", *_costs(sum((r.before for r in self.blocks), Cost(0, 0.0)), self.after)]
         headers = ["block", "layer", "patches in", "leave", "out", "GFLOPs", "then", "ms", "then", "of limit"]
         table = tabulate([*rows, total], headers, disable_numparse=True, colalign=("right", "left", *("right",) * 8))
@@ -122,7 +122,7 @@ class Forecast:
         )
 
 
-def _row(row: BlockForecast, batch: int) -> list[str]:
+def _row(row: BlockForecast) -> list[str]:
     number = str(row.block) if row.block >= 0 else ""
     tokens = ["", "", ""] if row.block < 0 else [str(row.tokens_in), str(row.leaving), str(row.tokens_in - row.leaving)]
     if row.windows:

@@ -14,7 +14,6 @@ from gtp_fx.config import Options
 from gtp_fx.cost.chains import counts_behind
 from gtp_fx.cost.closed_form import flops_of
 from gtp_fx.cost.seconds import branch_seconds, graph_seconds, total_seconds
-from gtp_fx.cost.site import lent
 from gtp_fx.cost.terms import Term, terms_of
 from gtp_fx.forecast import BlockForecast, Cost, Forecast
 from gtp_fx.passes.find_blocks import AttentionBlock, read_blocks
@@ -33,13 +32,11 @@ def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: 
     flops = _by_block(found, counts, owner, options, flops_of, 1)
     weigh = lambda works: total_seconds(works, target)  # noqa: E731
     seconds = _by_block(found, counts, owner, options, weigh, batch, target.has_kernels)
-    skipped = branch_seconds(graph, found.sites, options.strategy, target, batch, found)
+    skipped = branch_seconds(graph, found.sites, options.strategy, target, batch, found.branches)
     for site, count in zip(found.sites, counts, strict=True):
         if site.branch is not None:
             flops[site.block][1] += site.branch.change(count)
             seconds[site.block][1] += skipped[site.block][site.branch.tokens - count]
-    for number, scoring in lent(found.sites, counts).items():
-        flops[number][1] += scoring
     rows = []
     left = {site.stream: site.whole for site in found.sites}
     by_block = {site.block: (site, count) for site, count in zip(found.sites, counts, strict=True)}

@@ -46,12 +46,6 @@ class Typing:
             raise TypeError(f"{node.name} is not a single tensor")
         return found
 
-    def written(self, node: fx.Node) -> TensorType:
-        """The same as the node itself makes it; at a site, before tokens leave."""
-        output = self.answers[node].output
-        assert isinstance(output, tuple)
-        return output
-
     def is_tensor(self, node: fx.Node) -> bool:
         return isinstance(self.types.get(node), tuple)
 

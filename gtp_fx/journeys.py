@@ -48,18 +48,16 @@ class SiteView:
 
 @dataclass(frozen=True, eq=False)
 class SkipView:
-    """One site, of one image, that all tokens stay in. skipped [P]: patches of the grid, ascending, that its branch is spared, and where
-    `attention` its attention's queries as well. Padding that skips is nobody's patch."""
+    """One site, of one image, that all tokens stay in. skipped [P]: patches of the grid, ascending, that its branch is spared.
+    Padding that skips is nobody's patch."""
 
     layer: str
     grid: tuple[int, ...]
     skipped: Tensor
-    attention: bool
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        found = {"layer": self.layer, "grid": list(self.grid), "skipped": self.skipped.tolist()}
-        return {**found, "skips": "attention and MLP" if self.attention else "MLP"}
+        return {"layer": self.layer, "grid": list(self.grid), "skipped": self.skipped.tolist()}
 
 
 View = SiteView | SkipView
@@ -87,7 +85,7 @@ def journeys(model: OptimizedModel, image: Tensor) -> tuple[View, ...]:
     skipping = (row for row in model.report.sites if row.windows)
     for number, row in zip(skips, skipping, strict=True):
         skipped = _patches(next(found), next(found), shape := _grid_of(nodes[number]))
-        views[number] = SkipView(row.layer, shape, skipped, row.lender is not None)
+        views[number] = SkipView(row.layer, shape, skipped)
     return tuple(views[place] for place in sorted(views))
 
 

@@ -61,13 +61,13 @@ def convert(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
     """
     from_grid, to_grid = grid_of(own), grid_of(wanted)
     if from_grid == to_grid and not _overlap(own, wanted):
-        return arrange(call, value, own, wanted)
+        return _arrange(call, value, own, wanted)
     steps = list(_steps(from_grid, to_grid))
     between, arrived = sides_layout(wanted, from_grid), sides_layout(wanted, to_grid)
-    value = arrange(call, value, own, between)
+    value = _arrange(call, value, own, between)
     for target, *args in steps:
         value = call(target, value, *args)
-    return arrange(call, value, arrived, wanted)
+    return _arrange(call, value, arrived, wanted)
 
 
 def grid_of(kind: TensorType) -> Grid:
@@ -125,7 +125,7 @@ def _undone(grid: Grid, below: Grid) -> Iterator[tuple[Any, ...]]:
         yield aten.slice.Tensor, side + 1, 0, size
 
 
-def arrange(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
+def _arrange(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
     """The same grid in another order: reshape to atoms, permute, reshape."""
     cuts = _cuts([*own, *wanted])
     mine = [_atoms(dim, cuts) for dim in own]

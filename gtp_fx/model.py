@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from gtp_fx.capture import capture_module
 from gtp_fx.config import Options
-from gtp_fx.damage.calibration import Calibration, bound
+from gtp_fx.damage.calibration import bound
 from gtp_fx.errors import ScheduleError
 from gtp_fx.inputs import CallSignature, call_signature, device_of, dtype_of, tensors_in
 from gtp_fx.likeness import Twins, adopt, carry_over, class_like, held_by_both, names_of, parameter_tree, share
@@ -35,7 +35,6 @@ from gtp_fx.report import Report
 from gtp_fx.schedule import Schedule
 from gtp_fx.scheduling import AUTO
 from gtp_fx.strategies import Strategy
-from gtp_fx.thresholds import Thresholds, mean_thresholds
 
 
 class OptimizedModel(nn.Module):
@@ -119,18 +118,6 @@ class OptimizedModel(nn.Module):
         evaluation = self._optimised(training=False)
         run = output_and_provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))
         return run(*args, **kwargs)
-
-    def attention_thresholds(self, images: Any) -> Thresholds:
-        """Of a model that was optimised with theta below 1: its smallest attention that stays, by block and head, for `GTP(thresholds=…)`.
-
-            exact = gtp_fx.optimize(model, flops_budget=0.74, strategy=gtp_fx.GTP(attention_sparsity=0.8))
-            strategy = gtp_fx.GTP(attention_sparsity=0.8, thresholds=exact.attention_thresholds(images))
-            fast = gtp_fx.optimize(model, schedule=exact.schedule, strategy=strategy)
-
-        images: as `calibration=` takes them, unlabelled; the mean over them. Eager. Raises OptionError where theta is 1.
-        """
-        calls = bound(Calibration.of(images), self._gtp.signature.canonical).images
-        return mean_thresholds(self.graph_module, calls)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -114,9 +114,8 @@ def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
     gm = run("spell_einsum", spell_einsum, gm)
     gm = run("spell_attention", spell_attention, gm)
     gm = find_blocks(gm)
-    if options.dead_tokens:
-        gm = run("split_projections", lambda g: split_projections(g, whole_maps), gm)
-        gm = run("drop_dead_tokens", lambda g: drop_dead_tokens(g, whole_maps), gm)
+    gm = run("split_projections", lambda g: split_projections(g, whole_maps), gm)
+    gm = run("drop_dead_tokens", lambda g: drop_dead_tokens(g, whole_maps), gm)
     gm = run("fuse_projections", fuse_projections, gm)
     return Exact(gm, original, tuple(run.steps), journal)
 
@@ -140,6 +139,5 @@ def _site_rows(gm: fx.GraphModule, plan: Plan) -> tuple[SiteRow, ...]:
         gone = plan.schedule.propagated[site.block]
         before = site.others + plan.count(site.domain) if site.branch is None else site.branch.tokens
         windows = 0 if site.branch is None else site.branch.windows
-        lender = None if site.branch is None else site.branch.lender
-        rows.append(SiteRow(site.block, layers[site.block], before, gone, before - gone, windows, lender))
+        rows.append(SiteRow(site.block, layers[site.block], before, gone, before - gone, windows))
     return tuple(rows)

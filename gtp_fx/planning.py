@@ -85,7 +85,6 @@ def make_plan(gm: fx.GraphModule, options: Options, original: Original, blocks_n
         flops = flops_model(gm.graph, found.typing, found.sites, plan.strategy, original.flops)
     refusals = [
         *(block.refusal for block in blocks if block.refusal is not None and block.branch is None),
-        *found.turns.refusals,
         *others,
     ]
     return Planned(
@@ -154,7 +153,7 @@ def _choose(
 def _seconds(graph: fx.Graph, found: Candidates, options: Options, original: Original) -> CostModel:
     target, batch = options.target, options.batch
     before = graph_seconds(original.graph, target, batch)
-    return seconds_model(graph, found.typing, found.sites, options.strategy, target, batch, before, found)
+    return seconds_model(graph, found.typing, found.sites, options.strategy, target, batch, before, found.branches)
 
 
 def _asked(schedule: str | Schedule | tuple[int, ...], shapes: tuple[BlockShape, ...]) -> tuple[int, ...] | None:

@@ -27,7 +27,7 @@ class SiteRow:
     """One site: block number, layer, tokens (prefix included) before and after, how many were propagated.
 
     windows: 0 where they leave the stream; else they only skip the block's branch, so many in each of so many windows of an
-    image. lender: the block whose scores rank them, where they skip the attention's half as well; None where it is this one.
+    image.
     """
 
     block: int
@@ -36,7 +36,6 @@ class SiteRow:
     propagated: int
     tokens_out: int
     windows: int = 0
-    lender: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,4 @@ class Report:
 
 
 def _where(site: SiteRow) -> str:
-    if not site.windows:
-        return "stream"
-    place = f"branch, in each of {site.windows} windows"
-    return place if site.lender is None else f"attention and {place}, by block {site.lender}'s scores"
+    return f"branch, in each of {site.windows} windows" if site.windows else "stream"

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from gtp_fx.attention_half import AttentionHalf, Turns, take_turns
 from gtp_fx.axes import Grid, token_axis, whole_size
 from gtp_fx.branches import Branch
 from gtp_fx.coercions import find_coercions
@@ -25,13 +24,11 @@ from gtp_fx.strategies import Strategy
 
 @dataclass(frozen=True)
 class Candidates:
-    """sites: in graph order. typing: of the graph with a site wherever tokens may leave. branches: by block, where they may skip.
-    turns: which of those skip their attention as well."""
+    """sites: in graph order. typing: of the graph with a site wherever tokens may leave. branches: by block, where they may skip."""
 
     sites: tuple[Site, ...]
     typing: Typing
     branches: Mapping[int, Branch]
-    turns: Turns
 
 
 def find_sites(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Strategy) -> Candidates:
@@ -48,23 +45,19 @@ def find_sites(graph: fx.Graph, blocks: Sequence[AttentionBlock], strategy: Stra
     if obstacles := _obstacles(typing, strategy):
         message = "tokens can't leave this model: what follows can't do without them (flops_budget=1.0 still works)"
         raise UnsupportedModelError(message, obstacles)
-    turns = take_turns(blocks, whole, strategy)
-    sites = [
-        _skipping(block, branch, whole, strategy, len(blocks), turns.halves.get(block.index))
-        for block, branch in branched
-    ]
+    sites = [_skipping(block, branch, whole, strategy, len(blocks)) for block, branch in branched]
     read = _grids_read(graph, blocks, whole)
     sites += [
         replace(_leaving(block, cuts[block.index], typing, len(blocks)), patches_read=block.axis.domain.grid in read)
         for block in leaving
     ]
     in_order = tuple(sorted(sites, key=lambda site: site.block))
-    return Candidates(in_order, typing, {block.index: branch for block, branch in branched}, turns)
+    return Candidates(in_order, typing, {block.index: branch for block, branch in branched})
 
 
 def no_sites(graph: fx.Graph) -> Candidates:
     """Where nothing is to leave, and whether anything could isn't asked."""
-    return Candidates((), infer_types(graph), {}, Turns({}, ()))
+    return Candidates((), infer_types(graph), {})
 
 
 def _refuse_unfit(leaving: list[AttentionBlock], skipping: list[AttentionBlock], strategy: Strategy) -> None:
@@ -78,11 +71,9 @@ def _refuse_unfit(leaving: list[AttentionBlock], skipping: list[AttentionBlock],
         raise UnsupportedModelError(f"strategy {strategy.name!r} can't work on this model", tuple(unfit))
 
 
-def _skipping(
-    block: AttentionBlock, branch: Branch, typing: Typing, strategy: Strategy, blocks: int, half: AttentionHalf | None
-) -> Site:
+def _skipping(block: AttentionBlock, branch: Branch, typing: Typing, strategy: Strategy, blocks: int) -> Site:
     heads = whole_size(typing.type(block.attention)[branch.heads])
-    cost = branch_cost(branch, typing, heads, strategy, half)
+    cost = branch_cost(branch, typing, heads, strategy)
     dtype = _dtype(branch.result)
     return Site(block.index, block.axis, cost.features, heads, 1, cost, dtype, block.index / blocks)
 

@@ -1,8 +1,7 @@
 """Approximate: let tokens skip a branch. The stream keeps its grid; some tokens of each window go through the branch alone.
 
 For each block of the plan that is placed so:
-  1. its attention also scores its tokens, window by window; or the block before has scored them, and the attention's own half runs
-     on the kept tokens too (`partial_attention`);
+  1. its attention also scores its tokens, window by window;
   2. the branch's entries are arranged by window, and the kept tokens taken out of each, as many everywhere;
   3. the branch's nodes run on those;
   4. the others get their neighbours' results (or, as the strategy says, none), and all is arranged as it was.
@@ -18,13 +17,11 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx import graphs
-from gtp_fx.attention_half import take_turns
-from gtp_fx.axes import Plain, TensorType, whole_size
+from gtp_fx.axes import Plain, whole_size
 from gtp_fx.branches import Branch
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.layouts import by_window, convert, grid_of, image_layout, made_from
 from gtp_fx.passes.find_blocks import AttentionBlock, read_blocks
-from gtp_fx.passes.partial_attention import heads_first, insert_partial
 from gtp_fx.plan import Plan
 from gtp_fx.sizes import is_symbolic, shape_of
 from gtp_fx.strategies.protocol import Attention, Emit, Strategy
@@ -39,46 +36,29 @@ def insert_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """A copy of `gm`, whose blocks are marked, in which the plan's tokens skip the plan's branches."""
     gm = graphs.copy_of(gm)
     typing = infer_types(gm.graph)
-    blocks = read_blocks(gm)
-    halves = take_turns(blocks, typing, plan.strategy).halves
-    lenders = {halves[index].lender for index in plan.skipping if index in halves}
-    scores: dict[int, fx.Node] = {}
-    for block in blocks:
-        branch, half = block.branch, halves.get(block.index)
+    for block in read_blocks(gm):
         skipping = plan.skipping.get(block.index)
-        if branch is None or (skipping is None and block.index not in lenders):
+        if block.branch is None or skipping is None:
             continue
-        if half is None:
-            scores[block.index] = _scored(gm.graph, block, branch, plan.strategy, typing)
-        if skipping is None:
-            continue
-        before = half.result if half is not None else branch.result
-        ranking = (scores[block.index], branch.scores) if half is None else (scores[half.lender], half.lent)
-        chosen = _choose(gm.graph, ranking, before, branch, skipping, plan.strategy)
-        if half is not None:
-            insert_partial(gm.graph, block.attention, branch, half, chosen, skipping, typing)
-        _insert(gm.graph, branch, chosen, chosen[-1] if half is None else branch.result, typing)
+        scores = _scored(gm.graph, block, block.branch, plan.strategy, typing)
+        chosen = _choose(gm.graph, scores, block.branch, skipping, plan.strategy)
+        _insert(gm.graph, block.branch, chosen, typing)
     return graphs.finish(gm)
 
 
 def _choose(
-    graph: fx.Graph,
-    ranking: tuple[fx.Node, TensorType],
-    before: fx.Node,
-    branch: Branch,
-    skipping: int,
-    strategy: Strategy,
+    graph: fx.Graph, scores: fx.Node, branch: Branch, skipping: int, strategy: Strategy
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """kept [R, K] and left [R, P] of each of R images and windows, and shares [R, P, K]. ranking: scores and their type.
+    """kept [R, K] and left [R, P] of each of R images and windows, and shares [R, P, K], after the branch.
 
-    They stand behind the node `before`.
+    scores: of type `branch.scores`.
     """
 
     def call(target: Any, *args: Any) -> fx.Node:
-        return graphs.call(graph, target, *args, like=before)
+        return graphs.call(graph, target, *args, like=branch.result)
 
-    with graph.inserting_before(before.next):
-        scores = _by_window(call, *ranking, branch)
+    with graph.inserting_before(branch.result.next):
+        scores = _by_window(call, scores, branch)
         if _is_padded(branch):
             scores = _padding_first(call, scores, branch)
         split = call(gtp_fx.select.default, scores, skipping)
@@ -86,10 +66,8 @@ def _choose(
         return kept, left, _shares(call, kept, left, branch, strategy, like=scores)
 
 
-def _insert(
-    graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.Node], behind: fx.Node, typing: Typing
-) -> None:
-    """The branch of the kept tokens in the place of the whole, inserted behind `behind`."""
+def _insert(graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.Node], typing: Typing) -> None:
+    """Put the branch of the kept tokens in the place of the whole, after what was `chosen`."""
     kept, left, shares = chosen
     before = next(node for node in graph.nodes if node in branch.inside)
     after = branch.result
@@ -97,7 +75,7 @@ def _insert(
     def call(target: Any, *args: Any) -> fx.Node:
         return graphs.call(graph, target, *args, like=before)
 
-    with graph.inserting_before(behind.next):
+    with graph.inserting_before(shares.next):
         instead: dict[fx.Node, fx.Node] = {}
         for entry in branch.entries:
             kind = typing.type(entry)
@@ -124,12 +102,12 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
     order = list(branch.order)
     plain = order == [0, 1, 2, 3]
     with graph.inserting_before(attention):
-        q, k, v = (heads_first(call, x, branch, typing) for x in (was.q, was.k, was.v))
+        q, k, v = (_heads_first(call, x, branch, typing) for x in (was.q, was.k, was.v))
         operands = replace(was, q=q, k=k, v=v)
         if branch.cells:
             output, scores = strategy.attend_cells(call, operands, block.axis.domain.grid.shape, branch.cells)
         else:
-            output, scores = strategy.attend(call, operands, block.axis, True, block.index)
+            output, scores = strategy.attend(call, operands, block.axis, True)
         if not plain:
             shape = shape_of(attention)
             sizes = [-1 if is_symbolic(shape[d]) else shape[d] for d in order]
@@ -140,13 +118,22 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
     return scores
 
 
-def _by_window(call: Emit, scores: fx.Node, own: TensorType, branch: Branch) -> fx.Node:
-    """Scores of type `own` in the region's layout: row by row in each window."""
+def _heads_first(call: Emit, x: fx.Node, branch: Branch, typing: Typing) -> fx.Node:
+    """[images, windows, heads, tokens, features] in any order -> [images * windows, heads, tokens, features]."""
+    order = branch.order
+    if order == (0, 1, 2, 3):
+        return x
+    sizes = [whole_size(typing.type(x)[d]) for d in order[-3:]]
+    return call(aten.reshape.default, call(aten.permute.default, x, list(order)), [-1, *sizes])
+
+
+def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
+    """`scores`, of type `branch.scores`, in the region's layout: row by row in each window."""
     feature = (Plain(1),)
-    if own == branch.region:
+    if branch.scores == branch.region:
         return scores
     column = call(aten.unsqueeze.default, scores, 2)
-    column = convert(call, column, (*own, feature), (*branch.region, feature))
+    column = convert(call, column, (*branch.scores, feature), (*branch.region, feature))
     return call(aten.squeeze.dim, column, 2)
 
 

@@ -162,7 +162,7 @@ class _Walk:
             self.attention[block.index] = operands
         scored = block is not None and block.index in self.plan.propagated and strategy.score != "none"
         if block is not None and (scored or strategy.rewrites_every_attention):
-            output, self.scores[block.index] = strategy.attend(emit, operands, block.axis, scored, block.index)
+            output, self.scores[block.index] = strategy.attend(emit, operands, block.axis, scored)
             node.replace_all_uses_with(output)
             self.instead[node] = output
             self.graph.erase_node(node)  # dead code elimination leaves it: attention may draw random numbers

@@ -65,20 +65,6 @@ def by_hand(parts: Parts, propagated: int, idle: bool = False) -> Any:
     return parts.whole(parts.stream_BNC + added_BNC)
 
 
-def partial_by_hand(parts: Parts, x_BNC: Tensor, lender: Parts, propagated: int, idle: bool = False) -> Any:
-    """As `by_hand`, with the tokens that skip the branch skipping the attention's queries and projection before it too.
-
-    x_BNC: the block's input. lender: the block before, by whose scores they do. What a query gets of all keys and values is its
-    own, so the whole attention's rows of kept tokens are theirs; the others get what these got.
-    """
-    assert parts.enters_BNC is None
-    score_BWn = parts.windows.of(lender.windows.back(lender.score_BWn[..., None]))[..., 0]
-    given_BNC = parts.stream_BNC - x_BNC
-    stream_BNC = x_BNC + skipped(parts.windows, score_BWn, propagated, lambda i, index: given_BNC[i, index], idle)
-    added_BNC = skipped(parts.windows, score_BWn, propagated, lambda i, index: parts.branch(stream_BNC[i, index]), idle)
-    return parts.whole(stream_BNC + added_BNC)
-
-
 def skipped(
     windows: Windows, score_BWn: Tensor, propagated: int, made: Callable[[int, Tensor], Tensor], idle: bool
 ) -> Tensor:
@@ -393,13 +379,9 @@ class ByHand:
         oracle: Oracle,
         blocks: dict[str, int],
         idle: bool = False,
-        lenders: dict[str, str] | None = None,
     ) -> None:
-        """blocks: how many tokens of each window skip the branch there, by the name of the block's module.
-
-        lenders: of the blocks in which they skip the attention too, the one before.
-        """
-        self.model, self.oracle, self.blocks, self.idle, self.lenders = model, oracle, blocks, idle, lenders or {}
+        """blocks: how many tokens of each window skip the branch there, by the name of the block's module."""
+        self.model, self.oracle, self.blocks, self.idle = model, oracle, blocks, idle
         self.seen: dict[str, Parts] = {}
 
     @torch.no_grad()
@@ -417,13 +399,7 @@ class ByHand:
     def _hook(self, name: str) -> Any:
         def replace(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             self.seen[name] = parts = self.oracle(module, *args, *kwargs.values())
-            if name in self.lenders:
-                x = args[0]
-                stream = parts.stream_BNC
-                x_BNC = x.reshape(stream.shape) if x.shape[-1] == stream.shape[-1] else x.flatten(2).transpose(1, 2)
-                made = partial_by_hand(parts, x_BNC, self.seen[self.lenders[name]], self.blocks[name], self.idle)
-            else:
-                made = by_hand(parts, self.blocks[name], self.idle)
+            made = by_hand(parts, self.blocks[name], self.idle)
             if isinstance(output, tuple) and not isinstance(made, tuple):
                 return (made, *output[1:])
             return made

@@ -52,7 +52,6 @@ def test_a_budget_below_what_can_be_reached_names_the_lowest(vit: nn.Module, sch
         ({"flops_budget": 0.7, "strategy": "magic"}, "'gtp'"),
         ({"flops_budget": 0.7, "strategy": gtp_fx.GTP}, "a strategy value"),
         ({"flops_budget": 0.7, "target": "tpu"}, "'cpu'"),
-        ({"flops_budget": 0.7, "dead_tokens": "no"}, "True or False"),
         ({"flops_budget": 0.7, "strategy": gtp_fx.GTP(neighbors=196)}, "more than 196 patch tokens"),
         (
             {"schedule": gtp_fx.Schedule((1, 1, 1), (gtp_fx.BlockShape(64, 192, 64),) * 3)},

@@ -267,7 +267,7 @@ def calls(gm: fx.GraphModule) -> list[Any]:
 
 def plan_of(gm: fx.GraphModule) -> Planned:
     counts = [LEAVE] + [0] * (len(read_blocks(gm)) - 1)
-    options = Options.of(schedule=counts, strategy=STRATEGY, dead_tokens=False)
+    options = Options.of(schedule=counts, strategy=STRATEGY)
     return make_plan(gm, options, Original(gm.graph, count_flops(gm.graph)))
 
 

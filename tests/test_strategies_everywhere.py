@@ -17,7 +17,7 @@ from bench.dynamo_door import Door
 from gtp_fx.strategies import STRATEGIES
 from gtp_fx.strategies.protocol import SiteShape
 
-from zoo import BY_NAME, Row, build, enliven, images
+from zoo import BY_NAME, WITH_DEAD_TOKENS, Row, build, enliven, images
 
 WITHOUT_CLS = {
     "topk": gtp_fx.TopK(score="broadcast-mean"),
@@ -53,7 +53,7 @@ def test_the_budget_is_met_as_torch_counts(name: str, arch: str) -> None:
         strategy = gtp_fx.strategies.PPT(score="cls-mean" if row.prefix else "broadcast-mean", blocks=(0, 1))
     if name == "cluster":
         strategy = gtp_fx.strategies.Cluster(after=1)
-    fast = changed(row, strategy, flops_budget=0.8, dead_tokens=False)
+    fast = changed(row, strategy, flops_budget=0.8, disabled_passes=WITH_DEAD_TOKENS)
     graph = copy.deepcopy(fast.graph_module).to("meta")
     with FlopCounterMode(display=False) as counter:  # on meta: some releases count a CPU's fused attention as nothing
         graph(images(row, 1).to("meta"))

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 Module = TypeVar("Module", bound=nn.Module)
 
 DEPTH = 3
+WITH_DEAD_TOKENS = ["split_projections", "drop_dead_tokens"]
+"""Passes to leave out for a graph that keeps the tokens that no output depends on."""
 NARROW = {"embed_dim": 192, "num_heads": 3}
 
 

@@ -94,13 +94,11 @@ def cost_model(
     change: Callable[[Site], Numbers],
     original: Any,
     dtype: type,
-    crossing: Sequence[Crossing] = (),
 ) -> CostModel:
-    """Terms sorted into chains. weigh: a term's works, as a number or an array. change: of a branch, by tokens kept [tokens + 1].
-    crossing: what else it costs, over several chains."""
+    """Terms sorted into chains. weigh: a term's works, as a number or an array. change: of a branch, by tokens kept [tokens + 1]."""
     chains: list[Chain] = []
     fixed: Any = 0
-    beside: list[Crossing] = [*crossing]
+    beside: list[Crossing] = []
     streams: dict[Grid, list[int]] = {}
     for place, site in enumerate(sites):
         if site.branch is not None:

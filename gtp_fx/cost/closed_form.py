@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from gtp_fx.attention_half import AttentionHalf
 from gtp_fx.axes import Plain, whole_count, whole_size
 from gtp_fx.branches import Branch
 from gtp_fx.cost.chains import CostModel, Numbers, cost_model
 from gtp_fx.cost.formulas import find
-from gtp_fx.cost.site import BranchCost, Site, lent
+from gtp_fx.cost.site import BranchCost, Site
 from gtp_fx.cost.terms import node_work, terms_of
 from gtp_fx.cost.work import Work
 from gtp_fx.infer import Typing
@@ -32,9 +31,7 @@ def flops_model(
     """The closed form of `graph`, typed with a site after each of those at which tokens leave, per image where the batch is
     symbolic. original: FLOPs of what ratios are taken of."""
     terms = terms_of(graph, typing, sites, strategy, batch=1)
-    borrowed = any(site.branch is not None and site.branch.lender is not None for site in sites)
-    crossing = [lambda propagated: sum(lent(sites, propagated).values())] if borrowed else []
-    return cost_model(sites, terms, flops_of, _branch_flops, original, np.int64, crossing)
+    return cost_model(sites, terms, flops_of, _branch_flops, original, np.int64)
 
 
 def flops_of(works: list[Work]) -> Any:
@@ -47,28 +44,15 @@ def _branch_flops(site: Site) -> Numbers:
     return np.array([site.branch.change(tokens - kept) for kept in range(tokens + 1)], np.int64)
 
 
-def branch_cost(
-    branch: Branch, typing: Typing, heads: int, strategy: Strategy, attention: AttentionHalf | None = None
-) -> BranchCost:
-    """FLOPs of a branch from its nodes' formulas: each is so many times the tokens. attention: skipped with it."""
+def branch_cost(branch: Branch, typing: Typing, heads: int, strategy: Strategy) -> BranchCost:
+    """FLOPs of a branch from its nodes' formulas: each is so many times the tokens."""
     images = per_image(math.prod(f.whole_size for f in branch.region[0] if isinstance(f, Plain)))
-    rows = images * branch.windows * branch.tokens
     features = whole_size(typing.type(branch.result)[-1])
     parts = [_token_wise_flops(node, typing) for node in branch.inside]
-    if attention is not None:
-        parts += [_token_wise_flops(node, typing) for node in attention.inside]
-        products = int(node_work(attention.node, typing, whole_count, batch=1).flops)
-        parts.append((products, products // rows))
-        if attention.projection is not None:
-            linear, fused = attention.projection.linear, attention.projection.fused
-            whole, of_one = _token_wise_flops(linear, typing)
-            parts.append((whole // fused.parts, of_one // fused.parts) if fused is not None else (whole, of_one))
-        features += whole_size(typing.type(attention.result)[-1])
     whole, per_token = (sum(column) for column in zip(*parts, strict=True))
     keys = math.prod(branch.cells) if branch.cells else branch.tokens
     scoring = int(flops_of(strategy.scoring_works(heads, branch.tokens, keys, images * branch.windows, "float32")))
-    lender = None if attention is None else attention.lender
-    return BranchCost(whole, per_token, images, branch.windows, branch.tokens, features, scoring, lender)
+    return BranchCost(whole, per_token, images, branch.windows, branch.tokens, features, scoring)
 
 
 def _token_wise_flops(node: fx.Node, typing: Typing) -> tuple[int, int]:

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from gtp_fx.attention_half import AttentionHalf, Turns
 from gtp_fx.axes import whole_count
 from gtp_fx.branches import Branch
 from gtp_fx.cost.chains import CostModel, Numbers, cost_model
@@ -29,16 +28,6 @@ from gtp_fx.cost.work import DENSE, Work
 from gtp_fx.infer import Typing, infer_types
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.targets.target import Target, Tile
-
-
-class Skipped(Protocol):
-    """The branches that tokens skip, by block, and which of them skip their attention as well."""
-
-    @property
-    def branches(self) -> Mapping[int, Branch]: ...
-
-    @property
-    def turns(self) -> Turns: ...
 
 
 def seconds(work: Work, target: Target) -> Any:
@@ -99,10 +88,10 @@ def seconds_model(
     target: Target,
     batch: int,
     original: float,
-    found: Skipped,
+    branches: Mapping[int, Branch],
 ) -> CostModel:
-    """Seconds of every schedule. original: of what ratios are taken of. found: the branches that tokens skip."""
-    skipped = branch_seconds(graph, sites, strategy, target, batch, found)
+    """Seconds of every schedule. original: of what ratios are taken of. branches: that tokens may skip, by block."""
+    skipped = branch_seconds(graph, sites, strategy, target, batch, branches)
     terms = terms_of(graph, typing, sites, strategy, batch, target.has_kernels)
     weigh = lambda works: total_seconds(works, target)  # noqa: E731
     return cost_model(sites, terms, weigh, lambda site: skipped[site.block], original, np.float64)
@@ -114,36 +103,25 @@ def branch_seconds(
     strategy: Strategy,
     target: Target,
     batch: int,
-    found: Skipped,
+    branches: Mapping[int, Branch],
 ) -> dict[int, Numbers]:
     """For the block of each site where tokens skip a branch: what is spent more, by tokens kept, [tokens + 1]."""
-    if not found.branches:
+    if not branches:
         return {}
     whole = infer_types(graph)
     groups = list(fused_groups(graph, whole))
     changes = {}
     for site in sites:
         if site.branch is not None:
-            branch, half = found.branches[site.block], found.turns.halves.get(site.block)
-            inside = {*branch.inside, *(half.inside if half is not None else ())}
+            branch = branches[site.block]
+            inside = set(branch.inside)
             nodes = [node for node in inside if find(node.target) is not None]
             works = [node_work(node, whole, whole_count, batch) for node in nodes]
-            works += _attention_works(half, whole, batch) if half is not None else []
             works += [
                 group_work(group, whole, whole_count, batch) for group in groups if inside.issuperset(group.nodes)
             ]
             changes[site.block] = _branch_change(site, branch, works, strategy, target, batch)
     return changes
-
-
-def _attention_works(half: AttentionHalf, typing: Typing, batch: int) -> list[Work]:
-    """Of an attention that only kept tokens ask: its products, and the queries' share of what makes them."""
-    works = [node_work(half.node, typing, whole_count, batch)]
-    if half.projection is not None:
-        made = node_work(half.projection.linear, typing, whole_count, batch)
-        parts = half.projection.fused.parts if half.projection.fused is not None else 1
-        works.append(replace(made, flops=made.flops // parts, columns=made.columns // parts))
-    return works
 
 
 def _branch_change(
@@ -161,12 +139,9 @@ def _branch_change(
         spent = spent + seconds(fewer, target) - seconds(work, target)
     size = getattr(torch, site.dtype).itemsize
     values = windows * tokens * site.channels * size
-    # The block that lends its scores pays for them where its own tokens skip, which they nearly always do.
-    lends = site.branch.lender is not None
     keys = math.prod(branch.cells) or tokens
-    scoring = [] if lends else strategy.scoring_works(site.heads, tokens, keys, windows, site.dtype)
     more = [
-        *scoring,
+        *strategy.scoring_works(site.heads, tokens, keys, windows, site.dtype),
         Work("sort", bytes=windows * tokens * size),
         Work("stream", bytes=windows * (tokens - kept) * kept * size * 3, launches=2),
         Work("gather", 2 * windows * (tokens - kept) * kept * site.channels, values * (2 + 2 * share), launches=3),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gtp_fx.axes import TokenAxis, TokenDomain
@@ -59,8 +58,6 @@ class BranchCost:
 
     whole: with every token. per_token: of one. images: of one run; 1 where the batch is symbolic. windows, tokens: of an image,
     and in each. features: of its result. scoring: what ranking the tokens by this block's own attention adds to it.
-    lender: the block whose scores rank them instead, where this one's attention is skipped too and is part of the branch; None
-    where they are its own.
     """
 
     whole: int
@@ -70,27 +67,11 @@ class BranchCost:
     tokens: int
     features: int
     scoring: int
-    lender: int | None = None
 
     def change(self, skipping: int) -> int:
-        """What is spent more when `skipping` tokens of each window go around it (less is negative).
-
-        Without what another block's scoring costs, which that block pays where its own tokens skip: see `lent`.
-        """
+        """What is spent more when `skipping` tokens of each window go around it (less is negative)."""
         if not skipping:
             return 0
         kept = self.tokens - skipping
         rows = self.images * self.windows * kept
-        scoring = self.scoring if self.lender is None else 0
-        return rows * self.per_token - self.whole + 2 * rows * skipping * self.features + scoring
-
-
-def lent(sites: Sequence[Site], propagated: Sequence[int]) -> dict[int, int]:
-    """FLOPs, by block, of scores that only the next block asks for: no token skips where they are made, and some do behind it."""
-    branches = {site.block: (site.branch, count) for site, count in zip(sites, propagated, strict=True)}
-    lenders = {branch.lender for branch, count in branches.values() if branch is not None and count}
-    return {
-        block: branch.scoring
-        for block, (branch, count) in branches.items()
-        if branch is not None and block in lenders and not count
-    }
+        return rows * self.per_token - self.whole + 2 * rows * skipping * self.features + self.scoring

@@ -22,7 +22,7 @@ SCORES = {
 }
 
 
-def _attention_shapes(q, k, v, bias, scale, sparsity, score, prefix, suffix, thresholds=None):  # type: ignore[no-untyped-def]
+def _attention_shapes(q, k, v, bias, scale, sparsity, score, prefix, suffix):  # type: ignore[no-untyped-def]
     batch, heads, tokens, _ = q.shape
     ranked = 0 if score == "none" else tokens - prefix - suffix
     return v.new_empty(batch, heads, tokens, v.shape[-1]), q.new_empty(batch, ranked, dtype=torch.float32)
@@ -44,23 +44,19 @@ def attention_with_scores(
     score: str,
     prefix: int,
     suffix: int,
-    thresholds: list[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scaled dot-product self-attention, and a score of each patch token: low scores are propagated first.
 
     q, k, v: [B, H, N, D]. bias: additive, broadcasts to [B, H, N, N]; None for none. scale: None for D**-0.5.
     sparsity: the paper's theta in (0, 1]; of each head's whole N x N map the int(N^2 (1 - theta)) smallest entries
-    become 0 after softmax, without renormalising (its attention sparsification); 1 keeps all. thresholds: instead of the k-th
-    smallest entry, a number for each head; what is below it becomes 0.
+    become 0 after softmax, without renormalising (its attention sparsification); 1 keeps all.
     score: a name in `SCORES`, or "none" for no scores. prefix, suffix: tokens before and behind the n patches, N in all.
 
     Returns the output [B, H, N, D] and the scores [B, n] ([B, 0] for "none") in float32. Softmax and scores are computed in
     float32, as fused attention does, so bfloat16 ranks tokens by the same numbers up to the rounding of q and k.
     """
     exp_BHNN, inverse_BHN1 = attention_map(q, k, bias, scale)
-    if thresholds is not None:
-        exp_BHNN = above(exp_BHNN, inverse_BHN1, by_head(thresholds, q))
-    elif sparsity < 1.0 and (dropped := entries_dropped(q.shape[-2] * k.shape[-2], sparsity)):
+    if sparsity < 1.0 and (dropped := entries_dropped(q.shape[-2] * k.shape[-2], sparsity)):
         exp_BHNN = above(exp_BHNN, inverse_BHN1, smallest_kept(exp_BHNN, inverse_BHN1, dropped))
     out = torch.matmul(exp_BHNN.to(v.dtype), v) * inverse_BHN1.to(v.dtype)
     return out, _scores(exp_BHNN, inverse_BHN1, score, prefix, exp_BHNN.shape[-1] - suffix)

@@ -76,7 +76,6 @@ class Grouping:
     weighted_pooling: ClassVar[bool] = False
     recovers_branches: ClassVar[bool] = True
     recovers_updates: ClassVar[bool] = False
-    skips_attention: ClassVar[bool] = False
 
     @property
     def code(self) -> str:
@@ -116,9 +115,7 @@ class Grouping:
     def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
         return StreamState()
 
-    def attend(
-        self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool, block: int
-    ) -> tuple[fx.Node, fx.Node]:
+    def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
         operands = (attention.q, attention.k, attention.v, attention.bias, attention.scale)
         score = self.score if scored else "none"
         both = emit(gtp_fx.attention_with_scores.default, *operands, 1.0, score, axis.prefix, axis.suffix)

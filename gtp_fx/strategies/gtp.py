@@ -17,7 +17,6 @@ from gtp_fx.cost.work import Work
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.graph import GRAPHS
-from gtp_fx.sizes import shape_of
 from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
 from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, StreamState
 from gtp_fx.strategies.token_scale import AUTO, TOLD_FROM, log_scale_bound
@@ -30,11 +29,6 @@ BRANCHES = {
 RECOVERIES = {
     "update": "a token that left is what it was, plus the mean change of those that received it",
     "mean": "it is the mean of those that received it",
-}
-
-SKIPS = {
-    "mlp": "they skip what follows their attention; every attention is whole, and ranks them",
-    "attention": "where the block before has ranked them, they skip their attention's queries and projection as well",
 }
 
 
@@ -51,13 +45,10 @@ class GTP:
         paper takes the plain mean.
     branch: where tokens skip a branch of a block instead of leaving (windows, maps), which the paper doesn't speak of: "idle" gives
         them nothing, and they stay what they were; "recover" gives them their neighbours' results, along the spatial graph.
-    skips: which branches those are: "mlp", or "attention" as well, in every other block.
     recovery: what comes back for a token that left, where the model returns or reads every patch, which the paper doesn't speak of:
         "update" adds to the token as it left what has changed since in those that received it; "mean" takes those themselves.
     attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves
         no FLOPs and needs the map in memory.
-    thresholds: of every block, of each of its heads, below which entry that is, so that no map is ranked or kept: from
-        `OptimizedModel.attention_thresholds`.
     """
 
     score: str = "mixed-max"
@@ -66,10 +57,8 @@ class GTP:
     alpha: float = 0.1
     token_scale: bool | str = AUTO
     attention_sparsity: float = 1.0
-    thresholds: tuple[tuple[float, ...], ...] | None = None
     weighted_pooling: bool = False
     branch: str = "idle"
-    skips: str = "mlp"
     recovery: str = "update"
 
     name: ClassVar[str] = "gtp"
@@ -91,27 +80,10 @@ class GTP:
         if not isinstance(self.weighted_pooling, bool):
             raise OptionError(f"GTP(weighted_pooling={self.weighted_pooling!r}): give True or False")
         _one_of("branch", self.branch, BRANCHES)
-        _one_of("skips", self.skips, SKIPS)
         _one_of("recovery", self.recovery, RECOVERIES)
         if not _is_number(self.attention_sparsity) or not 0.0 < self.attention_sparsity <= 1.0:
             raise OptionError(
                 f"GTP(attention_sparsity={self.attention_sparsity!r}): give theta with 0 < theta <= 1; 1 drops nothing"
-            )
-        if self.thresholds is not None:
-            self._check_thresholds(self.thresholds)
-        if self.skips == "attention" and self.whole_maps:
-            raise OptionError(
-                'GTP(skips="attention") leaves queries out, and attention_sparsity ranks whole maps: leave it at 1'
-            )
-
-    def _check_thresholds(self, thresholds: Any) -> None:
-        if self.attention_sparsity == 1.0:
-            raise OptionError("GTP(thresholds=…) say what attention_sparsity below 1 drops: give that theta too")
-        rows = thresholds if isinstance(thresholds, tuple) else ()
-        if not rows or not all(isinstance(row, tuple) and all(map(_is_share, row)) for row in rows):
-            raise OptionError(
-                f"GTP(thresholds={thresholds!r}): give a tuple a block, of a number in [0, 1] a head; attention_thresholds() of a "
-                f"model optimised with that attention_sparsity measures them"
             )
 
     @classmethod
@@ -139,12 +111,8 @@ class GTP:
         return self.recovery == "update"
 
     @property
-    def skips_attention(self) -> bool:
-        return self.skips == "attention"
-
-    @property
     def whole_maps(self) -> bool:
-        return self.attention_sparsity < 1.0 and self.thresholds is None
+        return self.attention_sparsity < 1.0
 
     @property
     def rewrites_every_attention(self) -> bool:
@@ -189,9 +157,7 @@ class GTP:
         )
         return StreamState(carried=(emit(operator.getitem, graph, 0), emit(operator.getitem, graph, 1)))
 
-    def attend(
-        self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool, block: int
-    ) -> tuple[fx.Node, fx.Node]:
+    def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
         both = emit(
             gtp_fx.attention_with_scores.default,
             attention.q,
@@ -203,21 +169,8 @@ class GTP:
             self.score if scored else "none",
             axis.prefix,
             axis.suffix,
-            self._thresholds_of(block, attention),
         )
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
-
-    def _thresholds_of(self, block: int, attention: Attention) -> list[float] | None:
-        if self.thresholds is None:
-            return None
-        heads, given = shape_of(attention.q)[1], self.thresholds
-        if block >= len(given) or len(given[block]) != heads:
-            have = f"{len(given[block])} heads" if block < len(given) else f"{len(given)} blocks"
-            raise OptionError(
-                f"GTP(thresholds=…) are for {have}, and block {block} of this model has {heads} heads: they were measured on "
-                f"another model; attention_thresholds() of this one, optimised without thresholds, measures its own"
-            )
-        return list(given[block])
 
     def attend_cells(
         self, emit: Emit, attention: Attention, grid: Sequence[int], cells: Sequence[int]
@@ -258,7 +211,7 @@ class GTP:
         changes += [
             {"score": score} for score in ("mixed-max", "mixed-mean", "broadcast-max", "broadcast-mean", "cls-mean")
         ]
-        if self.attention_sparsity < 1.0 and self.thresholds is None:
+        if self.attention_sparsity < 1.0:
             changes += [{"attention_sparsity": theta} for theta in (0.6, 0.7, 0.8, 0.9)]
         varied = [replace(self, **change) for change in changes]
         return [variant for variant in dict.fromkeys(varied) if variant != self]
@@ -310,10 +263,6 @@ def _one_of(option: str, value: object, known: dict[str, str]) -> None:
     if value not in known:
         names = "\n".join(f"  {name!r}: {meaning}" for name, meaning in known.items())
         raise OptionError(f"GTP({option}={value!r}) is unknown; {option} is one of\n{names}")
-
-
-def _is_share(value: object) -> bool:
-    return _is_number(value) and 0.0 <= float(value) <= 1.0  # type: ignore[arg-type]
 
 
 def _is_number(value: object) -> bool:

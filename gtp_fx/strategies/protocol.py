@@ -164,23 +164,14 @@ class Strategy(Protocol):
         """True where a token that left is recovered in its residual stream, as what it was plus what its neighbours became; else as
         the mean of those."""
 
-    @property
-    def skips_attention(self) -> bool:
-        """True where tokens may skip their attention's queries and projection too, ranked by the block before."""
-
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
         """Why this strategy can't work on such tokens; empty where it can. skipping: they only skip a branch."""
 
     def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
         """At the input of a stream's first block: stream [B, prefix + G + suffix, C]."""
 
-    def attend(
-        self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool, block: int
-    ) -> tuple[fx.Node, fx.Node]:
-        """Replace self-attention: its output, and the scores [B, n] of the patch tokens ([B, 0] unless `scored`).
-
-        block: the attention block's number, from 0. Raises OptionError where the strategy has been given for another model.
-        """
+    def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
+        """Replace self-attention: its output, and the scores [B, n] of the patch tokens ([B, 0] unless `scored`)."""
 
     def attend_cells(
         self, emit: Emit, attention: Attention, grid: Sequence[int], cells: Sequence[int]

@@ -23,12 +23,11 @@ def lower_attention(low: Lowering, node: fx.Node) -> None:
 
 
 def lower_scored_attention(low: Lowering, node: fx.Node) -> None:
-    """All but theta by rank, which needs whole maps in memory."""
-    _, _, _, bias, scale, sparsity, score, prefix, suffix, *rest = node.args
-    thresholds = rest[0] if rest else None
-    if sparsity != 1.0 and thresholds is None:
+    """All but theta below 1, which ranks whole maps: they have to be in memory, so it stays plain ATen."""
+    _, _, _, bias, scale, sparsity, score, prefix, suffix = node.args
+    if sparsity != 1.0:
         return
-    call = Call(node, bias, scale, score, (prefix, suffix), thresholds)
+    call = Call(node, bias, scale, score, (prefix, suffix))
     form = form_of(low, call)
     if form is not None:
         results = emit_form(low, call, form)
