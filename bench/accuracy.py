@@ -28,13 +28,13 @@ from bench.digits import Split
 from bench.environment import Environment
 from bench.output import publish
 from bench.tasks import TASKS, outputs_of
-from gtp_fx.capture import capture_module
-from gtp_fx.config import Options
-from gtp_fx.damage.divergence import divergence
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.module import capture_module
 from gtp_fx.errors import BudgetError, UnsupportedModelError
-from gtp_fx.inputs import call_signature
-from gtp_fx.pipeline import run_passes
-from gtp_fx.progress import progress_bar
+from gtp_fx.model.pipeline import run_passes
+from gtp_fx.options.options import Options
+from gtp_fx.options.progress import progress_bar
+from gtp_fx.plan.damage.divergence import divergence
 
 BUDGETS = (0.85, 0.7, 0.55, 0.4, 0.3)
 

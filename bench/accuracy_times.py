@@ -25,12 +25,12 @@ from bench.digits import Split
 from bench.environment import Environment
 from bench.output import publish
 from bench.tasks import TASKS
-from gtp_fx.capture import capture_module
-from gtp_fx.config import Options
-from gtp_fx.inputs import call_signature
-from gtp_fx.pipeline import run_passes
-from gtp_fx.progress import progress_bar
-from gtp_fx.timing import clock_for, interleave
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.module import capture_module
+from gtp_fx.measure.timing import clock_for, interleave
+from gtp_fx.model.pipeline import run_passes
+from gtp_fx.options.options import Options
+from gtp_fx.options.progress import progress_bar
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ import gtp_fx
 from bench.environment import Environment
 from bench.live_weights import enliven
 from bench.output import publish
-from gtp_fx.config import Options
-from gtp_fx.forecast import Forecast
-from gtp_fx.planner import Planner
-from gtp_fx.reading import Device, Dtype
+from gtp_fx.cli.arguments import Device, Dtype
+from gtp_fx.measure.timing import Spread, clock_for, interleave
+from gtp_fx.model.planner import Planner
+from gtp_fx.options.options import Options
+from gtp_fx.report.forecast import Forecast
 from gtp_fx.targets import Target, detect
-from gtp_fx.timing import Spread, clock_for, interleave
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from bench.digits import Look, Split
 from bench.scenes import CELL
 from bench.scenes import LOOK as SCENES
 from bench.tasks import TASKS, outputs_of
-from gtp_fx import cache
-from gtp_fx.progress import Progress, progress_bar
+from gtp_fx.options.progress import Progress, progress_bar
+from gtp_fx.targets import cache
 
 Net = VisionTransformer | SwinTransformer
 

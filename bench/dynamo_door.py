@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import fx
 
-from gtp_fx.capture import capture_dynamo
-from gtp_fx.config import Options
+from gtp_fx.capture.dynamo import capture_dynamo
 from gtp_fx.errors import GtpError
-from gtp_fx.pipeline import Optimised, run_passes
+from gtp_fx.model.pipeline import Optimised, run_passes
+from gtp_fx.options.options import Options
 
 
 class Door:

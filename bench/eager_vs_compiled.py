@@ -3,7 +3,7 @@
     python -m bench.eager_vs_compiled --model deit_small_patch16_224 --batch 8 --budget 0.74 --out bench/results/x.json
 
 Runs from a checkout, installed or not. The baseline is the strongest there is: the same model under torch.compile, with
-torch's fused attention. All contenders are timed in one run, interleaved (`gtp_fx.timing`), so a noisy machine is
+torch's fused attention. All contenders are timed in one run, interleaved (`gtp_fx.measure.timing`), so a noisy machine is
 noisy for all of them alike. Weights are random unless given: they change no time, and nothing here is a claim on accuracy.
 """
 
@@ -19,13 +19,13 @@ import typer
 import gtp_fx
 from bench.environment import Environment
 from bench.output import publish
-from gtp_fx.compare import Comparison, compare
+from gtp_fx.cli.arguments import Device, Dtype, parse_schedule
+from gtp_fx.cli.photo import photo_batch
+from gtp_fx.cli.weights import LoadedModel, load_model
 from gtp_fx.errors import CheckError, GtpError
-from gtp_fx.loading import LoadedModel, load_model
-from gtp_fx.photo import photo_batch
-from gtp_fx.progress import progress_bar
-from gtp_fx.reading import Device, Dtype, parse_schedule
-from gtp_fx.timing import model_clock
+from gtp_fx.measure.compare import Comparison, compare
+from gtp_fx.measure.timing import model_clock
+from gtp_fx.options.progress import progress_bar
 
 
 def main(

@@ -30,22 +30,22 @@ from bench.environment import Environment
 from bench.output import publish
 from bench.photographs import load_net, load_photographs
 from bench.tasks import TASKS, outputs_of
-from gtp_fx.capture import capture_module
-from gtp_fx.config import Options
-from gtp_fx.cost.chains import CostModel, tokens_left
-from gtp_fx.cost.closed_form import flops_model
-from gtp_fx.damage.calibration import Calibration, bound
-from gtp_fx.damage.divergence import divergence
-from gtp_fx.damage.prior import prior_damage
-from gtp_fx.damage.sensitivity import measured_damage
-from gtp_fx.damage.tables import Damage
-from gtp_fx.inputs import call_signature
-from gtp_fx.passes.find_blocks import block_shape, read_blocks
-from gtp_fx.pipeline import run_exact_passes
-from gtp_fx.plan import Plan
-from gtp_fx.progress import progress_bar
-from gtp_fx.running import shortened
-from gtp_fx.sites import find_sites
+from gtp_fx.analysis.blocks import read_blocks
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.module import capture_module
+from gtp_fx.model.pipeline import run_exact_passes
+from gtp_fx.options.calibration import Calibration, bound
+from gtp_fx.options.options import Options
+from gtp_fx.options.progress import progress_bar
+from gtp_fx.passes.runner import apply_plan_unverified
+from gtp_fx.plan.cost.chains import CostModel, tokens_left
+from gtp_fx.plan.cost.closed_form import flops_model
+from gtp_fx.plan.damage.divergence import divergence
+from gtp_fx.plan.damage.prior import prior_damage
+from gtp_fx.plan.damage.sensitivity import measured_damage
+from gtp_fx.plan.damage.tables import Damage
+from gtp_fx.plan.find_sites import block_shape, find_sites
+from gtp_fx.plan.plan import Plan
 
 BUDGETS = (0.74, 0.55)
 SITES = (1, 1, 2, 2, 3, 4, 6, 8)
@@ -115,7 +115,9 @@ def measure(name: str, model: nn.Module, unlabelled: Tensor, images: Tensor, sch
     calibration = bound(Calibration.of(unlabelled), signature.canonical)
 
     def moved(counts: Sequence[int], on: Tensor, wanted: Tensor) -> float:
-        return divergence(outputs_of(shortened(gm, Plan.of(found.sites, counts, shapes, strategy)), on), wanted)
+        return divergence(
+            outputs_of(apply_plan_unverified(gm, Plan.of(found.sites, counts, shapes, strategy)), on), wanted
+        )
 
     wanted = outputs_of(model, unlabelled)
     judged = lambda counts, _: moved(counts, unlabelled, wanted)  # noqa: E731

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import gtp_fx
 from bench.environment import Environment
 from bench.output import publish
+from gtp_fx.cli.photo import photo_batch
+from gtp_fx.cli.weights import load_model
 from gtp_fx.errors import GtpError
-from gtp_fx.loading import load_model
-from gtp_fx.photo import photo_batch
-from gtp_fx.timing import Run, interleave
+from gtp_fx.measure.timing import Run, interleave
 
 FORMATS = ("onnx", "aoti")
 

@@ -30,7 +30,7 @@ from bench.digits import Split
 from bench.environment import Environment
 from bench.output import publish
 from bench.tasks import TASKS, outputs_of
-from gtp_fx.progress import Progress, progress_bar
+from gtp_fx.options.progress import Progress, progress_bar
 
 _SEEDS = 900_000_000
 """Beyond those of the canvases that nets are trained on."""

@@ -25,7 +25,7 @@ from bench.environment import Environment
 from bench.fuzz_checks import Case, check
 from bench.fuzz_models import Architecture
 from bench.output import publish
-from gtp_fx.progress import progress_bar
+from gtp_fx.options.progress import progress_bar
 from gtp_fx.strategies import STRATEGIES
 
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6)

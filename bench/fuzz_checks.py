@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gtp_fx
 from bench.dynamo_door import Door
 from bench.fuzz_models import Architecture, RandomViT
-from gtp_fx.journeys import SiteView, journeys
+from gtp_fx.report.token_flow import SiteView, journeys
 
 TOLERANCE = {"float32": 2e-4, "float64": 2e-4, "bfloat16": 4e-2}
 """Of outputs' size. Attention that ranks its tokens works in float32 whatever the model's dtype."""
@@ -153,7 +153,11 @@ def _dropping_is_masking(model: RandomViT, case: Case, limit: float) -> None:
         return
     x = arch.images(1, seed=1)
     gone = torch.zeros(arch.prefix + arch.patches + arch.suffix, dtype=torch.bool)
-    leaving = {view.layer: view.left for view in journeys(fast, x) if isinstance(view, SiteView)}
+    leaving = {
+        view.layer: view.left
+        for view in journeys(fast.graph_module, fast.sites, fast.report.sites, x)
+        if isinstance(view, SiteView)
+    }
     oracle = copy.deepcopy(model)
     oracle.masked = []
     number_of = {site.layer: site.block for site in fast.report.sites}

@@ -22,7 +22,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from bench.absent_gpu import absent_h100
 from bench.launches import Launch, launches_of
-from gtp_fx import graphs
+from gtp_fx.graph import edit
 
 _NO_LAUNCH = (
     "assert_",
@@ -120,7 +120,7 @@ def calls_in(code: str) -> list[str]:
 
 def _lifted(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
     """`gm` with its parameters as inputs behind its own, as Dynamo hands a graph to Inductor, and their values."""
-    gm = graphs.copy_of(gm)
+    gm = edit.copy_of(gm)
     last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
     taken: dict[str, fx.Node] = {}
     values = []
@@ -144,7 +144,7 @@ def with_stock_attention(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy in which attention is the kernel that torch takes on an H100: since 2.10 cuDNN's comes first there, with a
     mask as without (`sdp_utils.cpp`, priorities on sm_90 from cuDNN 9.15 on). The choice asks the driver, so it is made
     here."""
-    gm = graphs.copy_of(gm)
+    gm = edit.copy_of(gm)
     for node in list(gm.graph.nodes):
         if node.target is not aten.scaled_dot_product_attention.default:
             continue
@@ -156,9 +156,9 @@ def with_stock_attention(gm: fx.GraphModule) -> fx.GraphModule:
             raise NotImplementedError(f"{node.format_node()}: which kernel torch takes for it isn't known here")
         with gm.graph.inserting_before(node):
             arguments = (q, k, v, given.get("attn_mask"), False, 0.0, False, False)
-            made = graphs.call(gm.graph, aten._scaled_dot_product_cudnn_attention.default, *arguments, like=node)
+            made = edit.call(gm.graph, aten._scaled_dot_product_cudnn_attention.default, *arguments, like=node)
             made.kwargs = {"scale": given.get("scale")}
-            out = graphs.call(gm.graph, operator.getitem, made, 0, like=node)
+            out = edit.call(gm.graph, operator.getitem, made, 0, like=node)
         node.replace_all_uses_with(out)
         gm.graph.erase_node(node)
     gm.recompile()

@@ -18,7 +18,7 @@ from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
 from bench.gpu_check import STOCK_TOLERANCE, TOLERANCE, Check, Random, check_of, error_of, name_of, poisoned, randoms
 from bench.gpu_stock import log_sum_exps
-from gtp_fx.ops.graph import coordinates
+from gtp_fx.ops.token_graph import coordinates
 
 _NEIGHBORS = 8
 

@@ -23,11 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.gpu_plan import OPTIONS
 from gtp_fx import GTP
-from gtp_fx.backend import gtp
-from gtp_fx.inductor_options import check_target, inductor_options
+from gtp_fx.measure.timing import Run
+from gtp_fx.model.backend import gtp
+from gtp_fx.options.inductor import check_target, inductor_options
 from gtp_fx.targets import Target
 from gtp_fx.targets.target import TOLD
-from gtp_fx.timing import Run
 
 ATTENTION: Mapping[str, list[SDPBackend]] = {
     "cudnn": [
@@ -44,7 +44,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "spatial": {"strategy": GTP(graph="spatial")},
     "untold": {"strategy": GTP(token_scale=False)},
     **{f"told{form}": {"strategy": GTP(token_scale=True), "told": form} for form in TOLD},
-    "nokernels": {"disabled_passes": ("lower_to_kernels",)},
+    "nokernels": {"disabled_passes": ("triton_kernels",)},
     "border": {},
     "all": {"strategy": GTP(graph="spatial", token_scale=False)},
 }

@@ -11,7 +11,7 @@ import torch
 
 from bench.environment import Environment
 from bench.gpu_stock import kernel_chosen
-from gtp_fx.timing import clock_for, interleave
+from gtp_fx.measure.timing import clock_for, interleave
 
 _SIDE, _BYTES, _CALLS = 8192, 2**31, 5
 _ASKED = "name,driver_version,power.limit,clocks.max.sm,clocks.max.memory,clocks.sm,temperature.gpu"

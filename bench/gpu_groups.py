@@ -16,8 +16,8 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from bench.launches import GENERATED, MARK, Launch
-from gtp_fx import graphs
-from gtp_fx.sizes import shape_of
+from gtp_fx.graph import edit, nodes
+from gtp_fx.graph.symbols import shape_of
 
 
 class Group(str, Enum):
@@ -46,7 +46,7 @@ _SCORES = "scores"
 def mark(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of an optimised graph whose nodes know their group: first of all before it is lowered, since what is
     lowered keeps its mark, and again behind, where operators are told apart that there weren't before."""
-    gm = graphs.copy_of(gm)
+    gm = edit.copy_of(gm)
     for node in gm.graph.nodes:
         if node.target is gtp_fx.token_graph.default:
             _put(node, Group.graph)
@@ -54,7 +54,7 @@ def mark(gm: fx.GraphModule) -> fx.GraphModule:
             _put(node, Group.select)
         elif node.target is gtp_fx.attention_with_scores.default:
             _put(node, Group.scored)
-        elif graphs.operator_name(node) in _TELLING:
+        elif nodes.operator_name(node) in _TELLING:
             _put(node, Group.told)
         elif node.target is aten.scaled_dot_product_attention.default:
             if _is_told(node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")):
@@ -97,13 +97,13 @@ def bare(marked: fx.GraphModule) -> fx.GraphModule:
 
     Raises NotImplementedError where the graph has one that this can't do without, such as tokens that come back.
     """
-    gm = graphs.copy_of(marked)
+    gm = edit.copy_of(marked)
     for node in list(gm.graph.nodes):
         replace = _WITHOUT.get(node.target)
         if replace is not None:
             with gm.graph.inserting_before(node):
                 replace(gm.graph, node)
-    gm = graphs.finish(gm)
+    gm = edit.finish(gm)
     for node in gm.graph.nodes:
         if getattr(node.target, "namespace", "") == "gtp_fx":
             raise NotImplementedError(f"{node.format_node()}: nothing stock stands for this operator")
@@ -112,7 +112,7 @@ def bare(marked: fx.GraphModule) -> fx.GraphModule:
 
 def _stock_attention(graph: fx.Graph, node: fx.Node) -> None:
     q, k, v, bias, scale, *_ = node.args
-    stock = graphs.call(graph, aten.scaled_dot_product_attention.default, q, k, v, _untold(bias), like=node)
+    stock = edit.call(graph, aten.scaled_dot_product_attention.default, q, k, v, _untold(bias), like=node)
     stock.kwargs = {"scale": scale}
     for user in list(node.users):
         if user.target is operator.getitem and user.args[1] == 0:
@@ -132,7 +132,7 @@ def _untold(bias: Any) -> Any:
 def _first_rows(graph: fx.Graph, node: fx.Node) -> None:
     """As many rows as stay. What is behind the patches doesn't matter: sizes do."""
     x: Any = node.args[0]
-    shorter = graphs.call(graph, aten.slice.Tensor, x, 1, 0, shape_of(node)[1], like=node)
+    shorter = edit.call(graph, aten.slice.Tensor, x, 1, 0, shape_of(node)[1], like=node)
     shorter.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(shorter)
 
@@ -142,9 +142,9 @@ def _rows_together(graph: fx.Graph, node: fx.Node) -> None:
     if not _is_of_single_rows(node):
         return
     x, *held = node.args
-    flat = graphs.call(graph, aten.select.int, x, 1, 0, like=node)
-    made = graphs.call(graph, aten.linear.default, flat, *held, like=node)
-    whole = graphs.call(graph, aten.unsqueeze.default, made, 1, like=node)
+    flat = edit.call(graph, aten.select.int, x, 1, 0, like=node)
+    made = edit.call(graph, aten.linear.default, flat, *held, like=node)
+    whole = edit.call(graph, aten.unsqueeze.default, made, 1, like=node)
     whole.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(whole)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.ops import gtp_fx, gtp_fx_kernels  # type: ignore[import-not-found]
 
 from bench.gpu_stock import kernel_taken, log_sum_exps, stock_attention
-from gtp_fx.site_probes import propagation, stream_pass
-from gtp_fx.timing import clock_for, interleave
+from gtp_fx.measure.site_probes import propagation, stream_pass
+from gtp_fx.measure.timing import clock_for, interleave
 
 _COPIED = 2**28
 """Bytes: more than any cache."""

@@ -21,9 +21,9 @@ from bench.gpu_contenders import AT_BORDER, BASELINES, VARIANTS, Compiled, Conte
 from bench.gpu_profile import Profile, profiled
 from bench.gpu_turns import Turn
 from bench.live_weights import enliven
-from gtp_fx.compare import rounding_tolerance
+from gtp_fx.graph.verify import rounding_tolerance
+from gtp_fx.measure.timing import Run, Timings, clock_for, interleave
 from gtp_fx.targets import Target
-from gtp_fx.timing import Run, Timings, clock_for, interleave
 
 _CHECKED = 4
 """Images of a batch whose outputs are compared."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from gtp_fx.timing import Run
+from gtp_fx.measure.timing import Run
 
 _GENERATED = re.compile(r"^triton_(poi|per|red|for)_")
 _IN_GENERATED = (

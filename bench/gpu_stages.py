@@ -27,8 +27,8 @@ from bench.gpu_contenders import BASELINES, MODES, Contender
 from bench.gpu_environment import environment
 from bench.gpu_plan import SIZES
 from bench.gpu_turns import Turn
-from gtp_fx import site_probes
 from gtp_fx.kernels.available import has_kernels, load_kernels
+from gtp_fx.measure import site_probes
 from gtp_fx.targets import detect
 
 _ROUNDS, _SINGLE_ROUNDS, _FEW_ROUNDS = 15, 60, 9

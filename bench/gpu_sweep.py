@@ -17,7 +17,7 @@ from bench.gpu_contenders import ATTENTION
 from bench.gpu_models import SUBJECTS
 from bench.gpu_stock import stock_attention
 from bench.gpu_turns import Turn
-from gtp_fx.timing import Run, clock_for, interleave
+from gtp_fx.measure.timing import Run, clock_for, interleave
 
 _CALLS = 5
 TOKENS = {

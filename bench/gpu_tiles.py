@@ -15,7 +15,7 @@ import torch
 from bench.gpu_kernels import DRY, NETS, KernelRow, KernelSizes, Made, Question, attend, question
 from gtp_fx.kernels.tiles import AttentionTile
 from gtp_fx.kernels.tuned import save_tiles, tile_key
-from gtp_fx.site_probes import propagation
+from gtp_fx.measure.site_probes import propagation
 
 FITTING = ((32, 256, 4, 1), (32, 256, 8, 1), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 4, 3))
 TILED = ((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 4), (128, 32, 4, 3))

@@ -28,12 +28,12 @@ from bench.gpu_groups import Group, bare, mark
 from bench.gpu_time_model import GpuModel
 from bench.launches import Launch
 from bench.output import publish
-from gtp_fx.backend import lowered  # type: ignore[attr-defined]  # as the door for GPUs lowers
-from gtp_fx.capture import capture_module
-from gtp_fx.config import Options
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.module import capture_module
 from gtp_fx.errors import GtpError
-from gtp_fx.inputs import call_signature
-from gtp_fx.pipeline import run_passes
+from gtp_fx.model.backend import lowered  # type: ignore[attr-defined]  # as the door for GPUs lowers
+from gtp_fx.model.pipeline import run_passes
+from gtp_fx.options.options import Options
 
 NOTICE = "Launches and bytes are counted in generated code; seconds are modelled, not measured."
 DTYPE = torch.bfloat16

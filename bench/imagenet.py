@@ -32,9 +32,9 @@ from bench.environment import Environment
 from bench.imagenet_data import DataError, ImageSet, Transformed, read_set
 from bench.imagenet_record import Found, Record, StateError
 from bench.output import publish
+from gtp_fx.cli.weights import load_model
 from gtp_fx.errors import GtpError
-from gtp_fx.loading import load_model
-from gtp_fx.progress import progress_bar
+from gtp_fx.options.progress import progress_bar
 
 _WARM_UP = 3
 """Batches that aren't timed: compiling, and what the first calls allocate."""

@@ -31,13 +31,14 @@ from bench.environment import Environment
 from bench.inductor_candidates import CANDIDATES, Patches
 from bench.live_weights import enliven
 from bench.output import publish
-from gtp_fx.compare import Compilation, compile_checked, rounding_tolerance
+from gtp_fx.cli.arguments import Device, Dtype
+from gtp_fx.cli.photo import photo_batch
 from gtp_fx.errors import CheckError, GtpError, OptionError
-from gtp_fx.photo import photo_batch
-from gtp_fx.progress import Steps, progress_bar
-from gtp_fx.reading import Device, Dtype
+from gtp_fx.graph.verify import rounding_tolerance
+from gtp_fx.measure.compare import Compilation, compile_checked
+from gtp_fx.measure.timing import Run, Spread, Timings, balanced_orders, cuda_seconds, interleave
+from gtp_fx.options.progress import Steps, progress_bar
 from gtp_fx.targets import Target, detect
-from gtp_fx.timing import Run, Spread, Timings, balanced_orders, cuda_seconds, interleave
 
 PLAIN = "none"
 LEAST_GAIN = 1.01

@@ -18,10 +18,10 @@ import typer
 import gtp_fx
 from bench.environment import Environment
 from bench.output import publish
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.cli.weights import load_model
 from gtp_fx.errors import GtpError
-from gtp_fx.inputs import call_signature
-from gtp_fx.loading import load_model
-from gtp_fx.timing import interleave
+from gtp_fx.measure.timing import interleave
 
 EXPORT, OPTIMIZE = "torch.export", "optimize"
 

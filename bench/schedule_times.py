@@ -19,11 +19,11 @@ from tabulate import tabulate
 import gtp_fx
 from bench.environment import Environment
 from bench.output import publish
+from gtp_fx.cli.arguments import Device, Dtype
+from gtp_fx.cli.photo import photo_batch
+from gtp_fx.cli.weights import load_model
 from gtp_fx.errors import GtpError
-from gtp_fx.loading import load_model
-from gtp_fx.photo import photo_batch
-from gtp_fx.reading import Device, Dtype
-from gtp_fx.timing import Run, clock_for, interleave
+from gtp_fx.measure.timing import Run, clock_for, interleave
 
 ORIGINAL = "original"
 

@@ -26,9 +26,9 @@ from bench.digits import Split, canvases
 from bench.environment import Environment
 from bench.output import publish
 from bench.tasks import outputs_of
-from gtp_fx.damage.divergence import divergence
 from gtp_fx.errors import BudgetError
-from gtp_fx.progress import progress_bar
+from gtp_fx.options.progress import progress_bar
+from gtp_fx.plan.damage.divergence import divergence
 
 NETS = {"CLS": NetConfig(), "pooled": NetConfig(class_token=False)}
 BUDGETS = (0.8, 0.6, 0.4)

@@ -27,12 +27,12 @@ from bench.environment import Environment
 from bench.output import publish
 from bench.photographs import load_net, load_photographs
 from bench.tasks import TASKS, outputs_of
-from gtp_fx.capture import capture_module
-from gtp_fx.config import Options
-from gtp_fx.damage.divergence import divergence
-from gtp_fx.inputs import call_signature
-from gtp_fx.pipeline import Optimised, run_passes
-from gtp_fx.progress import progress_bar
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.module import capture_module
+from gtp_fx.model.pipeline import Optimised, run_passes
+from gtp_fx.options.options import Options
+from gtp_fx.options.progress import progress_bar
+from gtp_fx.plan.damage.divergence import divergence
 from gtp_fx.strategies.token_scale import TOLD_FROM, log_scale_bound
 
 ALPHAS = (0.05, 0.1, 0.2, 0.4, 1.0)

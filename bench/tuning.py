@@ -3,7 +3,7 @@
     python -m bench.tuning --out bench/results/tuning_digits.json
 
 default    GTP as it comes, on the schedule that the prior chooses
-agreement  the same with M and alpha as the agreement of graph neighbours proposes (`gtp_fx.damage.agreement`)
+agreement  the same with M and alpha as the agreement of graph neighbours proposes (`bench.agreement`)
 grid       the best of alpha x M x score by the labels of calibration canvases, on the prior's schedule
 unlabelled `gtp_fx.Calibration(refine=16, strategy=True)` on the same canvases without their labels: schedule, alpha, M, score
 refined    the better of that and of the same begun at the agreement's proposal
@@ -26,19 +26,19 @@ from tabulate import tabulate
 from torch import Tensor, fx
 
 import gtp_fx
+from bench.agreement import neighbour_agreement
 from bench.digit_nets import NETS, load_or_train
 from bench.digits import Split
 from bench.environment import Environment
 from bench.output import publish
 from bench.tasks import TASKS, Task, outputs_of
-from gtp_fx.capture import capture_module
-from gtp_fx.config import Options
-from gtp_fx.damage.agreement import neighbour_agreement
-from gtp_fx.damage.calibration import bound
-from gtp_fx.damage.divergence import divergence
-from gtp_fx.inputs import call_signature
-from gtp_fx.pipeline import run_passes
-from gtp_fx.progress import progress_bar
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.module import capture_module
+from gtp_fx.model.pipeline import run_passes
+from gtp_fx.options.calibration import bound
+from gtp_fx.options.options import Options
+from gtp_fx.options.progress import progress_bar
+from gtp_fx.plan.damage.divergence import divergence
 
 ALPHAS, NEIGHBORS = (0.0, 0.1, 0.2, 0.4), (4, 8, 16)
 SCORES = ("mixed-max", "mixed-mean", "broadcast-mean")

@@ -28,10 +28,10 @@ from bench.environment import Environment
 from bench.live_weights import enliven
 from bench.output import publish
 from bench.zoo_models import GROUPS, ZOO, ZooModel
+from gtp_fx.capture.inputs import call_signature
 from gtp_fx.errors import GtpError, UnsupportedModelError
-from gtp_fx.inputs import call_signature
-from gtp_fx.progress import progress_bar
-from gtp_fx.timing import interleave
+from gtp_fx.measure.timing import interleave
+from gtp_fx.options.progress import progress_bar
 
 BUDGET = 0.74
 DOORS_BUDGET = 0.6

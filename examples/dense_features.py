@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 import gtp_fx
-from gtp_fx.photo import prepared, read_picture
-from gtp_fx.sources import load_named
+from gtp_fx.cli.models import load_named
+from gtp_fx.cli.photo import prepared, read_picture
 
 
 @torch.no_grad()

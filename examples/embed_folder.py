@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import gtp_fx
-from gtp_fx.photo import prepared, read_picture
-from gtp_fx.sources import load_named
+from gtp_fx.cli.models import load_named
+from gtp_fx.cli.photo import prepared, read_picture
 
 KINDS = (".jpg", ".jpeg", ".png", ".webp")
 

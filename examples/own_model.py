@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gtp_fx
-from gtp_fx.inspection import inspect_model
+from gtp_fx.model.preview import inspect_model
 
 
 class Block(nn.Module):

@@ -7,13 +7,29 @@ ARCHITECTURE.md is the map.
 """
 
 import sys as _sys
+from importlib.util import module_from_spec as _module_from_spec
+from importlib.util import spec_from_file_location as _spec_from_file_location
+from pathlib import Path as _Path
 
-from gtp_fx.checkout import BesideThePackage as _BesideThePackage
 
-_sys.meta_path.insert(0, _BesideThePackage())
+def _import_beside(name: str) -> None:
+    """Import a folder that lies beside this package, in a checkout, as its subpackage.
 
-from gtp_fx.api import optimize  # noqa: E402
-from gtp_fx.damage.calibration import Calibration  # noqa: E402
+    Not by the package's `__path__`: whoever walks that (torch does, for TORCH_LOGS) would find this package in itself,
+    without end. And before anybody asks: another checkout may be installed, and the two belong to the one that runs.
+    """
+    folder = _Path(__file__).resolve().parents[1] / name
+    spec = _spec_from_file_location(f"gtp_fx.{name}", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec is not None and spec.loader is not None
+    _sys.modules[spec.name] = module = _module_from_spec(spec)
+    globals()[name] = module
+    spec.loader.exec_module(module)
+
+
+if not (_Path(__file__).parent / "passes").exists():  # an installed package has both inside
+    _import_beside("targets")
+    _import_beside("passes")
+
 from gtp_fx.errors import (  # noqa: E402
     BudgetError,
     CaptureError,
@@ -24,11 +40,13 @@ from gtp_fx.errors import (  # noqa: E402
     ScheduleError,
     UnsupportedModelError,
 )
-from gtp_fx.exporting import Exported, ExportError, export, exported_program  # noqa: E402
-from gtp_fx.model import OptimizedModel  # noqa: E402
-from gtp_fx.provenance import Provenance  # noqa: E402
-from gtp_fx.report import Report  # noqa: E402
-from gtp_fx.schedule import BlockShape, Schedule  # noqa: E402
+from gtp_fx.model.exporting import Exported, ExportError, export, exported_program  # noqa: E402
+from gtp_fx.model.optimize import optimize  # noqa: E402
+from gtp_fx.model.optimized_model import OptimizedModel  # noqa: E402
+from gtp_fx.options.calibration import Calibration  # noqa: E402
+from gtp_fx.options.schedule import BlockShape, Schedule  # noqa: E402
+from gtp_fx.report.provenance import Provenance  # noqa: E402
+from gtp_fx.report.report import Report  # noqa: E402
 from gtp_fx.strategies import GTP, ToMe, TopK  # noqa: E402
 
 __version__ = "0.1.0"

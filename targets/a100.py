@@ -1,6 +1,6 @@
 """NVIDIA A100 SXM, 80 GB."""
 
-from gtp_fx.targets.sources import (
+from gtp_fx.targets.shared_figures import (
     AMPERE_TILE_SOURCE,
     AMPERE_TILES,
     FLASH_TILES,

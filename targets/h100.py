@@ -1,6 +1,6 @@
 """NVIDIA H100 SXM, 80 GB."""
 
-from gtp_fx.targets.sources import (
+from gtp_fx.targets.shared_figures import (
     FLASH_TILES,
     HOPPER_TILE_SOURCE,
     HOPPER_TILES,

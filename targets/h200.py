@@ -1,6 +1,6 @@
 """NVIDIA H200 SXM."""
 
-from gtp_fx.targets.sources import (
+from gtp_fx.targets.shared_figures import (
     FLASH_TILES,
     GRAPH_LAUNCHES,
     HOPPER_TILE_SOURCE,

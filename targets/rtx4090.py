@@ -1,6 +1,6 @@
 """NVIDIA GeForce RTX 4090."""
 
-from gtp_fx.targets.sources import (
+from gtp_fx.targets.shared_figures import (
     AMPERE_TILE_SOURCE,
     AMPERE_TILES,
     FLASH_TILES,

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gtp_fx.cost.work import KINDS
 from gtp_fx.errors import OptionError
+from gtp_fx.targets.work import KINDS
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Target:
     dense: FLOP/s of dense products by torch's name of the dtype. bandwidth: bytes/s of main memory. launch: seconds from one
     kernel to the next. units: multiprocessors or cores, over which tiles are spread. tiles: of products, of which a library takes
     the fastest, () where the curve says it all. attention_tile: queries and keys.
-    curves: a Curve for each kind of work (`gtp_fx.cost.work.KINDS`), of the dense rate or the bandwidth.
+    curves: a Curve for each kind of work (`gtp_fx.targets.work.KINDS`), of the dense rate or the bandwidth.
     told: how attention is told token scales, a name in `TOLD`; "auto" for the first of them that can be, where a mask counts only if
         it leaves attention the kernel that it has without.
     inductor: options for Inductor, measured to pay there (`bench.inductor_options`); a mode that the user asks for wins over them.

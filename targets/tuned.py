@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from gtp_fx.cache import cache_folder, keep_json
 from gtp_fx.errors import OptionError
+from gtp_fx.targets.cache import cache_folder, keep_json
 from gtp_fx.targets.target import Curve, Target
 
 _VERSION = 1

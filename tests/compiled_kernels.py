@@ -142,12 +142,12 @@ def written() -> list[dict[str, Any]]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     import gtp_fx
-    from gtp_fx.passes.lower.triton_kernels import lower_to_kernels
+    from gtp_fx.passes.lower.triton_kernels import triton_kernels
 
     triton.runtime.driver.set_active(Absent(CAPABILITIES[-1]))
     model = timm.create_model("vit_tiny_patch16_224", depth=3, num_classes=0, global_pool="")  # a token map
     fast = gtp_fx.optimize(model, schedule=[20, 30, 0], strategy=gtp_fx.GTP.paper(), compile=False)
-    kernels = lower_to_kernels(fast.graph_module)
+    kernels = triton_kernels(fast.graph_module)
     state = dict([*kernels.named_parameters(), *kernels.named_buffers()])
     with FakeTensorMode(), torch.no_grad():
         fakes = [torch.empty(2, 3, 224, 224)]

@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 
 import gtp_fx
 from bench.dynamo_door import Door
-from gtp_fx import backend
-from gtp_fx.capture import capture_dynamo
-from gtp_fx.config import Options
-from gtp_fx.pipeline import Optimised, run_passes
+from gtp_fx.capture.dynamo import capture_dynamo
+from gtp_fx.model import backend
+from gtp_fx.model.pipeline import Optimised, run_passes
+from gtp_fx.options.options import Options
 
 from zoo import ZOO, Row, build, enliven, images
 

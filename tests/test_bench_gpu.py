@@ -25,8 +25,8 @@ from bench.gpu_plan import KERNELS, OPTIONS
 from bench.gpu_profile import group_of, summed
 from bench.gpu_sweep import steps
 from bench.gpu_turns import Turn
-from gtp_fx.config import Options
 from gtp_fx.kernels.available import load_kernels
+from gtp_fx.options.options import Options
 from gtp_fx.targets import detect
 from gtp_fx.targets.target import TOLD
 
@@ -107,7 +107,7 @@ def test_every_variant_and_option_is_one_that_the_backend_takes(monkeypatch: pyt
     for one in given:
 
         def note(gm: Any, inputs: Any, options: Any, one: Contender = one) -> Any:
-            seen[one] = Options.from_mapping(options)
+            seen[one] = Options.of_backend(options)
             return gm.forward
 
         torch._dynamo.reset()

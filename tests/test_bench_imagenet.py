@@ -23,7 +23,7 @@ import gtp_fx
 from bench import imagenet
 from bench.imagenet_data import DataError, read_set
 from bench.imagenet_record import Found, Record, StateError
-from gtp_fx.loading import load_model
+from gtp_fx.cli.weights import load_model
 
 MODEL = "vit_tiny_patch16_224"
 CLASSES = ("apple", "bread", "cloud", "dune")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import gtp_fx
-from gtp_fx.damage.agreement import neighbour_agreement
-from gtp_fx.damage.calibration import Calibration
-from gtp_fx.damage.divergence import divergence
-from gtp_fx.damage.refinement import Search
-from gtp_fx.damage.sensitivity import counts_to_measure
-from gtp_fx.damage.tables import Damage
+from bench.agreement import neighbour_agreement
+from gtp_fx.options.calibration import Calibration
+from gtp_fx.plan.damage.divergence import divergence
+from gtp_fx.plan.damage.refinement import Search
+from gtp_fx.plan.damage.sensitivity import counts_to_measure
+from gtp_fx.plan.damage.tables import Damage
 
 from zoo import BY_NAME, build, images
 
@@ -149,10 +149,10 @@ def test_bad_options(options: dict[str, Any]) -> None:
 
 
 def test_the_backend_says_where_to_calibrate() -> None:
-    from gtp_fx.config import Options
+    from gtp_fx.options.options import Options
 
     with pytest.raises(gtp_fx.OptionError, match=r"optimised\.schedule"):
-        Options.from_mapping({"flops_budget": 0.7, "calibration": torch.zeros(1)})
+        Options.of_backend({"flops_budget": 0.7, "calibration": torch.zeros(1)})
 
 
 def test_divergence_of_scores_and_of_features() -> None:

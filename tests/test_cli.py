@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 import gtp_fx
 from bench.eager_vs_compiled import main as bench_main
-from gtp_fx import cli
+from gtp_fx.cli import app as cli
 
 NAME = "test_vit"  # timm's own for tests: 0.4 M parameters
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,7 +109,7 @@ def test_a_checkout_runs_without_being_installed(tmp_path: Path) -> None:
     """As on a machine where nothing can be installed. A copy, so that what is found can't be this environment's install."""
     for folder in ("gtp_fx", "passes", "targets", "bench"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    modules = ("gtp_fx", "gtp_fx.passes.find_blocks", "gtp_fx.targets.cpu", "bench.eager_vs_compiled")
+    modules = ("gtp_fx", "gtp_fx.passes.exact.mark_blocks", "gtp_fx.targets.cpu", "bench.eager_vs_compiled")
     code = f"import {', '.join(modules)}, sys; print(*[sys.modules[m].__file__ for m in {modules}])"
     done = subprocess.run((sys.executable, "-c", code), cwd=tmp_path, capture_output=True, text=True, check=True)
     assert [path.startswith(str(tmp_path)) for path in done.stdout.split()] == [True] * len(modules)

@@ -15,9 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import gtp_fx
-from gtp_fx import cli
-from gtp_fx.journeys import journeys
-from gtp_fx.photo import as_seen, load_photo, prepared
+from gtp_fx.cli import app as cli
+from gtp_fx.cli.photo import as_seen, load_photo, prepared
+from gtp_fx.report.token_flow import journeys
 
 from zoo import BY_NAME, build, images
 
@@ -103,7 +103,7 @@ def test_a_journeys_end_is_its_provenance(strategy: str) -> None:
     row = BY_NAME["deit"]
     fast = gtp_fx.optimize(build(row), schedule=[60, 40, 0], strategy=strategy, compile=False)
     x = images(row, 1)
-    *_, last = journeys(fast, x)
+    *_, last = journeys(fast.graph_module, fast.sites, fast.report.sites, x)
     (ended,) = fast.provenance(x)
     assert last.kept.tolist() == ended.index[0].tolist()
     if strategy == "gtp":  # the token scale is what a row of the matrix sums up to
@@ -179,6 +179,6 @@ def test_a_shell_completes_commands_models_and_names(typed: str, offered: str) -
         "COMP_WORDS": typed,
         "COMP_CWORD": str(len(typed.split()) - 1),
     }
-    code = "import sys; sys.argv[0] = 'gtp-fx'; from gtp_fx.cli import main; main(prog_name='gtp-fx')"
+    code = "import sys; sys.argv[0] = 'gtp-fx'; from gtp_fx.cli.app import main; main(prog_name='gtp-fx')"
     done = subprocess.run((sys.executable, "-c", code), env=environment, capture_output=True, text=True)
     assert offered in done.stdout.split(), done.stderr

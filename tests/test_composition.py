@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import gtp_fx
-from gtp_fx.photo import load_photo
+from gtp_fx.cli.photo import load_photo
 
 import hf_models
 from distributed_worker import work

@@ -55,14 +55,14 @@ def test_a_pass_can_be_left_out_by_name() -> None:
     ]
     assert without.report.flops_ratio == 1.0 > whole.report.flops_ratio
     torch.testing.assert_close(without(**x).logits, whole(**x).logits, rtol=1e-4, atol=1e-5)
-    with pytest.raises(gtp_fx.OptionError, match=r"disabled_passes=\['insert_propagation'\].*fuse_projections"):
-        gtp_fx.optimize(model(), flops_budget=0.7, disabled_passes=["insert_propagation"])
+    with pytest.raises(gtp_fx.OptionError, match=r"disabled_passes=\['remove_tokens'\].*fuse_projections"):
+        gtp_fx.optimize(model(), flops_budget=0.7, disabled_passes=["remove_tokens"])
 
 
 def test_the_log_tells_what_each_pass_did(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="gtp_fx"):
         gtp_fx.optimize(model(), flops_budget=0.7, compile=False, disabled_passes=["fuse_projections"])
-    assert "insert_propagation: new" in caplog.text and "gtp_fx.select.default" in caplog.text
+    assert "remove_tokens: new" in caplog.text and "gtp_fx.select.default" in caplog.text
     assert "fuse_projections: disabled" in caplog.text
     assert "of the FLOPs" in caplog.text and "tokens out" in caplog.text
 
@@ -73,7 +73,7 @@ def test_torchs_own_switches_reach_it(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCH_LOGS": "+gtp_fx", "TORCH_TRACE": str(tmp_path)}
     done = subprocess.run((sys.executable, "-c", code), env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "insert_propagation (approximate)" in done.stderr and "insert_propagation: new" in done.stderr
+    assert "remove_tokens (approximate)" in done.stderr and "remove_tokens: new" in done.stderr
     (trace,) = tmp_path.glob("*.log")
     found = [line for line in trace.read_text().splitlines() if '"gtp_fx_' in line]
     assert any("gtp_fx_00_captured" in line for line in found) and any("gtp_fx_schedule" in line for line in found)

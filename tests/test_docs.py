@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from gtp_fx import cli
+from gtp_fx.cli import app as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

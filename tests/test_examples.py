@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bench.live_weights import enliven
-from gtp_fx.photo import load_photo
+from gtp_fx.cli.photo import load_photo
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}

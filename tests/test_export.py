@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import gtp_fx
-from gtp_fx import exporting
+from gtp_fx.model import exporting
 from gtp_fx.strategies import STRATEGIES
 
 import hf_models

@@ -11,15 +11,15 @@ from test_solver import damage_of, every_schedule
 from torch import nn
 
 import gtp_fx
-from gtp_fx.axes import Grid, TokenAxis, TokenDomain
-from gtp_fx.config import Options
-from gtp_fx.cost.chains import Chain, CostModel
-from gtp_fx.cost.site import Site
-from gtp_fx.damage.tables import Damage
-from gtp_fx.fastest import fastest_alike
-from gtp_fx.planner import Planner
-from gtp_fx.scheduling import few_sites, least_damage
-from gtp_fx.solver import OverBudget
+from gtp_fx.model.planner import Planner
+from gtp_fx.options.options import Options
+from gtp_fx.plan.cost.chains import Chain, CostModel
+from gtp_fx.plan.damage.tables import Damage
+from gtp_fx.plan.fastest import fastest_alike
+from gtp_fx.plan.least_damage import few_sites, least_damage
+from gtp_fx.plan.shortest_path import OverBudget
+from gtp_fx.plan.site import Site
+from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
 
 from zoo import BY_NAME, build, images
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gtp_fx
-from gtp_fx.cost.count import count_flops
+from gtp_fx.plan.cost.count import count_flops
 
 from zoo import BY_NAME, DEPTH, WITH_DEAD_TOKENS, ZOO, Row, build, images
 

@@ -13,11 +13,12 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import gtp_fx
-from gtp_fx import cli, tuning
-from gtp_fx.config import Options
-from gtp_fx.forecast import BlockForecast, Cost, Forecast
-from gtp_fx.latency import LatencyBudget
-from gtp_fx.planner import Planner
+from gtp_fx.cli import app as cli
+from gtp_fx.measure import tune_target as tuning
+from gtp_fx.model.planner import Planner
+from gtp_fx.options.latency_budget import LatencyBudget
+from gtp_fx.options.options import Options
+from gtp_fx.report.forecast import BlockForecast, Cost, Forecast
 
 from zoo import BY_NAME, build, images
 

@@ -96,7 +96,7 @@ def test_the_image_classification_pipeline_runs() -> None:
     model = build("vit")
     fast = gtp_fx.optimize(model, flops_budget=0.6, compile=False)
     processor = ViTImageProcessor(size={"height": SIDE, "width": SIDE})
-    image = Image.open(ROOT / "gtp_fx" / "data" / "photo.jpg")
+    image = Image.open(ROOT / "gtp_fx" / "cli" / "data" / "photo.jpg")
     answers = pipeline("image-classification", model=fast, image_processor=processor)(image)
     logits = fast(**processor(image, return_tensors="pt")).logits[0].softmax(-1)
     assert [answer["score"] for answer in answers] == pytest.approx(sorted(logits.tolist(), reverse=True), rel=1e-4)

@@ -15,13 +15,13 @@ from torch import nn
 import gtp_fx
 from bench.inductor_candidates import CANDIDATES
 from bench.inductor_options import PLAIN, contender, measure, row
-from gtp_fx import backend
-from gtp_fx.benchmark import benchmark
-from gtp_fx.compare import Compilation, compare
-from gtp_fx.config import Options
-from gtp_fx.inductor_options import check_target
+from gtp_fx.measure.benchmark import benchmark
+from gtp_fx.measure.compare import Compilation, compare
+from gtp_fx.measure.timing import Timings
+from gtp_fx.model import backend
+from gtp_fx.options.inductor import check_target
+from gtp_fx.options.options import Options
 from gtp_fx.targets import CPU, TARGETS, Target
-from gtp_fx.timing import Timings
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -34,14 +34,14 @@ def test_a_wheel_has_all_of_the_package_and_nothing_beside_it(wheel: zipfile.Zip
     for inside, folder in installed.items():
         for file in folder.rglob("*.py"):
             assert f"{inside}/{file.relative_to(folder)}" in names
-    assert {"gtp_fx/py.typed", "gtp_fx/data/photo.jpg", "gtp_fx/data/README.md"} <= names
+    assert {"gtp_fx/py.typed", "gtp_fx/cli/data/photo.jpg", "gtp_fx/cli/data/README.md"} <= names
     assert {name.partition("/")[0] for name in names} == {"gtp_fx", f"gtp_fx-{_version()}.dist-info"}
 
 
 def test_its_metadata_name_the_command_the_backend_and_the_readme(wheel: zipfile.ZipFile) -> None:
     about = f"gtp_fx-{_version()}.dist-info"
     points = wheel.read(f"{about}/entry_points.txt").decode()
-    assert "gtp-fx = gtp_fx.cli:main" in points and "gtp = gtp_fx.backend:gtp" in points
+    assert "gtp-fx = gtp_fx.cli.app:main" in points and "gtp = gtp_fx.model.backend:gtp" in points
     metadata = wheel.read(f"{about}/METADATA").decode()
     assert "Description-Content-Type: text/markdown" in metadata and "Requires-Dist: torch>=2.11" in metadata
 
@@ -53,7 +53,7 @@ def test_importing_takes_less_than_a_second_beside_torchs_own() -> None:
 
 
 def test_importing_brings_no_library_of_models_and_no_compiler() -> None:
-    code = "import gtp_fx, gtp_fx.cli, sys; print([m for m in ('timm', 'transformers', 'matplotlib', 'onnx', 'torch._inductor.compile_fx') if m in sys.modules])"
+    code = "import gtp_fx, gtp_fx.cli.app, sys; print([m for m in ('timm', 'transformers', 'matplotlib', 'onnx', 'torch._inductor.compile_fx') if m in sys.modules])"
     assert run(code).strip() == "[]"
 
 
@@ -75,7 +75,7 @@ def test_a_model_of_ones_own_needs_neither_timm_nor_transformers(tmp_path: Path)
 )
 def test_what_needs_one_says_so(arguments: list[str], told: str, tmp_path: Path) -> None:
     (tmp_path / "own_model.py").write_text((ROOT / "examples" / "own_model.py").read_text())
-    code = f"{WITHOUT}import gtp_fx.cli\ntry: gtp_fx.cli.main({arguments!r})\nexcept SystemExit as end: assert end.code == 2"
+    code = f"{WITHOUT}import gtp_fx.cli.app\ntry: gtp_fx.cli.app.main({arguments!r})\nexcept SystemExit as end: assert end.code == 2"
     done = subprocess.run((sys.executable, "-c", code), cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and done.stderr.startswith("gtp-fx: ") and told in done.stderr, done.stderr
     assert "Traceback" not in done.stderr

@@ -21,12 +21,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from gtp_fx import site_probes
 from gtp_fx.kernels import token_graph, tuned
 from gtp_fx.kernels.available import load_kernels
 from gtp_fx.kernels.tiles import ROW_FITS, AttentionTile, GraphTile, attention_tiles
+from gtp_fx.measure import site_probes, tune_kernels
+from gtp_fx.measure.timing import Run, Timings
 from gtp_fx.ops.attention import SCORES
-from gtp_fx.timing import Run, Timings
 
 from compiled_kernels import CAPABILITIES, Compiled
 
@@ -548,7 +548,7 @@ def test_tiles_are_timed_kept_and_taken(monkeypatch: pytest.MonkeyPatch, tmp_pat
         return Timings({name: (1 / place,) for place, name in enumerate(runs, start=1)})
 
     monkeypatch.setattr(tuned, "interleave", slow_first)
-    found = tuned.tune_tiles(torch.device(DEVICE), torch.float16, sizes=[(20, 16)])
+    found = tune_kernels.tune_tiles(torch.device(DEVICE), torch.float16, sizes=[(20, 16)])
     candidates = attention_tiles(20, 16, torch.float16)
     assert found == {f"32 16 {torch.float16}": candidates[-1]} and len(candidates) == 4
     assert tuned.measured_tiles("a GPU") == {}

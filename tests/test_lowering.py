@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 import gtp_fx
 from gtp_fx.kernels.available import has_kernels
 from gtp_fx.kernels.stock_attention import StockAttention, stock_attention
-from gtp_fx.passes.lower.triton_kernels import lower_to_kernels, lowered
+from gtp_fx.passes.lower.triton_kernels import lowered, triton_kernels
 from gtp_fx.strategies import Strategy
 
 from graphs_by_hand import traced
@@ -47,7 +47,7 @@ def check(
     fast = gtp_fx.optimize(model.to(DEVICE), strategy=strategy, compile=False, **budget)
     plain = fast.graph_module
     before = calls(plain)
-    kernels = lower_to_kernels(plain, None if told == "kernel" else HERE, told)
+    kernels = triton_kernels(plain, None if told == "kernel" else HERE, told)
     assert calls(plain) == before, "a pass leaves its input alone"
     wanted, found = plain(x.to(DEVICE)), kernels(x.to(DEVICE))
     pairs = [(found, wanted)] if isinstance(found, torch.Tensor) else zip(found, wanted, strict=True)
@@ -117,13 +117,13 @@ def test_the_form_is_what_the_device_has_at_speed() -> None:
     row = BY_NAME["deit"]
     paper = gtp_fx.GTP.paper()
     fast = gtp_fx.optimize(build(row).bfloat16(), schedule=[30, 20, 0], strategy=paper, compile=False).graph_module
-    assert kernels_in(lower_to_kernels(fast, HOPPER)) == ["cudnn", "cudnn", "stock"]
-    assert kernels_in(lower_to_kernels(fast, AMPERE)) == ["flash", "flash", "stock"]
-    assert kernels_in(lower_to_kernels(fast, AMPERE, "kernel")) == ["flash", "attend", "attend"]
-    assert kernels_in(lower_to_kernels(fast, AMPERE, "mask")) == ["flash", "flash", "stock"]
-    assert kernels_in(lower_to_kernels(fast, HOPPER, "kernel")) == ["cudnn", "attend", "attend"]
+    assert kernels_in(triton_kernels(fast, HOPPER)) == ["cudnn", "cudnn", "stock"]
+    assert kernels_in(triton_kernels(fast, AMPERE)) == ["flash", "flash", "stock"]
+    assert kernels_in(triton_kernels(fast, AMPERE, "kernel")) == ["flash", "attend", "attend"]
+    assert kernels_in(triton_kernels(fast, AMPERE, "mask")) == ["flash", "flash", "stock"]
+    assert kernels_in(triton_kernels(fast, HOPPER, "kernel")) == ["cudnn", "attend", "attend"]
     single = gtp_fx.optimize(build(row), schedule=[30, 20, 0], strategy=paper, compile=False).graph_module
-    assert kernels_in(lower_to_kernels(single, HOPPER)) == ["attend"] * 3
+    assert kernels_in(triton_kernels(single, HOPPER)) == ["attend"] * 3
 
 
 def attention_of(
@@ -148,20 +148,20 @@ def test_what_stock_attention_does_not_take_is_a_kernel_or_stays() -> None:
     """float32, which stays above 256 keys; a bias; heads that are no multiple of 8, or too large for any kernel of ours; and our kernel
     finds the largest logit before it scales, which must be by more than 0."""
     half, single = torch.bfloat16, torch.float32
-    assert kernels_in(lower_to_kernels(attention_of(40, 64, half), None)) == ["attend"] * 3
+    assert kernels_in(triton_kernels(attention_of(40, 64, half), None)) == ["attend"] * 3
     for taken in (
         attention_of(256, 64, single),
         attention_of(40, 64, half, biased=True),
         attention_of(40, 20, half),
     ):
-        assert kernels_in(lower_to_kernels(taken, HOPPER)) == ["attend"] * 3
+        assert kernels_in(triton_kernels(taken, HOPPER)) == ["attend"] * 3
     for left in (
         attention_of(257, 64, single),
         attention_of(40, 160, half),
         attention_of(40, 20, half, scale=0.0),
         attention_of(40, 20, half, scale=-0.125),
     ):
-        assert kernels_in(lower_to_kernels(left, HOPPER)) == ["composite", "composite", "stock"]
+        assert kernels_in(triton_kernels(left, HOPPER)) == ["composite", "composite", "stock"]
 
 
 def test_what_torch_would_choose() -> None:
@@ -216,8 +216,7 @@ def test_the_add_before_a_site_and_the_norm_behind_it_are_the_kernels(name: str,
     """Of two sites: norms, adds, and LayerScale's products where there are any."""
     fast = gtp_fx.optimize(build(BY_NAME[name]), schedule=[20, 20, 0], compile=False)
     before, after = (
-        Counter(node.target for node in gm.graph.nodes)
-        for gm in (fast.graph_module, lower_to_kernels(fast.graph_module))
+        Counter(node.target for node in gm.graph.nodes) for gm in (fast.graph_module, triton_kernels(fast.graph_module))
     )
     targets = (aten.layer_norm.default, aten.add.Tensor, aten.mul.Tensor)
     assert tuple(before[target] - after[target] for target in targets) == fewer
@@ -230,7 +229,7 @@ def test_an_add_that_others_read_stays() -> None:
     fast = gtp_fx.optimize(model, strategy=gtp_fx.GTP(recovery="update"), schedule=[30, 0, 0], compile=False)
     (site,) = (
         node
-        for node in lower_to_kernels(fast.graph_module).graph.nodes
+        for node in triton_kernels(fast.graph_module).graph.nodes
         if node.target is torch.ops.gtp_fx_kernels.propagate.default
     )
     stream, residual, *_ = site.args
@@ -263,16 +262,6 @@ def test_what_no_kernel_is_made_for_stays() -> None:
     assert (left["gtp_fx.token_graph"], left["gtp_fx_kernels.token_graph"]) == (1, 0)
 
 
-def test_thresholds_are_the_kernels() -> None:
-    """Where they take the place of ranking maps, no map is needed."""
-    row = BY_NAME["vit"]
-    model, x = build(row), images(row, 1)
-    exact = gtp_fx.optimize(model, schedule=[20, 20, 0], strategy=gtp_fx.GTP(attention_sparsity=0.8), compile=False)
-    strategy = gtp_fx.GTP(attention_sparsity=0.8, thresholds=exact.attention_thresholds(x))
-    left = check(model, x, strategy, schedule=[20, 20, 0])
-    assert left["gtp_fx.attention_with_scores"] == 0 and left["gtp_fx_kernels.attend"] == 3
-
-
 OTHERS: list[tuple[Strategy, list[int]]] = [
     (gtp_fx.ToMe(), [30, 20, 0]),
     (gtp_fx.TopK(), [30, 20, 0]),
@@ -299,7 +288,7 @@ def test_kernels_take_any_batch_and_gradients() -> None:
     row = BY_NAME["vit"]
     model, x = build(row).to(DEVICE), images(row, 3).to(DEVICE)
     fast = gtp_fx.optimize(model, schedule=[20, 0, 0], compile=False)
-    kernels = lower_to_kernels(fast.graph_module, HERE)
+    kernels = triton_kernels(fast.graph_module, HERE)
     weight = model.blocks[0].attn.qkv.weight
     found, wanted = (torch.autograd.grad(run(x).square().sum(), weight)[0] for run in (kernels, fast))
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gtp_fx.ops.attention import SCORES
-from gtp_fx.ops.graph import GRAPHS
 from gtp_fx.ops.register import shapes_of
+from gtp_fx.ops.token_graph import GRAPHS
 
 ops = torch.ops.gtp_fx
 GRID = [4, 3]

@@ -11,16 +11,17 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.ops import aten
 
-from gtp_fx.graphs import set_args
-from gtp_fx.infer import infer_types
-from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
-from gtp_fx.passes.find_blocks import find_blocks, read_blocks
-from gtp_fx.passes.fold_constants import fold_constants
-from gtp_fx.passes.liveness import ALL, live_tokens
-from gtp_fx.passes.normalise import normalise
-from gtp_fx.passes.spell_attention import spell_attention
-from gtp_fx.passes.split_projections import split_projections
-from gtp_fx.shapes import InconsistentGraph, propagate_shapes
+from gtp_fx.analysis.blocks import read_blocks
+from gtp_fx.analysis.liveness import ALL, live_tokens
+from gtp_fx.graph.edit import set_args
+from gtp_fx.graph.verify import InconsistentGraph, propagate_shapes
+from gtp_fx.passes.exact.drop_dead_tokens import drop_dead_tokens
+from gtp_fx.passes.exact.drop_trivial_masks import drop_trivial_masks
+from gtp_fx.passes.exact.fuse_attention import fuse_attention
+from gtp_fx.passes.exact.mark_blocks import mark_blocks
+from gtp_fx.passes.exact.normalise import normalise
+from gtp_fx.passes.exact.split_projections import split_projections
+from gtp_fx.types.infer import infer_types
 
 from graphs_by_hand import calls, node, patches, traced
 
@@ -73,7 +74,7 @@ SPELLINGS = {
 def test_attention_in_any_spelling_becomes_one_operator(name: str) -> None:
     q, k, v, bias = (torch.randn(2, 3, 5, n, generator=torch.Generator().manual_seed(n)) for n in (4, 4, 4, 5))
     gm = traced(SPELLINGS[name], q, k, v, bias)
-    spelled_out = spell_attention(normalise(gm))
+    spelled_out = fuse_attention(normalise(gm))
     assert calls(spelled_out, aten.scaled_dot_product_attention.default) == 1
     assert not calls(spelled_out, aten.softmax.int)
     torch.testing.assert_close(spelled_out(q, k, v, bias), gm(q, k, v, bias))
@@ -93,7 +94,7 @@ def merged_heads(image: Tensor, embed: Tensor, qkv: Tensor, heads_first: bool = 
 def test_heads_that_are_merged_with_images_are_told_apart_or_left(heads_first: bool) -> None:
     """4 heads of 2 images: a site has to know whose scores are whose."""
     gm = normalise(traced(lambda *inputs: merged_heads(*inputs, heads_first=heads_first), *INPUTS[:3]))
-    spelled_out = spell_attention(gm)
+    spelled_out = fuse_attention(gm)
     assert calls(spelled_out, aten.scaled_dot_product_attention.default) == (not heads_first)
     torch.testing.assert_close(spelled_out(*INPUTS[:3]), gm(*INPUTS[:3]))
 
@@ -114,7 +115,7 @@ def test_heads_that_are_merged_with_images_are_told_apart_or_left(heads_first: b
 def test_attention_that_is_another_function_stays_as_it_is(function: Callable[..., Tensor]) -> None:
     q, k, v, bias = (torch.randn(2, 3, 5, n, generator=torch.Generator().manual_seed(n)) for n in (4, 4, 4, 5))
     gm = normalise(traced(function, q, k, v, bias))
-    assert spelled(spell_attention(gm)) == spelled(gm)
+    assert spelled(fuse_attention(gm)) == spelled(gm)
 
 
 def all_true(x: Tensor) -> Tensor:
@@ -125,11 +126,11 @@ def all_true(x: Tensor) -> Tensor:
 
 def test_a_mask_that_hides_nothing_goes() -> None:
     q = torch.randn(2, 3, 5, 4)
-    gm = fold_constants(traced(lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=all_true(q)), q))
+    gm = drop_trivial_masks(traced(lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=all_true(q)), q))
     assert spelled(gm) == ["aten.scaled_dot_product_attention.default"]
     assert node(gm, aten.scaled_dot_product_attention.default).args[3] is None
     zero = traced(lambda x: x * 2.0 + torch.where(torch.arange(4) >= 0, torch.zeros(()), -1e9), q)
-    assert spelled(fold_constants(zero)) == ["aten.mul.Tensor"]
+    assert spelled(drop_trivial_masks(zero)) == ["aten.mul.Tensor"]
 
 
 def test_a_mask_that_hides_something_or_comes_from_an_input_stays() -> None:
@@ -143,7 +144,7 @@ def test_a_mask_that_hides_something_or_comes_from_an_input_stays() -> None:
 
     for function in (masked, given):
         gm = traced(function, q)
-        assert spelled(fold_constants(gm)) == spelled(gm)
+        assert spelled(drop_trivial_masks(gm)) == spelled(gm)
 
 
 def test_normalise_strips_what_says_nothing() -> None:
@@ -164,7 +165,7 @@ def test_normalise_keeps_a_copy_of_an_input() -> None:
 
 
 def test_blocks_are_found_by_what_attention_adds_to() -> None:
-    blocks = read_blocks(find_blocks(traced(cls_head, *INPUTS)))
+    blocks = read_blocks(mark_blocks(traced(cls_head, *INPUTS)))
     assert [b.index for b in blocks] == [0, 1]
     assert all(b.refusal is None and b.site is not None and b.stream is not None for b in blocks)
     assert blocks[1].stream is blocks[0].site
@@ -181,7 +182,7 @@ def test_a_parallel_branch_is_not_taken_for_the_residual() -> None:
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 13, 8)
         return (x + (attended + F.gelu(x)))[:, 0]
 
-    gm = find_blocks(traced(parallel, *INPUTS))
+    gm = mark_blocks(traced(parallel, *INPUTS))
     (found,) = read_blocks(gm)
     assert found.site is node(gm, aten.add.Tensor, 1)
     assert found.stream is node(gm, aten.cat.default)
@@ -198,7 +199,7 @@ def test_attention_over_channels_or_to_other_tokens_is_no_block() -> None:
         return F.scaled_dot_product_attention(cls.expand(2, -1, -1), x, x)[:, 0]
 
     for function in (over_channels, pooled):
-        assert read_blocks(find_blocks(traced(function, *INPUTS))) == ()
+        assert read_blocks(mark_blocks(traced(function, *INPUTS))) == ()
 
 
 def test_liveness_counts_the_leading_tokens_that_are_read() -> None:
@@ -211,7 +212,7 @@ def test_liveness_counts_the_leading_tokens_that_are_read() -> None:
 
 
 def test_dead_tokens_are_dropped_exactly() -> None:
-    gm = find_blocks(normalise(traced(cls_head, *INPUTS)))
+    gm = mark_blocks(normalise(traced(cls_head, *INPUTS)))
     split = split_projections(gm)
     propagate_shapes(split, "split_projections")
     dropped = drop_dead_tokens(split)
@@ -254,7 +255,7 @@ def test_only_the_projection_whose_parts_differ_is_split() -> None:
 
 
 def test_whole_maps_keep_every_query() -> None:
-    gm = find_blocks(normalise(traced(cls_head, *INPUTS)))
+    gm = mark_blocks(normalise(traced(cls_head, *INPUTS)))
     dropped = drop_dead_tokens(gm, whole_maps=True)
     propagate_shapes(dropped, "drop_dead_tokens")
     last = node(dropped, aten.scaled_dot_product_attention.default, 1)
@@ -263,7 +264,7 @@ def test_whole_maps_keep_every_query() -> None:
 
 
 def test_pooled_heads_are_left_unchanged() -> None:
-    gm = find_blocks(normalise(traced(mean_head, *INPUTS)))
+    gm = mark_blocks(normalise(traced(mean_head, *INPUTS)))
     for rewrite in (split_projections, drop_dead_tokens):
         assert spelled(rewrite(gm)) == spelled(gm)
 
@@ -271,7 +272,7 @@ def test_pooled_heads_are_left_unchanged() -> None:
 def test_passes_never_touch_their_input() -> None:
     gm = traced(cls_head, *INPUTS)
     before = gm.print_readable(print_output=False), [dict(n.meta) for n in gm.graph.nodes]
-    marked = find_blocks(normalise(gm))
+    marked = mark_blocks(normalise(gm))
     drop_dead_tokens(split_projections(marked))
     assert (gm.print_readable(print_output=False), [dict(n.meta) for n in gm.graph.nodes]) == before
 

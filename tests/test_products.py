@@ -12,11 +12,11 @@ from torch import Tensor, fx
 from torch.ops import aten
 from torch.utils.flop_counter import FlopCounterMode
 
-from gtp_fx.cost.count import count_flops
-from gtp_fx.passes.fuse_projections import fuse_projections
-from gtp_fx.passes.normalise import normalise
-from gtp_fx.passes.spell_einsum import spell_einsum
-from gtp_fx.shapes import propagate_shapes
+from gtp_fx.graph.verify import propagate_shapes
+from gtp_fx.passes.exact.einsum_to_matmul import einsum_to_matmul
+from gtp_fx.passes.exact.fuse_projections import fuse_projections
+from gtp_fx.passes.exact.normalise import normalise
+from gtp_fx.plan.cost.count import count_flops
 
 from graphs_by_hand import calls, traced
 
@@ -43,7 +43,7 @@ def spelled(gm: fx.GraphModule) -> list[str]:
 def test_an_einsum_that_is_a_matrix_product_becomes_one(equation: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
     gm = traced(lambda x, y: torch.einsum(equation, x, y), noise(*a), noise(*b))
     assert calls(gm, aten.einsum.default) == 1
-    product = spell_einsum(gm)
+    product = einsum_to_matmul(gm)
     assert (calls(product, aten.einsum.default), calls(product, aten.matmul.default)) == (0, 1)
     torch.testing.assert_close(product(noise(*a), noise(*b)), gm(noise(*a), noise(*b)))
 
@@ -62,7 +62,7 @@ def test_an_einsum_that_is_a_matrix_product_becomes_one(equation: str, a: tuple[
 )
 def test_an_einsum_that_is_something_else_stays(equation: str, shapes: list[tuple[int, ...]]) -> None:
     gm = traced(lambda *tensors: torch.einsum(equation, *tensors), *(noise(*shape) for shape in shapes))
-    assert spelled(spell_einsum(gm)) == spelled(gm)
+    assert spelled(einsum_to_matmul(gm)) == spelled(gm)
 
 
 @pytest.mark.parametrize(

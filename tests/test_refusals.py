@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gtp_fx
-from gtp_fx.backend import gtp
+from gtp_fx.model.backend import gtp
 
 from zoo import BY_NAME, build
 

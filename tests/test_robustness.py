@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import gtp_fx
-from gtp_fx.loading import LoadError
-from gtp_fx.sources import load_named
+from gtp_fx.cli.models import load_named
+from gtp_fx.cli.weights import LoadError
 
 from zoo import enliven
 

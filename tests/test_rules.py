@@ -28,26 +28,28 @@ from torch.ops import aten
 from torch.ops import gtp_fx as ops
 
 import gtp_fx
-from gtp_fx.axes import Dim, Grid, GridAxis, Plain, TokenAxis, plain, token_axis
-from gtp_fx.coercions import find_coercions
-from gtp_fx.config import Options
-from gtp_fx.cost.count import count_flops
+from gtp_fx.analysis.blocks import read_blocks
 from gtp_fx.errors import UnsupportedModelError
-from gtp_fx.graphs import call, copy_of, finish
-from gtp_fx.infer import Typing, infer_types
-from gtp_fx.passes.drop_dead_tokens import drop_dead_tokens
-from gtp_fx.passes.find_blocks import find_blocks, read_blocks
-from gtp_fx.passes.insert_propagation import SITE, insert_propagation
-from gtp_fx.plan import Plan
-from gtp_fx.planning import Original, Planned, make_plan
-from gtp_fx.rules import registry
-from gtp_fx.rules.contraction import _join_dim as join_summed
-from gtp_fx.rules.layout import regroup
-from gtp_fx.rules.ranges import getitem
-from gtp_fx.rules.registry import Many, NoRule, Output
-from gtp_fx.schedule import Schedule
-from gtp_fx.shapes import check_outputs, propagate_shapes
-from gtp_fx.sizes import is_symbolic, per_image
+from gtp_fx.graph.edit import call, copy_of, finish
+from gtp_fx.graph.symbols import is_symbolic, per_image
+from gtp_fx.graph.verify import check_outputs, propagate_shapes
+from gtp_fx.options.options import Options
+from gtp_fx.options.schedule import Schedule
+from gtp_fx.passes.exact.drop_dead_tokens import drop_dead_tokens
+from gtp_fx.passes.exact.mark_blocks import mark_blocks
+from gtp_fx.passes.reduce.remove_tokens import SITE, remove_tokens
+from gtp_fx.passes.runner import apply_plan_unverified
+from gtp_fx.plan.cost.count import count_flops
+from gtp_fx.plan.make_plan import Original, Planned, make_plan
+from gtp_fx.plan.plan import Plan
+from gtp_fx.types.axes import Dim, Grid, GridAxis, Plain, TokenAxis, plain, token_axis
+from gtp_fx.types.coercions import find_coercions
+from gtp_fx.types.infer import Typing, infer_types
+from gtp_fx.types.rules import registry
+from gtp_fx.types.rules.contraction import _join_dim as join_summed
+from gtp_fx.types.rules.layout import regroup
+from gtp_fx.types.rules.ranges import getitem
+from gtp_fx.types.rules.registry import Many, NoRule, Output
 
 from graphs_by_hand import patches, traced
 from rule_rows import ROWS as OTHER_ROWS
@@ -118,7 +120,7 @@ def graph_of(row: Row | Refused) -> fx.GraphModule:
         have |= {"old": old, "memory": old}
         return row.function(block(old, qkv), **{name: have[name] for name in beside(row)})
 
-    return find_blocks(traced(run, *map(fake, inputs(row))))
+    return mark_blocks(traced(run, *map(fake, inputs(row))))
 
 
 MODE = FakeTensorMode(shape_env=ShapeEnv())
@@ -205,8 +207,8 @@ def test_numbers_behind_a_site(row: Row) -> None:
     """
     gm = graph_of(row)
     planned = plan_of(gm)
-    shorter = insert_propagation(gm, planned.plan)
-    propagate_shapes(shorter, "insert_propagation")
+    shorter = remove_tokens(gm, planned.plan)
+    propagate_shapes(shorter, "remove_tokens")
     check_outputs(gm, shorter)
     assert count_flops(shorter.graph) == planned.flops
     run = fx.Interpreter(shorter, garbage_collect_values=False)
@@ -225,8 +227,8 @@ def test_numbers_behind_a_site(row: Row) -> None:
 def test_unchanged_where_nothing_leaves(row: Row) -> None:
     gm = finish(copy_of(graph_of(row)))  # without what nothing reads
     blocks = len(read_blocks(gm))
-    same = insert_propagation(gm, Plan(Schedule((0,) * blocks, (12,) * blocks), (), STRATEGY))
-    propagate_shapes(same, "insert_propagation")
+    same = remove_tokens(gm, Plan(Schedule((0,) * blocks, (12,) * blocks), (), STRATEGY))
+    propagate_shapes(same, "remove_tokens")
     assert calls(same) == calls(gm)
     torch.manual_seed(0)
     wanted = gm(*inputs(row))
@@ -268,7 +270,7 @@ def calls(gm: fx.GraphModule) -> list[Any]:
 def plan_of(gm: fx.GraphModule) -> Planned:
     counts = [LEAVE] + [0] * (len(read_blocks(gm)) - 1)
     options = Options.of(schedule=counts, strategy=STRATEGY)
-    return make_plan(gm, options, Original(gm.graph, count_flops(gm.graph)))
+    return make_plan(gm, options, Original(gm.graph, count_flops(gm.graph)), apply_plan_unverified)
 
 
 def by_hand(row: Row, values: Mapping[fx.Node, Any]) -> Tensor:

@@ -11,20 +11,20 @@ from test_windows import SWIN
 from torch import fx
 
 import gtp_fx
-from gtp_fx.axes import Grid, TokenAxis, TokenDomain
-from gtp_fx.capture import capture_module
-from gtp_fx.config import Options
-from gtp_fx.cost.chains import Chain, CostModel, tokens_left
-from gtp_fx.cost.closed_form import flops_model
-from gtp_fx.cost.site import Site
-from gtp_fx.damage.prior import prior_damage
-from gtp_fx.damage.tables import Damage
-from gtp_fx.inputs import call_signature
-from gtp_fx.passes.find_blocks import read_blocks
-from gtp_fx.pipeline import run_exact_passes
-from gtp_fx.scheduling import _WORTH, few_sites, least_damage
-from gtp_fx.sites import find_sites
-from gtp_fx.solver import OverBudget, Steps, solve
+from gtp_fx.analysis.blocks import read_blocks
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.module import capture_module
+from gtp_fx.model.pipeline import run_exact_passes
+from gtp_fx.options.options import Options
+from gtp_fx.plan.cost.chains import Chain, CostModel, tokens_left
+from gtp_fx.plan.cost.closed_form import flops_model
+from gtp_fx.plan.damage.prior import prior_damage
+from gtp_fx.plan.damage.tables import Damage
+from gtp_fx.plan.find_sites import find_sites
+from gtp_fx.plan.least_damage import _WORTH, few_sites, least_damage
+from gtp_fx.plan.shortest_path import OverBudget, Steps, solve
+from gtp_fx.plan.site import Site
+from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
 
 from zoo import BY_NAME, build, images
 

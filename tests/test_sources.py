@@ -10,9 +10,9 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from gtp_fx import cli
-from gtp_fx.loading import LoadError
-from gtp_fx.sources import load_named, named_on_meta
+from gtp_fx.cli import app as cli
+from gtp_fx.cli.models import load_named, named_on_meta
+from gtp_fx.cli.weights import LoadError
 
 TINY = transformers.ViTConfig(
     hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=96, num_labels=7

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.ops import aten
 
-from gtp_fx.passes.normalise import normalise
-from gtp_fx.passes.spell_attention import spell_attention
-from gtp_fx.sizes import shape_of
+from gtp_fx.graph.symbols import shape_of
+from gtp_fx.passes.exact.fuse_attention import fuse_attention
+from gtp_fx.passes.exact.normalise import normalise
 
 from graphs_by_hand import calls, node, patches, traced
 
@@ -36,7 +36,7 @@ def by_window(q: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
 def test_a_mask_for_each_window_becomes_a_bias(heads: int) -> None:
     inputs = (Q, BIAS, noise(1, WINDOWS, heads, TOKENS, TOKENS))
     gm = normalise(traced(by_window, *inputs))
-    spelled = spell_attention(gm)
+    spelled = fuse_attention(gm)
     assert calls(spelled, aten.scaled_dot_product_attention.default) == 1
     assert not calls(spelled, aten.softmax.int)
     torch.testing.assert_close(spelled(*inputs), gm(*inputs))
@@ -49,8 +49,8 @@ def test_added_twice_it_counts_twice() -> None:
         traced(lambda q, bias, mask: by_window(q, bias, mask + mask) + by_window(q, bias, mask) * 0, *inputs)
     )
     twice = normalise(traced(_twice, *inputs))
-    assert calls(spell_attention(twice), aten.scaled_dot_product_attention.default) == 1
-    torch.testing.assert_close(spell_attention(twice)(*inputs), gm(*inputs))
+    assert calls(fuse_attention(twice), aten.scaled_dot_product_attention.default) == 1
+    torch.testing.assert_close(fuse_attention(twice)(*inputs), gm(*inputs))
 
 
 def _twice(q: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def _twice(q: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
 def test_a_mask_of_another_kind_is_left_where_it_is(shape: tuple[int, ...]) -> None:
     inputs = (Q, BIAS, noise(*shape))
     gm = normalise(traced(by_window, *inputs))
-    assert calls(spell_attention(gm), aten.softmax.int) == 1
-    torch.testing.assert_close(spell_attention(gm)(*inputs), gm(*inputs))
+    assert calls(fuse_attention(gm), aten.softmax.int) == 1
+    torch.testing.assert_close(fuse_attention(gm)(*inputs), gm(*inputs))
 
 
 IMAGE, EMBED, QKV = noise(2, 3, 8, 6), noise(8, 3, 2, 2) * 0.3, noise(24, 8)
@@ -84,7 +84,7 @@ def merged(image: Tensor, embed: Tensor, qkv: Tensor, heads_first: bool = False)
 
 def test_heads_that_fused_attention_has_beside_images_get_their_dimension() -> None:
     gm = normalise(traced(lambda *inputs: merged(*inputs), IMAGE, EMBED, QKV))
-    separate = spell_attention(gm)
+    separate = fuse_attention(gm)
     attention = node(separate, aten.scaled_dot_product_attention.default)
     assert [shape_of(x) for x in node(gm, aten.scaled_dot_product_attention.default).args[:1]] == [(8, 12, 2)]
     assert attention.args[0].args[1] == [-1, 4, 12, 2]  # type: ignore[union-attr]
@@ -93,5 +93,5 @@ def test_heads_that_fused_attention_has_beside_images_get_their_dimension() -> N
 
 def test_heads_before_images_stay_merged() -> None:
     gm = normalise(traced(lambda *inputs: merged(*inputs, heads_first=True), IMAGE, EMBED, QKV))
-    separate = spell_attention(gm)
+    separate = fuse_attention(gm)
     assert [str(n.target) for n in separate.graph.nodes] == [str(n.target) for n in gm.graph.nodes]

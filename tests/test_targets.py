@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import gtp_fx
-from gtp_fx import tuning
-from gtp_fx.cost.seconds import seconds
-from gtp_fx.cost.work import KINDS, Work
+from gtp_fx.measure import tune_target as tuning
+from gtp_fx.plan.cost.seconds import seconds
 from gtp_fx.targets import CPU, TARGETS, Curve, Target, detect, listed, target_named
 from gtp_fx.targets.tuned import as_dict, from_dict, load_tuned, save_tuned, tuned_file
+from gtp_fx.targets.work import KINDS, Work
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
@@ -178,7 +178,7 @@ def test_tune_measures_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled and one round: that it runs and covers all kinds; its figures are for a quiet machine."""
     monkeypatch.setattr(tuning, "_compiled", tuning._bound)
     steps: list[tuple[str, int, int]] = []
-    target = tuning.tune(listed("cpu"), rounds=1, progress=lambda *step: steps.append(step))
+    target = tuning.tune_target(listed("cpu"), rounds=1, progress=lambda *step: steps.append(step))
     assert set(target.curves) == set(KINDS)
     assert target.measured.endswith("float32, medians of 1 rounds")
     assert steps[-1][1] == steps[-1][2], "the bar ends full"

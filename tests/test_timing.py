@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gtp_fx.errors import GtpError
-from gtp_fx.timing import (
+from gtp_fx.measure.timing import (
     Run,
     Spread,
     Timings,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.ops import aten
 
-from gtp_fx.axes import (
+from gtp_fx.types.axes import (
     Grid,
     GridAxis,
     Plain,
@@ -21,10 +21,10 @@ from gtp_fx.axes import (
     split_tokens,
     token_axis,
 )
-from gtp_fx.coercions import find_coercions
-from gtp_fx.infer import infer_types
-from gtp_fx.rules.layout import regroup
-from gtp_fx.rules.registry import NoRule
+from gtp_fx.types.coercions import find_coercions
+from gtp_fx.types.infer import infer_types
+from gtp_fx.types.rules.layout import regroup
+from gtp_fx.types.rules.registry import NoRule
 
 from graphs_by_hand import node, patches, traced
 

@@ -26,21 +26,22 @@ from torchvision.models.swin_transformer import SwinTransformer
 import gtp_fx
 from bench.dynamo_door import Door
 from bench.live_weights import enliven
-from gtp_fx.axes import Plain, TensorType
-from gtp_fx.branches import Branch
-from gtp_fx.capture import capture_module
-from gtp_fx.drawing import draw_journeys
-from gtp_fx.infer import infer_types
-from gtp_fx.inputs import call_signature
-from gtp_fx.journeys import SkipView, journeys
-from gtp_fx.layouts import by_window, convert, image_layout
-from gtp_fx.passes.find_blocks import find_blocks, read_blocks
-from gtp_fx.passes.fold_constants import fold_constants
-from gtp_fx.passes.insert_branches import insert_branches
-from gtp_fx.passes.normalise import normalise
-from gtp_fx.passes.spell_attention import spell_attention
-from gtp_fx.passes.spell_einsum import spell_einsum
-from gtp_fx.shapes import propagate_shapes
+from gtp_fx.analysis.blocks import read_blocks
+from gtp_fx.analysis.branches import Branch
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.module import capture_module
+from gtp_fx.graph.verify import propagate_shapes
+from gtp_fx.passes.exact.drop_trivial_masks import drop_trivial_masks
+from gtp_fx.passes.exact.einsum_to_matmul import einsum_to_matmul
+from gtp_fx.passes.exact.fuse_attention import fuse_attention
+from gtp_fx.passes.exact.mark_blocks import mark_blocks
+from gtp_fx.passes.exact.normalise import normalise
+from gtp_fx.passes.reduce.skip_branches import skip_branches
+from gtp_fx.report.draw_token_flow import draw_journeys
+from gtp_fx.report.token_flow import SkipView, journeys
+from gtp_fx.types.axes import Plain, TensorType
+from gtp_fx.types.infer import infer_types
+from gtp_fx.types.layouts import by_window, convert, image_layout
 
 import reference_windows as oracles
 from reference import select
@@ -328,7 +329,7 @@ def test_journeys_say_which_patches_skip(family: Family, tmp_path: Path) -> None
     """Rolled, padded, pooled: where on the image a window's tokens are, and padding is nowhere."""
     model, x = family.model(), family.inputs(batch=1)
     fast = gtp_fx.optimize(model, schedule=family.schedule, example_inputs=family.inputs(), compile=False)
-    views = journeys(fast, x)
+    views = journeys(fast.graph_module, fast.sites, fast.report.sites, x)
     hand = on(family, model, family.blocks, idle=True)
     hand(x)
     assert len(views) == len(family.blocks)
@@ -345,7 +346,7 @@ def marked(family: Family) -> fx.GraphModule:
     """Its graph, blocks marked, as the rewriting passes find it; they change copies."""
     model = family.model()
     gm = capture_module(model, call_signature(model, family.inputs()))
-    for rewrite in (normalise, fold_constants, spell_einsum, spell_attention, find_blocks):
+    for rewrite in (normalise, drop_trivial_masks, einsum_to_matmul, fuse_attention, mark_blocks):
         gm = rewrite(gm)
         propagate_shapes(gm, after=rewrite.__name__)
     return gm
@@ -413,7 +414,7 @@ def test_recovering_nothing_everywhere_is_the_original(family: Family) -> None:
     gm = marked(family)
     indices = [block.index for block in read_blocks(gm) if block.branch is not None]
     plan: Any = Skips(dict.fromkeys(indices, 0), gtp_fx.GTP())
-    whole = insert_branches(gm, plan)
+    whole = skip_branches(gm, plan)
     recovers = [node for node in whole.graph.nodes if node.target is torch.ops.gtp_fx.recover.default]
     assert len(recovers) == len(indices) == len(family.branched)
     made, wanted = whole(x), tensors(model(x))

@@ -32,7 +32,7 @@ def _shapes(q, k, v, bias, scales, thresholds, scale, score, prefix, suffix, til
     return out, q.new_empty(batch, ranked, dtype=torch.float32)
 
 
-@shaped(_shapes)
+@shaped("attend", _shapes)
 @torch.library.triton_op("gtp_fx_kernels::attend", mutates_args={})
 def attend(
     q: Tensor,

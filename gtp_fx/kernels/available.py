@@ -41,19 +41,20 @@ class Kernels:
 
 def load_kernels() -> Kernels:
     """Registers them. Raises ImportError where Triton isn't installed."""
-    names = ("token_graph", "attention", "scores", "select", "propagate", "recover")
-    token_graph, attention, scores, select, propagate, recover = (
-        importlib.import_module(f"gtp_fx.kernels.{name}") for name in names
-    )
+    modules = {
+        name: importlib.import_module(f"gtp_fx.kernels.{name}")
+        for name in ("token_graph", "attention", "scores", "select", "propagate", "recover")
+    }
+    kernels = torch.ops.gtp_fx_kernels
     return Kernels(
-        token_graph=token_graph.token_graph._opoverload,
-        attend=attention.attend._opoverload,
-        attention_scores=scores.attention_scores._opoverload,
-        select=select.select._opoverload,
-        propagate=propagate.propagate._opoverload,
-        recover=recover.recover._opoverload,
-        most_neighbors=token_graph.MOST_NEIGHBORS,
-        heads=attention.HEADS,
-        most_cells=select.MOST_CELLS,
-        most_channels=propagate.MOST_CHANNELS,
+        token_graph=kernels.token_graph.default,
+        attend=kernels.attend.default,
+        attention_scores=kernels.attention_scores.default,
+        select=kernels.select.default,
+        propagate=kernels.propagate.default,
+        recover=kernels.recover.default,
+        most_neighbors=modules["token_graph"].MOST_NEIGHBORS,
+        heads=modules["attention"].HEADS,
+        most_cells=modules["select"].MOST_CELLS,
+        most_channels=modules["propagate"].MOST_CHANNELS,
     )

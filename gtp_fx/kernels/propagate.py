@@ -17,9 +17,9 @@ from gtp_fx.kernels.backward import differentiable
 from gtp_fx.kernels.launch import launcher
 from gtp_fx.kernels.tile_ops import INTERPRETED
 from gtp_fx.kernels.tiles import PropagationTile, power_of_two, propagation_tiles
-from gtp_fx.ops.graph import propagation_weights
 from gtp_fx.ops.propagate import propagate as propagate_reference
 from gtp_fx.ops.register import shaped
+from gtp_fx.ops.token_graph import propagation_weights
 
 MOST_CHANNELS = 8_192
 """A row of the stream is held in registers."""
@@ -150,7 +150,7 @@ def _shapes(x, residual, near, degree, kept, leaving, kept_cell, leaving_cell, p
     return shorter, x.new_empty(kept.shape if tells else (0,), dtype=torch.float32), normed
 
 
-@shaped(_shapes)
+@shaped("propagate", _shapes)
 @torch.library.triton_op("gtp_fx_kernels::propagate", mutates_args={})
 def propagate(
     x: Tensor,

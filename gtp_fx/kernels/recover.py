@@ -14,9 +14,9 @@ from gtp_fx.kernels.backward import differentiable
 from gtp_fx.kernels.launch import launcher
 from gtp_fx.kernels.tile_ops import load_tile, product
 from gtp_fx.kernels.tiles import power_of_two
-from gtp_fx.ops.levels import recover as recover_reference
-from gtp_fx.ops.regions import region_shares
 from gtp_fx.ops.register import shaped
+from gtp_fx.ops.take_recover import recover as recover_reference
+from gtp_fx.ops.window_shares import region_shares
 
 _FAR = tl.constexpr(2**30)
 
@@ -108,7 +108,7 @@ def _shapes(x, shares, places, residual, kept, left, prefix, suffix):  # type: i
     return x.new_empty(x.shape[0], x.shape[1] + left.shape[1], x.shape[2])
 
 
-@shaped(_shapes)
+@shaped("recover", _shapes)
 @torch.library.triton_op("gtp_fx_kernels::recover", mutates_args={})
 def recover(
     x: Tensor,

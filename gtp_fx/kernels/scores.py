@@ -124,7 +124,7 @@ def _shapes(q, k, lse, scale, score, prefix, suffix, scales):  # type: ignore[no
     return q.new_empty(q.shape[0], k.shape[2] - prefix - suffix, dtype=torch.float32)
 
 
-@shaped(_shapes)
+@shaped("attention_scores", _shapes)
 @torch.library.triton_op("gtp_fx_kernels::attention_scores", mutates_args={})
 def attention_scores(
     q: Tensor,

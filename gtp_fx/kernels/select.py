@@ -78,7 +78,7 @@ def _shapes(score_BN, before_BG, propagated, cells):  # type: ignore[no-untyped-
     return kept, leaving, torch.empty_like(kept), torch.empty_like(leaving), place_BG
 
 
-@shaped(_shapes)
+@shaped("select", _shapes)
 @torch.library.triton_op("gtp_fx_kernels::select", mutates_args={})
 def select(
     score_BN: Tensor, before_BG: Tensor | None, propagated: int, cells: int

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import attention
 
+from gtp_fx.graph.torch_internals import attention_order
+
 _NAMES = {
     attention.SDPBackend.CUDNN_ATTENTION: "cudnn",
     attention.SDPBackend.FLASH_ATTENTION: "flash",
@@ -71,13 +73,8 @@ def stock_attention(device: torch.device) -> StockAttention:
     """As torch is set up now, by `torch.nn.attention.sdpa_kernel`, the switches of `torch.backends.cuda` and the environment."""
     if device.type != "cuda":
         return StockAttention(("cpu",))
-    # When it is first asked, torch puts cuDNN ahead of flash attention: on Hopper and data centres' Blackwell, with cuDNN above 9.15,
-    # since torch 2.10, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1. Before, the order is another one.
-    asking = torch.empty(1, 1, 8, 8, dtype=torch.float16, device=device)
-    torch._fused_sdp_choice(asking, asking, asking)
-    order = attention._cur_sdpa_kernel_backends(with_priority=True)
     return StockAttention(
-        tuple(_NAMES[kernel] for kernel in order if kernel in _NAMES),
+        tuple(_NAMES[kernel] for kernel in attention_order(device) if kernel in _NAMES),
         torch.cuda.get_device_capability(device),
         torch.backends.cudnn.version() or 0,
         torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -104,7 +104,7 @@ def _shapes(x_BNC, grid, prefix, kind, neighbors):  # type: ignore[no-untyped-de
     return near, x_BNC.new_empty(batch, cells, dtype=torch.float32)
 
 
-@shaped(_shapes)
+@shaped("token_graph", _shapes)
 @torch.library.triton_op("gtp_fx_kernels::token_graph", mutates_args={})
 def token_graph(x_BNC: Tensor, grid: list[int], prefix: int, kind: str, neighbors: int) -> tuple[Tensor, Tensor]:
     """As `torch.ops.gtp_fx.token_graph` of kind "semantic" or "mixed", with indices in int32.

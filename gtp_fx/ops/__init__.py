@@ -26,6 +26,26 @@ Shapes, here and in the modules: B images, H heads, N tokens of a stream (p pref
 K kept and P propagated patch tokens, M semantic neighbours of a token, G patch tokens of the whole grid.
 """
 
-from gtp_fx.ops import attention, cells, graph, levels, pool, propagate, regions, select, stock_attention
+from gtp_fx.ops import (
+    attention,
+    propagate,
+    select,
+    stock_attention,
+)
+from gtp_fx.ops import (
+    pooled_attention as cells,
+)
+from gtp_fx.ops import (
+    take_recover as levels,
+)
+from gtp_fx.ops import (
+    token_graph as graph,
+)
+from gtp_fx.ops import (
+    weighted_mean as pool,
+)
+from gtp_fx.ops import (
+    window_shares as regions,
+)
 
 __all__ = ["attention", "cells", "graph", "levels", "pool", "propagate", "regions", "select", "stock_attention"]

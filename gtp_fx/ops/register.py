@@ -38,11 +38,11 @@ def operator(shapes: Callable[..., Any], flops: Callable[..., int] | None = None
     return register
 
 
-def shaped(shapes: Callable[..., Any]) -> Callable[[Any], Any]:
-    """The same for an operator that `torch.library` has defined: its shapes, so that the verifier needn't run it."""
+def shaped(name: str, shapes: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Give a kernel's operator, gtp_fx_kernels::`name`, a function of its outputs' shapes, so that the verifier needn't run it."""
 
     def register(defined: Any) -> Any:
-        _shapes[defined._opoverload] = shapes
+        _shapes[getattr(torch.ops.gtp_fx_kernels, name).default] = shapes
         return defined
 
     return register

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gtp_fx.errors import OptionError
-from gtp_fx.ops.graph import coordinates
+from gtp_fx.ops.token_graph import coordinates
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.protocol import SiteShape
 from gtp_fx.strategies.registry import register_strategy

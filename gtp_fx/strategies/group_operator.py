@@ -2,7 +2,7 @@
 
 Composite, like every operator of the package: any batch, any device, and the compiler sees through it. The strategy travels with it as
 JSON, its class by a key that no two classes ever share (`keys`): a graph holds nothing but operators and plain values, and
-keeps its class when another one takes the name.
+keeps its class when another one takes the name. A `strategy` here is a `grouping.Grouping`, which stands on this file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +24,15 @@ from gtp_fx.ops.register import operator
 from gtp_fx.strategies.keys import entered
 from gtp_fx.strategies.tokens import Groups, Tokens
 
-if TYPE_CHECKING:
-    from gtp_fx.strategies.grouping import Grouping
 
-
-def key_of(cls: type[Grouping]) -> str:
+def key_of(cls: Any) -> str:
     """The key that graphs name a class by. Raises OptionError where it isn't registered."""
     if "_key" not in vars(cls):  # a base's is no key of its own
         raise OptionError(f"{cls.__name__} isn't registered: put @gtp_fx.strategies.register_strategy over it")
-    return cls._key
+    return str(cls._key)
 
 
-def written(strategy: Grouping) -> str:
+def written(strategy: Any) -> str:
     """The strategy as JSON. Raises OptionError where its class isn't registered, or its fields aren't plain values."""
     key = key_of(type(strategy))
     try:
@@ -59,7 +56,7 @@ def read(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def faults_named(strategy: Grouping) -> Iterator[None]:
+def faults_named(strategy: Any) -> Iterator[None]:
     """Raises OptionError, with the class and what to do, for what its `group` raises."""
     try:
         yield
@@ -72,7 +69,7 @@ def faults_named(strategy: Grouping) -> Iterator[None]:
         ) from error
 
 
-def promised(strategy: Grouping, count: Any, leaving: Any) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
+def promised(strategy: Any, count: Any, leaving: Any) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
     """An image's shape, and the dtype, of each result that the strategy's class says that it gives."""
     kept = count - leaving
     shapes = {"kept": (kept,), "left": (leaving,), "weights": (kept, leaving), "own": (kept,), "size": (kept,)}

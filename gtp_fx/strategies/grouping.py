@@ -27,14 +27,14 @@ from typing import Any, ClassVar
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.axes import TokenAxis
-from gtp_fx.cost.work import Work
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.strategies.group_operator import key_of, written
 from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
 from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, Strategy, StreamState
 from gtp_fx.strategies.tokens import Groups, Tokens
+from gtp_fx.targets.work import Work
+from gtp_fx.types.axes import TokenAxis
 
 
 @dataclass(frozen=True)

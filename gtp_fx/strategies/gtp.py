@@ -12,14 +12,14 @@ import torch
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.axes import TokenAxis
-from gtp_fx.cost.work import Work
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
-from gtp_fx.ops.graph import GRAPHS
+from gtp_fx.ops.token_graph import GRAPHS
 from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
 from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, StreamState
 from gtp_fx.strategies.token_scale import AUTO, TOLD_FROM, log_scale_bound
+from gtp_fx.targets.work import Work
+from gtp_fx.types.axes import TokenAxis
 
 BRANCHES = {
     "idle": "a token that skips gets nothing, and stays what it was (IdleViT)",
@@ -37,7 +37,7 @@ class GTP:
     """The paper's method and its options.
 
     score: how tokens are ranked, a name in `gtp_fx.ops.attention.SCORES`.
-    graph: who receives from whom, a name in `gtp_fx.ops.graph.GRAPHS`.
+    graph: who receives from whom, a name in `gtp_fx.ops.token_graph.GRAPHS`.
     neighbors: M, semantic neighbours of a token. alpha: how much of a propagated token is passed on.
     token_scale: tell attention how many tokens a key stands for; "auto" where that can make a difference
         (`gtp_fx.strategies.token_scale`), which the plan's counts decide: with alpha = 0.1 it can't.

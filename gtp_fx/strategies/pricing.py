@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from gtp_fx.cost.work import Work
 from gtp_fx.strategies.protocol import SiteShape
+from gtp_fx.targets.work import Work
 
 FLOAT = 4
 """Bytes of what is computed in float32 whatever the stream's dtype: maps, scores, weights."""

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from gtp_fx.axes import TokenAxis
-from gtp_fx.cost.work import Work
+from gtp_fx.targets.work import Work
+from gtp_fx.types.axes import TokenAxis
 
 
 class Emit(Protocol):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.axes import TokenAxis
 from gtp_fx.errors import OptionError, UnsupportedModelError
-from gtp_fx.graphs import ancestors
+from gtp_fx.graph.nodes import ancestors
+from gtp_fx.graph.operators import CONVOLUTIONS
 from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.register import operator
 from gtp_fx.strategies.grouping import Grouping
@@ -22,6 +22,7 @@ from gtp_fx.strategies.keys import enter, entered
 from gtp_fx.strategies.protocol import AtSite, Emit
 from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
+from gtp_fx.types.axes import TokenAxis
 
 SaliencyMap = Callable[[Tensor], Tensor]
 """Images [B, channels, *sides] to [B, *any sides]: how much each place matters."""
@@ -144,7 +145,7 @@ def images_of(stream: fx.Node, axis: TokenAxis) -> fx.Node:
     """
     grid, batch = axis.domain.grid.shape, stream.meta["val"].shape[0]
     before = ancestors(stream)
-    convolved = {node for node in before if node.target in _CONVOLUTIONS}
+    convolved = {node for node in before if node.target in (*CONVOLUTIONS, aten.convolution.default)}
     read = {node.args[0] for node in convolved if not convolved & ancestors(node)}
     if not convolved and len(grid) <= _FLAT:
         read = {node for node in before if node.op == "placeholder" and _could_be_images(node, grid, batch)}
@@ -155,9 +156,6 @@ def images_of(stream: fx.Node, axis: TokenAxis) -> fx.Node:
             f"them over a grid of {' x '.join(map(str, grid))} patches: another strategy ranks tokens by themselves"
         )
     return found[0]
-
-
-_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default}
 
 
 def _could_be_images(node: fx.Node, grid: tuple[int, ...], batch: int) -> bool:

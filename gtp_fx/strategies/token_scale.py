@@ -22,7 +22,7 @@ By measurement (`bench/results/token_scale.json`: a net trained on photographs a
 def log_scale_bound(grid: Sequence[int], kind: str, neighbors: int, alpha: float, counts: Sequence[int]) -> float:
     """The most that log s of any token can be, when `counts[i]` patches of `grid` are propagated at the i-th site of a stream.
 
-    kind: a name in `gtp_fx.ops.graph.GRAPHS`. neighbors: M.
+    kind: a name in `gtp_fx.ops.token_graph.GRAPHS`. neighbors: M.
 
     A kept token j has d_j neighbours, and each leaves once at most. From those gone by now it has received
 

@@ -9,8 +9,8 @@ from torch import Tensor, fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.errors import OptionError
-from gtp_fx.graphs import tensors_of
-from gtp_fx.sizes import per_image
+from gtp_fx.graph.nodes import tensors_of
+from gtp_fx.graph.symbols import per_image
 from gtp_fx.strategies.group_operator import faults_named, read
 from gtp_fx.strategies.registry import is_own
 

@@ -16,9 +16,9 @@ import torch
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
+from gtp_fx.graph.symbols import shape_of
 from gtp_fx.ops.stock_attention import CHANNELS
 from gtp_fx.passes.lower.lowering import Lowering
-from gtp_fx.sizes import shape_of
 from gtp_fx.targets.target import TOLD
 
 _HEADS, _TOKENS, _FEATURES = 1, 2, 3

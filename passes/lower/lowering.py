@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx import graphs
+from gtp_fx.graph import edit
 from gtp_fx.kernels.available import Kernels
 from gtp_fx.kernels.stock_attention import StockAttention
 
@@ -29,8 +29,7 @@ class Lowering:
     maps: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)
 
     def call(self, before: fx.Node, target: Any, *args: Any) -> fx.Node:
-        with self.graph.inserting_before(before):
-            return graphs.call(self.graph, target, *args, like=before)
+        return edit.Emitter(self.graph, like=before, before=before)(target, *args)
 
     def item(self, of: fx.Node, index: int) -> fx.Node:
         """One of several results."""

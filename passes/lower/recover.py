@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
+from gtp_fx.graph.symbols import shape_of
 from gtp_fx.passes.lower.lowering import Lowering, only, summands
-from gtp_fx.sizes import shape_of
 
 
 def lower_recover(low: Lowering, node: fx.Node) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
+from gtp_fx.graph.symbols import shape_of
 from gtp_fx.passes.lower.lowering import Lowering, only, summands
-from gtp_fx.sizes import shape_of
 
 
 def lower_select(low: Lowering, node: fx.Node) -> None:

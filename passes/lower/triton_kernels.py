@@ -21,7 +21,8 @@ import torch
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx import graphs
+from gtp_fx.graph import edit
+from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.kernels.available import has_kernels, load_kernels
 from gtp_fx.kernels.stock_attention import StockAttention, stock_attention
 from gtp_fx.passes.lower.attention import lower_attention, lower_scored_attention
@@ -29,7 +30,6 @@ from gtp_fx.passes.lower.lowering import Lowering
 from gtp_fx.passes.lower.recover import lower_recover
 from gtp_fx.passes.lower.sites import lower_propagate, lower_select
 from gtp_fx.passes.lower.token_graph import lower_token_graph
-from gtp_fx.shapes import propagate_shapes
 
 
 def lowered(
@@ -39,25 +39,25 @@ def lowered(
 
     told: how attention is told token scales, `Target.told`. Export and eager runs take `gm`, which is plain ATen.
     """
-    if not has_kernels(device) or "lower_to_kernels" in disabled:
+    if not has_kernels(device) or "triton_kernels" in disabled:
         return gm
-    return lower_to_kernels(gm, stock_attention(device), told)
+    return triton_kernels(gm, stock_attention(device), told)
 
 
-def lower_to_kernels(gm: fx.GraphModule, stock: StockAttention | None = None, told: str = "auto") -> fx.GraphModule:
+def triton_kernels(gm: fx.GraphModule, stock: StockAttention | None = None, told: str = "auto") -> fx.GraphModule:
     """A copy of `gm` that calls kernels. Raises ImportError where Triton isn't installed.
 
     stock: what torch's own attention does on the graph's device; None leaves it out, so that `attend` takes what it can.
     """
-    gm = graphs.copy_of(gm)
+    gm = edit.copy_of(gm)
     lowering = Lowering(gm.graph, load_kernels(), stock, told)
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target in _LOWERINGS:
             _LOWERINGS[node.target](lowering, node)
     for node in lowering.instead:  # so far they had the shapes of what they stand for
         node.meta.pop("val", None)
-    gm = graphs.finish(gm)
-    propagate_shapes(gm, after="lower_to_kernels")
+    gm = edit.finish(gm)
+    propagate_shapes(gm, after="triton_kernels")
     return gm
 
 

@@ -1,0 +1,174 @@
+"""Attention blocks of a marked graph: where each is, whether tokens can leave there, and why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.analysis.branches import Branch, NoBranch, find_branch, pooled_to
+from gtp_fx.errors import Refusal
+from gtp_fx.graph.nodes import ancestors, attention_dropout, descendants, layer_name, refusal
+from gtp_fx.types.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
+from gtp_fx.types.infer import Typing, infer_types
+from gtp_fx.types.layouts import base_of
+
+MARK = "gtp_block"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What `mark_blocks` leaves on a node: which block, as what ("attention" or "site"), over which whole tokens."""
+
+    index: int
+    role: str
+    axis: TokenAxis
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """One attention block of a graph.
+
+    index: its number in graph order, from 0. layer: module path of its attention.
+    attention: the attention node. site: the residual add after it, or None where there is none to cut at.
+    stream: the block's input, the other side of that add. axis: the tokens it attends over, whole.
+    refusal: why tokens can't leave at this block; None where they can.
+    dead: no patch token is alive behind it, so what a schedule would remove there is gone already.
+    branch: where tokens can't leave, what only some of them need to go through; None where there is nothing of the kind.
+    """
+
+    index: int
+    layer: str
+    attention: fx.Node
+    site: fx.Node | None
+    stream: fx.Node | None
+    axis: TokenAxis
+    refusal: Refusal | None = None
+    dead: bool = False
+    branch: Branch | None = None
+
+
+def read_blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
+    """The marked blocks of `gm`, in order, and whether tokens can leave there as the graph stands now."""
+    typing = infer_types(gm.graph)
+    marked = {(node.meta[MARK].role, node.meta[MARK].index): node for node in gm.graph.nodes if MARK in node.meta}
+    windowed = {
+        base_of(axis.domain.grid) for node in marked.values() if (axis := node.meta[MARK].axis).domain.grid.parts
+    }
+    blocks = []
+    for (role, index), attention in marked.items():
+        if role == "attention":
+            site = marked.get(("site", index))
+            stream = None if site is None else _other_side(site, descendants(attention) | {attention})
+            refusal = _why_not(attention, site, typing)
+            axis = attention.meta[MARK].axis
+            if refusal is None and base_of(axis.domain.grid) in windowed:
+                refusal = _refusal(
+                    attention, "other blocks attend within windows of these tokens, so their grid has to stay whole"
+                )
+            dead = site is not None and all(map(is_plain, typing.type(site)))
+            layer = layer_name(attention)
+            blocks.append(AttentionBlock(index, layer, attention, site, stream, axis, refusal, dead))
+    returned = _made_whole_again(gm.graph, blocks)
+    reason = "something between blocks needs the whole grid, so tokens that leave would have to come back each time"
+    blocks = [
+        replace(b, refusal=_refusal(b.attention, reason)) if b.axis.domain.grid in returned else b for b in blocks
+    ]
+    shortened = {base_of(block.axis.domain.grid) for block in blocks if block.refusal is None}
+    return tuple(b if base_of(b.axis.domain.grid) in shortened else _with_branch(b, typing) for b in blocks)
+
+
+def _made_whole_again(graph: fx.Graph, blocks: list[AttentionBlock]) -> set[Grid]:
+    """The grids of which a site, or the attention before it, would meet all tokens where others have left before."""
+    sites = [block.site for block in blocks if block.refusal is None and block.site is not None]
+    typing = infer_types(graph, frozenset(sites))
+    domains = Counter(
+        axis.domain
+        for site in sites
+        for axis in token_axes(typing.answers[site].output)  # type: ignore[arg-type]
+    )
+    returned = {domain.grid for domain, count in domains.items() if count > 1}
+    for block in blocks:
+        if block.site in sites:
+            asking = token_axis(typing.type(block.attention.args[0])[-2])  # type: ignore[arg-type]
+            leaving = token_axis(typing.answers[block.site].output[1])  # type: ignore[index, arg-type]
+            if asking != leaving:
+                returned.add(block.axis.domain.grid)
+    return returned
+
+
+def _with_branch(block: AttentionBlock, typing: Typing) -> AttentionBlock:
+    """Where tokens can't leave, what some of them can skip, or why there is no such thing either."""
+    if block.refusal is None or block.site is None or block.dead:
+        return block
+    try:
+        return replace(block, branch=find_branch(block.attention, block.site, typing))
+    except NoBranch as reason:
+        return replace(block, refusal=replace(block.refusal, reason=f"{block.refusal.reason}; and {reason}"))
+
+
+def _refusal(attention: fx.Node, reason: str) -> Refusal:
+    return refusal(attention, reason)
+
+
+def self_attention_axis(node: fx.Node, typing: Typing) -> TokenAxis | None:
+    """The token axis that queries and keys share, or None where this isn't self-attention over tokens.
+
+    Keys may be pooled: each then stands for the tokens of a cell, the one that asks among them.
+    """
+    query, key = node.args[0], node.args[1]
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    if typing.answers[node].barrier:
+        return None
+    axis = token_axis(typing.type(query)[-2])
+    same = axis is not None and axis == token_axis(typing.type(key)[-2])
+    return axis if same or pooled_to(typing.type(query), typing.type(key)) else None
+
+
+def _residual_add(attention: fx.Node, typing: Typing) -> fx.Node | None:
+    """The residual add after `attention`: it adds to something that the attention itself came from."""
+    after, before = descendants(attention), ancestors(attention)
+    nodes: list[fx.Node] = list(attention.graph.nodes)
+    for node in nodes:  # in graph order: the first one is the closest
+        if node not in after or node.target is not aten.add.Tensor or not typing.is_tensor(node):
+            continue
+        other = _other_side(node, after | {attention})
+        if other is not None and other in before and not all(map(is_plain, typing.type(other))):
+            return node
+    return None
+
+
+def _other_side(add: fx.Node, after: set[fx.Node]) -> fx.Node | None:
+    """The operand of `add` that doesn't come out of the attention."""
+    operands = [arg for arg in add.args[:2] if isinstance(arg, fx.Node)]
+    sides = [arg for arg in operands if arg not in after]
+    return sides[0] if len(operands) == 2 and len(sides) == 1 else None
+
+
+def _why_not(attention: fx.Node, site: fx.Node | None, typing: Typing) -> Refusal | None:
+    def refuse(reason: str) -> Refusal:
+        return _refusal(attention, reason)
+
+    query, key = attention.args[0], attention.args[1]
+    if pooled_to(typing.type(query), typing.type(key)):  # type: ignore[arg-type]
+        return refuse("keys are pooled over the grid, which has to stay whole for it")
+    if attention.meta[MARK].axis.domain.grid.parts:
+        return refuse("tokens attend within windows here, and the grid has to stay whole for those of the next block")
+    if site is None and (shared := _residual_add(attention, typing)) is not None and MARK in shared.meta:
+        return refuse("its residual add is that of another attention beside it, by whose scores tokens leave there")
+    if site is None:
+        return refuse("no residual add follows this attention, so there is no stream to shorten")
+    stream = typing.type(site)
+    if all(map(is_plain, stream)):
+        return refuse("no patch token is alive after this attention (dead tokens), so none can be propagated")
+    if len(stream) != 3 or token_axis(stream[1]) is None or not (is_plain(stream[0]) and is_plain(stream[2])):
+        return refuse("the residual stream is not laid out as [batch, tokens, channels]")
+    if len(typing.type(attention)) != 4:
+        return refuse("queries are not laid out as [batch, heads, tokens, features]")
+    if attention_dropout(attention):
+        return refuse("attention dropout is active, and the scores' attention has none")
+    if token_axis(typing.type(attention)[-2]) != token_axis(stream[1]):
+        return refuse("the attention runs over other tokens than the residual stream")
+    return None

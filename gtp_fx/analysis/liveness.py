@@ -1,0 +1,88 @@
+"""Which tokens does anything depend on? Backwards along the token axis, from the outputs.
+
+A head that reads only the CLS token needs one leading token of the last norm, hence of the last MLP, of the last
+attention's output and of its queries; keys and values it needs whole. So liveness is a count of leading tokens, `ALL`
+or at most the prefix: the one distinction that removes whole rows of work. (A pooled head leaves prefix tokens dead
+instead: a few rows of hundreds, whose removal would cost a copy of the rest.)
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from torch import fx
+
+from gtp_fx.analysis.blocks import MARK
+from gtp_fx.graph.nodes import is_input
+from gtp_fx.types.axes import TensorType, token_axes, token_axis
+from gtp_fx.types.infer import Typing
+from gtp_fx.types.rules.registry import Many, Typed
+
+ALL = 1 << 60
+"""Every token: larger than any count of leading tokens."""
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """needed: leading tokens of each value that its users read. computed: leading tokens that it can be cut down to."""
+
+    needed: dict[fx.Node, int]
+    computed: dict[fx.Node, int]
+
+
+def live_tokens(graph: fx.Graph, typing: Typing, whole: frozenset[fx.Node] = frozenset()) -> Liveness:
+    """Liveness of every value. `whole`: nodes that must be computed for all tokens whatever is read of them."""
+    needed: dict[fx.Node, int] = {}
+    computed: dict[fx.Node, int] = {}
+    for node in reversed(graph.nodes):
+        answer = typing.answers.get(node)
+        if answer is None:
+            continue
+        if node.target is operator.getitem:
+            source = node.args[0]
+            needed[source] = max(needed.get(source, 0), needed.get(node, 0))  # type: ignore[index,arg-type]
+            continue
+        wanted = needed.get(node, 0)
+        computed[node] = wanted if node not in whole and _can_narrow(node, answer, wanted) else ALL
+        for operand in node.all_input_nodes:
+            needed[operand] = max(needed.get(operand, 0), _wanted_of(operand, answer, computed[node]))
+    for node in graph.nodes:
+        if node.target is operator.getitem and node.args[0] in computed:
+            computed[node] = computed[node.args[0]]  # type: ignore[index]
+    return Liveness(needed, computed)
+
+
+def whole_attention(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The attention nodes of marked blocks."""
+    return frozenset(node for node in graph.nodes if MARK in node.meta and node.meta[MARK].role == "attention")
+
+
+def follows(operand: fx.Node, answer: Typed) -> bool:
+    """True where leading tokens of the output need no more than as many of this operand."""
+    return answer.follows is None or operand in answer.follows
+
+
+def _wanted_of(operand: fx.Node, answer: Typed, computed: int) -> int:
+    if computed != ALL and follows(operand, answer):
+        return computed
+    return answer.leading.get(operand, ALL)
+
+
+def _can_narrow(node: fx.Node, answer: Typed, wanted: int) -> bool:
+    """Can the node be computed for its `wanted` leading tokens alone?"""
+    if is_input(node) or node.op == "output" or answer.barrier or wanted == 0:
+        return False
+    if answer.follows is not None and not answer.follows:
+        return False
+    outputs = answer.output.items if isinstance(answer.output, Many) else (answer.output,)
+    followed = [kind for operand, kind in answer.operands.items() if follows(operand, answer)]
+    return all(_sliceable(kind, wanted) for kind in outputs if kind is not None) and all(
+        _sliceable(kind, wanted) or not token_axes(kind) for kind in followed
+    )
+
+
+def _sliceable(kind: TensorType, wanted: int) -> bool:
+    """One token axis, a dimension of its own, whose prefix holds the wanted tokens."""
+    axes = [axis for dim in kind if (axis := token_axis(dim))]
+    return len(axes) == 1 and len(token_axes(kind)) == 1 and wanted <= axes[0].prefix

@@ -1,0 +1,120 @@
+"""Attention that is no block of self-attention over patch tokens, and why: what a refusal tells a person."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.analysis.blocks import MARK
+from gtp_fx.errors import Refusal
+from gtp_fx.graph.nodes import ancestors, operator_name, refusal
+from gtp_fx.graph.operators import (
+    ATTENTION,
+    DROPOUTS,
+    MATRIX_PRODUCTS,
+    PERMUTATIONS,
+    REARRANGED,
+    SCALINGS,
+    SOFTMAXES,
+    VIEWS,
+)
+from gtp_fx.types.axes import TensorType, is_plain, token_axes, token_axis
+from gtp_fx.types.infer import Typing
+
+_ELEMENTWISE = (
+    *VIEWS,
+    *PERMUTATIONS,
+    *REARRANGED,
+    *SCALINGS,
+    aten.add.Tensor,
+    aten.expand.default,
+    aten.linear.default,
+    aten.to.dtype,
+)
+"""What may stand between a product and its softmax; a linear layer there mixes heads."""
+
+
+def other_attention(graph: fx.Graph, typing: Typing) -> tuple[Refusal, ...]:
+    """One refusal for each reason, at the first layer it holds for; graph's blocks must be marked."""
+    found: dict[str, list[Refusal]] = {}
+    for node in graph.nodes:
+        reason = ""
+        if node.target in ATTENTION and MARK not in node.meta:
+            reason = _why_no_block(node, typing)
+        elif node.target in SOFTMAXES and _feeds_a_product(node):
+            reason = _why_not_spelled(node)
+        if reason:
+            found.setdefault(reason, []).append(refusal(node, reason))
+    return tuple(_counted(refusals) for refusals in found.values())
+
+
+def _why_no_block(attention: fx.Node, typing: Typing) -> str:
+    answer = typing.answers[attention]
+    if answer.barrier:
+        return answer.barrier
+    query, key = attention.args[0], attention.args[1]
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    asking, asked = (token_axis(typing.type(node)[-2]) for node in (query, key))
+    if asked is not None and asking is None:
+        return "only tokens that are no patches ask here; it is told which patches are left, and loses none itself"
+    if asking is not None and asked is None:
+        return "patch tokens ask tokens that are no patches (pooled or of another grid)"
+    if asking is not None:
+        return "queries and keys run over different patch tokens"
+    if _merged_tokens(typing.type(query)) or _merged_tokens(typing.type(key)):
+        return "tokens are divided into windows or groups here, and attention stays inside each"
+    lost = _last_lost(query, typing) or _last_lost(key, typing)
+    if lost is not None:
+        return f"its queries come from {operator_name(lost)} ({lost.name}), behind which tokens aren't followed: {typing.answers[lost].barrier}"
+    return "its queries and keys don't run over patch tokens (but over channels, say)"
+
+
+def _why_not_spelled(softmax: fx.Node) -> str:
+    if any(user.target in DROPOUTS for user in softmax.users):  # `normalise` has dropped what is off
+        return "attention dropout is active, and the scores' attention has none"
+    source: object = softmax.args[0]
+    while isinstance(source, fx.Node) and source.target in _ELEMENTWISE:
+        source = next((arg for arg in source.args if isinstance(arg, fx.Node)), None)
+    if isinstance(source, fx.Node) and source.target in (*MATRIX_PRODUCTS, aten.einsum.default):
+        return "this attention does more than softmax(q·kᵀ)·v (heads mixed, gated, its map used, a mask by window), so it stays as it is"
+    return "these weights are no softmax of q·kᵀ (of keys or queries alone, or learned), so they stay as they are"
+
+
+def _merged_tokens(kind: TensorType) -> bool:
+    return bool(token_axes(kind))
+
+
+def _last_lost(node: fx.Node, typing: Typing) -> fx.Node | None:
+    """The closest operator above `node` that takes in patch tokens and of whose output nothing is known."""
+    before = ancestors(node)
+    for candidate in reversed(list(node.graph.nodes)):
+        answer = typing.answers.get(candidate)
+        if candidate not in before or answer is None or not answer.barrier or not isinstance(answer.output, tuple):
+            continue
+        assert isinstance(candidate, fx.Node)
+        tokens_in = any(not all(map(is_plain, kind)) for kind in answer.operands.values())
+        if tokens_in and all(map(is_plain, answer.output)):
+            return candidate
+    return None
+
+
+def _feeds_a_product(softmax: fx.Node) -> bool:
+    """A softmax that weighs values, and not one that makes class probabilities."""
+    pending, seen = list(softmax.users), set()
+    for _ in range(32):
+        if not pending:
+            return False
+        node = pending.pop()
+        if node.target in (*MATRIX_PRODUCTS, aten.einsum.default):
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.users)
+    return False
+
+
+def _counted(refusals: list[Refusal]) -> Refusal:
+    more = len(refusals) - 1
+    return replace(refusals[0], reason=refusals[0].reason + (f"; so in {more} more" if more else ""))

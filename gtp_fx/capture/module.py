@@ -1,0 +1,172 @@
+"""Two doors into one graph: functional pre-dispatch ATen, with linear, layer_norm and attention whole.
+
+The module door exports an `nn.Module`; the Dynamo door takes what `torch.compile` hands a backend. Both keep a symbolic
+batch, and the operators that come out are the same. See ARCHITECTURE.md for why this level.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils import _pytree as pytree
+
+from gtp_fx.capture.called_as import CalledAs
+from gtp_fx.capture.inputs import CallSignature, describe
+from gtp_fx.capture.side_effects import changed_by_each_call, watched
+from gtp_fx.errors import CaptureError
+from gtp_fx.graph.symbols import fix_symbols
+from gtp_fx.graph.torch_internals import tracing_lock
+
+log = logging.getLogger(__name__)
+
+
+def capture_module(model: nn.Module, signature: CallSignature, training: bool = False) -> fx.GraphModule:
+    """The graph of `model` called as `signature` says, in training or evaluation mode. `model` comes back unchanged."""
+    with tracing_lock(), _mode(model, training):
+        try:
+            program, attributes = export_batched(model, signature)
+            if attributes:
+                call = functools.partial(model, *signature.args, **signature.kwargs)
+                attributes = changed_by_each_call(model, call)
+            if any(_mutates(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})  # an empty table: functionalise, decompose nothing
+        except Exception as error:
+            given = describe(signature.args, signature.kwargs)
+            raise CaptureError(f"{model._get_name()} with {given} can't be captured: {_explained(error)}") from error
+    _refuse_changes(model._get_name(), [*attributes, *_changed(program.graph_signature)])
+    exported = program.module(check_guards=False)
+    assert isinstance(exported, fx.GraphModule)
+    captured = fx.GraphModule(exported, exported.graph)
+    fix_symbols(captured)
+    return captured
+
+
+def _hold_again(exported: fx.GraphModule, gm: fx.GraphModule, held: Mapping[str, str]) -> None:
+    """What `gm` holds and AOT made inputs of, as attributes again: parameters to be frozen (Inductor's option) are so.
+
+    held: names in `gm` by those of the inputs.
+    """
+    for node in exported.graph.find_nodes(op="placeholder"):
+        if node.name in held:
+            name = held[node.name]
+            setattr(exported, name, getattr(gm, name))
+            with exported.graph.inserting_before(node):
+                attribute = exported.graph.get_attr(name)
+            attribute.meta = node.meta
+            node.replace_all_uses_with(attribute)
+            exported.graph.erase_node(node)
+    exported.recompile()
+
+
+def _changed(signature: Any) -> list[str]:
+    return [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+
+
+def _refuse_changes(model: str, changed: Sequence[str]) -> None:
+    if changed:
+        raise CaptureError(
+            f"{model} changes {', '.join(changed)} when it runs, which a rewritten graph can't keep track of: leave that out "
+            f"of forward, or optimise the module inside that changes nothing (in model.eval() most don't)"
+        )
+
+
+def _explained(error: Exception) -> str:
+    """What to do about an error of torch.export."""
+    if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error):
+        return (
+            f"its forward decides by what a tensor holds (an `if`, a loop or a shape that depends on values), and a graph has "
+            f"one course: {_first_lines(error, 1)}{_where(error)}\nOptimise the module inside that doesn't; torch.compile(model, "
+            f"backend='gtp') does so by itself, since Dynamo breaks the graph there"
+        )
+    return (
+        f"{_first_lines(error)}{_where(error)}\nGive example_inputs that the model takes; torch.export.export(model, example_inputs) shows "
+        f"the whole error"
+    )
+
+
+def export_batched(
+    model: nn.Module, signature: CallSignature, batch: Any = torch.export.Dim.DYNAMIC
+) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """What torch.export makes of `model` by tracing, for any batch, and the attributes that its forward changes.
+
+    batch: a `torch.export.Dim`; a named one is every tensor's and reaches down to one image, where the model lets it.
+
+    Where Python itself turns the batch into a number (`len(x)`), Dynamo, which doesn't, is asked instead.
+    """
+    called, signature = _named_arguments(model, signature)
+    dynamic = _by_name(signature, lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None)
+    export = functools.partial(torch.export.export, called, signature.args, signature.kwargs, dynamic_shapes=dynamic)
+    try:
+        with watched(model) as attributes, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The tensor attribute")  # a cache, or refused below by name
+            program = export()
+        return program, attributes
+    except Exception:
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                program = export(strict=True)
+        except Exception:
+            log.debug("torch.export with strict=True fails as well", exc_info=True)
+        else:
+            # Dynamo warns of what it finds changed: whose attributes, not which.
+            return program, [str(warning.message) for warning in told if "side effects" in str(warning.message)]
+        raise
+
+
+def _named_arguments(model: nn.Module, signature: CallSignature) -> tuple[nn.Module, CallSignature]:
+    """A model called with flags that its forward takes as `**kwargs`, as one whose forward names them: torch 2.11 exports no other."""
+    parameters = signature.parameters.parameters
+    extra = [name for name in signature.kwargs if name not in parameters]
+    if not extra:
+        return model, signature
+    named = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    named += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    spelled = signature.parameters.replace(parameters=named)
+    return CalledAs(model, model.forward, spelled), CallSignature(spelled, signature.args, signature.kwargs)
+
+
+@contextlib.contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Every module in one mode for a while, then each in its own again."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _by_name(signature: CallSignature, each: Callable[[Any], Any]) -> dict[str, Any]:
+    """`each` leaf's, as torch.export wants dynamic shapes: by the parameter's name in `forward`."""
+    args, kwargs = pytree.tree_map(each, (signature.args, signature.kwargs))
+    return dict(signature.parameters.bind(*args, **kwargs).arguments)
+
+
+def _where(error: Exception) -> str:
+    """The line of the model's source at which it came up, where it was running: the last that is neither torch's nor this package's."""
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    model = [frame for frame in frames if frame.name != "<module>"]
+    return f" [{model[-1].filename}:{model[-1].lineno}: {model[-1].line}]" if model else ""
+
+
+def _first_lines(error: Exception, count: int = 3) -> str:
+    return "\n".join(str(error).strip().splitlines()[:count]) or type(error).__name__

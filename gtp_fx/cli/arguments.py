@@ -1,0 +1,187 @@
+"""What the commands have in common: options spelled once, reading what a person typed, and failing as a command does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from gtp_fx.errors import CheckError, GtpError, OptionError
+from gtp_fx.options.options import HELP, Options
+from gtp_fx.options.schedule import SCHEDULES, Schedule
+
+if TYPE_CHECKING:
+    from gtp_fx.cli.weights import LoadedModel
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def _models(incomplete: str) -> list[str]:
+    """For a shell's completion: timm's names, which are many, once some letters are there."""
+    if len(incomplete) < 3:
+        return []
+    import timm
+
+    return [name for name in timm.list_models() if name.startswith(incomplete)]
+
+
+def _strategies(incomplete: str) -> list[str]:
+    from gtp_fx.strategies import STRATEGIES
+
+    return [name for name in STRATEGIES if name.startswith(incomplete)]
+
+
+def _targets(incomplete: str) -> list[str]:
+    from gtp_fx.targets import TARGETS
+
+    return [name for name in ("auto", *TARGETS) if name.startswith(incomplete)]
+
+
+def _schedules(incomplete: str) -> list[str]:
+    return [name for name in SCHEDULES if name.startswith(incomplete)]
+
+
+def _modes(incomplete: str) -> list[str]:
+    from gtp_fx.graph.torch_internals import inductor_modes
+
+    return [name for name in inductor_modes() if name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="timm's name (deit_small_patch16_224), a Hugging Face directory, name or class (ViTForImageClassification), or "
+        "package.module:factory.",
+        autocompletion=_models,
+    ),
+]
+_REPEATED = " May be repeated."
+FlopsBudget = Annotated[float | None, typer.Option(help=HELP["flops_budget"])]
+FlopsBudgets = Annotated[list[float] | None, typer.Option(help=HELP["flops_budget"] + _REPEATED)]
+LatencyBudget = Annotated[str | None, typer.Option(help=HELP["latency_budget"])]
+LatencyBudgets = Annotated[list[str] | None, typer.Option(help=HELP["latency_budget"] + _REPEATED)]
+ScheduleText = Annotated[
+    str,
+    typer.Option(
+        help=HELP["schedule"] + " Counts are written 8,8,8; a Schedule is a file, x.json.", autocompletion=_schedules
+    ),
+]
+Strategy = Annotated[str, typer.Option(help=HELP["strategy"], autocompletion=_strategies)]
+Strategies = Annotated[list[str] | None, typer.Option(help=HELP["strategy"] + _REPEATED, autocompletion=_strategies)]
+Target = Annotated[str, typer.Option(help=HELP["target"], autocompletion=_targets)]
+Targets = Annotated[list[str] | None, typer.Option(help=HELP["target"] + _REPEATED, autocompletion=_targets)]
+Mode = Annotated[str | None, typer.Option(help=HELP["mode"], autocompletion=_modes)]
+Batch = Annotated[int, typer.Option(help="Images per run.")]
+Rounds = Annotated[int, typer.Option(help="Rounds of timing, each runs every contender once.")]
+Weights = Annotated[str | None, typer.Option(help="File of weights: safetensors or a torch state dict.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the model's weights.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")]
+
+
+def parse_schedule(text: str) -> str | tuple[int, ...] | Schedule:
+    """A schedule's name, which is checked later, its counts ("8,8,8" gives (8, 8, 8)), or what a file holds. Raises OptionError, ScheduleError."""
+    if text.isalpha():
+        return text
+    if text.endswith(".json"):
+        try:
+            return Schedule.from_json(Path(text).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(
+                f"--schedule {text}: {error}; give a file that `gtp-fx plan --save` has written"
+            ) from error
+    try:
+        return tuple(int(entry) for entry in text.split(","))
+    except ValueError:
+        raise OptionError(
+            f"--schedule {text!r} is neither auto, uniform, even nor a list of counts; give the tokens that leave in each "
+            f"attention block, such as 8,8,8, or a file that ends in .json"
+        ) from None
+
+
+def parse_latency(text: str) -> float | str:
+    """A ratio as a number; whatever else as it is, which is checked later."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def budgets(
+    flops: list[float] | None, latencies: list[str] | None, schedule: str
+) -> list[tuple[float | None, str | None]]:
+    """Each budget that was given, in FLOPs or time; where counts were given, perhaps none. Raises OptionError."""
+    found: list[tuple[float | None, str | None]] = [(ratio, None) for ratio in flops or []]
+    found += [(None, text) for text in latencies or []]
+    if not found and isinstance(parse_schedule(schedule), str):
+        raise OptionError("no budget: give --flops-budget 0.74 or --latency-budget 0.74, or counts with --schedule")
+    return found or [(None, None)]
+
+
+def asked(
+    flops: float | None,
+    latency: str | None,
+    schedule: str,
+    strategy: str,
+    target: str,
+    batch: int,
+    mode: str | None = None,
+) -> dict[str, Any]:
+    """What `gtp_fx.optimize` is to be told. Raises OptionError, so that a typing error costs no download."""
+    if flops is None and latency is None:
+        budgets(None, None, schedule)
+    found: dict[str, Any] = {
+        "flops_budget": flops,
+        "latency_budget": None if latency is None else parse_latency(latency),
+        "batch": batch,
+        "schedule": parse_schedule(schedule),
+        "strategy": strategy,
+        "target": target,
+        "mode": mode,
+    }
+    Options.of(**found)
+    return found
+
+
+def load(name: str, pretrained: bool, weights: str | None, dtype: Dtype, device: Device) -> LoadedModel:
+    """Raises OptionError, LoadError."""
+    import torch
+
+    from gtp_fx.cli.models import load_named
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise OptionError("--device cuda: torch finds no GPU here; give --device cpu")
+    loaded = load_named(name, pretrained=pretrained, weights=weights)
+    loaded.model.to(device.value, getattr(torch, dtype.value))
+    return loaded
+
+
+@contextlib.contextmanager
+def explaining(model: str = "") -> Iterator[None]:
+    """Errors that are for people end the command with their message alone; whatever else is a defect and shows where it is."""
+    try:
+        yield
+    except GtpError as error:
+        _fail(str(error), 2)
+    except CheckError as error:
+        _fail(f"{model}: {error}", 1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"gtp-fx: {message}", err=True)
+    raise typer.Exit(code)

@@ -1,0 +1,80 @@
+"""The commands that make something of an optimised model: `gtp-fx bench` a table of times, `gtp-fx export` a file, `gtp-fx show` a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import gtp_fx
+from gtp_fx.cli.arguments import (
+    AsJson,
+    Batch,
+    Device,
+    Dtype,
+    FlopsBudget,
+    LatencyBudget,
+    Model,
+    Pretrained,
+    ScheduleText,
+    Strategy,
+    Target,
+    Weights,
+    asked,
+    explaining,
+    load,
+)
+from gtp_fx.errors import OptionError
+from gtp_fx.model.exporting import FORMATS
+from gtp_fx.model.exporting.files import format_of
+from gtp_fx.options.options import DEFAULTS
+from gtp_fx.report.plots import must_have_folder
+
+
+def export(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="What to write: x.pt2 or x.onnx.")],
+    flops_budget: FlopsBudget = DEFAULTS["flops_budget"],
+    latency_budget: LatencyBudget = DEFAULTS["latency_budget"],
+    schedule: ScheduleText = DEFAULTS["schedule"],
+    strategy: Strategy = DEFAULTS["strategy"],
+    target: Target = DEFAULTS["target"],
+    batch: Batch = DEFAULTS["batch"],
+    format: Annotated[
+        str | None,
+        typer.Option(help="torch, aoti or onnx; by the file's suffix where left out, and .pt2 is then torch."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    device: Annotated[Device, typer.Option()] = Device.cpu,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    save_schedule: Annotated[
+        Path | None,
+        typer.Option(help="Also write the schedule to this JSON, from which --schedule makes the same model again."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Optimise MODEL and write it for any batch: a torch.export program, an AOTInductor package or ONNX. Read back and run, too."""
+    with explaining(model):
+        if format is not None and format not in FORMATS:
+            raise OptionError(f"--format {format}: give {', '.join(FORMATS)}")
+        options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
+        format_of(file, format)
+        must_have_folder(save_schedule)
+        loaded = load(model, pretrained, weights, dtype, device)
+        fast = gtp_fx.optimize(loaded.model, **options, compile=False)
+        written = gtp_fx.export(fast, file, format)
+        if save_schedule is not None:
+            save_schedule.write_text(fast.schedule.to_json() + "\n")
+    if as_json:
+        about: dict[str, Any] = {"model": loaded.name, "weights": loaded.weights_origin, "dtype": dtype.value}
+        done = {"exported": written.to_dict(), "schedule": json.loads(fast.schedule.to_json())}
+        typer.echo(json.dumps({**about, **done, "report": fast.report.to_dict()}, indent=2))
+        return
+    typer.echo(
+        f"{loaded.name}, weights: {loaded.weights_origin}; {fast.report.flops_ratio:.4f} of its FLOPs\n{written}"
+    )
+    if save_schedule is not None:
+        typer.echo(f"written: {save_schedule}")

@@ -1,0 +1,153 @@
+"""What a person may name a model by: timm's name, something of Hugging Face's, or a function of their own.
+
+deit_small_patch16_224          timm's name
+path/to/model                   a directory with Hugging Face's config.json, and weights where it has some
+google/vit-base-patch16-224     a model of the hub: its configuration is fetched, its weights with pretrained
+ViTForImageClassification       a class of transformers, as its default configuration has it
+package.module:factory          a function without arguments that returns the model
+
+Only the last runs code that isn't installed: a directory's or the hub's own never is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gtp_fx.cli.weights import (
+    LoadedModel,
+    LoadError,
+    build_on_meta,
+    fill,
+    first_line,
+    load_model,
+    one_source,
+    random_origin,
+    read_state_dict,
+    seeded,
+)
+
+
+def load_named(name: str, *, pretrained: bool = False, weights: str | Path | None = None) -> LoadedModel:
+    """The model, in eval mode, float32, on the CPU; with random weights where there are no others. Raises LoadError.
+
+    pretrained: download weights (timm's, the hub's). weights: a file of them, safetensors or a torch state dict.
+    """
+    if not _is_factory(name) and not _is_hugging_face(name):
+        return load_model(name, pretrained=pretrained, weights=weights)
+    one_source(pretrained, weights)
+    if _is_factory(name):
+        if pretrained:
+            raise LoadError(f"--pretrained: {name} decides itself what weights it loads")
+        loaded = LoadedModel(_called(name), name, f"whatever {name} gave")
+    else:
+        loaded = _hugging_face(name, pretrained)
+    if weights is not None:
+        fill(loaded.model, read_state_dict(Path(weights)), f"{weights} and {name}")
+        return LoadedModel(loaded.model, name, f"file {weights}")
+    return loaded
+
+
+def named_on_meta(name: str) -> nn.Module:
+    """The model without weights, in eval mode: enough to plan by. Raises LoadError."""
+    if not _is_factory(name) and not _is_hugging_face(name):
+        return build_on_meta(name)
+    with torch.device("meta"):
+        if _is_factory(name):
+            return _called(name).to("meta")
+        cls, config = _class_and_config(name)
+        return _about_images(name, cls(config).eval())
+
+
+def _is_factory(name: str) -> bool:
+    return ":" in name and not Path(name).exists()
+
+
+def _is_hugging_face(name: str) -> bool:
+    return Path(name).is_dir() or "/" in name or (name[:1].isupper() and name.isidentifier())
+
+
+def _factory(name: str) -> Callable[[], Any]:
+    module, _, function = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a command finds what lies where it is called, as `python -m` does
+    try:
+        made = importlib.import_module(module)
+    except ImportError as error:
+        raise LoadError(f"{name}: {error}; give package.module:factory, found from here or installed") from error
+    found = getattr(made, function, None)
+    if not callable(found):
+        raise LoadError(f"{name}: {module} has no function {function!r} that returns a model")
+    return found  # type: ignore[no-any-return]
+
+
+def _called(name: str) -> nn.Module:
+    factory = _factory(name)
+    try:
+        model = factory()
+    except Exception as error:  # whatever a user's code raises
+        raise LoadError(
+            f"{name}() raised {type(error).__name__}: {first_line(error)}; give a function that returns a model when it is called without arguments"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise LoadError(f"{name}() returned {type(model).__name__}, no torch.nn.Module")
+    return model.eval()
+
+
+def _hugging_face(name: str, pretrained: bool) -> LoadedModel:
+    cls, config = _class_and_config(name)
+    has_weights = Path(name).is_dir() and any(Path(name).glob("*.safetensors"))
+    if not has_weights and not pretrained:
+        made: nn.Module = seeded(lambda: cls(config))
+        return LoadedModel(_about_images(name, made.eval()), name, random_origin())
+    try:
+        filled: nn.Module = cls.from_pretrained(name, config=config, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"weights of {name} can't be had: {first_line(error)}; check the network or the directory"
+        ) from error
+    return LoadedModel(_about_images(name, filled.float().eval()), name, f"pretrained ({name})")
+
+
+def _class_and_config(name: str) -> tuple[Any, Any]:
+    """The class that a configuration says its weights are of, or the one that is named itself; and its configuration."""
+    transformers = _transformers()
+    if "/" not in name and not Path(name).is_dir():
+        cls: Any = getattr(transformers, name, None)
+        if not hasattr(cls, "config_class"):
+            raise LoadError(f"transformers has no model class {name!r}; give ViTForImageClassification, say")
+        return cls, cls.config_class()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        where = "the directory" if Path(name).is_dir() else "the name and the network"
+        raise LoadError(f"no configuration of {name} can be had: {first_line(error)}; check {where}") from error
+    # AutoModel would leave out the head that these weights have.
+    architectures = getattr(config, "architectures", None) or []
+    if not architectures or not hasattr(transformers, architectures[0]):
+        raise LoadError(f"{name}: its configuration names no class of transformers (architectures: {architectures})")
+    return getattr(transformers, architectures[0]), config
+
+
+def _about_images(name: str, model: nn.Module) -> nn.Module:
+    takes = getattr(model, "main_input_name", "pixel_values")
+    if takes not in ("pixel_values", "pixel_values_videos", "input_values"):
+        raise LoadError(
+            f"{name} is a {type(model).__name__}, which takes {takes}: give its vision tower, by a class of transformers or as "
+            f"package.module:factory"
+        )
+    return model
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise LoadError(f"Hugging Face's models need transformers ({error}); pip install transformers") from error
+    return transformers

@@ -1,0 +1,117 @@
+"""A real photograph as an input batch: what models see in service, which noise is not.
+
+Token propagation looks at how alike tokens are, so a check on noise says little. The picture is in data/, with its source.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.cli.weights import import_timm
+from gtp_fx.errors import OptionError
+
+_LEAST_SCALE = 0.6
+"""Smallest crop, as a share of the photograph's sides: the subject stays in sight."""
+
+_UNKNOWN: dict[str, Any] = {
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "squash",
+}
+"""The whole picture, for a model without timm's data configuration, as most such models are trained."""
+
+
+def photo_batch(model: nn.Module, batch: int) -> Tensor:
+    """[batch, 3, height, width] in the model's size, dtype and device, prepared as timm does for this model.
+
+    Image 0 is the whole photograph; the others are crops of it, half of them mirrored, the same ones each time.
+    Raises OptionError for a batch below 1 or a model of other than 3 channels, CaptureError where its size is unknown.
+    """
+    if batch < 1:
+        raise OptionError(f"batch={batch}: give at least one image")
+    example = _image_example(model)
+    prepare = _preparation(model, tuple(example.shape[1:]))
+    images = torch.stack([prepare(view) for view in _views(load_photo(), batch)])
+    return images.to(example.device, example.dtype)
+
+
+def prepared(model: nn.Module, picture: Image.Image) -> Tensor:
+    """[1, 3, height, width] of any picture, prepared as timm does for this model, in its size, dtype and device."""
+    example = _image_example(model)
+    image = _preparation(model, tuple(example.shape[1:]))(picture.convert("RGB"))
+    return image[None].to(example.device, example.dtype)
+
+
+def as_seen(model: nn.Module, image: Tensor) -> Tensor:
+    """[height, width, 3] in [0, 1], of a prepared [1, 3, height, width]: the crop that the model sees, to look at."""
+    config = _data_config(model)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    seen: Tensor = image[0].detach().cpu().float() * std + mean
+    return seen.clamp(0, 1).permute(1, 2, 0)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Raises OptionError where it can't be read."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise OptionError(f"{path} is no picture that Pillow reads; give a JPEG or PNG") from error
+    except OSError as error:
+        raise OptionError(f"{path} can't be read: {error.strerror or error}; give a JPEG or PNG") from error
+
+
+def load_photo() -> Image.Image:
+    """The packaged photograph, RGB."""
+    with files("gtp_fx.cli").joinpath("data", "photo.jpg").open("rb") as file:
+        return Image.open(file).convert("RGB")
+
+
+def _image_example(model: nn.Module) -> Tensor:
+    signature = call_signature(model, None)
+    example = next(v for v in (*signature.args, *signature.kwargs.values()) if isinstance(v, Tensor))
+    if example.ndim != 4 or example.shape[1] != 3:
+        raise OptionError(f"{type(model).__name__} takes {list(example.shape[1:])}, a photograph is [3, height, width]")
+    return example
+
+
+def _views(photo: Image.Image, count: int) -> list[Image.Image]:
+    """`count` differing views of the photograph, in its own proportions."""
+    chance = random.Random(0)
+    views = [photo]
+    for index in range(1, count):
+        scale = chance.uniform(_LEAST_SCALE, 1)
+        width, height = round(photo.width * scale), round(photo.height * scale)
+        left, top = chance.randint(0, photo.width - width), chance.randint(0, photo.height - height)
+        view = photo.crop((left, top, left + width, top + height))
+        views.append(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if index % 2 else view)
+    return views
+
+
+def _preparation(model: nn.Module, size: tuple[int, ...]) -> Callable[[Image.Image], Tensor]:
+    """timm's evaluation transform: image to [3, height, width], `size`. Raises LoadError where there is no timm."""
+    import_timm("transforms of images")
+    from timm.data.transforms_factory import create_transform
+
+    return cast("Callable[[Image.Image], Tensor]", create_transform(**{**_data_config(model), "input_size": size}))
+
+
+def _data_config(model: nn.Module) -> dict[str, Any]:
+    """Of timm's transform: mean, std, crop_pct and the like."""
+    if not isinstance(getattr(model, "pretrained_cfg", None), Mapping):
+        return _UNKNOWN
+    from timm.data.config import resolve_data_config
+
+    config: dict[str, Any] = resolve_data_config({}, model=model)
+    return config

@@ -1,0 +1,89 @@
+"""The commands that look ahead: `gtp-fx inspect` says what the compiler sees in a model, `gtp-fx plan` what a budget would do to it,
+`gtp-fx tune` measures what that rests on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gtp_fx.cli.arguments import (
+    AsJson,
+    Batch,
+    Dtype,
+    FlopsBudgets,
+    LatencyBudgets,
+    Model,
+    ScheduleText,
+    Strategy,
+    Targets,
+    asked,
+    budgets,
+    explaining,
+)
+from gtp_fx.errors import OptionError
+from gtp_fx.options.options import DEFAULTS, Options
+
+if TYPE_CHECKING:
+    from gtp_fx.report.forecast import Forecast
+
+
+def plan(
+    model: Model,
+    flops_budget: FlopsBudgets = None,
+    latency_budget: LatencyBudgets = None,
+    target: Targets = None,
+    schedule: ScheduleText = DEFAULTS["schedule"],
+    strategy: Strategy = DEFAULTS["strategy"],
+    batch: Batch = DEFAULTS["batch"],
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw tokens per block, for every budget and target, to this PNG.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the schedule to this JSON; one budget and one target only.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a budget would do to MODEL: where tokens leave, FLOPs and predicted time of every block. Nothing is compiled.
+
+    The model is built without its weights, so even large ones take seconds.
+    """
+    from gtp_fx.report.plots import must_draw, must_have_folder, plot_tokens
+
+    with explaining():
+        asked_for = itertools.product(target or ["auto"], budgets(flops_budget, latency_budget, schedule))
+        options = [
+            Options.of(**asked(*budget, schedule, strategy, processor, batch)) for processor, budget in asked_for
+        ]
+        if save is not None and len(options) != 1:
+            raise OptionError(
+                f"--save keeps one schedule, and {len(options)} were asked for: give one budget and one target"
+            )
+        must_draw(plot)
+        must_have_folder(save)
+        forecasts = _forecasts(model, dtype, options)
+        if plot is not None:
+            plot_tokens(forecasts, model, plot)
+        if save is not None:
+            save.write_text(forecasts[0].schedule.to_json() + "\n")
+    if as_json:
+        typer.echo(json.dumps({"model": model, "plans": [found.to_dict() for found in forecasts]}, indent=2))
+        return
+    typer.echo("\n\n".join([model, *map(str, forecasts)]))
+    for file in filter(None, (plot, save)):
+        typer.echo(f"\nwritten: {file}")
+
+
+def _forecasts(model: str, dtype: Dtype, wanted: list[Options]) -> list[Forecast]:
+    import torch
+
+    from gtp_fx.cli.models import named_on_meta
+    from gtp_fx.model.planner import Planner
+
+    built = named_on_meta(model).to(getattr(torch, dtype.value))
+    planner = Planner(built)
+    return [planner.plan(options) for options in wanted]

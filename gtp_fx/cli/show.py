@@ -1,0 +1,71 @@
+"""`gtp-fx show`: a picture of where an image's tokens went."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import gtp_fx
+from gtp_fx.cli.arguments import (
+    AsJson,
+    Batch,
+    Device,
+    Dtype,
+    FlopsBudget,
+    LatencyBudget,
+    Model,
+    Pretrained,
+    ScheduleText,
+    Strategy,
+    Target,
+    Weights,
+    asked,
+    explaining,
+    load,
+)
+from gtp_fx.options.options import DEFAULTS
+
+
+def show(
+    model: Model,
+    image: Annotated[
+        Path | None, typer.Argument(help="A JPEG or PNG; a photograph of the package's where left out.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("tokens.png"),
+    flops_budget: FlopsBudget = DEFAULTS["flops_budget"],
+    latency_budget: LatencyBudget = DEFAULTS["latency_budget"],
+    schedule: ScheduleText = DEFAULTS["schedule"],
+    strategy: Strategy = DEFAULTS["strategy"],
+    target: Target = DEFAULTS["target"],
+    batch: Batch = DEFAULTS["batch"],
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw IMAGE with what becomes of its tokens in MODEL: kept and leaving at each site, who receives them, and the token scales at the end; in
+    models of windows, which skip at each site."""
+    from gtp_fx.cli.photo import as_seen, load_photo, prepared, read_picture
+    from gtp_fx.report.draw_token_flow import draw_journeys
+    from gtp_fx.report.plots import must_draw
+    from gtp_fx.report.token_flow import journeys
+
+    with explaining(model):
+        options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
+        must_draw(out)
+        picture = load_photo() if image is None else read_picture(image)
+        loaded = load(model, pretrained, weights, Dtype.float32, Device.cpu)
+        fast = gtp_fx.optimize(loaded.model, **options, compile=False)
+        pixels = prepared(loaded.model, picture)
+        views = journeys(fast.graph_module, fast.sites, fast.report.sites, pixels)
+        title = (
+            f"{loaded.name}, weights: {loaded.weights_origin}; {fast.report.flops_ratio:.3f} of its FLOPs, {strategy}"
+        )
+        draw_journeys(views, as_seen(loaded.model, pixels), title, out)
+    if as_json:
+        about = {"model": loaded.name, "weights": loaded.weights_origin, "picture": str(out)}
+        typer.echo(json.dumps({**about, "sites": [view.to_dict() for view in views]}, indent=2))
+        return
+    typer.echo(f"{title}\nwritten: {out}")

@@ -1,6 +1,0 @@
-"""Taking an optimised model out of Python: a torch.export program, an AOTInductor package, ONNX."""
-
-from gtp_fx.exporting.files import FORMATS, Exported, export
-from gtp_fx.exporting.program import ExportError, exported_program
-
-__all__ = ["FORMATS", "ExportError", "Exported", "export", "exported_program"]

@@ -1,0 +1,1 @@
+"""FX graphs, whatever they compute: questions about nodes, edits, symbols, verification."""

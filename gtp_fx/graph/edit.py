@@ -1,0 +1,91 @@
+"""Edits of FX graphs that keep their metadata: calls, copies, other results, cleaning up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from gtp_fx.graph.nodes import attention_dropout
+from gtp_fx.graph.torch_internals import return_flat, take_signature
+
+META_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node) -> fx.Node:
+    """Insert a call at the graph's insertion point, with the origin (layer, stack trace) of the node `like`."""
+    node = graph.call_function(target, args)
+    node.meta = {key: like.meta[key] for key in META_KEYS if key in like.meta}
+    return node
+
+
+@dataclass
+class Emitter:
+    """Inserts calls into a graph, in order, with the origin (layer, stack trace) of another node.
+
+    before: the node that they stand before; the graph's own insertion point where None. inserted: what was inserted so far.
+    """
+
+    graph: fx.Graph
+    like: fx.Node
+    before: fx.Node | None = None
+    inserted: set[fx.Node] = field(default_factory=set)
+
+    def __call__(self, target: Any, *args: Any) -> fx.Node:
+        with contextlib.nullcontext() if self.before is None else self.graph.inserting_before(self.before):
+            node = call(self.graph, target, *args, like=self.like)
+        self.inserted.add(node)
+        return node
+
+
+def set_args(node: fx.Node, args: tuple[Any, ...]) -> None:
+    """Change a node's arguments; its value is computed anew by the next `propagate_shapes`."""
+    if args != node.args:
+        node.args = args
+        node.meta.pop("val", None)
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module of its own over the same parameters, so that a pass never touches its input."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, values))
+    take_signature(graph, gm.graph)
+    new = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    new.meta.update(gm.meta)
+    return new
+
+
+def returning(gm: fx.GraphModule, results: Callable[[dict[fx.Node, fx.Node]], list[fx.Node]]) -> fx.GraphModule:
+    """A graph module over the same parameters that takes `gm`'s inputs and returns a flat list of other values.
+
+    results: told each node's copy, it inserts what it wants among them and says which nodes are returned.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(gm.graph, copies)
+    take_signature(graph, gm.graph)
+    found = results(copies)
+    graph.output(found)
+    return_flat(graph, found)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(gm, graph)
+
+
+def finish(gm: fx.GraphModule) -> fx.GraphModule:
+    """Drop what nothing uses, check the graph, regenerate its code."""
+    gm.graph.eliminate_dead_code(is_impure_node=_is_impure)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Attention may draw random numbers, so torch keeps it; without dropout it draws none."""
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return bool(attention_dropout(node))
+    return bool(node.is_impure())

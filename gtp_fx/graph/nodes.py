@@ -1,0 +1,88 @@
+"""Small questions about FX graphs that several passes ask, and the steps that every rewrite ends with."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from gtp_fx.errors import Refusal
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def is_input(node: fx.Node) -> bool:
+    """A value that the graph doesn't compute: an argument, a parameter, a buffer."""
+    return node.op in ("placeholder", "get_attr")
+
+
+def operator_name(node: fx.Node) -> str:
+    """The operator as a person reads it: "aten.linear.default"."""
+    return str(node.target) if node.op == "call_function" else node.op
+
+
+def layer_name(node: fx.Node) -> str:
+    """The path of the module that the node came from ("blocks.3.attn"), or "" where the graph keeps none."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    return str(path).replace("L['self'].", "").removeprefix("L['self']").strip(".")
+
+
+def source_line(node: fx.Node) -> str:
+    """Where in the model's source the node was called, "timm/layers/attention.py:124", or "" where the graph doesn't know."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    file, line = frames[-1]
+    for folder in ("/site-packages/", "/dist-packages/"):
+        file = file.rpartition(folder)[2]
+    return f"{os.path.relpath(file) if os.path.isabs(file) and file.startswith(os.getcwd()) else file}:{line}"
+
+
+def refusal(node: fx.Node, reason: str) -> Refusal:
+    """What the compiler leaves as it is at `node`, and why."""
+    return Refusal(layer_name(node), operator_name(node), reason, source_line(node))
+
+
+def descendants(node: fx.Node) -> set[fx.Node]:
+    """Every node that depends on `node`."""
+    return _closure([node], lambda n: n.users)
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """Every node that `node` depends on."""
+    return _closure([node], lambda n: n.all_input_nodes)
+
+
+def _closure(start: list[fx.Node], step: Any) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(start)
+    while pending:
+        for other in step(pending.pop()):
+            if other not in found:
+                found.add(other)
+                pending.append(other)
+    return found
+
+
+def attention_dropout(node: fx.Node) -> Any:
+    """dropout_p of aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, …)."""
+    return node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+
+
+def count_nodes(graph: fx.Graph, targets: Iterable[Any]) -> int:
+    wanted = set(targets)
+    return sum(node.op == "call_function" and node.target in wanted for node in graph.nodes)
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """The tensors in a node's value, which may be a list of them."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [v for v in value if isinstance(v, torch.Tensor)] if isinstance(value, list | tuple) else []

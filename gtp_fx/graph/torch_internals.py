@@ -1,0 +1,127 @@
+"""Every private name of torch that this package calls, a function each, with the public one that may replace it.
+
+What is imported inside a function takes a second or more to import, so it is when somebody asks. The dictionaries that an
+`nn.Module` keeps its parameters in (`_parameters`, `_buffers`, `_modules`) are used where modules share them (`gtp_fx.model`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch._logging._internal import trace_structured
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import attention
+from torch.utils import _pytree as pytree
+
+# ---- graphs
+
+
+def take_signature(graph: fx.Graph, of: fx.Graph) -> None:
+    """Give `graph` the inputs' and outputs' structure of another, which torch.export keeps in its code generator.
+
+    Public: nothing; `fx.GraphModule.__copy__` copies the whole module.
+    """
+    graph._codegen = of._codegen
+
+
+def return_flat(graph: fx.Graph, returned: list[fx.Node]) -> None:
+    """Let a graph that has a structure of outputs return a flat list instead."""
+    taken: Any = graph._codegen
+    if hasattr(taken, "pytree_info"):
+        out_spec = pytree.tree_structure(returned)
+        graph.set_codegen(type(taken)(taken.pytree_info._replace(out_spec=out_spec)))
+
+
+def copy_parameter_sources(gm: fx.GraphModule, of: fx.GraphModule) -> None:
+    """Keep what Dynamo noted of where parameters come from: Inductor's `freezing` asks for it."""
+    if hasattr(of, "_param_name_to_source"):
+        gm._param_name_to_source = of._param_name_to_source  # type: ignore[assignment]
+
+
+# ---- fake tensors
+
+
+def fake_mode() -> AbstractContextManager[Any]:
+    """A mode in which tensors have shapes and no numbers. Public: `torch.export.Dim`'s tracing alone; none for a mode."""
+    return FakeTensorMode()
+
+
+def mode_of(fake: Tensor) -> AbstractContextManager[Any]:
+    """The mode that a fake tensor was made in; fakes of different modes don't mix."""
+    return cast("AbstractContextManager[Any]", cast(FakeTensor, fake).fake_mode)
+
+
+# ---- tracing and compiling
+
+
+def aot_export(gm: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
+    """Dynamo's graph in functional pre-dispatch ATen, and its signature, under a tracing context of its own.
+
+    Public: `torch.export.export`, which takes modules and not a backend's graphs.
+    """
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+
+    with tracing(TracingContext(detect_fake_mode(list(fakes)))), torch.no_grad():
+        exported, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
+    return cast("fx.GraphModule", exported), signature
+
+
+def tracing_lock() -> AbstractContextManager[Any]:
+    """A context that one thread is in at a time, the one that Dynamo holds when it calls a backend. Public: none."""
+    return cast("AbstractContextManager[Any]", importlib.import_module("torch._dynamo.convert_frame").compile_lock)
+
+
+def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """What Inductor makes of a graph that a backend was given. Public: `torch.compile`, which traces anew."""
+    compile_fx = importlib.import_module("torch._inductor.compile_fx").compile_fx
+    return cast("Callable[..., Any]", compile_fx(gm, list(inputs), config_patches=dict(options)))
+
+
+def inductor_config() -> dict[str, Any]:
+    """Every option of Inductor's with its value. Public: `torch._inductor.list_options`, names alone."""
+    config: Any = importlib.import_module("torch._inductor.config")
+    return dict(config.get_config_copy())
+
+
+def inductor_modes() -> Mapping[str, Mapping[str, Any]]:
+    """`torch.compile`'s modes, and the options that each stands for. Documented, under a private module's name."""
+    return cast("Mapping[str, Mapping[str, Any]]", torch._inductor.list_mode_options())
+
+
+def package_aoti(program: torch.export.ExportedProgram, file: str) -> None:
+    """Write a program as an AOTInductor package. Documented, under a private module's name."""
+    importlib.import_module("torch._inductor").aoti_compile_and_package(program, package_path=file)
+
+
+def load_aoti(file: str) -> Callable[..., Any]:
+    """What runs an AOTInductor package. Documented, under a private module's name."""
+    return cast("Callable[..., Any]", importlib.import_module("torch._inductor").aoti_load_package(file))
+
+
+# ---- attention
+
+
+def attention_order(device: torch.device) -> list[Any]:
+    """The kernels of scaled_dot_product_attention in the order in which torch tries them on a GPU, as it is set up now.
+
+    When it is first asked, torch puts cuDNN ahead of flash attention (on Hopper and data centres' Blackwell, with cuDNN
+    above 9.15, since torch 2.10, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1); so it is asked. Public: `sdpa_kernel(set_priority=True)`
+    sets an order, and nothing reads it.
+    """
+    asking = torch.empty(1, 1, 8, 8, dtype=torch.float16, device=device)
+    torch._fused_sdp_choice(asking, asking, asking)
+    return cast("list[Any]", attention._cur_sdpa_kernel_backends(with_priority=True))
+
+
+# ---- logging
+
+
+def log_artifact(name: str, text: Callable[[], str]) -> None:
+    """Put a text into torch's structured trace, for `tlparse`. Public: none."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)

@@ -1,0 +1,86 @@
+"""Every value's shape, recomputed by running the graph on fake tensors: the verifier behind every pass.
+
+A size that a pass forgot to repair can't run, so it is found here, by the node's name, and not by a user.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from gtp_fx.graph.nodes import is_input, layer_name, operator_name, tensors_of
+from gtp_fx.graph.symbols import fixed_symbols
+from gtp_fx.graph.torch_internals import mode_of
+from gtp_fx.ops.register import shapes_of
+
+
+class InconsistentGraph(AssertionError):
+    """A pass left a graph that can't run: a defect of gtp_fx, to be reported with the message."""
+
+
+def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
+    """Bring `meta["val"]` of every node up to date. `after` names the pass that made the graph, for the error.
+
+    A node is run where its value is missing (it is new, or `graphs.set_args` changed it) or one of its operands' shape
+    has changed; the rest keep theirs, so a pass that touches one block costs one block.
+    """
+    fakes = [t for node in gm.graph.nodes if is_input(node) for t in tensors_of(node.meta.get("val"))]
+    # The graph's own mode, not `detect_fake_mode`'s answer: inside a backend that is Dynamo's, whose sizes are symbols.
+    mode = mode_of(fakes[0])
+    changed: set[fx.Node] = set()
+    with mode, torch.no_grad():
+        for node in gm.graph.nodes:
+            stale = "val" not in node.meta or not changed.isdisjoint(node.all_input_nodes)
+            if node.op != "call_function" or not stale:
+                continue
+            value = _run(node, after)
+            if "val" not in node.meta or _form(node.meta["val"]) != _form(value):
+                changed.add(node)
+            node.meta["val"] = value
+
+
+def _run(node: fx.Node, after: str) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    try:
+        return (shapes_of(node.target) or node.target)(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:
+        place = layer_name(node) or "the graph"
+        raise InconsistentGraph(
+            f"after {after}: {operator_name(node)} ({node.name}) in {place} can't run: {error}"
+        ) from error
+
+
+def _form(value: Any) -> Any:
+    """What the users of a value can tell by: shapes, types and layout."""
+    return [(t.shape, t.stride(), t.dtype, t.device) for t in tensors_of(value)] or value
+
+
+def output_values(gm: fx.GraphModule) -> list[Any]:
+    """What the graph returns, flat, as fake values."""
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    return [node.meta.get("val") for node in output.all_input_nodes]
+
+
+def check_outputs(before: fx.GraphModule, after: fx.GraphModule) -> None:
+    """Raise where a rewritten graph returns other shapes or types than the original, or is good for one batch only."""
+    if fixed := fixed_symbols(after.graph):
+        raise InconsistentGraph(f"rewriting fixed the batch size in {', '.join(node.name for node in fixed)}")
+    old, new = (_signature(gm) for gm in (before, after))
+    if old != new:
+        raise InconsistentGraph(f"the rewritten graph returns {new}, the original {old}")
+
+
+def _signature(gm: fx.GraphModule) -> list[str]:
+    return [f"{tuple(v.shape)} {v.dtype}" for value in output_values(gm) for v in tensors_of(value)]
+
+
+def rounding_tolerance(dtype: torch.dtype) -> float:
+    """How far compiled may be from eager, as |c - e| / |e| of one image's logits.
+
+    Fusing changes the order of sums and, below float32, skips roundings between operators. Some hundred roundings in a row
+    that are independent add up to about ten units in the last place. In float32 that is 1e-6; but rounding may also swap a
+    token at the border of the choice for its like, so 1e-3 is let pass. One wrongly gathered token gives per cents.
+    """
+    return max(1e-3, 10 * torch.finfo(dtype).eps)

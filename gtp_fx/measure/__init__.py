@@ -1,0 +1,1 @@
+"""Clocks: models compared, machines measured, tiles tuned."""

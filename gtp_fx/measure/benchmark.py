@@ -1,0 +1,132 @@
+"""Several optimised models against one original, compiled against compiled, interleaved in one run: what `gtp-fx bench` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from gtp_fx.errors import OptionError
+from gtp_fx.graph.verify import rounding_tolerance
+from gtp_fx.measure.compare import Agreement, agreement, compile_checked
+from gtp_fx.measure.timing import Run, Timings, interleave, model_clock
+from gtp_fx.model.optimized_model import OptimizedModel
+from gtp_fx.options.progress import Progress, Steps
+
+ORIGINAL = "original"
+_WARMUP = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimised model. predicted: by the target's cost model, of the original's time; compile_seconds: of its first call, None eager."""
+
+    name: str
+    flops_ratio: float
+    predicted: float
+    agreement: Agreement
+    compile_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """batch: images per run. how: "compiled" or "eager", the original as well."""
+
+    how: str
+    batch: int
+    entries: tuple[Entry, ...]
+    timings: Timings
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; times in seconds per batch."""
+        rows = [
+            {
+                **asdict(entry),
+                "speed_up": asdict(gain := self.timings.speed_up(entry.name, ORIGINAL)),
+                "share_of_limit": gain.median * entry.flops_ratio,
+            }
+            for entry in self.entries
+        ]
+        return {
+            "how": self.how,
+            "batch": self.batch,
+            "rounds": self.timings.rounds,
+            "entries": rows,
+            "seconds": self.timings.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        own = self.timings.spread(ORIGINAL)
+        rows = [[ORIGINAL, "1", f"{own.median * 1e3:.1f}", f"{self.batch / own.median:.1f}", "1", "", "", "", ""]]
+        for entry in self.entries:
+            time, gain = self.timings.spread(entry.name), self.timings.speed_up(entry.name, ORIGINAL)
+            rows.append(
+                [
+                    entry.name,
+                    f"{entry.flops_ratio:.4f}",
+                    f"{time.median * 1e3:.1f}",
+                    f"{self.batch / time.median:.1f}",
+                    f"{gain.median:.3f}×",
+                    f"{gain.lower:.3f} – {gain.upper:.3f}",
+                    f"{gain.median * entry.flops_ratio:.1%}",
+                    f"{1 / entry.predicted:.3f}×",
+                    f"{entry.agreement.cosine_mean:.4f}",
+                ]
+            )
+        headers = ["", "FLOPs", "ms per batch", "images/s", "speed-up", "quartiles", "of limit", "predicted", "cosine"]
+        table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * 8))
+        return (
+            f"{table}\n{self.how} against {self.how}, medians of {self.timings.rounds} interleaved rounds, batch {self.batch}; speed-ups within rounds; predicted: compiled; limit: 1 / "
+            f"FLOPs; cosine: of outputs with the original's, on a photograph: agreement, not accuracy"
+        )
+
+
+@torch.no_grad()
+def benchmark(
+    original: nn.Module,
+    optimised: Mapping[str, OptimizedModel],
+    images: Tensor,
+    *,
+    rounds: int,
+    eager: bool = False,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Check every model against the original and its compiled form against its eager one, then time all on images [B, …].
+
+    The original is compiled with what all of them tell Inductor. Raises CheckError where an output is wrong,
+    OptionError for no rounds and for models that tell it different things; what compiling raises goes through.
+    """
+    told = [fast.inductor_options for fast in optimised.values()]
+    if not eager and any(options != told[0] for options in told):
+        raise OptionError(
+            f"models of different modes or targets, {told}: the original is compiled in one way; time them apart"
+        )
+    torch.compiler.reset()
+    steps = Steps((1 + len(optimised)) * ((not eager) + _WARMUP + rounds), progress)
+    agreed = {name: agreement(original, fast, images) for name, fast in optimised.items()}
+    eager_runs: dict[str, Run] = {ORIGINAL: lambda: original(images)}
+    eager_runs |= {name: lambda fast=fast: fast.graph_module(images) for name, fast in optimised.items()}  # type: ignore[misc]
+    seconds: dict[str, float | None] = dict.fromkeys(eager_runs)
+    runs = eager_runs
+    if not eager:
+        compiled: Any = torch.compile(original, options=told[0] or None)
+        runs = {ORIGINAL: lambda: compiled(images)}
+        runs |= {name: lambda fast=fast: fast(images) for name, fast in optimised.items()}  # type: ignore[misc]
+        for name, run in runs.items():
+            steps.begin(f"compiling {name}")
+            seconds[name] = compile_checked(
+                name, run, eager_runs[name](), rounding_tolerance(images.dtype), images.device
+            ).seconds
+            steps.done()
+    steps.begin("timing")
+    timings = interleave(runs, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done)
+    entries = []
+    for name, fast in optimised.items():
+        forecast = fast.report.forecast
+        assert forecast is not None
+        entries.append(Entry(name, fast.report.flops_ratio, 1 / forecast.speed_up, agreed[name], seconds[name]))
+    return Benchmark("eager" if eager else "compiled", len(images), tuple(entries), timings)

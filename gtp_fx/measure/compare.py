@@ -1,0 +1,203 @@
+"""Original and optimised model side by side: do they agree, and how much faster is it?
+
+Four contenders: each model eager, and each compiled, both with what `gtp_fx.optimize` tells Inductor. Speed-ups are
+taken like against like, eager to eager and compiled to compiled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from gtp_fx.capture.inputs import tensors_in
+from gtp_fx.errors import CheckError
+from gtp_fx.graph.verify import rounding_tolerance
+from gtp_fx.measure.timing import Run, Spread, Timings, interleave, model_clock
+from gtp_fx.model.optimized_model import OptimizedModel
+from gtp_fx.options.progress import Progress, Steps
+
+ORIGINAL_EAGER, OPTIMISED_EAGER = "original eager", "optimised eager"
+ORIGINAL_COMPILED, OPTIMISED_COMPILED = "original compiled", "optimised compiled"
+BASELINES = {OPTIMISED_EAGER: ORIGINAL_EAGER, OPTIMISED_COMPILED: ORIGINAL_COMPILED}
+
+_WARMUP = 1
+_EAGER_OF = {ORIGINAL_COMPILED: ORIGINAL_EAGER, OPTIMISED_COMPILED: OPTIMISED_EAGER}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the optimised model's logits compare with the original's on some images; agreement is not accuracy.
+
+    top1: share of images with the same best class. cosine: between the two models' logits, the least and the mean image.
+    """
+
+    images: int
+    top1: float
+    cosine_least: float
+    cosine_mean: float
+
+    def __str__(self) -> str:
+        return (
+            f"output of the original's shape, finite; against the original on {self.images} views of the photograph: same top-1 "
+            f"for {self.top1:.0%}, cosine of logits {self.cosine_mean:.4f} (least {self.cosine_least:.4f}); agreement, not "
+            f"accuracy"
+        )
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """seconds: of the first call, compiling included. error: the image that differs most from eager, |c - e| / |e|."""
+
+    seconds: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """tolerance: what a compilation's error was held against. batch: images per run. The FLOPs ratio is the report's."""
+
+    agreement: Agreement
+    compilations: Mapping[str, Compilation]
+    tolerance: float
+    timings: Timings
+    flops_ratio: float
+    batch: int
+
+    @property
+    def limit(self) -> float:
+        """The speed-up if time were FLOPs alone."""
+        return 1 / self.flops_ratio
+
+    def speed_up(self, name: str) -> Spread:
+        """Of an optimised contender over the original, run the same way."""
+        return self.timings.speed_up(name, BASELINES[name])
+
+    def share_of_limit(self, name: str) -> float:
+        """Median speed-up / limit."""
+        return self.speed_up(name).median / self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; times in seconds per batch."""
+        return {
+            "agreement": asdict(self.agreement),
+            "compilations": {name: asdict(done) for name, done in self.compilations.items()},
+            "tolerance": self.tolerance,
+            "batch": self.batch,
+            "rounds": self.timings.rounds,
+            "seconds": self.timings.to_dict(),
+            "speed_up": {name: asdict(self.speed_up(name)) for name in BASELINES},
+            "flops_ratio": self.flops_ratio,
+            "flops_limit": self.limit,
+            "share_of_limit": {name: self.share_of_limit(name) for name in BASELINES},
+        }
+
+    def __str__(self) -> str:
+        rows = [self._row(name) for name in (ORIGINAL_EAGER, OPTIMISED_EAGER, ORIGINAL_COMPILED, OPTIMISED_COMPILED)]
+        header = ["", "ms per batch", "quartiles", "images/s", "speed-up", "quartiles", "of limit", "first call"]
+        align = ("left", *("right",) * (len(header) - 1))
+        return "\n".join(
+            [
+                tabulate(rows, header, disable_numparse=True, colalign=align),
+                f"medians of {self.timings.rounds} interleaved rounds, batch {self.batch}; like against like; FLOPs limit "
+                f"1/{self.flops_ratio:.4f} = {self.limit:.3f}×",
+            ]
+        )
+
+    def _row(self, name: str) -> list[str]:
+        own = self.timings.spread(name)
+        row = [name, f"{own.median * 1e3:.1f}", f"{own.lower * 1e3:.1f} – {own.upper * 1e3:.1f}"]
+        row.append(f"{self.batch / own.median:.1f}")
+        if name in BASELINES:
+            gain = self.speed_up(name)
+            row += [f"{gain.median:.3f}×", f"{gain.lower:.3f} – {gain.upper:.3f}", f"{self.share_of_limit(name):.1%}"]
+        else:
+            row += ["1", "", ""]
+        return [*row, f"{self.compilations[name].seconds:.1f} s" if name in self.compilations else ""]
+
+
+@torch.no_grad()
+def agreement(original: nn.Module, optimised: OptimizedModel, images: Tensor) -> Agreement:
+    """Both models, eager, on images [B, …]. Raises CheckError where the outputs' shapes differ or are not finite."""
+    theirs, ours = original(images), optimised.graph_module(images)
+    if _shapes(theirs) != _shapes(ours):
+        raise CheckError(f"the optimised model's output is {_shapes(ours)}, the original's {_shapes(theirs)}")
+    for name, output in (("original", theirs), ("optimised model", ours)):
+        if not all(bool(t.isfinite().all()) for t in tensors_in(output)):
+            raise CheckError(f"the {name}'s output is not finite on the photograph; are these weights whole?")
+    a, b = _logits(theirs), _logits(ours)
+    cosine = F.cosine_similarity(a, b, dim=1)
+    top1 = (a.argmax(1) == b.argmax(1)).double().mean()
+    return Agreement(len(images), float(top1), float(cosine.min()), float(cosine.mean()))
+
+
+@torch.no_grad()
+def compare(
+    original: nn.Module,
+    optimised: OptimizedModel,
+    images: Tensor,
+    *,
+    rounds: int,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Check and time the contenders on images [B, …]; both models in eval mode, `optimised` made with compile=True.
+
+    Raises CheckError where an output is wrong, OptionError for no rounds; what compiling raises goes through.
+    """
+    # One reset, before: whatever was compiled earlier in this process (dynamic shapes, recompile counts) leaves no trace.
+    # None between the contenders, which would throw away the first one's code while it waits to be timed.
+    torch.compiler.reset()
+    compiled_original: Any = torch.compile(original, options=optimised.inductor_options or None)
+    contenders: dict[str, Run] = {
+        ORIGINAL_EAGER: lambda: original(images),
+        OPTIMISED_EAGER: lambda: optimised.graph_module(images),
+        ORIGINAL_COMPILED: lambda: compiled_original(images),
+        OPTIMISED_COMPILED: lambda: optimised(images),
+    }
+    total = 1 + len(_EAGER_OF) + len(contenders) * (_WARMUP + rounds)
+    steps = Steps(total, progress)
+    steps.begin("checking on the photograph")
+    agreed = agreement(original, optimised, images)
+    tolerance = rounding_tolerance(images.dtype)
+    compilations = {}
+    for name, eager in _EAGER_OF.items():
+        steps.done()
+        steps.begin(f"compiling ({name})")
+        compilations[name] = compile_checked(name, contenders[name], contenders[eager](), tolerance, images.device)
+    steps.done()
+    steps.begin("timing")
+    timings = interleave(
+        contenders, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done
+    )
+    return Comparison(agreed, compilations, tolerance, timings, optimised.report.flops_ratio, len(images))
+
+
+def compile_checked(name: str, run: Run, expected: Any, tolerance: float, device: torch.device) -> Compilation:
+    """Run once, which compiles, and hold the output against eager's. Raises CheckError where it is further than `tolerance`."""
+    start = time.perf_counter()
+    output = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    if _shapes(output) != _shapes(expected):
+        raise CheckError(f"{name}: output {_shapes(output)}, eager {_shapes(expected)}")
+    compiled, eager = _logits(output), _logits(expected)
+    error = float(((compiled - eager).norm(dim=1) / eager.norm(dim=1)).max())
+    if not error <= tolerance:  # NaN fails too
+        raise CheckError(f"{name}: logits are {error:.2g} (relative) from the eager model's, more than {tolerance:.2g}")
+    return Compilation(seconds, error)
+
+
+def _shapes(output: Any) -> list[list[int]]:
+    return [list(t.shape) for t in tensors_in(output)]
+
+
+def _logits(output: Any) -> Tensor:
+    """[B, everything else], double: the first tensor of the output, which is the logits or the features."""
+    return tensors_in(output)[0].flatten(1).double()

@@ -1,0 +1,264 @@
+"""Measuring a target's curves on the machine at hand: a minute or two of small kernels, as `gtp-fx tune` runs them.
+
+Each probe is a kernel of known work. Times are medians over interleaved rounds; the best rates become the roofs, and each
+kind of work gets its share of them by amount. What the compiler fuses is measured compiled, since that is how it will run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor
+
+from gtp_fx.kernels.available import has_kernels
+from gtp_fx.measure.site_probes import propagation, scored_attention, selection, similar_tokens, stream_pass
+from gtp_fx.measure.timing import clock_for, interleave
+from gtp_fx.options.progress import Progress
+from gtp_fx.strategies import GTP
+from gtp_fx.strategies.protocol import SiteShape
+from gtp_fx.targets.target import MOST_SHARE, Curve, Target
+from gtp_fx.targets.work import DENSE, KINDS, Work
+
+ROUNDS = 9
+_WIDTH, _HEAD = 384, 64
+"""Channels and head size of the probes: a small ViT's."""
+_LEAST_SHARE = 1e-4
+_LONG_ENOUGH, _MOST_REPEATS = 4e-3, 50
+"""Seconds that a timing takes at least, by repeating short kernels: in a graph they follow each other, too."""
+CALL, SHORT_CHAIN, LONG_CHAIN, _CHAIN = "a call", "one small product", "a chain of small products", 21
+"""Probes of what a compiled call costs however little it does, and of what each kernel in it costs more."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A kernel to time. kind: a name in KINDS, "" for what is no kind of work. amount: what its curve is indexed by.
+
+    less: probes whose time is no part of this kind's work.
+    """
+
+    name: str
+    kind: str
+    amount: float
+    work: Work
+    run: Callable[[], object]
+    less: tuple[str, ...] = ()
+
+
+def tune_target(
+    target: Target, dtype: torch.dtype = torch.float32, rounds: int = ROUNDS, progress: Progress | None = None
+) -> Target:
+    """`target` with rates and curves measured on this machine's `target.device`, for products in `dtype`."""
+    device = torch.device(target.device)
+    clock = clock_for(device)
+    with torch.no_grad():
+        probes = list(_probes(device, dtype))
+        total = len(probes) * (rounds + 2)
+        done = 0
+
+        def step(label: str) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(label, done, total)
+
+        repeats = {}
+        for probe in probes:
+            probe.run()  # compiles
+            probe.run()
+            taken = clock(probe.run)
+            repeats[probe.name] = max(1, min(_MOST_REPEATS, round(_LONG_ENOUGH / max(taken, 1e-9))))
+            step(f"compiling ({probe.kind or 'launches'})")
+        runs = {probe.name: _repeated(probe.run, repeats[probe.name]) for probe in probes}
+        timings = interleave(runs, rounds=rounds, warmup=1, clock=clock, progress=lambda: step("timing"))
+    seconds = {name: statistics.median(values) / repeats[name] for name, values in timings.seconds.items()}
+    return fitted(target, probes, seconds, str(dtype).removeprefix("torch."), rounds)
+
+
+def fitted(target: Target, probes: Sequence[Probe], seconds: dict[str, float], dtype: str, rounds: int) -> Target:
+    """The target whose curves go through the probes' times."""
+    launch = max((seconds[LONG_CHAIN] - seconds[SHORT_CHAIN]) / (_CHAIN - 1), 0.0)
+    own = {}
+    for probe in probes:
+        taken = seconds[probe.name]
+        beside = sum(seconds[name] for name in probe.less) if probe.less else launch
+        own[probe.name] = max(taken - beside, 0.02 * taken)
+    dense = max(p.work.flops / own[p.name] for p in probes if p.kind == "product")
+    longest = max((p for p in probes if p.kind == "stream"), key=lambda p: p.amount)
+    bandwidth = longest.work.bytes / own[longest.name]
+    curves = {}
+    for kind in dict.fromkeys(p.kind for p in probes if p.kind):
+        points: dict[float, list[float]] = {}
+        for probe in (p for p in probes if p.kind == kind):
+            roof = probe.work.flops / dense if kind in DENSE else probe.work.bytes / bandwidth
+            points.setdefault(probe.amount, []).append(roof / own[probe.name])
+        shares = {amount: min(max(statistics.fmean(s), _LEAST_SHARE), MOST_SHARE) for amount, s in points.items()}
+        curves[kind] = Curve(tuple(sorted(shares.items())))
+    others = {name: rate for name, rate in target.dense.items() if name != dtype}
+    # Of dtypes that weren't measured, the listed rates keep their proportion to the one that was.
+    scaled = {name: rate * dense / target.rate(dtype) for name, rate in others.items()}
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return replace(
+        target,
+        dense={**scaled, dtype: dense},
+        bandwidth=bandwidth,
+        launch=launch,
+        curves={**target.curves, **curves},
+        measured=f"{when}, {dtype}, medians of {rounds} rounds",
+        tiles=(),
+        attention_tile=(1, 1),
+    )
+
+
+def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    big = 4 if device.type == "cpu" else 64
+    """A GPU is only busy with many images."""
+    size = dtype.itemsize
+    name = str(dtype).removeprefix("torch.")
+    kernels = has_kernels(device)
+    tiny = random(8, 8)
+    yield Probe(CALL, "", 0, Work("stream"), _compiled(lambda x: x + 1, tiny[0]))
+    yield Probe(SHORT_CHAIN, "", 0, Work("stream"), _compiled(lambda x: _chain(x, 1), tiny))
+    yield Probe(LONG_CHAIN, "", 0, Work("stream"), _compiled(lambda x: _chain(x, _CHAIN), tiny))
+    for rows in (64, 256, 1024, 4096):
+        for inner, columns in ((_WIDTH, 4 * _WIDTH), (4 * _WIDTH, _WIDTH), (2 * _WIDTH, 2 * _WIDTH)):
+            rows_here = rows * (big // 4)
+            x, weight, bias = random(rows_here, inner), random(columns, inner), random(columns)
+            flops = 2 * rows_here * inner * columns
+            work = Work("product", flops, dtype=name)
+            yield Probe(f"product {rows}x{inner}x{columns}", "product", flops, work, _bound(F.linear, x, weight, bias))
+    for side, channels, out, kernel in ((56, 64, 64, 3), (28, 128, 256, 3), (224, 3, _WIDTH, 16)):
+        x, weight = random(big, channels, side, side), random(out, channels, kernel, kernel)
+        stride = kernel if kernel > 3 else 1
+        y = F.conv2d(x, weight, stride=stride, padding=0)
+        flops = 2 * y.numel() * channels * kernel * kernel
+        yield Probe(
+            f"convolution {side} {channels} {out}",
+            "convolution",
+            flops,
+            Work("convolution", flops, dtype=name),
+            _bound(F.conv2d, x, weight, None, stride),
+        )
+    for tokens in (49, 98, 197, 394, 785):
+        q = random(big, 6, tokens, _HEAD)
+        flops = 4 * q.numel() * tokens
+        work = Work("attention", flops, dtype=name)
+        plain = f"attention {tokens}"
+        yield Probe(plain, "attention", tokens, work, _bound(F.scaled_dot_product_attention, q, q, q))
+        if tokens in (49, 197, 394):
+            shape = SiteShape(tokens, tokens, 0, 6 * _HEAD, 6, big, name, _HEAD, kernels=kernels)
+            work = _of_kind("scores", GTP().site_works(shape, told=False))
+            scored = _compiled(*scored_attention(q))
+            yield Probe(f"scores {tokens}", "scores", work.bytes, work, scored, less=(plain, CALL))
+    for rows in (200, 800, 6400):
+        x = random(rows * (big // 4), _WIDTH)
+        moved = 3 * x.numel() * size
+        yield Probe(
+            f"stream {rows}",
+            "stream",
+            moved,
+            Work("stream", bytes=moved),
+            _compiled(_norm_of_sum, x, x.clone()),
+            (CALL,),
+        )
+    for tokens in (98, 392):
+        x = random(big, tokens, _WIDTH)
+        leaving = tokens // 12
+        # A site's add and norm are priced as any block's, so they are timed without a site as well.
+        plain, passed = f"stream of {tokens}", 4 * x.numel() * size
+        whole = _compiled(*stream_pass(x))
+        yield Probe(plain, "stream", passed, Work("stream", bytes=passed), whole, (CALL,))
+        shape = SiteShape(tokens, tokens - leaving, 0, _WIDTH, 6, big, name, _HEAD, kernels=kernels)
+        work = _of_kind("gather", GTP().site_works(shape, told=True))
+        propagated = _compiled(*propagation(x, leaving))
+        yield Probe(f"gather {tokens}", "gather", work.bytes, work, propagated, (plain,))
+        scores = random(big, tokens).float()
+        ranked = 4 * scores.numel()
+        yield Probe(
+            f"sort {tokens}",
+            "sort",
+            ranked,
+            Work("sort", bytes=ranked),
+            _compiled(*selection(scores, leaving)),
+            (CALL,),
+        )
+    for side in (14, 24) if kernels else ():
+        x = random(big, side * side, _WIDTH)
+        work = _of_kind("neighbors", GTP().start_works((side, side), _WIDTH, big, name, kernels=True))
+        graph = _compiled(*similar_tokens(x, [side, side]))
+        yield Probe(f"neighbors {side}", "neighbors", work.bytes, work, graph, (CALL,))
+    for side in () if kernels else (49, 196):
+        pairs = random(big, side, side).float()
+        ranked = 4 * pairs.numel()
+        work = Work("sort", bytes=ranked)
+        yield Probe(f"sort pairs {side}", "sort", ranked, work, _compiled(_nearest, pairs), (CALL,))
+
+
+def _of_kind(kind: str, works: Sequence[Work]) -> Work:
+    """The one among a site's works, so that a curve is fitted to the very amounts that it is asked about."""
+    return next(work for work in works if work.kind == kind)
+
+
+def _nearest(similarity_BGG: Tensor) -> Tensor:
+    """As the token graph ranks all pairs, once for each stream."""
+    return similarity_BGG.topk(8, dim=-1, sorted=False).indices
+
+
+def _chain(x: Tensor, length: int) -> Tensor:
+    y = x
+    for _ in range(length):
+        y = y @ x
+    return y
+
+
+def _repeated(run: Callable[[], object], times: int) -> Callable[[], object]:
+    def again() -> None:
+        for _ in range(times):
+            run()
+
+    return again
+
+
+def _norm_of_sum(x: Tensor, y: Tensor) -> Any:
+    total = x + y
+    return F.layer_norm(total, total.shape[-1:]) * total
+
+
+def _bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
+    return lambda: function(*arguments)
+
+
+def _compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
+    compiled: Any = torch.compile(function, dynamic=False)
+    return lambda: compiled(*arguments)
+
+
+def describe(target: Target) -> str:
+    """A measured target, for people."""
+    rates = ", ".join(f"{rate / 1e9:.4g} GFLOP/s in {dtype}" for dtype, rate in target.dense.items())
+    rows = [
+        [kind, KINDS[kind].partition(";")[0], " … ".join(f"{share:.2g}" for _, share in _ends(curve))]
+        for kind, curve in target.curves.items()
+    ]
+    return "\n".join(
+        [
+            f"{target.name}: {rates}; {target.bandwidth / 1e9:.4g} GB/s; {target.launch * 1e6:.3g} us a kernel ({target.measured})",
+            "",
+            tabulate(rows, ["kind of work", "", "share of the roof, least … largest amount"], disable_numparse=True),
+        ]
+    )
+
+
+def _ends(curve: Curve) -> list[tuple[float, float]]:
+    return [curve.points[0], curve.points[-1]] if len(curve.points) > 1 else list(curve.points)

@@ -1,0 +1,1 @@
+"""The ways in, and the nn.Module that comes back."""

@@ -1,0 +1,54 @@
+"""`torch.compile(model, backend="gtp", options={…})`, the door for graphs that Dynamo captures.
+
+Options are `optimize`'s: flops_budget, schedule, strategy, target, …, and mode, which torch refuses beside options=.
+Dynamo calls a backend once a graph, and again for a second batch size: the schedule depends on the graph alone, so it
+is the same each time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from gtp_fx.capture.dynamo import capture_dynamo
+from gtp_fx.errors import NoBlocksError, OptionError
+from gtp_fx.graph.torch_internals import compile_with_inductor
+from gtp_fx.model.pipeline import run_passes
+from gtp_fx.options.options import Options
+from gtp_fx.passes.lower.triton_kernels import lowered
+from gtp_fx.passes.order import must_be_optional
+
+
+def gtp(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Rewrite Dynamo's graph and compile it with Inductor. A graph without attention is compiled as it is, with a warning:
+    a graph break leaves such pieces before and behind a model."""
+    checked = Options.of_backend({"mode": mode, **(options or {})})
+    must_be_optional(checked.disabled_passes)
+    if any(getattr(node.target, "namespace", "") == "gtp_fx" for node in gm.graph.nodes):
+        raise OptionError("backend 'gtp': this model is optimised already; compile it with torch.compile's own backend")
+    captured, device = capture_dynamo(gm), _device(example_inputs)
+    patches = checked.inductor(device)
+    try:
+        optimised = run_passes(captured, checked)
+    except NoBlocksError as error:
+        warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
+        return compile_with_inductor(gm, example_inputs, patches)
+    made = lowered(optimised.graph_module, device, checked.disabled_passes, checked.target.told)
+    return compile_with_inductor(made, example_inputs, patches)
+
+
+def _device(inputs: Sequence[Any]) -> torch.device:
+    """Where a graph runs: on the GPU that any of its inputs is on; single numbers may stay on the host."""
+    devices = [value.device for value in inputs if isinstance(value, torch.Tensor)]
+    return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))

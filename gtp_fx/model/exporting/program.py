@@ -1,0 +1,136 @@
+"""An optimised model as torch.export has one: in ATen alone, so that whoever reads the file needs nothing of this package."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from gtp_fx.capture.called_as import CalledAs
+from gtp_fx.capture.inputs import CallSignature, device_of, tensors_in
+from gtp_fx.capture.module import export_batched
+from gtp_fx.errors import CaptureError, GtpError
+from gtp_fx.graph.torch_internals import tracing_lock
+from gtp_fx.model.optimized_model import OptimizedModel
+from gtp_fx.ops.register import written_in_aten
+
+_IMAGES = 3
+"""Of an example: neither one, which is special to broadcasting, nor the two that the model was captured with."""
+
+
+class ExportError(GtpError):
+    """The model can't be written in the form that was asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """program: with any batch. args, kwargs: an example of its inputs, noise. outputs: the optimised model's, for those, eager."""
+
+    program: torch.export.ExportedProgram
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: Any
+
+    def tensors(self) -> list[Tensor]:
+        """Of the example, in the program's order."""
+        return tensors_in((self.args, self.kwargs))
+
+    def results(self) -> list[Tensor]:
+        return tensors_in(self.outputs)
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """Of inputs and outputs as people know them: forward's parameters, the keys of a mapping ("logits")."""
+        specs = self.program.graph_signature.input_specs
+        inputs = [spec.arg.name for spec in specs if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT]
+        given = [
+            name
+            for name, leaf in zip(inputs, pytree.tree_leaves((self.args, self.kwargs)), strict=True)
+            if isinstance(leaf, Tensor)
+        ]
+        return given, _output_names(self.outputs)
+
+
+def exported_program(model: OptimizedModel) -> torch.export.ExportedProgram:
+    """The evaluation graph with every `gtp_fx` operator written out: any batch, inputs and parameters under the original's names.
+
+    Raises ExportError for what isn't a model that `gtp_fx.optimize` has made, or has no weights (on the meta device).
+    """
+    return program_of(model).program
+
+
+def program_of(model: OptimizedModel) -> Program:
+    """The same with an example of its inputs and outputs, to check by what is made of it."""
+    if not isinstance(model, OptimizedModel):
+        raise ExportError(f"export takes what gtp_fx.optimize returned, and got a {type(model).__name__}")
+    device = device_of(model)
+    if device.type == "meta":
+        raise ExportError("this model is on the meta device, so it has no weights to export: load it with weights")
+    call = model.signature
+    generator = torch.Generator().manual_seed(0)
+
+    def example(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
+            return torch.cat([leaf, leaf[:1]])[:_IMAGES].to(device)
+        return torch.randn(_IMAGES, *leaf.shape[1:], generator=generator).to(device, leaf.dtype)
+
+    args, kwargs = pytree.tree_map_only(Tensor, example, (call.args, call.kwargs))
+    spelled = CalledAs(model.graph_module, _written_out(model.graph_module), call.parameters)
+    like_it = CallSignature(call.parameters, args, kwargs)
+    with tracing_lock(), torch.no_grad():
+        try:
+            program, _ = export_batched(spelled, like_it, torch.export.Dim("batch"))
+        except Exception:  # a model that wants an even batch, or none below some size, has no such dimension
+            try:
+                program, _ = export_batched(spelled, CallSignature(call.parameters, call.args, call.kwargs))
+            except Exception as error:
+                raise CaptureError(f"torch.export can't trace the optimised graph: {error}") from error
+        return Program(program, args, kwargs, model.graph_module(*args, **kwargs))
+
+
+def required(package: str, what: str, packages: str) -> Any:
+    """The package, imported. Raises ExportError where it can't be."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ExportError(
+            f"{what} needs {package}, which can't be imported ({error}); pip install {packages}"
+        ) from error
+
+
+def _output_names(outputs: Any) -> list[str]:
+    if isinstance(outputs, Tensor):
+        return ["output"]
+    if not isinstance(outputs, Mapping):
+        return [f"output_{number}" for number, _ in enumerate(tensors_in(outputs))]
+    names = []
+    for key, value in outputs.items():
+        found = tensors_in(value)
+        names += [key] if len(found) == 1 else [f"{key}_{number}" for number, _ in enumerate(found)]
+    return names
+
+
+def _written_out(gm: fx.GraphModule) -> Callable[..., Any]:
+    """The graph's forward, which runs no operator of this package."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _WrittenOut():
+            return gm.forward(*args, **kwargs)
+
+    return forward
+
+
+class _WrittenOut(TorchFunctionMode):
+    """Runs this package's composite operators as the functions that they are, which tracing sees through; whoever calls them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function = written_in_aten(getattr(func, "default", func))
+        if function is None:
+            return func(*args, **(kwargs or {}))
+        with self:  # inside, there may be more of them
+            return function(*args, **(kwargs or {}))

@@ -1,0 +1,87 @@
+"""`optimize`, the door for modules."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.errors import OptionError
+from gtp_fx.model.optimized_model import OptimizedModel
+from gtp_fx.options.options import DEFAULTS, HELP, Options
+from gtp_fx.options.schedule import Schedule
+from gtp_fx.passes.order import must_be_optional
+from gtp_fx.strategies import Strategy
+from gtp_fx.targets import Target
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    flops_budget: float | None = DEFAULTS["flops_budget"],
+    latency_budget: float | str | None = DEFAULTS["latency_budget"],
+    batch: int = DEFAULTS["batch"],
+    schedule: str | Schedule | Sequence[int] = DEFAULTS["schedule"],
+    strategy: str | Strategy = DEFAULTS["strategy"],
+    target: str | Target = DEFAULTS["target"],
+    example_inputs: Any = None,
+    disabled_passes: Sequence[str] = DEFAULTS["disabled_passes"],
+    dump_graphs: str | None = DEFAULTS["dump_graphs"],
+    calibration: Any = DEFAULTS["calibration"],
+    mode: str | None = DEFAULTS["mode"],
+    compile: bool = True,
+) -> OptimizedModel:
+    """Make a faster stand-in for a vision transformer, over the same parameters.
+
+    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the size that the model will be
+        called with; found from timm's `pretrained_cfg` or HF's `config` where None. Any batch is good afterwards.
+    compile: let Inductor compile the graph at its first call; False gives an eager FX module.
+    The others are the fields of `gtp_fx.options.options.Options`:
+
+    {options}
+
+    `model` is not changed. Raises a `GtpError` (a ValueError): OptionError for a bad value, CaptureError where the graph
+    can't be had, UnsupportedModelError where no token can leave, BudgetError or ScheduleError where the model can't do
+    what was asked.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"model={model!r} is no nn.Module; give a model such as timm.create_model('deit_small_patch16_224')"
+        )
+    if isinstance(model, OptimizedModel):
+        raise OptionError(
+            f"this {type(model).__name__} is optimised already, to {model.report.flops_ratio:.3f} of its FLOPs: optimize the original, with "
+            f"the budget that you want in all"
+        )
+    if mode is not None and not compile:
+        raise OptionError(
+            f"mode={mode!r} is how to compile, and compile=False: leave one of them out "
+            f"(torch.compile(fast, mode={mode!r}) compiles what this returns)"
+        )
+    options = Options.of(
+        flops_budget=flops_budget,
+        latency_budget=latency_budget,
+        batch=batch,
+        schedule=schedule,
+        strategy=strategy,
+        target=target,
+        disabled_passes=disabled_passes,
+        dump_graphs=dump_graphs,
+        calibration=calibration,
+        mode=mode,
+    )
+    must_be_optional(options.disabled_passes)
+    return OptimizedModel(model, call_signature(model, example_inputs), options, compile)
+
+
+def _described() -> str:
+    """Every option with its help, for `help(gtp_fx.optimize)`."""
+    indent = " " * 8
+    lines = (f"{name}: {text[0].lower()}{text[1:]}" for name, text in HELP.items())
+    return "\n    ".join(textwrap.fill(line, 112, subsequent_indent=indent) for line in lines)
+
+
+optimize.__doc__ = (optimize.__doc__ or "").replace("{options}", _described())

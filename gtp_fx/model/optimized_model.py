@@ -1,0 +1,278 @@
+"""What `optimize` returns: an nn.Module that stands in for the original.
+
+Same call, same output type and shapes, same parameters (names, order, storage), any batch, both modes, `.to()`,
+`state_dict()`, and the original's attributes (`config`, `pretrained_cfg`, …) and methods, those that take tensors optimised as well
+(`gtp_fx.capture.called_as`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from gtp_fx.capture.called_as import CalledAs
+from gtp_fx.capture.inputs import CallSignature, call_signature, device_of, dtype_of, tensors_in
+from gtp_fx.capture.module import capture_module
+from gtp_fx.capture.snapshots import attributes_of
+from gtp_fx.errors import ScheduleError
+from gtp_fx.model.contents import Contents
+from gtp_fx.model.parameters import Twins, adopt, carry_over, class_like, held_by_both, names_of, parameter_tree, share
+from gtp_fx.model.pipeline import Optimised, run_passes
+from gtp_fx.model.state import State, settled
+from gtp_fx.options.calibration import bound
+from gtp_fx.options.options import Options
+from gtp_fx.options.schedule import AUTO, Schedule
+from gtp_fx.passes.lower.functional_linear import functional_linear
+from gtp_fx.passes.lower.triton_kernels import lowered
+from gtp_fx.report.provenance import Provenance, SiteRecord, output_and_provenance_runner, provenance_runner
+from gtp_fx.report.report import Report
+from gtp_fx.strategies import Strategy
+
+
+class OptimizedModel(nn.Module):
+    """An optimised vision transformer.
+
+    graph_module: the rewritten graph, in `gtp_fx` and ATen operators. report: what was done. schedule, strategy: tokens that leave
+    per block, and how. With `compile`, Inductor compiles the graph at the first call.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        signature: CallSignature,
+        options: Options,
+        compile: bool,
+        blocks_needed: bool = True,
+    ) -> None:
+        super().__init__()
+        self.__class__ = class_like(OptimizedModel, type(original))
+        twins: Twins = {}
+        tree = parameter_tree(original, twins)
+        # The graphs and this module hold the very same dicts, so `.to()` and `load_state_dict` reach all of them.
+        self._parameters, self._buffers, self._modules = tree._parameters, tree._buffers, tree._modules
+        self._non_persistent_buffers_set = tree._non_persistent_buffers_set
+        twins[original] = self
+        # Set past nn.Module, which would register the original as a child and double every name.
+        self._gtp: State
+        object.__setattr__(self, "_gtp", State(original, signature, options, compile, blocks_needed, twins))
+        self._gtp.first = self._optimised(training=False)
+        self.training = original.training
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        return self._optimised(training=False).graph_module
+
+    @property
+    def report(self) -> Report:
+        return self._gtp.chosen.report
+
+    @property
+    def schedule(self) -> Schedule:
+        return self._gtp.chosen.schedule
+
+    @property
+    def sites(self) -> tuple[SiteRecord, ...]:
+        """What each site does to its stream, by the graph's numbers of calls; none where tokens only skip branches."""
+        return self._optimised(training=False).sites
+
+    @property
+    def strategy(self) -> Strategy:
+        """The one that was asked for, or what calibration made of it."""
+        return self._gtp.chosen.strategy
+
+    @property
+    def inductor_options(self) -> dict[str, Any]:
+        """What Inductor is told where this model is: by its target, and over that by the mode."""
+        return self._gtp.options.inductor(device_of(self))
+
+    @property
+    def signature(self) -> CallSignature:
+        """How it is called, with examples of two images."""
+        return self._gtp.signature
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._gtp.signature.canonical(args, kwargs)
+        return self._runner()(*args, **kwargs)
+
+    def provenance(self, *args: Any, **kwargs: Any) -> tuple[Provenance, ...]:
+        """Called as the model is: for each stream of tokens, which patches each token left stands for, and by how much.
+
+        Empty where no token leaves. Eager, in the evaluation graph.
+        """
+        args, kwargs = self._gtp.signature.canonical(args, kwargs)
+        evaluation = self._optimised(training=False)
+        return provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))(*args, **kwargs)
+
+    def with_provenance(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Provenance, ...]]:
+        """Called as the model is: what it returns, and `provenance`, from one run. Of a map of tokens that is returned, those that were left
+        (and needn't have come back) are at `index`, behind the prefix: what a reader of fewer tokens takes."""
+        args, kwargs = self._gtp.signature.canonical(args, kwargs)
+        evaluation = self._optimised(training=False)
+        run = output_and_provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))
+        return run(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_gtp" or name.startswith("__"):
+                raise
+        value = getattr(self._gtp.original, name)  # raises the usual error where there is none
+        return functools.partial(self._call_method, name, value) if inspect.ismethod(value) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A plain attribute that the original has (`global_pool`) is the original's, and its graphs depend on it."""
+        state: State | None = self.__dict__.get("_gtp")
+        if state is None or name == "training" or name not in attributes_of(state.original):
+            super().__setattr__(name, value)
+        else:
+            self._changing(setattr, state.original, name, value)
+
+    def _changing(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `do` returns, which may change the original."""
+        before = Contents.of(self._gtp.original)
+        result = do(*args, **kwargs)
+        if not before.same(Contents.of(self._gtp.original)):
+            self._remake(before)
+        return result
+
+    def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        state = self._gtp
+        if not tensors_in((args, kwargs)):
+            return self._changing(method, *args, **kwargs)
+        made = state.methods.setdefault(name, [])
+        fast = next((fast for fast in made if fast.signature.takes(args, kwargs)), None)
+        if fast is None:
+            fast = self._optimised_method(name, args, kwargs)
+            made.append(fast)
+        fast.training = self.training
+        return fast(*args, **kwargs)
+
+    def _optimised_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OptimizedModel:
+        """Over this model's parameters. Without attention over patches there is nothing to win, so that it runs eagerly, as it is."""
+        state = self._gtp
+        module = CalledAs(state.original, getattr(state.original, name))
+        example: Any = args if not kwargs else inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        options = settled(state.options, state.chosen)
+        if not any(state.chosen.schedule):  # so that no token leaves, whatever blocks the method has
+            options = replace(options, schedule=AUTO, flops_budget=1.0)
+        try:
+            fast = OptimizedModel(module, call_signature(module, example), options, state.compile, blocks_needed=False)
+        except ScheduleError as error:
+            raise ScheduleError(f"{module._get_name()}: {error}") from error
+        fast._gtp.compile &= fast.report.blocks > 0
+        fast._parameters, fast._buffers, fast._modules = self._parameters, self._buffers, self._modules
+        fast._non_persistent_buffers_set = self._non_persistent_buffers_set
+        for made in fast._gtp.by_mode.values():
+            adopt(made.graph_module, self, names_of(state.original))
+        return fast
+
+    def _remake(self, before: Contents) -> None:
+        """The original has other modules or parameters now than `before`: with the same schedule, from the start.
+
+        What it still has stays as this model holds it, which may be in another form (quantised).
+        """
+        state = self._gtp
+        made = self._rewritten(training=False)  # first of all, since it may fail
+        twins: Twins = {}
+        tree = parameter_tree(state.original, twins)
+        carry_over(state.twins, twins, before.tensors)
+        for mine, new in (
+            (self._parameters, tree._parameters),
+            (self._buffers, tree._buffers),
+            (self._modules, tree._modules),
+        ):
+            mine.clear()
+            mine.update(new)  # type: ignore[arg-type]
+        state.twins = {**twins, state.original: self}
+        state.forget()
+        adopt(made.graph_module, self, names_of(state.original))
+        state.first = state.by_mode[False] = made
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
+        """`.to()` and its like."""
+        with self._together():
+            return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """nn.Module's."""
+        with self._together():
+            return super().load_state_dict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What both hold stays the same in both: a parameter changes in place, mostly, but buffers are renewed, and with assign=True all are.
+
+        What is captured from then on is captured of the original, with the examples, which go along. A graph has dtypes written into it
+        (`x.to(torch.float32)`), so that in another one they are made anew.
+        """
+        state = self._gtp
+        both, was = held_by_both(state.twins), dtype_of(state.original)
+        try:
+            yield
+        finally:
+            for mine, theirs, name in both:
+                theirs[name] = mine[name]
+            for each in (self, *itertools.chain(*state.methods.values())):
+                each._gtp.signature = each._gtp.signature.like(state.original, was)
+            if dtype_of(state.original) != was:
+                state.forget()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {**self.__dict__, "_gtp": replace(self._gtp, runners={})}
+        return _bare, (type(self._gtp.original),), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for made in self._gtp.by_mode.values():  # graph modules copy their dicts
+            share(made.graph_module, self)
+
+    def extra_repr(self) -> str:
+        return f"optimised by gtp_fx, at {self.report.flops_ratio:.4f} of its FLOPs"
+
+    def _optimised(self, training: bool) -> Optimised:
+        """In one mode; made when it is first asked for."""
+        state = self._gtp
+        if training not in state.by_mode:
+            made = self._rewritten(training)
+            adopt(made.graph_module, self, names_of(state.original))
+            state.by_mode[training] = made
+        return state.by_mode[training]
+
+    def _rewritten(self, training: bool) -> Optimised:
+        """Capture the original and rewrite its graph: in training, and whenever again, with the schedule that was settled."""
+        state = self._gtp
+        options = state.options if state.first is None else settled(state.options, state.first)
+        if options.calibration is not None:
+            options = replace(options, calibration=bound(options.calibration, state.signature.canonical))
+        return run_passes(capture_module(state.original, state.signature, training), options, state.blocks_needed)
+
+    def _runner(self) -> Any:
+        """What computes the current mode: the graph module, or its compiled form."""
+        state, training, device = self._gtp, self.training, device_of(self)
+        if (training, device) not in state.runners:
+            optimised = self._optimised(training)
+            runner: Any = functional_linear(
+                lowered(optimised.graph_module, device, state.options.disabled_passes, state.options.target.told)
+                if state.compile
+                else optimised.graph_module
+            )
+            share(runner, self)
+            if state.compile:
+                runner = torch.compile(runner, options=self.inductor_options or None)
+            state.runners[training, device] = runner
+        return state.runners[training, device]
+
+
+def _bare(original: type[nn.Module]) -> OptimizedModel:
+    """To be filled with another one's state: a copy, or what was pickled."""
+    cls = class_like(OptimizedModel, original)
+    return cls.__new__(cls)

@@ -1,0 +1,129 @@
+"""What the compiler sees in a model, before anything is asked of it: blocks, tokens, what it can do at each, what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+from torch import nn
+
+from gtp_fx.analysis.blocks import AttentionBlock, read_blocks
+from gtp_fx.analysis.unsupported_attention import other_attention
+from gtp_fx.capture.inputs import call_signature, describe
+from gtp_fx.capture.module import capture_module
+from gtp_fx.errors import Refusal
+from gtp_fx.graph.symbols import shape_of
+from gtp_fx.model.pipeline import run_exact_passes
+from gtp_fx.options.options import Options
+from gtp_fx.types.infer import infer_types
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One attention block. grid: sides of what it attends over, the window's where it attends within windows; prefix, suffix: tokens
+    beside those. can: "leave", "skip a branch", "dead" (no output needs its patches) or "nothing", and then why, as far as known."""
+
+    block: int
+    layer: str
+    grid: tuple[int, ...]
+    prefix: int
+    suffix: int
+    heads: int
+    head_features: int
+    can: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """inputs: what the model was captured with, "(float32[*, 3, 224, 224])". flops: per image; exact_flops: behind the exact passes.
+    other: attention that is no block of self-attention over patches."""
+
+    inputs: str
+    flops: int
+    exact_flops: int
+    blocks: tuple[BlockRow, ...]
+    other: tuple[Refusal, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                r.block,
+                r.layer,
+                " x ".join(map(str, r.grid)),
+                r.prefix + r.suffix,
+                f"{r.heads} x {r.head_features}",
+                r.can,
+            ]
+            for r in self.blocks
+        ]
+        headers = ["block", "layer", "patches", "others", "heads", "tokens can"]
+        reasons: dict[str, list[int]] = {}
+        for row in self.blocks:
+            if row.why:
+                reasons.setdefault(row.why, []).append(row.block)
+        told = [f"block{'s' * (len(of) > 1)} {_ranges(of)}: {why}" for why, of in reasons.items()]
+        lines = [
+            f"takes {self.inputs}; {self.flops / 1e9:.3f} GFLOPs per image, "
+            f"{self.exact_flops / self.flops:.4f} of that behind the exact passes",
+            "",
+            tabulate(rows, headers, disable_numparse=True) if rows else "no self-attention over patch tokens",
+        ]
+        if told or self.other:
+            lines += ["", *told, *map(str, self.other)]
+        return "\n".join(lines)
+
+
+def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
+    """Capture `model` and say what `optimize` would work on. Nothing is rewritten; a model on the meta device will do.
+
+    example_inputs: as for `optimize`. Raises CaptureError.
+    """
+    signature = call_signature(model, example_inputs)
+    exact = run_exact_passes(capture_module(model, signature, training=False), Options.of(flops_budget=1.0))
+    graph = exact.graph_module.graph
+    return Inspection(
+        inputs=describe(signature.args, signature.kwargs),
+        flops=exact.original.flops,
+        exact_flops=exact.steps[-1].flops,
+        blocks=tuple(map(_row, read_blocks(exact.graph_module))),
+        other=other_attention(graph, infer_types(graph)),
+    )
+
+
+def _row(block: AttentionBlock) -> BlockRow:
+    refusal = block.refusal
+    *_, heads, _, features = shape_of(block.attention.args[0])  # type: ignore[arg-type]
+    can = "leave"
+    if block.dead:
+        can = "dead"
+    elif refusal is not None:
+        can = "skip a branch" if block.branch is not None else "nothing"
+    axis = block.axis
+    return BlockRow(
+        block=block.index,
+        layer=block.layer,
+        grid=axis.domain.grid.shape,
+        prefix=axis.prefix,
+        suffix=axis.suffix,
+        heads=heads,
+        head_features=features,
+        can=can,
+        why="" if refusal is None else refusal.reason,
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """ "0–3, 7" of 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}–{last}" if last > first else str(first) for first, last in runs)

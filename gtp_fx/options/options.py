@@ -1,0 +1,212 @@
+"""What a user asks for: one dataclass whose fields carry their defaults, their help and their checks.
+
+`gtp_fx.optimize`, the backend's `options={…}` and the command line take all three from here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from gtp_fx.errors import OptionError
+from gtp_fx.options.calibration import Calibration
+from gtp_fx.options.inductor import check_target, checked_mode, inductor_options
+from gtp_fx.options.latency_budget import LatencyBudget
+from gtp_fx.options.schedule import AUTO, SCHEDULES, Schedule
+from gtp_fx.strategies import Strategy, strategy_named
+from gtp_fx.targets import Target, target_named
+
+# ---- checks: from what a person wrote to a value, or an OptionError
+
+
+def _budget(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 < value <= 1:
+        raise OptionError(
+            f"flops_budget={value!r} is no ratio: give a number with 0 < flops_budget <= 1, such as 0.74 (1.0 applies the "
+            f"exact passes alone)"
+        )
+    return float(value)
+
+
+def _latency(value: Any) -> LatencyBudget | None:
+    return None if value is None else LatencyBudget.of(value)
+
+
+def _batch(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"batch={value!r}: give the images of a run, an integer of at least 1")
+    return value
+
+
+def _schedule(value: Any) -> str | Schedule | tuple[int, ...]:
+    if isinstance(value, str):
+        if value not in SCHEDULES:
+            names = ", ".join(map(repr, SCHEDULES))
+            raise OptionError(f"schedule={value!r} is unknown; give one of {names}, or tokens per block, [8, 8, …]")
+        return value
+    if isinstance(value, Schedule):
+        return value
+    if not isinstance(value, Sequence):
+        raise OptionError(f"schedule={value!r}: give 'auto', 'uniform', 'even', a Schedule, or a sequence of integers")
+    if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in value):
+        raise OptionError(f"schedule={list(value)}: every entry counts tokens, an integer of 0 or more")
+    return tuple(value)
+
+
+def _target(value: Any) -> Target:
+    target = target_named(value)
+    check_target(target)
+    return target
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _folder(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _calibration(value: Any) -> Calibration | None:
+    return None if value is None else Calibration.of(value)
+
+
+def _option(default: Any, check: Callable[[Any], Any], help: str) -> Any:
+    """Declare an option by its default, as a person would write it, its check and its help, a sentence or two."""
+    return field(default=default, metadata={"check": check, "help": help})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Validated options. Each field takes what a person wrote and holds what the code works with.
+
+    Raises OptionError with the bad value, the good ones and what to do.
+    """
+
+    flops_budget: float | None = _option(
+        None,
+        _budget,
+        "Strict upper bound on FLOPs(result) / FLOPs(original), in (0, 1], gtp_fx's own work counted; 1.0 applies the exact "
+        "passes alone: the numbers are the original's.",
+    )
+    latency_budget: LatencyBudget | None = _option(
+        None,
+        _latency,
+        "Instead of it, an upper bound on the time that the target is predicted to take, compiled, for the batch: a ratio of "
+        'the original\'s predicted time, in (0, 1], or a time such as "4.5ms".',
+    )
+    batch: int = _option(8, _batch, "Images per run, for predicted times alone.")
+    schedule: str | Schedule | tuple[int, ...] = _option(
+        AUTO,
+        _schedule,
+        '"auto" (least expected damage within the budget), "uniform" (the paper\'s constant count per block), "even" (the '
+        "same to the token), a Schedule, or the number of tokens removed at each attention block, in order.",
+    )
+    strategy: Strategy = _option(
+        "gtp",
+        strategy_named,
+        'Which tokens are removed, and what becomes of them: "gtp", or a value such as GTP(alpha=0.2).',
+    )
+    target: Target = _option(
+        "auto",
+        _target,
+        'Processor to compile and predict for, by name; "auto" is this machine\'s own. `gtp-fx tune` measures what predictions '
+        "of this one rest on.",
+    )
+    disabled_passes: tuple[str, ...] = _option(
+        (), _names, "Exact passes to leave out, by name, to see what one does or to do without it."
+    )
+    dump_graphs: str | None = _option(
+        None,
+        _folder,
+        'Folder for the graph after each pass; TORCH_LOGS="+gtp_fx" and TORCH_TRACE tell the same as it happens.',
+    )
+    calibration: Calibration | None = _option(
+        None,
+        _calibration,
+        'Some dozens of unlabelled images (a tensor, a list of batches, or a Calibration), on which schedule="auto" measures '
+        "what each block can do without, instead of going by a prior.",
+    )
+    mode: str | None = _option(
+        None,
+        checked_mode,
+        "torch.compile's mode: reduce-overhead (CUDA graphs, for small batches), max-autotune, …; it wins over what the target "
+        "tells Inductor.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check each value by itself, then those that exclude each other."""
+        given_schedule, given_latency = self.schedule, self.latency_budget
+        for option in fields(self):
+            object.__setattr__(self, option.name, option.metadata["check"](getattr(self, option.name)))
+        if self.flops_budget is None and self.latency_budget is None and isinstance(self.schedule, str):
+            raise OptionError(
+                f"schedule={self.schedule!r} needs a budget: give flops_budget=0.74 (a ratio in (0, 1]) or "
+                f"latency_budget=0.74, or name the tokens that leave in each attention block, schedule=[8, 8, …]"
+            )
+        if self.latency_budget is not None and (self.flops_budget is not None or not isinstance(self.schedule, str)):
+            other = "flops_budget" if self.flops_budget is not None else "a schedule that names its counts"
+            raise OptionError(f"latency_budget={given_latency!r} and {other}: give one of them")
+        if self.calibration is not None and self.schedule != AUTO:
+            raise OptionError(
+                f"calibration= is what schedule='auto' learns from, and the schedule is {given_schedule!r}: give one"
+            )
+
+    @classmethod
+    def of(cls, **given: Any) -> Options:
+        """Make options from what a person wrote, by the fields' names."""
+        return cls(**given)
+
+    @classmethod
+    def of_backend(cls, given: Mapping[str, Any]) -> Options:
+        """Make options of `torch.compile(backend="gtp", options={…})`. Raises OptionError for a name that is none."""
+        known = [option.name for option in fields(cls) if option.name != "calibration"]
+        if "calibration" in given:
+            raise OptionError(
+                "calibration runs the model, and a backend has its graph alone: call gtp_fx.optimize(model, calibration=…) "
+                "once and give what it found, options={'schedule': optimised.schedule}"
+            )
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else "."
+            raise OptionError(
+                f"unknown option {', '.join(map(repr, unknown))}{meant} The backend knows {', '.join(known)}"
+            )
+        return cls(**given)
+
+    @property
+    def exact_only(self) -> bool:
+        """Whether nothing but the exact passes is asked for."""
+        return isinstance(self.schedule, str) and self.flops_budget == 1.0
+
+    @property
+    def budget(self) -> str:
+        """The budget as a person writes it."""
+        if self.latency_budget is not None:
+            return f"latency_budget={self.latency_budget}"
+        return "the counts given" if self.flops_budget is None else f"flops_budget={self.flops_budget:g}"
+
+    def inductor(self, device: torch.device) -> dict[str, Any]:
+        """What Inductor is told of a graph that runs on `device`."""
+        return inductor_options(self.target, self.mode, device)
+
+    def limit(self, original: float) -> float:
+        """What the result may cost, in the budget's currency, where the original costs `original`."""
+        if self.latency_budget is not None:
+            return self.latency_budget.limit(original)
+        assert self.flops_budget is not None
+        return self.flops_budget * original
+
+
+HELP: Mapping[str, str] = {option.name: option.metadata["help"] for option in fields(Options)}
+"""What each option means, by its name."""
+DEFAULTS: Mapping[str, Any] = {option.name: option.default for option in fields(Options)}
+"""Each option's default, as a person would write it."""

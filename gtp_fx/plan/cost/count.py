@@ -1,0 +1,42 @@
+"""FLOPs of a graph as it stands, per image."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from gtp_fx.graph.nodes import tensors_of
+from gtp_fx.graph.symbols import per_image
+from gtp_fx.ops.register import flops_of
+from gtp_fx.plan.cost.formulas import Sizes, find
+
+
+def count_flops(graph: fx.Graph) -> int:
+    """FLOPs of one image through `graph`, whose nodes carry `meta["val"]`. A symbolic batch counts as 1."""
+    return sum(node_flops(node) for node in graph.nodes if node.op == "call_function")
+
+
+def node_flops(node: fx.Node) -> int:
+    """FLOPs of one node for one image."""
+    formula = find(node.target)
+    if formula is None:
+        return _run(node)
+    operands = {n: _sizes(n) for n in node.all_input_nodes if tensors_of(n.meta.get("val"))}
+    return int(formula(Sizes(node, operands, _sizes(node))))
+
+
+def _run(node: fx.Node) -> int:
+    """Of an operator that no formula knows: what its inside says, run without numbers."""
+    counted = flops_of(node.target)
+    if counted is None:
+        return 0
+
+    def alone(operand: fx.Node) -> torch.Tensor:
+        return torch.empty(_sizes(operand), dtype=tensors_of(operand.meta["val"])[0].dtype, device="meta")
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), alone)  # type: ignore[misc]
+    return counted(*args, **kwargs)
+
+
+def _sizes(node: fx.Node) -> tuple[int, ...]:
+    return tuple(map(per_image, tensors_of(node.meta["val"])[0].shape))

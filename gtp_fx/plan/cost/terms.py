@@ -1,0 +1,216 @@
+"""A typed graph as terms: pieces of work, each told as a function of the tokens that are left.
+
+One list serves both currencies, FLOPs and seconds: a term says what is done (`Work`), not what that costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.graph.operators import CONVOLUTIONS
+from gtp_fx.graph.symbols import at_batch
+from gtp_fx.plan.cost.formulas import Sizes, find
+from gtp_fx.plan.cost.fusion import Group, fused_groups
+from gtp_fx.plan.site import Site
+from gtp_fx.strategies.protocol import SiteShape, Strategy
+from gtp_fx.targets.work import Work
+from gtp_fx.types.axes import Dim, Grid, TensorType, TokenAxis, TokenDomain, token_axes
+from gtp_fx.types.coercions import Coercions, find_coercions
+from gtp_fx.types.infer import Typing
+
+Counts = Callable[[TokenDomain], Any]
+"""Patches in a domain: a number, or an array of candidates."""
+
+_ATTENTION = aten.scaled_dot_product_attention.default
+
+
+@dataclass(frozen=True)
+class Term:
+    """works: from token counts. domains: the shortened ones whose counts it asks for.
+
+    site: where it costs nothing unless tokens leave there, that site's position. first: and only if none has left before.
+    node: the one that it is the work of, or is done for; None of a site's own.
+    """
+
+    domains: frozenset[TokenDomain]
+    works: Callable[[Counts], list[Work]]
+    site: int | None = None
+    first: bool = False
+    node: fx.Node | None = None
+
+
+def terms_of(
+    graph: fx.Graph, typing: Typing, sites: tuple[Site, ...], strategy: Strategy, batch: int, kernels: bool = False
+) -> list[Term]:
+    """All work of `graph`, typed with the sites at which tokens leave; branches are priced separately.
+
+    batch: images of a run. kernels: as GTP's kernels do it, where there are some; FLOPs are always the operators'.
+    """
+    at = {(site.domain.grid, site.domain.level): place for place, site in enumerate(sites) if site.branch is None}
+    terms = [*graph_terms(graph, typing, batch)]
+    terms += _recovery_terms(find_coercions(typing), at, batch)
+    readers = _key_types(graph, typing) if strategy.tells_scales else []
+    readers += _pooled_types(graph, typing) if strategy.weighted_pooling else []
+    read = {axis.domain for kind in readers for axis in token_axes(kind)}
+    for (grid, level), place in at.items():
+        site = sites[place]
+        told = any(d.grid == grid and d.level > level for d in read)
+        terms.append(_site_term(site, place, strategy, told, batch, kernels))
+        works = strategy.start_works(grid.shape, site.channels, site.images * batch, site.dtype, kernels)
+        terms.append(Term(frozenset(), lambda _, works=works: works, place, first=True))  # type: ignore[misc]
+    if kernels and strategy.tells_scales:
+        terms += _told_terms(graph, typing, batch)
+    return terms
+
+
+def graph_terms(graph: fx.Graph, typing: Typing, batch: int) -> Iterator[Term]:
+    """The graph's own operators: a term for each product, one for each group that the compiler fuses."""
+    for node in graph.nodes:
+        formula = find(node.target) if node.op == "call_function" else None
+        if formula is not None:
+            kinds = [typing.answers[node].output, *typing.answers[node].operands.values()]
+            works = lambda count, node=node: [node_work(node, typing, count, batch)]  # noqa: E731
+            yield Term(_domains(kinds), works, node=node)
+    for group in fused_groups(graph, typing):
+        kinds = [*(kind for _, kind in group.reads), *(typing.type(node) for node in group.writes)]
+        works = lambda count, group=group: [group_work(group, typing, count, batch)]  # noqa: E731
+        yield Term(_domains(kinds), works, node=group.nodes[0])
+
+
+def node_work(node: fx.Node, typing: Typing, count: Counts, batch: int) -> Work:
+    """The work of an operator that has a formula."""
+    sizes = _node_sizes(node, typing, count, batch)
+    formula = find(node.target)
+    assert formula is not None
+    value = node.meta["val"][0] if isinstance(node.meta["val"], list | tuple) else node.meta["val"]
+    moved = math.prod(sizes.output) + sum(math.prod(shape) for shape in sizes.operands.values())
+    work = Work("product", formula(sizes), moved * value.dtype.itemsize, dtype=str(value.dtype).removeprefix("torch."))
+    if node.target is _ATTENTION:
+        return replace(work, kind="attention", rows=sizes(0)[-2], tokens=sizes(1)[-2], batch=math.prod(sizes(0)[:-2]))
+    if node.target in CONVOLUTIONS:
+        channels, per_group = sizes(1)[0], sizes(1)[1]
+        if per_group == 1:  # depthwise: no product to speak of
+            return replace(work, kind="stream")
+        return replace(work, kind="convolution", rows=math.prod(sizes.output) // channels, columns=channels)
+    if node.target is aten.linear.default:
+        return replace(work, rows=math.prod(sizes.output[:-1]), columns=sizes.output[-1])
+    if len(sizes.output) < 2:
+        return work
+    return replace(work, rows=sizes.output[-2], columns=sizes.output[-1], batch=math.prod(sizes.output[:-2]))
+
+
+def group_work(group: Group, typing: Typing, count: Counts, batch: int) -> Work:
+    """What a fused group reads and writes."""
+    moved: Any = 0
+    for node, kind in group.reads:
+        moved = moved + math.prod(sizes_of(kind, count, batch)) * node.meta["val"].dtype.itemsize
+    for node in group.writes:
+        moved = moved + math.prod(sizes_of(typing.type(node), count, batch)) * node.meta["val"].dtype.itemsize
+    return Work("stream", bytes=moved)
+
+
+def sizes_of(kind: TensorType, count: Counts, batch: int) -> list[Any]:
+    return [_size(dim, count, batch) for dim in kind]
+
+
+def _size(dim: Dim, count: Counts, batch: int) -> Any:
+    return math.prod(
+        factor.prefix + count(factor.domain) + factor.suffix
+        if isinstance(factor, TokenAxis)
+        else at_batch(factor.whole_size, batch)
+        for factor in dim
+    )
+
+
+def _node_sizes(node: fx.Node, typing: Typing, count: Counts, batch: int) -> Sizes:
+    answer = typing.answers[node]
+    operands = {operand: sizes_of(kind, count, batch) for operand, kind in answer.operands.items()}
+    for operand in node.all_input_nodes:
+        if operand not in operands and typing.is_tensor(operand):
+            operands[operand] = sizes_of(typing.type(operand), count, batch)
+    assert isinstance(answer.output, tuple)
+    return Sizes(node, operands, sizes_of(answer.output, count, batch))
+
+
+def _domains(kinds: list[Any]) -> frozenset[TokenDomain]:
+    found = (axis.domain for kind in kinds if isinstance(kind, tuple) for axis in token_axes(kind))
+    return frozenset(domain for domain in found if domain.level)
+
+
+def _site_term(site: Site, place: int, strategy: Strategy, told: bool, batch: int, kernels: bool) -> Term:
+    behind = site.domain.at(site.domain.level + 1)
+
+    def works(count: Counts) -> list[Work]:
+        images = site.images * batch
+        sizes = (count(site.domain), count(behind), site.others, site.channels, site.heads, images, site.dtype)
+        shape = SiteShape(*sizes, site.key_features, site.axis.prefix, kernels)
+        return strategy.site_works(shape, told)
+
+    return Term(frozenset(d for d in (site.domain, behind) if d.level), works, place)
+
+
+def _recovery_terms(coercions: Coercions, at: Mapping[tuple[Grid, int], int], batch: int) -> list[Term]:
+    """Putting tokens back costs a product at each site passed: [P, K] shares by K rows. Equal ones are done once.
+
+    Taking what an older value holds for the tokens left costs no FLOPs, and little traffic: it is left out.
+    """
+    terms: dict[Any, Term] = {}
+    for coercion in coercions.found:
+        kind = list(coercion.kind)
+        itemsize = coercion.operand.meta["val"].dtype.itemsize
+        for i, step in enumerate(coercion.steps):
+            domain = step.axis.domain
+            if step.recovers:
+                others = tuple(d for dim, d in enumerate(kind) if dim not in (step.dim, coercion.images))
+                for level in range(domain.level, step.level, -1):
+                    key = (coercion.operand, coercion.lead, coercion.steps[:i], step.dim, level)
+                    levels = (domain.at(level), domain.at(level - 1))
+                    works = _recovery_works(*levels, kind[coercion.images], others, itemsize, batch)
+                    domains = _domains([others]) | {d for d in levels if d.level}
+                    terms[key] = Term(domains, works, at.get((domain.grid, level - 1)), node=coercion.node)
+            kind[step.dim] = (step.axis.at(step.level),)
+    return list(terms.values())
+
+
+def _recovery_works(
+    left: TokenDomain, before: TokenDomain, images: Dim, others: TensorType, itemsize: int, batch: int
+) -> Callable[[Counts], list[Work]]:
+    def works(count: Counts) -> list[Work]:
+        kept, all_ = count(left), count(before)
+        each = math.prod(sizes_of(others, count, batch))
+        number = _size(images, count, batch)
+        flops = 2 * number * (all_ - kept) * kept * each
+        return [Work("gather", flops, number * each * (kept + 2 * all_) * itemsize, launches=2)]
+
+    return works
+
+
+def _told_terms(graph: fx.Graph, typing: Typing, batch: int) -> Iterator[Term]:
+    """What attention over a shortened stream costs more where it is told token scales: queries and keys with a feature more."""
+    for node in graph.nodes:
+        if node.target is _ATTENTION:
+            asked = [typing.answers[node].operands[node.args[i]] for i in (0, 1)]
+            if _domains(asked[1:]):
+                size = node.meta["val"].dtype.itemsize
+
+                def works(count: Counts, asked: list[TensorType] = asked, size: int = size) -> list[Work]:
+                    moved: Any = sum(math.prod(sizes_of(kind, count, batch)) for kind in asked)
+                    return [Work("stream", bytes=2 * size * moved, launches=2)]
+
+                yield Term(_domains(asked), works, node=node)
+
+
+def _pooled_types(graph: fx.Graph, typing: Typing) -> list[TensorType]:
+    means = [n for n in graph.nodes if n.target is aten.mean.dim]
+    return [typing.answers[n].operands[n.args[0]] for n in means]
+
+
+def _key_types(graph: fx.Graph, typing: Typing) -> list[TensorType]:
+    attentions = [n for n in graph.nodes if n.target is _ATTENTION]
+    return [typing.answers[n].operands[n.args[1]][-2:-1] for n in attentions]

@@ -1,0 +1,1 @@
+"""What was planned and done, in numbers and pictures."""

@@ -1,0 +1,147 @@
+"""`gtp-fx show`: a photograph with what became of its tokens, a panel a site, and of each grid what came of it all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gtp_fx.errors import OptionError
+from gtp_fx.report.plots import matplotlib_pyplot, save
+from gtp_fx.report.token_flow import SiteView, SkipView, View
+
+_GONE = (1.0, 1.0, 1.0, 0.82)
+_LEAVING = (0.85, 0.1, 0.1, 0.55)
+_COLUMNS = 4
+_FAINTEST = 0.15
+"""Shares below this of a token's largest aren't drawn: a mixed graph has sixteen neighbours a token, most of them far off."""
+
+
+def draw_journeys(views: Sequence[View], picture: Tensor, title: str, file: Path) -> None:
+    """Draw each site over the picture: patches that leave in red with lines to those that receive them, those gone before veiled, or those
+    that skip its branch in red; and last, for each grid, how many patches each token left stands for, or at how many of several sites each
+    skipped.
+
+    picture: [height, width, 3] in [0, 1]. Raises OptionError for streams that are no image (video, audio), and as `plot_tokens`.
+    """
+    for view in views:
+        if len(view.grid) != 2:
+            raise OptionError(
+                f"{view.layer}'s tokens stand on a grid of {' x '.join(map(str, view.grid))}, which is no picture's"
+            )
+    leaving = [view for view in views if isinstance(view, SiteView)]
+    skipping = [view for view in views if isinstance(view, SkipView)]
+    pyplot = matplotlib_pyplot()
+    last = {view.grid: view for view in leaving}.values()
+    shared = [
+        [view for view in skipping if view.grid == grid] for grid in dict.fromkeys(view.grid for view in skipping)
+    ]
+    counted = [sites for sites in shared if len(sites) > 1]
+    panels = 1 + len(views) + len(last) + len(counted)
+    columns = min(panels, _COLUMNS)
+    rows = math.ceil(panels / columns)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(3.6 * columns, 3.9 * rows), squeeze=False, layout="constrained"
+    )
+    legend = ["red: leaves here; yellow: to whom it is passed on; white: gone before"] if leaving else []
+    legend += ["red: skips this branch"] if skipping else []
+    figure.suptitle("\n".join([title, *legend]), fontsize=10)
+    axes = iter(grid.flat)
+    _panel(next(axes), picture, "what the model sees")
+    for view in views:
+        if isinstance(view, SiteView):
+            _site(next(axes), view, picture)
+        else:
+            _skips(next(axes), view, picture)
+    for site in last:
+        _scales(figure, next(axes), site, picture)
+    for sites in counted:
+        _skipped(figure, next(axes), sites, picture)
+    for rest in axes:
+        rest.set_axis_off()
+    save(figure, file)
+
+
+def _panel(axes: Any, picture: Tensor, title: str) -> None:
+    axes.imshow(picture.numpy())
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
+
+
+def _site(axes: Any, view: SiteView, picture: Tensor) -> None:
+    from matplotlib.collections import LineCollection
+
+    passed = "dropped" if view.shares is None else "passed on"
+    _panel(axes, picture, f"{view.layer}: {len(view.left)} {passed}, {len(view.kept)} kept")
+    veil = np.tile(np.array(_GONE), (math.prod(view.grid), 1))
+    veil[view.kept.cpu().numpy()] = 0
+    veil[view.left.cpu().numpy()] = _LEAVING
+    _over(axes, veil, view, picture)
+    if view.shares is None:
+        return
+    places = _centres(view.grid, picture)
+    sources, sinks = places[view.left.cpu().numpy()], places[view.kept.cpu().numpy()]
+    shares = (view.shares / view.shares.amax(dim=0).clamp_min(1e-12)).T.cpu().numpy()  # [P, K], each one's largest 1
+    lines, colours = [], []
+    for source, row in zip(sources, shares, strict=True):
+        for sink in np.flatnonzero(row > _FAINTEST):
+            lines.append((source, sinks[sink]))
+            colours.append((1.0, 0.85, 0.0, 0.65 * float(row[sink])))
+    axes.add_collection(LineCollection(lines, colors=colours, linewidths=0.7))
+
+
+def _skips(axes: Any, view: SkipView, picture: Tensor) -> None:
+    patches = math.prod(view.grid)
+    _panel(axes, picture, f"{view.layer}: {len(view.skipped)} of {patches} skip the MLP")
+    veil = np.zeros((patches, 4))
+    veil[view.skipped.cpu().numpy()] = _LEAVING
+    _over(axes, veil, view, picture)
+
+
+def _scales(figure: Any, axes: Any, view: SiteView, picture: Tensor) -> None:
+    field = np.full(math.prod(view.grid), np.nan)
+    field[view.kept.cpu().numpy()] = view.scale.cpu().numpy()
+    title = f"token scale, {float(view.scale.min()):.3g} – {float(view.scale.max()):.3g}"
+    _field(figure, axes, field, view, picture, title)
+
+
+def _skipped(figure: Any, axes: Any, views: Sequence[SkipView], picture: Tensor) -> None:
+    """Of one grid, by patch, at how many of its sites it skipped."""
+    field = np.zeros(math.prod(views[0].grid))
+    for view in views:
+        field[view.skipped.cpu().numpy()] += 1
+    rows, columns = views[0].grid
+    title = f"skipped by each patch of {rows} × {columns}, of {len(views)} sites"
+    _field(figure, axes, field, views[0], picture, title, range(len(views) + 1))
+
+
+def _over(axes: Any, veil: Any, view: View, picture: Tensor) -> None:
+    axes.imshow(veil.reshape(*view.grid, 4), extent=_extent(picture), interpolation="nearest")
+
+
+def _field(
+    figure: Any, axes: Any, field: Any, view: View, picture: Tensor, title: str, ticks: Sequence[int] | None = None
+) -> None:
+    _panel(axes, picture, title)
+    shown = axes.imshow(
+        field.reshape(view.grid), extent=_extent(picture), interpolation="nearest", cmap="viridis", alpha=0.8
+    )
+    figure.colorbar(shown, ax=axes, location="bottom", fraction=0.05, pad=0.02, ticks=ticks)
+
+
+def _extent(picture: Tensor) -> tuple[float, float, float, float]:
+    height, width = picture.shape[:2]
+    return (-0.5, width - 0.5, height - 0.5, -0.5)
+
+
+def _centres(grid: tuple[int, ...], picture: Tensor) -> Any:
+    """[G, 2]: x, y of every patch's middle."""
+    height, width = picture.shape[:2]
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    x = (columns + 0.5) * width / grid[1] - 0.5
+    y = (rows + 0.5) * height / grid[0] - 0.5
+    return np.stack([x.ravel(), y.ravel()], axis=-1)

@@ -1,0 +1,103 @@
+"""Forecasting a plan: each term of the cost model, with every token and with those that the plan leaves, by block."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from gtp_fx.analysis.blocks import AttentionBlock, read_blocks
+from gtp_fx.options.options import Options
+from gtp_fx.plan.cost.chains import counts_behind
+from gtp_fx.plan.cost.closed_form import flops_of
+from gtp_fx.plan.cost.seconds import branch_seconds, graph_seconds, total_seconds
+from gtp_fx.plan.cost.terms import Term, terms_of
+from gtp_fx.plan.find_sites import Candidates, no_sites
+from gtp_fx.plan.make_plan import Original, Planned
+from gtp_fx.report.forecast import BlockForecast, Cost, Forecast
+from gtp_fx.types.axes import whole_count
+
+
+def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: Options) -> Forecast:
+    """Of a plan for `gm`, which is behind the exact passes."""
+    graph, target, batch = gm.graph, options.target, options.batch
+    options = replace(options, strategy=planned.plan.strategy)
+    blocks = read_blocks(gm)
+    found = planned.found or no_sites(graph)
+    counts = [planned.plan.schedule.propagated[site.block] for site in found.sites]
+    owner = _owners(graph, blocks)
+    flops = _by_block(found, counts, owner, options, flops_of, 1)
+    weigh = lambda works: total_seconds(works, target)  # noqa: E731
+    seconds = _by_block(found, counts, owner, options, weigh, batch, target.has_kernels)
+    skipped = branch_seconds(graph, found.sites, options.strategy, target, batch, found.branches)
+    for site, count in zip(found.sites, counts, strict=True):
+        if site.branch is not None:
+            flops[site.block][1] += site.branch.change(count)
+            seconds[site.block][1] += skipped[site.block][site.branch.tokens - count]
+    rows = []
+    left = {site.stream: site.whole for site in found.sites}
+    by_block = {site.block: (site, count) for site, count in zip(found.sites, counts, strict=True)}
+    for number in range(-1, len(blocks)):
+        before, after = (Cost(int(flops[number][i]), float(seconds[number][i])) for i in (0, 1))
+        if number < 0:
+            rows.append(BlockForecast(number, "before the blocks", 0, 0, 0, before, after))
+            continue
+        axis = blocks[number].axis
+        tokens, count, windows = left.get(axis.domain.grid, axis.domain.whole_count), 0, 0
+        if number in by_block:
+            site, count = by_block[number]
+            tokens, windows = left[site.stream], site.branch.windows if site.branch is not None else 0
+            left[site.stream] -= count
+        rows.append(BlockForecast(number, blocks[number].layer, tokens, count, windows, before, after))
+    return Forecast(
+        budget=options.budget,
+        target=target.name,
+        measured=target.measured,
+        batch=batch,
+        strategy=str(options.strategy),
+        damage_from=planned.damage_from,
+        schedule=planned.plan.schedule,
+        original=Cost(original.flops, graph_seconds(original.graph, target, batch)),
+        blocks=tuple(rows),
+        refusals=planned.refusals,
+    )
+
+
+def _by_block(
+    found: Candidates,
+    counts: Sequence[int],
+    owner: Callable[[Term], int],
+    options: Options,
+    weigh: Callable[[Any], Any],
+    batch: int,
+    kernels: bool = False,
+) -> dict[int, list[Any]]:
+    """[with every token, with the plan] by block; branches are left out."""
+    behind = counts_behind(found.sites, counts)
+    spent: dict[int, list[Any]] = defaultdict(lambda: [0, 0])
+    graph = next(iter(found.typing.answers)).graph
+    for term in terms_of(graph, found.typing, found.sites, options.strategy, batch, kernels):
+        row = spent[owner(term) if term.site is None else found.sites[term.site].block]
+        if term.site is None:
+            row[0] += weigh(term.works(whole_count))
+        elif not counts[term.site] or (
+            term.first and behind(found.sites[term.site].domain) < found.sites[term.site].whole
+        ):
+            continue
+        row[1] += weigh(term.works(behind))
+    return spent
+
+
+def _owners(graph: fx.Graph, blocks: Sequence[AttentionBlock]) -> Callable[[Term], int]:
+    """Which block a term belongs to: the last one whose stream is there already."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    starts = [order[block.stream if block.stream is not None else block.attention] for block in blocks]
+
+    def owner(term: Term) -> int:
+        position = order[term.node] if term.node is not None else -1
+        return sum(start < position for start in starts) - 1
+
+    return owner

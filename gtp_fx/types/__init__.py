@@ -1,0 +1,1 @@
+"""Which dimension of each value runs over which tokens."""

@@ -1,0 +1,157 @@
+"""The forward walk: a type for every value of a graph.
+
+`infer_types(graph, sites)` runs each node's rule in graph order. A site is a node after which the residual stream is
+shorter: everything that is computed from it has a newer domain, and where an older value meets it the rule asks for
+the older one in the newer type. Nothing is rewritten here; the result says what a rewrite has to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from gtp_fx.graph.nodes import is_input
+from gtp_fx.types import rules as _rules
+from gtp_fx.types.axes import Dim, Grid, TensorType, TokenAxis, plain, token_axes, whole_size
+from gtp_fx.types.rules.registry import NOTHING, Call, Many, NoRule, Output, Typed, find
+
+assert _rules
+
+
+Edge = tuple[fx.Node, fx.Node]
+"""A node, and one of its operands."""
+
+
+@dataclass(frozen=True)
+class Typing:
+    """What the walk found.
+
+    types: the type of each node's value as its users see it (after the site, at a site).
+    answers: each rule's answer, for the nodes that have tensors.
+    images: size of the batch dimension of each stream with a site. whole_edges: as they were given.
+    """
+
+    types: Mapping[fx.Node, Output]
+    answers: Mapping[fx.Node, Typed]
+    images: Mapping[Grid, int]
+    whole_edges: frozenset[Edge] = frozenset()
+
+    def type(self, node: fx.Node) -> TensorType:
+        """The type of a node that is a single tensor."""
+        found = self.types.get(node)
+        if not isinstance(found, tuple):
+            raise TypeError(f"{node.name} is not a single tensor")
+        return found
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        return isinstance(self.types.get(node), tuple)
+
+
+def infer_types(
+    graph: fx.Graph,
+    sites: frozenset[fx.Node] = frozenset(),
+    ends: frozenset[fx.Node] = frozenset(),
+    whole_edges: frozenset[Edge] = frozenset(),
+) -> Typing:
+    """Types for every node of `graph`, with the stream one level shorter after each node of `sites`, and whole after `ends`.
+
+    whole_edges: readers that ask for an operand with every token in place, whatever their rule could do without.
+    Nodes need `meta["val"]` with their shapes. Sites must be tensors with a token axis.
+    """
+    asks: dict[fx.Node, list[fx.Node]] = {}
+    for reader, operand in whole_edges:
+        asks.setdefault(reader, []).append(operand)
+    types: dict[fx.Node, Output] = {}
+    answers: dict[fx.Node, Typed] = {}
+    images: dict[Grid, int] = {}
+    for node in graph.nodes:
+        wanted = {operand: whole(types[operand]) for operand in asks.get(node, ())}  # type: ignore[arg-type]
+        answer = _answer(node, {**types, **wanted} if wanted else types)
+        if answer is None:
+            types[node] = None
+            continue
+        answers[node] = answer
+        types[node] = answer.output
+        if node in sites:
+            assert isinstance(answer.output, tuple)
+            types[node] = tuple(_one_shorter(dim) for dim in answer.output)
+            images |= {axis.domain.grid: whole_size(answer.output[0]) for axis in token_axes(answer.output)}
+        if node in ends:
+            assert isinstance(answer.output, tuple)
+            types[node] = whole(answer.output)
+    return Typing(types, answers, images, whole_edges)
+
+
+def whole(tensor_type: TensorType) -> TensorType:
+    """The type with every token back in place."""
+    return tuple(_map_axes(dim, lambda axis: axis.at(0)) for dim in tensor_type)
+
+
+def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> Typed | None:
+    value = node.meta.get("val")
+    if node.op == "output":
+        tensors = [n for n in node.all_input_nodes if isinstance(types.get(n), tuple)]
+        return Typed(None, {n: whole(types[n]) for n in tensors}, follows=NOTHING)  # type: ignore[arg-type]
+    if is_input(node):
+        return Typed(_plain_value(value)) if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor | list | tuple):
+        return None
+    call = Call(node, types)
+    rule = find(node.target)
+    if rule is None:
+        return _barrier(call, "gtp_fx has no rule for this operator")
+    try:
+        answer = rule(call)
+    except NoRule as reason:
+        return _with_everything_back(call, str(reason))
+    if answer.barrier:
+        return replace(answer, operands=_whole_operands(call), follows=NOTHING)
+    return answer
+
+
+def _with_everything_back(call: Call, reason: str) -> Typed:
+    """The answer where the rule gave none: its own for whole inputs, if tokens had left, else a barrier's."""
+    whole_operands = _whole_operands(call)
+    if all(call.types[node] == kind for node, kind in whole_operands.items()):
+        return _barrier(call, reason)
+    rule = find(call.node.target)
+    assert rule is not None
+    try:
+        answer = rule(Call(call.node, {**call.types, **whole_operands}))
+    except NoRule as second:
+        return _barrier(call, str(second))
+    return replace(answer, operands=whole_operands, repair=None, follows=NOTHING, barrier=reason)
+
+
+def _barrier(call: Call, reason: str) -> Typed:
+    """The answer for what can't be followed: whole inputs, and an output about which nothing is claimed."""
+    return Typed(_plain_value(call.node.meta["val"]), _whole_operands(call), follows=NOTHING, barrier=reason)
+
+
+def _whole_operands(call: Call) -> dict[fx.Node, TensorType]:
+    found = {node: call.types[node] for node in call.node.all_input_nodes}
+    return {node: whole(kind) for node, kind in found.items() if isinstance(kind, tuple)}
+
+
+def _plain_value(value: object) -> Output:
+    if isinstance(value, torch.Tensor):
+        return plain(*value.shape)
+    if isinstance(value, list | tuple):
+        return Many(tuple(plain(*v.shape) for v in value if isinstance(v, torch.Tensor)))
+    return None
+
+
+def _one_shorter(dim: Dim) -> Dim:
+    return _map_axes(dim, lambda axis: axis.at(axis.domain.level + 1))
+
+
+def _map_axes(dim: Dim, change) -> Dim:  # type: ignore[no-untyped-def]
+    return tuple(change(factor) if isinstance(factor, TokenAxis) else factor for factor in dim)
+
+
+def levels(tensor_type: TensorType) -> set[int]:
+    """The levels of the token axes in a type."""
+    return {axis.domain.level for axis in token_axes(tensor_type)}

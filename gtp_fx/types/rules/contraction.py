@@ -1,0 +1,88 @@
+"""What sums over a dimension with weights: linear, matrix products, attention."""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.graph.operators import CASTS, DROPOUTS, MATRIX_PRODUCTS, REARRANGED, SOFTMAXES, VIEWS
+from gtp_fx.types.axes import Dim, Plain, TensorType, is_plain, token_axes, whole_size
+from gtp_fx.types.rules.pointwise import broadcast_to
+from gtp_fx.types.rules.registry import NOTHING, Call, NoRule, Typed, join, require_plain, rule, wanting
+
+
+@rule(aten.linear.default)
+def linear(call: Call) -> Typed:
+    """x[..., in] -> [..., out]: token-wise, as long as the features are no tokens (an MLP-Mixer's are)."""
+    x = call.type(0)
+    require_plain(x[-1:], "the features that a linear layer mixes")
+    for parameter in call.tensors()[1:]:
+        require_plain(call.type_of(parameter), "the parameters of a linear layer")
+    return Typed((*x[:-1], (Plain(call.output_shape()[-1]),)), operands={call.operand(0): x})
+
+
+@rule(*MATRIX_PRODUCTS)
+def matmul(call: Call) -> Typed:
+    """a[..., m, k] @ b[..., k, n]. A sum over tokens depends on how many are left, unless its weights are a softmax over them."""
+    a, b = call.type(0), call.type(1)
+    if len(a) < 2 or len(b) < 2:
+        raise NoRule("a product with a vector is not followed")
+    inner = _join_dim(a[-1], b[-2])
+    if not is_plain(inner) and not (_is_softmax(call.operand(0)) and not is_plain(a[-1]) and not is_plain(b[-2])):
+        raise NoRule("it adds up tokens, so its value depends on how many are left")
+    if any(axis.domain.level for axis in token_axes((a[-1], b[-2]))):
+        raise NoRule("it weighs all tokens, and weights for those that are left alone don't add up to one")
+    batch = join(a[:-2], b[:-2])
+    wanted_a = (*broadcast_to(a[:-2], batch), a[-2], inner)
+    wanted_b = (*broadcast_to(b[:-2], batch), inner, b[-1])
+    node_a, node_b = call.operand(0), call.operand(1)
+    # Rows follow rows; where the other operand holds tokens as well, both have two token axes: followed whole.
+    return Typed(
+        (*batch, a[-2], b[-1]),
+        operands=wanting([(node_a, wanted_a), (node_b, wanted_b)]),
+        follows=frozenset({node_a}) if is_plain(inner) and is_plain(b[-1]) else NOTHING,
+        broadcasts=True,
+    )
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def attention(call: Call) -> Typed:
+    """q[..., L, E], k[..., S, E], v[..., S, D], mask[..., L, S] -> [..., L, D].
+
+    Keys and values must have left together; an output token needs its own query, and every key and value.
+    """
+    q, k, v = call.type(0), call.type(1), call.type(2)
+    if not all(map(is_plain, (q[-1], k[-1]))):
+        raise NoRule("attention over channels: the features of a head are tokens")
+    require_plain((v[-1],), "the features of a head")
+    keys = _join_dim(k[-2], v[-2])
+    if call.arg(5, False):
+        raise NoRule("causal attention depends on every token's position")
+    if call.arg(7, False):
+        raise NoRule("attention with grouped queries is not followed")
+    batch = join(join(q[:-2], k[:-2]), v[:-2])
+    wanted: list[tuple[fx.Node, TensorType]] = [
+        (call.operand(0), q),
+        (call.operand(1), (*k[:-2], keys, k[-1])),
+        (call.operand(2), (*v[:-2], keys, v[-1])),
+    ]
+    mask = call.arg(3)
+    if mask is not None:
+        logits: TensorType = (*batch, q[-2], keys)
+        wanted.append((mask, broadcast_to(call.type(3), logits)))
+    a_row_per_query = mask is not None and whole_size(call.type(3)[-2]) != 1
+    follows = NOTHING if a_row_per_query else frozenset({call.operand(0)})
+    return Typed((*batch, q[-2], v[-1]), operands=wanting(wanted), follows=follows, broadcasts=True)
+
+
+def _is_softmax(node: fx.Node) -> bool:
+    """Attention weights, through what moves or copies them."""
+    while node.target in (*VIEWS, *REARRANGED, *CASTS, *DROPOUTS, aten.expand.default):
+        node = node.all_input_nodes[0]
+    return node.target in SOFTMAXES and node.args[1] in (-1, node.meta["val"].ndim - 1)
+
+
+def _join_dim(a: Dim, b: Dim) -> Dim:
+    if whole_size(a) != whole_size(b):
+        raise NoRule(f"{whole_size(a)} and {whole_size(b)} can't be summed over together")
+    return join((a,), (b,))[0]

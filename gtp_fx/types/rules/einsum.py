@@ -1,0 +1,53 @@
+"""einsum: every dimension has a name, so its type is read off the equation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.types.axes import Dim, Plain, is_plain, whole_size
+from gtp_fx.types.rules.registry import NOTHING, Call, NoRule, Typed, join, rule, wanting
+
+
+@dataclass(frozen=True)
+class Equation:
+    """terms: the labels of each operand's dimensions. result: those of the output."""
+
+    terms: tuple[str, ...]
+    result: str
+
+    @classmethod
+    def parse(cls, text: str) -> Equation | None:
+        """None for an ellipsis, a diagonal, or an output that isn't stated."""
+        terms, arrow, result = text.replace(" ", "").partition("->")
+        if "..." in text or not arrow or any(len(set(term)) != len(term) for term in (*terms.split(","), result)):
+            return None
+        return cls(tuple(terms.split(",")), result)
+
+
+@rule(aten.einsum.default)
+def einsum(call: Call) -> Typed:
+    """A label that isn't in the output is summed over, and must be plain; the others keep their type."""
+    equation = Equation.parse(call.arg(0))
+    if equation is None:
+        raise NoRule("an einsum with an ellipsis, a diagonal or no stated output")
+    operands = call.arg(1)
+    labels: dict[str, Dim] = {}
+    for term, operand in zip(equation.terms, operands, strict=True):
+        for label, dim in zip(term, call.type_of(operand), strict=True):
+            labels[label] = join((labels.get(label, (Plain(1),)),), (dim,))[0]
+    if not all(is_plain(dim) for label, dim in labels.items() if label not in equation.result):
+        raise NoRule("it adds up tokens, so its value depends on how many are left")
+    wanted = wanting(
+        (
+            operand,
+            tuple(
+                own if whole_size(own) == 1 else labels[label]
+                for label, own in zip(term, call.type_of(operand), strict=True)
+            ),
+        )
+        for term, operand in zip(equation.terms, operands, strict=True)
+    )
+    output = tuple(labels[label] for label in equation.result)
+    return Typed(output, operands=wanted, follows=None if len(operands) == 1 else NOTHING)

@@ -1,0 +1,122 @@
+"""What works on the sides of a whole grid: rolling, padding, sampling, and folding neighbours into channels.
+
+Windowed transformers roll and pad a grid before they divide it and undo both behind; pyramids sample every other patch, or fold
+2 x 2 patches into the channels of one, which makes a new and smaller grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.types.axes import Dim, Factor, Grid, GridAxis, Plain, TensorType, is_plain, whole_size
+from gtp_fx.types.rules.registry import NOTHING, Call, NoRule, Typed, rule
+
+
+@rule(aten.roll.default)
+def roll(call: Call) -> Typed:
+    """The patches of a grid, moved: another grid, until they are moved back."""
+    x, shifts = call.type(0), list(call.arg(1))
+    dims = [dim % len(x) for dim in call.arg(2, ())]
+    if not dims:
+        raise NoRule("it rolls all dimensions as one")
+    moved = {dim: shift for dim, shift in zip(dims, shifts, strict=True) if not is_plain(x[dim])}
+    if not moved:
+        return Typed(x, operands={call.operand(0): x})
+    grid = whole_sides(x, moved)
+    by = [0] * len(grid.shape)
+    for dim, shift in moved.items():
+        by[side_of(x[dim]).side] = shift
+    return Typed(_with_grid(x, grid, grid.rolled(by)), operands={call.operand(0): x}, follows=NOTHING)
+
+
+def padded(call: Call, x: TensorType, amounts: list[int]) -> Typed:
+    """A grid with more rows and columns behind its own. amounts: as aten.pad has them, the last dimension first."""
+    ends = {len(x) - 1 - i // 2: amount for i, amount in enumerate(amounts) if amount and i % 2}
+    if any(amount for amount in amounts[::2]) or any(amount < 0 for amount in amounts):
+        raise NoRule("it pads a grid in front, or cuts it")
+    grid = whole_sides(x, ends)
+    shape = list(grid.shape)
+    for dim, amount in ends.items():
+        shape[side_of(x[dim]).side] += amount
+    larger = Grid(call.node.name, tuple(shape), inside=grid)
+    return Typed(_with_grid(x, grid, larger), operands={call.operand(0): x}, follows=NOTHING)
+
+
+def sampled(call: Call, x: TensorType, dim: int, start: int, stop: int, step: int) -> Typed:
+    """Along one side of a grid: the padding cut off again, or every step-th place, which makes a smaller grid."""
+    grid = whole_sides(x, [dim])
+    side = side_of(x[dim]).side
+    size = grid.shape[side]
+    if step == 1 and start == 0 and grid.inside is not None and stop == grid.inside.shape[side]:
+        smaller = grid.resized(side, stop)
+    elif 0 <= start < step and stop == size:
+        shape = (*grid.shape[:side], len(range(start, size, step)), *grid.shape[side + 1 :])
+        # Samples that begin elsewhere pair with these place by place: they are the cells of one grid.
+        smaller = Grid(f"{grid.birth}_{side}every{step}", shape)
+    else:
+        raise NoRule(f"places {start} to {stop} of a grid are taken by their position")
+    return Typed(_with_grid(x, grid, smaller), operands={call.operand(0): x}, follows=NOTHING)
+
+
+def folded(output: TensorType, birth: str) -> TensorType:
+    """`output`, or, where the inner parts of a grid's sides are merged with channels, what it is then: a smaller grid.
+
+    [B, h/2, w/2, 2·2·C]: a token is a cell of 2 x 2 patches from here on.
+    """
+    mixed = [dim for dim in output if not is_plain(dim) and any(isinstance(f, Plain) and not f.images for f in dim)]
+    if len(mixed) != 1:
+        return output
+    inner = {f.side: f for f in mixed[0] if isinstance(f, GridAxis)}
+    outer = {f.side: f for dim in output if dim is not mixed[0] for f in dim if isinstance(f, GridAxis)}
+    grids = {f.grid for f in (*inner.values(), *outer.values())}
+    if len(grids) != 1 or not inner:
+        return output
+    (grid,) = grids
+    sides = range(len(grid.shape))
+    if sorted(outer) != list(sides):
+        return output
+    whole = {side: outer[side].joined(inner[side]) if side in inner else outer[side] for side in sides}
+    if any(part != GridAxis(grid, side) for side, part in whole.items()):
+        return output
+    cells = Grid(birth, tuple(outer[side].whole_size for side in sides))
+
+    def smaller(dim: Dim) -> Dim:
+        if dim is mixed[0]:
+            return (Plain(whole_size(dim)),)
+        return tuple(GridAxis(cells, f.side) if isinstance(f, GridAxis) else f for f in dim)
+
+    return tuple(map(smaller, output))
+
+
+def whole_sides(x: TensorType, dims: Iterable[int]) -> Grid:
+    """The grid whose whole sides `dims` are, each in a dimension of its own. Raises NoRule where they aren't."""
+    found = [x[dim] for dim in dims]
+    if not all(len(dim) == 1 and isinstance(dim[0], GridAxis) and not dim[0].count for dim in found):
+        raise NoRule("the sides of a grid aren't whole here, or tokens are merged with something")
+    grids = {side_of(dim).grid for dim in found}
+    if len(grids) != 1:
+        raise NoRule("sides of two grids")
+    return grids.pop()
+
+
+def side_of(dim: Dim) -> GridAxis:
+    (factor,) = dim
+    assert isinstance(factor, GridAxis)
+    return factor
+
+
+def is_side(dim: Dim) -> bool:
+    return len(dim) == 1 and isinstance(dim[0], GridAxis)
+
+
+def _with_grid(x: TensorType, old: Grid, new: Grid) -> TensorType:
+    """`x` with every side of `old` one of `new`."""
+    if any(isinstance(f, GridAxis) and f.grid == old and f.count for dim in x for f in dim):
+        raise NoRule("parts of a grid stand beside its whole sides")
+
+    def change(factor: Factor) -> Factor:
+        return GridAxis(new, factor.side) if isinstance(factor, GridAxis) and factor.grid == old else factor
+
+    return tuple(tuple(map(change, dim)) for dim in x)

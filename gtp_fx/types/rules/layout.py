@@ -1,0 +1,194 @@
+"""What moves dimensions about without touching values: permutations, views, expand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.graph.operators import FLATTENINGS, SQUEEZES, VIEWS
+from gtp_fx.graph.symbols import is_symbolic
+from gtp_fx.types.axes import (
+    CountOf,
+    Dim,
+    Factor,
+    GridAxis,
+    Plain,
+    TensorType,
+    holds_images,
+    is_plain,
+    merge_grids,
+    merge_plain,
+    product,
+    size,
+    split_tokens,
+    token_axes,
+    whole_size,
+)
+from gtp_fx.types.rules.grids import folded
+from gtp_fx.types.rules.registry import NOTHING, Call, NoRule, Repair, Typed, require_plain, rule
+from gtp_fx.types.rules.unfold import unfolded
+
+
+@rule(aten.permute.default)
+def permute(call: Call) -> Typed:
+    x = call.type(0)
+    return Typed(tuple(x[d] for d in call.arg(1)), operands={call.operand(0): x})
+
+
+@rule(aten.transpose.int)
+def transpose(call: Call) -> Typed:
+    x = list(call.type(0))
+    a, b = call.arg(1), call.arg(2)
+    x[a], x[b] = x[b], x[a]
+    return Typed(tuple(x), operands={call.operand(0): call.type(0)})
+
+
+@rule(aten.t.default, aten.numpy_T.default)
+def reverse(call: Call) -> Typed:
+    return Typed(tuple(reversed(call.type(0))), operands={call.operand(0): call.type(0)})
+
+
+@rule(aten.unsqueeze.default)
+def unsqueeze(call: Call) -> Typed:
+    x = list(call.type(0))
+    position = call.arg(1)
+    x.insert(position if position >= 0 else len(x) + 1 + position, (Plain(1),))
+    return Typed(tuple(x), operands={call.operand(0): call.type(0)})
+
+
+@rule(*SQUEEZES)
+def squeeze(call: Call) -> Typed:
+    x = call.type(0)
+    wanted = call.arg(1)
+    dims = {d % len(x) for d in ([wanted] if isinstance(wanted, int) else wanted)}
+    kept = tuple(dim for i, dim in enumerate(x) if i not in dims or whole_size(dim) != 1)
+    # Tokens stay as they are; of a single one, the dimension would go.
+    tokens = not all(is_plain(x[d]) for d in dims)
+    return Typed(kept, operands={call.operand(0): x}, follows=NOTHING if tokens else None)
+
+
+@rule(aten.expand.default)
+def expand(call: Call) -> Typed:
+    """Sizes of broadcast dimensions are plain; the others keep their type and their size follows the tokens."""
+    x, shape = call.type(0), call.output_shape()
+    padded: TensorType = ((Plain(1),),) * (len(shape) - len(x)) + x
+    output = tuple(
+        dim if whole_size(dim) == wanted else (Plain(wanted),) for dim, wanted in zip(padded, shape, strict=True)
+    )
+    return Typed(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
+
+
+@rule(aten.repeat_interleave.self_int)
+def repeat_each(call: Call) -> Typed:
+    """Each entry of one dimension several times in a row, as grouped queries share their keys: nothing that runs over tokens."""
+    x, dim = list(call.type(0)), call.arg(2)
+    if dim is None:
+        raise NoRule("it flattens what it repeats")
+    require_plain([x[dim]], "what is repeated")
+    if holds_images(x[dim]):
+        raise NoRule("it repeats images")
+    x[dim] = (Plain(call.output_shape()[dim]),)
+    return Typed(tuple(x), operands={call.operand(0): call.type(0)})
+
+
+@rule(*VIEWS)
+def view(call: Call) -> Typed:
+    """Each output dimension is a product of input factors, found by walking both shapes from the outside in."""
+    x = call.type(0)
+    born = unfolded(call.node) if all(map(is_plain, x)) else None
+    output = regroup(born or [factor for dim in x for factor in split_tokens(dim)], call.output_shape())
+    output = folded(output, call.node.name)
+    return Typed(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
+
+
+@rule(*FLATTENINGS)
+def flatten(call: Call) -> Typed:
+    """A view that works out its sizes itself; one that names them (unflatten) must not name a token count."""
+    x = call.type(0)
+    output = regroup([factor for dim in x for factor in split_tokens(dim)], call.output_shape())
+    if call.node.target is aten.unflatten.int:
+        start = call.arg(1) % len(x)
+        if token_axes(output[start : start + len(call.arg(2))]):
+            raise NoRule("it names a number of tokens")
+    return Typed(output, operands={call.operand(0): x})
+
+
+@rule(aten.reshape_as.default, aten.view_as.default)
+def view_as(call: Call) -> Typed:
+    """Good at every level where both run over the same tokens; otherwise one's size says nothing about the other's."""
+    x, other = call.type(0), call.type(1)
+    output = regroup([factor for dim in x for factor in split_tokens(dim)], call.output_shape())
+    if output != other and token_axes((*output, *other)):
+        raise NoRule("it takes the shape of a tensor with other tokens")
+    return Typed(output, operands={call.operand(0): x, call.operand(1): other})
+
+
+def regroup(factors: Sequence[Factor], shape: Sequence[int]) -> TensorType:
+    """Distribute `factors`, outermost first, over the dimensions of `shape`.
+
+    A plain factor may be split (1152 = 3x6x64), and a side of a grid into parts (windows); a token axis that has lost tokens,
+    or has others beside them, may not: it has no meaning in parts.
+    """
+    if 0 in shape:
+        raise NoRule("it holds nothing")
+    pending = [factor for factor in reversed(merge_plain(factors)) if factor.whole_size != 1]
+    dims: list[Dim] = []
+    for wanted in shape:
+        taken: list[Factor] = []
+        rest = wanted
+        while rest != 1:
+            if not pending:
+                raise NoRule("the view's shape has no match in its input's")
+            factor = pending.pop()
+            if rest % factor.whole_size == 0:
+                taken.append(factor)
+                rest //= factor.whole_size
+            elif isinstance(factor, Plain) and factor.size % rest == 0:
+                taken.append(Plain(rest))
+                pending.append(Plain(factor.size // rest))
+                rest = 1
+            elif isinstance(factor, GridAxis) and factor.whole_size % rest == 0:
+                outer, inner = factor.split(rest)
+                taken.append(outer)
+                pending.append(inner)
+                rest = 1
+            else:
+                grid = isinstance(factor, GridAxis)
+                raise NoRule("the view divides a patch grid unevenly" if grid else "the view cuts through a token axis")
+        dims.append(merge_grids(product(taken)))
+    return tuple(dims)
+
+
+def resize(call: Call, position: int, output: TensorType) -> Repair | None:
+    """A repair of the list of sizes at `position`, for the dimensions whose size follows the tokens."""
+    following = [d for d, dim in enumerate(output) if token_axes((dim,))]
+    if not following:
+        return None
+    sizes: list[Any] = list(call.arg(position))
+    leading = len(output) - len(sizes)
+    shape = call.output_shape()
+
+    def repair(count: CountOf) -> tuple[Any, ...]:
+        new = list(sizes)
+        for d in following:
+            if new[d - leading] == -1:
+                continue  # the operator works it out itself
+            # A symbolic product such as batch*tokens would need arithmetic in the graph; -1 says the same.
+            new[d - leading] = -1 if is_symbolic(shape[d]) else size(output[d], count)
+        if call.node.target is aten.expand.default:
+            return call.replace({position: new})  # where every -1 is a size that stays
+        for d in range(leading, len(output)):
+            if new.count(-1) > 1 and new[d - leading] == -1 and not is_symbolic(shape[d]):
+                new[d - leading] = size(output[d], count)
+        if new.count(-1) > 1:
+            raise NoRule("two sizes of one view follow symbolic token counts")
+        return call.replace({position: new})
+
+    return repair
+
+
+def is_view(node: fx.Node) -> bool:
+    return node.target in VIEWS

@@ -1,0 +1,218 @@
+"""What picks, cuts and joins along an axis: select, slice, cat, unbind, split.
+
+Prefix tokens come first on an axis and never leave, so an index into them is good at every level. That is what makes
+`x[:, 0]` readable after tokens have left, and what lets `drop_dead_tokens` see that only they are read.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.graph.operators import PADDINGS, SPLITS
+from gtp_fx.types.axes import CountOf, Dim, Plain, TensorType, is_plain, plain, size, token_axis, whole_size
+from gtp_fx.types.rules.grids import is_side, padded, sampled
+from gtp_fx.types.rules.registry import NOTHING, Call, Many, NoRule, Typed, join, rule, wanting
+
+
+@rule(operator.getitem)
+def getitem(call: Call) -> Typed:
+    source = call.node.args[0]
+    found = call.types.get(source)  # type: ignore[arg-type]
+    if not isinstance(found, Many):
+        raise NoRule("an item of something that is no list of tensors")
+    return Typed(found.items[call.node.args[1]])  # type: ignore[index]
+
+
+@rule(aten.unbind.int)
+def unbind(call: Call) -> Typed:
+    x = call.type(0)
+    dim = call.arg(1, 0) % len(x)
+    if not is_plain(x[dim]):
+        raise NoRule("unbinding takes tokens apart")
+    item = x[:dim] + x[dim + 1 :]
+    return Typed(Many((item,) * whole_size(x[dim])), operands={call.operand(0): x})
+
+
+@rule(*SPLITS)
+def split(call: Call) -> Typed:
+    x = call.type(0)
+    dim = call.arg(2, 0) % len(x)
+    if not is_plain(x[dim]):
+        return _split_tokens(call, x, dim)
+    parts = [value.shape[dim] for value in call.node.meta["val"]]
+    items = tuple((*x[:dim], (Plain(part),), *x[dim + 1 :]) for part in parts)
+    return Typed(Many(items), operands={call.operand(0): x})
+
+
+def _split_tokens(call: Call, x: TensorType, dim: int) -> Typed:
+    """Prefix tokens, patches and suffix tokens taken apart, as rotary embeddings do; only the patches' part changes size."""
+    axis, sizes = token_axis(x[dim]), call.arg(1)
+    if axis is None or call.node.target is not aten.split_with_sizes.default or not all(map(_is_number, sizes)):
+        raise NoRule("splitting cuts through a token axis")
+    parts: list[Dim] = []
+    start, patches_end = 0, axis.whole_size - axis.suffix
+    for part in sizes:
+        stop = start + part
+        if stop <= axis.prefix or start >= patches_end:
+            parts.append((Plain(part),))
+        elif start <= axis.prefix and stop >= patches_end:
+            parts.append((replace(axis, prefix=axis.prefix - start, suffix=axis.suffix - (axis.whole_size - stop)),))
+        else:
+            raise NoRule(f"tokens {start} to {stop} are taken by their position")
+        start = stop
+    items = tuple((*x[:dim], part, *x[dim + 1 :]) for part in parts)
+
+    def resize(count: CountOf) -> tuple[Any, ...]:
+        return call.replace({1: [size(part, count) for part in parts]})
+
+    return Typed(Many(items), operands={call.operand(0): x}, repair=resize, follows=NOTHING)
+
+
+@rule(aten.select.int)
+def select(call: Call) -> Typed:
+    x = call.type(0)
+    node = call.operand(0)
+    dim, index = call.arg(1) % len(x), call.arg(2)
+    if not isinstance(index, int):
+        raise NoRule("an index known only when it runs")
+    output = x[:dim] + x[dim + 1 :]
+    if is_plain(x[dim]):
+        return Typed(output, operands={node: x})
+    axis = token_axis(x[dim])
+    if axis is None:
+        raise NoRule("selecting from a merged token axis")
+    if 0 <= index < axis.prefix:
+        return Typed(output, operands={node: x}, follows=NOTHING, leading={node: index + 1})
+    if index < 0 and -index <= axis.suffix:
+        return Typed(output, operands={node: x}, follows=NOTHING)
+    if index >= axis.whole_size - axis.suffix:
+        from_end = index - axis.whole_size
+        return Typed(output, {node: x}, repair=lambda count: call.replace({2: from_end}), follows=NOTHING)
+    raise NoRule(f"one patch token (number {index}) is selected by its position")
+
+
+@rule(aten.slice.Tensor)
+def slice_(call: Call) -> Typed:
+    x = call.type(0)
+    node = call.operand(0)
+    dim = call.arg(1, 0) % len(x)
+    if is_plain(x[dim]):
+        return Typed((*x[:dim], (Plain(call.output_shape()[dim]),), *x[dim + 1 :]), operands={node: x})
+    whole = whole_size(x[dim])
+    start, stop = _bound(call.arg(2), 0, whole), _bound(call.arg(3), whole, whole)
+    step = call.arg(4, 1)
+    if is_side(x[dim]) and (start, stop, step) != (0, whole, 1):
+        return sampled(call, x, dim, start, stop, step)
+    if step != 1:
+        raise NoRule("a strided slice of tokens")
+    if (start, stop) == (0, whole):
+        return Typed(x, operands={node: x}, repair=lambda count: call.replace({3: size(x[dim], count)}))
+    axis = token_axis(x[dim])
+    if axis is None:
+        raise NoRule("slicing a merged token axis")
+    patches_end = whole - axis.suffix
+
+    def along(new: Dim) -> TensorType:
+        return (*x[:dim], new, *x[dim + 1 :])
+
+    if stop <= axis.prefix:
+        # A bound may be counted from an end that moves; from the start it stays.
+        return Typed(
+            along((Plain(stop - start),)),
+            {node: x},
+            repair=lambda count: call.replace({2: start, 3: stop}),
+            follows=NOTHING,
+            leading={node: stop},
+        )
+    if start >= patches_end:
+
+        def move(count: CountOf) -> tuple[Any, ...]:
+            shift = size(x[dim], count) - whole
+            return call.replace({2: start + shift, 3: stop + shift})
+
+        return Typed(along((Plain(stop - start),)), {node: x}, repair=move, follows=NOTHING)
+    if start <= axis.prefix and stop >= patches_end:
+        cut = replace(axis, prefix=axis.prefix - start, suffix=axis.suffix - (whole - stop))
+
+        def shorten(count: CountOf) -> tuple[Any, ...]:
+            return call.replace({2: start, 3: size(x[dim], count) - (whole - stop)})
+
+        return Typed(along((cut,)), {node: x}, repair=shorten, follows=NOTHING)
+    raise NoRule(f"tokens {start} to {stop} are taken by their position")
+
+
+@rule(aten.cat.default)
+def cat(call: Call) -> Typed:
+    # An empty tensor of one dimension is skipped, whatever the others' rank.
+    parts = [part for part in call.arg(0) if call.type_of(part) != plain(0)]
+    types = [call.type_of(part) for part in parts]
+    dim = call.arg(1, 0) % len(types[0])
+    joined = types[0]
+    for other in types[1:]:
+        joined = join(_without(joined, dim), _without(other, dim))
+    others = _without(joined, dim)
+    along = _concatenate([t[dim] for t in types])
+    operands = wanting(
+        (part, (*others[:dim], t[dim], *others[dim + 1 :])) for part, t in zip(parts, types, strict=True)
+    )
+    output = (*others[:dim], along, *others[dim + 1 :])
+    return Typed(output, operands=operands, follows=None if is_plain(along) else NOTHING)
+
+
+@rule(aten.stack.default)
+def stack(call: Call) -> Typed:
+    parts = call.arg(0)
+    types = [call.type_of(part) for part in parts]
+    joined = types[0]
+    for other in types[1:]:
+        joined = join(joined, other)
+    dim = call.arg(1, 0) % (len(joined) + 1)
+    output = (*joined[:dim], (Plain(len(parts)),), *joined[dim:])
+    return Typed(output, operands=dict.fromkeys(parts, joined))
+
+
+@rule(*PADDINGS)
+def pad(call: Call) -> Typed:
+    """Around plain dimensions; new tokens at an end would have no place on the grid."""
+    x, amounts = call.type(0), list(call.arg(1))
+    dims = [len(x) - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
+    if any(is_side(x[dim]) for dim in dims):
+        return padded(call, x, amounts)
+    if not all(is_plain(x[dim]) for dim in dims):
+        raise NoRule("it pads the token axis")
+    shape = call.output_shape()
+    output = tuple((Plain(shape[d]),) if d in dims else dim for d, dim in enumerate(x))
+    return Typed(output, operands={call.operand(0): x})
+
+
+def _concatenate(dims: list[Dim]) -> Dim:
+    """The joined dimension: plain parts before and after a token axis are its prefix and its suffix."""
+    axes = [i for i, dim in enumerate(dims) if not is_plain(dim)]
+    if not axes:
+        return (Plain(sum(map(whole_size, dims))),)
+    axis = token_axis(dims[axes[0]])
+    if len(axes) > 1 or axis is None:
+        raise NoRule("token axes are joined end to end")
+    before, after = sum(map(whole_size, dims[: axes[0]])), sum(map(whole_size, dims[axes[0] + 1 :]))
+    return (replace(axis, prefix=axis.prefix + before, suffix=axis.suffix + after),)
+
+
+def _without(x: TensorType, dim: int) -> TensorType:
+    return (*x[:dim], (Plain(1),), *x[dim + 1 :])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int)
+
+
+def _bound(value: object, default: int, whole: int) -> int:
+    """A slice's bound as an index from the start, clamped."""
+    if value is None:
+        return default
+    if not isinstance(value, int):
+        raise NoRule("a slice with a bound known only when it runs")
+    return max(0, min(whole, value + whole if value < 0 else value))

@@ -1,0 +1,60 @@
+"""Norms over channels, and pooling over tokens."""
+
+from __future__ import annotations
+
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.graph.operators import FEATURE_NORMS, SOFTMAXES
+from gtp_fx.types.axes import Plain, TensorType, is_plain, token_axes
+from gtp_fx.types.rules.registry import NOTHING, Call, NoRule, Typed, require_plain, rule
+
+
+@rule(*FEATURE_NORMS)
+def norm(call: Call) -> Typed:
+    x = call.type(0)
+    require_plain(x[len(x) - len(call.arg(1)) :], "the features that a norm averages")
+    for parameter in call.tensors()[1:]:
+        require_plain(call.type_of(parameter), "the parameters of a norm")
+    return Typed(x, operands={call.operand(0): x})
+
+
+@rule(*SOFTMAXES)
+def softmax(call: Call) -> Typed:
+    """Over tokens it mixes them: each output then needs every input along that axis.
+
+    Plain attention is an operator of its own by now (`fuse_attention`), which is told how many tokens a key stands for. Any
+    other softmax can't be told, so it gets all tokens back.
+    """
+    x = call.type(0)
+    dim = call.arg(1) % len(x)
+    node = call.operand(0)
+    if any(axis.domain.level for axis in token_axes((x[dim],))):
+        raise NoRule("a softmax over tokens can't be told how many each stands for")
+    return Typed(x, operands={node: x}, follows=None if is_plain(x[dim]) else NOTHING)
+
+
+@rule(aten.mean.dim, aten.amax.default, aten.amin.default)
+def pool(call: Call) -> Typed:
+    """A mean over the tokens that are left is the method's pooling; a maximum over them needs no weight either."""
+    return _reduce(call, over_tokens=True)
+
+
+@rule(aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.var.correction)
+def total(call: Call) -> Typed:
+    """Over channels only: a sum over tokens counts them, and would shrink with every token that leaves."""
+    return _reduce(call, over_tokens=False)
+
+
+def _reduce(call: Call, over_tokens: bool) -> Typed:
+    x = call.type(0)
+    node = call.operand(0)
+    # linalg_vector_norm(x, ord, dim, keepdim) has its order in between.
+    at = 2 if call.node.target is aten.linalg_vector_norm.default else 1
+    wanted = call.arg(at)
+    keepdim = call.arg(3 if call.node.target is aten.var.correction else at + 1, False)
+    dims = {d % len(x) for d in wanted} if wanted else set(range(len(x)))
+    mixes_tokens = not all(is_plain(x[d]) for d in dims)
+    if mixes_tokens and not over_tokens:
+        raise NoRule("it adds up tokens, so its value depends on how many are left")
+    output: TensorType = tuple((Plain(1),) if i in dims else dim for i, dim in enumerate(x) if keepdim or i not in dims)
+    return Typed(output, operands={node: x}, follows=NOTHING if mixes_tokens else None)

@@ -1,0 +1,210 @@
+"""What a rule is, and where rules are kept.
+
+A rule answers, for one operator: given the types of the inputs, which type has the output, in which type must each
+input come, and which arguments hold sizes that change when tokens leave? The same answer serves four readers:
+`infer_types` walks the graph with it, `liveness` follows it backwards, `remove_tokens` repairs the graph by it, and
+`cost.terms` reads off it what the operator costs for every count of tokens.
+
+    @rule(aten.linear.default)
+    def linear(call):
+        x = call.type(0)
+        require_plain(x[-1:], "the features that a linear layer mixes")
+        return Typed((*x[:-1], (Plain(call.output_shape()[-1]),)), operands={call.operand(0): x})
+
+A rule that can't answer raises `NoRule` with the reason. The operator is then a *barrier*, exactly like one that has no
+rule at all: its inputs must be whole and nothing is claimed about its output. So a missing rule costs speed or a named
+refusal, and never a wrong answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from gtp_fx.graph.symbols import shape_of
+from gtp_fx.types.axes import (
+    CountOf,
+    Dim,
+    GridAxis,
+    Plain,
+    TensorType,
+    holds_images,
+    is_plain,
+    plain,
+    token_axis,
+    whole_size,
+)
+
+NOTHING: frozenset[fx.Node] = frozenset()
+"""`follows` of an operator whose every output token needs every input token."""
+
+
+@dataclass(frozen=True)
+class Many:
+    """The types of the items of an operator that returns a list or a tuple."""
+
+    items: tuple[TensorType, ...]
+
+
+Output = TensorType | Many | None
+"""A tensor's type, the types of several, or None for what is no tensor."""
+
+Repair = Callable[[CountOf], tuple[Any, ...]]
+"""New positional arguments for the node, from the token counts of the plan."""
+
+
+class NoRule(Exception):
+    """This operator can't be followed with these inputs; the message is the reason a user reads."""
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A rule's answer.
+
+    output: the type of what the node returns.
+    operands: the type in which a tensor argument must come, where that isn't simply its own.
+    repair: recomputes the arguments that hold sizes; None where there are none.
+    follows: the operands whose first n tokens are all that the output's first n tokens need. None for a token-wise
+        operator, where that holds for every operand; the empty set where the output needs all of everything.
+    leading: for an operand that doesn't follow, how many leading tokens the node reads; every token where unnamed.
+    barrier: the reason why the inputs must be whole; empty where the operator is followed.
+    broadcasts: operands are right-aligned with the output and may lack its leading dimensions.
+    """
+
+    output: Output
+    operands: dict[fx.Node, TensorType] = field(default_factory=dict)
+    repair: Repair | None = None
+    follows: frozenset[fx.Node] | None = None
+    leading: dict[fx.Node, int] = field(default_factory=dict)
+    barrier: str = ""
+    broadcasts: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """One node as a rule sees it: arguments by the schema's position, types of the tensors among them."""
+
+    node: fx.Node
+    types: dict[fx.Node, Output]
+
+    def arg(self, position: int, default: Any = None) -> Any:
+        """Positional argument, found among the keyword arguments too (by the schema's name), else `default`."""
+        args = self.node.args
+        if position < len(args):
+            return args[position]
+        schema = getattr(self.node.target, "_schema", None)
+        if schema is not None and position < len(schema.arguments):
+            return self.node.kwargs.get(schema.arguments[position].name, default)
+        return default
+
+    def operand(self, position: int) -> fx.Node:
+        value = self.arg(position)
+        if not isinstance(value, fx.Node):
+            raise NoRule(f"argument {position} is not a tensor")
+        return value
+
+    def type(self, position: int) -> TensorType:
+        return self.type_of(self.operand(position))
+
+    def type_of(self, node: fx.Node) -> TensorType:
+        found = self.types.get(node)
+        if not isinstance(found, tuple):
+            raise NoRule(f"{node.name} is not a single tensor")
+        return found
+
+    def tensors(self) -> list[fx.Node]:
+        """The arguments that are tensors, in order."""
+        return [node for node in self.node.all_input_nodes if self.types.get(node) is not None]
+
+    def output_shape(self) -> tuple[int, ...]:
+        """The node's shape in the original graph, symbols as primes."""
+        return shape_of(self.node)
+
+    def plain_output(self) -> TensorType:
+        return plain(*self.output_shape())
+
+    def replace(self, changes: dict[int, Any]) -> tuple[Any, ...]:
+        """The node's positional arguments with some replaced."""
+        return tuple(changes.get(i, arg) for i, arg in enumerate(self.node.args))
+
+
+Rule = Callable[[Call], Typed]
+_rules: dict[Any, Rule] = {}
+
+
+def rule(*operators: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for some operators (overloads such as `aten.add.Tensor`)."""
+
+    def register(function: Rule) -> Rule:
+        for operator in operators:
+            if operator in _rules:
+                raise AssertionError(f"{operator} has two rules")
+            _rules[operator] = function
+        return function
+
+    return register
+
+
+def find(operator: Any) -> Rule | None:
+    return _rules.get(operator)
+
+
+def wanting(pairs: Iterable[tuple[fx.Node, TensorType]]) -> dict[fx.Node, TensorType]:
+    """The types in which operands must come. One that is read twice can't come in two."""
+    wanted: dict[fx.Node, TensorType] = {}
+    for node, kind in pairs:
+        if wanted.setdefault(node, kind) != kind:
+            raise NoRule("it reads one tensor in two ways")
+    return wanted
+
+
+def require_plain(dims: Sequence[Dim], what: str) -> None:
+    """Refuse a token axis where an operator mixes all of a dimension."""
+    if not all(is_plain(dim) for dim in dims):
+        raise NoRule(f"{what} run over tokens")
+
+
+def join(first: TensorType, second: TensorType) -> TensorType:
+    """The type of two tensors broadcast together: the newer of two levels wins, a plain size takes the token axis.
+
+    A plain dimension as long as a whole token axis pairs with it index by index (a position embedding), so it is
+    that axis at level 0; whoever rewrites must gather from it.
+    """
+    rank = max(len(first), len(second))
+    pad: Dim = (Plain(1),)
+    left = (pad,) * (rank - len(first)) + first
+    right = (pad,) * (rank - len(second)) + second
+    return tuple(_join_dims(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _sides_of_one_shape(a: Dim, b: Dim) -> bool:
+    """The same whole side of two grids of one shape: a convolution and a pooling beside it, say."""
+    if len(a) != 1 or len(b) != 1 or not isinstance(a[0], GridAxis) or not isinstance(b[0], GridAxis):
+        return False
+    return (a[0].grid.shape, a[0].side, a[0].count, b[0].count) == (b[0].grid.shape, b[0].side, 0, 0)
+
+
+def _join_dims(a: Dim, b: Dim) -> Dim:
+    size_a, size_b = whole_size(a), whole_size(b)
+    if size_a == 1:
+        return b
+    if size_b == 1:
+        return a
+    if size_a != size_b:
+        raise NoRule(f"sizes {size_a} and {size_b} do not broadcast")
+    if is_plain(a):
+        return a if is_plain(b) and holds_images(a) else b
+    if is_plain(b) or a == b:
+        return a
+    if _sides_of_one_shape(a, b):
+        return a
+    axis_a, axis_b = token_axis(a), token_axis(b)
+    if axis_a and axis_b and axis_a.pairs_with(axis_b):
+        # Another grid of the same shape (a resampled position table, a convolved copy) pairs with this one while whole.
+        older = min(axis_a.domain.level, axis_b.domain.level)
+        if older == 0 or axis_a.domain.grid == axis_b.domain.grid:
+            return a if axis_a.domain.level >= axis_b.domain.level else b
+    raise NoRule("two different token axes meet")

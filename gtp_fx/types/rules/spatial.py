@@ -1,0 +1,88 @@
+"""What works on a grid, convolutions and pooling: where a patch grid is born."""
+
+from __future__ import annotations
+
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.graph.operators import CHANNEL_NORMS, GRID_MAKERS, RESIZINGS
+from gtp_fx.types.axes import Grid, GridAxis, Plain, TensorType, is_plain, merge_grids, plain, token_axes, whole_size
+from gtp_fx.types.rules.registry import Call, Many, NoRule, Typed, require_plain, rule
+
+
+@rule(*GRID_MAKERS)
+def convolution(call: Call) -> Typed:
+    """[B, C, *sides] -> [B, C', *sides']: a new grid, whose flattening makes a token domain.
+
+    Its input may be an image or an older grid, whole in either case: a convolution needs every neighbour in place. Where
+    it leaves a grid's sides as they are (a position encoding by convolution, a depthwise branch), the grid is still that one.
+    """
+    x = call.type(0)
+    shape = call.output_shape()
+    if len(shape) < 3 or len(shape) != len(x) or len(x) != _rank(call.node.target):
+        raise NoRule("a grid without a batch")
+    if not is_plain(x[0]):
+        raise NoRule("a convolution over tokens that were moved into the batch")
+    before = {factor.grid for dim in x[2:] for factor in dim if isinstance(factor, GridAxis)}
+    grid = Grid(call.node.name, shape[2:])
+    if len(before) == 1 and x[2:] == tuple((GridAxis(next(iter(before)), side),) for side in range(len(x) - 2)):
+        (old,) = before
+        grid = old if old.shape == grid.shape else grid
+    sides = tuple((GridAxis(grid, side),) for side in range(len(grid.shape)))
+    output: TensorType = ((Plain(shape[0], images=True),), (Plain(shape[1]),), *sides)
+    return Typed(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
+
+
+@rule(aten.im2col.default)
+def columns(call: Call) -> Typed:
+    """F.unfold, [B, C, h, w] -> [B, C·k·k, rows·columns]: patches in a row, of a new grid."""
+    x = call.type(0)
+    if len(x) != 4 or not is_plain(x[0]):
+        raise NoRule("a grid without a batch")
+    counts = [
+        (whole_size(x[2 + side]) + 2 * call.arg(3)[side] - call.arg(2)[side] * (call.arg(1)[side] - 1) - 1)
+        // call.arg(4)[side]
+        + 1
+        for side in range(2)
+    ]
+    shape = call.output_shape()
+    grid = Grid(call.node.name, tuple(counts))
+    patches = merge_grids((GridAxis(grid, 0), GridAxis(grid, 1)))
+    output: TensorType = ((Plain(shape[0], images=True),), (Plain(shape[1]),), patches)
+    return Typed(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
+
+
+@rule(*RESIZINGS)
+def resample(call: Call) -> Typed:
+    """A grid of another size, of images; a table that all images share (a position embedding) is no grid of patches."""
+    if whole_size(call.type(0)[0]) == 1:
+        raise NoRule("it resamples a table")
+    return convolution(call)
+
+
+@rule(*CHANNEL_NORMS)
+def channel_norm(call: Call) -> Typed:
+    """Statistics are over the grid (group norm) or fixed (batch norm in eval); either way the layout stays."""
+    x = call.type(0)
+    tokens = [dim for dim in x if token_axes((dim,))]
+    if call.node.target is aten.group_norm.default:
+        require_plain(tokens, "the values that a group norm averages")
+    if _own_statistics(call):
+        require_plain(tokens, "the values that a batch norm averages")
+    require_plain(x[1:2], "the channels of a norm")
+    for parameter in call.tensors()[1:]:
+        require_plain(call.type_of(parameter), "the parameters of a norm")
+    values = call.node.meta["val"]
+    several = isinstance(values, list | tuple)  # the result, and statistics that it saves
+    output = Many((x, *(plain(*value.shape) for value in values[1:]))) if several else x
+    return Typed(output, operands={call.operand(0): x})
+
+
+def _rank(operator: object) -> int:
+    """Of a batch of images, by the operator's name: 4 for conv2d."""
+    name = str(operator)
+    return next((int(n) + 2 for n in "123" if f"{n}d" in name), 0)
+
+
+def _own_statistics(call: Call) -> bool:
+    """batch_norm(x, weight, bias, mean, var, training, …) over what it is given, instead of what it has stored."""
+    return call.node.target is aten.batch_norm.default and (bool(call.arg(5)) or call.arg(3) is None)

@@ -1,0 +1,88 @@
+"""Exact: what depends on no input is worked out now, and where that shows a mask to hide nothing, the mask goes.
+
+Libraries build an all-true mask out of `arange` for every model and hand it to each attention. It costs memory and,
+worse, fused attention: kernels without a mask are the fast ones. A value is known here when nothing that a user gives leads to
+it (no argument, parameter or buffer); the batch may, since a value that was expanded over images is the same for each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.graph import edit, nodes
+from gtp_fx.graph.operators import CONSTANTS, MASK_ARITHMETIC
+from gtp_fx.graph.symbols import per_image, shape_of
+
+_LARGEST = 1 << 24
+"""Elements; a larger value is not worth holding to find out that it hides nothing."""
+
+
+def drop_trivial_masks(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm` without masks that hide nothing; `gm` itself where it makes no value of its own."""
+    if not nodes.count_nodes(gm.graph, CONSTANTS):
+        return gm
+    gm = edit.copy_of(gm)
+    known = known_values(gm.graph)
+    for node in list(gm.graph.nodes):
+        if node.target is aten.scaled_dot_product_attention.default:
+            args = list(node.args)
+            if len(args) > 3 and _hides_nothing(known.get(args[3])):
+                args[3] = None
+                edit.set_args(node, tuple(args))
+            if _hides_nothing(known.get(node.kwargs.get("attn_mask"))):  # type: ignore[arg-type]
+                node.kwargs = {**node.kwargs, "attn_mask": None}
+                node.meta.pop("val", None)
+        elif node.target is aten.add.Tensor and not node.kwargs:
+            for x, other in (node.args, node.args[::-1]):
+                if _is_zero(known.get(other)) and _same_value(x, node):
+                    node.replace_all_uses_with(x)
+                    break
+    return edit.finish(gm)
+
+
+def known_values(graph: fx.Graph) -> dict[Any, Tensor]:
+    """What depends on no input, for one image: a dimension whose size is the batch's has size 1."""
+    known: dict[Any, Tensor] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor):
+            continue
+        if per_image(value.numel()) > _LARGEST:
+            continue
+        creates = node.target in CONSTANTS
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        if not (creates or (node.target in MASK_ARITHMETIC and tensors and all(n in known for n in tensors))):
+            continue
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: known.get(n, _for_one_image(n)))
+        if any(isinstance(leaf, fx.Node) for leaf in torch.utils._pytree.tree_leaves((args, kwargs))):
+            continue
+        here = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory", "layout")}
+        known[node] = node.target(*args, **here)
+    return known
+
+
+def _for_one_image(node: fx.Node) -> Any:
+    """The batch's size as 1; any other value that isn't known stays a node."""
+    value = node.meta.get("val")
+    return per_image(value) if isinstance(value, int) and not isinstance(value, bool) else node
+
+
+def _hides_nothing(mask: Tensor | None) -> bool:
+    if mask is None:
+        return False
+    return bool(mask.all()) if mask.dtype == torch.bool else _is_zero(mask)
+
+
+def _is_zero(value: Tensor | None) -> bool:
+    return value is not None and value.dtype != torch.bool and not bool(value.any())
+
+
+def _same_value(x: Any, total: fx.Node) -> bool:
+    """Adding zero neither broadcasts nor promotes `x`."""
+    if not isinstance(x, fx.Node):
+        return False
+    return shape_of(x) == shape_of(total) and x.meta["val"].dtype == total.meta["val"].dtype

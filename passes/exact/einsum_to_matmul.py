@@ -1,0 +1,63 @@
+"""Exact: an einsum of two tensors that is a matrix product becomes one.
+
+    einsum("bhid,bhjd->bhij", q, k)   ->   matmul(q, kᵀ)
+
+so that later passes know attention in whichever of the two it was written. Others (more free labels, three operands) stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.graph import edit, nodes
+from gtp_fx.graph.symbols import shape_of
+from gtp_fx.types.rules.einsum import Equation
+
+
+def einsum_to_matmul(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm` in which matrix products are `aten.matmul`; `gm` itself where it has no einsum."""
+    if not nodes.count_nodes(gm.graph, (aten.einsum.default,)):
+        return gm
+    gm = edit.copy_of(gm)
+    for node in list(gm.graph.nodes):
+        if node.target is aten.einsum.default:
+            _as_matmul(gm.graph, node)
+    return edit.finish(gm)
+
+
+def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
+    arguments: tuple[Any, ...] = node.args
+    equation = Equation.parse(arguments[0])
+    if equation is None or len(equation.terms) != 2:
+        return
+    (a, b), operands, result = equation.terms, arguments[1], equation.result
+    batch = [label for label in result if label in a and label in b]
+    rows = [label for label in a if label not in b]
+    columns = [label for label in b if label not in a]
+    summed = [label for label in a if label in b and label not in result]
+    if not (len(rows) == len(columns) == len(summed) == 1) or {*rows, *columns} - set(result):
+        return
+    sizes = [dict(zip(term, shape_of(operand), strict=True)) for term, operand in zip((a, b), operands, strict=True)]
+    if any(sizes[0][label] != sizes[1][label] for label in (*batch, *summed)):
+        return  # one of the two is broadcast
+    with graph.inserting_before(node):
+        left = _permuted(graph, operands[0], a, [*batch, *rows, *summed], node)
+        right = _permuted(graph, operands[1], b, [*batch, *summed, *columns], node)
+        product = edit.call(graph, aten.matmul.default, left, right, like=node)
+        output = _permuted(graph, product, "".join([*batch, *rows, *columns]), list(result), node)
+    node.replace_all_uses_with(output)
+    graph.erase_node(node)
+
+
+def _permuted(graph: fx.Graph, x: fx.Node, labels: str, wanted: list[str], like: fx.Node) -> fx.Node:
+    """`x`, whose dimensions are `labels`, in the order `wanted`; exchanging the last two has an operator of its own."""
+    order = [labels.index(label) for label in wanted]
+    if order == list(range(len(order))):
+        return x
+    rank = len(order)
+    if order == [*range(rank - 2), rank - 1, rank - 2]:
+        return edit.call(graph, aten.transpose.int, x, -2, -1, like=like)
+    return edit.call(graph, aten.permute.default, x, order, like=like)

@@ -1,0 +1,76 @@
+"""Exact: linear layers that read the same tokens become one product.
+
+    q, k, v = x·Wqᵀ, x·Wkᵀ, x·Wvᵀ   ->   split(x·[Wq; Wk; Wv]ᵀ)
+
+as libraries with separate query, key and value projections have them, and gated MLPs. One large product fills a processor better
+than three. The weights are put together at every call, so that they stay the model's own (`load_state_dict`, training);
+that costs a copy of them, which many tokens outweigh and few do not.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.graph import edit, nodes
+from gtp_fx.graph.symbols import per_image, shape_of
+
+_FEWEST = 32
+"""Tokens of an image; behind `drop_dead_tokens` some layers compute a single one, whose product is no larger than the copy."""
+
+
+def fuse_projections(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm` in which linear layers with one input are one; `gm` itself where each has its own."""
+    if not _groups(gm.graph):
+        return gm
+    gm = edit.copy_of(gm)
+    for linears in _groups(gm.graph):
+        _fuse(gm.graph, linears)
+    return edit.finish(gm)
+
+
+def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Linear layers that read the same value, where several do."""
+    by_input: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target is aten.linear.default and _fusable(node):
+            by_input.setdefault(node.args[0], []).append(node)
+    return [linears for linears in by_input.values() if len(linears) > 1]
+
+
+def _fusable(linear: fx.Node) -> bool:
+    """Enough tokens, and parameters that are there from the start."""
+    x, *parameters = linear.all_input_nodes
+    rows = 1
+    for size in shape_of(x)[:-1]:
+        rows *= per_image(size)
+    return rows >= _FEWEST and all(nodes.is_input(node) for node in parameters) and len(shape_of(linear)) > 1
+
+
+def _fuse(graph: fx.Graph, linears: Sequence[fx.Node]) -> None:
+    first = linears[0]
+    widths = [shape_of(linear)[-1] for linear in linears]
+    weights: list[Any] = [linear.args[1] for linear in linears]
+    biases: list[Any] = [linear.args[2] if len(linear.args) > 2 else None for linear in linears]
+    with graph.inserting_before(first):
+        call = edit.Emitter(graph, like=first)
+
+        weight = call(aten.cat.default, weights)
+        bias = None
+        if any(bias is not None for bias in biases):
+            filled = [
+                call(aten.new_zeros.default, of, [width]) if bias is None else bias
+                for bias, of, width in zip(biases, weights, widths, strict=True)
+            ]
+            bias = call(aten.cat.default, filled)
+        product = call(aten.linear.default, first.args[0], weight, bias)
+        parts = call(aten.split_with_sizes.default, product, widths, -1)
+        outputs = [call(operator.getitem, parts, i) for i in range(len(linears))]
+    for linear, output in zip(linears, outputs, strict=True):
+        output.meta = {**linear.meta}
+        linear.replace_all_uses_with(output)
+        graph.erase_node(linear)

@@ -1,0 +1,38 @@
+"""Find the attention blocks: self-attention over tokens, and the residual add that closes its half of the block.
+
+    x ──┬─ norm ─ q, k, v ─ attention ─ projection ─ (scale) ─ add ── site
+        └──────────────────────────────────────────────────────┘
+
+Nothing here knows a class or a layer's name. Attention is an operator whose queries and keys run over the same token
+axis; the residual add is the first addition after it whose other side the attention itself depends on. That holds for
+pre-norm, post-norm, LayerScale and parallel blocks alike, and tells a residual apart from a bias or a mask.
+
+The pass marks nodes (`meta["gtp_block"]`, a `Mark`) and changes nothing, so that later passes can rewrite
+around the marks; `read_blocks` reads them back. Blocks are counted in graph order: that order is the schedule's.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from gtp_fx.analysis.blocks import MARK, Mark, _residual_add, self_attention_axis
+from gtp_fx.graph.edit import copy_of
+from gtp_fx.graph.operators import ATTENTION
+from gtp_fx.types.infer import infer_types
+
+
+def mark_blocks(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm` with its blocks marked."""
+    gm = copy_of(gm)
+    typing = infer_types(gm.graph)
+    index = 0
+    for node in gm.graph.nodes:
+        axis = self_attention_axis(node, typing) if node.target in ATTENTION else None
+        if axis is None:
+            continue
+        node.meta[MARK] = Mark(index, "attention", axis)
+        site = _residual_add(node, typing)
+        if site is not None and MARK not in site.meta:
+            site.meta[MARK] = Mark(index, "site", axis)
+        index += 1
+    return gm

@@ -1,0 +1,64 @@
+"""Exact: strip what says nothing, so that every later pass sees one spelling.
+
+Asserts about metadata, dropouts of a frozen evaluation graph, copies and slices that take everything. Views become
+reshapes, which don't depend on how their input happens to lie in memory, so a later pass may replace what makes it.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.graph import edit, nodes
+from gtp_fx.graph.operators import COPIES, FLATTENINGS, SQUEEZES, VIEWS
+from gtp_fx.graph.symbols import is_symbolic, shape_of
+
+_ASSERTS = (aten._assert_tensor_metadata.default,)
+
+
+def normalise(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm` without operators that change nothing."""
+    gm = edit.copy_of(gm)
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _ASSERTS:
+            gm.graph.erase_node(node)
+        elif _changes_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+        elif node.target in VIEWS:
+            node.target = aten.reshape.default
+        elif node.target in FLATTENINGS:
+            _as_reshape(node)
+    return edit.finish(gm)
+
+
+def _as_reshape(node: fx.Node) -> None:
+    """What torch.export leaves whole and Dynamo's graph doesn't; a view as well where at most one size is symbolic."""
+    sizes = [-1 if is_symbolic(size) else size for size in shape_of(node)]
+    if sizes.count(-1) <= 1:
+        node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], sizes), {}
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    if node.target is aten.dropout.default:
+        _, probability, training = node.args
+        return not training or probability in (0, 0.0)
+    if node.target is aten.slice.Tensor:
+        return _same_shape(node) and node.args[4:] in ((), (1,))
+    if node.target in (*VIEWS, *SQUEEZES, aten.expand.default):
+        return _same_shape(node)
+    # A copy of what the graph itself computed can't be told from it: the graph is functional. A copy of an argument
+    # could be returned to the caller, who may write to it.
+    return node.target in COPIES and not nodes.is_input(_source(node))
+
+
+def _same_shape(node: fx.Node) -> bool:
+    return tuple(node.meta["val"].shape) == tuple(_source(node).meta["val"].shape)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source

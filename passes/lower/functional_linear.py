@@ -1,0 +1,44 @@
+"""Exact: linear layers as calls of `torch.nn.functional.linear`, for graphs that a module runs.
+
+A weight may be replaced by a tensor of a class of its own, a quantised one. Such classes answer `torch.nn.functional.linear`; of
+aten.linear, which autograd takes apart before it asks them, they see only the parts. And few of them can be put together with
+others: where `fuse_projections` does that with weights, it is decided when the graph runs whether they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+from torch.nn import Parameter
+from torch.nn import functional as F
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.graph import edit
+
+
+def functional_linear(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm`, to be run and not rewritten any more."""
+    gm = edit.copy_of(gm)
+    for node in gm.graph.nodes:
+        if node.target is aten.linear.default:
+            weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+            node.target = F.linear
+            if _joined(weight) and (bias is None or _joined(bias)):
+                node.target = joined_linear
+                node.args = (node.args[0], weight.args[0], None if bias is None else bias.args[0])
+    return edit.finish(gm)
+
+
+def joined_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> Tensor:
+    """Several linear layers of one input, side by side [..., sum of widths]: one product, unless weights are of a class of their own."""
+    if all(type(weight) in (Tensor, Parameter) for weight in weights):
+        return F.linear(x, torch.cat(list(weights)), None if biases is None else torch.cat(list(biases)))
+    each = [None] * len(weights) if biases is None else biases
+    return torch.cat([F.linear(x, weight, bias) for weight, bias in zip(weights, each, strict=True)], dim=-1)
+
+
+def _joined(value: object) -> bool:
+    """Put together end to end, by `fuse_projections` say."""
+    return isinstance(value, fx.Node) and value.target is aten.cat.default and len(value.args) == 1

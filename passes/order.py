@@ -1,0 +1,135 @@
+"""The passes, in the order in which they run: the one place where it stands.
+
+A pass is a function from a graph module to a new one that never changes its input. `runner` runs them and verifies each:
+the shapes of the result are recomputed on fake tensors. Between the tiers "exact" and "reduce" stands the plan
+(`gtp_fx.plan.make_plan`), which the passes of "reduce" carry out. Those of "lower" run where a graph is compiled or called;
+users see, export and plan for what it was before.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import fx
+
+from gtp_fx.errors import OptionError
+from gtp_fx.passes.exact.drop_dead_tokens import drop_dead_tokens
+from gtp_fx.passes.exact.drop_trivial_masks import drop_trivial_masks
+from gtp_fx.passes.exact.einsum_to_matmul import einsum_to_matmul
+from gtp_fx.passes.exact.fuse_attention import fuse_attention
+from gtp_fx.passes.exact.fuse_projections import fuse_projections
+from gtp_fx.passes.exact.mark_blocks import mark_blocks
+from gtp_fx.passes.exact.normalise import normalise
+from gtp_fx.passes.exact.split_projections import split_projections
+from gtp_fx.passes.lower.functional_linear import functional_linear
+from gtp_fx.passes.lower.triton_kernels import triton_kernels
+from gtp_fx.passes.reduce.remove_tokens import remove_tokens
+from gtp_fx.passes.reduce.skip_branches import skip_branches
+from gtp_fx.plan.plan import Plan
+from gtp_fx.strategies import Strategy
+
+Tier = Literal["exact", "reduce", "lower"]
+"""exact: changes no number. reduce: carries out the plan; the result is approximate. lower: for the processor, exact."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass.
+
+    function: the rewrite; its name is the pass's. summary: what it does, in a line. optional: whether `disabled_passes` may
+    name it; what a budget asks for can't be left out. reads: what it is given beside the graph: the strategy's
+    `whole_maps`, the plan, or nothing. needed: whether a plan needs it; always, where None.
+    """
+
+    function: Callable[..., fx.GraphModule]
+    tier: Tier
+    summary: str
+    optional: bool = False
+    reads: Literal["", "whole_maps", "plan"] = ""
+    needed: Callable[[Plan], bool] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def kind(self) -> str:
+        """ "exact" or "approximate", as reports say."""
+        return "approximate" if self.tier == "reduce" else "exact"
+
+
+ORDER = (
+    Pass(normalise, "exact", "one spelling: no asserts, no copies, no dropout that is off"),
+    Pass(drop_trivial_masks, "exact", "masks that hide nothing go, and added zeros", optional=True),
+    Pass(einsum_to_matmul, "exact", "an einsum that is a matrix product becomes one", optional=True),
+    Pass(fuse_attention, "exact", "softmax(q·kᵀ)·v in its many spellings becomes the one operator", optional=True),
+    Pass(mark_blocks, "exact", "marks attention blocks and their residual adds; changes nothing"),
+    Pass(
+        split_projections,
+        "exact",
+        "a joint q, k, v projection whose parts differ in liveness becomes several",
+        optional=True,
+        reads="whole_maps",
+    ),
+    Pass(
+        drop_dead_tokens,
+        "exact",
+        "nothing is computed for tokens that no output depends on",
+        optional=True,
+        reads="whole_maps",
+    ),
+    Pass(fuse_projections, "exact", "linear layers that read the same tokens become one product", optional=True),
+    Pass(
+        skip_branches,
+        "reduce",
+        "the plan's tokens skip branches, where the grid has to stay whole",
+        reads="plan",
+        needed=lambda plan: bool(plan.skipping),
+    ),
+    Pass(
+        remove_tokens,
+        "reduce",
+        "the plan's tokens are removed, and what follows is repaired",
+        reads="plan",
+        needed=lambda plan: bool(plan.propagated) or plan.strategy.rewrites_every_attention,
+    ),
+    Pass(triton_kernels, "lower", "on a GPU, GTP's operators become Triton kernels", optional=True),
+    Pass(functional_linear, "lower", "linear layers become calls that a quantised weight answers"),
+)
+
+
+def of_tier(tier: Tier, plan: Plan | None = None) -> tuple[Pass, ...]:
+    """The passes of one tier, in order; with a plan, those that it needs."""
+    found = (step for step in ORDER if step.tier == tier)
+    return tuple(step for step in found if step.needed is None or plan is None or step.needed(plan))
+
+
+def optional_passes() -> tuple[str, ...]:
+    """Names that `disabled_passes` may hold."""
+    return tuple(step.name for step in ORDER if step.optional)
+
+
+def must_be_optional(names: Sequence[str]) -> None:
+    """Raises OptionError for a name in `disabled_passes` that is no pass, or one that can't be left out."""
+    known = optional_passes()
+    if unknown := [name for name in names if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise OptionError(
+            f"disabled_passes={unknown}: no such pass can be left out{meant}; give some of {', '.join(known)}"
+        )
+
+
+def bound(step: Pass, strategy: Strategy, plan: Plan | None = None) -> Callable[[fx.GraphModule], fx.GraphModule]:
+    """A pass as a function of a graph alone."""
+    given: dict[str, Any] = {"": (), "whole_maps": (strategy.whole_maps,), "plan": (plan,)}
+    return lambda gm: step.function(gm, *given[step.reads])
+
+
+def as_table() -> str:
+    """The passes as a Markdown table, for the documentation."""
+    rows = [f"| `{s.name}` | {s.tier} | {s.summary} | {'yes' if s.optional else 'no'} |" for s in ORDER]
+    return "\n".join(["| pass | tier | what it does | may be left out |", "|---|---|---|---|", *rows])

@@ -1,0 +1,1 @@
+"""Passes that carry out a plan: tokens leave, or skip a branch."""

@@ -1,0 +1,242 @@
+"""Approximate: let tokens leave. The strategy's operators go in at each site, what follows is repaired from types.
+
+The graph is typed with the plan's sites, then walked once in order. At each node:
+  1. an operand that comes at another level than the node asks for is coerced (`gtp_fx.types.coercions`): older values are taken
+     for the tokens left, newer ones are recovered;
+  2. arguments that hold sizes are recomputed from the types and the plan's token counts;
+  3. attention over shortened keys is told their token scales, and where its block has a site it is replaced by one that
+     also scores its tokens;
+  4. behind a site, the shortened stream takes the place of the whole one for every later reader.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+
+from gtp_fx.analysis.blocks import AttentionBlock, read_blocks
+from gtp_fx.analysis.placement import cut_of, ends_of, typed
+from gtp_fx.graph import edit
+from gtp_fx.graph.operators import ATTENTION
+from gtp_fx.plan.plan import Plan
+from gtp_fx.strategies.protocol import AtSite, Attention, StreamState
+from gtp_fx.types.axes import Grid, TensorType, images_dims, token_axis
+from gtp_fx.types.coercions import Coercion, Step, find_coercions
+from gtp_fx.types.infer import Typing, infer_types
+
+SITE = "gtp_site"
+"""Meta key of a node behind which tokens have left: the grid that they left from, and the state of what remains."""
+
+
+RECOVERED = "gtp_recovered"
+"""Meta key of a value in which tokens that had left are back for a reader."""
+
+
+def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """A copy of `gm`, whose blocks are marked, in which the plan's tokens leave at the plan's sites.
+
+    Every coercion that the plan's sites call for must be possible; `make_plan` has seen to that.
+    """
+    gm = edit.copy_of(gm)
+    blocks = read_blocks(gm)
+    sites = {cut_of(block, plan.strategy): block for block in blocks if block.index in plan.propagated}
+    ends = ends_of(blocks, plan.strategy, infer_types(gm.graph)) if plan.strategy.returns else {}
+    typing = typed(gm.graph, blocks, plan.strategy, list(filter(None, sites)), ends)
+    found = find_coercions(typing)
+    assert not found.refused, found.refused
+    coercions = found.by_node()
+    args = {node: node.args for node in gm.graph.nodes}
+    walk = _Walk(gm.graph, plan, typing, {block.attention: block for block in blocks}, args)
+    for node in list(gm.graph.nodes):
+        answer = typing.answers.get(node)
+        if answer is None:
+            continue
+        for coercion in coercions.get(node, ()):
+            walk.coerce(coercion)
+        if answer.repair is not None:
+            edit.set_args(node, answer.repair(plan.count))
+        if node.target in ATTENTION:
+            walk.rewrite_attention(node)
+        if node.target is aten.mean.dim and plan.strategy.weighted_pooling:
+            walk.rewrite_pooling(node)
+        if node in sites:
+            walk.shorten_behind(node, sites[node])
+        if node in ends:
+            walk.put_back_behind(node, ends[node])
+    return edit.finish(gm)
+
+
+@dataclass
+class _Walk:
+    """The walk's state. args: each node's as they were, which types speak of.
+
+    states: the strategy's, by stream and level. attention, scores: of each block with a site. instead: what has taken a node's place. shares: how each site's tokens are recovered. entered: the stream as each level of it came to the next one's site. coerced: values by operand and what was done to it.
+    """
+
+    graph: fx.Graph
+    plan: Plan
+    typing: Typing
+    blocks: dict[fx.Node, AttentionBlock]
+    args: dict[fx.Node, Any]
+    states: dict[Grid, list[StreamState]] = field(default_factory=dict)
+    attention: dict[int, Attention] = field(default_factory=dict)
+    scores: dict[int, fx.Node] = field(default_factory=dict)
+    instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    shares: dict[tuple[Grid, int], fx.Node] = field(default_factory=dict)
+    coerced: dict[Any, fx.Node] = field(default_factory=dict)
+    entered: dict[tuple[Grid, int], fx.Node] = field(default_factory=dict)
+
+    def coerce(self, coercion: Coercion) -> None:
+        """Give the coercion's node its operand in the type that it asks for."""
+        node, operand = coercion.node, coercion.operand
+        emit = edit.Emitter(self.graph, like=node, before=node)
+        now = value = self.now(operand)
+        for dims in range(coercion.lead):
+            value = self._once((operand, dims), emit, aten.unsqueeze.default, value, 0)
+        for i, step in enumerate(coercion.steps):
+            for level in _levels_between(step):
+                key = (operand, coercion.lead, coercion.steps[:i], step.dim, level, coercion.updates)
+                if coercion.updates and step.recovers:
+                    value = self._updated(key, emit, value, coercion.images, step, level)
+                else:
+                    value = self._once(key, emit, *self._move(emit, value, coercion.images, step, level))
+        if any(step.recovers for step in coercion.steps):
+            value.meta[RECOVERED] = True
+        node.replace_input_with(now, value)
+        node.meta.pop("val", None)
+
+    def _updated(self, key: Any, emit: edit.Emitter, value: fx.Node, images: int, step: Step, level: int) -> fx.Node:
+        """A stream at `level`: as it entered the site behind that, plus what has changed since, which is what is recovered."""
+        grid, around = step.axis.domain.grid, (images, step.dim, step.axis.prefix, step.axis.suffix)
+        before, removal = self.entered[grid, level], self.states[grid][level + 1].removal
+        assert removal is not None
+        then = self._once((key, "then"), emit, gtp_fx.take_tokens.default, before, removal.kept, *around)
+        change = self._once((key, "change"), emit, aten.sub.Tensor, value, then)
+        back = self._once((key, "back"), emit, *self._move(emit, change, images, step, level))
+        return self._once(key, emit, aten.add.Tensor, back, before)
+
+    def _once(self, key: Any, emit: edit.Emitter, target: Any, *args: Any) -> fx.Node:
+        """A rotary table is read by every block: take from it once for each level."""
+        if key not in self.coerced:
+            self.coerced[key] = emit(target, *args)
+        return self.coerced[key]
+
+    def _move(self, emit: edit.Emitter, value: fx.Node, images: int, step: Step, level: int) -> tuple[Any, ...]:
+        """The operator call that brings `value` to `level` along one dimension."""
+        grid, around = step.axis.domain.grid, (images, step.dim, step.axis.prefix, step.axis.suffix)
+        states = self.states[grid]
+        if not step.recovers:
+            removal = states[level].removal
+            from_whole = step.axis.domain.level == 0
+            index = states[level].index if from_whole else removal.kept  # type: ignore[union-attr]
+            return (gtp_fx.take_tokens.default, value, index, *around)
+        removal = states[level + 1].removal
+        assert removal is not None
+        if (grid, level) not in self.shares:
+            where = (removal.kept_index, removal.propagated_index, list(grid.shape))
+            self.shares[grid, level] = emit(gtp_fx.recovery_weights.default, removal.weights, *where)
+        return (
+            gtp_fx.recover.default,
+            value,
+            self.shares[grid, level],
+            removal.kept,
+            removal.propagated,
+            *around,
+        )
+
+    def rewrite_attention(self, node: fx.Node) -> None:
+        """Tell `node` the token scales of its keys; make it score its tokens where its block needs that."""
+        attention = Attention.of(node)
+        keys = token_axis(self.wanted(node, 1)[-2])
+        block = self.blocks.get(node)
+        emit = edit.Emitter(self.graph, like=node, before=node)
+        state = self.states[keys.domain.grid][keys.domain.level] if keys is not None and keys.domain.level else None
+        bias = attention.bias
+        strategy = self.plan.strategy
+        if keys is not None and state is not None and strategy.tells_scales:
+            bias = emit(gtp_fx.key_bias.default, state.scale, keys.prefix, keys.suffix, bias, attention.q)
+        operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale)
+        if block is not None:
+            self.attention[block.index] = operands
+        scored = block is not None and block.index in self.plan.propagated and strategy.score != "none"
+        if block is not None and (scored or strategy.rewrites_every_attention):
+            output, self.scores[block.index] = strategy.attend(emit, operands, block.axis, scored)
+            node.replace_all_uses_with(output)
+            self.instead[node] = output
+            self.graph.erase_node(node)  # dead code elimination leaves it: attention may draw random numbers
+        elif bias is not attention.bias:
+            edit.set_args(node, (*node.args[:3], bias, *node.args[4:]))
+
+    def rewrite_pooling(self, node: fx.Node) -> None:
+        """Weigh a mean over shortened tokens by their scales."""
+        kind = self.wanted(node, 0)
+        arguments: tuple[Any, ...] = node.args
+        x, reduced, *keepdim = arguments
+        dims = [dim % len(kind) for dim in reduced]
+        axis = token_axis(kind[dims[0]]) if len(dims) == 1 else None
+        if axis is None or not axis.domain.level:
+            return
+        images = images_dims(kind, self.typing.images[axis.domain.grid])[0]
+        scale = self.states[axis.domain.grid][axis.domain.level].scale
+        emit = edit.Emitter(self.graph, like=node, before=node)
+        around = (images, dims[0], axis.prefix, axis.suffix, keepdim == [True])
+        self.instead[node] = emit(gtp_fx.weighted_mean.default, x, scale, *around)
+        node.replace_all_uses_with(self.instead[node])
+
+    def wanted(self, node: fx.Node, position: int) -> TensorType:
+        """The type in which `node` asks for the operand that it had at `position` before the walk."""
+        return self.typing.answers[node].operands[self.args[node][position]]
+
+    def now(self, node: Any) -> fx.Node:
+        """What stands in a node's place."""
+        found: fx.Node = self.instead.get(node, node)
+        return found
+
+    def shorten_behind(self, cut: fx.Node, block: AttentionBlock) -> None:
+        """Insert the site of `block` behind the node `cut`, and give its result to every later reader."""
+        grid, place = block.axis.domain.grid, block.index
+        if grid not in self.states:
+            self.states[grid] = [self._start(grid)]
+        emit = edit.Emitter(self.graph, like=cut, before=cut.next)
+        state = self.states[grid][-1]
+        count = self.plan.count(block.axis.domain.at(len(self.states[grid]) - 1))
+        leaving, attention = self.plan.propagated[place], self.attention.get(place)
+        site = AtSite(cut, block.axis, count, leaving, place, self.scores.get(place), attention)
+        shorter, behind = self.plan.strategy.reduce(emit, site, state)
+        shorter.meta[SITE] = (grid, behind)
+        self.entered[grid, len(self.states[grid]) - 1] = cut
+        self.states[grid].append(behind)
+        self._give_instead(cut, shorter, emit)
+
+    def put_back_behind(self, end: fx.Node, grid: Grid) -> None:
+        """Behind the last block of a stream: every token in its place, where the strategy has it so."""
+        if grid in self.states:
+            emit = edit.Emitter(self.graph, like=end, before=end.next)
+            block = next(b for b in self.blocks.values() if b.axis.domain.grid == grid)
+            whole = self.plan.strategy.put_back(emit, end, self.states[grid][-1], block.axis)
+            self._give_instead(end, whole, emit)
+
+    def _give_instead(self, old: fx.Node, new: fx.Node, emit: edit.Emitter) -> None:
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in emit.inserted)
+        self.instead[old] = new
+
+    def _start(self, grid: Grid) -> StreamState:
+        """The strategy's state of a stream, from what enters its first block, wherever its first site is."""
+        streams = [
+            block for block in self.blocks.values() if block.axis.domain.grid == grid and block.stream is not None
+        ]
+        first = streams[0]
+        assert first.stream is not None
+        emit = edit.Emitter(self.graph, like=first.stream, before=first.stream.next)
+        return self.plan.strategy.start(emit, first.stream, first.axis)
+
+
+def _levels_between(step: Step) -> list[int]:
+    """The levels to pass through, the last one included. From the whole grid to any level is one step."""
+    here = step.axis.domain.level
+    if step.recovers:
+        return list(range(here - 1, step.level - 1, -1))
+    return [step.level] if here == 0 else list(range(here + 1, step.level + 1))
