@@ -1,13 +1,63 @@
-"""What has to be decided before anything imports torch or Triton: threads, and who runs kernels."""
+"""What has to be decided before anything imports torch or Triton, and the processor time that each case takes."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # several processes side by side: threads of theirs would only wait for each other
+import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes side by side: threads of theirs would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
 if not torch.cuda.is_available():  # kernels are Triton's interpreter's then
     os.environ["TRITON_INTERPRET"] = "1"
+
+SECONDS = "processor seconds"
+STARTED = pytest.StashKey[float]()
+
+
+def processor_seconds() -> float:
+    """Time of this process and of those that it has waited for; other programs on the machine don't count."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    item.stash[STARTED] = processor_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "teardown" and item.get_closest_marker("nightly") is None:
+        report.user_properties.append((SECONDS, processor_seconds() - item.stash[STARTED]))
+    return report
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that the others report to
+        config.pluginmanager.register(Recorder(config))
+
+
+class Recorder:
+    """Leaves in pytest's cache what each case of the default tier took, for `test_durations`."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.taken: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties:
+            if name == SECONDS and isinstance(value, float):
+                self.taken[report.nodeid] = round(value, 2)
+
+    def pytest_sessionfinish(self) -> None:
+        cache = getattr(self.config, "cache", None)
+        if cache is not None and self.taken:
+            cache.set("gtp_fx/processor_seconds", self.taken)

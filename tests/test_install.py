@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.checkout import ROOT
+
+pytestmark = pytest.mark.nightly
 
 
 def run(code: str, *, cwd: Path | None = None) -> str:

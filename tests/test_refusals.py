@@ -13,7 +13,8 @@ from torch import nn
 import gtp_fx
 from gtp_fx.model.backend import gtp
 
-from zoo import BY_NAME, build
+from support.captured import optimised
+from support.zoo import BY_NAME, build
 
 ROW = BY_NAME["vit"]
 
@@ -29,15 +30,17 @@ def test_budgets_outside_the_range(vit: nn.Module, budget: Any) -> None:
         gtp_fx.optimize(vit, flops_budget=budget)
 
 
+@pytest.mark.xdist_group("vit")
 @pytest.mark.parametrize("schedule", ["auto", "uniform"])
-def test_a_budget_below_what_can_be_reached_names_the_lowest(vit: nn.Module, schedule: str) -> None:
+def test_a_budget_below_what_can_be_reached_names_the_lowest(schedule: str) -> None:
     with pytest.raises(gtp_fx.BudgetError, match=r"lowest ratio .* is 0\.\d{3}") as error:
-        gtp_fx.optimize(vit, flops_budget=0.02, schedule=schedule, compile=False)
+        optimised(ROW, flops_budget=0.02, schedule=schedule)
     lowest = float(str(error.value).split(" is ")[1].split(";")[0])
-    fast = gtp_fx.optimize(vit, flops_budget=lowest, schedule=schedule, compile=False)
+    fast = optimised(ROW, flops_budget=lowest, schedule=schedule)
     assert fast.report.flops_ratio <= lowest, "the ratio named can be asked for"
 
 
+@pytest.mark.xdist_group("vit")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -59,9 +62,9 @@ def test_a_budget_below_what_can_be_reached_names_the_lowest(vit: nn.Module, sch
         ),
     ],
 )
-def test_options_that_do_not_fit(vit: nn.Module, options: dict[str, Any], message: str) -> None:
+def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(gtp_fx.GtpError) as error:
-        gtp_fx.optimize(vit, compile=False, **options)
+        optimised(ROW, **options)
     assert message in str(error.value)
 
 

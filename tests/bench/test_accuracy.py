@@ -1,0 +1,81 @@
+"""bench.accuracy and bench.tuning: rows of a small run are right and are kept; tables and pictures say what rows say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import accuracy, accuracy_report, tuning
+from bench.accuracy import Row, measure
+from bench.contenders import CONTENDERS, Contender, contenders
+from bench.digit_nets import NETS, NetConfig
+from bench.digits import Look
+
+TINY = NetConfig(
+    look=Look(side=32, pieces=2, strokes=1), width=16, depth=3, heads=2, close_ups=1, close_up=24, steps=1, batch=4
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny_nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GTP_FX_CACHE", str(tmp_path))
+    for name, config in (("digits-cls", TINY), ("digits-pooled", replace(TINY, class_token=False))):
+        monkeypatch.setitem(NETS, name, config)
+
+
+@pytest.mark.nightly
+def test_rows_are_measured() -> None:
+    asked = [Contender("gtp", "auto"), Contender("tome", "even"), Contender("cluster", "auto")]
+    rows = measure("digits-pooled", 0, asked, (0.8, 0.1), 32)
+    assert [row.key for row in rows] == [
+        ("digits-pooled", 0, c.strategy, c.schedule, b) for c in asked for b in (0.8, 0.1)
+    ]
+    for row in rows:
+        assert (
+            (row.flops_ratio <= row.budget and 0 <= row.score <= 1 and row.moved > 0)
+            if not row.refusal
+            else row.score == 0
+        )
+    assert rows[0].flops_ratio > 0 and any("can't be reached" in row.refusal for row in rows)
+
+
+@pytest.mark.nightly
+def test_rows_that_are_there_stay(tmp_path: Path) -> None:
+    out, options = (
+        tmp_path / "a.json",
+        {"seed": [0], "net": ["digits-cls"], "budget": [0.7], "test_images": 16, "workers": 1},
+    )
+    asked = contenders(CONTENDERS)
+    kept = [Row("digits-cls", 0, c.strategy, c.schedule, 0.7, 0.5, 0.7, 0.25, 0.1, (1, 2, 3)) for c in asked]
+    accuracy._write(kept, 16, out)
+    accuracy.main(**options, strategy=None, out=out, table=tmp_path / "a.md", plot=tmp_path / "a.png")
+    assert {row["score"] for row in json.loads(out.read_text())["rows"]} == {0.25}, "nothing was left to measure"
+    assert "-25.0" in (tmp_path / "a.md").read_text() and (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_what_is_not_reached_counts_as_the_worst() -> None:
+    rows = [
+        Row("a", 0, "gtp", "auto", 0.5, 0.9, 0.5, 0.88),
+        Row("a", 0, "tome", "auto", 0.5, 0.9, 0.5, 0.80),
+        Row("a", 0, "ppt", "auto", 0.5, 0.9, refusal="can't be reached"),
+        Row("a", 0, "ppt", "auto", 0.7, 0.9, 0.7, 0.90),
+        Row("a", 0, "gtp", "auto", 0.7, 0.9, 0.7, 0.90),
+        Row("a", 0, "tome", "auto", 0.7, 0.9, 0.7, 0.90),
+    ]
+    found = {line[0]: line for line in accuracy_report.overall(rows)}
+    assert found["gtp"][2] == pytest.approx(-1) and found["tome"][2] == pytest.approx(-5)
+    assert found["ppt"][2] == pytest.approx(-5) and found["ppt"][4] == 1
+    assert next(iter(accuracy_report.overall(rows)))[0] == "gtp"
+
+
+@pytest.mark.nightly
+def test_ways_of_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "ALPHAS", (0.1,))
+    monkeypatch.setattr(tuning, "NEIGHBORS", (4,))
+    monkeypatch.setattr(tuning, "SCORES", ("mixed-max", "broadcast-mean"))
+    rows = tuning.measure("digits-cls", 0, [0.6], 8, 16)
+    assert [row.way for row in rows] == list(tuning.WAYS) and all(row.flops_ratio <= 0.6 for row in rows)
+    assert "digits-cls" in tuning.table(rows)

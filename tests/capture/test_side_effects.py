@@ -1,0 +1,158 @@
+"""A forward that does more than its output: refused by name, and the model as it was; caches are no such thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gtp_fx
+
+from support.zoo import BY_NAME, build, images
+
+ROW = BY_NAME["vit"]
+INNER = build(ROW)
+
+
+class Eventful(nn.Module):
+    """A transformer whose forward also does `event`, which gets the module and the images."""
+
+    def __init__(self, event: Callable[[Any, Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.inner = INNER
+        self.event = event
+        self.calls = 0
+        self.ready = False
+        self.seen: list[Any] = []
+        self.tables: dict[str, Tensor] = {}
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed = self.event(self, x)
+        return self.inner(x if changed is None else changed)
+
+
+def count(model: Any, x: Tensor) -> None:
+    model.calls += 1
+
+
+def keep(model: Any, x: Tensor) -> None:
+    model.last = x.mean()
+
+
+def append(model: Any, x: Tensor) -> None:
+    model.seen.append(x.sum())
+
+
+def remember(model: Any, x: Tensor) -> None:
+    model.tables["mean"] = x.mean()
+
+
+def add_up(model: Any, x: Tensor) -> None:
+    model.total.add_(1)
+
+
+def write_input(model: Any, x: Tensor) -> None:
+    x.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("event", "name"),
+    [
+        (count, "calls"),
+        (keep, "last"),
+        (append, "seen"),
+        (remember, "tables"),
+        (add_up, "total"),
+        (write_input, "x"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_forward_changes_is_refused_by_name(event: Callable[..., None], name: str) -> None:
+    model = Eventful(event).eval()
+    before = {key: value for key, value in vars(model).items() if not key.startswith("_")}
+    lists = (list(model.seen), dict(model.tables))
+    with pytest.raises(gtp_fx.CaptureError, match=rf"Eventful changes {name} when it runs") as error:
+        gtp_fx.optimize(model, flops_budget=0.7, example_inputs=images(ROW))
+    assert "optimise the module inside" in str(error.value)
+    after = {key: value for key, value in vars(model).items() if not key.startswith("_")}
+    assert after.keys() == before.keys()
+    assert all(after[key] is before[key] for key in before)
+    assert (model.seen, model.tables) == lists
+    assert model.total == 0
+    assert not model._forward_hooks
+
+
+def make_ready(model: Any, x: Tensor) -> None:
+    model.ready = True
+
+
+def cache(model: Any, x: Tensor) -> Tensor:
+    if "scale" not in model.tables:
+        model.tables["scale"] = model.inner.pos_embed.abs().mean()
+    return x * model.tables["scale"]
+
+
+def correct(model: Any, x: Tensor) -> None:
+    """As a window that is larger than its image is made smaller."""
+    model.calls = min(7, x.shape[-1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("event", [make_ready, cache, correct], ids=lambda value: value.__name__)
+def test_what_is_done_once_is_no_side_effect(event: Callable[..., Any]) -> None:
+    model, x = Eventful(event).eval(), images(ROW)
+    fast = gtp_fx.optimize(model, flops_budget=1.0, example_inputs=x, compile=False)
+    assert (model.ready, model.tables, model.calls) == (False, {}, 0)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def decide(model: Any, x: Tensor) -> Tensor:
+    return x * 2 if x.mean() > 0 else x
+
+
+def test_a_course_that_depends_on_values_is_refused_with_what_to_do() -> None:
+    model = Eventful(decide).eval()
+    with pytest.raises(gtp_fx.CaptureError, match="decides by what a tensor holds") as error:
+        gtp_fx.optimize(model, flops_budget=0.7, example_inputs=images(ROW))
+    assert "Dynamo breaks the graph there" in str(error.value)
+    assert isinstance(gtp_fx.optimize(model.inner, flops_budget=0.7, compile=False), nn.Module), "as it advises"
+
+
+class CountsItsBatch(nn.Module):
+    """len() is a number to Python's tracing; Dynamo keeps it open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = INNER
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + torch.zeros(len(x), 1, 1, 1))
+
+
+@torch.no_grad()
+def test_len_of_a_batch_stays_open() -> None:
+    model = CountsItsBatch().eval()
+    fast = gtp_fx.optimize(model, flops_budget=1.0, example_inputs=images(ROW), compile=False)
+    x = images(ROW, 5)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class CountsItsCalls(CountsItsBatch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_side_effects_are_seen_there_too() -> None:
+    model = CountsItsCalls().eval()
+    with pytest.raises(gtp_fx.CaptureError, match="CountsItsCalls changes calls when it runs"):
+        gtp_fx.optimize(model, flops_budget=0.7, example_inputs=images(ROW))
+    assert model.calls == 0

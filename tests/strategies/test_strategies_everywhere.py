@@ -1,0 +1,226 @@
+"""What every strategy owes its user: budgets met, tokens back for dense outputs, both doors, any batch, a name for what it can't."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import gtp_fx
+from bench.dynamo_door import Door
+from gtp_fx.strategies import STRATEGIES
+from gtp_fx.strategies.protocol import SiteShape
+
+from support.captured import optimised
+from support.window_families import SWIN
+from support.zoo import BY_NAME, WITH_DEAD_TOKENS, Row, build, enliven, images
+
+WITHOUT_CLS = {
+    "topk": gtp_fx.TopK(score="broadcast-mean"),
+    "ppt": gtp_fx.strategies.PPT(score="broadcast-mean", blocks=(0, 1)),
+    "mergence": gtp_fx.strategies.Mergence(score="broadcast-mean"),
+    "idle": gtp_fx.strategies.Idle(score="broadcast-mean"),
+}
+OWN = [name for name, cls in STRATEGIES.items() if cls.__module__.startswith("gtp_fx.")]
+FEW = [pytest.param(name, marks=() if name in ("gtp", "idle", "tome") else pytest.mark.nightly) for name in OWN]
+
+
+def optimized(model: torch.nn.Module, strategy: Any, **options: Any) -> gtp_fx.OptimizedModel:
+    return gtp_fx.optimize(model, strategy=strategy, compile=False, **options)
+
+
+def changed(row: Row, strategy: Any, **options: Any) -> gtp_fx.OptimizedModel:
+    """Optimised, its outputs finite, of the original's shape and others than the original's; an image's alone as in a batch."""
+    model, x = build(row), images(row, 3)
+    fast = optimized(model, strategy, **options)
+    wanted, found = model(x), fast(x)
+    assert found.shape == wanted.shape and found.isfinite().all()
+    assert (found - wanted).abs().max() > 1e-4 * wanted.abs().max(), "what changes nothing proves nothing"
+    torch.testing.assert_close(fast(x[1:2]), found[1:2], rtol=1e-4, atol=1e-4)
+    return fast
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("arch", ["deit", pytest.param("vit-gap", marks=pytest.mark.nightly)])
+def test_the_budget_is_met_as_torch_counts(name: str, arch: str) -> None:
+    """With CLS and without; the FLOPs of the graph, the strategy's own work too, are what the report says."""
+    row = BY_NAME[arch]
+    strategy = WITHOUT_CLS.get(name, name) if row.prefix == 0 else name
+    if name == "ppt":
+        strategy = gtp_fx.strategies.PPT(score="cls-mean" if row.prefix else "broadcast-mean", blocks=(0, 1))
+    if name == "cluster":
+        strategy = gtp_fx.strategies.Cluster(after=1)
+    fast = changed(row, strategy, flops_budget=0.8, disabled_passes=WITH_DEAD_TOKENS)
+    graph = copy.deepcopy(fast.graph_module).to("meta")
+    with FlopCounterMode(display=False) as counter:  # on meta: some releases count a CPU's fused attention as nothing
+        graph(images(row, 1).to("meta"))
+    assert counter.get_total_flops() == fast.report.flops_after <= 0.8 * fast.report.flops_before
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_token_map_has_every_patch(name: str) -> None:
+    """What leaves comes back at a dense output; at 1.0 nothing changes at all."""
+    row = BY_NAME["dinov2"]
+    model = timm.create_model(
+        row.arch, depth=3, img_size=row.img_size, num_classes=0, global_pool="", embed_dim=64, num_heads=2
+    )
+    model, x = enliven(model).eval(), images(row)
+    strategy = (
+        gtp_fx.strategies.PPT(blocks=(0, 1))
+        if name == "ppt"
+        else gtp_fx.strategies.Cluster(after=1)
+        if name == "cluster"
+        else name
+    )
+    fast = optimized(model, strategy, flops_budget=0.75, example_inputs=x)
+    assert fast(x).shape == model(x).shape == (2, 82, 64)
+    exact = optimized(model, strategy, flops_budget=1.0, example_inputs=x)
+    torch.testing.assert_close(exact(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_idle_tokens_come_back_as_they_were() -> None:
+    """A token that idled since the first block ends as it was behind that block's attention."""
+    row = BY_NAME["dinov2"]
+    model = timm.create_model(
+        row.arch, depth=2, img_size=row.img_size, num_classes=0, global_pool="", embed_dim=64, num_heads=2
+    )
+    model, x = enliven(model).eval(), images(row)
+    model.norm = torch.nn.Identity()
+    stood: list[torch.Tensor] = []
+    model.blocks[0].drop_path1.register_forward_hook(lambda _, __, out: stood.append(out))
+    before = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    fast = optimized(model, "idle", schedule=[60, 0], example_inputs=x)
+    (provenance,) = fast.provenance(x)
+    stood.clear()
+    model(x)
+    behind_attention = (before + stood[0])[:, 1:]
+    found = fast(x)[:, 1:]
+    for image in range(2):
+        idle = sorted(set(range(81)) - set(provenance.index[image].tolist()))
+        assert len(idle) == 60
+        torch.testing.assert_close(found[image, idle], behind_attention[image, idle], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.xdist_group("swin")
+def test_what_a_strategy_cannot_do_is_named() -> None:
+    pooled = BY_NAME["vit-gap"]
+    for name in WITHOUT_CLS:
+        with pytest.raises(gtp_fx.UnsupportedModelError, match="no prefix token here: score='broadcast-mean'"):
+            optimised(pooled, strategy=name, flops_budget=0.8)
+    for name in ("tome", "mergence", "cluster", "halting", "saliency", "random", "ppt"):
+        with pytest.raises(gtp_fx.UnsupportedModelError, match="strategies 'gtp', 'idle' and 'topk' do that"):
+            optimised(SWIN, strategy=name, flops_budget=0.9)
+    with pytest.raises(gtp_fx.ScheduleError, match="strategy 'saliency' takes them at blocks 0 alone"):
+        optimised(pooled, strategy="saliency", schedule=[0, 5, 0])
+
+
+@pytest.mark.xdist_group("swin")
+def test_windows_take_those_that_can_skip() -> None:
+    for strategy in (gtp_fx.strategies.Idle(score="broadcast-mean"), gtp_fx.TopK(score="broadcast-mean")):
+        fast = optimised(SWIN, strategy=strategy, flops_budget=0.85)
+        assert fast.report.flops_ratio <= 0.85 and fast.graph_module(SWIN.inputs()).shape == (2, 10)
+
+
+@gtp_fx.strategies.register_strategy
+@dataclass(frozen=True)
+class Norm(gtp_fx.strategies.Grouping):
+    """Tokens of small norm leave: the ten lines of the documentation."""
+
+    name: ClassVar[str] = "norm"
+
+    def group(self, tokens: gtp_fx.strategies.Tokens) -> gtp_fx.strategies.Groups:
+        return gtp_fx.strategies.dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
+
+
+def test_a_users_own_strategy_works_like_any_other() -> None:
+    fast = changed(BY_NAME["deit"], "norm", flops_budget=0.7)
+    assert fast.report.strategy == str(Norm()) and fast.report.flops_ratio <= 0.7
+    assert gtp_fx.optimize(build(BY_NAME["deit"]), strategy=Norm(), schedule=[9, 0, 0], compile=False).schedule
+
+
+def test_both_doors_take_any_strategy() -> None:
+    row = BY_NAME["clip"]
+    model, x = build(row), images(row)
+    options = {"schedule": [40, 0, 0], "strategy": gtp_fx.ToMe()}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=Door(**options))
+    torch.testing.assert_close(compiled(x), optimized(model, "tome", schedule=[40, 0, 0])(x), rtol=1e-3, atol=1e-3)
+
+
+@gtp_fx.strategies.register_strategy
+@dataclass(frozen=True)
+class Alike(gtp_fx.strategies.Grouping):
+    """Multiplies matrices, and says so where `told`."""
+
+    name: ClassVar[str] = "alike"
+    told: bool = True
+    lies: str = ""
+
+    def group(self, tokens: gtp_fx.strategies.Tokens) -> gtp_fx.strategies.Groups:
+        unit_BnC = F.normalize(tokens.patches_BnC, dim=-1)
+        groups = gtp_fx.strategies.dropped((unit_BnC @ unit_BnC.transpose(1, 2)).mean(dim=2).neg(), tokens.leaving)
+        if self.lies == "sizes":
+            return gtp_fx.strategies.Groups(groups.kept_BK, groups.left_BP, size_BK=groups.kept_BK.float())
+        return groups.kept_BK if self.lies == "type" else groups  # type: ignore[return-value]
+
+    def group_flops(self, site: SiteShape) -> Any:
+        return 2 * site.images * site.patches_in**2 * site.channels * self.told
+
+
+def test_a_strategy_that_tells_less_than_it_does_is_named() -> None:
+    model = build(BY_NAME["clip"])
+    assert optimized(model, Alike(), flops_budget=0.7).report.flops_ratio <= 0.7
+    with pytest.raises(gtp_fx.OptionError, match=r"Alike\.group_flops has to give those of the matrix products"):
+        optimized(model, Alike(told=False), flops_budget=0.7)
+    with pytest.raises(
+        gtp_fx.OptionError, match=r"Alike.group\(\) gave kept, left, size, and its class says kept, left"
+    ):
+        optimized(model, Alike(lies="sizes"), flops_budget=0.7)
+    with pytest.raises(gtp_fx.OptionError, match=r"returned Tensor: return gtp_fx\.strategies\.Groups"):
+        optimized(model, Alike(lies="type"), flops_budget=0.7)
+
+
+def test_names_that_can_not_be_registered() -> None:
+    @dataclass(frozen=True)
+    class Taken(gtp_fx.strategies.Grouping):
+        name: ClassVar[str] = "tome"
+
+    class NoDataclass(gtp_fx.strategies.Grouping):
+        name: ClassVar[str] = "mine"
+
+    @dataclass(frozen=True)
+    class Stranger(gtp_fx.strategies.Grouping):
+        name: ClassVar[str] = "stranger"
+
+    with pytest.raises(gtp_fx.OptionError, match="is one of gtp_fx's own"):
+        gtp_fx.strategies.register_strategy(Taken)
+    with pytest.raises(gtp_fx.OptionError, match=r"write @dataclass\(frozen=True\) above it"):
+        gtp_fx.strategies.register_strategy(NoDataclass)
+    with pytest.raises(gtp_fx.OptionError, match="isn't registered"):
+        optimized(build(BY_NAME["clip"]), Stranger(), flops_budget=0.7)
+
+
+@gtp_fx.strategies.register_saliency("left")
+def left(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """What is farther left matters more."""
+    return torch.arange(x_BCHW.shape[-1], 0, -1.0).expand(x_BCHW.shape[0], *x_BCHW.shape[-2:])
+
+
+def test_a_users_map_decides() -> None:
+    """Of 14 columns the last four are minor, and are one token: where the 10th column ends."""
+    row = BY_NAME["deit"]
+    model, x = build(row), images(row)
+    fast = optimized(model, gtp_fx.strategies.Saliency(map="left", fused=1), schedule=[14 * 4 - 1, 0, 0])
+    (found,) = fast.provenance(x)
+    columns = found.index[0] % 14
+    assert (columns < 10).sum() == 140 and found.index.shape == (2, 141)
+    fused = found.matrix[0, int((columns >= 10).nonzero())]
+    assert fused.count_nonzero() == 56 and fused.sum().item() == pytest.approx(1.0)
+    with pytest.raises(gtp_fx.OptionError, match="register your own"):
+        gtp_fx.strategies.Saliency(map="nobody's")

@@ -1,0 +1,18 @@
+"""The default tier stays quick: what its last run took, case by case."""
+
+from __future__ import annotations
+
+import pytest
+
+LIMIT = 8.0
+"""Processor seconds of a case, those of processes that it started among them: other work on the machine doesn't count."""
+
+
+@pytest.mark.nightly
+def test_no_case_of_the_default_tier_takes_long(request: pytest.FixtureRequest) -> None:
+    cache = getattr(request.config, "cache", None)
+    taken: dict[str, float] = cache.get("gtp_fx/processor_seconds", {}) if cache is not None else {}
+    if not taken:
+        pytest.skip("run pytest first, without -m nightly: its durations are what is looked at")
+    slow = {name: seconds for name, seconds in taken.items() if seconds > LIMIT}
+    assert not slow, "nightly ones, or smaller models"
