@@ -38,7 +38,7 @@ from gtp_fx.options.calibration import Calibration, bound
 from gtp_fx.options.options import Options
 from gtp_fx.options.progress import progress_bar
 from gtp_fx.passes.runner import apply_plan_unverified
-from gtp_fx.plan.cost.chains import CostModel, tokens_left
+from gtp_fx.plan.cost.chains import CostModel, remaining_tokens
 from gtp_fx.plan.cost.closed_form import flops_model
 from gtp_fx.plan.damage.divergence import divergence
 from gtp_fx.plan.damage.prior import prior_damage
@@ -151,7 +151,7 @@ def _drawn(costs: CostModel, budget: float, sites: int, generator: random.Random
 
 
 def _damage(costs: CostModel, damage: Damage, counts: Sequence[int]) -> float:
-    return float(sum(damage.of(chain, tokens_left(chain, counts)) for chain in costs.chains))
+    return float(sum(damage.of(chain, remaining_tokens(chain, counts)) for chain in costs.chains))
 
 
 @dataclass(frozen=True)

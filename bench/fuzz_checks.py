@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gtp_fx
 from bench.dynamo_door import Door
 from bench.fuzz_models import Architecture, RandomViT
-from gtp_fx.report.token_flow import SiteView, journeys
+from gtp_fx.report.token_flow import SiteView, token_flow
 
 TOLERANCE = {"float32": 2e-4, "float64": 2e-4, "bfloat16": 4e-2}
 """Of outputs' size. Attention that ranks its tokens works in float32 whatever the model's dtype."""
@@ -155,7 +155,7 @@ def _dropping_is_masking(model: RandomViT, case: Case, limit: float) -> None:
     gone = torch.zeros(arch.prefix + arch.patches + arch.suffix, dtype=torch.bool)
     leaving = {
         view.layer: view.left
-        for view in journeys(fast.graph_module, fast.sites, fast.report.sites, x)
+        for view in token_flow(fast.graph_module, fast.sites, fast.report.sites, x)
         if isinstance(view, SiteView)
     }
     oracle = copy.deepcopy(model)

@@ -71,3 +71,7 @@ class NoBlocksError(UnsupportedModelError):
 
 class CheckError(RuntimeError):
     """A model's output is wrong. Not a user's mistake, so no GtpError."""
+
+
+class NotApplicable(Exception):
+    """Why a reading of a graph doesn't hold: no rule, no layout, no branch. Caught where another reading is tried; no user sees it."""

@@ -41,14 +41,14 @@ class Pass:
 
     function: the rewrite; its name is the pass's. summary: what it does, in a line. optional: whether `disabled_passes` may
     name it; what a budget asks for can't be left out. reads: what it is given beside the graph: the strategy's
-    `whole_maps`, the plan, or nothing. needed: whether a plan needs it; always, where None.
+    `needs_full_maps`, the plan, or nothing. needed: whether a plan needs it; always, where None.
     """
 
     function: Callable[..., fx.GraphModule]
     tier: Tier
     summary: str
     optional: bool = False
-    reads: Literal["", "whole_maps", "plan"] = ""
+    reads: Literal["", "needs_full_maps", "plan"] = ""
     needed: Callable[[Plan], bool] | None = None
 
     @property
@@ -72,14 +72,14 @@ ORDER = (
         "exact",
         "a joint q, k, v projection whose parts differ in liveness becomes several",
         optional=True,
-        reads="whole_maps",
+        reads="needs_full_maps",
     ),
     Pass(
         drop_dead_tokens,
         "exact",
         "nothing is computed for tokens that no output depends on",
         optional=True,
-        reads="whole_maps",
+        reads="needs_full_maps",
     ),
     Pass(fuse_projections, "exact", "linear layers that read the same tokens become one product", optional=True),
     Pass(
@@ -125,7 +125,7 @@ def must_be_optional(names: Sequence[str]) -> None:
 
 def bound(step: Pass, strategy: Strategy, plan: Plan | None = None) -> Callable[[fx.GraphModule], fx.GraphModule]:
     """A pass as a function of a graph alone."""
-    given: dict[str, Any] = {"": (), "whole_maps": (strategy.whole_maps,), "plan": (plan,)}
+    given: dict[str, Any] = {"": (), "needs_full_maps": (strategy.needs_full_maps,), "plan": (plan,)}
     return lambda gm: step.function(gm, *given[step.reads])
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gtp_fx.options.schedule import AUTO, SCHEDULES
-from gtp_fx.plan.uniform import LINES
+from gtp_fx.plan.uniform import SCHEDULE_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"gtp_fx": "gtp_fx", "passes": "gtp_fx.passes", "targets": "gtp_fx.targets"}
@@ -128,7 +128,7 @@ def test_imports_make_no_circle_of_files() -> None:
 
 
 def test_schedules_by_rule_are_those_that_options_name() -> None:
-    assert {*SCHEDULES} == {AUTO, *LINES}
+    assert {*SCHEDULES} == {AUTO, *SCHEDULE_FAMILIES}
 
 
 def test_private_names_of_torch_are_in_one_file() -> None:

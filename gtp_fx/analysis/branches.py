@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
+from gtp_fx.errors import NotApplicable
 from gtp_fx.graph.nodes import ancestors, attention_dropout, descendants
 from gtp_fx.graph.operators import PERMUTATIONS, REARRANGED
 from gtp_fx.strategies.protocol import Attention
@@ -65,7 +66,7 @@ class Branch:
         return (*self.lead, self.heads, rank - 2, rank - 1)
 
 
-class NoBranch(Exception):
+class NoBranch(NotApplicable):
     """Why a block has no branch that some tokens can skip; the message is the reason a user reads."""
 
 
@@ -170,7 +171,7 @@ def _is_token_wise(node: fx.Node, lead: TensorType, typing: Typing) -> bool:
     if (
         answer is None
         or answer.barrier
-        or answer.follows is not None
+        or answer.prefix_operands is not None
         or answer.repair is not None
         or not answer.operands
     ):

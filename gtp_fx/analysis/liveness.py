@@ -17,7 +17,7 @@ from gtp_fx.analysis.blocks import MARK
 from gtp_fx.graph.nodes import is_input
 from gtp_fx.types.axes import TensorType, token_axes, token_axis
 from gtp_fx.types.infer import Typing
-from gtp_fx.types.rules.registry import Many, Typed
+from gtp_fx.types.rules.registry import RuleResult, TypeList
 
 ALL = 1 << 60
 """Every token: larger than any count of leading tokens."""
@@ -58,24 +58,24 @@ def whole_attention(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(node for node in graph.nodes if MARK in node.meta and node.meta[MARK].role == "attention")
 
 
-def follows(operand: fx.Node, answer: Typed) -> bool:
+def follows(operand: fx.Node, answer: RuleResult) -> bool:
     """True where leading tokens of the output need no more than as many of this operand."""
-    return answer.follows is None or operand in answer.follows
+    return answer.prefix_operands is None or operand in answer.prefix_operands
 
 
-def _wanted_of(operand: fx.Node, answer: Typed, computed: int) -> int:
+def _wanted_of(operand: fx.Node, answer: RuleResult, computed: int) -> int:
     if computed != ALL and follows(operand, answer):
         return computed
-    return answer.leading.get(operand, ALL)
+    return answer.prefix_needed.get(operand, ALL)
 
 
-def _can_narrow(node: fx.Node, answer: Typed, wanted: int) -> bool:
+def _can_narrow(node: fx.Node, answer: RuleResult, wanted: int) -> bool:
     """Can the node be computed for its `wanted` leading tokens alone?"""
     if is_input(node) or node.op == "output" or answer.barrier or wanted == 0:
         return False
-    if answer.follows is not None and not answer.follows:
+    if answer.prefix_operands is not None and not answer.prefix_operands:
         return False
-    outputs = answer.output.items if isinstance(answer.output, Many) else (answer.output,)
+    outputs = answer.output.items if isinstance(answer.output, TypeList) else (answer.output,)
     followed = [kind for operand, kind in answer.operands.items() if follows(operand, answer)]
     return all(_sliceable(kind, wanted) for kind in outputs if kind is not None) and all(
         _sliceable(kind, wanted) or not token_axes(kind) for kind in followed

@@ -49,7 +49,7 @@ def ends_of(blocks: Sequence[AttentionBlock], strategy: Strategy, typing: Typing
 
     typing: of the graph without sites.
     """
-    if not strategy.returns:
+    if not strategy.restores_tokens:
         return {}
     last = {block.axis.domain.grid: block for block in blocks if block.site is not None and block.refusal is None}
     ends = {_end_of_block(block.site): grid for grid, block in last.items() if block.site is not None}

@@ -36,7 +36,7 @@ _ELEMENTWISE = (
 """What may stand between a product and its softmax; a linear layer there mixes heads."""
 
 
-def other_attention(graph: fx.Graph, typing: Typing) -> tuple[Refusal, ...]:
+def unsupported_attention(graph: fx.Graph, typing: Typing) -> tuple[Refusal, ...]:
     """One refusal for each reason, at the first layer it holds for; graph's blocks must be marked."""
     found: dict[str, list[Refusal]] = {}
     for node in graph.nodes:

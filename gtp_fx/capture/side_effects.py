@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gtp_fx.capture.snapshots import DEPTH, attributes_of, look
+from gtp_fx.capture.snapshots import DEPTH, attributes_of, snapshot
 
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
 
@@ -77,7 +77,7 @@ def _put_back(model: nn.Module) -> Iterator[None]:
 def _looks(model: nn.Module) -> dict[str, Any]:
     """Every attribute of every module by path, with what there is to compare."""
     return {
-        ".".join(filter(None, (path, name))): look(value)
+        ".".join(filter(None, (path, name))): snapshot(value)
         for path, module in model.named_modules()
         for name, value in attributes_of(module).items()
     }

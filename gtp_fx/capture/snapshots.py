@@ -20,7 +20,7 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _OWN}
 
 
-def look(value: Any, depth: int = DEPTH, objects: bool = False) -> Any:
+def snapshot(value: Any, depth: int = DEPTH, objects: bool = False) -> Any:
     """Equal for a value that nothing has happened to: containers by their items, plain values by what they are and their type.
 
     objects: whether plain objects (a configuration) are looked into as well.
@@ -28,13 +28,13 @@ def look(value: Any, depth: int = DEPTH, objects: bool = False) -> Any:
     if isinstance(value, _VALUES):
         return type(value), repr(value)
     if depth and isinstance(value, list | tuple):
-        return type(value), [look(item, depth - 1, objects) for item in value]
+        return type(value), [snapshot(item, depth - 1, objects) for item in value]
     if depth and isinstance(value, dict):
-        return type(value), [(key, look(item, depth - 1, objects)) for key, item in value.items()]
+        return type(value), [(key, snapshot(item, depth - 1, objects)) for key, item in value.items()]
     if isinstance(value, set | frozenset):
         return type(value), frozenset(value)
     if depth and objects and hasattr(value, "__dict__") and not isinstance(value, _WHOLE) and not callable(value):
-        return _Same(value), look(vars(value), depth - 1, objects)
+        return _Same(value), snapshot(vars(value), depth - 1, objects)
     return _Same(value)
 
 

@@ -48,9 +48,9 @@ def show(
     """Draw IMAGE with what becomes of its tokens in MODEL: kept and leaving at each site, who receives them, and the token scales at the end; in
     models of windows, which skip at each site."""
     from gtp_fx.cli.photo import as_seen, load_photo, prepared, read_picture
-    from gtp_fx.report.draw_token_flow import draw_journeys
+    from gtp_fx.report.draw_token_flow import draw_token_flow
     from gtp_fx.report.plots import must_draw
-    from gtp_fx.report.token_flow import journeys
+    from gtp_fx.report.token_flow import token_flow
 
     with explaining(model):
         options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
@@ -59,11 +59,11 @@ def show(
         loaded = load(model, pretrained, weights, Dtype.float32, Device.cpu)
         fast = gtp_fx.optimize(loaded.model, **options, compile=False)
         pixels = prepared(loaded.model, picture)
-        views = journeys(fast.graph_module, fast.sites, fast.report.sites, pixels)
+        views = token_flow(fast.graph_module, fast.sites, fast.report.sites, pixels)
         title = (
             f"{loaded.name}, weights: {loaded.weights_origin}; {fast.report.flops_ratio:.3f} of its FLOPs, {strategy}"
         )
-        draw_journeys(views, as_seen(loaded.model, pixels), title, out)
+        draw_token_flow(views, as_seen(loaded.model, pixels), title, out)
     if as_json:
         about = {"model": loaded.name, "weights": loaded.weights_origin, "picture": str(out)}
         typer.echo(json.dumps({**about, "sites": [view.to_dict() for view in views]}, indent=2))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gtp_fx.capture.snapshots import attributes_of, look
+from gtp_fx.capture.snapshots import attributes_of, snapshot
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Contents:
         modules = dict(model.named_modules())
         return cls(
             modules,
-            {module: look(attributes_of(module), objects=True) for module in modules.values()},
+            {module: snapshot(attributes_of(module), objects=True) for module in modules.values()},
             {module: {**module._parameters, **module._buffers} for module in modules.values()},
         )
 

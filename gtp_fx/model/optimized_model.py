@@ -24,7 +24,16 @@ from gtp_fx.capture.module import capture_module
 from gtp_fx.capture.snapshots import attributes_of
 from gtp_fx.errors import ScheduleError
 from gtp_fx.model.contents import Contents
-from gtp_fx.model.parameters import Twins, adopt, carry_over, class_like, held_by_both, names_of, parameter_tree, share
+from gtp_fx.model.parameters import (
+    ModuleMap,
+    class_like,
+    copy_replaced,
+    names_of,
+    parameter_tree,
+    share,
+    shared_tensors,
+    use_parameters_of,
+)
 from gtp_fx.model.pipeline import Optimised, run_passes
 from gtp_fx.model.state import State, settled
 from gtp_fx.options.calibration import bound
@@ -54,7 +63,7 @@ class OptimizedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.__class__ = class_like(OptimizedModel, type(original))
-        twins: Twins = {}
+        twins: ModuleMap = {}
         tree = parameter_tree(original, twins)
         # The graphs and this module hold the very same dicts, so `.to()` and `load_state_dict` reach all of them.
         self._parameters, self._buffers, self._modules = tree._parameters, tree._buffers, tree._modules
@@ -172,7 +181,7 @@ class OptimizedModel(nn.Module):
         fast._parameters, fast._buffers, fast._modules = self._parameters, self._buffers, self._modules
         fast._non_persistent_buffers_set = self._non_persistent_buffers_set
         for made in fast._gtp.by_mode.values():
-            adopt(made.graph_module, self, names_of(state.original))
+            use_parameters_of(made.graph_module, self, names_of(state.original))
         return fast
 
     def _remake(self, before: Contents) -> None:
@@ -182,9 +191,9 @@ class OptimizedModel(nn.Module):
         """
         state = self._gtp
         made = self._rewritten(training=False)  # first of all, since it may fail
-        twins: Twins = {}
+        twins: ModuleMap = {}
         tree = parameter_tree(state.original, twins)
-        carry_over(state.twins, twins, before.tensors)
+        copy_replaced(state.twins, twins, before.tensors)
         for mine, new in (
             (self._parameters, tree._parameters),
             (self._buffers, tree._buffers),
@@ -194,7 +203,7 @@ class OptimizedModel(nn.Module):
             mine.update(new)  # type: ignore[arg-type]
         state.twins = {**twins, state.original: self}
         state.forget()
-        adopt(made.graph_module, self, names_of(state.original))
+        use_parameters_of(made.graph_module, self, names_of(state.original))
         state.first = state.by_mode[False] = made
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
@@ -215,7 +224,7 @@ class OptimizedModel(nn.Module):
         (`x.to(torch.float32)`), so that in another one they are made anew.
         """
         state = self._gtp
-        both, was = held_by_both(state.twins), dtype_of(state.original)
+        both, was = shared_tensors(state.twins), dtype_of(state.original)
         try:
             yield
         finally:
@@ -243,7 +252,7 @@ class OptimizedModel(nn.Module):
         state = self._gtp
         if training not in state.by_mode:
             made = self._rewritten(training)
-            adopt(made.graph_module, self, names_of(state.original))
+            use_parameters_of(made.graph_module, self, names_of(state.original))
             state.by_mode[training] = made
         return state.by_mode[training]
 

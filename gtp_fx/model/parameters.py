@@ -13,7 +13,7 @@ from gtp_fx.errors import InputError
 
 Base = TypeVar("Base", bound=nn.Module)
 Tensors = dict[str, Any]
-Twins = dict[nn.Module, nn.Module]
+ModuleMap = dict[nn.Module, nn.Module]
 """By the modules of an original, those that stand for them."""
 
 _made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
@@ -39,7 +39,7 @@ class Part(nn.Module):
         )
 
 
-def parameter_tree(module: nn.Module, seen: Twins) -> nn.Module:
+def parameter_tree(module: nn.Module, seen: ModuleMap) -> nn.Module:
     """Bare modules with the parameters and buffers of `module` under the same names.
 
     Linear layers stay what they are: that is how a quantiser that replaces weights (torchao's) finds them.
@@ -59,7 +59,7 @@ def parameter_tree(module: nn.Module, seen: Twins) -> nn.Module:
     return bare
 
 
-def held_by_both(twins: Twins) -> list[tuple[Tensors, Tensors, str]]:
+def shared_tensors(twins: ModuleMap) -> list[tuple[Tensors, Tensors, str]]:
     """Where a stand-in has the original's very own tensors: its dict, the original's, and their name in both."""
     return [
         (mine, theirs, name)
@@ -70,7 +70,7 @@ def held_by_both(twins: Twins) -> list[tuple[Tensors, Tensors, str]]:
     ]
 
 
-def carry_over(old: Twins, new: Twins, before: Mapping[nn.Module, Tensors]) -> None:
+def copy_replaced(old: ModuleMap, new: ModuleMap, before: Mapping[nn.Module, Tensors]) -> None:
     """Of what an original held `before` and still holds, the modules of `new` get what those of `old` had in its place."""
     for module in old.keys() & new.keys():
         held = before.get(module, {})
@@ -90,7 +90,7 @@ def names_of(original: nn.Module) -> set[str]:
     return {name for named in everything for name, _ in named}
 
 
-def adopt(graph_module: fx.GraphModule, owner: nn.Module, names: Collection[str]) -> None:
+def use_parameters_of(graph_module: fx.GraphModule, owner: nn.Module, names: Collection[str]) -> None:
     """Let `graph_module` read everything from `owner`. names: the original's; what else the graph reads (constants that were lifted into it)
     moves there, under another name where another graph's constant has that."""
     moved: dict[str, str] = {}

@@ -9,7 +9,7 @@ from tabulate import tabulate
 from torch import nn
 
 from gtp_fx.analysis.blocks import AttentionBlock, read_blocks
-from gtp_fx.analysis.unsupported_attention import other_attention
+from gtp_fx.analysis.unsupported_attention import unsupported_attention
 from gtp_fx.capture.inputs import call_signature, describe
 from gtp_fx.capture.module import capture_module
 from gtp_fx.errors import Refusal
@@ -92,7 +92,7 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
         flops=exact.original.flops,
         exact_flops=exact.steps[-1].flops,
         blocks=tuple(map(_row, read_blocks(exact.graph_module))),
-        other=other_attention(graph, infer_types(graph)),
+        other=unsupported_attention(graph, infer_types(graph)),
     )
 
 

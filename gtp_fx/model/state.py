@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gtp_fx.capture.inputs import CallSignature
-from gtp_fx.model.parameters import Twins
+from gtp_fx.model.parameters import ModuleMap
 from gtp_fx.model.pipeline import Optimised
 from gtp_fx.options.options import Options
 
@@ -25,7 +25,7 @@ class State:
     options: Options
     compile: bool
     blocks_needed: bool
-    twins: Twins
+    twins: ModuleMap
     first: Optimised | None = None
     by_mode: dict[bool, Optimised] = field(default_factory=dict)
     runners: dict[tuple[bool, torch.device], Any] = field(default_factory=dict)

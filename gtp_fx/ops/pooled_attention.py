@@ -1,4 +1,4 @@
-"""Attention whose keys are pooled, that ranks its queries: SegFormer's, PVT's, Twins'."""
+"""Attention whose keys are pooled, that ranks its queries: SegFormer's, PVT's, ModuleMap'."""
 
 from __future__ import annotations
 

@@ -20,14 +20,14 @@ from gtp_fx.plan.damage.tables import Damage
 from gtp_fx.plan.find_sites import Candidates
 from gtp_fx.plan.plan import Plan
 from gtp_fx.plan.shortest_path import OverBudget
-from gtp_fx.plan.uniform import LINES, first_within
+from gtp_fx.plan.uniform import SCHEDULE_FAMILIES, mildest_within
 from gtp_fx.strategies import Strategy
 
 ModelOf = Callable[[Strategy], CostModel]
 ApplyPlan = Callable[[fx.GraphModule, Plan], fx.GraphModule]
 """What makes the graph that carries a plan out, to be run at once and thrown away; `gm` stays as it is."""
 Solve = Callable[[Damage], Counts]
-"""The schedule of least damage within the budget, as its currency asks: `least_damage` or `few_sites`. Raises OverBudget."""
+"""The schedule of least damage within the budget, as its currency asks: `least_damage` or `least_damage_few_sites`. Raises OverBudget."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def by_calibration(
 
 def _lines(model: CostModel, limit: float) -> Iterator[Counts]:
     """The paper's ways to spend the budget, of those that reach so far."""
-    for line in LINES.values():
+    for line in SCHEDULE_FAMILIES.values():
         with contextlib.suppress(OverBudget):
-            yield first_within(model, limit, line)
+            yield mildest_within(model, limit, line)
 
 
 def _variants(strategy: Strategy, found: Candidates, calibration: Calibration) -> list[Strategy]:

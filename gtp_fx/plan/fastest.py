@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from gtp_fx.plan.cost.chains import CostModel, tokens_left
+from gtp_fx.plan.cost.chains import CostModel, remaining_tokens
 from gtp_fx.plan.damage.tables import Damage
 from gtp_fx.plan.least_damage import around, chosen_counts, coarse_levels, damage_steps, least_within
 from gtp_fx.plan.shortest_path import OverBudget, solve
@@ -94,4 +94,4 @@ def _at(
 
 
 def _total(model: CostModel, damage: Damage, counts: Sequence[int]) -> float:
-    return sum(damage.of(chain, tokens_left(chain, counts)) for chain in model.chains)
+    return sum(damage.of(chain, remaining_tokens(chain, counts)) for chain in model.chains)

@@ -82,7 +82,7 @@ def _skipping(block: AttentionBlock, branch: Branch, typing: Typing, strategy: S
 def _obstacles(typing: Typing, strategy: Strategy) -> tuple[Refusal, ...]:
     """What can't do without the tokens that left. Where those return, nobody has what they would have become meanwhile."""
     coercions = find_coercions(typing)
-    if coercions.refused or not strategy.returns:
+    if coercions.refused or not strategy.restores_tokens:
         return coercions.refused
     return tuple(
         Refusal(

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from gtp_fx.plan.cost.chains import Chain, CostModel, tokens_left
+from gtp_fx.plan.cost.chains import Chain, CostModel, remaining_tokens
 from gtp_fx.plan.damage.tables import Damage
 from gtp_fx.plan.shortest_path import OverBudget, Path, Steps, solve
 
@@ -46,7 +46,7 @@ def least_damage(model: CostModel, damage: Damage, limit: float, levels: Levels 
 Levels = Callable[[Chain], NDArray[np.int64]]
 
 
-def few_sites(model: CostModel, damage: Damage, limit: float) -> tuple[int, ...]:
+def least_damage_few_sites(model: CostModel, damage: Damage, limit: float) -> tuple[int, ...]:
     """The same where each site has to earn `_WORTH` of the least damage: for budgets in FLOPs, which don't see what a site costs.
 
     A site ranks tokens by attention whose map can't stay fused, sorts and moves them: time that is no FLOPs, and compile
@@ -54,7 +54,7 @@ def few_sites(model: CostModel, damage: Damage, limit: float) -> tuple[int, ...]
     Raises OverBudget.
     """
     least = least_within(model, damage, limit, coarse_levels(model), _LOOSE)
-    whole = sum(damage.of(chain, tokens_left(chain, least)) for chain in model.chains)
+    whole = sum(damage.of(chain, remaining_tokens(chain, least)) for chain in model.chains)
     return least_damage(model, replace(damage, per_site=_WORTH * whole), limit)
 
 

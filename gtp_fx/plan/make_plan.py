@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock, read_blocks
-from gtp_fx.analysis.unsupported_attention import other_attention
+from gtp_fx.analysis.unsupported_attention import unsupported_attention
 from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError
 from gtp_fx.graph.nodes import operator_name
 from gtp_fx.options.options import Options
@@ -23,10 +23,10 @@ from gtp_fx.plan.cost.seconds import graph_seconds, seconds_model
 from gtp_fx.plan.damage.tables import Damage
 from gtp_fx.plan.fastest import fastest_alike
 from gtp_fx.plan.find_sites import Candidates, block_shape, find_sites
-from gtp_fx.plan.least_damage import few_sites, least_damage
+from gtp_fx.plan.least_damage import least_damage, least_damage_few_sites
 from gtp_fx.plan.plan import Plan, leaving_by_stream
 from gtp_fx.plan.shortest_path import OverBudget
-from gtp_fx.plan.uniform import LINES, first_within
+from gtp_fx.plan.uniform import SCHEDULE_FAMILIES, mildest_within
 from gtp_fx.strategies import Strategy
 from gtp_fx.types.infer import infer_types
 
@@ -66,7 +66,7 @@ def make_plan(
     Raises UnsupportedModelError, BudgetError or ScheduleError; `gm` is not changed.
     """
     blocks = read_blocks(gm)
-    others = other_attention(gm.graph, infer_types(gm.graph))
+    others = unsupported_attention(gm.graph, infer_types(gm.graph))
     flops_now = count_flops(gm.graph)
     if not blocks and not blocks_needed:
         return Planned(Plan.of((), (), (), options.strategy), flops_now, others)
@@ -105,7 +105,7 @@ def make_plan(
 def _settled_early(strategy: Strategy, found: Candidates) -> Strategy:
     """The strategy with what no schedule changes decided before it is priced: that token scales are too small to be told."""
     worst = strategy.settled(leaving_by_stream(found.sites, [site.whole - 1 for site in found.sites]))
-    return strategy if worst.tells_scales else worst
+    return strategy if worst.reads_scales else worst
 
 
 def _choose(
@@ -135,12 +135,12 @@ def _choose(
             return least_damage(model, damage, limit)
         if options.target.has_kernels:
             return fastest_alike(model, timed(), damage, limit)
-        return few_sites(model, damage, limit)
+        return least_damage_few_sites(model, damage, limit)
 
     assert isinstance(options.schedule, str)
     try:
         if options.schedule != AUTO:
-            return Choice(first_within(model, limit, LINES[options.schedule]), options.strategy, "")
+            return Choice(mildest_within(model, limit, SCHEDULE_FAMILIES[options.schedule]), options.strategy, "")
         if options.calibration is None:
             return by_prior(model, options.strategy, solve)
         return by_calibration(

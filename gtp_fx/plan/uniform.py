@@ -12,7 +12,7 @@ from gtp_fx.plan.shortest_path import OverBudget
 from gtp_fx.plan.site import Site
 
 
-def first_within(model: CostModel, limit: float, line: Line) -> tuple[int, ...]:
+def mildest_within(model: CostModel, limit: float, line: ScheduleFamily) -> tuple[int, ...]:
     """The gentlest schedule of a line that costs at most `limit`. Raises OverBudget."""
     low, high = 0, line.steps(model.sites)
     if model.cost(line.at(model.sites, 0)) <= limit:
@@ -60,8 +60,8 @@ class Uniform:
         return (step,) * len(sites)
 
 
-Line = Even | Uniform
-LINES: dict[str, Line] = {"even": Even(), "uniform": Uniform()}
+ScheduleFamily = Even | Uniform
+SCHEDULE_FAMILIES: dict[str, ScheduleFamily] = {"even": Even(), "uniform": Uniform()}
 
 
 def _most(site: Site) -> int:

@@ -21,7 +21,7 @@ _FAINTEST = 0.15
 """Shares below this of a token's largest aren't drawn: a mixed graph has sixteen neighbours a token, most of them far off."""
 
 
-def draw_journeys(views: Sequence[View], picture: Tensor, title: str, file: Path) -> None:
+def draw_token_flow(views: Sequence[View], picture: Tensor, title: str, file: Path) -> None:
     """Draw each site over the picture: patches that leave in red with lines to those that receive them, those gone before veiled, or those
     that skip its branch in red; and last, for each grid, how many patches each token left stands for, or at how many of several sites each
     skipped.

@@ -65,7 +65,7 @@ View = SiteView | SkipView
 
 
 @torch.no_grad()
-def journeys(
+def token_flow(
     gm: fx.GraphModule, records: Sequence[SiteRecord], rows: Sequence[SiteRow], image: Tensor
 ) -> tuple[View, ...]:
     """Follow one image's tokens through an optimised graph, run eagerly: a view a site, in the order of the graph.
@@ -144,10 +144,10 @@ def _grid_of(shares: fx.Node) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _patches(places_WnR: Tensor, left_WP: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _patches(places_WnR: Tensor, removed_WP: Tensor, shape: tuple[int, ...]) -> Tensor:
     """[P]: by number on the grid, row-major, ascending; of the tokens of one image's windows that aren't padding, which stands at
     negative places."""
-    index_WPR = left_WP[..., None].expand(*left_WP.shape, len(shape))
+    index_WPR = removed_WP[..., None].expand(*removed_WP.shape, len(shape))
     places_PR = places_WnR.gather(1, index_WPR).flatten(0, 1)
     inside_PR = places_PR[(places_PR >= 0).all(dim=1)]
     number_P = torch.zeros(len(inside_PR), dtype=torch.int64, device=inside_PR.device)

@@ -55,7 +55,7 @@ class Grouping:
     carries: ClassVar[bool] = False
     before_attention: ClassVar[bool] = False
     skips_branches: ClassVar[bool] = False
-    returns: ClassVar[bool] = False
+    restores_tokens: ClassVar[bool] = False
     score: str = "none"
     token_scale: bool = True
 
@@ -71,7 +71,7 @@ class Grouping:
         if self.score == "none" and usual != "none":
             raise OptionError(f"{owner}(score='none'): {self.name} ranks by attention; its own is {usual!r}")
 
-    whole_maps: ClassVar[bool] = False
+    needs_full_maps: ClassVar[bool] = False
     rewrites_every_attention: ClassVar[bool] = False
     weighted_pooling: ClassVar[bool] = False
     recovers_branches: ClassVar[bool] = True
@@ -143,10 +143,10 @@ class Grouping:
         if self.sized:
             carried.append(found["size"])
         removal = Removal(kept, left, kept_index, left_index, weights, 1.0, found.get("own"))
-        return shorter, StreamState(kept_index, found["size"] if self.tells_scales else None, tuple(carried), removal)
+        return shorter, StreamState(kept_index, found["size"] if self.reads_scales else None, tuple(carried), removal)
 
     @property
-    def tells_scales(self) -> bool:
+    def reads_scales(self) -> bool:
         """Whether attention is told sizes."""
         return self.sized and self.token_scale
 

@@ -64,7 +64,7 @@ class GTP:
     name: ClassVar[str] = "gtp"
     code: ClassVar[str] = ""
     before_attention: ClassVar[bool] = False
-    returns: ClassVar[bool] = False
+    restores_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _one_of("score", self.score, SCORES)
@@ -111,7 +111,7 @@ class GTP:
         return self.recovery == "update"
 
     @property
-    def whole_maps(self) -> bool:
+    def needs_full_maps(self) -> bool:
         return self.attention_sparsity < 1.0
 
     @property
@@ -119,7 +119,7 @@ class GTP:
         return self.attention_sparsity < 1.0
 
     @property
-    def tells_scales(self) -> bool:
+    def reads_scales(self) -> bool:
         """Also while that isn't settled, so that what is priced before is never too cheap."""
         return self.token_scale is not False
 
@@ -194,7 +194,7 @@ class GTP:
         )
         shorter = emit(gtp_fx.propagate.default, site.stream, weights, kept, leaving, self.alpha, site.axis.prefix)
         scale = None
-        if self.tells_scales or self.weighted_pooling:
+        if self.reads_scales or self.weighted_pooling:
             # A token's scale travels like its features: one channel, no prefix. Before the first site all are 1.
             before = state.scale or emit(aten.ones_like.default, site.scores)
             column = emit(aten.unsqueeze.default, before, 2)

@@ -26,7 +26,7 @@ class Idle(Grouping):
     """
 
     name: ClassVar[str] = "idle"
-    returns: ClassVar[bool] = True
+    restores_tokens: ClassVar[bool] = True
     skips_branches: ClassVar[bool] = True
     recovers_branches: ClassVar[bool] = False
     score: str = "cls-mean"

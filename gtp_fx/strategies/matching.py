@@ -13,7 +13,7 @@ from gtp_fx.strategies.tokens import joins, ranks_among, split
 
 
 def bipartite_matching(metric_BnD: Tensor, size_Bn: Tensor, leaving: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """kept_BK, left_BP, and into_BP: which of the K each that leaves joins.
+    """kept_BK, removed_BP, and into_BP: which of the K each that leaves joins.
 
     Tokens are set A and set B by turns, counted with the prefix tokens, of which the first is in A; each patch in A has an
     edge to the one in B that is most like it by cosine, and the `leaving` strongest edges are followed. A prefix token is on
@@ -21,18 +21,18 @@ def bipartite_matching(metric_BnD: Tensor, size_Bn: Tensor, leaving: int, prefix
     """
     count = metric_BnD.shape[1]
     most = set_a_size(count, prefix)
-    kept_BK, left_BP, into_BP = _round(metric_BnD, min(leaving, most), prefix)
+    kept_BK, removed_BP, into_BP = _round(metric_BnD, min(leaving, most), prefix)
     if leaving <= most:
-        return kept_BK, left_BP, into_BP
-    mean_BKD, size_BK = _means(metric_BnD, size_Bn, kept_BK, left_BP, into_BP)
+        return kept_BK, removed_BP, into_BP
+    mean_BKD, size_BK = _means(metric_BnD, size_Bn, kept_BK, removed_BP, into_BP)
     later_kept, later_left, later_into = bipartite_matching(mean_BKD, size_BK, leaving - most, prefix)
     # Where each that stayed in the first round is now: it stays, or has joined another.
     places_BK = torch.arange(later_kept.shape[1], device=kept_BK.device).expand_as(later_kept)
     now_BK = torch.zeros_like(kept_BK).scatter(1, later_kept, places_BK).scatter(1, later_left, later_into)
-    left_BP = torch.cat([left_BP, kept_BK.gather(1, later_left)], dim=1)
+    removed_BP = torch.cat([removed_BP, kept_BK.gather(1, later_left)], dim=1)
     into_BP = torch.cat([now_BK.gather(1, into_BP), later_into], dim=1)
-    ascending = left_BP.argsort(dim=1)
-    return kept_BK.gather(1, later_kept), left_BP.gather(1, ascending), into_BP.gather(1, ascending)
+    ascending = removed_BP.argsort(dim=1)
+    return kept_BK.gather(1, later_kept), removed_BP.gather(1, ascending), into_BP.gather(1, ascending)
 
 
 def matching_flops(patches: Any, leaving: Any, features: Any, prefix: int) -> Any:
@@ -61,9 +61,9 @@ def _round(metric_BnD: Tensor, leaving: int, prefix: int) -> tuple[Tensor, Tenso
     # Both sets by turns again: the most alike of A are the lowest scores, those of B never leave.
     never_Bb = torch.full_like(b_BbD[..., 0], float("inf"))
     turns = [-likeness_Ba, never_Bb] if first == 0 else [never_Bb, -likeness_Ba]
-    kept_BK, left_BP = split(_by_turns(*turns)[:, :count], leaving)
-    partner_BP = partner_Ba.gather(1, (left_BP - first) // 2)
-    return kept_BK, left_BP, ranks_among(kept_BK, 2 * partner_BP + 1 - first)
+    kept_BK, removed_BP = split(_by_turns(*turns)[:, :count], leaving)
+    partner_BP = partner_Ba.gather(1, (removed_BP - first) // 2)
+    return kept_BK, removed_BP, ranks_among(kept_BK, 2 * partner_BP + 1 - first)
 
 
 def _by_turns(x_Ba: Tensor, y_Bb: Tensor) -> Tensor:
@@ -74,12 +74,12 @@ def _by_turns(x_Ba: Tensor, y_Bb: Tensor) -> Tensor:
 
 
 def _means(
-    metric_BnD: Tensor, size_Bn: Tensor, kept_BK: Tensor, left_BP: Tensor, into_BP: Tensor
+    metric_BnD: Tensor, size_Bn: Tensor, kept_BK: Tensor, removed_BP: Tensor, into_BP: Tensor
 ) -> tuple[Tensor, Tensor]:
     weighed_BnD = metric_BnD.float() * size_Bn[..., None]
     joined_BKP = joins(into_BP, kept_BK.shape[1])
     rows_BKD, rows_BPD = (
-        weighed_BnD.gather(1, index[..., None].expand(-1, -1, metric_BnD.shape[-1])) for index in (kept_BK, left_BP)
+        weighed_BnD.gather(1, index[..., None].expand(-1, -1, metric_BnD.shape[-1])) for index in (kept_BK, removed_BP)
     )
-    size_BK = size_Bn.gather(1, kept_BK) + (joined_BKP * size_Bn.gather(1, left_BP)[:, None, :]).sum(dim=2)
+    size_BK = size_Bn.gather(1, kept_BK) + (joined_BKP * size_Bn.gather(1, removed_BP)[:, None, :]).sum(dim=2)
     return (rows_BKD + torch.matmul(joined_BKP, rows_BPD)) / size_BK[..., None], size_BK

@@ -32,13 +32,13 @@ class Mergence(Grouping):
 
     def group(self, tokens: Tokens) -> Groups:
         assert tokens.score_Bn is not None
-        kept_BK, left_BP = split(tokens.score_Bn, tokens.leaving)
+        kept_BK, removed_BP = split(tokens.score_Bn, tokens.leaving)
         unit_BnC = F.normalize(tokens.patches_BnC.float(), dim=-1)
         crucial_BKC, other_BPC = (
-            unit_BnC.gather(1, index[..., None].expand(-1, -1, unit_BnC.shape[-1])) for index in (kept_BK, left_BP)
+            unit_BnC.gather(1, index[..., None].expand(-1, -1, unit_BnC.shape[-1])) for index in (kept_BK, removed_BP)
         )
         into_BP = torch.matmul(other_BPC, crucial_BKC.transpose(-2, -1)).argmax(dim=-1)
-        return averaged(tokens, kept_BK, left_BP, into_BP)
+        return averaged(tokens, kept_BK, removed_BP, into_BP)
 
     def group_flops(self, site: SiteShape) -> Any:
         return 2 * site.images * site.patches_out * (site.patches_in - site.patches_out) * site.channels

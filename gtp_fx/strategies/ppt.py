@@ -51,7 +51,7 @@ class PPT(Grouping):
         shares_Bn = score_Bn * tokens.values_BHnD.float().square().sum(dim=(1, 3)).sqrt()
         shares_Bn = shares_Bn / shares_Bn.sum(dim=1, keepdim=True)
         prunes_B1 = shares_Bn.var(dim=1, keepdim=True) >= self.threshold
-        kept_BK, left_BP = split(shares_Bn, tokens.leaving)
+        kept_BK, removed_BP = split(shares_Bn, tokens.leaving)
         pooled = averaged(tokens, *bipartite_matching(tokens.keys_BnD, tokens.sizes_Bn, tokens.leaving, tokens.prefix))
         assert pooled.weights_BKP is not None and pooled.own_BK is not None and pooled.size_BK is not None
 
@@ -60,7 +60,7 @@ class PPT(Grouping):
 
         return Groups(
             either(kept_BK, pooled.kept_BK),
-            either(left_BP, pooled.left_BP),
+            either(removed_BP, pooled.removed_BP),
             either(0.0, pooled.weights_BKP),
             either(1.0, pooled.own_BK),
             either(tokens.sizes_Bn.gather(1, kept_BK), pooled.size_BK),

@@ -130,14 +130,14 @@ class Strategy(Protocol):
         """True where tokens leave at a block's input; else behind its attention."""
 
     @property
-    def returns(self) -> bool:
+    def restores_tokens(self) -> bool:
         """True where tokens that left may be chosen again, and are back in their places behind the last block."""
 
     def positions(self, blocks: int) -> Collection[int]:
         """At which of a stream's blocks, counted from 0, tokens may leave."""
 
     @property
-    def whole_maps(self) -> bool:
+    def needs_full_maps(self) -> bool:
         """True where the whole attention map decides something, so that no query is dead."""
 
     @property
@@ -145,7 +145,7 @@ class Strategy(Protocol):
         """True where attention differs from the original's even in blocks without a site."""
 
     @property
-    def tells_scales(self) -> bool:
+    def reads_scales(self) -> bool:
         """True where attention over a shortened stream is told how many tokens each key stands for."""
 
     def settled(self, streams: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Strategy:

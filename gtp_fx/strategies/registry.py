@@ -35,7 +35,7 @@ def register_strategy(cls: C) -> C:
     if before is not None and is_own(before) and before is not cls:
         own = ", ".join(name for name, known in STRATEGIES.items() if is_own(known))
         raise OptionError(f"{cls.__name__}.name={name!r} is one of gtp_fx's own: {own}; give another")
-    for method, where in (("group", True), ("put_back", cls.returns)):
+    for method, where in (("group", True), ("put_back", cls.restores_tokens)):
         if where and getattr(cls, method) is getattr(Grouping, method) and cls.reduce is Grouping.reduce:
             raise OptionError(f"{cls.__name__} has no {method}(): {_WANTED[method]}")
     if cls.before_attention and cls.score != "none":
@@ -49,7 +49,7 @@ def register_strategy(cls: C) -> C:
 
 _WANTED = {
     "group": "write what it makes of gtp_fx.strategies.Tokens, a gtp_fx.strategies.Groups",
-    "put_back": "with returns = True it has to say how tokens come back; leave returns out where they are gone for good",
+    "put_back": "with restores_tokens = True it has to say how tokens come back; leave restores_tokens out where they are gone for good",
 }
 
 

@@ -73,7 +73,7 @@ class Tokens:
 class Groups:
     """Who stays, who leaves, and what becomes of those who leave.
 
-    kept_BK, left_BP: indices into the n = K + P patches, both ascending, so that the grid's order stands.
+    kept_BK, removed_BP: indices into the n = K + P patches, both ascending, so that the grid's order stands.
     weights_BKP: how much of each one that leaves goes into each that stays; None where nothing does. own_BK: how much of
     itself one that stays keeps; 1 where None. A kept token becomes own * itself + weights @ (those that left).
     size_BK: how many original patches each of those that stay now stands for, which attention is told; None to tell it nothing.
@@ -81,7 +81,7 @@ class Groups:
     """
 
     kept_BK: Tensor
-    left_BP: Tensor
+    removed_BP: Tensor
     weights_BKP: Tensor | None = None
     own_BK: Tensor | None = None
     size_BK: Tensor | None = None
@@ -89,9 +89,9 @@ class Groups:
 
 
 def split(score_Bn: Tensor, leaving: int) -> tuple[Tensor, Tensor]:
-    """kept_BK and left_BP: the `leaving` lowest leave; of equal ones those from the back."""
-    kept_BK, left_BP = gtp_fx.select(score_Bn, leaving)
-    return kept_BK, left_BP
+    """kept_BK and removed_BP: the `leaving` lowest leave; of equal ones those from the back."""
+    kept_BK, removed_BP = gtp_fx.select(score_Bn, leaving)
+    return kept_BK, removed_BP
 
 
 def dropped(score_Bn: Tensor, leaving: int, carried_Bn: Tensor | None = None) -> Groups:
@@ -99,16 +99,16 @@ def dropped(score_Bn: Tensor, leaving: int, carried_Bn: Tensor | None = None) ->
     return Groups(*split(score_Bn, leaving), carried_Bn=carried_Bn)
 
 
-def averaged(tokens: Tokens, kept_BK: Tensor, left_BP: Tensor, into_BP: Tensor) -> Groups:
+def averaged(tokens: Tokens, kept_BK: Tensor, removed_BP: Tensor, into_BP: Tensor) -> Groups:
     """Each token that leaves joins one that stays, which becomes the mean of all, each as often as it stands for patches.
 
     into_BP: which of the K that stay.
     """
     sizes_Bn = tokens.sizes_Bn
-    sizes_BK, sizes_BP = sizes_Bn.gather(1, kept_BK), sizes_Bn.gather(1, left_BP)
+    sizes_BK, sizes_BP = sizes_Bn.gather(1, kept_BK), sizes_Bn.gather(1, removed_BP)
     joined_BKP = joins(into_BP, kept_BK.shape[1]) * sizes_BP[:, None, :]
     total_BK = sizes_BK + joined_BKP.sum(dim=2)
-    return Groups(kept_BK, left_BP, joined_BKP / total_BK[..., None], sizes_BK / total_BK, total_BK)
+    return Groups(kept_BK, removed_BP, joined_BKP / total_BK[..., None], sizes_BK / total_BK, total_BK)
 
 
 def joins(into_BP: Tensor, kept: int) -> Tensor:

@@ -31,10 +31,10 @@ class TopK(Grouping):
     def group(self, tokens: Tokens) -> Groups:
         score_Bn = tokens.score_Bn
         assert score_Bn is not None
-        kept_BK, left_BP = split(score_Bn, tokens.leaving)
+        kept_BK, removed_BP = split(score_Bn, tokens.leaving)
         if self.score.startswith("broadcast"):
             score_Bn = score_Bn / tokens.x_BNC.shape[1]  # of column sums, what a token pays on average
-        score_BK, score_BP = score_Bn.gather(1, kept_BK), score_Bn.gather(1, left_BP)
+        score_BK, score_BP = score_Bn.gather(1, kept_BK), score_Bn.gather(1, removed_BP)
         # Ties as in `split`: of the lowest the last one is the next to leave, and it is the one that carries the rest.
         carrier_B1 = score_BK.shape[1] - 1 - score_BK.flip(1).argmin(dim=1, keepdim=True)
         carries_BK = joins(carrier_B1, score_BK.shape[1])[..., 0] > 0
@@ -43,4 +43,4 @@ class TopK(Grouping):
             total_B1 = share_B1 + share_BP.sum(dim=1, keepdim=True)
             share_BP, share_B1 = share_BP / total_B1, share_B1 / total_B1
         weights_BKP = torch.where(carries_BK[..., None], share_BP[:, None, :], 0.0)
-        return Groups(kept_BK, left_BP, weights_BKP, torch.where(carries_BK, share_B1, 1.0))
+        return Groups(kept_BK, removed_BP, weights_BKP, torch.where(carries_BK, share_B1, 1.0))

@@ -17,7 +17,7 @@ from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import refusal
 from gtp_fx.types.axes import Dim, TensorType, TokenAxis, images_dims, plain, token_axes, token_axis, whole_size
 from gtp_fx.types.infer import Typing
-from gtp_fx.types.rules.registry import Typed
+from gtp_fx.types.rules.registry import RuleResult
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _fits(own: Dim, wanted: Dim) -> bool:
 
 
 def _coercion(
-    node: fx.Node, operand: fx.Node, own: TensorType, wanted: TensorType, answer: Typed, typing: Typing
+    node: fx.Node, operand: fx.Node, own: TensorType, wanted: TensorType, answer: RuleResult, typing: Typing
 ) -> Coercion:
     reason = answer.barrier or ("the model returns these tokens" if node.op == "output" else "")
     reason = reason or f"it reads {operand.name} beside another level of the stream"
@@ -131,7 +131,7 @@ def _steps(own: TensorType, wanted: TensorType, operand: fx.Node) -> Iterator[St
         yield Step(dim, to.at(level), to.domain.level)
 
 
-def _images_dim(own: TensorType, answer: Typed, images: int, operand: fx.Node) -> tuple[int, int]:
+def _images_dim(own: TensorType, answer: RuleResult, images: int, operand: fx.Node) -> tuple[int, int]:
     """How many leading dimensions to add to an operand (where its reader broadcasts), and which one then holds images."""
     output = answer.output
     if answer.broadcasts and isinstance(output, tuple):

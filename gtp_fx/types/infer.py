@@ -16,7 +16,7 @@ from torch import fx
 from gtp_fx.graph.nodes import is_input
 from gtp_fx.types import rules as _rules
 from gtp_fx.types.axes import Dim, Grid, TensorType, TokenAxis, plain, token_axes, whole_size
-from gtp_fx.types.rules.registry import NOTHING, Call, Many, NoRule, Output, Typed, find
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, Output, RuleResult, TypeList, find
 
 assert _rules
 
@@ -35,7 +35,7 @@ class Typing:
     """
 
     types: Mapping[fx.Node, Output]
-    answers: Mapping[fx.Node, Typed]
+    answers: Mapping[fx.Node, RuleResult]
     images: Mapping[Grid, int]
     whole_edges: frozenset[Edge] = frozenset()
 
@@ -65,7 +65,7 @@ def infer_types(
     for reader, operand in whole_edges:
         asks.setdefault(reader, []).append(operand)
     types: dict[fx.Node, Output] = {}
-    answers: dict[fx.Node, Typed] = {}
+    answers: dict[fx.Node, RuleResult] = {}
     images: dict[Grid, int] = {}
     for node in graph.nodes:
         wanted = {operand: whole(types[operand]) for operand in asks.get(node, ())}  # type: ignore[arg-type]
@@ -90,13 +90,13 @@ def whole(tensor_type: TensorType) -> TensorType:
     return tuple(_map_axes(dim, lambda axis: axis.at(0)) for dim in tensor_type)
 
 
-def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> Typed | None:
+def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> RuleResult | None:
     value = node.meta.get("val")
     if node.op == "output":
         tensors = [n for n in node.all_input_nodes if isinstance(types.get(n), tuple)]
-        return Typed(None, {n: whole(types[n]) for n in tensors}, follows=NOTHING)  # type: ignore[arg-type]
+        return RuleResult(None, {n: whole(types[n]) for n in tensors}, prefix_operands=NEEDS_ALL)  # type: ignore[arg-type]
     if is_input(node):
-        return Typed(_plain_value(value)) if isinstance(value, torch.Tensor) else None
+        return RuleResult(_plain_value(value)) if isinstance(value, torch.Tensor) else None
     if not isinstance(value, torch.Tensor | list | tuple):
         return None
     call = Call(node, types)
@@ -108,11 +108,11 @@ def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> Typed | None:
     except NoRule as reason:
         return _with_everything_back(call, str(reason))
     if answer.barrier:
-        return replace(answer, operands=_whole_operands(call), follows=NOTHING)
+        return replace(answer, operands=_whole_operands(call), prefix_operands=NEEDS_ALL)
     return answer
 
 
-def _with_everything_back(call: Call, reason: str) -> Typed:
+def _with_everything_back(call: Call, reason: str) -> RuleResult:
     """The answer where the rule gave none: its own for whole inputs, if tokens had left, else a barrier's."""
     whole_operands = _whole_operands(call)
     if all(call.types[node] == kind for node, kind in whole_operands.items()):
@@ -123,12 +123,14 @@ def _with_everything_back(call: Call, reason: str) -> Typed:
         answer = rule(Call(call.node, {**call.types, **whole_operands}))
     except NoRule as second:
         return _barrier(call, str(second))
-    return replace(answer, operands=whole_operands, repair=None, follows=NOTHING, barrier=reason)
+    return replace(answer, operands=whole_operands, repair=None, prefix_operands=NEEDS_ALL, barrier=reason)
 
 
-def _barrier(call: Call, reason: str) -> Typed:
+def _barrier(call: Call, reason: str) -> RuleResult:
     """The answer for what can't be followed: whole inputs, and an output about which nothing is claimed."""
-    return Typed(_plain_value(call.node.meta["val"]), _whole_operands(call), follows=NOTHING, barrier=reason)
+    return RuleResult(
+        _plain_value(call.node.meta["val"]), _whole_operands(call), prefix_operands=NEEDS_ALL, barrier=reason
+    )
 
 
 def _whole_operands(call: Call) -> dict[fx.Node, TensorType]:
@@ -140,7 +142,7 @@ def _plain_value(value: object) -> Output:
     if isinstance(value, torch.Tensor):
         return plain(*value.shape)
     if isinstance(value, list | tuple):
-        return Many(tuple(plain(*v.shape) for v in value if isinstance(v, torch.Tensor)))
+        return TypeList(tuple(plain(*v.shape) for v in value if isinstance(v, torch.Tensor)))
     return None
 
 

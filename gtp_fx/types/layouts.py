@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.ops import aten  # type: ignore[import-not-found]
 
+from gtp_fx.errors import NotApplicable
 from gtp_fx.graph.symbols import is_symbolic
 from gtp_fx.types.axes import Dim, Factor, Grid, GridAxis, Plain, TensorType, split_tokens
 
@@ -21,7 +22,7 @@ Call = Callable[..., Any]
 """Inserts an operator call and returns its node: Call(target, *args)."""
 
 
-class NoLayout(Exception):
+class NoLayout(NotApplicable):
     """These types don't hold the same tokens; the message says what differs."""
 
 

@@ -14,21 +14,21 @@ from gtp_fx.analysis.liveness import ALL, Liveness, follows, live_tokens, whole_
 from gtp_fx.graph import edit
 from gtp_fx.types.axes import TokenDomain, token_axis, whole_count
 from gtp_fx.types.infer import Typing, infer_types
-from gtp_fx.types.rules.registry import Typed
+from gtp_fx.types.rules.registry import RuleResult
 
 
-def drop_dead_tokens(gm: fx.GraphModule, whole_maps: bool = False) -> fx.GraphModule:
+def drop_dead_tokens(gm: fx.GraphModule, needs_full_maps: bool = False) -> fx.GraphModule:
     """A copy of `gm` that computes only live tokens; the same graph where all are.
 
-    whole_maps: keep every query of the marked blocks' attention, for a strategy that reads whole attention maps.
+    needs_full_maps: keep every query of the marked blocks' attention, for a strategy that reads whole attention maps.
     """
     gm = edit.copy_of(gm)
     typing = infer_types(gm.graph)
-    live = live_tokens(gm.graph, typing, whole_attention(gm.graph) if whole_maps else frozenset())
+    live = live_tokens(gm.graph, typing, whole_attention(gm.graph) if needs_full_maps else frozenset())
     slices: dict[tuple[fx.Node, int], fx.Node] = {}
     for node in list(gm.graph.nodes):
         answer = typing.answers.get(node)
-        if answer is not None and answer.leading and answer.repair is not None:
+        if answer is not None and answer.prefix_needed and answer.repair is not None:
             edit.set_args(node, answer.repair(whole_count))  # bounds counted from an end that moves
         if live.computed.get(node, ALL) != ALL and node in typing.answers and typing.answers[node].operands:
             _narrow(gm.graph, node, typing, live, slices)
@@ -79,7 +79,7 @@ def _merge_rows(graph: fx.Graph, part: fx.Node) -> None:
             linear.replace_all_uses_with(back, delete_user_cb=back.__ne__)
 
 
-def _total(wanted: int, answer: Typed):  # type: ignore[no-untyped-def]
+def _total(wanted: int, answer: RuleResult):  # type: ignore[no-untyped-def]
     """The `CountOf` that makes every token axis `wanted` long, prefix included."""
     axes = [axis for kind in answer.operands.values() for dim in kind if (axis := token_axis(dim))]
     beside = {axis.domain: axis.prefix + axis.suffix for axis in axes}

@@ -41,11 +41,11 @@ class FusedProjection:
     parts: int
 
 
-def split_projections(gm: fx.GraphModule, whole_maps: bool = False) -> fx.GraphModule:
+def split_projections(gm: fx.GraphModule, needs_full_maps: bool = False) -> fx.GraphModule:
     """A copy of `gm` in which parts of a fused projection with different liveness are projections of their own."""
     gm = edit.copy_of(gm)
     typing = infer_types(gm.graph)
-    live = live_tokens(gm.graph, typing, whole_attention(gm.graph) if whole_maps else frozenset())
+    live = live_tokens(gm.graph, typing, whole_attention(gm.graph) if needs_full_maps else frozenset())
     for node in list(gm.graph.nodes):
         fused = match_fused(node)
         if fused is None:

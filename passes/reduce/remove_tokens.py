@@ -43,7 +43,7 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     gm = edit.copy_of(gm)
     blocks = read_blocks(gm)
     sites = {cut_of(block, plan.strategy): block for block in blocks if block.index in plan.propagated}
-    ends = ends_of(blocks, plan.strategy, infer_types(gm.graph)) if plan.strategy.returns else {}
+    ends = ends_of(blocks, plan.strategy, infer_types(gm.graph)) if plan.strategy.restores_tokens else {}
     typing = typed(gm.graph, blocks, plan.strategy, list(filter(None, sites)), ends)
     found = find_coercions(typing)
     assert not found.refused, found.refused
@@ -84,16 +84,16 @@ class _Walk:
     states: dict[Grid, list[StreamState]] = field(default_factory=dict)
     attention: dict[int, Attention] = field(default_factory=dict)
     scores: dict[int, fx.Node] = field(default_factory=dict)
-    instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    replacement: dict[fx.Node, fx.Node] = field(default_factory=dict)
     shares: dict[tuple[Grid, int], fx.Node] = field(default_factory=dict)
     coerced: dict[Any, fx.Node] = field(default_factory=dict)
-    entered: dict[tuple[Grid, int], fx.Node] = field(default_factory=dict)
+    stream_at_site: dict[tuple[Grid, int], fx.Node] = field(default_factory=dict)
 
     def coerce(self, coercion: Coercion) -> None:
         """Give the coercion's node its operand in the type that it asks for."""
         node, operand = coercion.node, coercion.operand
         emit = edit.Emitter(self.graph, like=node, before=node)
-        now = value = self.now(operand)
+        now = value = self.current(operand)
         for dims in range(coercion.lead):
             value = self._once((operand, dims), emit, aten.unsqueeze.default, value, 0)
         for i, step in enumerate(coercion.steps):
@@ -111,7 +111,7 @@ class _Walk:
     def _updated(self, key: Any, emit: edit.Emitter, value: fx.Node, images: int, step: Step, level: int) -> fx.Node:
         """A stream at `level`: as it entered the site behind that, plus what has changed since, which is what is recovered."""
         grid, around = step.axis.domain.grid, (images, step.dim, step.axis.prefix, step.axis.suffix)
-        before, removal = self.entered[grid, level], self.states[grid][level + 1].removal
+        before, removal = self.stream_at_site[grid, level], self.states[grid][level + 1].removal
         assert removal is not None
         then = self._once((key, "then"), emit, gtp_fx.take_tokens.default, before, removal.kept, *around)
         change = self._once((key, "change"), emit, aten.sub.Tensor, value, then)
@@ -156,7 +156,7 @@ class _Walk:
         state = self.states[keys.domain.grid][keys.domain.level] if keys is not None and keys.domain.level else None
         bias = attention.bias
         strategy = self.plan.strategy
-        if keys is not None and state is not None and strategy.tells_scales:
+        if keys is not None and state is not None and strategy.reads_scales:
             bias = emit(gtp_fx.key_bias.default, state.scale, keys.prefix, keys.suffix, bias, attention.q)
         operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale)
         if block is not None:
@@ -165,7 +165,7 @@ class _Walk:
         if block is not None and (scored or strategy.rewrites_every_attention):
             output, self.scores[block.index] = strategy.attend(emit, operands, block.axis, scored)
             node.replace_all_uses_with(output)
-            self.instead[node] = output
+            self.replacement[node] = output
             self.graph.erase_node(node)  # dead code elimination leaves it: attention may draw random numbers
         elif bias is not attention.bias:
             edit.set_args(node, (*node.args[:3], bias, *node.args[4:]))
@@ -183,8 +183,8 @@ class _Walk:
         scale = self.states[axis.domain.grid][axis.domain.level].scale
         emit = edit.Emitter(self.graph, like=node, before=node)
         around = (images, dims[0], axis.prefix, axis.suffix, keepdim == [True])
-        self.instead[node] = emit(gtp_fx.weighted_mean.default, x, scale, *around)
-        node.replace_all_uses_with(self.instead[node])
+        self.replacement[node] = emit(gtp_fx.weighted_mean.default, x, scale, *around)
+        node.replace_all_uses_with(self.replacement[node])
 
     def wanted(self, node: fx.Node, position: int) -> TensorType:
         """The type in which `node` asks for the operand that it had at `position` before the walk."""
@@ -192,7 +192,7 @@ class _Walk:
 
     def now(self, node: Any) -> fx.Node:
         """What stands in a node's place."""
-        found: fx.Node = self.instead.get(node, node)
+        found: fx.Node = self.replacement.get(node, node)
         return found
 
     def shorten_behind(self, cut: fx.Node, block: AttentionBlock) -> None:
@@ -207,7 +207,7 @@ class _Walk:
         site = AtSite(cut, block.axis, count, leaving, place, self.scores.get(place), attention)
         shorter, behind = self.plan.strategy.reduce(emit, site, state)
         shorter.meta[SITE] = (grid, behind)
-        self.entered[grid, len(self.states[grid]) - 1] = cut
+        self.stream_at_site[grid, len(self.states[grid]) - 1] = cut
         self.states[grid].append(behind)
         self._give_instead(cut, shorter, emit)
 
@@ -221,7 +221,7 @@ class _Walk:
 
     def _give_instead(self, old: fx.Node, new: fx.Node, emit: edit.Emitter) -> None:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in emit.inserted)
-        self.instead[old] = new
+        self.replacement[old] = new
 
     def _start(self, grid: Grid) -> StreamState:
         """The strategy's state of a stream, from what enters its first block, wherever its first site is."""

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 import gtp_fx
 from gtp_fx.cli import app as cli
 from gtp_fx.cli.photo import as_seen, load_photo, prepared
-from gtp_fx.report.token_flow import journeys
+from gtp_fx.report.token_flow import token_flow
 
 from support.zoo import BY_NAME, build, images
 
@@ -104,7 +104,7 @@ def test_a_journeys_end_is_its_provenance(strategy: str) -> None:
     row = BY_NAME["deit"]
     fast = gtp_fx.optimize(build(row), schedule=[60, 40, 0], strategy=strategy, compile=False)
     x = images(row, 1)
-    *_, last = journeys(fast.graph_module, fast.sites, fast.report.sites, x)
+    *_, last = token_flow(fast.graph_module, fast.sites, fast.report.sites, x)
     (ended,) = fast.provenance(x)
     assert last.kept.tolist() == ended.index[0].tolist()
     if strategy == "gtp":  # the token scale is what a row of the matrix sums up to

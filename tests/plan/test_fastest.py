@@ -15,7 +15,7 @@ from gtp_fx.options.options import Options
 from gtp_fx.plan.cost.chains import Chain, CostModel
 from gtp_fx.plan.damage.tables import Damage
 from gtp_fx.plan.fastest import fastest_alike
-from gtp_fx.plan.least_damage import few_sites, least_damage
+from gtp_fx.plan.least_damage import least_damage, least_damage_few_sites
 from gtp_fx.plan.shortest_path import OverBudget
 from gtp_fx.plan.site import Site
 from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
@@ -115,4 +115,4 @@ def meta_deit() -> nn.Module:
 
 def test_few_sites_are_what_a_cpu_gets() -> None:
     limit, lost = 0.7 * FLOPS.original, damage(0.5)
-    assert few_sites(FLOPS, lost, limit) == few_sites(FLOPS, damage(0.0), limit)
+    assert least_damage_few_sites(FLOPS, lost, limit) == least_damage_few_sites(FLOPS, damage(0.0), limit)

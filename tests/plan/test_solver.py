@@ -16,12 +16,12 @@ from gtp_fx.capture.inputs import call_signature
 from gtp_fx.capture.module import capture_module
 from gtp_fx.model.pipeline import run_exact_passes
 from gtp_fx.options.options import Options
-from gtp_fx.plan.cost.chains import Chain, CostModel, tokens_left
+from gtp_fx.plan.cost.chains import Chain, CostModel, remaining_tokens
 from gtp_fx.plan.cost.closed_form import flops_model
 from gtp_fx.plan.damage.prior import prior_damage
 from gtp_fx.plan.damage.tables import Damage
 from gtp_fx.plan.find_sites import find_sites
-from gtp_fx.plan.least_damage import _WORTH, few_sites, least_damage
+from gtp_fx.plan.least_damage import _WORTH, least_damage, least_damage_few_sites
 from gtp_fx.plan.shortest_path import OverBudget, Steps, solve
 from gtp_fx.plan.site import Site
 from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
@@ -125,9 +125,9 @@ def test_few_sites_for_little_more_damage(name: str, budget: float) -> None:
     limit = budget * model.original
     if min(model.cost(counts) for counts in every_schedule(model)) > limit:
         with pytest.raises(OverBudget):
-            few_sites(model, damage, limit)
+            least_damage_few_sites(model, damage, limit)
         return
-    many, few = least_damage(model, damage, limit), few_sites(model, damage, limit)
+    many, few = least_damage(model, damage, limit), least_damage_few_sites(model, damage, limit)
     assert model.cost(few) <= limit
     spared = sum(map(bool, many)) - sum(map(bool, few))
     assert spared >= 0
@@ -139,9 +139,9 @@ def test_few_sites_of_twelve_blocks() -> None:
     """With so many blocks some don't earn their place, and the damage that a chain tells of itself is the sum of its steps."""
     chain_model = made_up_chain(blocks=12, whole=64)
     damage = Damage(tuple(np.arange(64.0) ** 2 for _ in range(12)), "a test")
-    many, few = least_damage(chain_model, damage, 500.0), few_sites(chain_model, damage, 500.0)
+    many, few = least_damage(chain_model, damage, 500.0), least_damage_few_sites(chain_model, damage, 500.0)
     assert sum(map(bool, few)) < sum(map(bool, many))
-    left = tokens_left(chain_model.chains[0], few)
+    left = remaining_tokens(chain_model.chains[0], few)
     assert damage.of(chain_model.chains[0], left) == pytest.approx(damage_of(chain_model, damage, few))
 
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import gtp_fx
-from gtp_fx.report.draw_token_flow import draw_journeys
-from gtp_fx.report.token_flow import SkipView, journeys
+from gtp_fx.report.draw_token_flow import draw_token_flow
+from gtp_fx.report.token_flow import SkipView, token_flow
 
 from support.reference import select
 from support.reference_windows import Parts
@@ -37,13 +37,13 @@ def test_journeys_say_which_patches_skip(family: Family, tmp_path: Path) -> None
     """Rolled, padded, pooled: where on the image a window's tokens are, and padding is nowhere."""
     model, x = family.model(), family.inputs(batch=1)
     fast = gtp_fx.optimize(model, schedule=family.schedule, example_inputs=family.inputs(), compile=False)
-    views = journeys(fast.graph_module, fast.sites, fast.report.sites, x)
+    views = token_flow(fast.graph_module, fast.sites, fast.report.sites, x)
     hand = on(family, model, family.blocks, idle=True)
     hand(x)
     assert len(views) == len(family.blocks)
     for view, (name, count) in zip(views, family.blocks.items(), strict=True):
         assert isinstance(view, SkipView) and view.layer.startswith(name)
         assert view.skipped.tolist() == skipping_by_hand(hand.seen[name], count), name
-    draw_journeys(views, torch.rand(*family.shape[1:], 3), family.name, tmp_path / "skips.png")
+    draw_token_flow(views, torch.rand(*family.shape[1:], 3), family.name, tmp_path / "skips.png")
     assert Image.open(tmp_path / "skips.png").width > 1000
     assert json.loads(json.dumps(views[0].to_dict()))["skipped"] == views[0].skipped.tolist()

@@ -166,7 +166,7 @@ class Alike(gtp_fx.strategies.Grouping):
         unit_BnC = F.normalize(tokens.patches_BnC, dim=-1)
         groups = gtp_fx.strategies.dropped((unit_BnC @ unit_BnC.transpose(1, 2)).mean(dim=2).neg(), tokens.leaving)
         if self.lies == "sizes":
-            return gtp_fx.strategies.Groups(groups.kept_BK, groups.left_BP, size_BK=groups.kept_BK.float())
+            return gtp_fx.strategies.Groups(groups.kept_BK, groups.removed_BP, size_BK=groups.kept_BK.float())
         return groups.kept_BK if self.lies == "type" else groups  # type: ignore[return-value]
 
     def group_flops(self, site: SiteShape) -> Any:

@@ -38,7 +38,7 @@ class Wrong(gtp_fx.strategies.Grouping):
     def group(self, tokens: gtp_fx.strategies.Tokens) -> gtp_fx.strategies.Groups:
         score = tokens.patches_BnC.float().norm(dim=-1)
         groups = gtp_fx.strategies.dropped(score, tokens.leaving)
-        kept, left = groups.kept_BK, groups.left_BP
+        kept, left = groups.kept_BK, groups.removed_BP
         if self.way == "unsorted":
             return gtp_fx.strategies.Groups(kept.flip(1), left)
         if self.way == "twice":
@@ -134,7 +134,7 @@ def test_classes_that_can_not_be_registered() -> None:
     @dataclass(frozen=True)
     class Returning(Places):
         name: ClassVar[str] = "returning"
-        returns: ClassVar[bool] = True
+        restores_tokens: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Early(Places):
@@ -148,7 +148,7 @@ def test_classes_that_can_not_be_registered() -> None:
 
     for cls, message in (
         (Empty, r"Empty has no group\(\)"),
-        (Returning, r"Returning has no put_back\(\): with returns = True"),
+        (Returning, r"Returning has no put_back\(\): with restores_tokens = True"),
         (Early, "before_attention = True lets tokens leave before there are scores"),
         (Umlaut, "give a class variable such as name"),
     ):

@@ -29,11 +29,11 @@ SCORES = tuple(f"{kind}-{over}" for kind in ("mixed", "cls", "broadcast", "regen
 
 @dataclass(frozen=True, eq=False)
 class Entered:
-    """The stream as it came to a site, of L patches: kept_BK and left_BP are indices into those, where_BL says where each is on the grid."""
+    """The stream as it came to a site, of L patches: kept_BK and removed_BP are indices into those, where_BL says where each is on the grid."""
 
     stream_BNC: Tensor
     kept_BK: Tensor
-    left_BP: Tensor
+    removed_BP: Tensor
     where_BL: Tensor
 
 
@@ -128,7 +128,7 @@ def with_everyone_back(made: Reference, prefix: int) -> Tensor:
         then = site.entered
         images = []
         for b, before_NC in enumerate(then.stream_BNC):
-            kept, left, where = (index[b].tolist() for index in (then.kept_BK, then.left_BP, then.where_BL))
+            kept, left, where = (index[b].tolist() for index in (then.kept_BK, then.removed_BP, then.where_BL))
             now_NC = before_NC.clone()
             now_NC[:prefix] = whole_BNC[b, :prefix]
             for i, k in enumerate(kept):

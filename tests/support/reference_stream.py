@@ -35,7 +35,7 @@ class Removal:
 
     present_BL: Tensor
     kept_BK: Tensor
-    left_BP: Tensor
+    removed_BP: Tensor
 
 
 class Stream:
@@ -73,14 +73,14 @@ class Stream:
         assert self.attn_BHNN is not None
         present = self.present_BL.shape[1]
         score_BL = token_scores(self.attn_BHNN, self.prefix, SCORE)[:, :present]
-        kept_BK, left_BP, gap_B = select(score_BL, count)
+        kept_BK, removed_BP, gap_B = select(score_BL, count)
         assert (gap_B > CLEAR).all(), "this choice is a matter of rounding: take other weights or inputs"
-        moves = (kept_BK, left_BP, self.present_BL, self.weights_BGG, ALPHA, self.prefix)
+        moves = (kept_BK, removed_BP, self.present_BL, self.weights_BGG, ALPHA, self.prefix)
         both_BNC = torch.cat([self.x_BNC, self.scale_BN[..., None]], dim=-1)  # a scale moves as one more channel would
         suffix_BSC = both_BNC[:, self.prefix + present :]
         both_BNC = torch.cat([propagate(both_BNC[:, : self.prefix + present], *moves), suffix_BSC], dim=1)
         self.x_BNC, self.scale_BN = both_BNC[..., :-1], both_BNC[..., -1]
-        self.removals.append(Removal(self.present_BL, kept_BK, left_BP))
+        self.removals.append(Removal(self.present_BL, kept_BK, removed_BP))
         self.present_BL = self.present_BL.gather(1, kept_BK)
 
     def rows(self, table_GD: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Stream:
         patch_KC = x_NC[self.prefix : behind]
         whole_LC = x_NC.new_empty(len(present_L), x_NC.shape[-1])
         whole_LC[kept_K] = patch_KC
-        for left in removal.left_BP[image].tolist():
+        for left in removal.removed_BP[image].tolist():
             received_K = self.weights_BGG[image][present_L[kept_K], present_L[left]]
             if received_K.sum() > 0:
                 whole_LC[left] = received_K @ patch_KC / received_K.sum()

@@ -6,7 +6,7 @@ image. The oracle knows no rule: it is the row's function itself, in eager PyTor
     types        what the rule says, and whether tokens come back for it
     numbers      the rewritten graph against the oracle, its shapes and FLOPs against the plan's
     unchanged    the twin: where nothing leaves, the graph stays as it is
-    leading      `follows`: a head that reads a prefix token gets the same from a graph without dead ones
+    leading      `prefix_operands`: a head that reads a prefix token gets the same from a graph without dead ones
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from gtp_fx.types.rules import registry
 from gtp_fx.types.rules.contraction import _join_dim as join_summed
 from gtp_fx.types.rules.layout import regroup
 from gtp_fx.types.rules.ranges import getitem
-from gtp_fx.types.rules.registry import Many, NoRule, Output
+from gtp_fx.types.rules.registry import NoRule, Output, TypeList
 
 from support.graphs_by_hand import patches, traced
 from support.rule_rows import ROWS as OTHER_ROWS
@@ -78,7 +78,7 @@ GIVEN = {"table": random(14, 8, seed=4), "bias": random(2, 14, 14, seed=5), "w":
 
 
 def rows(test: str) -> Any:
-    """Every row; those with a defect that shows in this test must fail. `leading` would draw other random numbers."""
+    """Every row; those with a defect that shows in this test must fail. `prefix_needed` would draw other random numbers."""
     chosen = [row for row in ROWS if test != "leading" or row.operator not in DRAWS]
     marks = [defect(row.wrong if test in row.shows.split() else "") for row in chosen]
     params = [
@@ -164,7 +164,7 @@ def result_of(gm: fx.GraphModule) -> fx.Node:
 
 def spelled(kind: Output) -> str:
     """((Plain(batch),), (TokenAxis(level 1, prefix=2),), (Plain(2), Plain(4))) -> "B, 2+n1, 8"."""
-    if isinstance(kind, Many):
+    if isinstance(kind, TypeList):
         return " | ".join(map(spelled, kind.items))
     assert kind is not None
     return ", ".join(map(_dim, kind))
@@ -365,4 +365,4 @@ def test_arguments_that_are_no_tensors() -> None:
     with pytest.raises(NoRule, match="no list of tensors"):
         getitem(call)
     with pytest.raises(NoRule, match="x is not a single tensor"):
-        registry.Call(call.node, {x: Many((plain(2),))}).type(0)
+        registry.Call(call.node, {x: TypeList((plain(2),))}).type(0)

@@ -69,7 +69,7 @@ class CostModel:
     def cost(self, propagated: Sequence[int]) -> Any:
         """When `propagated[i]` patches leave (or skip) at site i."""
         total = self.fixed + self.crossing_cost(propagated)
-        total += sum(chain.cost(tokens_left(chain, propagated)) for chain in self.chains)
+        total += sum(chain.cost(remaining_tokens(chain, propagated)) for chain in self.chains)
         return total.item() if isinstance(total, np.generic) else total
 
     def crossing_cost(self, propagated: Sequence[int]) -> Any:
@@ -79,7 +79,7 @@ class CostModel:
         return float(self.cost(propagated) / self.original)
 
 
-def tokens_left(chain: Chain, propagated: Sequence[int]) -> list[int]:
+def remaining_tokens(chain: Chain, propagated: Sequence[int]) -> list[int]:
     left, now = [], chain.whole
     for place in chain.places:
         now -= propagated[place]

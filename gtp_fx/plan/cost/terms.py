@@ -55,7 +55,7 @@ def terms_of(
     at = {(site.domain.grid, site.domain.level): place for place, site in enumerate(sites) if site.branch is None}
     terms = [*graph_terms(graph, typing, batch)]
     terms += _recovery_terms(find_coercions(typing), at, batch)
-    readers = _key_types(graph, typing) if strategy.tells_scales else []
+    readers = _key_types(graph, typing) if strategy.reads_scales else []
     readers += _pooled_types(graph, typing) if strategy.weighted_pooling else []
     read = {axis.domain for kind in readers for axis in token_axes(kind)}
     for (grid, level), place in at.items():
@@ -64,7 +64,7 @@ def terms_of(
         terms.append(_site_term(site, place, strategy, told, batch, kernels))
         works = strategy.start_works(grid.shape, site.channels, site.images * batch, site.dtype, kernels)
         terms.append(Term(frozenset(), lambda _, works=works: works, place, first=True))  # type: ignore[misc]
-    if kernels and strategy.tells_scales:
+    if kernels and strategy.reads_scales:
         terms += _told_terms(graph, typing, batch)
     return terms
 

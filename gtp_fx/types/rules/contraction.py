@@ -8,21 +8,21 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.graph.operators import CASTS, DROPOUTS, MATRIX_PRODUCTS, REARRANGED, SOFTMAXES, VIEWS
 from gtp_fx.types.axes import Dim, Plain, TensorType, is_plain, token_axes, whole_size
 from gtp_fx.types.rules.pointwise import broadcast_to
-from gtp_fx.types.rules.registry import NOTHING, Call, NoRule, Typed, join, require_plain, rule, wanting
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, join, require_plain, rule, wanting
 
 
 @rule(aten.linear.default)
-def linear(call: Call) -> Typed:
+def linear(call: Call) -> RuleResult:
     """x[..., in] -> [..., out]: token-wise, as long as the features are no tokens (an MLP-Mixer's are)."""
     x = call.type(0)
     require_plain(x[-1:], "the features that a linear layer mixes")
     for parameter in call.tensors()[1:]:
         require_plain(call.type_of(parameter), "the parameters of a linear layer")
-    return Typed((*x[:-1], (Plain(call.output_shape()[-1]),)), operands={call.operand(0): x})
+    return RuleResult((*x[:-1], (Plain(call.output_shape()[-1]),)), operands={call.operand(0): x})
 
 
 @rule(*MATRIX_PRODUCTS)
-def matmul(call: Call) -> Typed:
+def matmul(call: Call) -> RuleResult:
     """a[..., m, k] @ b[..., k, n]. A sum over tokens depends on how many are left, unless its weights are a softmax over them."""
     a, b = call.type(0), call.type(1)
     if len(a) < 2 or len(b) < 2:
@@ -37,16 +37,16 @@ def matmul(call: Call) -> Typed:
     wanted_b = (*broadcast_to(b[:-2], batch), inner, b[-1])
     node_a, node_b = call.operand(0), call.operand(1)
     # Rows follow rows; where the other operand holds tokens as well, both have two token axes: followed whole.
-    return Typed(
+    return RuleResult(
         (*batch, a[-2], b[-1]),
         operands=wanting([(node_a, wanted_a), (node_b, wanted_b)]),
-        follows=frozenset({node_a}) if is_plain(inner) and is_plain(b[-1]) else NOTHING,
+        prefix_operands=frozenset({node_a}) if is_plain(inner) and is_plain(b[-1]) else NEEDS_ALL,
         broadcasts=True,
     )
 
 
 @rule(aten.scaled_dot_product_attention.default)
-def attention(call: Call) -> Typed:
+def attention(call: Call) -> RuleResult:
     """q[..., L, E], k[..., S, E], v[..., S, D], mask[..., L, S] -> [..., L, D].
 
     Keys and values must have left together; an output token needs its own query, and every key and value.
@@ -71,8 +71,8 @@ def attention(call: Call) -> Typed:
         logits: TensorType = (*batch, q[-2], keys)
         wanted.append((mask, broadcast_to(call.type(3), logits)))
     a_row_per_query = mask is not None and whole_size(call.type(3)[-2]) != 1
-    follows = NOTHING if a_row_per_query else frozenset({call.operand(0)})
-    return Typed((*batch, q[-2], v[-1]), operands=wanting(wanted), follows=follows, broadcasts=True)
+    follows = NEEDS_ALL if a_row_per_query else frozenset({call.operand(0)})
+    return RuleResult((*batch, q[-2], v[-1]), operands=wanting(wanted), prefix_operands=follows, broadcasts=True)
 
 
 def _is_softmax(node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.types.axes import Dim, Plain, is_plain, whole_size
-from gtp_fx.types.rules.registry import NOTHING, Call, NoRule, Typed, join, rule, wanting
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, join, rule, wanting
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Equation:
 
 
 @rule(aten.einsum.default)
-def einsum(call: Call) -> Typed:
+def einsum(call: Call) -> RuleResult:
     """A label that isn't in the output is summed over, and must be plain; the others keep their type."""
     equation = Equation.parse(call.arg(0))
     if equation is None:
@@ -50,4 +50,4 @@ def einsum(call: Call) -> Typed:
         for term, operand in zip(equation.terms, operands, strict=True)
     )
     output = tuple(labels[label] for label in equation.result)
-    return Typed(output, operands=wanted, follows=None if len(operands) == 1 else NOTHING)
+    return RuleResult(output, operands=wanted, prefix_operands=None if len(operands) == 1 else NEEDS_ALL)

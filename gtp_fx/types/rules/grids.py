@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.types.axes import Dim, Factor, Grid, GridAxis, Plain, TensorType, is_plain, whole_size
-from gtp_fx.types.rules.registry import NOTHING, Call, NoRule, Typed, rule
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, rule
 
 
 @rule(aten.roll.default)
-def roll(call: Call) -> Typed:
+def roll(call: Call) -> RuleResult:
     """The patches of a grid, moved: another grid, until they are moved back."""
     x, shifts = call.type(0), list(call.arg(1))
     dims = [dim % len(x) for dim in call.arg(2, ())]
@@ -23,15 +23,15 @@ def roll(call: Call) -> Typed:
         raise NoRule("it rolls all dimensions as one")
     moved = {dim: shift for dim, shift in zip(dims, shifts, strict=True) if not is_plain(x[dim])}
     if not moved:
-        return Typed(x, operands={call.operand(0): x})
+        return RuleResult(x, operands={call.operand(0): x})
     grid = whole_sides(x, moved)
     by = [0] * len(grid.shape)
     for dim, shift in moved.items():
         by[side_of(x[dim]).side] = shift
-    return Typed(_with_grid(x, grid, grid.rolled(by)), operands={call.operand(0): x}, follows=NOTHING)
+    return RuleResult(_with_grid(x, grid, grid.rolled(by)), operands={call.operand(0): x}, prefix_operands=NEEDS_ALL)
 
 
-def padded(call: Call, x: TensorType, amounts: list[int]) -> Typed:
+def padded(call: Call, x: TensorType, amounts: list[int]) -> RuleResult:
     """A grid with more rows and columns behind its own. amounts: as aten.pad has them, the last dimension first."""
     ends = {len(x) - 1 - i // 2: amount for i, amount in enumerate(amounts) if amount and i % 2}
     if any(amount for amount in amounts[::2]) or any(amount < 0 for amount in amounts):
@@ -41,10 +41,10 @@ def padded(call: Call, x: TensorType, amounts: list[int]) -> Typed:
     for dim, amount in ends.items():
         shape[side_of(x[dim]).side] += amount
     larger = Grid(call.node.name, tuple(shape), inside=grid)
-    return Typed(_with_grid(x, grid, larger), operands={call.operand(0): x}, follows=NOTHING)
+    return RuleResult(_with_grid(x, grid, larger), operands={call.operand(0): x}, prefix_operands=NEEDS_ALL)
 
 
-def sampled(call: Call, x: TensorType, dim: int, start: int, stop: int, step: int) -> Typed:
+def sampled(call: Call, x: TensorType, dim: int, start: int, stop: int, step: int) -> RuleResult:
     """Along one side of a grid: the padding cut off again, or every step-th place, which makes a smaller grid."""
     grid = whole_sides(x, [dim])
     side = side_of(x[dim]).side
@@ -57,7 +57,7 @@ def sampled(call: Call, x: TensorType, dim: int, start: int, stop: int, step: in
         smaller = Grid(f"{grid.birth}_{side}every{step}", shape)
     else:
         raise NoRule(f"places {start} to {stop} of a grid are taken by their position")
-    return Typed(_with_grid(x, grid, smaller), operands={call.operand(0): x}, follows=NOTHING)
+    return RuleResult(_with_grid(x, grid, smaller), operands={call.operand(0): x}, prefix_operands=NEEDS_ALL)
 
 
 def folded(output: TensorType, birth: str) -> TensorType:

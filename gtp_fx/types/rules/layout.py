@@ -28,61 +28,61 @@ from gtp_fx.types.axes import (
     whole_size,
 )
 from gtp_fx.types.rules.grids import folded
-from gtp_fx.types.rules.registry import NOTHING, Call, NoRule, Repair, Typed, require_plain, rule
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, Repair, RuleResult, require_plain, rule
 from gtp_fx.types.rules.unfold import unfolded
 
 
 @rule(aten.permute.default)
-def permute(call: Call) -> Typed:
+def permute(call: Call) -> RuleResult:
     x = call.type(0)
-    return Typed(tuple(x[d] for d in call.arg(1)), operands={call.operand(0): x})
+    return RuleResult(tuple(x[d] for d in call.arg(1)), operands={call.operand(0): x})
 
 
 @rule(aten.transpose.int)
-def transpose(call: Call) -> Typed:
+def transpose(call: Call) -> RuleResult:
     x = list(call.type(0))
     a, b = call.arg(1), call.arg(2)
     x[a], x[b] = x[b], x[a]
-    return Typed(tuple(x), operands={call.operand(0): call.type(0)})
+    return RuleResult(tuple(x), operands={call.operand(0): call.type(0)})
 
 
 @rule(aten.t.default, aten.numpy_T.default)
-def reverse(call: Call) -> Typed:
-    return Typed(tuple(reversed(call.type(0))), operands={call.operand(0): call.type(0)})
+def reverse(call: Call) -> RuleResult:
+    return RuleResult(tuple(reversed(call.type(0))), operands={call.operand(0): call.type(0)})
 
 
 @rule(aten.unsqueeze.default)
-def unsqueeze(call: Call) -> Typed:
+def unsqueeze(call: Call) -> RuleResult:
     x = list(call.type(0))
     position = call.arg(1)
     x.insert(position if position >= 0 else len(x) + 1 + position, (Plain(1),))
-    return Typed(tuple(x), operands={call.operand(0): call.type(0)})
+    return RuleResult(tuple(x), operands={call.operand(0): call.type(0)})
 
 
 @rule(*SQUEEZES)
-def squeeze(call: Call) -> Typed:
+def squeeze(call: Call) -> RuleResult:
     x = call.type(0)
     wanted = call.arg(1)
     dims = {d % len(x) for d in ([wanted] if isinstance(wanted, int) else wanted)}
     kept = tuple(dim for i, dim in enumerate(x) if i not in dims or whole_size(dim) != 1)
     # Tokens stay as they are; of a single one, the dimension would go.
     tokens = not all(is_plain(x[d]) for d in dims)
-    return Typed(kept, operands={call.operand(0): x}, follows=NOTHING if tokens else None)
+    return RuleResult(kept, operands={call.operand(0): x}, prefix_operands=NEEDS_ALL if tokens else None)
 
 
 @rule(aten.expand.default)
-def expand(call: Call) -> Typed:
+def expand(call: Call) -> RuleResult:
     """Sizes of broadcast dimensions are plain; the others keep their type and their size follows the tokens."""
     x, shape = call.type(0), call.output_shape()
     padded: TensorType = ((Plain(1),),) * (len(shape) - len(x)) + x
     output = tuple(
         dim if whole_size(dim) == wanted else (Plain(wanted),) for dim, wanted in zip(padded, shape, strict=True)
     )
-    return Typed(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
+    return RuleResult(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
 
 
 @rule(aten.repeat_interleave.self_int)
-def repeat_each(call: Call) -> Typed:
+def repeat_each(call: Call) -> RuleResult:
     """Each entry of one dimension several times in a row, as grouped queries share their keys: nothing that runs over tokens."""
     x, dim = list(call.type(0)), call.arg(2)
     if dim is None:
@@ -91,21 +91,21 @@ def repeat_each(call: Call) -> Typed:
     if holds_images(x[dim]):
         raise NoRule("it repeats images")
     x[dim] = (Plain(call.output_shape()[dim]),)
-    return Typed(tuple(x), operands={call.operand(0): call.type(0)})
+    return RuleResult(tuple(x), operands={call.operand(0): call.type(0)})
 
 
 @rule(*VIEWS)
-def view(call: Call) -> Typed:
+def view(call: Call) -> RuleResult:
     """Each output dimension is a product of input factors, found by walking both shapes from the outside in."""
     x = call.type(0)
     born = unfolded(call.node) if all(map(is_plain, x)) else None
     output = regroup(born or [factor for dim in x for factor in split_tokens(dim)], call.output_shape())
     output = folded(output, call.node.name)
-    return Typed(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
+    return RuleResult(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
 
 
 @rule(*FLATTENINGS)
-def flatten(call: Call) -> Typed:
+def flatten(call: Call) -> RuleResult:
     """A view that works out its sizes itself; one that names them (unflatten) must not name a token count."""
     x = call.type(0)
     output = regroup([factor for dim in x for factor in split_tokens(dim)], call.output_shape())
@@ -113,17 +113,17 @@ def flatten(call: Call) -> Typed:
         start = call.arg(1) % len(x)
         if token_axes(output[start : start + len(call.arg(2))]):
             raise NoRule("it names a number of tokens")
-    return Typed(output, operands={call.operand(0): x})
+    return RuleResult(output, operands={call.operand(0): x})
 
 
 @rule(aten.reshape_as.default, aten.view_as.default)
-def view_as(call: Call) -> Typed:
+def view_as(call: Call) -> RuleResult:
     """Good at every level where both run over the same tokens; otherwise one's size says nothing about the other's."""
     x, other = call.type(0), call.type(1)
     output = regroup([factor for dim in x for factor in split_tokens(dim)], call.output_shape())
     if output != other and token_axes((*output, *other)):
         raise NoRule("it takes the shape of a tensor with other tokens")
-    return Typed(output, operands={call.operand(0): x, call.operand(1): other})
+    return RuleResult(output, operands={call.operand(0): x, call.operand(1): other})
 
 
 def regroup(factors: Sequence[Factor], shape: Sequence[int]) -> TensorType:

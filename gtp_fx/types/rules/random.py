@@ -5,27 +5,27 @@ from __future__ import annotations
 from torch.ops import aten
 
 from gtp_fx.types.axes import token_axes, whole_size
-from gtp_fx.types.rules.registry import Call, Many, NoRule, Typed, rule
+from gtp_fx.types.rules.registry import Call, NoRule, RuleResult, TypeList, rule
 
 
 @rule(aten.native_dropout.default)
-def dropout(call: Call) -> Typed:
+def dropout(call: Call) -> RuleResult:
     """The dropped values and the mask, both shaped like the input."""
     x = call.type(0)
-    return Typed(Many((x, x)), operands={call.operand(0): x})
+    return RuleResult(TypeList((x, x)), operands={call.operand(0): x})
 
 
 @rule(aten.bernoulli.p, aten.bernoulli.default)
-def coins(call: Call) -> Typed:
+def coins(call: Call) -> RuleResult:
     x = call.type(0)
-    return Typed(x, operands={call.operand(0): x})
+    return RuleResult(x, operands={call.operand(0): x})
 
 
 @rule(aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
-def fresh(call: Call) -> Typed:
+def fresh(call: Call) -> RuleResult:
     """A tensor of stated sizes; its first argument gives only type and device, so it may come in any level."""
     x = call.type(0)
     token_sizes = {whole_size(dim) for dim in x if token_axes((dim,))}
     if token_sizes & set(call.output_shape()):
         raise NoRule("a new tensor is as long as the tokens are many, and nothing tells whether it means them")
-    return Typed(call.plain_output(), operands={call.operand(0): x})
+    return RuleResult(call.plain_output(), operands={call.operand(0): x})

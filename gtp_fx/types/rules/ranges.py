@@ -15,40 +15,40 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.graph.operators import PADDINGS, SPLITS
 from gtp_fx.types.axes import CountOf, Dim, Plain, TensorType, is_plain, plain, size, token_axis, whole_size
 from gtp_fx.types.rules.grids import is_side, padded, sampled
-from gtp_fx.types.rules.registry import NOTHING, Call, Many, NoRule, Typed, join, rule, wanting
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, TypeList, join, rule, wanting
 
 
 @rule(operator.getitem)
-def getitem(call: Call) -> Typed:
+def getitem(call: Call) -> RuleResult:
     source = call.node.args[0]
     found = call.types.get(source)  # type: ignore[arg-type]
-    if not isinstance(found, Many):
+    if not isinstance(found, TypeList):
         raise NoRule("an item of something that is no list of tensors")
-    return Typed(found.items[call.node.args[1]])  # type: ignore[index]
+    return RuleResult(found.items[call.node.args[1]])  # type: ignore[index]
 
 
 @rule(aten.unbind.int)
-def unbind(call: Call) -> Typed:
+def unbind(call: Call) -> RuleResult:
     x = call.type(0)
     dim = call.arg(1, 0) % len(x)
     if not is_plain(x[dim]):
         raise NoRule("unbinding takes tokens apart")
     item = x[:dim] + x[dim + 1 :]
-    return Typed(Many((item,) * whole_size(x[dim])), operands={call.operand(0): x})
+    return RuleResult(TypeList((item,) * whole_size(x[dim])), operands={call.operand(0): x})
 
 
 @rule(*SPLITS)
-def split(call: Call) -> Typed:
+def split(call: Call) -> RuleResult:
     x = call.type(0)
     dim = call.arg(2, 0) % len(x)
     if not is_plain(x[dim]):
         return _split_tokens(call, x, dim)
     parts = [value.shape[dim] for value in call.node.meta["val"]]
     items = tuple((*x[:dim], (Plain(part),), *x[dim + 1 :]) for part in parts)
-    return Typed(Many(items), operands={call.operand(0): x})
+    return RuleResult(TypeList(items), operands={call.operand(0): x})
 
 
-def _split_tokens(call: Call, x: TensorType, dim: int) -> Typed:
+def _split_tokens(call: Call, x: TensorType, dim: int) -> RuleResult:
     """Prefix tokens, patches and suffix tokens taken apart, as rotary embeddings do; only the patches' part changes size."""
     axis, sizes = token_axis(x[dim]), call.arg(1)
     if axis is None or call.node.target is not aten.split_with_sizes.default or not all(map(_is_number, sizes)):
@@ -69,11 +69,11 @@ def _split_tokens(call: Call, x: TensorType, dim: int) -> Typed:
     def resize(count: CountOf) -> tuple[Any, ...]:
         return call.replace({1: [size(part, count) for part in parts]})
 
-    return Typed(Many(items), operands={call.operand(0): x}, repair=resize, follows=NOTHING)
+    return RuleResult(TypeList(items), operands={call.operand(0): x}, repair=resize, prefix_operands=NEEDS_ALL)
 
 
 @rule(aten.select.int)
-def select(call: Call) -> Typed:
+def select(call: Call) -> RuleResult:
     x = call.type(0)
     node = call.operand(0)
     dim, index = call.arg(1) % len(x), call.arg(2)
@@ -81,27 +81,29 @@ def select(call: Call) -> Typed:
         raise NoRule("an index known only when it runs")
     output = x[:dim] + x[dim + 1 :]
     if is_plain(x[dim]):
-        return Typed(output, operands={node: x})
+        return RuleResult(output, operands={node: x})
     axis = token_axis(x[dim])
     if axis is None:
         raise NoRule("selecting from a merged token axis")
     if 0 <= index < axis.prefix:
-        return Typed(output, operands={node: x}, follows=NOTHING, leading={node: index + 1})
+        return RuleResult(output, operands={node: x}, prefix_operands=NEEDS_ALL, prefix_needed={node: index + 1})
     if index < 0 and -index <= axis.suffix:
-        return Typed(output, operands={node: x}, follows=NOTHING)
+        return RuleResult(output, operands={node: x}, prefix_operands=NEEDS_ALL)
     if index >= axis.whole_size - axis.suffix:
         from_end = index - axis.whole_size
-        return Typed(output, {node: x}, repair=lambda count: call.replace({2: from_end}), follows=NOTHING)
+        return RuleResult(
+            output, {node: x}, repair=lambda count: call.replace({2: from_end}), prefix_operands=NEEDS_ALL
+        )
     raise NoRule(f"one patch token (number {index}) is selected by its position")
 
 
 @rule(aten.slice.Tensor)
-def slice_(call: Call) -> Typed:
+def slice_(call: Call) -> RuleResult:
     x = call.type(0)
     node = call.operand(0)
     dim = call.arg(1, 0) % len(x)
     if is_plain(x[dim]):
-        return Typed((*x[:dim], (Plain(call.output_shape()[dim]),), *x[dim + 1 :]), operands={node: x})
+        return RuleResult((*x[:dim], (Plain(call.output_shape()[dim]),), *x[dim + 1 :]), operands={node: x})
     whole = whole_size(x[dim])
     start, stop = _bound(call.arg(2), 0, whole), _bound(call.arg(3), whole, whole)
     step = call.arg(4, 1)
@@ -110,7 +112,7 @@ def slice_(call: Call) -> Typed:
     if step != 1:
         raise NoRule("a strided slice of tokens")
     if (start, stop) == (0, whole):
-        return Typed(x, operands={node: x}, repair=lambda count: call.replace({3: size(x[dim], count)}))
+        return RuleResult(x, operands={node: x}, repair=lambda count: call.replace({3: size(x[dim], count)}))
     axis = token_axis(x[dim])
     if axis is None:
         raise NoRule("slicing a merged token axis")
@@ -121,12 +123,12 @@ def slice_(call: Call) -> Typed:
 
     if stop <= axis.prefix:
         # A bound may be counted from an end that moves; from the start it stays.
-        return Typed(
+        return RuleResult(
             along((Plain(stop - start),)),
             {node: x},
             repair=lambda count: call.replace({2: start, 3: stop}),
-            follows=NOTHING,
-            leading={node: stop},
+            prefix_operands=NEEDS_ALL,
+            prefix_needed={node: stop},
         )
     if start >= patches_end:
 
@@ -134,19 +136,19 @@ def slice_(call: Call) -> Typed:
             shift = size(x[dim], count) - whole
             return call.replace({2: start + shift, 3: stop + shift})
 
-        return Typed(along((Plain(stop - start),)), {node: x}, repair=move, follows=NOTHING)
+        return RuleResult(along((Plain(stop - start),)), {node: x}, repair=move, prefix_operands=NEEDS_ALL)
     if start <= axis.prefix and stop >= patches_end:
         cut = replace(axis, prefix=axis.prefix - start, suffix=axis.suffix - (whole - stop))
 
         def shorten(count: CountOf) -> tuple[Any, ...]:
             return call.replace({2: start, 3: size(x[dim], count) - (whole - stop)})
 
-        return Typed(along((cut,)), {node: x}, repair=shorten, follows=NOTHING)
+        return RuleResult(along((cut,)), {node: x}, repair=shorten, prefix_operands=NEEDS_ALL)
     raise NoRule(f"tokens {start} to {stop} are taken by their position")
 
 
 @rule(aten.cat.default)
-def cat(call: Call) -> Typed:
+def cat(call: Call) -> RuleResult:
     # An empty tensor of one dimension is skipped, whatever the others' rank.
     parts = [part for part in call.arg(0) if call.type_of(part) != plain(0)]
     types = [call.type_of(part) for part in parts]
@@ -160,11 +162,11 @@ def cat(call: Call) -> Typed:
         (part, (*others[:dim], t[dim], *others[dim + 1 :])) for part, t in zip(parts, types, strict=True)
     )
     output = (*others[:dim], along, *others[dim + 1 :])
-    return Typed(output, operands=operands, follows=None if is_plain(along) else NOTHING)
+    return RuleResult(output, operands=operands, prefix_operands=None if is_plain(along) else NEEDS_ALL)
 
 
 @rule(aten.stack.default)
-def stack(call: Call) -> Typed:
+def stack(call: Call) -> RuleResult:
     parts = call.arg(0)
     types = [call.type_of(part) for part in parts]
     joined = types[0]
@@ -172,11 +174,11 @@ def stack(call: Call) -> Typed:
         joined = join(joined, other)
     dim = call.arg(1, 0) % (len(joined) + 1)
     output = (*joined[:dim], (Plain(len(parts)),), *joined[dim:])
-    return Typed(output, operands=dict.fromkeys(parts, joined))
+    return RuleResult(output, operands=dict.fromkeys(parts, joined))
 
 
 @rule(*PADDINGS)
-def pad(call: Call) -> Typed:
+def pad(call: Call) -> RuleResult:
     """Around plain dimensions; new tokens at an end would have no place on the grid."""
     x, amounts = call.type(0), list(call.arg(1))
     dims = [len(x) - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
@@ -186,7 +188,7 @@ def pad(call: Call) -> Typed:
         raise NoRule("it pads the token axis")
     shape = call.output_shape()
     output = tuple((Plain(shape[d]),) if d in dims else dim for d, dim in enumerate(x))
-    return Typed(output, operands={call.operand(0): x})
+    return RuleResult(output, operands={call.operand(0): x})
 
 
 def _concatenate(dims: list[Dim]) -> Dim:

@@ -6,20 +6,20 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.operators import FEATURE_NORMS, SOFTMAXES
 from gtp_fx.types.axes import Plain, TensorType, is_plain, token_axes
-from gtp_fx.types.rules.registry import NOTHING, Call, NoRule, Typed, require_plain, rule
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, require_plain, rule
 
 
 @rule(*FEATURE_NORMS)
-def norm(call: Call) -> Typed:
+def norm(call: Call) -> RuleResult:
     x = call.type(0)
     require_plain(x[len(x) - len(call.arg(1)) :], "the features that a norm averages")
     for parameter in call.tensors()[1:]:
         require_plain(call.type_of(parameter), "the parameters of a norm")
-    return Typed(x, operands={call.operand(0): x})
+    return RuleResult(x, operands={call.operand(0): x})
 
 
 @rule(*SOFTMAXES)
-def softmax(call: Call) -> Typed:
+def softmax(call: Call) -> RuleResult:
     """Over tokens it mixes them: each output then needs every input along that axis.
 
     Plain attention is an operator of its own by now (`fuse_attention`), which is told how many tokens a key stands for. Any
@@ -30,22 +30,22 @@ def softmax(call: Call) -> Typed:
     node = call.operand(0)
     if any(axis.domain.level for axis in token_axes((x[dim],))):
         raise NoRule("a softmax over tokens can't be told how many each stands for")
-    return Typed(x, operands={node: x}, follows=None if is_plain(x[dim]) else NOTHING)
+    return RuleResult(x, operands={node: x}, prefix_operands=None if is_plain(x[dim]) else NEEDS_ALL)
 
 
 @rule(aten.mean.dim, aten.amax.default, aten.amin.default)
-def pool(call: Call) -> Typed:
+def pool(call: Call) -> RuleResult:
     """A mean over the tokens that are left is the method's pooling; a maximum over them needs no weight either."""
     return _reduce(call, over_tokens=True)
 
 
 @rule(aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.var.correction)
-def total(call: Call) -> Typed:
+def total(call: Call) -> RuleResult:
     """Over channels only: a sum over tokens counts them, and would shrink with every token that leaves."""
     return _reduce(call, over_tokens=False)
 
 
-def _reduce(call: Call, over_tokens: bool) -> Typed:
+def _reduce(call: Call, over_tokens: bool) -> RuleResult:
     x = call.type(0)
     node = call.operand(0)
     # linalg_vector_norm(x, ord, dim, keepdim) has its order in between.
@@ -57,4 +57,4 @@ def _reduce(call: Call, over_tokens: bool) -> Typed:
     if mixes_tokens and not over_tokens:
         raise NoRule("it adds up tokens, so its value depends on how many are left")
     output: TensorType = tuple((Plain(1),) if i in dims else dim for i, dim in enumerate(x) if keepdim or i not in dims)
-    return Typed(output, operands={node: x}, follows=NOTHING if mixes_tokens else None)
+    return RuleResult(output, operands={node: x}, prefix_operands=NEEDS_ALL if mixes_tokens else None)

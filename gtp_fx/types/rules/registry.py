@@ -9,7 +9,7 @@ input come, and which arguments hold sizes that change when tokens leave? The sa
     def linear(call):
         x = call.type(0)
         require_plain(x[-1:], "the features that a linear layer mixes")
-        return Typed((*x[:-1], (Plain(call.output_shape()[-1]),)), operands={call.operand(0): x})
+        return RuleResult((*x[:-1], (Plain(call.output_shape()[-1]),)), operands={call.operand(0): x})
 
 A rule that can't answer raises `NoRule` with the reason. The operator is then a *barrier*, exactly like one that has no
 rule at all: its inputs must be whole and nothing is claimed about its output. So a missing rule costs speed or a named
@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import fx
 
+from gtp_fx.errors import NotApplicable
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.axes import (
     CountOf,
@@ -38,38 +39,38 @@ from gtp_fx.types.axes import (
     whole_size,
 )
 
-NOTHING: frozenset[fx.Node] = frozenset()
-"""`follows` of an operator whose every output token needs every input token."""
+NEEDS_ALL: frozenset[fx.Node] = frozenset()
+"""`prefix_operands` of an operator whose every output token needs every input token."""
 
 
 @dataclass(frozen=True)
-class Many:
+class TypeList:
     """The types of the items of an operator that returns a list or a tuple."""
 
     items: tuple[TensorType, ...]
 
 
-Output = TensorType | Many | None
+Output = TensorType | TypeList | None
 """A tensor's type, the types of several, or None for what is no tensor."""
 
 Repair = Callable[[CountOf], tuple[Any, ...]]
 """New positional arguments for the node, from the token counts of the plan."""
 
 
-class NoRule(Exception):
+class NoRule(NotApplicable):
     """This operator can't be followed with these inputs; the message is the reason a user reads."""
 
 
 @dataclass(frozen=True)
-class Typed:
+class RuleResult:
     """A rule's answer.
 
     output: the type of what the node returns.
     operands: the type in which a tensor argument must come, where that isn't simply its own.
     repair: recomputes the arguments that hold sizes; None where there are none.
-    follows: the operands whose first n tokens are all that the output's first n tokens need. None for a token-wise
+    prefix_operands: the operands whose first n tokens are all that the output's first n tokens need. None for a token-wise
         operator, where that holds for every operand; the empty set where the output needs all of everything.
-    leading: for an operand that doesn't follow, how many leading tokens the node reads; every token where unnamed.
+    prefix_needed: for an operand that doesn't follow, how many leading tokens the node reads; every token where unnamed.
     barrier: the reason why the inputs must be whole; empty where the operator is followed.
     broadcasts: operands are right-aligned with the output and may lack its leading dimensions.
     """
@@ -77,8 +78,8 @@ class Typed:
     output: Output
     operands: dict[fx.Node, TensorType] = field(default_factory=dict)
     repair: Repair | None = None
-    follows: frozenset[fx.Node] | None = None
-    leading: dict[fx.Node, int] = field(default_factory=dict)
+    prefix_operands: frozenset[fx.Node] | None = None
+    prefix_needed: dict[fx.Node, int] = field(default_factory=dict)
     barrier: str = ""
     broadcasts: bool = False
 
@@ -131,7 +132,7 @@ class Call:
         return tuple(changes.get(i, arg) for i, arg in enumerate(self.node.args))
 
 
-Rule = Callable[[Call], Typed]
+Rule = Callable[[Call], RuleResult]
 _rules: dict[Any, Rule] = {}
 
 

@@ -6,11 +6,11 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.operators import CHANNEL_NORMS, GRID_MAKERS, RESIZINGS
 from gtp_fx.types.axes import Grid, GridAxis, Plain, TensorType, is_plain, merge_grids, plain, token_axes, whole_size
-from gtp_fx.types.rules.registry import Call, Many, NoRule, Typed, require_plain, rule
+from gtp_fx.types.rules.registry import Call, NoRule, RuleResult, TypeList, require_plain, rule
 
 
 @rule(*GRID_MAKERS)
-def convolution(call: Call) -> Typed:
+def convolution(call: Call) -> RuleResult:
     """[B, C, *sides] -> [B, C', *sides']: a new grid, whose flattening makes a token domain.
 
     Its input may be an image or an older grid, whole in either case: a convolution needs every neighbour in place. Where
@@ -29,11 +29,11 @@ def convolution(call: Call) -> Typed:
         grid = old if old.shape == grid.shape else grid
     sides = tuple((GridAxis(grid, side),) for side in range(len(grid.shape)))
     output: TensorType = ((Plain(shape[0], images=True),), (Plain(shape[1]),), *sides)
-    return Typed(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
+    return RuleResult(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
 
 
 @rule(aten.im2col.default)
-def columns(call: Call) -> Typed:
+def columns(call: Call) -> RuleResult:
     """F.unfold, [B, C, h, w] -> [B, C·k·k, rows·columns]: patches in a row, of a new grid."""
     x = call.type(0)
     if len(x) != 4 or not is_plain(x[0]):
@@ -48,11 +48,11 @@ def columns(call: Call) -> Typed:
     grid = Grid(call.node.name, tuple(counts))
     patches = merge_grids((GridAxis(grid, 0), GridAxis(grid, 1)))
     output: TensorType = ((Plain(shape[0], images=True),), (Plain(shape[1]),), patches)
-    return Typed(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
+    return RuleResult(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
 
 
 @rule(*RESIZINGS)
-def resample(call: Call) -> Typed:
+def resample(call: Call) -> RuleResult:
     """A grid of another size, of images; a table that all images share (a position embedding) is no grid of patches."""
     if whole_size(call.type(0)[0]) == 1:
         raise NoRule("it resamples a table")
@@ -60,7 +60,7 @@ def resample(call: Call) -> Typed:
 
 
 @rule(*CHANNEL_NORMS)
-def channel_norm(call: Call) -> Typed:
+def channel_norm(call: Call) -> RuleResult:
     """Statistics are over the grid (group norm) or fixed (batch norm in eval); either way the layout stays."""
     x = call.type(0)
     tokens = [dim for dim in x if token_axes((dim,))]
@@ -73,8 +73,8 @@ def channel_norm(call: Call) -> Typed:
         require_plain(call.type_of(parameter), "the parameters of a norm")
     values = call.node.meta["val"]
     several = isinstance(values, list | tuple)  # the result, and statistics that it saves
-    output = Many((x, *(plain(*value.shape) for value in values[1:]))) if several else x
-    return Typed(output, operands={call.operand(0): x})
+    output = TypeList((x, *(plain(*value.shape) for value in values[1:]))) if several else x
+    return RuleResult(output, operands={call.operand(0): x})
 
 
 def _rank(operator: object) -> int:

@@ -256,7 +256,7 @@ def test_only_the_projection_whose_parts_differ_is_split() -> None:
 
 def test_whole_maps_keep_every_query() -> None:
     gm = mark_blocks(normalise(traced(cls_head, *INPUTS)))
-    dropped = drop_dead_tokens(gm, whole_maps=True)
+    dropped = drop_dead_tokens(gm, needs_full_maps=True)
     propagate_shapes(dropped, "drop_dead_tokens")
     last = node(dropped, aten.scaled_dot_product_attention.default, 1)
     assert last.meta["val"].shape == (2, 2, 13, 4)
