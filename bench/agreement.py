@@ -17,7 +17,8 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.blocks import AttentionBlock, read_blocks
+from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.inputs import call_signature
 from gtp_fx.capture.module import capture_module
 from gtp_fx.errors import UnsupportedModelError
@@ -91,7 +92,7 @@ def neighbour_agreement(model: nn.Module, images: Any, example_inputs: Any = Non
 
 
 def _of_first_stream(gm: fx.GraphModule) -> list[AttentionBlock]:
-    blocks = [block for block in read_blocks(gm) if block.refusal is None and block.site is not None]
+    blocks = [block for block in typed_graph(gm.graph).blocks if block.refusal is None and block.site is not None]
     if not blocks or blocks[0].stream is None:
         raise UnsupportedModelError("no tokens can leave this model's streams, so no graph of them is asked")
     return [block for block in blocks if block.axis.domain.grid == blocks[0].axis.domain.grid]

@@ -30,7 +30,7 @@ from bench.environment import Environment
 from bench.output import publish
 from bench.photographs import load_net, load_photographs
 from bench.tasks import TASKS, outputs_of
-from gtp_fx.analysis.blocks import read_blocks
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.inputs import call_signature
 from gtp_fx.capture.module import capture_module
 from gtp_fx.model.pipeline import run_exact_passes
@@ -107,10 +107,10 @@ def measure(name: str, model: nn.Module, unlabelled: Tensor, images: Tensor, sch
     options = Options.of(flops_budget=0.5)
     exact = run_exact_passes(capture_module(model, signature), options)
     gm, strategy = exact.graph_module, gtp_fx.GTP(token_scale=False)
-    blocks = read_blocks(gm)
+    blocks = typed_graph(gm.graph).blocks
     shapes = tuple(map(block_shape, blocks))
-    found = find_sites(gm.graph, blocks, strategy)
-    costs = flops_model(gm.graph, found.typing, found.sites, strategy, exact.original.flops)
+    found = find_sites(typed_graph(gm.graph), strategy)
+    costs = flops_model(found.typing, found.sites, strategy, exact.original.flops)
     original = outputs_of(model, images)
     calibration = bound(Calibration.of(unlabelled), signature.canonical)
 

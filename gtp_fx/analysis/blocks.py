@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -12,7 +13,7 @@ from gtp_fx.analysis.branches import Branch, NoBranch, find_branch, pooled_to
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import ancestors, attention_dropout, descendants, layer_name, refusal
 from gtp_fx.types.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
-from gtp_fx.types.infer import Typing, infer_types
+from gtp_fx.types.infer import SiteTyping, WholeTyping
 from gtp_fx.types.layouts import base_of
 
 MARK = "gtp_block"
@@ -49,11 +50,29 @@ class AttentionBlock:
     dead: bool = False
     branch: Branch | None = None
 
+    def copied(self, at: Mapping[fx.Node, fx.Node]) -> AttentionBlock:
+        """The same block of a copy of the graph. at: each node's copy."""
+        return replace(
+            self,
+            attention=at[self.attention],
+            site=None if self.site is None else at[self.site],
+            stream=None if self.stream is None else at[self.stream],
+            branch=None if self.branch is None else self.branch.copied(at),
+        )
 
-def read_blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
-    """The marked blocks of `gm`, in order, and whether tokens can leave there as the graph stands now."""
-    typing = infer_types(gm.graph)
-    marked = {(node.meta[MARK].role, node.meta[MARK].index): node for node in gm.graph.nodes if MARK in node.meta}
+
+SitesTyped = Callable[[frozenset[fx.Node]], SiteTyping]
+"""Types of a graph with sites behind some of its nodes."""
+
+
+def marks_of(graph: fx.Graph) -> tuple[tuple[fx.Node, Mark], ...]:
+    """Every marked node with its mark, in graph order."""
+    return tuple((node, node.meta[MARK]) for node in graph.nodes if MARK in node.meta)
+
+
+def read_blocks(typing: WholeTyping, with_sites: SitesTyped) -> tuple[AttentionBlock, ...]:
+    """The marked blocks of a graph, in order, and whether tokens can leave there as it stands now."""
+    marked = {(mark.role, mark.index): node for node, mark in marks_of(typing.graph)}
     windowed = {
         base_of(axis.domain.grid) for node in marked.values() if (axis := node.meta[MARK].axis).domain.grid.parts
     }
@@ -71,7 +90,7 @@ def read_blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
             dead = site is not None and all(map(is_plain, typing.type(site)))
             layer = layer_name(attention)
             blocks.append(AttentionBlock(index, layer, attention, site, stream, axis, refusal, dead))
-    returned = _made_whole_again(gm.graph, blocks)
+    returned = _made_whole_again(blocks, with_sites)
     reason = "something between blocks needs the whole grid, so tokens that leave would have to come back each time"
     blocks = [
         replace(b, refusal=_refusal(b.attention, reason)) if b.axis.domain.grid in returned else b for b in blocks
@@ -80,10 +99,10 @@ def read_blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
     return tuple(b if base_of(b.axis.domain.grid) in shortened else _with_branch(b, typing) for b in blocks)
 
 
-def _made_whole_again(graph: fx.Graph, blocks: list[AttentionBlock]) -> set[Grid]:
+def _made_whole_again(blocks: list[AttentionBlock], with_sites: SitesTyped) -> set[Grid]:
     """The grids of which a site, or the attention before it, would meet all tokens where others have left before."""
     sites = [block.site for block in blocks if block.refusal is None and block.site is not None]
-    typing = infer_types(graph, frozenset(sites))
+    typing = with_sites(frozenset(sites))
     domains = Counter(
         axis.domain
         for site in sites
@@ -99,7 +118,7 @@ def _made_whole_again(graph: fx.Graph, blocks: list[AttentionBlock]) -> set[Grid
     return returned
 
 
-def _with_branch(block: AttentionBlock, typing: Typing) -> AttentionBlock:
+def _with_branch(block: AttentionBlock, typing: WholeTyping) -> AttentionBlock:
     """Where tokens can't leave, what some of them can skip, or why there is no such thing either."""
     if block.refusal is None or block.site is None or block.dead:
         return block
@@ -113,7 +132,7 @@ def _refusal(attention: fx.Node, reason: str) -> Refusal:
     return refusal(attention, reason)
 
 
-def self_attention_axis(node: fx.Node, typing: Typing) -> TokenAxis | None:
+def self_attention_axis(node: fx.Node, typing: WholeTyping) -> TokenAxis | None:
     """The token axis that queries and keys share, or None where this isn't self-attention over tokens.
 
     Keys may be pooled: each then stands for the tokens of a cell, the one that asks among them.
@@ -127,7 +146,7 @@ def self_attention_axis(node: fx.Node, typing: Typing) -> TokenAxis | None:
     return axis if same or pooled_to(typing.type(query), typing.type(key)) else None
 
 
-def _residual_add(attention: fx.Node, typing: Typing) -> fx.Node | None:
+def _residual_add(attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
     """The residual add after `attention`: it adds to something that the attention itself came from."""
     after, before = descendants(attention), ancestors(attention)
     nodes: list[fx.Node] = list(attention.graph.nodes)
@@ -147,7 +166,7 @@ def _other_side(add: fx.Node, after: set[fx.Node]) -> fx.Node | None:
     return sides[0] if len(operands) == 2 and len(sides) == 1 else None
 
 
-def _why_not(attention: fx.Node, site: fx.Node | None, typing: Typing) -> Refusal | None:
+def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> Refusal | None:
     def refuse(reason: str) -> Refusal:
         return _refusal(attention, reason)
 

@@ -9,7 +9,8 @@ attention's residual add is the branch: as much of it, from its end backward, as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
@@ -29,7 +30,7 @@ from gtp_fx.types.axes import (
     token_axis,
     whole_size,
 )
-from gtp_fx.types.infer import Typing
+from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.layouts import NoLayout, by_window, convert, image_layout
 from gtp_fx.types.rules.layout import is_view
 
@@ -65,12 +66,16 @@ class Branch:
         rank = len(self.lead) + 3
         return (*self.lead, self.heads, rank - 2, rank - 1)
 
+    def copied(self, at: Mapping[fx.Node, fx.Node]) -> Branch:
+        """The same branch of a copy of the graph. at: each node's copy."""
+        return replace(self, entries=tuple(at[n] for n in self.entries), inside=tuple(at[n] for n in self.inside))
+
 
 class NoBranch(NotApplicable):
     """Why a block has no branch that some tokens can skip; the message is the reason a user reads."""
 
 
-def find_branch(attention: fx.Node, site: fx.Node, typing: Typing) -> Branch:
+def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branch:
     """The branch of the block whose attention ends in the residual add `site`. Raises NoBranch."""
     entries, inside = _next_branch(site, typing)
     result = inside[-1]
@@ -107,7 +112,7 @@ def pooled_to(query: TensorType, key: TensorType) -> tuple[int, ...]:
     return cells.shape if divides else ()
 
 
-def _next_branch(site: fx.Node, typing: Typing) -> tuple[list[fx.Node], list[fx.Node]]:
+def _next_branch(site: fx.Node, typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:
     """Entries and nodes of the first branch behind `site` that has a token-wise tail, before attention is paid again.
 
     Between the two may be others that have none: a position encoding by convolution, say.
@@ -140,7 +145,7 @@ def _origin(node: fx.Node) -> fx.Node:
     return node
 
 
-def _token_wise_tail(result: fx.Node, behind: set[fx.Node], typing: Typing) -> tuple[list[fx.Node], list[fx.Node]]:
+def _token_wise_tail(result: fx.Node, behind: set[fx.Node], typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:
     """The values that the longest token-wise part before `result` begins with, and its nodes, both in graph order.
 
     behind: the nodes that may be part of it, which lie behind the attention's residual add.
@@ -165,7 +170,7 @@ def _token_wise_tail(result: fx.Node, behind: set[fx.Node], typing: Typing) -> t
     return entries[::-1], inside[::-1]
 
 
-def _is_token_wise(node: fx.Node, lead: TensorType, typing: Typing) -> bool:
+def _is_token_wise(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
     """Its result for a token needs that token alone, and what else it reads is the same for all."""
     answer = typing.answers.get(node)
     if (
@@ -184,7 +189,7 @@ def _is_token_wise(node: fx.Node, lead: TensorType, typing: Typing) -> bool:
     return all(all(whole_size(dim) == 1 for dim in typing.type(other)[:-1]) for other in others)
 
 
-def _runs_over(node: fx.Node, lead: TensorType, typing: Typing) -> bool:
+def _runs_over(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
     return typing.is_tensor(node) and typing.type(node)[:-1] == lead and is_plain(typing.type(node)[-1])
 
 

@@ -16,7 +16,7 @@ from torch import fx
 from gtp_fx.analysis.blocks import MARK
 from gtp_fx.graph.nodes import is_input
 from gtp_fx.types.axes import TensorType, token_axes, token_axis
-from gtp_fx.types.infer import Typing
+from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.rules.registry import RuleResult, TypeList
 
 ALL = 1 << 60
@@ -31,11 +31,11 @@ class Liveness:
     computed: dict[fx.Node, int]
 
 
-def live_tokens(graph: fx.Graph, typing: Typing, whole: frozenset[fx.Node] = frozenset()) -> Liveness:
+def live_tokens(typing: WholeTyping, whole: frozenset[fx.Node] = frozenset()) -> Liveness:
     """Liveness of every value. `whole`: nodes that must be computed for all tokens whatever is read of them."""
     needed: dict[fx.Node, int] = {}
     computed: dict[fx.Node, int] = {}
-    for node in reversed(graph.nodes):
+    for node in reversed(typing.graph.nodes):
         answer = typing.answers.get(node)
         if answer is None:
             continue
@@ -47,7 +47,7 @@ def live_tokens(graph: fx.Graph, typing: Typing, whole: frozenset[fx.Node] = fro
         computed[node] = wanted if node not in whole and _can_narrow(node, answer, wanted) else ALL
         for operand in node.all_input_nodes:
             needed[operand] = max(needed.get(operand, 0), _wanted_of(operand, answer, computed[node]))
-    for node in graph.nodes:
+    for node in typing.graph.nodes:
         if node.target is operator.getitem and node.args[0] in computed:
             computed[node] = computed[node.args[0]]  # type: ignore[index]
     return Liveness(needed, computed)

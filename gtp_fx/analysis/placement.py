@@ -9,12 +9,13 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.typed_graph import TypedGraph
 from gtp_fx.errors import OptionError
 from gtp_fx.graph.nodes import descendants
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.types.axes import Grid, is_plain
 from gtp_fx.types.coercions import Coercion, find_coercions
-from gtp_fx.types.infer import Edge, Typing, infer_types, levels
+from gtp_fx.types.infer import Edge, SiteTyping, levels
 
 
 def cut_of(block: AttentionBlock, strategy: Strategy) -> fx.Node | None:
@@ -44,42 +45,31 @@ def _positions(strategy: Strategy, blocks: int) -> set[int]:
     return places
 
 
-def ends_of(blocks: Sequence[AttentionBlock], strategy: Strategy, typing: Typing) -> dict[fx.Node, Grid]:
-    """Behind which nodes every token is in its place again, and of which grid; none where tokens are gone for good.
-
-    typing: of the graph without sites.
-    """
+def ends_of(typed: TypedGraph, strategy: Strategy) -> dict[fx.Node, Grid]:
+    """Behind which nodes every token is in its place again, and of which grid; none where tokens are gone for good."""
     if not strategy.restores_tokens:
         return {}
-    last = {block.axis.domain.grid: block for block in blocks if block.site is not None and block.refusal is None}
+    typing = typed.whole
+    last = {block.axis.domain.grid: block for block in typed.blocks if block.site is not None and block.refusal is None}
     ends = {_end_of_block(block.site): grid for grid, block in last.items() if block.site is not None}
     return {node: grid for node, grid in ends.items() if not all(map(is_plain, typing.type(node)))}
 
 
-def typed(
-    graph: fx.Graph,
-    blocks: Sequence[AttentionBlock],
-    strategy: Strategy,
-    cuts: Collection[fx.Node],
-    ends: Collection[fx.Node],
-) -> Typing:
-    """Types of a graph whose blocks are marked, where tokens leave at `cuts`, are back behind `ends` and, in streams, where the
-    strategy recovers those."""
-    ends = frozenset(ends)
-    typing = infer_types(graph, frozenset(cuts), ends)
-    if not strategy.recovers_updates or not _recovering(typing):
-        return typing
-    # Of all sites, whichever are used: a price and a rewrite then speak of the same graph.
-    everywhere = frozenset(filter(None, (cut_of(block, strategy) for block in leaving_blocks(blocks, strategy))))
-    all_used = everywhere == frozenset(cuts)
-    edges = updated_edges(typing if all_used else infer_types(graph, everywhere, ends), blocks)
-    updating = infer_types(graph, everywhere, ends, edges)
-    if find_coercions(updating).refused:
-        return typing
-    return updating if all_used else infer_types(graph, frozenset(cuts), ends, edges)
+def updated_edges(typed: TypedGraph, strategy: Strategy, ends: Collection[fx.Node]) -> frozenset[Edge]:
+    """Where the strategy recovers residual streams: (reader, stream); nowhere where it doesn't, or where that can't be done.
+
+    ends: behind which tokens are back. Told with every site in place, whichever are used: a price and a rewrite then speak of the
+    same graph.
+    """
+    if not strategy.recovers_updates:
+        return frozenset()
+    blocks, ends = typed.blocks, frozenset(ends)
+    sites = frozenset(filter(None, (cut_of(block, strategy) for block in leaving_blocks(blocks, strategy))))
+    edges = _edges_recovered(typed.with_sites(sites, ends), blocks)
+    return frozenset() if find_coercions(typed.with_sites(sites, ends, edges)).refused else edges
 
 
-def updated_edges(typing: Typing, blocks: Sequence[AttentionBlock]) -> frozenset[Edge]:
+def _edges_recovered(typing: SiteTyping, blocks: Sequence[AttentionBlock]) -> frozenset[Edge]:
     """Where residual streams are read on the way to what needs every token: (reader, stream).
 
     What is recovered there is a stream, so that a token that left can come back as what it was, changed as its neighbours
@@ -102,11 +92,11 @@ def updated_edges(typing: Typing, blocks: Sequence[AttentionBlock]) -> frozenset
     return frozenset(edges)
 
 
-def _recovering(typing: Typing) -> list[Coercion]:
+def _recovering(typing: SiteTyping) -> list[Coercion]:
     return [coercion for coercion in find_coercions(typing).found if any(step.recovers for step in coercion.steps)]
 
 
-def _is_short(typing: Typing, node: fx.Node) -> bool:
+def _is_short(typing: SiteTyping, node: fx.Node) -> bool:
     return any(level for level in levels(typing.type(node)))
 
 

@@ -21,7 +21,7 @@ from gtp_fx.graph.operators import (
     VIEWS,
 )
 from gtp_fx.types.axes import TensorType, is_plain, token_axes, token_axis
-from gtp_fx.types.infer import Typing
+from gtp_fx.types.infer import WholeTyping
 
 _ELEMENTWISE = (
     *VIEWS,
@@ -36,10 +36,10 @@ _ELEMENTWISE = (
 """What may stand between a product and its softmax; a linear layer there mixes heads."""
 
 
-def unsupported_attention(graph: fx.Graph, typing: Typing) -> tuple[Refusal, ...]:
-    """One refusal for each reason, at the first layer it holds for; graph's blocks must be marked."""
+def unsupported_attention(typing: WholeTyping) -> tuple[Refusal, ...]:
+    """One refusal for each reason, at the first layer it holds for; the graph's blocks must be marked."""
     found: dict[str, list[Refusal]] = {}
-    for node in graph.nodes:
+    for node in typing.graph.nodes:
         reason = ""
         if node.target in ATTENTION and MARK not in node.meta:
             reason = _why_no_block(node, typing)
@@ -50,7 +50,7 @@ def unsupported_attention(graph: fx.Graph, typing: Typing) -> tuple[Refusal, ...
     return tuple(_counted(refusals) for refusals in found.values())
 
 
-def _why_no_block(attention: fx.Node, typing: Typing) -> str:
+def _why_no_block(attention: fx.Node, typing: WholeTyping) -> str:
     answer = typing.answers[attention]
     if answer.barrier:
         return answer.barrier
@@ -86,7 +86,7 @@ def _merged_tokens(kind: TensorType) -> bool:
     return bool(token_axes(kind))
 
 
-def _last_lost(node: fx.Node, typing: Typing) -> fx.Node | None:
+def _last_lost(node: fx.Node, typing: WholeTyping) -> fx.Node | None:
     """The closest operator above `node` that takes in patch tokens and of whose output nothing is known."""
     before = ancestors(node)
     for candidate in reversed(list(node.graph.nodes)):

@@ -51,13 +51,18 @@ def set_args(node: fx.Node, args: tuple[Any, ...]) -> None:
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph module of its own over the same parameters, so that a pass never touches its input."""
+    return copy_with_nodes(gm)[0]
+
+
+def copy_with_nodes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """The same, and each node's copy."""
     graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, values))
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
     take_signature(graph, gm.graph)
     new = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
     new.meta.update(gm.meta)
-    return new
+    return new, dict(zip(gm.graph.nodes, graph.nodes, strict=True))
 
 
 def returning(gm: fx.GraphModule, results: Callable[[dict[fx.Node, fx.Node]], list[fx.Node]]) -> fx.GraphModule:

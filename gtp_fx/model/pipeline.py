@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.blocks import read_blocks
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.errors import OptionError
 from gtp_fx.graph.nodes import layer_name, operator_name
 from gtp_fx.graph.verify import check_outputs
@@ -120,7 +120,7 @@ def _recovered(graph: fx.Graph) -> tuple[str, ...]:
 
 
 def _site_rows(gm: fx.GraphModule, plan: Plan) -> tuple[SiteRow, ...]:
-    layers = {block.index: layer_name(block.attention) for block in read_blocks(gm)}
+    layers = {block.index: layer_name(block.attention) for block in typed_graph(gm.graph).blocks}
     rows = []
     for site in plan.sites:
         gone = plan.schedule.propagated[site.block]

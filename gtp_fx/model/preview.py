@@ -8,15 +8,14 @@ from typing import Any
 from tabulate import tabulate
 from torch import nn
 
-from gtp_fx.analysis.blocks import AttentionBlock, read_blocks
-from gtp_fx.analysis.unsupported_attention import unsupported_attention
+from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.inputs import call_signature, describe
 from gtp_fx.capture.module import capture_module
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.model.pipeline import run_exact_passes
 from gtp_fx.options.options import Options
-from gtp_fx.types.infer import infer_types
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,13 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
     """
     signature = call_signature(model, example_inputs)
     exact = run_exact_passes(capture_module(model, signature, training=False), Options.of(flops_budget=1.0))
-    graph = exact.graph_module.graph
+    typed = typed_graph(exact.graph_module.graph)
     return Inspection(
         inputs=describe(signature.args, signature.kwargs),
         flops=exact.original.flops,
         exact_flops=exact.steps[-1].flops,
-        blocks=tuple(map(_row, read_blocks(exact.graph_module))),
-        other=unsupported_attention(graph, infer_types(graph)),
+        blocks=tuple(map(_row, typed.blocks)),
+        other=typed.unsupported_attention,
     )
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from gtp_fx.analysis.blocks import AttentionBlock, read_blocks
-from gtp_fx.analysis.unsupported_attention import unsupported_attention
+from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError
 from gtp_fx.graph.nodes import operator_name
 from gtp_fx.options.options import Options
@@ -28,7 +28,6 @@ from gtp_fx.plan.plan import Plan, leaving_by_stream
 from gtp_fx.plan.shortest_path import OverBudget
 from gtp_fx.plan.uniform import SCHEDULE_FAMILIES, mildest_within
 from gtp_fx.strategies import Strategy
-from gtp_fx.types.infer import infer_types
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ def make_plan(
     apply_plan: what calibration judges schedules by.
     Raises UnsupportedModelError, BudgetError or ScheduleError; `gm` is not changed.
     """
-    blocks = read_blocks(gm)
-    others = unsupported_attention(gm.graph, infer_types(gm.graph))
+    typed = typed_graph(gm.graph)
+    blocks, others = typed.blocks, typed.unsupported_attention
     flops_now = count_flops(gm.graph)
     if not blocks and not blocks_needed:
         return Planned(Plan.of((), (), (), options.strategy), flops_now, others)
@@ -76,17 +75,17 @@ def make_plan(
     asked = _asked(options.schedule, shapes)
     if _nothing_to_remove(asked, options, flops_now / original.flops):
         return Planned(Plan.of((), (), shapes, options.strategy), flops_now, others)
-    found = find_sites(gm.graph, blocks, options.strategy)
+    found = find_sites(typed, options.strategy)
     options = replace(options, strategy=_settled_early(options.strategy, found))
-    flops = flops_model(gm.graph, found.typing, found.sites, options.strategy, original.flops)
-    timed = None if options.latency_budget is None else _seconds(gm.graph, found, options, original)
+    flops = flops_model(found.typing, found.sites, options.strategy, original.flops)
+    timed = None if options.latency_budget is None else _seconds(found, options, original)
     if asked is not None:
         choice = Choice(_split(asked, blocks, flops, options), options.strategy, "")
     else:
         choice = _choose(gm, found, shapes, flops if timed is None else timed, options, original, apply_plan)
     plan = Plan.of(found.sites, choice.counts, shapes, choice.strategy)
     if plan.strategy != options.strategy:
-        flops = flops_model(gm.graph, found.typing, found.sites, plan.strategy, original.flops)
+        flops = flops_model(found.typing, found.sites, plan.strategy, original.flops)
     refusals = [
         *(block.refusal for block in blocks if block.refusal is not None and block.branch is None),
         *others,
@@ -124,11 +123,11 @@ def _choose(
         if strategy == options.strategy:
             return model
         if options.latency_budget is not None:
-            return _seconds(gm.graph, found, replace(options, strategy=strategy), original)
-        return flops_model(gm.graph, found.typing, found.sites, strategy, original.flops)
+            return _seconds(found, replace(options, strategy=strategy), original)
+        return flops_model(found.typing, found.sites, strategy, original.flops)
 
     # Calibration solves many times over.
-    timed = functools.cache(lambda: _seconds(gm.graph, found, options, original))
+    timed = functools.cache(lambda: _seconds(found, options, original))
 
     def solve(damage: Damage) -> tuple[int, ...]:
         if options.latency_budget is not None:
@@ -157,10 +156,10 @@ def _choose(
         ) from None
 
 
-def _seconds(graph: fx.Graph, found: Candidates, options: Options, original: Original) -> CostModel:
+def _seconds(found: Candidates, options: Options, original: Original) -> CostModel:
     target, batch = options.target, options.batch
     before = graph_seconds(original.graph, target, batch)
-    return seconds_model(graph, found.typing, found.sites, options.strategy, target, batch, before, found.branches)
+    return seconds_model(found.typing, found.sites, options.strategy, target, batch, before, found.branches)
 
 
 def _asked(schedule: str | Schedule | tuple[int, ...], shapes: tuple[BlockShape, ...]) -> tuple[int, ...] | None:

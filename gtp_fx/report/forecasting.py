@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from gtp_fx.analysis.blocks import AttentionBlock, read_blocks
+from gtp_fx.analysis.typed_graph import TypedGraph, typed_graph
 from gtp_fx.options.options import Options
 from gtp_fx.plan.cost.chains import counts_behind
 from gtp_fx.plan.cost.closed_form import flops_of
@@ -23,16 +23,16 @@ from gtp_fx.types.axes import whole_count
 
 def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: Options) -> Forecast:
     """Of a plan for `gm`, which is behind the exact passes."""
-    graph, target, batch = gm.graph, options.target, options.batch
+    typed, target, batch = typed_graph(gm.graph), options.target, options.batch
     options = replace(options, strategy=planned.plan.strategy)
-    blocks = read_blocks(gm)
-    found = planned.found or no_sites(graph)
+    blocks = typed.blocks
+    found = planned.found or no_sites(typed)
     counts = [planned.plan.schedule.propagated[site.block] for site in found.sites]
-    owner = _owners(graph, blocks)
+    owner = _owners(typed)
     flops = _by_block(found, counts, owner, options, flops_of, 1)
     weigh = lambda works: total_seconds(works, target)  # noqa: E731
     seconds = _by_block(found, counts, owner, options, weigh, batch, target.has_kernels)
-    skipped = branch_seconds(graph, found.sites, options.strategy, target, batch, found.branches)
+    skipped = branch_seconds(typed.graph, found.sites, options.strategy, target, batch, found.branches)
     for site, count in zip(found.sites, counts, strict=True):
         if site.branch is not None:
             flops[site.block][1] += site.branch.change(count)
@@ -78,8 +78,7 @@ def _by_block(
     """[with every token, with the plan] by block; branches are left out."""
     behind = counts_behind(found.sites, counts)
     spent: dict[int, list[Any]] = defaultdict(lambda: [0, 0])
-    graph = next(iter(found.typing.answers)).graph
-    for term in terms_of(graph, found.typing, found.sites, options.strategy, batch, kernels):
+    for term in terms_of(found.typing, found.sites, options.strategy, batch, kernels):
         row = spent[owner(term) if term.site is None else found.sites[term.site].block]
         if term.site is None:
             row[0] += weigh(term.works(whole_count))
@@ -91,10 +90,10 @@ def _by_block(
     return spent
 
 
-def _owners(graph: fx.Graph, blocks: Sequence[AttentionBlock]) -> Callable[[Term], int]:
+def _owners(typed: TypedGraph) -> Callable[[Term], int]:
     """Which block a term belongs to: the last one whose stream is there already."""
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    starts = [order[block.stream if block.stream is not None else block.attention] for block in blocks]
+    order = {node: position for position, node in enumerate(typed.graph.nodes)}
+    starts = [order[block.stream if block.stream is not None else block.attention] for block in typed.blocks]
 
     def owner(term: Term) -> int:
         position = order[term.node] if term.node is not None else -1

@@ -16,7 +16,7 @@ from torch import fx
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import refusal
 from gtp_fx.types.axes import Dim, TensorType, TokenAxis, images_dims, plain, token_axes, token_axis, whole_size
-from gtp_fx.types.infer import Typing
+from gtp_fx.types.infer import SiteTyping
 from gtp_fx.types.rules.registry import RuleResult
 
 
@@ -74,7 +74,7 @@ class _CannotCoerce(Exception):
     """The message is the reason a user reads."""
 
 
-def find_coercions(typing: Typing) -> Coercions:
+def find_coercions(typing: SiteTyping) -> Coercions:
     """Compare the type of every operand with the one its reader asks for."""
     found, refused = [], []
     for node, answer in typing.answers.items():
@@ -95,7 +95,7 @@ def _fits(own: Dim, wanted: Dim) -> bool:
 
 
 def _coercion(
-    node: fx.Node, operand: fx.Node, own: TensorType, wanted: TensorType, answer: RuleResult, typing: Typing
+    node: fx.Node, operand: fx.Node, own: TensorType, wanted: TensorType, answer: RuleResult, typing: SiteTyping
 ) -> Coercion:
     reason = answer.barrier or ("the model returns these tokens" if node.op == "output" else "")
     reason = reason or f"it reads {operand.name} beside another level of the stream"

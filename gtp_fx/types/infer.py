@@ -1,8 +1,9 @@
 """The forward walk: a type for every value of a graph.
 
-`infer_types(graph, sites)` runs each node's rule in graph order. A site is a node after which the residual stream is
-shorter: everything that is computed from it has a newer domain, and where an older value meets it the rule asks for
-the older one in the newer type. Nothing is rewritten here; the result says what a rewrite has to do.
+`infer_types(graph)` runs each node's rule in graph order, with every token in place. `infer_with_sites(graph, sites)`
+does so where tokens leave. A site is a node after which the residual stream is shorter: everything that is computed from it has
+a newer domain, and where an older value meets it the rule asks for the older one in the newer type. Nothing is rewritten
+here; the result says what a rewrite has to do.
 """
 
 from __future__ import annotations
@@ -27,17 +28,15 @@ Edge = tuple[fx.Node, fx.Node]
 
 @dataclass(frozen=True)
 class Typing:
-    """What the walk found.
+    """What the walk found: a `WholeTyping` or a `SiteTyping`; this base is for readers to whom both are the same.
 
     types: the type of each node's value as its users see it (after the site, at a site).
     answers: each rule's answer, for the nodes that have tensors.
-    images: size of the batch dimension of each stream with a site. whole_edges: as they were given.
     """
 
+    graph: fx.Graph
     types: Mapping[fx.Node, Output]
     answers: Mapping[fx.Node, RuleResult]
-    images: Mapping[Grid, int]
-    whole_edges: frozenset[Edge] = frozenset()
 
     def type(self, node: fx.Node) -> TensorType:
         """The type of a node that is a single tensor."""
@@ -50,17 +49,49 @@ class Typing:
         return isinstance(self.types.get(node), tuple)
 
 
-def infer_types(
+@dataclass(frozen=True)
+class WholeTyping(Typing):
+    """Of a graph in which no token leaves."""
+
+
+@dataclass(frozen=True)
+class SiteTyping(Typing):
+    """Of a graph in which tokens leave at sites; at none of none.
+
+    images: size of the batch dimension of each stream with a site. whole_edges: as they were given.
+    """
+
+    images: Mapping[Grid, int]
+    whole_edges: frozenset[Edge] = frozenset()
+
+
+def infer_types(graph: fx.Graph) -> WholeTyping:
+    """Types for every node of `graph`, which need `meta["val"]` with their shapes."""
+    types, answers, _ = _walk(graph)
+    return WholeTyping(graph, types, answers)
+
+
+def infer_with_sites(
+    graph: fx.Graph,
+    sites: frozenset[fx.Node],
+    ends: frozenset[fx.Node] = frozenset(),
+    whole_edges: frozenset[Edge] = frozenset(),
+) -> SiteTyping:
+    """The same with the stream one level shorter after each node of `sites`, and whole after `ends`.
+
+    whole_edges: readers that ask for an operand with every token in place, whatever their rule could do without.
+    Sites must be tensors with a token axis.
+    """
+    return SiteTyping(graph, *_walk(graph, sites, ends, whole_edges), whole_edges)
+
+
+def _walk(
     graph: fx.Graph,
     sites: frozenset[fx.Node] = frozenset(),
     ends: frozenset[fx.Node] = frozenset(),
     whole_edges: frozenset[Edge] = frozenset(),
-) -> Typing:
-    """Types for every node of `graph`, with the stream one level shorter after each node of `sites`, and whole after `ends`.
-
-    whole_edges: readers that ask for an operand with every token in place, whatever their rule could do without.
-    Nodes need `meta["val"]` with their shapes. Sites must be tensors with a token axis.
-    """
+) -> tuple[dict[fx.Node, Output], dict[fx.Node, RuleResult], dict[Grid, int]]:
+    """types, answers and images, as `Typing` and `SiteTyping` have them."""
     asks: dict[fx.Node, list[fx.Node]] = {}
     for reader, operand in whole_edges:
         asks.setdefault(reader, []).append(operand)
@@ -82,7 +113,7 @@ def infer_types(
         if node in ends:
             assert isinstance(answer.output, tuple)
             types[node] = whole(answer.output)
-    return Typing(types, answers, images, whole_edges)
+    return types, answers, images
 
 
 def whole(tensor_type: TensorType) -> TensorType:

@@ -7,54 +7,73 @@ loses 6.9 % of its FLOPs by it, and not a digit of its logits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.liveness import ALL, Liveness, follows, live_tokens, whole_attention
+from gtp_fx.analysis.liveness import ALL, Liveness, follows
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.types.axes import TokenDomain, token_axis, whole_count
-from gtp_fx.types.infer import Typing, infer_types
+from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.rules.registry import RuleResult
 
 
 def drop_dead_tokens(gm: fx.GraphModule, needs_full_maps: bool = False) -> fx.GraphModule:
-    """A copy of `gm` that computes only live tokens; the same graph where all are.
+    """A copy of `gm` that computes only live tokens; `gm` itself where all are.
 
     needs_full_maps: keep every query of the marked blocks' attention, for a strategy that reads whole attention maps.
     """
-    gm = edit.copy_of(gm)
-    typing = infer_types(gm.graph)
-    live = live_tokens(gm.graph, typing, whole_attention(gm.graph) if needs_full_maps else frozenset())
+    typed = typed_graph(gm.graph)
+    typing, live = typed.whole, typed.live(needs_full_maps)
+    # Bounds counted from an end that moves.
+    bounds = {
+        node: answer.repair(whole_count)
+        for node, answer in typing.answers.items()
+        if answer.prefix_needed and answer.repair is not None
+    }
+    narrow = [
+        node for node, answer in typing.answers.items() if live.computed.get(node, ALL) != ALL and answer.operands
+    ]
+    if not narrow and all(args == node.args for node, args in bounds.items()):
+        return gm
+    gm, copies = edit.copy_with_nodes(gm)
+    for node, args in bounds.items():
+        edit.set_args(copies[node], _copied(args, copies))
     slices: dict[tuple[fx.Node, int], fx.Node] = {}
-    for node in list(gm.graph.nodes):
-        answer = typing.answers.get(node)
-        if answer is not None and answer.prefix_needed and answer.repair is not None:
-            edit.set_args(node, answer.repair(whole_count))  # bounds counted from an end that moves
-        if live.computed.get(node, ALL) != ALL and node in typing.answers and typing.answers[node].operands:
-            _narrow(gm.graph, node, typing, live, slices)
+    for node in narrow:
+        _narrow(node, copies, typing, live, slices)
     for part in slices.values():
         _merge_rows(gm.graph, part)
     return edit.finish(gm)
 
 
 def _narrow(
-    graph: fx.Graph,
     node: fx.Node,
-    typing: Typing,
+    copies: Mapping[fx.Node, fx.Node],
+    typing: WholeTyping,
     live: Liveness,
     slices: dict[tuple[fx.Node, int], fx.Node],
 ) -> None:
-    answer, wanted = typing.answers[node], live.computed[node]
+    """Let the copy of `node` read slices of the copies of its operands."""
+    answer, wanted, copy = typing.answers[node], live.computed[node], copies[node]
     if answer.repair is not None:
-        edit.set_args(node, answer.repair(_total(wanted, answer)))
+        edit.set_args(copy, _copied(answer.repair(_total(wanted, answer)), copies))
     for operand, kind in answer.operands.items():
         dims = [d for d, dim in enumerate(kind) if token_axis(dim)]
         if not follows(operand, answer) or not dims or live.computed.get(operand, ALL) == wanted:
             continue
         if (operand, wanted) not in slices:
-            with graph.inserting_after(operand):
-                slices[operand, wanted] = edit.call(graph, aten.slice.Tensor, operand, dims[0], 0, wanted, like=node)
-        node.replace_input_with(operand, slices[operand, wanted])
+            emit = edit.Emitter(copy.graph, like=copy, before=copies[operand].next)
+            slices[operand, wanted] = emit(aten.slice.Tensor, copies[operand], dims[0], 0, wanted)
+        copy.replace_input_with(copies[operand], slices[operand, wanted])
+
+
+def _copied(args: tuple[Any, ...], copies: Mapping[fx.Node, fx.Node]) -> tuple[Any, ...]:
+    found: tuple[Any, ...] = fx.map_arg(args, copies.__getitem__)  # type: ignore[assignment]
+    return found
 
 
 def _merge_rows(graph: fx.Graph, part: fx.Node) -> None:

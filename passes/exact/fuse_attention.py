@@ -23,7 +23,7 @@ from gtp_fx.graph import edit
 from gtp_fx.graph.operators import CASTS, DIVISIONS, MATRIX_PRODUCTS, SCALINGS, SOFTMAXES
 from gtp_fx.graph.symbols import is_symbolic, shape_of
 from gtp_fx.types.axes import GridAxis, Plain, holds_images, whole_size
-from gtp_fx.types.infer import Typing, infer_types
+from gtp_fx.types.infer import WholeTyping, infer_types
 
 _KEEPING_NUMBERS = (*CASTS, aten.type_as.default, aten.contiguous.default)
 
@@ -44,20 +44,35 @@ class Logits:
 
 
 def fuse_attention(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `gm` in which every plain attention is `aten.scaled_dot_product_attention`."""
+    """A copy of `gm` in which every plain attention is `aten.scaled_dot_product_attention`, heads apart; `gm` itself where it is."""
+    if not any(_is_to_change(node) or _spelled_out(node) for node in gm.graph.nodes):
+        return gm
     gm = edit.copy_of(gm)
     typing = infer_types(gm.graph)
     for node in list(gm.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
             _repeat_shared(gm.graph, node)
             _separate_heads(gm.graph, node, typing)
-        if node.target not in MATRIX_PRODUCTS or not isinstance(node.args[0], fx.Node):
-            continue
-        softmax = _softmax_before(node.args[0])
-        logits = None if softmax is None else _logits(softmax.args[0])
-        if logits is not None and _same_rank(logits, node):
+        logits = _spelled_out(node)
+        if logits is not None:
             _replace(gm.graph, node, logits, typing)
     return edit.finish(gm)
+
+
+def _is_to_change(node: fx.Node) -> bool:
+    """The operator already, with keys that queries share or heads that may be among the images."""
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return False
+    return bool(node.kwargs.get("enable_gqa")) or len(shape_of(node)) == 3
+
+
+def _spelled_out(product: fx.Node) -> Logits | None:
+    """The logits of the attention that ends in this product, None where none does."""
+    if product.target not in MATRIX_PRODUCTS or not isinstance(product.args[0], fx.Node):
+        return None
+    softmax = _softmax_before(product.args[0])
+    logits = None if softmax is None else _logits(softmax.args[0])
+    return logits if logits is not None and _same_rank(logits, product) else None
 
 
 def _repeat_shared(graph: fx.Graph, attention: fx.Node) -> None:
@@ -154,7 +169,7 @@ def _same_rank(logits: Logits, product: fx.Node) -> bool:
     return len(shapes[0]) in (3, 4) and len({shape[:-2] for shape in shapes}) == 1
 
 
-def _replace(graph: fx.Graph, product: fx.Node, logits: Logits, typing: Typing) -> None:
+def _replace(graph: fx.Graph, product: fx.Node, logits: Logits, typing: WholeTyping) -> None:
     merged = len(shape_of(logits.q)) == 3
     heads = _merged_heads(logits.q, typing) or _merged_heads(product.args[1], typing) if merged else None  # type: ignore[arg-type]
     if merged and heads is None:
@@ -201,7 +216,7 @@ def _replace(graph: fx.Graph, product: fx.Node, logits: Logits, typing: Typing) 
     graph.erase_node(product)
 
 
-def _separate_heads(graph: fx.Graph, attention: fx.Node, typing: Typing) -> None:
+def _separate_heads(graph: fx.Graph, attention: fx.Node, typing: WholeTyping) -> None:
     """Attention over [images * heads, tokens, features], with heads in a dimension of their own."""
     arguments: tuple[Any, ...] = attention.args
     q, k, v, *rest = arguments
@@ -226,7 +241,7 @@ def _separate_heads(graph: fx.Graph, attention: fx.Node, typing: Typing) -> None
     graph.erase_node(attention)
 
 
-def _merged_heads(q: fx.Node, typing: Typing) -> int | None:
+def _merged_heads(q: fx.Node, typing: WholeTyping) -> int | None:
     """The heads of [images * heads, tokens, features], as the view that merged them says; None where it can't be told.
 
     Heads that stand before the images would be taken for them, so the outer factor must be as many as the images are.
@@ -247,13 +262,13 @@ def _merged_heads(q: fx.Node, typing: Typing) -> int | None:
     return math.prod(factor.whole_size for factor in rest) if all(isinstance(f, Plain) for f in rest) else None
 
 
-def _batch_of_one(typing: Typing) -> bool:
+def _batch_of_one(typing: WholeTyping) -> bool:
     kinds = [kind for kind in typing.types.values() if isinstance(kind, tuple)]
     sizes = {f.size for kind in kinds for dim in kind for f in dim if isinstance(f, Plain) and f.images}
     return sizes == {1}
 
 
-def _images(typing: Typing) -> set[int]:
+def _images(typing: WholeTyping) -> set[int]:
     """The batch sizes of the patch grids."""
     kinds = [kind for kind in typing.types.values() if isinstance(kind, tuple)]
     return {whole_size(kind[0]) for kind in kinds if any(isinstance(f, GridAxis) for dim in kind for f in dim)}

@@ -16,15 +16,15 @@ from __future__ import annotations
 from torch import fx
 
 from gtp_fx.analysis.blocks import MARK, Mark, _residual_add, self_attention_axis
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.edit import copy_of
 from gtp_fx.graph.operators import ATTENTION
-from gtp_fx.types.infer import infer_types
 
 
 def mark_blocks(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of `gm` with its blocks marked."""
     gm = copy_of(gm)
-    typing = infer_types(gm.graph)
+    typing = typed_graph(gm.graph).whole  # a mark changes no type, so that these stay good for what comes behind
     index = 0
     for node in gm.graph.nodes:
         axis = self_attention_axis(node, typing) if node.target in ATTENTION else None

@@ -19,10 +19,9 @@ from typing import Any
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.liveness import live_tokens, whole_attention
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.types.infer import infer_types
 from gtp_fx.types.rules.layout import is_view
 
 
@@ -42,19 +41,32 @@ class FusedProjection:
 
 
 def split_projections(gm: fx.GraphModule, needs_full_maps: bool = False) -> fx.GraphModule:
-    """A copy of `gm` in which parts of a fused projection with different liveness are projections of their own."""
-    gm = edit.copy_of(gm)
-    typing = infer_types(gm.graph)
-    live = live_tokens(gm.graph, typing, whole_attention(gm.graph) if needs_full_maps else frozenset())
-    for node in list(gm.graph.nodes):
+    """A copy of `gm` in which parts of a fused projection with different liveness are projections of their own.
+
+    `gm` itself where the parts of each are alive for the same tokens.
+    """
+    needed = typed_graph(gm.graph).live(needs_full_maps).needed
+    differing = {}
+    for node in gm.graph.nodes:
         fused = match_fused(node)
-        if fused is None:
-            continue
-        items: dict[int, fx.Node] = {user.args[1]: user for user in node.users}
-        needs = [live.needed.get(items[i], 0) if i in items else 0 for i in range(fused.parts)]
-        if len(set(needs)) > 1:
-            _split(gm.graph, fused, needs, items)
+        if fused is not None:
+            items = _items(node)
+            needs = [needed.get(items[i], 0) if i in items else 0 for i in range(fused.parts)]
+            if len(set(needs)) > 1:
+                differing[node] = needs
+    if not differing:
+        return gm
+    gm, copies = edit.copy_with_nodes(gm)
+    for node, needs in differing.items():
+        fused = match_fused(copies[node])
+        assert fused is not None
+        _split(gm.graph, fused, needs, _items(copies[node]))
     return edit.finish(gm)
+
+
+def _items(unbind: fx.Node) -> dict[int, fx.Node]:
+    """What reads each part."""
+    return {user.args[1]: user for user in unbind.users}  # type: ignore[misc]
 
 
 def match_fused(unbind: fx.Node) -> FusedProjection | None:

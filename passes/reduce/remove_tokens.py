@@ -17,15 +17,16 @@ from typing import Any
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.blocks import AttentionBlock, read_blocks
-from gtp_fx.analysis.placement import cut_of, ends_of, typed
+from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.placement import cut_of, ends_of, updated_edges
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import AtSite, Attention, StreamState
 from gtp_fx.types.axes import Grid, TensorType, images_dims, token_axis
 from gtp_fx.types.coercions import Coercion, Step, find_coercions
-from gtp_fx.types.infer import Typing, infer_types
+from gtp_fx.types.infer import SiteTyping, infer_with_sites
 
 SITE = "gtp_site"
 """Meta key of a node behind which tokens have left: the grid that they left from, and the state of what remains."""
@@ -40,11 +41,15 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
     Every coercion that the plan's sites call for must be possible; `make_plan` has seen to that.
     """
-    gm = edit.copy_of(gm)
-    blocks = read_blocks(gm)
+    typed = typed_graph(gm.graph)
+    ends_before = ends_of(typed, plan.strategy)
+    edges_before = updated_edges(typed, plan.strategy, ends_before)
+    gm, copies = edit.copy_with_nodes(gm)
+    blocks = [block.copied(copies) for block in typed.blocks]
     sites = {cut_of(block, plan.strategy): block for block in blocks if block.index in plan.propagated}
-    ends = ends_of(blocks, plan.strategy, infer_types(gm.graph)) if plan.strategy.restores_tokens else {}
-    typing = typed(gm.graph, blocks, plan.strategy, list(filter(None, sites)), ends)
+    ends = {copies[node]: grid for node, grid in ends_before.items()}
+    edges = frozenset((copies[reader], copies[stream]) for reader, stream in edges_before)
+    typing = infer_with_sites(gm.graph, frozenset(filter(None, sites)), frozenset(ends), edges)
     found = find_coercions(typing)
     assert not found.refused, found.refused
     coercions = found.by_node()
@@ -78,7 +83,7 @@ class _Walk:
 
     graph: fx.Graph
     plan: Plan
-    typing: Typing
+    typing: SiteTyping
     blocks: dict[fx.Node, AttentionBlock]
     args: dict[fx.Node, Any]
     states: dict[Grid, list[StreamState]] = field(default_factory=dict)
@@ -93,7 +98,7 @@ class _Walk:
         """Give the coercion's node its operand in the type that it asks for."""
         node, operand = coercion.node, coercion.operand
         emit = edit.Emitter(self.graph, like=node, before=node)
-        now = value = self.current(operand)
+        came = value = self.current(operand)
         for dims in range(coercion.lead):
             value = self._once((operand, dims), emit, aten.unsqueeze.default, value, 0)
         for i, step in enumerate(coercion.steps):
@@ -105,7 +110,7 @@ class _Walk:
                     value = self._once(key, emit, *self._move(emit, value, coercion.images, step, level))
         if any(step.recovers for step in coercion.steps):
             value.meta[RECOVERED] = True
-        node.replace_input_with(now, value)
+        node.replace_input_with(came, value)
         node.meta.pop("val", None)
 
     def _updated(self, key: Any, emit: edit.Emitter, value: fx.Node, images: int, step: Step, level: int) -> fx.Node:
@@ -190,7 +195,7 @@ class _Walk:
         """The type in which `node` asks for the operand that it had at `position` before the walk."""
         return self.typing.answers[node].operands[self.args[node][position]]
 
-    def now(self, node: Any) -> fx.Node:
+    def current(self, node: Any) -> fx.Node:
         """What stands in a node's place."""
         found: fx.Node = self.replacement.get(node, node)
         return found
@@ -209,7 +214,7 @@ class _Walk:
         shorter.meta[SITE] = (grid, behind)
         self.stream_at_site[grid, len(self.states[grid]) - 1] = cut
         self.states[grid].append(behind)
-        self._give_instead(cut, shorter, emit)
+        self._replace(cut, shorter, emit)
 
     def put_back_behind(self, end: fx.Node, grid: Grid) -> None:
         """Behind the last block of a stream: every token in its place, where the strategy has it so."""
@@ -217,9 +222,9 @@ class _Walk:
             emit = edit.Emitter(self.graph, like=end, before=end.next)
             block = next(b for b in self.blocks.values() if b.axis.domain.grid == grid)
             whole = self.plan.strategy.put_back(emit, end, self.states[grid][-1], block.axis)
-            self._give_instead(end, whole, emit)
+            self._replace(end, whole, emit)
 
-    def _give_instead(self, old: fx.Node, new: fx.Node, emit: edit.Emitter) -> None:
+    def _replace(self, old: fx.Node, new: fx.Node, emit: edit.Emitter) -> None:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in emit.inserted)
         self.replacement[old] = new
 

@@ -15,14 +15,15 @@ from dataclasses import replace
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.blocks import AttentionBlock, read_blocks
+from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.branches import Branch
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import is_symbolic, shape_of
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import Attention, Emit, Strategy
 from gtp_fx.types.axes import Plain, whole_size
-from gtp_fx.types.infer import Typing, infer_types
+from gtp_fx.types.infer import WholeTyping, infer_types
 from gtp_fx.types.layouts import by_window, convert, grid_of, image_layout, made_from
 
 _ROWS, _IMAGES = 1, 0
@@ -33,9 +34,10 @@ _FAR = 1 << 20
 
 def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """A copy of `gm`, whose blocks are marked, in which the plan's tokens skip the plan's branches."""
-    gm = edit.copy_of(gm)
+    blocks = typed_graph(gm.graph).blocks
+    gm, copies = edit.copy_with_nodes(gm)
     typing = infer_types(gm.graph)
-    for block in read_blocks(gm):
+    for block in [block.copied(copies) for block in blocks]:
         skipping = plan.skipping.get(block.index)
         if block.branch is None or skipping is None:
             continue
@@ -64,7 +66,7 @@ def _choose(
         return kept, left, _shares(call, kept, left, branch, strategy, like=scores)
 
 
-def _insert(graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.Node], typing: Typing) -> None:
+def _insert(graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.Node], typing: WholeTyping) -> None:
     """Put the branch of the kept tokens in the place of the whole, after what was `chosen`."""
     kept, left, shares = chosen
     before = next(node for node in graph.nodes if node in branch.inside)
@@ -88,7 +90,7 @@ def _insert(graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.
     after.replace_all_uses_with(arranged)
 
 
-def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: Strategy, typing: Typing) -> fx.Node:
+def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: Strategy, typing: WholeTyping) -> fx.Node:
     """Replace the block's attention by one that scores its tokens: [images and windows, tokens] in its own order."""
     attention = block.attention
     was = Attention.of(attention)
@@ -114,7 +116,7 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
     return scores
 
 
-def _heads_first(call: Emit, x: fx.Node, branch: Branch, typing: Typing) -> fx.Node:
+def _heads_first(call: Emit, x: fx.Node, branch: Branch, typing: WholeTyping) -> fx.Node:
     """[images, windows, heads, tokens, features] in any order -> [images * windows, heads, tokens, features]."""
     order = branch.order
     if order == (0, 1, 2, 3):

@@ -23,17 +23,18 @@ def committed() -> list[Row]:
     return [Row(**{**row, "wrong": tuple(row["wrong"])}) for row in rows]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("library", "name", "outcome"),
     [
         ("timm", "deit_small_patch16_224", "reduced"),
-        pytest.param("timm", "vit_small_patch16_18x2_224", "reduced", marks=pytest.mark.nightly),
-        pytest.param("timm", "naflexvit_base_patch16_gap", "reduced", marks=pytest.mark.nightly),
-        pytest.param("timm", "levit_128", "reduced", marks=pytest.mark.nightly),
-        pytest.param("transformers", "DINOv3", "reduced", marks=pytest.mark.nightly),
-        pytest.param("timm", "coat_lite_tiny", "refused", marks=pytest.mark.nightly),
-        pytest.param("timm", "xcit_tiny_12_p16_224", "refused", marks=pytest.mark.nightly),
-        pytest.param("transformers", "ViT-MAE", "refused", marks=pytest.mark.nightly),
+        ("timm", "vit_small_patch16_18x2_224", "reduced"),
+        ("timm", "naflexvit_base_patch16_gap", "reduced"),
+        ("timm", "levit_128", "reduced"),
+        ("transformers", "DINOv3", "reduced"),
+        ("timm", "coat_lite_tiny", "refused"),
+        ("timm", "xcit_tiny_12_p16_224", "refused"),
+        ("transformers", "ViT-MAE", "refused"),
         ("timm", "convnext_tiny", "refused"),
     ],
 )

@@ -16,8 +16,8 @@ from support.window_families import SAM, SWIN, Family
     ("family", "batches"),
     [
         pytest.param(SWIN, (2, 5, 1), marks=pytest.mark.nightly),
-        (SAM, (3, 2)),
-        pytest.param(SAM, (1,), marks=pytest.mark.nightly),
+        pytest.param(SAM, (3, 2), marks=pytest.mark.nightly),
+        (SAM, (1,)),
     ],
     ids=lambda value: value.name if isinstance(value, Family) else f"batches {value}",
 )

@@ -28,6 +28,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, list(arguments))
 
 
+@pytest.mark.nightly
 def test_bench_times_every_strategy_at_every_budget() -> None:
     budgets = ("--flops-budget", "0.8", "--flops-budget", "0.6")
     done = run(
@@ -71,6 +72,7 @@ def test_bench_compiles_both_sides() -> None:
     assert "compiled against compiled, medians of 1 interleaved rounds, batch 2" in done.stdout
 
 
+@pytest.mark.nightly
 def test_an_exported_schedule_makes_the_same_file_again(tmp_path: Path) -> None:
     first, schedule, second = tmp_path / "a.pt2", tmp_path / "s.json", tmp_path / "b.pt2"
     done = run("export", NAME, str(first), "--flops-budget", "0.7", "--save-schedule", str(schedule))

@@ -150,6 +150,7 @@ def exact(model: nn.Module) -> gtp_fx.OptimizedModel:
     return gtp_fx.optimize(model, flops_budget=1.0, compile=False, example_inputs=noise())
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_graphs_keep_their_constants_apart() -> None:
     model = Constants().eval()
@@ -188,6 +189,7 @@ def test_an_attribute_of_the_original_is_the_originals() -> None:
     assert apart(model(noise()), before) > 0.01
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_forms_of_a_call_differ_by_type_too() -> None:
     model = Constants().eval()

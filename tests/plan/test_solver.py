@@ -11,7 +11,7 @@ import pytest
 from torch import fx
 
 import gtp_fx
-from gtp_fx.analysis.blocks import read_blocks
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.inputs import call_signature
 from gtp_fx.capture.module import capture_module
 from gtp_fx.model.pipeline import run_exact_passes
@@ -89,8 +89,8 @@ def priced(name: str) -> CostModel:
     captured = capture_module(model, call_signature(model, example), training=False)
     exact = run_exact_passes(captured, options)
     gm: fx.GraphModule = exact.graph_module
-    found = find_sites(gm.graph, read_blocks(gm), options.strategy)
-    return flops_model(gm.graph, found.typing, found.sites, options.strategy, exact.original.flops)
+    found = find_sites(typed_graph(gm.graph), options.strategy)
+    return flops_model(found.typing, found.sites, options.strategy, exact.original.flops)
 
 
 priced_models = pytest.mark.parametrize(

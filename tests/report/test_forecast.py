@@ -131,6 +131,7 @@ def test_the_backend_takes_a_latency_budget(vit: nn.Module) -> None:
     assert door.made[0].schedule == wanted.schedule
 
 
+@pytest.mark.nightly
 def test_plan_prints_blocks_draws_and_saves(tmp_path: Path) -> None:
     picture, file = tmp_path / "tokens.png", tmp_path / "schedule.json"
     done = run("plan", NAME, "--flops-budget", "0.7", "--target", "h100", "--plot", str(picture), "--save", str(file))

@@ -38,7 +38,7 @@ def check(row: Row, schedule: Sequence[int], disabled_passes: Sequence[str] = ()
     assert relative(model(x), wanted) > 1e-4, "a schedule that changes nothing proves nothing"
 
 
-@rows("deit", "deit3", "vit-gap")
+@rows("deit", "deit3", "vit-gap", by_default=("deit", "vit-gap"))
 @pytest.mark.parametrize(
     ("count", "sparsity", "graph", "alpha"),
     [(8, 1.0, "mixed", 0.1), (8, 0.6, "mixed", 0.3), (12, 1.0, "spatial", 0.2), (5, 0.8, "semantic", 0.4)],

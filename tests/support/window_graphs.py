@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 import gtp_fx
-from gtp_fx.analysis.blocks import read_blocks
 from gtp_fx.analysis.branches import Branch
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.drop_trivial_masks import drop_trivial_masks
 from gtp_fx.passes.exact.einsum_to_matmul import einsum_to_matmul
@@ -52,7 +52,7 @@ def marked(family: Family) -> fx.GraphModule:
 
 
 def branches(gm: fx.GraphModule) -> list[Branch]:
-    return [block.branch for block in read_blocks(gm) if block.branch is not None]
+    return [block.branch for block in typed_graph(gm.graph).blocks if block.branch is not None]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch.ops import aten
 from torch.ops import gtp_fx as ops
 
 import gtp_fx
-from gtp_fx.analysis.blocks import read_blocks
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.errors import UnsupportedModelError
 from gtp_fx.graph.edit import call, copy_of, finish
 from gtp_fx.graph.symbols import is_symbolic, per_image
@@ -44,7 +44,7 @@ from gtp_fx.plan.make_plan import Original, Planned, make_plan
 from gtp_fx.plan.plan import Plan
 from gtp_fx.types.axes import Dim, Grid, GridAxis, Plain, TokenAxis, plain, token_axis
 from gtp_fx.types.coercions import find_coercions
-from gtp_fx.types.infer import Typing, infer_types
+from gtp_fx.types.infer import SiteTyping, infer_types, infer_with_sites
 from gtp_fx.types.rules import registry
 from gtp_fx.types.rules.contraction import _join_dim as join_summed
 from gtp_fx.types.rules.layout import regroup
@@ -147,10 +147,10 @@ def under_test(operator: Any, gm: fx.GraphModule) -> fx.Node:
     return [node for node in gm.graph.nodes if node.target is operator][-1]
 
 
-def behind_the_site(gm: fx.GraphModule) -> Typing:
-    site = read_blocks(gm)[0].site
+def behind_the_site(gm: fx.GraphModule) -> SiteTyping:
+    site = typed_graph(gm.graph).blocks[0].site
     assert site is not None
-    return infer_types(gm.graph, frozenset({site}))
+    return infer_with_sites(gm.graph, frozenset({site}))
 
 
 def result_of(gm: fx.GraphModule) -> fx.Node:
@@ -234,7 +234,7 @@ def test_numbers_behind_a_site(row: Row) -> None:
 @rows("unchanged")
 def test_unchanged_where_nothing_leaves(row: Row) -> None:
     gm = finish(copy_of(graph_of(row)))  # without what nothing reads
-    blocks = len(read_blocks(gm))
+    blocks = len(typed_graph(gm.graph).blocks)
     same = remove_tokens(gm, Plan(Schedule((0,) * blocks, (12,) * blocks), (), STRATEGY))
     propagate_shapes(same, "remove_tokens")
     assert calls(same) == calls(gm)
@@ -276,7 +276,7 @@ def calls(gm: fx.GraphModule) -> list[Any]:
 
 
 def plan_of(gm: fx.GraphModule) -> Planned:
-    counts = [LEAVE] + [0] * (len(read_blocks(gm)) - 1)
+    counts = [LEAVE] + [0] * (len(typed_graph(gm.graph).blocks) - 1)
     options = Options.of(schedule=counts, strategy=STRATEGY)
     return make_plan(gm, options, Original(gm.graph, count_flops(gm.graph)), apply_plan_unverified)
 
@@ -319,7 +319,7 @@ def test_refused_behind_a_site(row: Refused) -> None:
     with pytest.raises(UnsupportedModelError, match=row.refusal):
         plan_of(gm)
     assert row.reason in behind_the_site(gm).answers[under_test(row.operator, gm)].barrier
-    assert not find_coercions(infer_types(gm.graph)).refused
+    assert not find_coercions(infer_with_sites(gm.graph, frozenset())).refused
 
 
 @pytest.mark.parametrize(

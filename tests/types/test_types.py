@@ -22,7 +22,7 @@ from gtp_fx.types.axes import (
     token_axis,
 )
 from gtp_fx.types.coercions import find_coercions
-from gtp_fx.types.infer import infer_types
+from gtp_fx.types.infer import infer_types, infer_with_sites
 from gtp_fx.types.rules.layout import regroup
 from gtp_fx.types.rules.registry import NoRule
 
@@ -121,12 +121,12 @@ def test_what_mixes_tokens_by_position_asks_for_them_whole(function: Callable[[T
     """Behind a site, every such operator gets its tokens back or is refused; none is guessed at."""
     gm = traced(lambda image, weight: function(patches(image, weight) * 1.0), IMAGE, WEIGHT)
     site = node(gm, aten.mul.Tensor)
-    coercions = find_coercions(infer_types(gm.graph, frozenset({site})))
+    coercions = find_coercions(infer_with_sites(gm.graph, frozenset({site})))
     asked = [*(coercion.reason for coercion in coercions.found), *(refusal.reason for refusal in coercions.refused)]
     assert asked
     assert reason in asked[0]
     assert all(step.recovers for coercion in coercions.found for step in coercion.steps)
-    untouched = find_coercions(infer_types(gm.graph))
+    untouched = find_coercions(infer_with_sites(gm.graph, frozenset()))
     assert not (untouched.found or untouched.refused), "with every token there, nothing is asked for"
 
 
@@ -136,7 +136,7 @@ def test_a_whole_value_beside_a_shortened_stream_is_taken_from() -> None:
         return (x * 1.0 + x)[:, :1] * 0
 
     gm = traced(long_skip, IMAGE, WEIGHT)
-    coercions = find_coercions(infer_types(gm.graph, frozenset({node(gm, aten.mul.Tensor)}))).found
+    coercions = find_coercions(infer_with_sites(gm.graph, frozenset({node(gm, aten.mul.Tensor)}))).found
     skip = next(coercion for coercion in coercions if coercion.node.target is aten.add.Tensor)
     assert [(step.dim, step.level, step.recovers) for step in skip.steps] == [(1, 1, False)]
     assert (skip.lead, skip.images) == (0, 0)
@@ -150,7 +150,7 @@ def test_a_table_without_images_gets_their_dimension() -> None:
         return x * table
 
     gm = traced(rotary, IMAGE, WEIGHT, torch.ones(6, 2))
-    coercions = find_coercions(infer_types(gm.graph, frozenset({node(gm, aten.mul.Tensor)}))).found
+    coercions = find_coercions(infer_with_sites(gm.graph, frozenset({node(gm, aten.mul.Tensor)}))).found
     taken = next(coercion for coercion in coercions if coercion.node.target is aten.mul.Tensor)
     assert (taken.lead, taken.images, [step.dim for step in taken.steps]) == (2, 0, [2])
 
@@ -161,7 +161,7 @@ def test_a_newer_level_wins_where_two_meet() -> None:
         return x * 1.0 + x
 
     gm = traced(skip, IMAGE, WEIGHT)
-    typing = infer_types(gm.graph, frozenset({node(gm, aten.mul.Tensor)}))
+    typing = infer_with_sites(gm.graph, frozenset({node(gm, aten.mul.Tensor)}))
     axis = token_axis(typing.type(node(gm, aten.add.Tensor))[1])
     assert axis is not None
     assert axis.domain.level == 1

@@ -22,15 +22,13 @@ from gtp_fx.plan.site import BranchCost, Site
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.targets.work import Work
 from gtp_fx.types.axes import Plain, whole_count, whole_size
-from gtp_fx.types.infer import Typing
+from gtp_fx.types.infer import SiteTyping, WholeTyping
 
 
-def flops_model(
-    graph: fx.Graph, typing: Typing, sites: tuple[Site, ...], strategy: Strategy, original: int
-) -> CostModel:
-    """The closed form of `graph`, typed with a site after each of those at which tokens leave, per image where the batch is
+def flops_model(typing: SiteTyping, sites: tuple[Site, ...], strategy: Strategy, original: int) -> CostModel:
+    """The closed form of a graph, typed with a site after each of those at which tokens leave, per image where the batch is
     symbolic. original: FLOPs of what ratios are taken of."""
-    terms = terms_of(graph, typing, sites, strategy, batch=1)
+    terms = terms_of(typing, sites, strategy, batch=1)
     return cost_model(sites, terms, flops_of, _branch_flops, original, np.int64)
 
 
@@ -44,7 +42,7 @@ def _branch_flops(site: Site) -> Numbers:
     return np.array([site.branch.change(tokens - kept) for kept in range(tokens + 1)], np.int64)
 
 
-def branch_cost(branch: Branch, typing: Typing, heads: int, strategy: Strategy) -> BranchCost:
+def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strategy) -> BranchCost:
     """FLOPs of a branch from its nodes' formulas: each is so many times the tokens."""
     images = per_image(math.prod(f.whole_size for f in branch.region[0] if isinstance(f, Plain)))
     features = whole_size(typing.type(branch.result)[-1])
@@ -55,7 +53,7 @@ def branch_cost(branch: Branch, typing: Typing, heads: int, strategy: Strategy) 
     return BranchCost(whole, per_token, images, branch.windows, branch.tokens, features, scoring)
 
 
-def _token_wise_flops(node: fx.Node, typing: Typing) -> tuple[int, int]:
+def _token_wise_flops(node: fx.Node, typing: WholeTyping) -> tuple[int, int]:
     """Of all tokens, and of one: all dimensions but the last are tokens (and images)."""
     if find(node.target) is None:
         return 0, 0

@@ -28,12 +28,12 @@ class Group:
     writes: tuple[fx.Node, ...]
 
 
-def fused_groups(graph: fx.Graph, typing: Typing) -> Iterator[Group]:
+def fused_groups(typing: Typing) -> Iterator[Group]:
     """Every node that is neither a product nor a view, in groups; a node that nothing else fits is a group alone."""
     depth: dict[fx.Node, int] = {}
     leader: dict[fx.Node, fx.Node] = {}
     members: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
+    for node in typing.graph.nodes:
         sources = [_memory_of(n) for n in node.all_input_nodes]
         # How many products lie before: a residual add and the one before it are apart, though the one reads the other.
         depth[node] = max((depth.get(n, 0) + bool(_is_product(n)) for n in sources), default=0)

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from gtp_fx.analysis.branches import Branch
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
 from gtp_fx.plan.cost.formulas import find
 from gtp_fx.plan.cost.fusion import fused_groups
@@ -27,7 +28,7 @@ from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.targets.target import Target, Tile
 from gtp_fx.targets.work import DENSE, Work
 from gtp_fx.types.axes import whole_count
-from gtp_fx.types.infer import Typing, infer_types
+from gtp_fx.types.infer import SiteTyping
 
 
 def seconds(work: Work, target: Target) -> Any:
@@ -76,13 +77,12 @@ def total_seconds(works: list[Work], target: Target) -> Any:
 
 def graph_seconds(graph: fx.Graph, target: Target, batch: int) -> float:
     """A graph as it stands, all its tokens in place, `batch` images a run where the batch is symbolic."""
-    terms = graph_terms(graph, infer_types(graph), batch)
+    terms = graph_terms(typed_graph(graph).whole, batch)
     return float(sum(total_seconds(term.works(whole_count), target) for term in terms))
 
 
 def seconds_model(
-    graph: fx.Graph,
-    typing: Typing,
+    typing: SiteTyping,
     sites: tuple[Site, ...],
     strategy: Strategy,
     target: Target,
@@ -91,8 +91,8 @@ def seconds_model(
     branches: Mapping[int, Branch],
 ) -> CostModel:
     """Seconds of every schedule. original: of what ratios are taken of. branches: that tokens may skip, by block."""
-    skipped = branch_seconds(graph, sites, strategy, target, batch, branches)
-    terms = terms_of(graph, typing, sites, strategy, batch, target.has_kernels)
+    skipped = branch_seconds(typing.graph, sites, strategy, target, batch, branches)
+    terms = terms_of(typing, sites, strategy, batch, target.has_kernels)
     weigh = lambda works: total_seconds(works, target)  # noqa: E731
     return cost_model(sites, terms, weigh, lambda site: skipped[site.block], original, np.float64)
 
@@ -108,8 +108,8 @@ def branch_seconds(
     """For the block of each site where tokens skip a branch: what is spent more, by tokens kept, [tokens + 1]."""
     if not branches:
         return {}
-    whole = infer_types(graph)
-    groups = list(fused_groups(graph, whole))
+    whole = typed_graph(graph).whole
+    groups = list(fused_groups(whole))
     changes = {}
     for site in sites:
         if site.branch is not None:

@@ -22,7 +22,7 @@ from gtp_fx.strategies.protocol import SiteShape, Strategy
 from gtp_fx.targets.work import Work
 from gtp_fx.types.axes import Dim, Grid, TensorType, TokenAxis, TokenDomain, token_axes
 from gtp_fx.types.coercions import Coercions, find_coercions
-from gtp_fx.types.infer import Typing
+from gtp_fx.types.infer import SiteTyping, Typing
 
 Counts = Callable[[TokenDomain], Any]
 """Patches in a domain: a number, or an array of candidates."""
@@ -46,17 +46,17 @@ class Term:
 
 
 def terms_of(
-    graph: fx.Graph, typing: Typing, sites: tuple[Site, ...], strategy: Strategy, batch: int, kernels: bool = False
+    typing: SiteTyping, sites: tuple[Site, ...], strategy: Strategy, batch: int, kernels: bool = False
 ) -> list[Term]:
-    """All work of `graph`, typed with the sites at which tokens leave; branches are priced separately.
+    """All work of a graph, typed with the sites at which tokens leave; branches are priced separately.
 
     batch: images of a run. kernels: as GTP's kernels do it, where there are some; FLOPs are always the operators'.
     """
     at = {(site.domain.grid, site.domain.level): place for place, site in enumerate(sites) if site.branch is None}
-    terms = [*graph_terms(graph, typing, batch)]
+    terms = [*graph_terms(typing, batch)]
     terms += _recovery_terms(find_coercions(typing), at, batch)
-    readers = _key_types(graph, typing) if strategy.reads_scales else []
-    readers += _pooled_types(graph, typing) if strategy.weighted_pooling else []
+    readers = _key_types(typing) if strategy.reads_scales else []
+    readers += _pooled_types(typing) if strategy.weighted_pooling else []
     read = {axis.domain for kind in readers for axis in token_axes(kind)}
     for (grid, level), place in at.items():
         site = sites[place]
@@ -65,19 +65,19 @@ def terms_of(
         works = strategy.start_works(grid.shape, site.channels, site.images * batch, site.dtype, kernels)
         terms.append(Term(frozenset(), lambda _, works=works: works, place, first=True))  # type: ignore[misc]
     if kernels and strategy.reads_scales:
-        terms += _told_terms(graph, typing, batch)
+        terms += _told_terms(typing, batch)
     return terms
 
 
-def graph_terms(graph: fx.Graph, typing: Typing, batch: int) -> Iterator[Term]:
+def graph_terms(typing: Typing, batch: int) -> Iterator[Term]:
     """The graph's own operators: a term for each product, one for each group that the compiler fuses."""
-    for node in graph.nodes:
+    for node in typing.graph.nodes:
         formula = find(node.target) if node.op == "call_function" else None
         if formula is not None:
             kinds = [typing.answers[node].output, *typing.answers[node].operands.values()]
             works = lambda count, node=node: [node_work(node, typing, count, batch)]  # noqa: E731
             yield Term(_domains(kinds), works, node=node)
-    for group in fused_groups(graph, typing):
+    for group in fused_groups(typing):
         kinds = [*(kind for _, kind in group.reads), *(typing.type(node) for node in group.writes)]
         works = lambda count, group=group: [group_work(group, typing, count, batch)]  # noqa: E731
         yield Term(_domains(kinds), works, node=group.nodes[0])
@@ -191,9 +191,9 @@ def _recovery_works(
     return works
 
 
-def _told_terms(graph: fx.Graph, typing: Typing, batch: int) -> Iterator[Term]:
+def _told_terms(typing: SiteTyping, batch: int) -> Iterator[Term]:
     """What attention over a shortened stream costs more where it is told token scales: queries and keys with a feature more."""
-    for node in graph.nodes:
+    for node in typing.graph.nodes:
         if node.target is _ATTENTION:
             asked = [typing.answers[node].operands[node.args[i]] for i in (0, 1)]
             if _domains(asked[1:]):
@@ -206,11 +206,11 @@ def _told_terms(graph: fx.Graph, typing: Typing, batch: int) -> Iterator[Term]:
                 yield Term(_domains(asked), works, node=node)
 
 
-def _pooled_types(graph: fx.Graph, typing: Typing) -> list[TensorType]:
-    means = [n for n in graph.nodes if n.target is aten.mean.dim]
+def _pooled_types(typing: SiteTyping) -> list[TensorType]:
+    means = [n for n in typing.graph.nodes if n.target is aten.mean.dim]
     return [typing.answers[n].operands[n.args[0]] for n in means]
 
 
-def _key_types(graph: fx.Graph, typing: Typing) -> list[TensorType]:
-    attentions = [n for n in graph.nodes if n.target is _ATTENTION]
+def _key_types(typing: SiteTyping) -> list[TensorType]:
+    attentions = [n for n in typing.graph.nodes if n.target is _ATTENTION]
     return [typing.answers[n].operands[n.args[1]][-2:-1] for n in attentions]

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.ops import aten
 
-from gtp_fx.analysis.blocks import read_blocks
 from gtp_fx.analysis.liveness import ALL, live_tokens
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.edit import set_args
 from gtp_fx.graph.verify import InconsistentGraph, propagate_shapes
 from gtp_fx.passes.exact.drop_dead_tokens import drop_dead_tokens
@@ -165,7 +165,7 @@ def test_normalise_keeps_a_copy_of_an_input() -> None:
 
 
 def test_blocks_are_found_by_what_attention_adds_to() -> None:
-    blocks = read_blocks(mark_blocks(traced(cls_head, *INPUTS)))
+    blocks = typed_graph(mark_blocks(traced(cls_head, *INPUTS)).graph).blocks
     assert [b.index for b in blocks] == [0, 1]
     assert all(b.refusal is None and b.site is not None and b.stream is not None for b in blocks)
     assert blocks[1].stream is blocks[0].site
@@ -183,7 +183,7 @@ def test_a_parallel_branch_is_not_taken_for_the_residual() -> None:
         return (x + (attended + F.gelu(x)))[:, 0]
 
     gm = mark_blocks(traced(parallel, *INPUTS))
-    (found,) = read_blocks(gm)
+    (found,) = typed_graph(gm.graph).blocks
     assert found.site is node(gm, aten.add.Tensor, 1)
     assert found.stream is node(gm, aten.cat.default)
 
@@ -199,12 +199,12 @@ def test_attention_over_channels_or_to_other_tokens_is_no_block() -> None:
         return F.scaled_dot_product_attention(cls.expand(2, -1, -1), x, x)[:, 0]
 
     for function in (over_channels, pooled):
-        assert read_blocks(mark_blocks(traced(function, *INPUTS))) == ()
+        assert typed_graph(mark_blocks(traced(function, *INPUTS)).graph).blocks == ()
 
 
 def test_liveness_counts_the_leading_tokens_that_are_read() -> None:
     gm = traced(cls_head, *INPUTS)
-    live = live_tokens(gm.graph, infer_types(gm.graph))
+    live = live_tokens(infer_types(gm.graph))
     first, last = node(gm, aten.add.Tensor, 0), node(gm, aten.add.Tensor, 1)
     assert (live.needed[first], live.needed[last]) == (ALL, 1)
     attentions = [node(gm, aten.scaled_dot_product_attention.default, i) for i in (0, 1)]
@@ -220,7 +220,7 @@ def test_dead_tokens_are_dropped_exactly() -> None:
     last = node(dropped, aten.scaled_dot_product_attention.default, 1)
     assert [tuple(arg.meta["val"].shape) for arg in last.args[:3]] == [(2, 2, 1, 4), (2, 2, 13, 4), (2, 2, 13, 4)]
     torch.testing.assert_close(dropped(*INPUTS), gm(*INPUTS), rtol=0, atol=1e-6)
-    assert read_blocks(dropped)[1].dead
+    assert typed_graph(dropped.graph).blocks[1].dead
 
 
 @torch.no_grad()

@@ -162,6 +162,7 @@ def test_an_option_pays_by_more_than_a_per_cent_and_quartiles_apart() -> None:
     assert not with_option(10.0, 10.0, 10.0).pays
 
 
+@pytest.mark.nightly
 def test_the_bench_tells_each_side_each_option(told: Told) -> None:
     schedule = gtp_fx.optimize(tiny(), schedule=[4, 0], compile=False).schedule
     candidates = {"contracted": CANDIDATES["cpu"]["contracted"], "frozen": CANDIDATES["cpu"]["frozen"]}

@@ -50,7 +50,10 @@ def maps(output: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [Pyramid, upernet], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(Pyramid, id="Pyramid"), pytest.param(upernet, id="upernet", marks=pytest.mark.nightly)],
+)
 def test_heads_see_maps_of_the_same_shape(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     source = Built(lambda: enliven(make()).eval(), (3, 112, 112))

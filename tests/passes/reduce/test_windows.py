@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import gtp_fx
 from bench.live_weights import enliven
-from gtp_fx.analysis.blocks import read_blocks
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.passes.reduce.skip_branches import skip_branches
 
 from support.captured import optimised, shared_model
@@ -78,7 +78,7 @@ def test_recovering_nothing_everywhere_is_the_original(family: Family) -> None:
     """All that branch placement inserts, and no token skips: the numbers are the model's."""
     model, x = shared_model(family), family.inputs(batch=3)
     gm = marked(family)
-    indices = [block.index for block in read_blocks(gm) if block.branch is not None]
+    indices = [block.index for block in typed_graph(gm.graph).blocks if block.branch is not None]
     plan: Any = Skips(dict.fromkeys(indices, 0), gtp_fx.GTP())
     whole = skip_branches(gm, plan)
     recovers = [node for node in whole.graph.nodes if node.target is torch.ops.gtp_fx.recover.default]
