@@ -96,7 +96,7 @@ def _attention(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Ite
         (", bias", "mixed-max", random(1, heads, tokens, tokens)),
     ):
         with poisoned():
-            out, scores = gtp_fx_kernels.attend(q, k, v, bias, scales, None, None, score, 1, 0, [])
+            out, scores = gtp_fx_kernels.attend(q, k, v, bias, scales, None, score, 1, 0, [])
         told = gtp_fx.key_bias(scales, 1, 0, None if bias is None else bias.float(), wide[0])
         wanted, ranks = gtp_fx.attention_with_scores(*wide, told, None, 1.0, score, 1, 0)
         yield check_of("attend", f"{size}{name}", dtype, out, wanted)

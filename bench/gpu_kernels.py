@@ -142,7 +142,7 @@ def _really(kind: str, name: str, *operands: Tensor) -> str:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None, score: str, tile: list[int]) -> Any:
-    return gtp_fx_kernels.attend(q, k, v, None, scales, None, None, score, 1, 0, tile)
+    return gtp_fx_kernels.attend(q, k, v, None, scales, None, score, 1, 0, tile)
 
 
 def _scored(q: Tensor, k: Tensor, run: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], object]:

@@ -18,14 +18,14 @@ from gtp_fx.kernels.launch import launcher
 from gtp_fx.kernels.scores import score_patches
 from gtp_fx.kernels.tiles import AttentionTile, power_of_two
 from gtp_fx.kernels.tuned import best_tile
-from gtp_fx.ops.attention import above, attention_map, by_head, key_bias, over_heads
+from gtp_fx.ops.attention import attention_map, key_bias, over_heads
 from gtp_fx.ops.register import shaped
 
 HEADS = (16, 128)
 """Sizes of a head, least and most, that a tile is made for."""
 
 
-def _shapes(q, k, v, bias, scales, thresholds, scale, score, prefix, suffix, tile):  # type: ignore[no-untyped-def]
+def _shapes(q, k, v, bias, scales, scale, score, prefix, suffix, tile):  # type: ignore[no-untyped-def]
     batch, heads, tokens, _ = q.shape
     ranked = 0 if score == "none" else tokens - prefix - suffix
     out = v.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
@@ -40,7 +40,6 @@ def attend(
     v: Tensor,
     bias: Tensor | None,
     scales: Tensor | None,
-    thresholds: list[float] | None,
     scale: float | None,
     score: str,
     prefix: int,
@@ -51,8 +50,7 @@ def attend(
 
     q [B, H, N, D], k [B, H, N, D], v [B, H, N, E] of float32, bfloat16 or float16, any strides; D and E from 16 to 128.
     bias: as SDPA's mask, boolean (True: attend) or additive. scales: token scales [B, n] of the n patches, or None.
-    thresholds: a number a head, or None; entries of its map below become 0, without renormalising. tile: `AttentionTile.arguments`, or []
-    for the best that is known.
+    tile: `AttentionTile.arguments`, or [] for the best that is known.
     For score "none" there may be more keys than queries, or fewer; prefix and suffix are the keys'.
 
     Tolerance: like fused attention it rounds exponentials, not the map, to v's dtype before the second product, and adds in
@@ -73,19 +71,19 @@ def attend(
     bias_BHMN = None if bias is None else bias.expand(batch, heads, queries, keys)
     nothing = q.new_empty(1, dtype=torch.float32)  # in the place of what isn't read or written
     out_BNHD = v.new_empty(batch, queries, heads, values)
-    lse = q.new_empty(batch, heads, queries, dtype=torch.float32) if scored and not fits else nothing
+    rows = q.new_empty(2, batch, heads, queries, dtype=torch.float32) if scored and not fits else None
+    lse, top = (nothing, nothing) if rows is None else rows
     received = q.new_empty(batch, heads, parts, keys, dtype=torch.float32) if scored and fits else nothing
     own = q.new_empty(batch, heads, keys, dtype=torch.float32) if scored and fits else nothing
     launcher(attend_kernel)[(parts * batch * heads,)](
         q, k, v, nothing if bias_BHMN is None else bias_BHMN,
         nothing if scales is None else _log_scales(scales, prefix, suffix, triton.cdiv(keys, cut.columns) * cut.columns),
-        nothing if thresholds is None else by_head(thresholds, q).flatten(),
-        out_BNHD, lse, received, own,
+        out_BNHD, lse, top, received, own,
         *q.stride(), *k.stride(), *v.stride(), *((0, 0, 0, 0) if bias_BHMN is None else bias_BHMN.stride()),
         out_BNHD.stride(0), out_BNHD.stride(2), out_BNHD.stride(1),
         heads, queries, keys, features, values, scale, 1 if kind == "cls" else queries,
         HAS_BIAS=bias is not None, BOOLEAN=bias is not None and bias.dtype == torch.bool,
-        HAS_SCALES=scales is not None, HAS_THRESHOLD=thresholds is not None, ROW_FITS=fits, SCORED=scored,
+        HAS_SCALES=scales is not None, ROW_FITS=fits, SCORED=scored,
         ROWS=cut.rows, COLUMNS=cut.columns, FEATURES=power_of_two(features), VALUES=power_of_two(values),
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
@@ -93,7 +91,7 @@ def attend(
     if not scored:
         return out, q.new_empty(batch, 0, dtype=torch.float32)
     if not fits:
-        return out, score_patches(q, k, bias_BHMN, lse, scales, thresholds, scale, score, prefix, suffix)
+        return out, score_patches(q, k, bias_BHMN, lse, top, scales, scale, score, prefix, suffix)
     stop = keys - suffix
     factors = []
     if kind in ("regenerate", "mixed"):
@@ -103,13 +101,11 @@ def attend(
     return out, math.prod(factors[1:], start=factors[0])
 
 
-def _reference(q, k, v, bias, scales, thresholds, scale, score, prefix, suffix, tile):  # type: ignore[no-untyped-def]
+def _reference(q, k, v, bias, scales, scale, score, prefix, suffix, tile):  # type: ignore[no-untyped-def]
     """The output in plain ATen, which backward differentiates. Scores rank, and have no gradient."""
     if scales is not None:
         bias = key_bias(scales, prefix, suffix, bias, q)
     exp_BHMN, inverse_BHM1 = attention_map(q, k, bias, scale)
-    if thresholds is not None:
-        exp_BHMN = above(exp_BHMN, inverse_BHM1, by_head(thresholds, q))
     map_BHMN = exp_BHMN * inverse_BHM1
     return (torch.matmul(map_BHMN.to(v.dtype), v),)
 

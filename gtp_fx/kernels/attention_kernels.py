@@ -1,4 +1,4 @@
-"""Attention in tiles, told token scales and biases, whose entries below a threshold may be dropped (arXiv 2311.03035).
+"""Attention in tiles, told token scales and biases (arXiv 2311.03035).
 
 Letters: M queries and N keys of a tile, D features of a head. Each program owns what it stores, so nothing is added by atomics and
 results are the same every time. Softmax is in powers of two, and is told the logarithms of token scales.
@@ -14,11 +14,11 @@ from gtp_fx.kernels.tile_ops import LOG2_E, keys_tile, load_tile, logits_tile, p
 
 @triton.jit
 def attend_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, bias_ptr, log_scales_ptr, threshold_ptr, out_ptr, lse_ptr, received_ptr, own_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, log_scales_ptr, out_ptr, lse_ptr, top_ptr, received_ptr, own_ptr,
     q_image, q_head, q_row, q_column, k_image, k_head, k_row, k_column, v_image, v_head, v_row, v_column,
     bias_image, bias_head, bias_row, bias_column, out_image, out_head, out_row,
     heads, queries, keys, features, value_features, softmax_scale, counted,
-    HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr,
     ROW_FITS: tl.constexpr, SCORED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
@@ -26,7 +26,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
 
     Where a row fits the tile: received [B, H, parts, N], column sums over this program's queries among the first `counted`, and
     own [B, H, N], the diagonal. Else lse [B, H, N], the natural logarithm of its sum of exponentials, from which
-    `scores_kernel` makes both.
+    `scores_kernel` makes both; with a bias that of what is above top [B, H, N], its largest logit, beside which it might be lost.
     """
     parts = tl.cdiv(queries, ROWS)
     part = tl.program_id(0) % parts
@@ -40,10 +40,9 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     rows = part * ROWS + tl.arange(0, ROWS)
     of_head, of_value = tl.arange(0, FEATURES), tl.arange(0, VALUES)
     q_MD = load_tile(q_ptr, rows, of_head, q_row, q_column, queries, features)
-    threshold = tl.load(threshold_ptr + head).to(tl.float32) if HAS_THRESHOLD else 0.0
-    exponent = softmax_scale * LOG2_E
+    exponent = softmax_scale if HAS_BIAS else softmax_scale * LOG2_E
     # By which logits are still to be multiplied, behind their largest.
-    unit = 1.0 if HAS_BIAS or HAS_SCALES else exponent
+    unit = LOG2_E if HAS_BIAS else (1.0 if HAS_SCALES else exponent)
     if ROW_FITS:
         columns = tl.arange(0, COLUMNS)
         k_ND = keys_tile(k_ptr, columns, of_head, k_row, k_column, keys, features, True)
@@ -51,11 +50,9 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             q_MD, k_ND, rows, columns, queries, keys, exponent, bias_ptr, bias_row, bias_column, log_scales_ptr,
             HAS_BIAS, BOOLEAN, HAS_SCALES, True,
         )  # fmt: skip
-        exp_MN = tl.exp2(logits_MN * unit - (_finite(tl.max(logits_MN, 1)) * unit)[:, None])
+        exp_MN = _powers(logits_MN, _finite(tl.max(logits_MN, 1)), unit, HAS_BIAS)
         total_M = tl.sum(exp_MN, 1)
         inverse_M = 1.0 / tl.where(total_M == 0.0, 1.0, total_M)
-        if HAS_THRESHOLD:
-            exp_MN = tl.where(exp_MN * inverse_M[:, None] >= threshold, exp_MN, 0.0)
         v_ND = keys_tile(v_ptr, columns, of_value, v_row, v_column, keys, value_features, True)
         out_MD = product(exp_MN.to(v_ND.dtype), v_ND) * inverse_M[:, None]
         if SCORED:
@@ -75,32 +72,24 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             top_M, total_M, out_MD = _softmax_step(
                 top_M, total_M, out_MD, q_MD, start, rows, of_head, of_value, exponent, unit,
                 k_ptr, k_row, k_column, v_ptr, v_row, v_column, bias_ptr, bias_row, bias_column, log_scales_ptr,
-                queries, keys, features, value_features, HAS_BIAS, BOOLEAN, HAS_SCALES, HAS_THRESHOLD, not peeled, COLUMNS,
+                queries, keys, features, value_features, HAS_BIAS, BOOLEAN, HAS_SCALES, not peeled, COLUMNS,
             )  # fmt: skip
         if peeled:
             top_M, total_M, out_MD = _softmax_step(
                 top_M, total_M, out_MD, q_MD, last, rows, of_head, of_value, exponent, unit,
                 k_ptr, k_row, k_column, v_ptr, v_row, v_column, bias_ptr, bias_row, bias_column, log_scales_ptr,
-                queries, keys, features, value_features, HAS_BIAS, BOOLEAN, HAS_SCALES, HAS_THRESHOLD, True, COLUMNS,
+                queries, keys, features, value_features, HAS_BIAS, BOOLEAN, HAS_SCALES, True, COLUMNS,
             )  # fmt: skip
         safe_M = tl.where(total_M == 0.0, 1.0, total_M)  # 0: it sees no key
-        lse_M = tl.where(total_M == 0.0, 0.0, top_M * unit + tl.log2(safe_M))
-        if HAS_THRESHOLD:  # an entry is known when its row is: a second look
-            for start in range(0, keys, COLUMNS):
-                columns = start + tl.arange(0, COLUMNS)
-                k_ND = keys_tile(k_ptr, columns, of_head, k_row, k_column, keys, features, True)
-                logits_MN = logits_tile(
-                    q_MD, k_ND, rows, columns, queries, keys, exponent, bias_ptr, bias_row, bias_column, log_scales_ptr,
-                    HAS_BIAS, BOOLEAN, HAS_SCALES, True,
-                )  # fmt: skip
-                map_MN = tl.exp2(logits_MN * unit - lse_M[:, None])
-                map_MN = tl.where(map_MN >= threshold, map_MN, 0.0)
-                v_ND = keys_tile(v_ptr, columns, of_value, v_row, v_column, keys, value_features, True)
-                out_MD += product(map_MN.to(v_ND.dtype), v_ND)
-        else:
-            out_MD = out_MD / safe_M[:, None]
+        out_MD = out_MD / safe_M[:, None]
         if SCORED:
-            tl.store(lse_ptr + image_head * queries + rows, lse_M / LOG2_E, mask=rows < queries)
+            at = image_head * queries + rows
+            lse_M = tl.log2(safe_M)
+            if HAS_BIAS:
+                tl.store(top_ptr + at, _finite(top_M), mask=rows < queries)
+            else:
+                lse_M += _finite(top_M) * unit
+            tl.store(lse_ptr + at, lse_M / LOG2_E, mask=rows < queries)
     out_ptr += image * out_image + head * out_head
     inside = (rows < queries)[:, None] & (of_value < value_features)[None, :]
     tl.store(out_ptr + rows[:, None] * out_row + of_value[None, :], out_MD.to(out_ptr.dtype.element_ty), mask=inside)
@@ -111,10 +100,10 @@ def _softmax_step(  # type: ignore[no-untyped-def]
     top_M, total_M, out_MD, q_MD, start, rows, of_head, of_value, exponent, unit,
     k_ptr, k_row, k_column, v_ptr, v_row, v_column, bias_ptr, bias_row, bias_column, log_scales_ptr,
     queries, keys, features, value_features,
-    HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr,
     LAST: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`COLUMNS` more keys: each row's largest logit, sum of exponentials and weighted sum of values, that of values but for thresholds."""
+    """`COLUMNS` more keys: each row's largest logit, sum of exponentials and weighted sum of values."""
     columns = start + tl.arange(0, COLUMNS)
     k_ND = keys_tile(k_ptr, columns, of_head, k_row, k_column, keys, features, LAST)
     logits_MN = logits_tile(
@@ -123,14 +112,19 @@ def _softmax_step(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     higher_M = tl.maximum(top_M, tl.max(logits_MN, 1))
     base_M = _finite(higher_M)
-    exp_MN = tl.exp2(logits_MN * unit - (base_M * unit)[:, None])
+    exp_MN = _powers(logits_MN, base_M, unit, HAS_BIAS)
     # Exactly 1 where the largest is the same: a rounding would add up over tiles.
     shrink_M = tl.exp2((top_M - base_M) * unit)
     total_M = total_M * shrink_M + tl.sum(exp_MN, 1)
-    if not HAS_THRESHOLD:
-        v_ND = keys_tile(v_ptr, columns, of_value, v_row, v_column, keys, value_features, LAST)
-        out_MD = out_MD * shrink_M[:, None] + product(exp_MN.to(v_ND.dtype), v_ND)
+    v_ND = keys_tile(v_ptr, columns, of_value, v_row, v_column, keys, value_features, LAST)
+    out_MD = out_MD * shrink_M[:, None] + product(exp_MN.to(v_ND.dtype), v_ND)
     return higher_M, total_M, out_MD
+
+
+@triton.jit
+def _powers(logits_MN, base_M, unit, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """exp of how far logits are from their row's base. With a bias either may overflow as a multiple of `unit`."""
+    return tl.exp2((logits_MN - base_M[:, None]) * unit if HAS_BIAS else logits_MN * unit - (base_M * unit)[:, None])
 
 
 @triton.jit

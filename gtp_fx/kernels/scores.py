@@ -18,21 +18,21 @@ from gtp_fx.kernels.backward import differentiable
 from gtp_fx.kernels.launch import launcher
 from gtp_fx.kernels.tile_ops import LOG2_E, biased, load_tile, product
 from gtp_fx.kernels.tiles import power_of_two, score_tile
-from gtp_fx.ops.attention import by_head, over_heads
+from gtp_fx.ops.attention import over_heads
 from gtp_fx.ops.register import shaped
 
 
 @triton.jit
 def scores_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, bias_ptr, lse_ptr, scales_ptr, threshold_ptr, received_ptr, own_ptr,
+    q_ptr, k_ptr, bias_ptr, lse_ptr, top_ptr, scales_ptr, received_ptr, own_ptr,
     q_image, q_head, q_row, q_column, k_image, k_head, k_row, k_column,
     bias_image, bias_head, bias_row, bias_column, lse_image, lse_head, lse_row,
     heads, queries, features, softmax_scale, counted, prefix, patches,
-    HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr,
     RECEIVED: tl.constexpr, OWN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` patches of a head, as keys: received [B, H, n], the sums of their columns over the first `counted` queries, and
-    own [B, H, n], their entries on the diagonal."""
+    own [B, H, n], their entries on the diagonal. lse: of logits, with a bias of what they are above `top`, the row's largest."""
     blocks = tl.cdiv(patches, ROWS)
     image_head = (tl.program_id(0) // blocks).to(tl.int64)
     image, head = image_head // heads, image_head % heads
@@ -40,15 +40,17 @@ def scores_kernel(  # type: ignore[no-untyped-def]
     k_ptr += image * k_image + head * k_head
     bias_ptr += image * bias_image + head * bias_head
     lse_ptr += image * lse_image + head * lse_head
+    top_ptr += image * lse_image + head * lse_head
     patch = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     inside, rows = patch < patches, prefix + patch
     of_head = tl.arange(0, FEATURES)
     k_ND = load_tile(k_ptr, rows, of_head, k_row, k_column, prefix + patches, features)
-    exponent = softmax_scale * LOG2_E
-    threshold = tl.load(threshold_ptr + head).to(tl.float32) if HAS_THRESHOLD else 0.0
+    exponent = softmax_scale if HAS_BIAS else softmax_scale * LOG2_E
     log_s_N = tl.zeros((ROWS,), tl.float32)
     if HAS_SCALES:
         log_s_N = tl.log2(tl.load(scales_ptr + image * patches + patch, mask=inside, other=1.0).to(tl.float32))
+        if HAS_BIAS:
+            log_s_N /= LOG2_E
     place = image_head * patches + patch
     if RECEIVED:
         sums_NM = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -65,10 +67,10 @@ def scores_kernel(  # type: ignore[no-untyped-def]
                 logits_NM = biased(logits_NM, bias_NM, BOOLEAN)
             if HAS_SCALES:
                 logits_NM += log_s_N[:, None]
-            exp_NM = tl.exp2(logits_NM - (lse_M * LOG2_E)[None, :])
-            if HAS_THRESHOLD:
-                exp_NM = tl.where(exp_NM >= threshold, exp_NM, 0.0)
-            sums_NM += exp_NM
+            if HAS_BIAS:
+                top_M = tl.load(top_ptr + asking * lse_row, mask=asking < counted, other=0.0)
+                logits_NM = (logits_NM - top_M[None, :]) * LOG2_E
+            sums_NM += tl.exp2(logits_NM - (lse_M * LOG2_E)[None, :])
         tl.store(received_ptr + place, tl.sum(sums_NM, 1), mask=inside)
     if OWN:
         q_ND = load_tile(q_ptr, rows, of_head, q_row, q_column, prefix + patches, features)
@@ -77,11 +79,11 @@ def scores_kernel(  # type: ignore[no-untyped-def]
             logit_N = biased(
                 logit_N, tl.load(bias_ptr + rows * (bias_row + bias_column), mask=inside, other=0), BOOLEAN
             )
+        logit_N += log_s_N
+        if HAS_BIAS:
+            logit_N = (logit_N - tl.load(top_ptr + rows * lse_row, mask=inside, other=0.0)) * LOG2_E
         lse_N = tl.load(lse_ptr + rows * lse_row, mask=inside, other=0.0)
-        own_N = tl.exp2(logit_N + log_s_N - lse_N * LOG2_E)
-        if HAS_THRESHOLD:
-            own_N = tl.where(own_N >= threshold, own_N, 0.0)
-        tl.store(own_ptr + place, own_N, mask=inside)
+        tl.store(own_ptr + place, tl.exp2(logit_N - lse_N * LOG2_E), mask=inside)
 
 
 def score_patches(
@@ -89,14 +91,15 @@ def score_patches(
     k: Tensor,
     bias: Tensor | None,
     lse: Tensor,
+    top: Tensor,
     scales: Tensor | None,
-    thresholds: list[float] | None,
     scale: float | None,
     score: str,
     prefix: int,
     suffix: int,
 ) -> Tensor:
-    """Launches the kernel, for use inside a triton_op: scores [B, n]. bias: boolean or additive, [B, H, N, N] in any strides."""
+    """Launches the kernel, for use inside a triton_op: scores [B, n]. bias: boolean or additive, [B, H, N, N] in any strides. With one, lse is
+    that of how far logits are above `top`, their row's largest, in the same strides; without one nothing reads `top`."""
     batch, heads, tokens, features = q.shape
     assert k.shape == q.shape, "the diagonal is that of self-attention"
     kind, _, how = score.partition("-")
@@ -108,12 +111,11 @@ def score_patches(
         q.new_empty(batch, heads, patches, dtype=torch.float32) if wanted else nothing for wanted in (receives, owns)
     )
     launcher(scores_kernel)[(triton.cdiv(patches, cut.rows) * batch * heads,)](
-        q, k, nothing if bias is None else bias, lse, nothing if scales is None else scales.contiguous(),
-        nothing if thresholds is None else by_head(thresholds, q).flatten(), received, own,
+        q, k, nothing if bias is None else bias, lse, top, nothing if scales is None else scales.contiguous(), received, own,
         *q.stride(), *k.stride(), *((0, 0, 0, 0) if bias is None else bias.stride()), *lse.stride(),
         heads, tokens, features, features**-0.5 if scale is None else scale, 1 if kind == "cls" else tokens, prefix, patches,
         HAS_BIAS=bias is not None, BOOLEAN=bias is not None and bias.dtype == torch.bool,
-        HAS_SCALES=scales is not None, HAS_THRESHOLD=thresholds is not None, RECEIVED=receives, OWN=owns,
+        HAS_SCALES=scales is not None, RECEIVED=receives, OWN=owns,
         ROWS=cut.rows, COLUMNS=cut.columns, FEATURES=power_of_two(features), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     factors = [over_heads(part, how) for part, wanted in ((own, owns), (received, receives)) if wanted]
@@ -146,7 +148,7 @@ def attention_scores(
     are, some 1e-6 of either's size. Where attention was told log s in a lower dtype, lse knows that and `scales` don't: an
     entry is off by that rounding, 2^-9 of |log s| in bfloat16.
     """
-    return score_patches(q, k, None, lse, scales, None, scale, score, prefix, suffix)
+    return score_patches(q, k, None, lse, lse, scales, scale, score, prefix, suffix)
 
 
 differentiable(attention_scores, lambda *arguments: ())

@@ -39,8 +39,8 @@ def logits_tile(  # type: ignore[no-untyped-def]
     q_MD, k_ND, rows, columns, queries, keys, exponent, bias_ptr, bias_row_stride, bias_column_stride, log_scales_ptr,
     HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Logits [M, N] float32, -inf behind the last key. Where a bias or scales are told, q·kᵀ·scale + bias + log s in units of log 2;
-    else q·kᵀ, which is still to be multiplied by `exponent`. log_scales: log2 s, which has -inf behind the last key.
+    """Logits [M, N] float32, -inf behind the last key. With a bias q·kᵀ·exponent + bias + log s; with scales alone the same in units of
+    log 2; else q·kᵀ, which is still to be multiplied by `exponent`. log_scales: log2 s, which has -inf behind the last key.
     """
     logits_MN = product(q_MD, tl.trans(k_ND))
     if HAS_BIAS or HAS_SCALES:
@@ -50,7 +50,8 @@ def logits_tile(  # type: ignore[no-untyped-def]
         places = rows[:, None] * bias_row_stride + columns[None, :] * bias_column_stride
         logits_MN = biased(logits_MN, tl.load(bias_ptr + places, mask=inside, other=0), BOOLEAN)
     if HAS_SCALES:
-        logits_MN += tl.load(log_scales_ptr + columns)[None, :]
+        log_s_N = tl.load(log_scales_ptr + columns)
+        logits_MN += (log_s_N / LOG2_E if HAS_BIAS else log_s_N)[None, :]
     elif LAST:
         logits_MN = tl.where((columns < keys)[None, :], logits_MN, float("-inf"))
     return logits_MN
@@ -58,9 +59,9 @@ def logits_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def biased(logits, bias, BOOLEAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Logits in units of log 2, with a bias; BOOLEAN: -inf where that is False."""
+    """Logits with a bias, which may be as low as numbers go: in units of log 2 it would be -inf. BOOLEAN: -inf where it is False."""
     if BOOLEAN:
         logits = tl.where(bias != 0, logits, float("-inf"))
     else:
-        logits += bias.to(tl.float32) * LOG2_E
+        logits += bias.to(tl.float32)
     return logits

@@ -29,7 +29,7 @@ def scored_attention(q_BHND: Tensor) -> Call:
     if _load_kernels(q_BHND.device):
         kernel = stock_attention(q_BHND.device).choice(head, head, tokens, q_BHND.dtype, masked=False)
         if kernel is None:
-            return lambda q: gtp_fx_kernels.attend(q, q, q, None, None, None, None, "mixed-max", 1, 0, []), q_BHND
+            return lambda q: gtp_fx_kernels.attend(q, q, q, None, None, None, "mixed-max", 1, 0, []), q_BHND
 
         def scored(q: Tensor) -> tuple[Tensor, Tensor]:
             out, lse = gtp_fx.attention_with_lse(q, q, q, None, None, kernel)

@@ -37,7 +37,7 @@ def tune_tiles(
         scales = torch.ones(1, keys - 1, device=device)
         runs = {}
         for tile in candidates:
-            arguments = (q, k, v, None, scales, None, None, "mixed-max", 1, 0, tile.arguments)
+            arguments = (q, k, v, None, scales, None, "mixed-max", 1, 0, tile.arguments)
             run = functools.partial(attend, *arguments)
             try:
                 run()  # compiles

@@ -114,11 +114,6 @@ def smallest_kept(exp_BHNN: Tensor, inverse_BHN1: Tensor, dropped: int) -> Tenso
     return map_BHNN.flatten(-2).kthvalue(dropped, dim=-1).values[..., None, None]
 
 
-def by_head(thresholds: list[float], like: Tensor) -> Tensor:
-    """[1, H, 1, 1] float32, made on the device: a constant from the host would be copied at every call."""
-    return torch.stack([like.new_full((), value, dtype=torch.float32) for value in thresholds])[None, :, None, None]
-
-
 def above(exp_BHNN: Tensor, inverse_BHN1: Tensor, threshold_BH11: Tensor) -> Tensor:
     """`exp_BHNN` with 0 where the map is below a threshold."""
     return torch.where((exp_BHNN * inverse_BHN1).detach() >= threshold_BH11, exp_BHNN, 0.0)

@@ -38,7 +38,6 @@ class Call:
     scale: Any
     score: Any = None
     around: tuple[Any, Any] = (0, 0)
-    thresholds: Any = None
 
     @property
     def operands(self) -> tuple[Any, ...]:
@@ -83,7 +82,7 @@ def emit_form(low: Lowering, call: Call, form: str) -> tuple[fx.Node, fx.Node | 
     node, (q, k, v) = call.node, call.operands
     scales, *around = (None, *call.around) if call.told is None else call.told[:3]
     if form == "kernel":
-        told = (call.mask, scales, call.thresholds, call.scale, call.score or "none", *around, [])
+        told = (call.mask, scales, call.scale, call.score or "none", *around, [])
         made = low.call(node, low.kernels.attend, q, k, v, *told)
         return low.item(made, 0), low.item(made, 1)
     _, head, values = call.sizes
@@ -125,7 +124,7 @@ def _stock(low: Lowering, call: Call, form: str) -> tuple[str, int] | None:
     least, most = low.kernels.heads
     # Scores are those of self-attention, by a kernel that is made for such heads.
     scored = call.score is None or (call.score != "none" and q == k and least <= head <= most)
-    if low.stock is None or call.mask is not None or call.thresholds is not None or not scored:
+    if low.stock is None or call.mask is not None or not scored:
         return None
     if form == "channel" and call.told is None:
         return None

@@ -27,7 +27,7 @@ def attend_launches() -> Iterator[Launch]:
             ("told", scales, "none"),
             ("both", scales, "mixed-max"),
         ):
-            call = (q, k, v, None, told, None, None, score, 1, 0, [])
+            call = (q, k, v, None, told, None, score, 1, 0, [])
             yield f"{tokens}-{name}", lambda call=call: attend._init_fn(*call)
 
 
@@ -78,25 +78,25 @@ def recover_launches() -> Iterator[Launch]:
 
 
 def awkward_attend_launches() -> Iterator[Launch]:
-    """Other sizes and dtypes, a bias, thresholds, one query; and where one is all there is of something, a constant to Triton."""
+    """Other sizes and dtypes, a bias, one query; and where one is all there is of something, a constant to Triton."""
     from gtp_fx.kernels.attention import attend
 
     for tokens, head, dtype in ((49, 32, HALF), (4096, 80, HALF), (197, 64, SINGLE), (4096, 80, SINGLE)):
         q, k, v = torch.empty(2, tokens, 3, 2, head, dtype=dtype).permute(2, 0, 3, 1, 4)
         bias = torch.empty(1, 2, tokens, tokens, dtype=dtype) if tokens == 49 else None
-        call = (q, k, v, bias, torch.empty(2, tokens - 1), None, None, "mixed-max", 1, 0, [])
+        call = (q, k, v, bias, torch.empty(2, tokens - 1), None, "mixed-max", 1, 0, [])
         yield f"{tokens}-{head}-{dtype}", lambda call=call: attend._init_fn(*call)
     q, k, v = torch.empty(1, 30, 3, 1, 64, dtype=HALF).permute(2, 0, 3, 1, 4)
     seen, told = torch.ones(1, 1, 1, 30, dtype=torch.bool), torch.empty(1, 29)
-    for name, scales, thresholds, score, tile in (
-        ("cls", None, None, "cls-max", []),
-        ("tiled-cls", told, None, "cls-max", [64, 16, 4, 2]),
-        ("thresholds", told, [0.1], "mixed-max", []),
-        ("tiled-thresholds", told, [0.1], "mixed-max", [64, 16, 4, 2]),
-        ("one-query", told, None, "none", []),
+    added = torch.empty(1, 1, 30, 30, dtype=HALF)
+    for name, bias, scales, score, tile in (
+        ("cls", seen, None, "cls-max", []),
+        ("tiled-cls", seen, told, "cls-max", [64, 16, 4, 2]),
+        ("tiled-bias", added, told, "mixed-max", [64, 64, 4, 2]),
+        ("one-query", seen, told, "none", []),
     ):
         asking = q[:, :, :1] if score == "none" else q
-        call = (asking, k, v, seen, scales, thresholds, None, score, 1, 0, tile)
+        call = (asking, k, v, bias, scales, None, score, 1, 0, tile)
         yield name, lambda call=call: attend._init_fn(*call)
 
 
