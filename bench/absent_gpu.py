@@ -1,8 +1,8 @@
-"""An H100 that isn't there: what Inductor asks a GPU while it generates code for it, answered without one.
+"""Code generation for an H100 without one: answers to Inductor's queries of the GPU.
 
-Inductor decides and writes everything before it launches anything, so fake tensors on "cuda" and a processor's
-properties are all that it takes. Nothing here is torch's public interface; `tests/test_bench_gpu_traffic.py` says when
-a release changes it.
+Inductor decides and generates everything before it launches anything, so it only needs fake tensors on "cuda" and a
+processor's properties. None of this is a public interface of torch; `tests/test_bench_gpu_traffic.py` fails when a
+release changes it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PROPERTIES = SimpleNamespace(
     shared_memory_per_multiprocessor=233_472,
     warp_size=32,
 )
-"""As `torch.cuda.get_device_properties` gives an H100's (SXM, 80 GB)."""
+"""Properties of an H100 (SXM, 80 GB), as `torch.cuda.get_device_properties` returns them."""
 
 ATTENTION = (
     SDPBackend.CUDNN_ATTENTION,
@@ -44,25 +44,27 @@ ATTENTION = (
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 )
-"""torch's order on sm_90 with cuDNN above 9.15, which wheels of torch 2.11 and later bring (ATen, sdp_utils.cpp)."""
+"""torch's order of preference on sm_90 with cuDNN above 9.15, as in wheels of torch 2.11 and later (sdp_utils.cpp)."""
 CUDNN = 91_900
 
 
 @contextlib.contextmanager
 def absent_h100() -> Iterator[None]:
-    """Inside it torch and Triton generate code for an H100. Only for a process that does nothing else with a GPU: what
-    they find out about it they keep."""
+    """Make torch and Triton generate code for an H100 within the context.
+
+    Only for a process that does nothing else with a GPU, since both cache what they learn about it.
+    """
     from torch._dynamo import device_interface
 
     device_interface.get_interface_for_device("cuda")  # fills the table that is patched
     interface = _interface(device_interface)
     patches = [
-        # Inductor's own questions (multiprocessors, registers, capability, bfloat16) go through this one table.
+        # Inductor's own queries (multiprocessors, registers, capability, bfloat16) go through this one table.
         mock.patch.dict(device_interface.device_interfaces, {"cuda": interface, "cuda:0": interface}),
-        # Some go past it: Triton's TMA support and gtp_fx's own lowering ask torch.cuda.
+        # Some bypass it: Triton's TMA support and gtp_fx's own lowering query torch.cuda.
         mock.patch.object(torch.cuda, "get_device_capability", return_value=CAPABILITY),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=PROPERTIES),
-        # Which attention torch prefers it finds out when it is first asked, and the answer is the driver's.
+        # torch determines the attention kernel that it prefers at the first query, from the driver.
         mock.patch.object(torch, "_fused_sdp_choice", return_value=int(ATTENTION[0])),
         mock.patch.object(torch.nn.attention, "_cur_sdpa_kernel_backends", return_value=list(ATTENTION)),
         mock.patch.object(torch.backends.cudnn, "version", return_value=CUDNN),
@@ -76,6 +78,8 @@ def absent_h100() -> Iterator[None]:
 
 
 def _interface(device_interface: Any) -> Any:
+    """Return Dynamo's interface to the absent GPU."""
+
     class Absent(device_interface.CudaInterface):  # type: ignore[misc, name-defined]
         class Worker:
             set_device = staticmethod(lambda device: None)
@@ -96,8 +100,10 @@ def _interface(device_interface: Any) -> Any:
 
 @contextlib.contextmanager
 def _triton_driver() -> Iterator[None]:
-    """Inductor reads a kernel's intermediate code to see which arguments it writes; making that asks for the target
-    alone."""
+    """Replace Triton's driver by one that only knows its target.
+
+    Inductor reads a kernel's intermediate code to see which arguments it writes, and generating that needs the target.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import GPUDriver
@@ -128,14 +134,17 @@ def _triton_driver() -> Iterator[None]:
         def get_benchmarker(self) -> Any:
             raise NotImplementedError
 
-    # What was active is not asked for: where there is no GPU, asking raises.
+    # Patch the private attribute: reading the public one raises where there is no GPU.
     with mock.patch.object(triton.runtime.driver, "_active", Absent()):
         yield
 
 
 class _OnHost(TorchFunctionMode):
-    """What would be made on a GPU in earnest, with nothing there that fakes it, is made on the host: an entry of a
-    constant that is folded, an operand to ask about. The numbers are the same."""
+    """Mode that creates real tensors on the host instead of the absent GPU. Fake tensors stay on "cuda".
+
+    Inductor creates real ones for folded constants and for operands whose properties it checks. Their values are the
+    same on the host.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -146,18 +155,23 @@ class _OnHost(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class FakeModel:
-    """A model whose parameters are fake tensors on "cuda": shapes alone, however large it is."""
+    """A model whose parameters are fake tensors on "cuda", so that its size takes no memory.
+
+    module: the model, in eval mode.
+    mode: fake mode of its tensors, in which inputs have to be made.
+    """
 
     module: nn.Module
     mode: FakeTensorMode
 
     def images(self, batch: int, side: int, dtype: torch.dtype) -> Tensor:
+        """Return fake images [batch, 3, side, side]."""
         with self.mode:
             return torch.empty(batch, 3, side, side, dtype=dtype, device="cuda")
 
 
 def fake_on_gpu(module: nn.Module) -> FakeModel:
-    """`module`, made on "meta", with fake parameters and buffers in the place of its own, which it loses."""
+    """Replace the parameters and buffers of `module`, which is on "meta", by fake ones on "cuda", in place."""
     mode = FakeTensorMode()
     for part in module.modules():
         for held in (part._parameters, part._buffers):

@@ -1,10 +1,12 @@
-"""What does each strategy cost in accuracy? Off the shelf, in one compiler, at equal FLOPs, on nets trained on real digits.
+"""Benchmark: what does each strategy cost in accuracy, without fine-tuning, at equal FLOPs?
 
-    python -m bench.accuracy --out bench/results/accuracy.json --plot bench/results/accuracy.png --table bench/results/accuracy.md
+    python -m bench.accuracy --out bench/results/accuracy.json --plot bench/results/accuracy.png \\
+        --table bench/results/accuracy.md
 
-Nets of `bench.digit_nets` (trained where the cache has none, a minute or two each), every strategy of `bench.contenders` on every
-schedule and budget, scored on canvases of digits that no net has seen. A process a core works at (net, seed) pairs. Rows that
---out has already are not measured again, so more seeds or strategies can be added. `bench.accuracy_times` adds compiled time.
+It runs every strategy of `bench.contenders` on every schedule and budget, on the nets of `bench.digit_nets`, which are
+trained in a minute or two each where the cache doesn't have them. Scores are on canvases of digits that no net has
+seen. One process per core works on (net, seed) pairs. Rows that --out has already are not measured again, so that seeds
+and strategies can be added later. `bench.accuracy_times` adds compiled time.
 """
 
 from __future__ import annotations
@@ -41,8 +43,20 @@ BUDGETS = (0.85, 0.7, 0.55, 0.4, 0.3)
 
 @dataclass(frozen=True)
 class Row:
-    """One net and seed, one strategy on one schedule, at one budget. score and base in [0, 1]; moved: how far the outputs did,
-    in nats or of their square. refusal: why there is no score, else empty."""
+    """Result of one strategy on one schedule, for one net and seed, at one budget.
+
+    net: a name in `NETS`.
+    seed: seed of the net's training.
+    strategy: a name in `CONTENDERS`.
+    schedule: a name in `bench.contenders.SCHEDULES`.
+    budget: FLOPs budget, as a share of the original's.
+    base: the original's score, in [0, 1].
+    flops_ratio: FLOPs of the optimised model / the original's.
+    score: the optimised model's score, in [0, 1].
+    moved: divergence of the outputs from the original's: in nats for logits, in relative squares otherwise.
+    counts: removed tokens at each attention block.
+    refusal: why there is no score, or "".
+    """
 
     net: str
     seed: int
@@ -58,6 +72,7 @@ class Row:
 
     @property
     def key(self) -> tuple[Any, ...]:
+        """Return what identifies the row."""
         return self.net, self.seed, self.strategy, self.schedule, self.budget
 
 
@@ -74,7 +89,7 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Draw scores against FLOPs to this PNG.")] = None,
     table: Annotated[Path | None, typer.Option(help="Write the table to this Markdown file.")] = None,
 ) -> None:
-    """Measure what every strategy keeps."""
+    """Measure the score that every strategy keeps."""
     from bench import accuracy_report
 
     for name, known in ((net, NETS), (strategy, CONTENDERS)):
@@ -100,8 +115,8 @@ def main(
 
 
 def measure(name: str, seed: int, asked: Sequence[Contender], budgets: Sequence[float], test_images: int) -> list[Row]:
-    """All contenders at all budgets on one net."""
-    torch.set_num_threads(1)  # small nets: a second thread waits more than it works
+    """Return the rows of all contenders at all budgets on one net."""
+    torch.set_num_threads(1)  # the nets are too small for a second thread to help
     config = NETS[name]
     task = TASKS[config.task]
     model = load_or_train(config, seed)
@@ -125,7 +140,7 @@ def measure(name: str, seed: int, asked: Sequence[Contender], budgets: Sequence[
 
 
 def _optimised(captured: fx.GraphModule, contender: Contender, ratio: float, class_token: bool) -> Any:
-    """One capture serves every strategy: passes don't change what they are given."""
+    """Return the optimised graph. One capture serves every strategy, since passes don't change their input."""
     strategy = contender.made(class_token)
     return run_passes(captured, Options.of(flops_budget=ratio, schedule=contender.schedule, strategy=strategy))
 
@@ -133,7 +148,7 @@ def _optimised(captured: fx.GraphModule, contender: Contender, ratio: float, cla
 def _worked_at(
     jobs: Sequence[tuple[str, int, list[Contender]]], budgets: tuple[float, ...], test_images: int, workers: int
 ) -> Iterator[list[Row]]:
-    """Rows of one job after the other, as they are done."""
+    """Run the jobs in parallel processes and yield the rows of each when it is done."""
     with progress_bar() as show, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         waiting = {pool.submit(measure, name, seed, c, budgets, test_images): (name, seed) for name, seed, c in jobs}
         show("nets", 0, len(jobs))
@@ -143,10 +158,12 @@ def _worked_at(
 
 
 def _is_missing(rows: dict[Any, Row], name: str, seed: int, contender: Contender, budgets: tuple[float, ...]) -> bool:
+    """Return whether `rows` lacks a budget of this contender on this net and seed."""
     return any((name, seed, contender.strategy, contender.schedule, ratio) not in rows for ratio in budgets)
 
 
 def known_rows(out: Path | None) -> list[Row]:
+    """Return the rows of an earlier result file; none where there is no file."""
     if out is None or not out.exists():
         return []
     return [Row(**{**row, "counts": tuple(row["counts"])}) for row in json.loads(out.read_text())["rows"]]

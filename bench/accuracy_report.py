@@ -1,4 +1,4 @@
-"""Rows of `bench.accuracy` as a person reads them: a table of points lost, and curves."""
+"""Tables and curves of `bench.accuracy`'s rows, in points of score lost."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Summary:
-    """Over seeds, of one curve at one budget: points of score against the original, their mean and deviation.
+    """One curve at one budget, summarised over seeds.
 
-    score in [0, 1]. reached: of how many seeds; none where it was refused.
+    net, strategy, schedule: name the curve.
+    budget: FLOPs budget, as a share of the original's.
+    points: mean score minus the original's, in percentage points.
+    spread: standard deviation of the points.
+    score: mean score, in [0, 1].
+    reached: number of seeds with a score; 0 where all were refused.
     """
 
     net: str
@@ -32,6 +37,7 @@ class Summary:
 
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:
+    """Return a summary for each curve and budget, in the order of the rows."""
     found = []
     for net, strategy, schedule, budget in dict.fromkeys((r.net, r.strategy, r.schedule, r.budget) for r in rows):
         own = [
@@ -48,10 +54,11 @@ def summaries(rows: Sequence[Row]) -> list[Summary]:
 
 
 def overall(rows: Sequence[Row]) -> list[tuple[str, str, float, float, int]]:
-    """strategy, schedule, mean points over nets, budgets and seeds, deviation over seeds of that mean, and how many rows it misses.
+    """Return (strategy, schedule, mean points, deviation, refused rows) for each pair, the best first.
 
-    Of the nets that no strategy refuses for good; where one can't reach a budget it is taken for the worst that any reached there:
-    a budget that isn't met is no result.
+    The mean is over nets, budgets and seeds, the deviation is that of the mean over seeds. Nets that some strategy
+    refuses at every budget are left out. Where a strategy can't reach a budget, it gets the worst points that any
+    strategy reached there, so that a refusal is no advantage.
     """
     shared = {net for net in dict.fromkeys(r.net for r in rows) if _is_for_all(rows, net)}
     found = []
@@ -62,12 +69,15 @@ def overall(rows: Sequence[Row]) -> list[tuple[str, str, float, float, int]]:
 
 
 def by_net(rows: Sequence[Row]) -> str:
-    """A line a strategy, on the schedule that suits it better over all, a column a net: mean points over budgets, ± over seeds."""
+    """Return a table of mean points over budgets ± deviation over seeds: a line per strategy, a column per net.
+
+    A strategy is listed on the schedule with the better overall mean.
+    """
     nets = list(dict.fromkeys(row.net for row in rows))
     better: dict[str, str] = {}
     for strategy, schedule, *_ in overall(rows):  # the better one first
         better.setdefault(strategy, schedule)
-    means = {(strategy, schedule): told for strategy, schedule, *told in overall(rows)}
+    means = {(strategy, schedule): figures for strategy, schedule, *figures in overall(rows)}
     lines = []
     for strategy, schedule in better.items():
         cells = []
@@ -82,7 +92,10 @@ def by_net(rows: Sequence[Row]) -> str:
 
 
 def _mean_points(own: Sequence[Row], rows: Sequence[Row]) -> tuple[float, float]:
-    """Mean over `own` and its deviation over seeds; the worst of `rows` where a budget isn't reached that somebody reaches."""
+    """Return the mean points of `own` and their deviation over seeds.
+
+    Where a row of `own` is refused, but another of `rows` isn't, the worst points of `rows` at that budget count.
+    """
     worst: dict[Any, float] = {}
     for row in rows:
         if not row.refusal:
@@ -99,17 +112,18 @@ def _mean_points(own: Sequence[Row], rows: Sequence[Row]) -> tuple[float, float]
 
 
 def _base(rows: Sequence[Row], net: str) -> float:
+    """Return the original's mean score over seeds."""
     return statistics.fmean({row.seed: row.base for row in rows if row.net == net}.values())
 
 
 def _is_for_all(rows: Sequence[Row], net: str) -> bool:
-    """Whether every strategy has scores on it."""
+    """Return whether every strategy has a score on this net."""
     having = {row.strategy for row in rows if row.net == net and not row.refusal}
     return having == {row.strategy for row in rows}
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A line a strategy and schedule over all nets, a column a net on the better schedule, then a table a net."""
+    """Return the report in Markdown: a table over all nets, one with a column per net, and one for each net."""
     seeds = len({row.seed for row in rows})
     lines = [
         [strategy, schedule, f"{mean:+.2f} ± {spread:.2f}", missed or ""]
@@ -117,8 +131,8 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     parts = [
         tabulate(lines, ["strategy", "schedule", "points", "not reached"], tablefmt="github", disable_numparse=True),
-        f"points of score against the original, mean over nets and budgets, ± deviation over {seeds} seeds; budgets not "
-        f"reached count as the worst reached there",
+        f"points of score against the original, mean over nets and budgets, ± deviation over {seeds} seeds; budgets "
+        f"not reached count as the worst reached there",
         "",
         by_net(rows),
     ]
@@ -129,15 +143,18 @@ def markdown(rows: Sequence[Row]) -> str:
         for strategy, schedule in dict.fromkeys((row.strategy, row.schedule) for row in rows if row.net == net):
             cells = [by_key.get((net, strategy, schedule, budget)) for budget in budgets]
             if any(cell is not None and cell.reached for cell in cells):
-                told = [f"{c.points:+.1f} ± {c.spread:.1f}" if c is not None and c.reached else "–" for c in cells]
-                lines.append([strategy, schedule, *told])
+                texts = [f"{c.points:+.1f} ± {c.spread:.1f}" if c is not None and c.reached else "–" for c in cells]
+                lines.append([strategy, schedule, *texts])
         headers = [f"{net}, {_base(rows, net):.1%}", "", *(f"{budget:g}" for budget in budgets)]
         parts += ["", tabulate(lines, headers, tablefmt="github", disable_numparse=True)]
     return "\n".join(parts)
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Score against FLOPs, a panel a net, a line a strategy on the schedule that is its better one there; the spread as bars."""
+    """Draw score against FLOPs to `file`: a panel per net, a line per strategy, the spread over seeds as error bars.
+
+    A strategy is drawn on the schedule that is better on that net.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,7 +195,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 
 
 def _better(found: Sequence[Summary], net: str, strategy: str) -> list[Summary]:
-    """Of the schedules, the one with more budgets reached, and then the higher mean."""
+    """Return a strategy's curve on the schedule that reaches more budgets, or, if equal, has the higher mean."""
     curves = {
         schedule: [s for s in found if (s.net, s.strategy, s.schedule) == (net, strategy, schedule) and s.reached]
         for schedule in dict.fromkeys(s.schedule for s in found)

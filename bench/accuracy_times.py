@@ -1,10 +1,11 @@
-"""The same curves against time: what each strategy's graph takes, compiled, of what the original takes, compiled.
+"""Benchmark: the curves of `bench.accuracy` against time instead of FLOPs, compiled.
 
-    python -m bench.accuracy_times bench/results/accuracy.json --out bench/results/accuracy_times.json --plot bench/results/accuracy_times.png
+    python -m bench.accuracy_times bench/results/accuracy.json --out bench/results/accuracy_times.json \\
+        --plot bench/results/accuracy_times.png
 
-Reads the rows of `bench.accuracy` and carries out their schedules again, so that each point has the score that was measured there.
-All graphs of a net are timed in one interleaved run, on as many threads as torch takes. These nets are small (64 tokens of 64
-channels), so operators around the products weigh more than in a net that somebody would serve.
+It reads the rows of `bench.accuracy` and applies their schedules again, so each point has the score measured there. All
+graphs of a net are timed in one interleaved run, on torch's default number of threads. These nets are small (64 tokens
+of 64 channels), so the operators around the products weigh more than in a net of practical size.
 """
 
 from __future__ import annotations
@@ -35,8 +36,14 @@ from gtp_fx.options.progress import progress_bar
 
 @dataclass(frozen=True)
 class TimedRow:
-    """A strategy at a budget on one net and seed: its score and the original's, in [0, 1], and its time as a share of the original's,
-    both compiled: the median of the rounds and the quartiles."""
+    """Score and time of one strategy at one budget, on one net and seed.
+
+    net, seed, strategy, schedule, budget, flops_ratio: as in `bench.accuracy.Row`.
+    base: the original's score, in [0, 1].
+    score: the optimised model's score, in [0, 1].
+    time_ratio: time of the optimised model / the original's, both compiled: median over rounds.
+    quartiles: lower and upper quartile of the time ratio.
+    """
 
     net: str
     seed: int
@@ -87,7 +94,7 @@ def main(
 
 @torch.no_grad()
 def measure(rows: Sequence[Row], batch: int, rounds: int) -> list[TimedRow]:
-    """Of one net and seed; all in one run."""
+    """Time all rows, which are of one net and seed, against the original in one interleaved run."""
     config = NETS[rows[0].net]
     model = load_or_train(config, rows[0].seed)
     images, _ = TASKS[config.task].draw(Split.test, 0, batch, config.look, config.patch)
@@ -115,7 +122,7 @@ def measure(rows: Sequence[Row], batch: int, rounds: int) -> list[TimedRow]:
 
 
 def table(rows: Sequence[TimedRow]) -> str:
-    """Markdown, a line a row."""
+    """Return a Markdown table with a line per row."""
     lines = [
         [
             row.strategy,
@@ -132,7 +139,7 @@ def table(rows: Sequence[TimedRow]) -> str:
 
 
 def draw(rows: Sequence[TimedRow], file: Path) -> None:
-    """Score against time, a line a strategy, quartiles as bars."""
+    """Draw score against time to `file`: a line per strategy, quartiles as error bars."""
     import matplotlib
 
     matplotlib.use("Agg")

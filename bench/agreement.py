@@ -1,8 +1,9 @@
-"""Do a token's neighbours in the graph look like it, and how deep down? A free signal for how far to propagate, and how much.
+"""Agreement of a token with its neighbours in the token graph, at each depth: a label-free signal for M and alpha.
 
-Local-GCL (arXiv 2212.04604) takes the neighbours of a node for its positives, since neighbours tend to share a label. Where that holds of
-a token graph, what a token passes to its neighbours is what they hold already; where it doesn't, it is noise to them. The graph is
-built once, from the first block's input, so agreement also says whether it is still good at a depth.
+Local-GCL (arXiv 2212.04604) uses a node's neighbours as its positives, since neighbours tend to share a label. Where
+this holds for a token graph, a removed token propagates what its neighbours hold already; where it doesn't, it
+propagates noise. The graph is built once, from the first block's input, so agreement also shows whether it is still
+good at greater depth.
 """
 
 from __future__ import annotations
@@ -29,17 +30,24 @@ from gtp_fx.options.options import Options
 from gtp_fx.strategies import GTP
 
 COUNTS = (4, 8, 16, 32)
-"""M's that are looked at, as far as there are patches."""
+"""Values of M to measure, as far as there are patches."""
 _KEPT = 0.8
-"""What part of the nearest neighbours' agreement farther ones must have to be taken as well."""
+"""Least agreement of more neighbours, as a share of the nearest ones', for M to include them."""
 _MOST_ALPHA = 0.4
-"""The largest of the paper's alphas: for neighbours that agree wholly."""
+"""The largest alpha in the paper, for neighbours that agree fully."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """by_block[b][i]: of attention block b's stream behind its attention, the mean cosine of a token and its counts[i] semantic neighbours,
-    after the mean of all tokens is taken away: 0 is chance, 1 is equality. spatial[b]: the same of the eight around it."""
+    """Mean cosine similarity of a token and its neighbours, in the stream after each block's attention.
+
+    The mean of all tokens is subtracted first, so that 0 is chance level and 1 is equality.
+
+    counts: values of M.
+    blocks: indices of the attention blocks.
+    by_block: similarity to the counts[i] semantic neighbours at block b is by_block[b][i].
+    spatial: similarity to the eight surrounding tokens, by block.
+    """
 
     counts: tuple[int, ...]
     blocks: tuple[int, ...]
@@ -47,7 +55,11 @@ class Agreement:
     spatial: tuple[float, ...]
 
     def proposed(self, strategy: GTP | None = None) -> GTP:
-        """GTP with the most neighbours that agree nearly as well as the nearest do, and as much alpha as they agree."""
+        """Return `strategy` with M and alpha chosen by agreement.
+
+        M is the largest count whose mean agreement is at least `_KEPT` times that of the smallest. alpha is
+        `_MOST_ALPHA` times the agreement at M.
+        """
         means = [sum(row[i] for row in self.by_block) / len(self.by_block) for i in range(len(self.counts))]
         good = [i for i, mean in enumerate(means) if mean >= _KEPT * means[0]]
         chosen = max(good, default=0)
@@ -64,9 +76,12 @@ class Agreement:
 
 
 def neighbour_agreement(model: nn.Module, images: Any, example_inputs: Any = None) -> Agreement:
-    """Of `model`'s first stream of tokens, on some dozens of unlabelled images as `calibration=` takes them; eager.
+    """Measure agreement in `model`'s first token stream, eager.
 
-    Raises UnsupportedModelError where no tokens can leave, so that there is no graph to speak of.
+    images: some dozens of unlabelled images, as `calibration=` takes them.
+    example_inputs: inputs to capture the model with; the first batch of images where None.
+
+    Raises UnsupportedModelError where no tokens can be removed, so that there is no token graph.
     """
     calibration = Calibration.of(images)
     batch = calibration.batches()[0]
@@ -92,22 +107,27 @@ def neighbour_agreement(model: nn.Module, images: Any, example_inputs: Any = Non
 
 
 def _of_first_stream(gm: fx.GraphModule) -> list[AttentionBlock]:
+    """Return the blocks on the first block's grid. Raises UnsupportedModelError where no tokens can be removed."""
     blocks = [block for block in typed_graph(gm.graph).blocks if block.refusal is None and block.site is not None]
     if not blocks or blocks[0].stream is None:
-        raise UnsupportedModelError("no tokens can leave this model's streams, so no graph of them is asked")
+        raise UnsupportedModelError("no tokens can be removed from this model's streams, so it has no token graph")
     return [block for block in blocks if block.axis.domain.grid == blocks[0].axis.domain.grid]
 
 
 def _streams(blocks: Sequence[AttentionBlock]) -> list[fx.Node]:
-    """What enters the first block, and the stream behind each one's attention."""
+    """Return the first block's input, followed by the stream after each block's attention."""
     assert blocks[0].stream is not None
     return [blocks[0].stream, *(block.site for block in blocks if block.site is not None)]
 
 
 def _agreement(first_BGC: Tensor, later: Sequence[Tensor], grid: list[int], counts: Sequence[int]) -> Tensor:
-    """[B, blocks, counts + 1]; the last of the touching ones."""
+    """Return the mean cosines [B, blocks, counts + 1]; the last column is that of the eight surrounding tokens.
+
+    first_BGC: patches of the first block's input, from which the graph is built.
+    later: patches [B, G, C] of the stream after each block's attention.
+    """
     near_BGM, _ = gtp_fx.token_graph(first_BGC, grid, 0, "semantic", max(counts))
-    # `token_graph` gives the nearest in no order: order them.
+    # `token_graph` returns the nearest tokens unordered, so sort them by similarity.
     unit_BGC = F.normalize(first_BGC.float(), dim=-1)
     likeness_BGM = (unit_BGC @ unit_BGC.transpose(1, 2)).gather(2, near_BGM)
     near_BGM = near_BGM.gather(2, likeness_BGM.argsort(dim=2, descending=True))

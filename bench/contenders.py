@@ -1,6 +1,6 @@
-"""The strategies that `bench.accuracy` compares, each as its publication has it off the shelf, and the schedules that they run on.
+"""The strategies and schedules that `bench.accuracy` compares. Each strategy is as published, without fine-tuning.
 
-Where a net has no CLS token, what a publication reads off it is read off all tokens' attention instead.
+Where a publication scores tokens by the CLS token's attention and a net has none, all tokens' attention replaces it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gtp_fx
 from gtp_fx.strategies import Strategy
 
 Made = Callable[[str], Strategy]
-"""From the score that a net can give."""
+"""Makes a strategy from the name of the score that a net supports."""
 
 CONTENDERS: Mapping[str, Made] = {
     "gtp": lambda _: gtp_fx.GTP(),
@@ -27,11 +27,11 @@ CONTENDERS: Mapping[str, Made] = {
     "random": lambda _: gtp_fx.strategies.Random(),
 }
 SCHEDULES = ("auto", "even")
-"""gtp_fx's own choice, and the publications' constant count a block, to the token."""
+"""gtp_fx's own choice, and the publications' constant count per block, spread exactly to the token."""
 
 
 def contenders(strategies: Iterable[str]) -> list[Contender]:
-    """Each strategy on every schedule; on one where it has one site alone, which leaves a schedule nothing to choose."""
+    """Return each strategy on every schedule, or on one where it has a single site, so that schedules can't differ."""
     found = []
     for strategy in strategies:
         single = len(list(CONTENDERS[strategy]("cls-mean").positions(_DEEP))) == 1
@@ -40,12 +40,18 @@ def contenders(strategies: Iterable[str]) -> list[Contender]:
 
 
 _DEEP = 12
-"""Blocks of a stream, as any."""
+"""Blocks of a typical stream."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A strategy on a schedule: what one curve is of."""
+    """A strategy on a schedule, which is one curve.
+
+    strategy: a name in `CONTENDERS`.
+    schedule: a name in `SCHEDULES`.
+
+    Raises ValueError for other names.
+    """
 
     strategy: str
     schedule: str
@@ -58,4 +64,5 @@ class Contender:
         return f"{self.strategy}, {self.schedule}"
 
     def made(self, class_token: bool) -> Strategy:
+        """Return the strategy for a net with or without a CLS token."""
         return CONTENDERS[self.strategy]("cls-mean" if class_token else "broadcast-mean")

@@ -1,9 +1,11 @@
-"""Is the predicted time right? Predicted against measured speed-up, over models and budgets, on this machine after `tune`.
+"""Benchmark: predicted against measured speed-up, over models and budgets, on this machine.
 
-    gtp-fx tune && python -m bench.cost_model --out bench/results/cost_model_cpu.json --plot bench/results/cost_model_cpu.png
+    gtp-fx tune && python -m bench.cost_model --out bench/results/cost_model_cpu.json \\
+        --plot bench/results/cost_model_cpu.png
 
-Compiled against compiled, interleaved. What counts is the speed-up, in which errors that both models share fall out; the absolute
-time is told beside it. Rows are written as they come, and rows that --out has already, of the same curves, aren't measured again.
+Original and optimised model are both compiled, and timed interleaved. The speed-up is what counts: errors that both
+models share cancel in it. The absolute time's error is reported too. Rows are written one by one. Rows that --out
+has already from the same curves aren't measured again.
 """
 
 from __future__ import annotations
@@ -35,7 +37,14 @@ from gtp_fx.targets import Target, detect
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as it is timed: timm's name, what it is made with, its image side, and images of a run on a CPU and on a GPU."""
+    """A model to time.
+
+    name: timm's name.
+    side: side of its images, in pixels.
+    batch: images per run on a CPU.
+    gpu_batch: images per run on a GPU.
+    made_with: arguments of `timm.create_model`.
+    """
 
     name: str
     side: int
@@ -44,6 +53,7 @@ class Subject:
     made_with: Mapping[str, Any]
 
     def build(self) -> nn.Module:
+        """Return the model in eval mode, with random weights."""
         model: nn.Module = timm.create_model(self.name, **self.made_with)
         return enliven(model).eval()
 
@@ -56,13 +66,26 @@ SUBJECTS = (
     Subject("eva02_tiny_patch14_224", 224, 4, 256, {"depth": 4}),
     Subject("swin_tiny_patch4_window7_224", 224, 4, 128, {"depths": (1, 1, 2, 1)}),
 )
-"""Cut to a few blocks of full width: compiling takes minutes for each dozen of blocks, and more of the same blocks say no more."""
+"""Models cut to a few blocks of full width: compiling a dozen blocks takes minutes, and tells no more than a few."""
 BUDGETS = (0.8, 0.65, 0.5)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model at one budget; seconds are of a run of the batch."""
+    """Result of one model at one budget.
+
+    model: timm's name.
+    side: side of its images, in pixels.
+    batch: images per run.
+    flops_budget: FLOPs budget, as a share of the original's.
+    flops_ratio: FLOPs of the optimised model / the original's.
+    schedule: removed tokens at each attention block.
+    predicted: predicted speed-up.
+    measured: measured speed-up, median over rounds.
+    measured_quartiles: lower and upper quartile of the measured speed-up.
+    predicted_seconds: predicted time per run, of the original and the optimised model.
+    measured_seconds: measured time per run, likewise.
+    """
 
     model: str
     side: int
@@ -78,11 +101,12 @@ class Row:
 
     @property
     def error(self) -> float:
+        """Return the relative error of the predicted speed-up."""
         return self.predicted / self.measured - 1
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Rounds of timing, each runs both models once.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing; each runs both models once.")] = 15,
     model: Annotated[list[str] | None, typer.Option(help="Only these of the models.")] = None,
     budget: Annotated[list[float] | None, typer.Option(help="Instead of 0.8, 0.65 and 0.5.")] = None,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
@@ -90,7 +114,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw predicted against measured to this PNG.")] = None,
 ) -> None:
-    """Time models and what became of them, and hold the cost model's predictions against it."""
+    """Time models and their optimised forms, and compare the cost model's predictions with the measured speed-ups."""
     target = detect(device.value)
     if not target.measured:
         typer.echo("cost_model: nothing is known of this machine yet: run `gtp-fx tune` first", err=True)
@@ -117,16 +141,17 @@ def _measure(
     dtype: str,
     device: str,
 ) -> Iterator[Row]:
+    """Yield the row of each subject and budget that isn't in `known`."""
     for subject in subjects:
-        left = [b for b in budgets if not any((row.model, row.flops_budget) == (subject.name, b) for row in known)]
-        if not left:
+        missing = [b for b in budgets if not any((row.model, row.flops_budget) == (subject.name, b) for row in known)]
+        if not missing:
             continue
         model = subject.build().to(device, getattr(torch, dtype))
         batch = subject.gpu_batch if device == "cuda" else subject.batch
         images = torch.randn(batch, 3, subject.side, subject.side, generator=torch.Generator().manual_seed(0))
         images = images.to(device, getattr(torch, dtype))
         planner = Planner(model, images)
-        for ratio in left:
+        for ratio in missing:
             options = Options.of(flops_budget=ratio, target=target, batch=batch)
             yield _row(subject, model, images, planner.plan(options), options, rounds)
 
@@ -135,6 +160,7 @@ def _measure(
 def _row(
     subject: Subject, model: nn.Module, images: torch.Tensor, forecast: Forecast, options: Options, rounds: int
 ) -> Row:
+    """Compile and time the original and the optimised model at one budget."""
     torch._dynamo.reset()
     fast = gtp_fx.optimize(model, flops_budget=options.flops_budget, example_inputs=images, target=options.target)
     assert tuple(fast.schedule) == tuple(forecast.schedule)
@@ -160,12 +186,12 @@ def _row(
 
 
 def median_error(rows: Sequence[Row]) -> float:
-    """Of the speed-up, whatever its sign."""
+    """Return the median absolute relative error of the predicted speed-up."""
     return statistics.median(abs(row.error) for row in rows)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """For people: a line a row, and the median last."""
+    """Return a table with a line per row, followed by the median error."""
     lines = [
         [
             f"{row.model} @{row.side} ×{row.batch}",
@@ -191,7 +217,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], target: Target, file: Path) -> None:
-    """Predicted against measured, a dot a row, with the quartiles."""
+    """Draw predicted against measured speed-up to `file`: a dot per row, quartiles as error bars."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -224,6 +250,7 @@ def draw(rows: Sequence[Row], target: Target, file: Path) -> None:
 
 
 def publish_rows(rows: Sequence[Row], target: Target, dtype: str, device: str, rounds: int, out: Path | None) -> None:
+    """Write the rows to `out`; nothing where it is None."""
     if out is None:
         return
     result = {
@@ -242,7 +269,7 @@ def publish_rows(rows: Sequence[Row], target: Target, dtype: str, device: str, r
 
 
 def _known(out: Path | None, target: Target) -> list[Row]:
-    """Rows that the file has already, if the same curves predicted them."""
+    """Return the rows of an earlier result file, if they were predicted with the same curves; else none."""
     if out is None or not out.exists():
         return []
     found = json.loads(out.read_text())

@@ -1,10 +1,11 @@
-"""Small vision transformers trained on `bench.tasks` in a few minutes of one core: trained weights to measure accuracy with.
-
-A plain net first learns from close-ups, small canvases whose clutter grows, at places drawn from the grid of positions, and then from
-whole canvases; a windowed one, which has no positions, in the same way. It is trained on one thread, so that a seed gives the same net whatever else runs, and kept in the user's
-cache, under a hash of everything that decides it.
+"""Small vision transformers trained on `bench.tasks`, a few minutes of one core each, to measure accuracy with.
 
     python -m bench.digit_nets --net digits-cls --seed 0 --seed 1
+
+A net first learns from close-ups, which are small canvases with growing clutter, and then from whole canvases. In a
+plain net, a close-up takes the position embeddings of a random part of the grid; a windowed net has none. Training uses
+one thread, so that a seed gives the same net whatever else runs. The net is kept in the user's cache, under a hash of
+everything that determines it.
 """
 
 from __future__ import annotations
@@ -36,17 +37,26 @@ from gtp_fx.targets import cache
 Net = VisionTransformer | SwinTransformer
 
 _RECIPE = 1
-"""Counts up when code here or in `bench.digits` changes what is trained: cached nets of older recipes are no longer found."""
+"""Version of the training, part of the cache's key. Increase it when code here or in `bench.digits` changes a net."""
 
 
 @dataclass(frozen=True)
 class NetConfig:
     """A net and its training.
 
-    task: a name in `bench.tasks.TASKS`. look: the canvases. windows: side of the windows that a Swin-like net of three stages attends
-    in; 0 for a plain transformer. patch, width, depth, heads: the transformer's. class_token: the head reads a CLS token; without
-    one, the mean of the patches. close_ups, steps: batches of close-ups, and of whole canvases after them. close_up:
-    a close-up's side in pixels. batch: images of one step. rate: the highest learning rate.
+    look: appearance of the canvases.
+    patch: side of a patch, in pixels.
+    width: channels.
+    depth: blocks.
+    heads: attention heads (of the first stage, in a windowed net).
+    class_token: whether the head reads a CLS token; otherwise it reads the mean of the patches.
+    close_ups: training steps on close-ups.
+    close_up: side of a close-up, in pixels.
+    steps: training steps on whole canvases, after the close-ups.
+    batch: images per step.
+    rate: highest learning rate.
+    task: a name in `bench.tasks.TASKS`.
+    windows: side of the attention windows of a Swin-like net with three stages; 0 for a plain transformer.
     """
 
     look: Look = field(default_factory=Look)
@@ -65,12 +75,12 @@ class NetConfig:
 
     @property
     def tokens(self) -> int:
-        """Patches of a canvas."""
+        """Return the number of patches of a canvas."""
         return (self.look.side // self.patch) ** 2
 
 
 def load_or_train(config: NetConfig, seed: int, progress: Progress | None = None) -> Net:
-    """The net of a configuration and seed, in eval mode: from the cache, or trained now and put there."""
+    """Return the net of a configuration and seed in eval mode, from the cache, or trained now and put there."""
     path = cache_folder() / f"{_key(config, seed)}.safetensors"
     model = build(config)
     if path.exists():
@@ -78,7 +88,7 @@ def load_or_train(config: NetConfig, seed: int, progress: Progress | None = None
         return model.eval()
     model = train(config, seed, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the file and then renamed, so that nobody ever finds half a net.
+    # Write to another file and rename it, so that no other process reads half a net.
     unfinished = path.with_suffix(f".{os.getpid()}")
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, unfinished)
     unfinished.replace(path)
@@ -86,9 +96,10 @@ def load_or_train(config: NetConfig, seed: int, progress: Progress | None = None
 
 
 def build(config: NetConfig) -> Net:
-    """The net as initialised, from torch's global generator.
+    """Return the net at initialisation, drawn from torch's global generator.
 
-    timm's own start (a deviation of 0.02 everywhere) makes every attention uniform at this width, and learning slow to begin.
+    timm's own initialisation (a standard deviation of 0.02 everywhere) makes every attention nearly uniform at this
+    width, so that learning starts slowly.
     """
     if config.windows:
         return _windowed(config)
@@ -115,6 +126,7 @@ def build(config: NetConfig) -> Net:
 
 
 def _windowed(config: NetConfig) -> SwinTransformer:
+    """Return a Swin transformer with three stages, at initialisation."""
     return SwinTransformer(
         img_size=config.look.side,
         patch_size=config.patch,
@@ -128,7 +140,7 @@ def _windowed(config: NetConfig) -> SwinTransformer:
 
 
 def train(config: NetConfig, seed: int, progress: Progress | None = None) -> Net:
-    """A net trained from nothing, in eval mode."""
+    """Train a net from scratch and return it in eval mode."""
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, task = build(config).train(), TASKS[config.task]
@@ -150,21 +162,22 @@ def train(config: NetConfig, seed: int, progress: Progress | None = None) -> Net
 
 
 def cache_folder() -> Path:
-    """Where trained nets are kept, in the folder of everything that gtp_fx keeps."""
+    """Return the folder of trained nets in gtp_fx's cache."""
     return cache.cache_folder() / "digit_nets"
 
 
 def _key(config: NetConfig, seed: int) -> str:
+    """Return the cache's key: a hash of configuration, seed and recipe."""
     described = asdict(config)
     for field_, default in (("task", "digits"), ("windows", 0)):
-        if described[field_] == default:  # nets trained before there was another have keep their names
+        if described[field_] == default:  # the fields are newer than some cached nets, whose keys should stay valid
             del described[field_]
     text = json.dumps({"config": described, "seed": seed, "recipe": _RECIPE}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def _look_at(config: NetConfig, step: int) -> Look:
-    """What the canvases of a step look like: close-ups begin with nothing but the digit."""
+    """Return the look of a step's canvases. The first close-ups show only the digit; clutter grows from there."""
     if step >= config.close_ups:
         return config.look
     clutter = min(1.0, 2 * step / config.close_ups)
@@ -174,7 +187,10 @@ def _look_at(config: NetConfig, step: int) -> Look:
 
 
 def _forward(model: Net, config: NetConfig, images: Tensor) -> Tensor:
-    """Logits, of canvases or of close-ups: those stand at a random place of the grid of positions."""
+    """Return the logits of canvases or close-ups.
+
+    In a plain net, close-ups take the position embeddings of a random part of the grid.
+    """
     sides = images.shape[-1] // config.patch, config.look.side // config.patch
     if sides[0] == sides[1]:
         whole: Tensor = model(images)
@@ -195,7 +211,7 @@ def _forward(model: Net, config: NetConfig, images: Tensor) -> Tensor:
 
 
 def _waves(side: int, width: int) -> Tensor:
-    """[1, side², width]: sines and cosines of row and column."""
+    """Return sines and cosines of row and column as position embeddings [1, side², width]."""
     frequencies = 20.0 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(side)[:, None] * frequencies
     along = torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -205,7 +221,10 @@ def _waves(side: int, width: int) -> Tensor:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums are the same whatever the machine, and two trainings side by side don't wait for each other's threads."""
+    """Use one thread within the context.
+
+    Sums are then in the same order on every machine, and parallel trainings don't compete for threads.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -221,7 +240,7 @@ NETS = {
     "scenes-cls": NetConfig(look=SCENES, task="scenes", close_ups=600, close_up=CELL, steps=1200),
     "patches": NetConfig(task="patches", class_token=False),
 }
-"""What `bench.accuracy` measures on: with and without CLS, windowed, two tasks and a dense one."""
+"""Nets of `bench.accuracy`: with and without a CLS token, windowed, with a harder task, and with dense output."""
 
 
 def main(
@@ -236,7 +255,7 @@ def main(
     if unknown := [name for name in chosen if name not in NETS]:
         raise typer.BadParameter(f"{unknown[0]!r} is unknown; nets are {', '.join(NETS)}")
     if sheet is not None:
-        from bench.sheet import draw_sheet  # which looks at nets
+        from bench.sheet import draw_sheet  # imported here, because bench.sheet imports this module
 
         draw_sheet([NETS[name] for name in chosen], sheet)
     for name in chosen:

@@ -1,8 +1,9 @@
-"""Handwritten digits on cluttered canvases: a data set that comes with scikit-learn, for nets that train in minutes.
+"""Handwritten digits on cluttered canvases, a task that small nets learn in minutes.
 
-A canvas holds one whole digit (8 x 8 pixels in scikit-learn's set, drawn at twice the size and more) at a random place, among
-cut-out pieces of other digits, strokes and noise. The label is the whole digit's. Most patches are background, as in
-photographs; what is a digit and what a piece of one only shows over several patches. Splits share no digit image.
+The digits come with scikit-learn. A canvas shows one whole digit (8 x 8 pixels in the data set, drawn at more than
+twice that size) at a random place, among cut-out pieces of other digits, strokes and noise. Its label is the whole
+digit's. Most patches are background, as in photographs, and it takes several patches to tell a whole digit from a piece
+of one. Splits share no digit image.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ Pixels = NDArray[np.float32]
 
 CLASSES = 10
 _SHARES = (0.70, 0.10, 0.20)
-"""Of the digit images: train, calibration, test."""
+"""Shares of the digit images in the splits train, calibration and test."""
 _NEAREST_PIECE = 4
-"""Pixels from the digit's box that the middle of a piece of clutter keeps away, so that no label is made unreadable."""
+"""Least distance of a piece of clutter's centre from the digit's box, in pixels, so that the digit stays readable."""
 _INK, _COVERED = 0.3, 0.1
-"""What of a pixel's brightness is ink, and the part of a patch that a digit's ink has to cover for the patch to show it."""
+"""Least brightness of an inked pixel, and least inked share of a patch that is labelled with the digit."""
 _TRIES = 1000
-"""To find such a place; a canvas little larger than its digit has none."""
+"""Most attempts to place a piece of clutter. A canvas hardly larger than its digit has no room for it."""
 
 
 class Split(enum.IntEnum):
-    """Which digit images a canvas may show; pieces of clutter are cut from the same ones."""
+    """Split of the digit images. A canvas takes its digit and its clutter from one split."""
 
     train = 0
     calibration = 1
@@ -42,11 +43,18 @@ class Split(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Look:
-    """What a canvas looks like.
+    """Appearance of a canvas.
 
-    side: of the canvas, in pixels. smallest, largest: a digit's side. pieces, strokes: how many of each lie about.
-    noise: standard deviation of what is added to every pixel, whose values are from 0 to 1. raster, jitter: a digit's corner
-    lies up to `jitter` pixels right of and below a multiple of `raster`; anywhere at all takes far longer to learn.
+    side: side of the canvas, in pixels.
+    smallest: smallest side of the digit, in pixels.
+    largest: largest side of the digit.
+    pieces: number of pieces of other digits.
+    strokes: number of strokes.
+    noise: standard deviation of the noise added to every pixel; pixels are from 0 to 1.
+    raster: the digit's corner is near a multiple of this many pixels; arbitrary places take far longer to learn.
+    jitter: most pixels by which the corner is right of and below such a multiple.
+
+    Raises ValueError where the digit may not fit on the canvas.
     """
 
     side: int = 64
@@ -66,15 +74,18 @@ class Look:
 
 
 def canvases(split: Split, seed: int, n: int, look: Look | None = None) -> tuple[Tensor, Tensor]:
-    """`n` canvases [n, 1, side, side] and their labels [n], the same for the same arguments; pixels are centred and scaled."""
+    """Return `n` canvases [n, 1, side, side], centred and scaled, and their labels [n], determined by the arguments."""
     look = look or Look()
     drawn = _drawn(split, seed, n, look)
     return as_images([canvas for canvas, _, _ in drawn]), torch.tensor([label for _, _, label in drawn])
 
 
 def patch_labels(split: Split, seed: int, n: int, look: Look, patch: int) -> tuple[Tensor, Tensor]:
-    """The same canvases, and a label a patch, [n, patches]: 0 where no digit is, d + 1 where ink of the whole digit d covers
-    a `_COVERED` part or more of the patch. Pieces, strokes and noise are no digit."""
+    """Return the canvases of `canvases`, and a label per patch [n, patches].
+
+    The label is d + 1 where ink of the whole digit d covers at least `_COVERED` of the patch, and 0 elsewhere. Pieces,
+    strokes and noise don't count.
+    """
     drawn = _drawn(split, seed, n, look)
     ink = torch.from_numpy(np.stack([ink for _, ink, _ in drawn]))[:, None]
     digit = torch.tensor([label for _, _, label in drawn])[:, None] + 1
@@ -83,12 +94,12 @@ def patch_labels(split: Split, seed: int, n: int, look: Look, patch: int) -> tup
 
 
 def as_images(drawn: Sequence[Pixels]) -> Tensor:
-    """[n, 1, side, side], centred and scaled."""
+    """Return canvases as a tensor [n, 1, side, side], centred and scaled."""
     return (torch.from_numpy(np.stack(drawn))[:, None] - 0.1) / 0.3
 
 
 def _drawn(split: Split, seed: int, n: int, look: Look) -> list[tuple[Pixels, Pixels, int]]:
-    """Each canvas, the ink of its whole digit alone, and its label."""
+    """Return each canvas, the whole digit on an empty canvas, and its label."""
     chance = np.random.default_rng((int(split), seed))
     pool = digit_indices(split)
     shown = chance.choice(pool, n)
@@ -97,7 +108,7 @@ def _drawn(split: Split, seed: int, n: int, look: Look) -> list[tuple[Pixels, Pi
 
 @functools.cache
 def digit_indices(split: Split) -> NDArray[np.int64]:
-    """The digit images of a split, by their places in scikit-learn's set."""
+    """Return the indices in scikit-learn's set of a split's digit images."""
     count = len(digits()[1])
     bounds = np.cumsum(np.array([0, *_SHARES]) * count).round().astype(int)
     order = np.random.default_rng(0).permutation(count)
@@ -106,20 +117,20 @@ def digit_indices(split: Split) -> NDArray[np.int64]:
 
 @functools.cache
 def digits() -> tuple[Pixels, NDArray[np.int64]]:
-    """Images [1797, 8, 8] of values from 0 to 1, and labels."""
+    """Return the digit images [1797, 8, 8], from 0 to 1, and their labels [1797]."""
     found = load_digits()
     return (found.images / 16).astype(np.float32), found.target.astype(np.int64)
 
 
 @functools.cache
 def enlarged(side: int) -> Pixels:
-    """Every digit image at another size."""
+    """Return every digit image, resized to [1797, side, side]."""
     images = torch.from_numpy(digits()[0])[:, None]
     return np.asarray(F.interpolate(images, size=(side, side), mode="bilinear")[:, 0])
 
 
 def _canvas(index: int, pool: NDArray[np.int64], look: Look, chance: np.random.Generator) -> tuple[Pixels, Pixels]:
-    """The canvas, and its whole digit alone."""
+    """Return a canvas with digit `index`, and the digit on an empty canvas."""
     canvas = np.zeros((look.side, look.side), np.float32)
     side = int(chance.integers(look.smallest, look.largest + 1))
     top, left = _corner(side, look, chance), _corner(side, look, chance)
@@ -134,13 +145,13 @@ def _canvas(index: int, pool: NDArray[np.int64], look: Look, chance: np.random.G
 
 
 def _corner(side: int, look: Look, chance: np.random.Generator) -> int:
-    """Where a digit begins, down or across."""
+    """Draw the row or column where a digit begins."""
     places = (look.side - side - look.jitter) // look.raster + 1
     return int(chance.integers(0, places)) * look.raster + int(chance.integers(0, look.jitter + 1))
 
 
 def _piece(digit: Pixels, chance: np.random.Generator) -> Pixels:
-    """About a quarter of a digit."""
+    """Cut a random piece of about a quarter from a digit."""
     side = len(digit)
     height, width = (int(size) for size in chance.integers(side // 3, side * 2 // 3 + 1, 2))
     top, left = int(chance.integers(0, side - height + 1)), int(chance.integers(0, side - width + 1))
@@ -148,7 +159,7 @@ def _piece(digit: Pixels, chance: np.random.Generator) -> Pixels:
 
 
 def stroke(length: int, chance: np.random.Generator) -> Pixels:
-    """A straight line, two pixels wide, in a box of its own."""
+    """Draw a straight line, two pixels wide, in a box [length, length]."""
     slope = float(chance.uniform(-1, 1))
     box = np.zeros((length, length), np.float32)
     along = np.arange(length)
@@ -158,7 +169,7 @@ def stroke(length: int, chance: np.random.Generator) -> Pixels:
 
 
 def _away_from(top: int, left: int, side: int, canvas: int, chance: np.random.Generator) -> tuple[int, int]:
-    """Where a piece of clutter begins: its middle is a margin away from the digit. Off the canvas where there is no room."""
+    """Draw the corner of a piece of clutter at a distance from the digit; off the canvas if there is no room."""
     for _ in range(_TRIES):
         y, x = (int(at) for at in chance.integers(0, canvas, 2))
         near_y = top - _NEAREST_PIECE <= y < top + side + _NEAREST_PIECE
@@ -169,7 +180,7 @@ def _away_from(top: int, left: int, side: int, canvas: int, chance: np.random.Ge
 
 
 def put(canvas: Pixels, patch: Pixels, corner: tuple[int, int]) -> None:
-    """Draw `patch` with its corner there, in place; the brighter of two strokes wins, what lies outside is cut off."""
+    """Draw `patch` onto `canvas` at `corner`, in place. The brighter pixel wins; parts off the canvas are cropped."""
     height, width = patch.shape
     top, left = corner
     if max(top, left) >= len(canvas):

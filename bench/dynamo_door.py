@@ -1,4 +1,4 @@
-"""The Dynamo door without Inductor's seconds: rewrites as the backend does, and runs the result eagerly."""
+"""A torch.compile backend that rewrites as gtp_fx's does, but runs the result eagerly, which saves Inductor's time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from gtp_fx.options.options import Options
 
 
 class Door:
-    """A torch.compile backend. made: what each graph became; refused: why a graph could not be taken (then it raises)."""
+    """Backend that applies gtp_fx's passes without compiling.
+
+    made: the optimised graphs so far.
+    refused: errors of the graphs that were refused; calling the backend raised them.
+    """
 
     def __init__(self, **options: Any) -> None:
         self.options = Options.of(**options)

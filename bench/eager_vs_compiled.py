@@ -1,10 +1,10 @@
-"""How much faster is the optimised model, eager against eager and compiled against compiled?
+"""Benchmark: speed-up of an optimised model, eager against eager and compiled against compiled.
 
     python -m bench.eager_vs_compiled --model deit_small_patch16_224 --batch 8 --budget 0.74 --out bench/results/x.json
 
-Runs from a checkout, installed or not. The baseline is the strongest there is: the same model under torch.compile, with
-torch's fused attention. All contenders are timed in one run, interleaved (`gtp_fx.measure.timing`), so a noisy machine is
-noisy for all of them alike. Weights are random unless given: they change no time, and nothing here is a claim on accuracy.
+It runs from a checkout, installed or not. The baseline is the strongest one: the same model under torch.compile, with
+torch's fused attention. All contenders are timed interleaved in one run (`gtp_fx.measure.timing`), so that a machine's
+noise affects all of them alike. Weights are random unless given: they don't affect time, and no result is on accuracy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(
     model: Annotated[str, typer.Option(help="timm's name.")] = "deit_small_patch16_224",
     batch: Annotated[int, typer.Option(help="Images per run.")] = 8,
     budget: Annotated[float | None, typer.Option(help="FLOPs after / before at most, in (0, 1].")] = 0.74,
-    schedule: Annotated[str, typer.Option(help="auto, uniform, or tokens that leave per block: 8,8,8,…")] = "auto",
+    schedule: Annotated[str, typer.Option(help="auto, uniform, or removed tokens per block: 8,8,8,…")] = "auto",
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     device: Annotated[Device, typer.Option()] = Device.cpu,
     rounds: Annotated[int, typer.Option(help="Rounds of timing, each runs every contender once.")] = 30,
@@ -58,7 +58,7 @@ def main(
 def as_result(
     loaded: LoadedModel, fast: gtp_fx.OptimizedModel, comparison: Comparison, dtype: str, device: str
 ) -> dict[str, Any]:
-    """The result file: what ran, where, and what was measured."""
+    """Return the result file's content: what ran, where, and what was measured."""
     return {
         "bench": "eager_vs_compiled",
         "model": loaded.name,

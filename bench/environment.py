@@ -1,4 +1,4 @@
-"""Where a figure was measured: processor, versions, commit. Every result file carries one, so that no number goes about alone."""
+"""Record of where a figure was measured: processor, versions, commit. Every result file includes it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ _PACKAGES = ("torch", "timm", "transformers", "triton")
 
 @dataclass(frozen=True)
 class Environment:
-    """processor: what ran the model. threads: torch's, on a CPU. versions: of what decides the code that ran.
+    """Machine and software of a measurement.
 
-    commit: of this repository; outside git what $GTP_FX_COMMIT says, or "unknown"; dirty: tracked files differed from it.
+    processor: processor that ran the model.
+    threads: torch's number of CPU threads.
+    system: operating system and number of logical cores.
+    versions: versions of Python and of the packages that affect the code that ran.
+    commit: this repository's commit; outside git, $GTP_FX_COMMIT or "unknown".
+    dirty: whether tracked files differed from the commit.
+    utc: time of the measurement.
     """
 
     processor: str
@@ -35,6 +41,7 @@ class Environment:
 
     @classmethod
     def here(cls, device: str) -> Environment:
+        """Return the environment of this process, which runs models on `device`."""
         return cls(
             processor=torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
             threads=torch.get_num_threads(),
@@ -53,6 +60,7 @@ class Environment:
 
 
 def _versions() -> dict[str, str]:
+    """Return the packages' versions, or "not installed", by name."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -63,7 +71,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints, or "" where there is no git or no repository."""
+    """Return git's output, or "" where there is no git or no repository."""
     try:
         done = subprocess.run(("git", *arguments), cwd=_ROOT, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

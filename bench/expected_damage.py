@@ -1,11 +1,11 @@
-"""How far is expected damage from what happens? Schedules of the same FLOPs, at few sites and many, on trained nets.
+"""Benchmark: expected damage against measured divergence, for schedules of the same FLOPs on trained nets.
 
     python -m bench.expected_damage --out bench/results/expected_damage.json
 
-For each net and budget some dozens of schedules are drawn: one to eight sites anywhere, counts at random, each brought to the budget.
-Divergence of the outputs is held against the damage that the prior and a measured table expect. One factor a net and budget is free,
-since only comparisons count; what is told is the spread of the rest, as a factor, and whether schedules of few sites are judged as
-fairly as those of many.
+For each net and budget, some dozens of schedules are drawn: one to eight sites anywhere with random counts, scaled to
+the budget. The divergence of their outputs is compared with the damage that the prior and a measured table expect. Only
+comparisons between schedules count, so one factor per net and budget is free. The result is the spread of the remaining
+ratio, as a factor, and whether schedules with few and many sites are judged alike.
 """
 
 from __future__ import annotations
@@ -49,13 +49,22 @@ from gtp_fx.plan.plan import Plan
 
 BUDGETS = (0.74, 0.55)
 SITES = (1, 1, 2, 2, 3, 4, 6, 8)
-"""How many sites a drawn schedule has, in turn."""
+"""Numbers of sites of the drawn schedules, in turn."""
 _CALIBRATION = 64
 
 
 @dataclass(frozen=True)
 class Row:
-    """One schedule on one net. expected: damage by the prior and by tables measured on unlabelled images; moved: divergence on unseen ones."""
+    """One schedule on one net.
+
+    net: name of the net.
+    budget: FLOPs budget, as a share of the original's.
+    counts: removed tokens at each site.
+    sites: number of sites that remove tokens.
+    prior: damage expected by the prior.
+    measured: damage expected by tables measured on unlabelled images.
+    moved: divergence of the outputs on unseen images.
+    """
 
     net: str
     budget: float
@@ -76,7 +85,7 @@ def main(
     test_images: Annotated[int, typer.Option(help="Images that divergence is measured on.")] = 300,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
-    """Hold expected damage against divergence."""
+    """Compare expected damage with divergence."""
     rows: list[Row] = []
     for name, model, unlabelled, images in _subjects(net or [], data, weights, test_images):
         rows += measure(name, model, unlabelled, images, schedules)
@@ -88,7 +97,7 @@ def main(
 def _subjects(
     nets: Sequence[str], data: Path | None, weights: Path | None, count: int
 ) -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
-    """Name, net, calibration's images, unseen ones."""
+    """Yield name, net, calibration images and unseen images."""
     if data is not None and weights is not None:
         unlabelled, _ = load_photographs(data, "train", _CALIBRATION // 10)
         yield "photographs", load_net(weights), unlabelled, load_photographs(data, "test", count // 10)[0]
@@ -102,7 +111,7 @@ def _subjects(
 
 
 def measure(name: str, model: nn.Module, unlabelled: Tensor, images: Tensor, schedules: int) -> list[Row]:
-    """Every budget on one net."""
+    """Return the rows of one net at every budget."""
     signature = call_signature(model, images[:2])
     options = Options.of(flops_budget=0.5)
     exact = run_exact_passes(capture_module(model, signature), options)
@@ -135,29 +144,38 @@ def measure(name: str, model: nn.Module, unlabelled: Tensor, images: Tensor, sch
 
 
 def _drawn(costs: CostModel, budget: float, sites: int, generator: random.Random) -> tuple[int, ...] | None:
-    """Counts at so many sites that just meet the budget; None where those sites can't."""
+    """Draw counts at `sites` random sites that just meet the budget; return None where those sites can't meet it."""
     places = sorted(generator.sample(range(len(costs.sites)), min(sites, len(costs.sites))))
     shares = [generator.uniform(0.5, 1.5) for _ in places]
     whole, limit = costs.sites[0].whole, budget * costs.original
 
     def at(total: int) -> tuple[int, ...]:
-        counts, gone, share = [0] * len(costs.sites), 0, 0.0
+        counts, removed, share = [0] * len(costs.sites), 0, 0.0
         for place, weight in zip(places, shares, strict=True):
             share += weight / sum(shares)
-            counts[place], gone = round(total * share) - gone, round(total * share)
+            counts[place], removed = round(total * share) - removed, round(total * share)
         return tuple(counts)
 
     return next((at(total) for total in range(1, whole) if costs.cost(at(total)) <= limit), None)
 
 
 def _damage(costs: CostModel, damage: Damage, counts: Sequence[int]) -> float:
+    """Return the damage expected of a schedule."""
     return float(sum(damage.of(chain, remaining_tokens(chain, counts)) for chain in costs.chains))
 
 
 @dataclass(frozen=True)
 class Summary:
-    """spread: the standard deviation of log(divergence / expected), as a factor. slope: by how much divergence is below what was
-    expected (negative) for each halving of the sites, in logarithms."""
+    """Error of expected damage, on one net at one budget.
+
+    net: name of the net.
+    budget: FLOPs budget, as a share of the original's.
+    by: "prior" or "measured".
+    schedules: number of schedules.
+    spread: standard deviation of log(divergence / expected), as a factor.
+    slope: change of log(divergence / expected) with each halving of the number of sites; negative where few sites do
+        less damage than expected.
+    """
 
     net: str
     budget: float
@@ -168,6 +186,7 @@ class Summary:
 
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:
+    """Return a summary for each net, budget and kind of expectation."""
     found = []
     for net, budget in dict.fromkeys((row.net, row.budget) for row in rows):
         own = [row for row in rows if (row.net, row.budget) == (net, budget)]
@@ -179,11 +198,11 @@ def summaries(rows: Sequence[Row]) -> list[Summary]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """For people."""
+    """Return a table of the summaries."""
     lines = [[s.net, f"{s.budget:g}", s.by, s.schedules, f"{s.spread:.2f}", f"{s.slope:+.2f}"] for s in summaries(rows)]
     return tabulate(lines, ["net", "FLOPs", "expected by", "schedules", "off by a factor", "per halving of sites"])
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # small nets: a second thread waits more than it works
+    torch.set_num_threads(1)  # the nets are too small for a second thread to help
     typer.run(main)

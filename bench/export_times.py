@@ -1,4 +1,4 @@
-"""Is an exported model as much faster as a compiled one? Original and optimised in onnxruntime and as AOTInductor packages, one run each.
+"""Benchmark: speed-up of exported models, in onnxruntime and as AOTInductor packages.
 
 python -m bench.export_times --model deit_small_patch16_224 --budget 0.74 --out bench/results/x.json
 """
@@ -35,7 +35,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds of timing, each runs every contender once.")] = 30,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
-    """On the CPU, with as many threads as torch has."""
+    """Export and time the original and the optimised model on the CPU, on torch's number of threads."""
     try:
         loaded = load_model(model)
         fast = gtp_fx.optimize(loaded.model, flops_budget=budget, compile=False)
@@ -85,6 +85,7 @@ def main(
 
 
 def _original(model: nn.Module, images: Tensor, folder: Path, kind: str) -> Run:
+    """Export the original for any batch size, and return a function that runs it on `images`."""
     program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     file = folder / f"original_{kind}{'.onnx' if kind == 'onnx' else '.pt2'}"
     if kind == "onnx":
@@ -96,6 +97,7 @@ def _original(model: nn.Module, images: Tensor, folder: Path, kind: str) -> Run:
 
 
 def _runner(file: Path, kind: str, images: Tensor) -> Run:
+    """Return a function that runs an exported file on `images`."""
     if kind == "aoti":
         package = importlib.import_module("torch._inductor").aoti_load_package(str(file))
         return lambda: package(images)

@@ -1,11 +1,12 @@
-"""Recovering the rest: a few minutes of self-distillation through the optimised graph, without labels.
+"""Benchmark: accuracy recovered by a few minutes of self-distillation through the optimised graph, without labels.
 
     python -m bench.finetune --net digits-cls --flops-budget 0.3 --out bench/results/finetune_digits.json
     torchrun --nproc-per-node 2 -m bench.finetune --net patches --flops-budget 0.3
 
-The original is the teacher, the optimised model over a copy of its parameters the student. Outputs learn from the
-teacher's (Kullback-Leibler); where outputs are a patch's, each token that is left learns from all patches it stands for as well, as the
-provenance has it. Under torchrun the processes' gradients are averaged (DistributedDataParallel).
+The original is the teacher. The student is the optimised model over a copy of its parameters. The student's outputs
+learn from the teacher's by Kullback-Leibler divergence. In nets with an output per patch, each kept token also learns
+from all patches it represents, according to its provenance. Under torchrun, the processes' gradients are averaged
+(DistributedDataParallel).
 """
 
 from __future__ import annotations
@@ -33,14 +34,18 @@ from bench.tasks import TASKS, outputs_of
 from gtp_fx.options.progress import Progress, progress_bar
 
 _SEEDS = 900_000_000
-"""Beyond those of the canvases that nets are trained on."""
+"""First seed of the canvases, beyond those that the nets were trained on."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """steps of `batch` canvases a process at up to `rate`; temperature of both distributions.
+    """Settings of the distillation.
 
-    tokens: weight of a second loss where outputs are a patch's: each token that is left learns from all patches it stands for.
+    steps: training steps.
+    batch: canvases per step and process.
+    rate: highest learning rate.
+    temperature: temperature of both distributions.
+    tokens: weight of `token_loss`, for nets with an output per patch.
     """
 
     steps: int = 300
@@ -52,8 +57,17 @@ class Training:
 
 @dataclass(frozen=True)
 class Result:
-    """Scores in [0, 1] on unseen digits: of the original, of the optimised model off the shelf, and after training; the loss
-    of the first and the last tenth of the steps."""
+    """Result for one net. Scores are in [0, 1], on unseen digits.
+
+    net: a name in `NETS`.
+    seed: seed of the net's training.
+    flops_ratio: FLOPs of the optimised model / the original's.
+    original: the original's score.
+    off_the_shelf: the optimised model's score before training.
+    trained: the optimised model's score after training.
+    first_loss: mean loss of the first tenth of the steps.
+    last_loss: mean loss of the last tenth.
+    """
 
     net: str
     seed: int
@@ -74,7 +88,7 @@ def main(
     test_images: Annotated[int, typer.Option()] = 1000,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
-    """Train optimised nets to say what the originals say."""
+    """Train optimised nets to reproduce the originals' outputs."""
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed:
         dist.init_process_group("gloo")
@@ -99,7 +113,7 @@ def main(
 
 
 def optimised(teacher: nn.Module, config: NetConfig, flops_budget: float, strategy: str) -> gtp_fx.OptimizedModel:
-    """Over a copy of the teacher's parameters, eager: these nets are small."""
+    """Return the optimised model over a copy of the teacher's parameters. It runs eagerly, since the nets are small."""
     example = torch.zeros(2, 1, config.look.side, config.look.side)
     options: dict[str, Any] = {"flops_budget": flops_budget, "strategy": strategy}
     return gtp_fx.optimize(copy.deepcopy(teacher), **options, example_inputs=example, compile=False)
@@ -112,7 +126,7 @@ def distil(
     training: Training,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Train `student` in place, which comes back in eval mode. The losses of all steps, of this process's canvases."""
+    """Train `student` in place and leave it in eval mode. Return the loss of every step, on this process's canvases."""
     task, count = TASKS[config.task], _world()
     student.train()
     wrapped: nn.Module = DistributedDataParallel(student) if count > 1 else student
@@ -145,7 +159,7 @@ def distil(
 
 
 def divergence_loss(found_BV: Tensor, wanted_BV: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler's, of the teacher's distribution from the student's, mean over rows, times temperature squared."""
+    """Return KL(teacher, student), mean over rows, times temperature squared."""
     log_found, log_wanted = (F.log_softmax(x / temperature, dim=-1) for x in (found_BV, wanted_BV))
     return F.kl_div(log_found, log_wanted, reduction="batchmean", log_target=True) * temperature**2
 
@@ -153,10 +167,12 @@ def divergence_loss(found_BV: Tensor, wanted_BV: Tensor, temperature: float) -> 
 def token_loss(
     found_BGV: Tensor, wanted_BGV: Tensor, matrix_BKG: Tensor, index_BK: Tensor, temperature: float
 ) -> Tensor:
-    """The same a token that is left: its distribution from the mean of those of the patches that it stands for.
+    """Return the divergence of each kept token's distribution from the mean over the patches that it represents.
 
-    found_BGV, wanted_BGV: of every patch; the student's at a kept token's place is that token's own. matrix_BKG, index_BK: from
-    `OptimizedModel.provenance`: the weight of each patch in each token, and where the tokens stand.
+    found_BGV: the student's logits by patch; at a kept token's place they are that token's own.
+    wanted_BGV: the teacher's logits by patch.
+    matrix_BKG: weight of each patch in each kept token, from `OptimizedModel.provenance`.
+    index_BK: places of the kept tokens, from the same.
     """
     shares_BKG = matrix_BKG / matrix_BKG.sum(dim=2, keepdim=True)
     wanted_BKV = torch.matmul(shares_BKG, F.softmax(wanted_BGV / temperature, dim=-1))
@@ -167,6 +183,7 @@ def token_loss(
 
 
 def scored(model: nn.Module, config: NetConfig, test_images: int) -> float:
+    """Return the model's score on canvases of unseen digits, in [0, 1]."""
     task = TASKS[config.task]
     images, labels = task.draw(Split.test, 0, test_images, config.look, config.patch)
     return task.score(outputs_of(model, images), labels)
@@ -201,5 +218,5 @@ def _rank() -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # small nets: a second thread waits more than it works
+    torch.set_num_threads(1)  # the nets are too small for a second thread to help
     typer.run(main)

@@ -1,8 +1,9 @@
-"""Random vision transformers x budgets x strategies, each held to what gtp_fx promises of every model.
+"""Random vision transformers x budgets x strategies, checked against what gtp_fx promises for every model.
 
     python -m bench.fuzz --cases 1000 --out bench/results/fuzz.json
 
-Some seconds a case: a thousand are a night's work. A failure is printed as the `Case` that makes it again; put it into tests/test_fuzz.py.
+A case takes some seconds, a thousand of them a night. A failure is printed as the `Case` that reproduces it; add it to
+tests/test_fuzz.py.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6)
 
 @st.composite
 def architectures(draw: Any) -> Architecture:
-    """Whatever goes together: heads divide, windows divide the grid, a CLS token is there to be read."""
+    """Draw a consistent architecture: heads divide, windows divide the grid, a CLS token exists where it is read."""
     window = draw(st.sampled_from((0, 0, 0, 2, 3)))
     sides = st.integers(1, 3).map(lambda n: n * window) if window else st.integers(3, 9)
     key_heads = draw(st.integers(1, 3))
@@ -69,7 +70,7 @@ def architectures(draw: Any) -> Architecture:
 
 @st.composite
 def cases(draw: Any, compiled: st.SearchStrategy[bool]) -> Case:
-    """The method itself half of the time. In windows few others work, so that few are tried."""
+    """Draw a case. Half of them use GTP itself. In windowed models, few other strategies work, so few are tried."""
     architecture = draw(architectures())
     others = [name for name in STRATEGIES if name != "gtp"]
     if architecture.window:
@@ -84,7 +85,13 @@ def cases(draw: Any, compiled: st.SearchStrategy[bool]) -> Case:
 
 
 def drawn(count: int, first: int = 0, compiled: float = 0.0) -> list[Case]:
-    """`count` cases, the same for the same seed. Hypothesis varies each example a few times before it draws anew: every tenth is taken."""
+    """Return `count` cases, the same for the same seed.
+
+    Hypothesis varies each example a few times before it draws a new one, so only every tenth is taken.
+
+    first: seed.
+    compiled: share of cases that Inductor compiles too.
+    """
     found: list[Case] = []
     every = round(1 / compiled) if compiled else 0
     chosen = st.integers(1, every).map(lambda n: n == every) if every else st.just(False)
@@ -113,7 +120,7 @@ def main(
     ] = 0.05,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
-    """Exit code 1 where a promise is broken."""
+    """Check random models and write the outcomes. Exit code 1 where a check fails."""
     outcomes: collections.Counter[str] = collections.Counter()
     failures: list[dict[str, str]] = []
     refusals: list[dict[str, str]] = []
@@ -125,10 +132,10 @@ def main(
             try:
                 outcome, _, why = check(case).partition(": ")
             except Exception as error:
-                outcome, told = "broken", f"{type(error).__name__}: {error}"
+                outcome, message = "broken", f"{type(error).__name__}: {error}"
                 where = traceback.format_exc().strip().splitlines()[-12:]
-                failures.append({"case": repr(case), "error": told, "where": "\n".join(where)})
-                typer.echo(f"\n{case!r}\n  {told}", err=True)
+                failures.append({"case": repr(case), "error": message, "where": "\n".join(where)})
+                typer.echo(f"\n{case!r}\n  {message}", err=True)
             if outcome == "refused":
                 refusals.append({"case": repr(case), "why": why})
             outcomes[outcome] += 1

@@ -1,4 +1,4 @@
-"""What has to hold for any vision transformer, at any budget, with any strategy: an exact answer, or a refusal by name."""
+"""Checks of what holds for any vision transformer, budget and strategy: a correct result, or a refusal by name."""
 
 from __future__ import annotations
 
@@ -17,18 +17,25 @@ from bench.fuzz_models import Architecture, RandomViT
 from gtp_fx.report.token_flow import SiteView, token_flow
 
 TOLERANCE = {"float32": 2e-4, "float64": 2e-4, "bfloat16": 4e-2}
-"""Of outputs' size. Attention that ranks its tokens works in float32 whatever the model's dtype."""
+"""Largest difference of outputs / largest output. Attention that scores tokens computes in float32 in every dtype."""
 SWAPPED = {**TOLERANCE, "bfloat16": 0.15}
-"""The same where two ways of rounding choose tokens, of which some are as good as another."""
+"""Tolerance where two roundings of the scores may select different tokens of nearly equal score."""
 
 
 class Broken(AssertionError):
-    """A promise that didn't hold."""
+    """A check failed."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """flops_budget: 1.0 asks for the exact passes alone. compiled: let Inductor compile it, too."""
+    """A model and how to optimise it.
+
+    architecture: the model.
+    flops_budget: FLOPs budget; 1.0 applies only the exact passes.
+    strategy: a name in `STRATEGIES`.
+    batch: images per call.
+    compiled: whether Inductor compiles the model too.
+    """
 
     architecture: Architecture = field(default_factory=Architecture)
     flops_budget: float = 0.8
@@ -39,7 +46,10 @@ class Case:
 
 @torch.no_grad()
 def check(case: Case) -> str:
-    """What became of it: "reduced", "exact", or "refused: " and why. Raises Broken, or whatever gtp_fx shouldn't have raised."""
+    """Check a case and return the outcome: "reduced", "exact", or "refused: " and the reason.
+
+    Raises Broken where a check fails, and any error of gtp_fx that isn't a refusal.
+    """
     model = case.architecture.build()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = case.architecture.images(case.batch)
@@ -54,23 +64,29 @@ def check(case: Case) -> str:
     eager = fast.graph_module(x)
     _same_form(wanted, eager)
     limit, swapped = TOLERANCE[case.architecture.dtype], SWAPPED[case.architecture.dtype]
-    nothing_gone = fast.schedule.removes_nothing
-    if case.flops_budget == 1.0 or nothing_gone:
+    removes_nothing = fast.schedule.removes_nothing
+    if case.flops_budget == 1.0 or removes_nothing:
         _close(wanted, eager, limit, "budget 1.0 has to be exact")
     _counted(fast, case, x)
     _alone_as_in_a_batch(fast, x, eager, swapped)
     _close(_through_dynamo(model, case, x), eager, swapped, "the two doors")
     if case.compiled:
         _same_form(eager, fast(x))
-        if x.dtype is not torch.bfloat16 or nothing_gone:  # fused, it rounds less, and chooses by that
+        # In bfloat16, fused kernels round less than eager ones, so that other tokens may be selected.
+        if x.dtype is not torch.bfloat16 or removes_nothing:
             _close(fast(x), eager, swapped, "compiled and eager")
-    if fast.sites and case.strategy == "gtp" and not case.architecture.window:  # in windows tokens are still seen
+    # In windows, tokens that skip a branch are still attended to, so that masking is no equivalent.
+    if fast.sites and case.strategy == "gtp" and not case.architecture.window:
         _dropping_is_masking(model, case, swapped)
-    return "exact" if nothing_gone else "reduced"
+    return "exact" if removes_nothing else "reduced"
 
 
 def _alone_as_in_a_batch(fast: gtp_fx.OptimizedModel, x: Tensor, eager: Any, limit: float) -> None:
-    """Of the second image. In bfloat16 a batch may round otherwise and choose another token, nearly as good: then the answer is another."""
+    """Check that the second image gives the same output alone and in a batch.
+
+    In bfloat16 a batch may round differently, and then select another token of nearly equal score. Outputs are compared
+    only where the same tokens are selected.
+    """
     alone, together = fast.graph_module(x[1:2]), pytree.tree_map(lambda t: t[1:2], eager)
     _same_form(together, alone)
     chosen = [[p.index[i].tolist() for p in fast.provenance(images)] for images, i in ((x[1:2], 0), (x, 1))]
@@ -81,6 +97,7 @@ def _alone_as_in_a_batch(fast: gtp_fx.OptimizedModel, x: Tensor, eager: Any, lim
 
 
 def _options(case: Case) -> dict[str, Any]:
+    """Return the options of a case, with a strategy that fits few patches and no prefix token."""
     strategy: Any = case.strategy
     prefix, patches = case.architecture.prefix, case.architecture.patches
     if strategy == "gtp" and patches <= 8:
@@ -96,6 +113,7 @@ def _options(case: Case) -> dict[str, Any]:
 
 
 def _unchanged(model: RandomViT, before: dict[str, Tensor], x: Tensor, wanted: Any) -> None:
+    """Check that `optimize` left the original's parameters and output unchanged."""
     after = model.state_dict()
     if list(after) != list(before) or not all(torch.equal(after[name], before[name]) for name in before):
         raise Broken("optimize changed the model's parameters")
@@ -103,6 +121,7 @@ def _unchanged(model: RandomViT, before: dict[str, Tensor], x: Tensor, wanted: A
 
 
 def _same_refusal(model: RandomViT, case: Case, x: Tensor, error: gtp_fx.GtpError) -> None:
+    """Check that the Dynamo backend refuses the model with an error of the same type."""
     try:
         _through_dynamo(model, case, x)
     except gtp_fx.GtpError as other:
@@ -113,6 +132,7 @@ def _same_refusal(model: RandomViT, case: Case, x: Tensor, error: gtp_fx.GtpErro
 
 
 def _through_dynamo(model: RandomViT, case: Case, x: Tensor) -> Any:
+    """Return the output through the Dynamo backend. Raises its refusal where it refuses."""
     torch._dynamo.reset()
     door = Door(**_options(case))
     try:
@@ -124,6 +144,7 @@ def _through_dynamo(model: RandomViT, case: Case, x: Tensor) -> Any:
 
 
 def _same_form(wanted: Any, found: Any) -> None:
+    """Check that two outputs have the same structure, shapes and dtypes, and that the second one is finite."""
     (theirs, their_form), (ours, our_form) = pytree.tree_flatten(wanted), pytree.tree_flatten(found)
     if their_form != our_form or [(t.shape, t.dtype) for t in theirs] != [(t.shape, t.dtype) for t in ours]:
         raise Broken(f"the output is {_told(found)}, the original's {_told(wanted)}")
@@ -132,7 +153,7 @@ def _same_form(wanted: Any, found: Any) -> None:
 
 
 def _counted(fast: gtp_fx.OptimizedModel, case: Case, x: Tensor) -> None:
-    """As torch counts them, on meta, where every release counts attention."""
+    """Check the report's FLOPs against torch's count, on meta, where every release counts attention."""
     with FlopCounterMode(display=False) as counter:
         copy.deepcopy(fast.graph_module).to("meta")(x[:1].to("meta"))
     total, ratio = counter.get_total_flops(), fast.report.flops_ratio
@@ -143,7 +164,10 @@ def _counted(fast: gtp_fx.OptimizedModel, case: Case, x: Tensor) -> None:
 
 
 def _dropping_is_masking(model: RandomViT, case: Case, limit: float) -> None:
-    """An oracle by other means: tokens that pass nothing on and count for one are as if the original's later blocks didn't see them."""
+    """Check the result against an independent oracle: the original with removed tokens masked in its later blocks.
+
+    With alpha 0 nothing is propagated, and without token scales each kept token counts once, so both are equivalent.
+    """
     arch = case.architecture
     strategy = gtp_fx.GTP(alpha=0.0, token_scale=False, graph="spatial")
     fast = gtp_fx.optimize(
@@ -152,8 +176,8 @@ def _dropping_is_masking(model: RandomViT, case: Case, limit: float) -> None:
     if not fast.sites:
         return
     x = arch.images(1, seed=1)
-    gone = torch.zeros(arch.prefix + arch.patches + arch.suffix, dtype=torch.bool)
-    leaving = {
+    masked = torch.zeros(arch.prefix + arch.patches + arch.suffix, dtype=torch.bool)
+    removed = {
         view.layer: view.left
         for view in token_flow(fast.graph_module, fast.sites, fast.report.sites, x)
         if isinstance(view, SiteView)
@@ -161,28 +185,30 @@ def _dropping_is_masking(model: RandomViT, case: Case, limit: float) -> None:
     oracle = copy.deepcopy(model)
     oracle.masked = []
     number_of = {site.layer: site.block for site in fast.report.sites}
-    left_at = {number_of[layer]: left for layer, left in zip(number_of, leaving.values(), strict=True)}
+    removed_at = {number_of[layer]: places for layer, places in zip(number_of, removed.values(), strict=True)}
     for number in range(arch.depth):
-        oracle.masked.append(gone)
-        if number in left_at:
-            gone = gone.index_fill(0, arch.prefix + left_at[number], True)
-    oracle.masked.append(gone)
+        oracle.masked.append(masked)
+        if number in removed_at:
+            masked = masked.index_fill(0, arch.prefix + removed_at[number], True)
+    oracle.masked.append(masked)
     wanted, found = oracle(x), fast.graph_module(x)
     if arch.pool == "map":
-        return  # the convolution reads tokens that came back, which a mask doesn't say
+        return  # the convolution reads restored tokens, which masking doesn't reproduce
     if arch.pool in ("all tokens", "tokens and logits"):
         wanted, found = (
-            pytree.tree_map(lambda t: t[:, ~gone] if t.ndim == 3 else t, value) for value in (wanted, found)
+            pytree.tree_map(lambda t: t[:, ~masked] if t.ndim == 3 else t, value) for value in (wanted, found)
         )
     _close(wanted, found, limit, "dropping tokens and masking them")
 
 
 def _close(wanted: Any, found: Any, limit: float, what: str) -> None:
+    """Check that two outputs differ by at most `limit` times the largest value (at least 1)."""
     for a, b in zip(pytree.tree_leaves(wanted), pytree.tree_leaves(found), strict=True):
-        apart = float((a.double() - b.double()).abs().max())
-        if not apart <= limit * max(1.0, float(a.double().abs().max())):
-            raise Broken(f"{what}: {apart:.3g} apart, of values up to {float(a.double().abs().max()):.3g}")
+        error = float((a.double() - b.double()).abs().max())
+        if not error <= limit * max(1.0, float(a.double().abs().max())):
+            raise Broken(f"{what}: {error:.3g} apart, of values up to {float(a.double().abs().max()):.3g}")
 
 
 def _told(value: Any) -> str:
+    """Return dtypes and shapes of an output's tensors as text."""
     return str([f"{leaf.dtype}{list(leaf.shape)}" for leaf in pytree.tree_leaves(value)])

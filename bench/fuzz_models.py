@@ -1,7 +1,7 @@
-"""Vision transformers put together at random, as nobody's library has them: what `bench.fuzz` tries gtp_fx on.
+"""Vision transformers with random architectures, for `bench.fuzz`.
 
-Each is told by an `Architecture`, whose repr builds it again. The model can also be run with patches masked away, block by block, which
-is what dropping them has to equal: `masked`.
+An `Architecture` describes a model, and its repr rebuilds it. The model can also run with patches masked, block by
+block (`masked`), as an oracle for their removal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,30 @@ PATCH = 2
 
 @dataclass(frozen=True)
 class Architecture:
-    """grid: patches, rows and columns. window: side of attention windows, 0 for attention over all. shift: of every other block's windows."""
+    """Description of a model.
+
+    grid: rows and columns of patches.
+    prefix: tokens before the patches.
+    suffix: tokens after the patches.
+    depth: blocks.
+    heads: query heads.
+    key_heads: key and value heads, which divide the query heads.
+    sharing: a name in `SHARINGS`, where there are fewer key heads.
+    head: features per head.
+    embed: a name in `EMBEDS`.
+    position: a name in `POSITIONS`.
+    attention: a name in `ATTENTIONS`.
+    projections: a name in `PROJECTIONS`.
+    query_key_norm: "layer", "rms" or "" for none.
+    order: place of the norms, a name in `ORDERS`.
+    layer_scale: whether branches are scaled.
+    mlp: a name in `MLPS`.
+    norm: a name in `NORMS`.
+    window: side of the attention windows; 0 for global attention.
+    shift: whether every other block's windows are shifted.
+    pool: output, a name in `POOLS`.
+    dtype: dtype of parameters and images.
+    """
 
     grid: tuple[int, int] = (4, 5)
     prefix: int = 1
@@ -54,12 +77,14 @@ class Architecture:
         return math.prod(self.grid)
 
     def build(self, seed: int = 0) -> RandomViT:
+        """Return the model with random weights, in eval mode."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = RandomViT(self)
         return enliven(model, seed).eval().to(getattr(torch, self.dtype))
 
     def images(self, count: int, seed: int = 0) -> Tensor:
+        """Return random images [count, 3, height, width], smooth with some noise."""
         generator = torch.Generator().manual_seed(seed)
         coarse = torch.randn(count, 3, 3, 3, generator=generator)
         sides = tuple(PATCH * side for side in self.grid)
@@ -71,7 +96,7 @@ EMBEDS = ("conv", "unfold", "reshape")
 POSITIONS = ("learned", "none", "sine", "rotary", "bias")
 ATTENTIONS = ("sdpa", "softmax", "einsum", "multihead")
 SHARINGS = ("interleave", "expand", "by attention")
-"""How several heads share a key's."""
+"""Ways in which several query heads share a key head."""
 PROJECTIONS = ("fused", "separate", "joint key-value")
 ORDERS = ("before", "behind", "both", "parallel")
 MLPS = ("gelu", "relu", "swiglu")
@@ -80,7 +105,12 @@ POOLS = ("token", "mean", "mean of patches", "max", "attention", "all tokens", "
 
 
 class RandomViT(nn.Module):
-    """[B, 3, h, w] to what `pool` says: logits [B, 7], tokens [B, N, C], a map [B, 7, rows, columns], or a dict of logits and tokens."""
+    """Vision transformer of an `Architecture`, from images [B, 3, height, width] to the output that `pool` names.
+
+    The output is logits [B, 7], tokens [B, N, C], a map [B, 7, rows, columns], or a dict of logits and tokens.
+
+    masked: for each block and for the output, the tokens [N] to mask; None to mask none.
+    """
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -130,18 +160,18 @@ class RandomViT(nn.Module):
 
     def _pooled(self, x: Tensor) -> Any:
         pool, start, stop = self.arch.pool, self.arch.prefix, self.arch.prefix + self.arch.patches
-        left = x if self.masked is None else x[:, ~self.masked[-1]]  # the last entry: behind the last block
+        unmasked = x if self.masked is None else x[:, ~self.masked[-1]]  # the last entry: after the last block
         if pool == "token":
             return self.head(x[:, 0])
         if pool == "mean":
-            return self.head(left.mean(dim=1))
+            return self.head(unmasked.mean(dim=1))
         if pool == "max":
-            return self.head(left.amax(dim=1))
+            return self.head(unmasked.amax(dim=1))
         if pool == "mean of patches":
             kept = x[:, start:stop] if self.masked is None else x[:, start:stop][:, ~self.masked[-1][start:stop]]
             return self.head(kept.mean(dim=1))
         if pool == "attention":
-            k, v = self.probe(left).chunk(2, dim=-1)
+            k, v = self.probe(unmasked).chunk(2, dim=-1)
             return self.head(F.scaled_dot_product_attention(self.query.expand(x.shape[0], -1, -1), k, v)[:, 0])
         if pool == "map":
             return self.head(x[:, start:stop].transpose(1, 2).reshape(x.shape[0], -1, *self.arch.grid))
@@ -149,6 +179,8 @@ class RandomViT(nn.Module):
 
 
 class Block(nn.Module):
+    """Transformer block: attention and an MLP, with norms as `order` says."""
+
     def __init__(self, arch: Architecture, number: int) -> None:
         super().__init__()
         self.arch = arch
@@ -184,6 +216,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention over all tokens or within windows, spelled as the architecture says."""
+
     def __init__(self, arch: Architecture, number: int) -> None:
         super().__init__()
         self.arch, width = arch, arch.width
@@ -275,7 +309,7 @@ class Attention(nn.Module):
         return (self.q(x), *self.kv(x).chunk(2, dim=-1))
 
     def _turned(self, x: Tensor) -> Tensor:
-        """Patches alone; prefix and suffix stand nowhere."""
+        """Apply rotary embeddings to the patches [B, H, N, features]; prefix and suffix have no position."""
         start, stop = self.arch.prefix, self.arch.prefix + self.arch.patches
         patches = x[:, :, start:stop]
         one, two = patches.chunk(2, dim=-1)
@@ -286,17 +320,19 @@ class Attention(nn.Module):
     def _bias(self, count: int, masked: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         bias = None
         if self.arch.position == "bias":
-            start, behind = (0, 0) if self.arch.window else (self.arch.prefix, self.arch.suffix)
+            before, after = (0, 0) if self.arch.window else (self.arch.prefix, self.arch.suffix)
             bias = self.table[self.apart].permute(2, 0, 1)
-            if start or behind:
-                bias = F.pad(bias, (start, behind, start, behind))
+            if before or after:
+                bias = F.pad(bias, (before, after, before, after))
         if masked is not None:
-            gone = torch.zeros(count, dtype=dtype).masked_fill(masked, float("-inf")).expand(1, count, count)
-            bias = gone if bias is None else bias + gone
+            mask = torch.zeros(count, dtype=dtype).masked_fill(masked, float("-inf")).expand(1, count, count)
+            bias = mask if bias is None else bias + mask
         return bias
 
 
 class _SwiGLU(nn.Module):
+    """MLP with a gated SiLU."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.into, self.out = nn.Linear(width, 4 * width), nn.Linear(2 * width, width)

@@ -1,9 +1,9 @@
-"""Inductor's code for a graph, generated for an H100 that isn't there and never compiled: what it calls, in order.
+"""Inductor's code for a graph, generated for an absent H100 and never compiled, with the launches that it makes.
 
     launches = generate(gm, inputs, keep=Path("code.py")).launches
 
-Of each launch: its kernel, what it reads and writes, what it computes, and from which operator of the graph it comes.
-Launches are read off the scheduler's nodes and held against the calls in the generated Python, one by one.
+A launch has its kernel, the bytes it reads and writes, its work, and the operator of the graph that it comes from.
+Launches are taken from the scheduler's nodes and checked against the calls in the generated Python, one by one.
 """
 
 from __future__ import annotations
@@ -34,29 +34,35 @@ _NO_LAUNCH = (
     "args.clear",
     "as_strided",
 )
-"""What the generated code calls besides kernels: checks, allocations, views. (Inputs are aligned, so none is
-copied.)"""
+"""Calls in the generated code that launch no kernel: checks, allocations, views. (Inputs are aligned, so
+copy_if_misaligned copies nothing.)"""
 _LAUNCHES = (".run", "extern_kernels.", "torch.ops.", "aten.")
 
 
 @dataclass(frozen=True)
 class Generated:
-    """launches: in order. code: as Inductor would run it."""
+    """Generated code of a graph.
+
+    launches: in order.
+    code: Python module, as Inductor would run it.
+    """
 
     launches: tuple[Launch, ...]
     code: str
 
 
 class _Stop(Exception):
-    """Generating is over; what follows would compile."""
+    """Raised to stop Inductor after code generation, before it compiles."""
 
 
 @torch.no_grad()
 def generate(gm: fx.GraphModule, inputs: Sequence[Tensor], keep: Path | None = None) -> Generated:
-    """What Inductor generates for `gm` called with `inputs`, fake tensors on "cuda". gm isn't changed. keep: a file for
-    the code.
+    """Generate Inductor's code for `gm`, which isn't changed.
 
-    Raises NotImplementedError, naming it, where the code calls something that is neither known nor a kernel.
+    inputs: fake tensors on "cuda".
+    keep: file to write the code to.
+
+    Raises NotImplementedError where the code calls an unknown function, which it names.
     """
     from torch._functorch import config as autograd_config
     from torch._inductor import config
@@ -72,8 +78,8 @@ def generate(gm: fx.GraphModule, inputs: Sequence[Tensor], keep: Path | None = N
         raise _Stop
 
     lifted, values = _lifted(with_stock_attention(gm))
-    # Caches would hand out graphs instead of generating them. Whether a product's odd sides are padded, Inductor times:
-    # here they aren't.
+    # Caches would return compiled graphs instead of generating code. Inductor decides by timing whether to pad a
+    # product's odd sizes; here they aren't padded.
     settings = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "compile_threads": 1, "shape_padding": False}
     with (
         absent_h100(),
@@ -94,7 +100,7 @@ def generate(gm: fx.GraphModule, inputs: Sequence[Tensor], keep: Path | None = N
 
 
 def _caused_by_stop(error: BaseException | None) -> bool:
-    """Inductor wraps what its passes raise."""
+    """Return whether an error is, or wraps, `_Stop`. Inductor wraps errors raised during its passes."""
     while error is not None:
         if isinstance(error, _Stop) or "_Stop" in str(error):
             return True
@@ -103,8 +109,12 @@ def _caused_by_stop(error: BaseException | None) -> bool:
 
 
 def calls_in(code: str) -> list[str]:
-    """Names of what the generated code launches, in order: "triton_poi_fused_gelu_0", "extern_kernels.addmm",
-    "torch.ops.aten.topk.default"."""
+    """Return the names of the functions that the generated code launches, in order.
+
+    Examples: "triton_poi_fused_gelu_0", "extern_kernels.addmm", "torch.ops.aten.topk.default".
+
+    Raises NotImplementedError for a call that may or may not be a launch.
+    """
     (call,) = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef) and node.name == "call"]
     found = [node for node in ast.walk(call) if isinstance(node, ast.Call)]
     names = []
@@ -119,7 +129,10 @@ def calls_in(code: str) -> list[str]:
 
 
 def _lifted(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
-    """`gm` with its parameters as inputs behind its own, as Dynamo hands a graph to Inductor, and their values."""
+    """Return a copy of `gm` whose parameters are inputs after its own, as Dynamo passes graphs to Inductor.
+
+    Also return the parameters' values, in the order of these inputs.
+    """
     gm = edit.copy_of(gm)
     last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
     taken: dict[str, fx.Node] = {}
@@ -141,9 +154,13 @@ _MOST_FEATURES = 128
 
 
 def with_stock_attention(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which attention is the kernel that torch takes on an H100: since 2.10 cuDNN's comes first there, with a
-    mask as without (`sdp_utils.cpp`, priorities on sm_90 from cuDNN 9.15 on). The choice asks the driver, so it is made
-    here."""
+    """Return a copy in which attention is the kernel that torch selects on an H100.
+
+    Since torch 2.10, that is cuDNN's, with and without a mask (`sdp_utils.cpp`, priorities on sm_90 from cuDNN 9.15
+    on). torch's own selection queries the driver, so it is made here.
+
+    Raises NotImplementedError for an attention whose kernel isn't known.
+    """
     gm = edit.copy_of(gm)
     for node in list(gm.graph.nodes):
         if node.target is not aten.scaled_dot_product_attention.default:

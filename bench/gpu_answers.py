@@ -1,5 +1,4 @@
-"""What came out of a quarter of an hour, a line a question, for whoever has to decide what to do with the next one.
-Imports no torch."""
+"""Answers from `bench.gpu_quarter`'s results, a line per question, to decide what to run next. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,17 +12,21 @@ from bench.gpu_turns import Outcome
 MOST_LINES = 30
 _WRONG_TOLD = 4
 Found = Mapping[str, Any]
-"""What a stage kept."""
+"""Results that a stage kept."""
 
 
 def answers(found: Mapping[str, Found], outcomes: Sequence[Outcome]) -> list[str]:
-    """found: by stage. At most `MOST_LINES`, what is left out the last of them."""
+    """Return at most `MOST_LINES` lines of answers. The last line says which stages were skipped or failed.
+
+    found: results by stage.
+    outcomes: how the stages ended.
+    """
     lines: list[str] = []
     for what, lines_of in _QUESTIONS.items():
         names = sorted((name for name in found if name.split("-")[0] == what and found[name]), key=_order)
         try:
             lines += lines_of(names, found)
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # the other questions have answers
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # don't lose the other answers
             lines.append(f"{what}? it can't be read off what was kept, {type(error).__name__}: {error}")
     trouble = [f"{outcome.stage} ({outcome.trouble})" for outcome in outcomes if outcome.trouble]
     last = f"left out or failed: {'; '.join(trouble)}" if trouble else "nothing was left out"
@@ -31,13 +34,14 @@ def answers(found: Mapping[str, Found], outcomes: Sequence[Outcome]) -> list[str
 
 
 def _order(name: str) -> tuple[bool, int, str]:
-    """Large batches before batch 1, nets as `GOALS` has them."""
+    """Return a sort key of stages: large batches before batch 1, then nets in the order of `GOALS`."""
     _, *rest = name.split("-")
     nets = list(GOALS)
     return rest[-1:] == ["1"], nets.index(rest[0]) if rest and rest[0] in nets else len(nets), name
 
 
 def wrong_checks(found: Mapping[str, Found]) -> list[Found]:
+    """Return the checks of kernels that failed."""
     parts = [part for name, part in found.items() if name.split("-")[0] == "checks"]
     return [check for part in parts for check in part["checks"] if not check["right"]]
 
@@ -100,7 +104,7 @@ def _model(name: str, part: Found) -> Iterator[str]:
 
 
 def _of_originals(part: Found) -> str:
-    """The claim that a row makes of its baseline, and no more."""
+    """Return text on the originals that ran. "the best" is claimed only where all of them did."""
     ran = sum(bool(entry["rounds"]) for name, entry in part["contenders"].items() if name.startswith("original"))
     if not part["not_run"]:
         return f"the best of {ran} originals"
@@ -116,8 +120,10 @@ def _median(part: Found, contender: str) -> float:
 
 
 def _changes(names: Sequence[str], found: Mapping[str, Found]) -> Iterator[str]:
-    """What one change makes of a model, each against the same without it in the same process: a line a net, batch and
-    kind."""
+    """Yield the speed-up of each single change over the same model without it, a line per net, batch and kind.
+
+    Both are from one process.
+    """
     told: dict[str, list[str]] = {}
     for part in (found[name] for name in names):
         for kind in ("original", "ours"):
@@ -206,5 +212,5 @@ _QUESTIONS: Mapping[str, Callable[[Sequence[str], Mapping[str, Found]], Iterable
     "tiles": _each(_tiles),
     "sweep": _each(_sweep),
 }
-"""By the first word of a stage's name, in order of what they are worth: the last go first where there are too many
-lines."""
+"""Functions that answer, by the first word of a stage's name, the most useful first. The last lines are dropped where
+there are too many."""

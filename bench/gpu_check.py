@@ -1,5 +1,4 @@
-"""One comparison of a kernel with the operator it stands for: what it found, what it may find, and the memory that it
-found it in."""
+"""Comparison of one kernel with the operator it replaces: errors, tolerances and poisoned memory."""
 
 from __future__ import annotations
 
@@ -12,15 +11,22 @@ from torch import Tensor
 
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 1e-5}
 STOCK_TOLERANCE = 1e-4
-"""Of scores from a log-sum-exp that torch's attention has made, with exponentials of its own."""
+"""Tolerance of scores from a log-sum-exp of torch's attention, which computes exponentials in its own way."""
 
 Random = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Check:
-    """error: the largest difference over the largest value; NaN where a kernel left poison. failed: why it gave
-    nothing."""
+    """Result of one check.
+
+    kernel: what was checked.
+    case: sizes and options.
+    dtype: dtype of the operands.
+    error: largest difference / largest value; NaN where a kernel left poisoned memory unwritten.
+    tolerance: largest permitted error.
+    failed: error message where the kernel raised, else "".
+    """
 
     kernel: str
     case: str
@@ -35,33 +41,37 @@ class Check:
 
 
 def randoms(device: torch.device, dtype: torch.dtype) -> Random:
+    """Return a function from a shape to random numbers, the same in each run."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, whole: bool = False) -> Tensor:
-        """whole: in float32, as scores and scales are."""
+        """Return random numbers; in float32 where `whole`, as scores and scales are, else in `dtype`."""
         return torch.randn(*shape, generator=generator).to(device, torch.float32 if whole else dtype)
 
     return random
 
 
 def check_of(kernel: str, case: str, dtype: torch.dtype, found: Tensor, wanted: Tensor) -> Check:
+    """Compare `found` with `wanted`, with the tolerance of `dtype`."""
     tolerance = TOLERANCE[dtype]
     if found.device.type == "cpu" and dtype == torch.bfloat16:
-        tolerance *= 2  # Triton's interpreter rounds to it towards 0
+        tolerance *= 2  # Triton's interpreter rounds to bfloat16 towards 0
     return Check(kernel, case, name_of(dtype), error_of(found, wanted), tolerance)
 
 
 def error_of(found: Tensor, wanted: Tensor) -> float:
+    """Return the largest difference / the largest value."""
     return float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """What `empty` makes holds NaN, or the largest integer, until somebody writes it."""
+    """Fill memory from `torch.empty` with NaN, or the largest integer, within the context."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -1,8 +1,8 @@
-"""Is every kernel right on this GPU? Each against the operator it stands for, on random inputs, its outputs' memory
-poisoned.
+"""Checks of every kernel on this GPU against the operator it replaces, on random inputs and with poisoned outputs.
 
-The nets' own sizes in bfloat16 come first. Tolerances are of the largest value: the order of sums in float32, rounding
-of weights and outputs below (the kernels' docstrings argue them). References take the same numbers in float32.
+The nets' own sizes in bfloat16 come first. Tolerances are relative to the largest value. They cover the order of sums
+in float32, and the rounding of weights and outputs in narrower dtypes (the kernels' docstrings argue them). The
+references compute with the same numbers in float32.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ _NEIGHBORS = 8
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is checked: (images, heads, tokens, head size) of attention, (images, side in patches, channels, leaving) of
-    sites, (images, windows a side, window's side, channels, leaving) of windows."""
+    """Sizes to check.
+
+    attention: (images, heads, tokens, features per head).
+    sites: (images, side in patches, channels, removed tokens).
+    windows: (images, windows per side, side of a window, channels, removed tokens).
+    """
 
     attention: tuple[tuple[int, ...], ...]
     sites: tuple[tuple[int, ...], ...]
@@ -54,7 +58,13 @@ DRY = Sizes(attention=((1, 2, 37, 32), (1, 1, 280, 16)), sites=((2, 5, 24, 4),),
 
 @dataclass(frozen=True)
 class Case:
-    """kernels: those that it calls. made: its checks, of random numbers."""
+    """Checks of one size in one dtype.
+
+    kernels: kernels that they call.
+    size: one of `Sizes`.
+    dtype: dtype of the operands.
+    made: yields the checks, from a source of random numbers.
+    """
 
     kernels: tuple[str, ...]
     size: tuple[int, ...]
@@ -62,7 +72,7 @@ class Case:
     made: Callable[[Random, torch.dtype, tuple[int, ...]], Iterator[Check]]
 
     def checks(self, device: torch.device) -> Iterator[Check]:
-        """Those made before one raises, and that it did."""
+        """Yield the checks; where one raises, a failed one instead of it and those after it."""
         try:
             yield from self.made(randoms(device, self.dtype), self.dtype, self.size)
         except Exception as error:  # of one case; the others go on
@@ -71,7 +81,7 @@ class Case:
 
 
 def cases(sizes: Sizes, dtypes: Iterable[torch.dtype] = tuple(TOLERANCE)) -> Iterator[Case]:
-    """`gtp_fx.kernels.available.load_kernels` has registered the kernels."""
+    """Yield the cases of `sizes` in each dtype. `gtp_fx.kernels.available.load_kernels` has to be called before."""
     for dtype in dtypes:
         made: list[tuple[tuple[str, ...], Any, tuple[int, ...]]] = [
             (("attend",), _attention, size) for size in sizes.attention
@@ -85,7 +95,7 @@ def cases(sizes: Sizes, dtypes: Iterable[torch.dtype] = tuple(TOLERANCE)) -> Ite
 
 
 def _attention(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
-    """Told and scored, told alone, and with a bias."""
+    """Check `attend` with token scales and scores, with token scales only, and with a bias."""
     images, heads, tokens, head = size
     q, k, v = random(images, tokens, 3, heads, head).permute(2, 0, 3, 1, 4)
     scales = random(images, tokens - 1, whole=True).exp()
@@ -97,15 +107,15 @@ def _attention(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Ite
     ):
         with poisoned():
             out, scores = gtp_fx_kernels.attend(q, k, v, bias, scales, None, score, 1, 0, [])
-        told = gtp_fx.key_bias(scales, 1, 0, None if bias is None else bias.float(), wide[0])
-        wanted, ranks = gtp_fx.attention_with_scores(*wide, told, None, 1.0, score, 1, 0)
+        scale_bias = gtp_fx.key_bias(scales, 1, 0, None if bias is None else bias.float(), wide[0])
+        wanted, ranks = gtp_fx.attention_with_scores(*wide, scale_bias, None, 1.0, score, 1, 0)
         yield check_of("attend", f"{size}{name}", dtype, out, wanted)
         if score != "none":
             yield check_of("attend's scores", f"{size}{name}", torch.float32, scores, ranks)
 
 
 def _scores(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
-    """From an exact log-sum-exp, with scales and without, and from what torch's own attention returns."""
+    """Check scores from an exact log-sum-exp, with and without scales, and from that of torch's own attention."""
     images, heads, tokens, head = size
     q, k, v = random(images, tokens, 3, heads, head).permute(2, 0, 3, 1, 4)
     wide = [x.float() for x in (q, k, v)]
@@ -124,12 +134,14 @@ def _scores(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterat
         for kind, run in log_sum_exps(q, k, v).items():
             found = gtp_fx_kernels.attention_scores(q, k, run()[1], None, "mixed-max", 1, 0, None)
             error = error_of(found, ranks)  # type: ignore[arg-type]
-            yield Check("attention_scores", f"{size}, behind {kind}", name_of(dtype), error, STOCK_TOLERANCE)
+            yield Check("attention_scores", f"{size}, after {kind}", name_of(dtype), error, STOCK_TOLERANCE)
 
 
 def _graph(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
-    """As similar neighbours as the reference's, which may be others where they are equally similar; and degrees that
-    belong to them."""
+    """Check that the neighbours are as similar as the reference's, and that the degrees fit them.
+
+    The neighbours themselves may differ, where several are equally similar.
+    """
     images, side, channels, _ = size
     cells, grid = side * side, [side, side]
     x = random(images, 1 + cells, channels)
@@ -153,7 +165,10 @@ def _graph(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterato
 
 
 def _similarities(unit_BGC: Tensor, near_BGM: Tensor) -> Tensor:
-    """[B, G, M], a neighbour at a time: all at once would be M streams."""
+    """Return each token's similarity to its neighbours, [B, G, M].
+
+    It takes one neighbour at a time, since all at once would need the memory of M streams.
+    """
     each = [
         (unit_BGC * unit_BGC.gather(1, near_BGM[..., place, None].expand_as(unit_BGC))).sum(-1)
         for place in range(near_BGM.shape[-1])
@@ -162,7 +177,7 @@ def _similarities(unit_BGC: Tensor, near_BGM: Tensor) -> Tensor:
 
 
 def _ties(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
-    """Scores of five values, two of them zeros, at any of which the border may be."""
+    """Check selection among many equal scores. There are five values, among them both zeros and NaN."""
     images, side, _, _ = size
     cells = side * side
     values = torch.tensor([float("-inf"), -0.0, 0.0, 1.0, float("nan")], device=random(1).device)
@@ -170,17 +185,18 @@ def _ties(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator
     for leaving in sorted({1, cells // 4, cells // 2, cells - 1}):
         with poisoned():
             *chosen, _ = gtp_fx_kernels.select(score, None, leaving, cells)
-        kept, gone = gtp_fx.select(score, leaving)
-        yield _selected(f"{(images, cells, leaving)}, ties", chosen, (kept, gone, kept, gone))
+        kept, removed = gtp_fx.select(score, leaving)
+        yield _selected(f"{(images, cells, leaving)}, ties", chosen, (kept, removed, kept, removed))
 
 
 def _selected(case: str, chosen: list[Tensor], wanted: tuple[Tensor, ...]) -> Check:
+    """Check that a selection is exactly the wanted one."""
     wrong = sum(int((found != right).sum()) for found, right in zip(chosen, wanted, strict=True))
     return Check("select", case, "int64", float(wrong), 0.0)
 
 
 def _site(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
-    """Two in a row: the second on what the first left, with LayerScale, and neighbours in int32."""
+    """Check two sites in a row. The second runs on the first one's result, with LayerScale and int32 neighbours."""
     images, side, channels, leaving = size
     cells, grid = side * side, [side, side]
     x, weight, bias = random(images, 1 + cells, channels), random(channels), random(channels)
@@ -192,19 +208,19 @@ def _site(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator
         score[:, ::3] = score[:, :1]  # ties
         with poisoned():
             *chosen, place = gtp_fx_kernels.select(score, place, leaving, cells)
-        kept, gone = gtp_fx.select(score, leaving)
-        wanted = (kept, gone, index.gather(1, kept), index.gather(1, gone))
+        kept, removed = gtp_fx.select(score, leaving)
+        wanted = (kept, removed, index.gather(1, kept), index.gather(1, removed))
         yield _selected(str(size), chosen, wanted)
         branch = random(*x.shape)
-        told: Any = (scales, weight, bias, grid, "mixed", 0.3, 1, 1e-6, True, [], gain)
+        fixed: Any = (scales, weight, bias, grid, "mixed", 0.3, 1, 1e-6, True, [], gain)
         listed = near if gain is None else near.int()
         with poisoned():
-            shorter, moved, normed = gtp_fx_kernels.propagate(x, branch, listed, degree, *chosen, place, *told)
+            shorter, moved, normed = gtp_fx_kernels.propagate(x, branch, listed, degree, *chosen, place, *fixed)
         weights = gtp_fx.propagation_weights(near, degree, *wanted[2:], grid, "mixed")
         before = torch.ones_like(score) if scales is None else scales
-        after = gtp_fx.propagate(before[..., None], weights, kept, gone, 0.3, 0)[..., 0]
+        after = gtp_fx.propagate(before[..., None], weights, kept, removed, 0.3, 0)[..., 0]
         stream = x + (branch if gain is None else branch * gain)
-        right = gtp_fx.propagate(stream.float(), weights, kept, gone, 0.3, 1)
+        right = gtp_fx.propagate(stream.float(), weights, kept, removed, 0.3, 1)
         norm = F.layer_norm(shorter.float(), (channels,), weight.float(), bias.float(), 1e-6)
         yield check_of("propagate", str(size), dtype, shorter, right)
         yield check_of("propagate's scales", str(size), torch.float32, moved, after)
@@ -212,21 +228,22 @@ def _site(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator
         shares = gtp_fx.recovery_weights(weights, *wanted[2:], grid)
         residual = random(*x.shape)
         with poisoned():
-            whole = gtp_fx_kernels.recover(shorter, shares, None, residual, kept, gone, 1, 0)
-        back = gtp_fx.recover(shorter.float(), shares, kept, gone, 0, 1, 1, 0) + residual.float()
+            whole = gtp_fx_kernels.recover(shorter, shares, None, residual, kept, removed, 1, 0)
+        back = gtp_fx.recover(shorter.float(), shares, kept, removed, 0, 1, 1, 0) + residual.float()
         yield check_of("recover", str(size), dtype, whole, back)
         x, index, scales = shorter, wanted[2], moved
 
 
 def _windows(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
+    """Check recovery within windows."""
     images, across, side, channels, leaving = size
     places = gtp_fx.grid_places([across * side, across * side], random(1))[0]
     places = places.reshape(across, side, across, side, 2).transpose(1, 2).reshape(across**2, side**2, 2)
     count = images * across**2
     with poisoned():
-        kept, left, *_ = gtp_fx_kernels.select(random(count, side**2, whole=True), None, leaving, side**2)
+        kept, removed, *_ = gtp_fx_kernels.select(random(count, side**2, whole=True), None, leaving, side**2)
     x = random(count, side**2 - leaving, channels)
     with poisoned():
-        found = gtp_fx_kernels.recover(x, None, places, None, kept, left, 0, 0)
-    wanted = gtp_fx.recover(x.float(), gtp_fx.region_shares(places, kept, left), kept, left, 0, 1, 0, 0)
+        found = gtp_fx_kernels.recover(x, None, places, None, kept, removed, 0, 0)
+    wanted = gtp_fx.recover(x.float(), gtp_fx.region_shares(places, kept, removed), kept, removed, 0, 1, 0, 0)
     yield check_of("recover in windows", str(size), dtype, found, wanted)

@@ -1,8 +1,7 @@
-"""A model compiled in one of the ways that are held against each other: whose graph, torch.compile's mode, the
-attention kernel asked first.
+"""Contenders: a model compiled in one of several ways, by graph, torch.compile's mode and preferred attention kernel.
 
-Each contender has a backend of its own, so that Dynamo shares nothing between them, and the code that Inductor
-generates for it is kept: it says which attention a contender really calls.
+Each contender has a backend of its own, so that Dynamo shares nothing between them. The code that Inductor generates
+for it is kept, because it shows which attention kernel the contender actually calls.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ ATTENTION: Mapping[str, list[SDPBackend]] = {
     ],
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
-"""Kernels that torch may choose from, the first first. What flash attention doesn't take (masks) goes to the others."""
+"""Kernels that torch may use, in order of preference. Where flash attention can't be used (masks), the others are."""
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "spatial": {"strategy": GTP(graph="spatial")},
@@ -48,15 +47,21 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "border": {},
     "all": {"strategy": GTP(graph="spatial", token_scale=False)},
 }
-"""Options of the backend, and as "told" the target's: the form in which attention is told scales. "border" and "all"
-also take the net's schedule of one site at a tile's border."""
+"""Options of the backend. "told" is an option of the target: the form in which token scales enter attention. "border"
+and "all" also use the net's schedule with one site at a tile's border."""
 AT_BORDER = ("border", "all")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """ours: the optimised graph. mode: torch.compile's. attention: a name in `ATTENTION`. option, variant: names in
-    `gpu_plan.OPTIONS` and `VARIANTS`, or none."""
+    """One way to compile a model.
+
+    ours: whether it is the optimised graph, or the original.
+    mode: torch.compile's mode.
+    attention: a name in `ATTENTION`.
+    option: a name in `gpu_plan.OPTIONS`, or "".
+    variant: a name in `VARIANTS`, or "".
+    """
 
     ours: bool
     mode: str = "default"
@@ -71,19 +76,23 @@ class Contender:
 
 MODES = ("default", "max-autotune", "reduce-overhead")
 BASELINES = tuple(Contender(False, mode, attention) for mode in MODES for attention in ATTENTION)
-"""What a best original is the best of."""
+"""Originals that all have to run before one of them is called the best."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """run: on some images. code: what Inductor made, filled by the first run."""
+    """A compiled contender.
+
+    run: runs it on its images.
+    code: code that Inductor generated; filled by the first run.
+    """
 
     run: Run
     code: list[str]
 
     @property
     def attention(self) -> dict[str, int]:
-        """Calls in the generated code: torch's own by kernel, and launches of GTP's."""
+        """Return the number of attention calls in the generated code: torch's by kernel, and launches of GTP's."""
         text = "\n".join(self.code)
         stock = re.findall(
             r"= torch\.ops\.aten\._scaled_dot_product_(\w+?)(?:_attention)?(?:_for_cpu)?\.default\(", text
@@ -95,13 +104,17 @@ class Compiled:
 def compiled(
     contender: Contender, model: nn.Module, images: torch.Tensor, options: Mapping[str, Any], target: Target
 ) -> Compiled:
-    """options: the backend's, of a contender that is ours. Compiles at the first run. Raises OptionError for an
-    option that Inductor doesn't have."""
+    """Return the compiled contender. The first run compiles.
+
+    options: options of the backend, for an optimised graph.
+
+    Raises OptionError for an option that Inductor doesn't have.
+    """
     more = OPTIONS[contender.option] if contender.option else {}
     told = options.get("told", target.told)
     given = {name: value for name, value in options.items() if name != "told"}
     ours = replace(target, inductor={**target.inductor, **more}, told=told)
-    original = replace(target, inductor=more)  # what the target likes is for ours
+    original = replace(target, inductor=more)  # the target's own options apply to the optimised graph only
     check_target(ours)
     code: list[str] = []
 
@@ -118,6 +131,6 @@ def compiled(
 
 @contextlib.contextmanager
 def _noted(code: list[str]) -> Iterator[None]:
-    """What Inductor generates meanwhile, or takes from its cache."""
+    """Append the code that Inductor generates, or takes from its cache, within the context."""
     with mock.patch.object(GraphLowering, "save_output_code", staticmethod(code.append)):
         yield

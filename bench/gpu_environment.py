@@ -1,4 +1,4 @@
-"""What ran, and what it can do at most: versions, torch's choices, a copy's rate and a large product's."""
+"""Record of the GPU and its limits: versions, torch's attention kernels, the rates of a copy and of a large product."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _ASKED = "name,driver_version,power.limit,clocks.max.sm,clocks.max.memory,clocks
 
 @torch.no_grad()
 def environment(device: torch.device, dtype: torch.dtype, small: bool) -> dict[str, Any]:
-    """small: for a dry run. The rates take half a second."""
+    """Return the record; measuring the rates takes half a second.
+
+    small: whether to use small sizes, for a dry run.
+    """
     side, size = (256, 2**16) if small else (_SIDE, _BYTES)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
@@ -47,6 +50,7 @@ def environment(device: torch.device, dtype: torch.dtype, small: bool) -> dict[s
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
+    """Return the GPU's properties; empty for another device."""
     if device.type != "cuda":
         return {}
     found = torch.cuda.get_device_properties(device)
@@ -59,7 +63,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> str:
-    """As nvidia-smi tells it, in `_ASKED`'s order; empty where there is none."""
+    """Return nvidia-smi's output for the fields in `_ASKED`, or "" where there is no nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return ""
     command = ("nvidia-smi", f"--query-gpu={_ASKED}", "--format=csv,noheader")

@@ -1,8 +1,9 @@
-"""What GTP adds to a graph, by its operators: marked before anything lowers them, and taken out for comparison.
+"""Groups of GTP's operators in a graph, marked before they are lowered, and a graph without them for comparison.
 
-Marks ride in a node's meta["custom"]; whatever a node is lowered to or traced into has its mark. `bare` is the same
-graph with the same number of tokens everywhere, but stock attention, the first tokens kept and nothing propagated: what
-shortening alone would cost. The difference between the two is what GTP's operators cost, under whichever mark.
+A mark is in a node's meta["custom"], which is copied to whatever the node is lowered to or traced into. `bare` is a
+graph with the same number of tokens everywhere, but with stock attention and no propagation, which keeps the first
+tokens. It costs what the shorter stream alone would. The difference between the two graphs is the cost of GTP's
+operators, by mark.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gtp_fx.graph.symbols import shape_of
 
 
 class Group(str, Enum):
-    """A row of the table. What isn't marked is `other`: fused differently around what is."""
+    """Row of the table. Unmarked launches are `other`; they differ between graphs by how they are fused."""
 
     graph = "token graph"
     scored = "scored attention, over stock"
@@ -34,18 +35,22 @@ class Group(str, Enum):
 
     @classmethod
     def of(cls, launch: Launch) -> Group:
+        """Return the group of a launch, by its mark."""
         if launch.mark == _SCORES:
             return cls.over_heads if launch.kind == GENERATED else cls.scored
         return cls[launch.mark] if launch.mark else cls.other
 
 
 _SCORES = "scores"
-"""The mark of a kernel of ours that makes scores, and of what Inductor generates for its reduction over heads."""
+"""Mark of GTP's kernels that compute scores, and of the code that Inductor generates for the reduction over heads."""
 
 
 def mark(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of an optimised graph whose nodes know their group: first of all before it is lowered, since what is
-    lowered keeps its mark, and again behind, where operators are told apart that there weren't before."""
+    """Return a copy of an optimised graph whose nodes are marked with their group.
+
+    Call it before the graph is lowered, since marks are kept in lowering, and again afterwards, to mark operators that
+    only the lowering introduces.
+    """
     gm = edit.copy_of(gm)
     for node in gm.graph.nodes:
         if node.target is gtp_fx.token_graph.default:
@@ -62,8 +67,7 @@ def mark(gm: fx.GraphModule) -> fx.GraphModule:
         elif getattr(node.target, "namespace", "") == "gtp_fx_kernels" and _mark_of(node) == Group.scored.name:
             node.meta["custom"] = {**node.meta["custom"], MARK: _SCORES}
         elif node.target in (gtp_fx.propagate.default, gtp_fx.propagation_weights.default, aten.layer_norm.default):
-            # All norms: where a site's sum is written and where it is added up again by later ones differs between the
-            # graphs.
+            # Mark all norms, because the graphs differ in where a site's sum is written and where it is recomputed.
             _put(node, Group.stream)
             if node.args[0].target is aten.add.Tensor:
                 _put(node.args[0], Group.stream)
@@ -73,7 +77,7 @@ def mark(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 _TELLING = ("gtp_fx.key_bias.default", "gtp_fx.scale_channels.default")
-"""Operators that bring token scales into attention's operands, by name: not every version has all."""
+"""Operators that put token scales into attention's operands. Given by name, since not every version has all."""
 
 
 def _put(node: fx.Node, group: Group) -> None:
@@ -93,9 +97,9 @@ def _is_of_single_rows(node: fx.Node) -> bool:
 
 
 def bare(marked: fx.GraphModule) -> fx.GraphModule:
-    """A marked graph without GTP's operators, at its token counts; what is left has its mark.
+    """Return a marked graph without GTP's operators, with the same token counts. Remaining nodes keep their marks.
 
-    Raises NotImplementedError where the graph has one that this can't do without, such as tokens that come back.
+    Raises NotImplementedError where an operator has no stock equivalent, such as one that restores tokens.
     """
     gm = edit.copy_of(marked)
     for node in list(gm.graph.nodes):
@@ -130,7 +134,7 @@ def _untold(bias: Any) -> Any:
 
 
 def _first_rows(graph: fx.Graph, node: fx.Node) -> None:
-    """As many rows as stay. What is behind the patches doesn't matter: sizes do."""
+    """Replace propagation by a slice of as many tokens. Which tokens are kept doesn't matter, only the sizes do."""
     x: Any = node.args[0]
     shorter = edit.call(graph, aten.slice.Tensor, x, 1, 0, shape_of(node)[1], like=node)
     shorter.meta["val"] = node.meta["val"]
@@ -138,7 +142,7 @@ def _first_rows(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _rows_together(graph: fx.Graph, node: fx.Node) -> None:
-    """[B, 1, C] as the matrix [B, C] that it is, so that the weight is read once and not for every image."""
+    """Replace a product over [B, 1, C] by one over [B, C], which reads the weight once instead of once per image."""
     if not _is_of_single_rows(node):
         return
     x, *held = node.args

@@ -1,7 +1,7 @@
-"""How fast are the kernels? Each beside what stands, or could stand, in its place.
+"""Times of the kernels, each beside its alternatives.
 
-Contenders of a row run interleaved, some dozen times in a row each and, on a GPU, as one CUDA graph, so that no launch
-from Python is timed; what is told is the median over rounds.
+The contenders of a row run interleaved, each several times in a row. On a GPU these repeats are one CUDA graph, so that
+no launch from Python is timed. Reported is the median over rounds.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ from gtp_fx.measure.site_probes import propagation, stream_pass
 from gtp_fx.measure.timing import clock_for, interleave
 
 _COPIED = 2**28
-"""Bytes: more than any cache."""
+"""Bytes of a copy: more than any cache holds."""
 _NEIGHBORS = 8
 
 
 @dataclass(frozen=True)
 class KernelSizes:
-    """attention: (images, heads, tokens, head size). streams: (images, patches, channels, leaving). images: (images,
-    side, patch, channels). copied: bytes."""
+    """Sizes to time.
+
+    attention: (images, heads, tokens, features per head).
+    streams: (images, patches, channels, removed tokens).
+    images: (images, side in pixels, side of a patch, channels).
+    copied: bytes of the copy.
+    """
 
     attention: tuple[tuple[int, ...], ...]
     streams: tuple[tuple[int, ...], ...]
@@ -45,13 +50,19 @@ NETS = KernelSizes(
 DRY = KernelSizes(((1, 1, 20, 16),), ((2, 20, 16, 4),), ((1, 28, 14, 16),), 4096)
 
 Made = tuple[dict[str, Callable[[], object]], dict[str, int]]
-"""Contenders, and what they move."""
+"""Contenders by name, and the bytes that they move."""
 
 
 @dataclass(frozen=True)
 class KernelRow:
-    """seconds: of one run, by contender. moved: bytes that a contender has to read and write at least, of those that
-    memory bounds. failed: contenders that raise, and what."""
+    """Times of one kernel and its alternatives at one size.
+
+    kernel: name of the row.
+    size: one of `KernelSizes`.
+    seconds: time of one run, by contender.
+    moved: least bytes read and written, by contender, for those bound by memory.
+    failed: error messages of contenders that raised, by contender.
+    """
 
     kernel: str
     size: tuple[int, ...]
@@ -62,7 +73,14 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class Question:
-    """A row to be. runs: what is ready of its contenders, each `repeats` times."""
+    """A row whose contenders are compiled, but not timed yet.
+
+    kernel: name of the row.
+    size: one of `KernelSizes`.
+    runs: working contenders; a call runs one `repeats` times.
+    moved: as in `KernelRow`.
+    failed: as in `KernelRow`.
+    """
 
     kernel: str
     size: tuple[int, ...]
@@ -71,7 +89,7 @@ class Question:
     failed: Mapping[str, str]
 
     def answer(self, device: torch.device, rounds: int) -> KernelRow:
-        """The median over rounds."""
+        """Time the contenders and return the row, with medians over rounds."""
         seconds: dict[str, float] = {}
         if self.runs:
             timings = interleave(self.runs, rounds=rounds, clock=clock_for(device))
@@ -80,7 +98,10 @@ class Question:
 
 
 def questions(what: str, device: torch.device, dtype: torch.dtype, sizes: KernelSizes) -> Iterator[Question]:
-    """what: "attention", "sites", or any row's kernel. The kernels are registered. All contenders are compiled."""
+    """Yield the rows of "attention", or all others for any other `what`, with all contenders compiled.
+
+    The kernels have to be registered before.
+    """
     rows: list[tuple[str, Any, Callable[..., Made]]]
     if what == "attention":
         rows = [("attention", size, attention) for size in sizes.attention]
@@ -94,7 +115,7 @@ def questions(what: str, device: torch.device, dtype: torch.dtype, sizes: Kernel
 
 
 def question(kernel: str, size: tuple[int, ...], made: Made, device: torch.device) -> Question:
-    """What can be made ready of it."""
+    """Compile the contenders of a row, and note those that raise."""
     runs, moved = made
     ready, failed = {}, {}
     for name, run in runs.items():
@@ -137,11 +158,13 @@ def attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
 
 
 def _really(kind: str, name: str, *operands: Tensor) -> str:
+    """Return `name`, with the kernel that actually runs where that isn't `kind`."""
     taken = kernel_taken(kind, *operands)
     return name if taken == kind else f"{name} (runs {taken})"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None, score: str, tile: list[int]) -> Any:
+    """Run GTP's attention kernel, with one prefix token."""
     return gtp_fx_kernels.attend(q, k, v, None, scales, None, score, 1, 0, tile)
 
 
@@ -160,7 +183,7 @@ def _copy(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Ma
 
 
 def _graph(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
-    """The operator, as Inductor compiles it, and the kernel."""
+    """Return the token graph as an operator that Inductor compiles, and as a kernel."""
     images, patches, channels, _ = size
     side = round(patches**0.5)
     grid = [side, side] if side * side == patches else [1, patches]
@@ -177,8 +200,10 @@ def _graph(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> M
 
 
 def _propagate(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
-    """At a site, and what is in its place where no token leaves: each reads the stream and the branch, and writes the
-    sum and its norm."""
+    """Return propagation at a site, and the add and norm in its place where there is no site.
+
+    Each reads the stream and the branch, and writes the sum and its norm.
+    """
     images, patches, channels, leaving = size
     x = torch.randn(images, patches, channels, device=device).to(dtype)
     function, *arguments = propagation(x, leaving)
@@ -198,7 +223,7 @@ def _select(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
 
 
 def _embedding(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
-    """Patches as a convolution, and as a view and a product."""
+    """Return patch embedding as a convolution, and as a view and a product."""
     images, side, patch, channels = size
     x = torch.randn(images, 3, side, side, device=device).to(dtype)
     weight = torch.randn(channels, 3, patch, patch, device=device).to(dtype)
@@ -212,12 +237,12 @@ def _embedding(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) 
 
 
 def repeats(device: torch.device) -> int:
-    """Runs of a timing: on a GPU a single one is as short as its launch, in the interpreter long enough."""
+    """Return the runs per timing. On a GPU, a single run can be as short as its launch."""
     return 20 if device.type == "cuda" else 1
 
 
 def _repeated(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """On a GPU recorded, so that what Python does between launches isn't timed."""
+    """Return the repeated run. On a GPU it is a CUDA graph, so that Python's time between launches isn't included."""
     if device.type != "cuda":
         return run
     torch.cuda.synchronize()

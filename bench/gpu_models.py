@@ -1,7 +1,7 @@
-"""How much faster are whole models on this GPU, against the same model compiled as well as torch can?
+"""Speed-up of whole models on this GPU, against the same model compiled as well as torch can.
 
-Contenders are interleaved in one run, by CUDA's own events; what counts is the fastest of ours against the fastest
-original, and a row says which originals there were: of some, it claims no best.
+Contenders are interleaved in one run and timed with CUDA events. The result is the fastest optimised contender against
+the fastest original. A row says which originals ran, and claims a best one only where all of them did.
 """
 
 from __future__ import annotations
@@ -26,18 +26,25 @@ from gtp_fx.measure.timing import Run, Timings, clock_for, interleave
 from gtp_fx.targets import Target
 
 _CHECKED = 4
-"""Images of a batch whose outputs are compared."""
+"""Images per batch whose outputs are compared."""
 _CALLS, _LARGE = 5, 8
-"""Calls of a timing, from that batch on: what the host does before the first is then a small part of it. Below, a call
-alone."""
+"""Calls per timing, and the least batch for it. The host's work before the first call is then a small part of the time.
+Below that batch, a timing is a single call."""
 _WARM_UP = 3
 ORIGINAL, OURS = "original", "ours"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """timm's name, what it is made with, its image side, and FLOPs after / before. border: a block and the tokens that
-    leave there, and nowhere else, at about the same FLOPs, so that those left fill whole tiles of attention."""
+    """A model to time.
+
+    name: timm's name.
+    side: side of its images, in pixels.
+    border: (block, count) of a schedule with one site and about the same FLOPs, which keeps as many tokens as fill
+        whole tiles of attention.
+    made_with: arguments of `timm.create_model`.
+    budget: FLOPs budget, as a share of the original's.
+    """
 
     name: str
     side: int
@@ -46,6 +53,7 @@ class Subject:
     budget: float = 0.74
 
     def build(self) -> nn.Module:
+        """Return the model in eval mode, with random weights."""
         made: nn.Module = timm.create_model(self.name, **self.made_with)
         return enliven(made).eval()
 
@@ -61,9 +69,15 @@ SUBJECTS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One contender. flops_ratio: of the original's. error: of its outputs, against the same graph eager. first:
-    seconds of its first call. attention: its calls in the generated code. rounds: seconds of a call, by round. failed:
-    why there are none."""
+    """One contender.
+
+    flops_ratio: its FLOPs / the original's.
+    error: relative error of its outputs, against the same graph run eagerly.
+    first: seconds of the first call.
+    attention: attention calls in the generated code, by kernel.
+    rounds: seconds per call, by round.
+    failed: error message where it raised, else "".
+    """
 
     flops_ratio: float = 1.0
     error: float = float("nan")
@@ -75,9 +89,25 @@ class Entry:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One net at one batch. predicted: what the target's cost model says of the speed-up. speed_up: the lower quartile,
-    median and upper quartile, by round, of `fastest` over each other. not_run: originals that a best one would have to
-    be the best of, too."""
+    """One net at one batch.
+
+    net: a name in `SUBJECTS`.
+    model: timm's name.
+    side: side of its images, in pixels.
+    batch: images per run.
+    dtype: dtype of parameters and images.
+    target: name of the target.
+    flops_ratio: FLOPs of the optimised model / the original's.
+    schedule: removed tokens at each attention block.
+    predicted: speed-up predicted by the target's cost model.
+    contenders: entries by name.
+    fastest: name of the fastest contender by kind, `ORIGINAL` and `OURS`.
+    speed_up: lower quartile, median and upper quartile over rounds of the fastest ones' speed-up; None without both.
+    not_run: names of the originals in `BASELINES` that didn't run.
+    profile: time by operator of the fastest contenders, by kind.
+    calls: calls per timing.
+    weights: what the weights are.
+    """
 
     net: str
     model: str
@@ -98,7 +128,7 @@ class ModelRow:
 
     @property
     def wrong(self) -> list[str]:
-        """Contenders whose outputs are further off than rounding explains."""
+        """Return the contenders whose outputs are further from eager's than rounding explains."""
         limit = rounding_tolerance(getattr(torch, self.dtype))
         return [name for name, entry in self.contenders.items() if not entry.failed and not entry.error <= limit]
 
@@ -108,7 +138,13 @@ class ModelRow:
 
 @dataclass
 class Prepared:
-    """A row whose contenders are compiled. entries: what is known of each before it is timed."""
+    """A row whose contenders are compiled, but not timed yet.
+
+    row: the row so far.
+    images: the batch.
+    runs: working contenders by name.
+    entries: entries by name, without times.
+    """
 
     row: ModelRow
     images: torch.Tensor
@@ -120,7 +156,10 @@ class Prepared:
 def prepare(
     net: str, batch: int, contenders: Sequence[Contender], target: Target, dtype: torch.dtype, code: Path
 ) -> Prepared:
-    """Compile each contender, and hold it against eager. code: a folder for what Inductor generates."""
+    """Compile each contender and compare its outputs with the same graph's, run eagerly.
+
+    code: folder for the code that Inductor generates.
+    """
     subject, device = SUBJECTS[net], torch.device(target.device)
     model = subject.build().to(device, dtype)
     images = torch.randn(batch, 3, subject.side, subject.side, generator=torch.Generator().manual_seed(0))
@@ -168,19 +207,19 @@ def prepare(
     )
     if device.type == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # others get ready beside this one
+        torch.cuda.empty_cache()  # other stages prepare on the same GPU
     return Prepared(row, images, runs, entries)
 
 
 def _options(variant: str, subject: Subject, schedule: Sequence[int]) -> dict[str, Any]:
-    """The backend's: the schedule stays the same, so that a variant differs in one thing."""
+    """Return the backend's options of a variant. The schedule is fixed, so that a variant differs in one thing only."""
     block, leaving = subject.border
     border = [leaving if place == block else 0 for place in range(len(schedule))]
     return {"schedule": border if variant in AT_BORDER else list(schedule), **VARIANTS.get(variant, {})}
 
 
 def _first_run(made: Compiled, wanted: torch.Tensor) -> Entry:
-    """Compiles; run thrice, so that a mode that records graphs has recorded them."""
+    """Compile a contender and compare its output. It runs three times, so that CUDA graphs are recorded too."""
     begun = time.perf_counter()
     found = made.run()
     error = _error(found, wanted)  # waits for the GPU
@@ -192,15 +231,14 @@ def _first_run(made: Compiled, wanted: torch.Tensor) -> Entry:
 
 
 def _error(found: Any, wanted: torch.Tensor) -> float:
-    """The image that differs most, |found - wanted| / |wanted|."""
+    """Return the largest relative error of an image, |found - wanted| / |wanted|."""
     one, other = (x[:_CHECKED].flatten(1).double() for x in (found, wanted))
     return float(((one - other).norm(dim=1) / other.norm(dim=1)).max())
 
 
 @torch.no_grad()
 def timed(prepared: Prepared, rounds: int, turn: Turn) -> ModelRow:
-    """`rounds` rounds, or as many as there is time for. Of the few contenders that are left, whoever they are, where
-    others failed."""
+    """Time the contenders that didn't fail, over `rounds` rounds or as many as fit into the turn."""
     row, runs = prepared.row, prepared.runs
     if not runs:
         return row
@@ -223,7 +261,10 @@ def timed(prepared: Prepared, rounds: int, turn: Turn) -> ModelRow:
 
 @torch.no_grad()
 def by_operator(prepared: Prepared, row: ModelRow, traces: Path) -> ModelRow:
-    """The same row, with where the time of the fastest original and of the fastest of ours goes. traces: a folder."""
+    """Return the row with profiles of the fastest original and the fastest optimised contender.
+
+    traces: folder for the timelines.
+    """
     device = prepared.images.device
     profile = {
         kind: profiled(prepared.runs[name], _CALLS, device, traces / f"{row.net}-{row.batch}-{kind}.json.gz")

@@ -1,20 +1,22 @@
-"""What `bench.gpu_quarter` does in a quarter of an hour on one GPU: its stages, in order of what they are worth.
-Imports no torch.
+"""Stages of `bench.gpu_quarter` on one GPU, the most useful first. Imports no torch.
 
-A stage's name says what it does, and `bench.gpu_stages` takes it apart:
+A stage's name says what it does; `bench.gpu_stages` parses it:
 
-    environment                  what ran, and the ceilings: a copy's rate, a large product's
-    checks-WHAT                  are the kernels right? at the nets' sizes in bfloat16, or at others in one dtype
-    kernels-WHAT                 kernels alone, against what stands in their place
-    model-NET-BATCH              original and ours, compiled and interleaved; at a large batch by operator, too
-    full-NET-BATCH               the same against every original that a best one has to be the best of
-    ablate-NET-VARIANT-…         ours against ours without or with something
+    environment                  versions, and the rates of a copy and of a large product
+    checks-WHAT                  kernels checked, at the nets' sizes in bfloat16, or at others in one dtype
+    kernels-WHAT                 kernels alone, against their alternatives
+    model-NET-BATCH              original and optimised, compiled and interleaved; at a large batch by operator, too
+    full-NET-BATCH               the same, with every original that has to run before one is called the best
+    ablate-NET-VARIANT-…         the optimised model against variants of it
     sweep-NET                    one block of the original over counts of tokens
-    plain-NET-BATCH              a model without kernels, where one of those is wrong
-    tiles-WHAT, options-NET-BATCH-OPTION, sanitize-KERNEL-TOOL, warps-KERNEL
+    plain-NET-BATCH              a model without kernels, for use where a kernel is wrong
+    tiles-WHAT                   other tiles of a kernel
+    options-NET-BATCH-OPTION     a model with and without an option of Inductor
+    sanitize-KERNEL-TOOL         a wrong kernel under compute-sanitizer
+    warps-KERNEL                 a wrong kernel with fewer warps
 
-Nets are keys of `bench.gpu_models.SUBJECTS`: S and B are DeiT's at 224, L is ViT-L at 384, D is DINOv2-B at 518; T is a
-toy.
+Nets are keys of `bench.gpu_models.SUBJECTS`: S and B are DeiT-S and DeiT-B at 224, L is ViT-L at 384, D is DINOv2-B at
+518, and T is a toy.
 """
 
 from __future__ import annotations
@@ -28,26 +30,31 @@ from bench.gpu_turns import Stage
 from bench.inductor_candidates import CANDIDATES
 
 SIZES = (("S", 256), ("B", 256), ("L", 64), ("D", 32))
-"""Each net at the batch that tells most."""
+"""Each net at its most informative batch."""
 VARIANTS = {
     "B": ("spatial", "nokernels", "border", "all"),
     "D": ("spatial", "nokernels", "border", "all", "toldmask", "toldkernel", "toldchannel"),
 }
-"""Which of `bench.gpu_contenders.VARIANTS` are tried on which net. Telling scales costs most where attention does."""
+"""Variants in `bench.gpu_contenders.VARIANTS` to run on each net. Token scales cost most where attention does."""
 OPTIONS = {"_".join(name.replace(",", "").split()): more for name, more in CANDIDATES["h100"].items()}
-"""Of Inductor, by names that files can have."""
+"""Options of Inductor, by names that can be part of a file's name."""
 _FOR_BATCH_1 = "dependent_launch"
 TOOLS = ("memcheck", "racecheck")
 KERNELS = ("attend", "attention_scores", "token_graph", "select", "propagate", "recover")
 GOALS = {"S": 1.30, "B": 1.30, "L": 1.33, "D": 1.33, "T": 1.0}
-"""Speed-ups that are wanted of each net at its large batch; at batch 1 of any, none below 1."""
+"""Speed-up to reach by each net at its large batch. At batch 1, the goal is 1 for any net."""
 TILED = ("197", "577", "1370", "propagate")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds. turn: at most. least: without which it isn't begun. prepare: until it is ready, or done where it waits
-    for no turn."""
+    """Time limits of a stage, in seconds.
+
+    turn: longest turn.
+    least: least remaining time with which its turn begins.
+    prepare: longest preparation, or longest run where it waits for no turn.
+    waits: whether it waits for a turn.
+    """
 
     turn: float
     least: float
@@ -70,15 +77,19 @@ _LIMITS = {
     "warps": Limits(0, 15, 120, waits=False),
 }
 _SINGLE = Limits(20, 4, 280)
-"""Of a model at batch 1: two modes to compile, and short runs."""
+"""Limits of a model at batch 1, which compiles in two modes and has short runs."""
 _DRY = 20
-"""Triton's interpreter and one core: how much longer everything may take in a dry run."""
+"""Factor on all limits in a dry run, which uses Triton's interpreter on one core."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """rounds: stages of a later one use what an earlier one kept. seconds: of all. settle: until turns begin, whoever
-    is ready."""
+    """Stages of one command.
+
+    rounds: stages by round. Stages of a later round use results of earlier ones.
+    seconds: time limit of all rounds.
+    settle: seconds after which turns begin, even if some stages aren't ready.
+    """
 
     rounds: tuple[tuple[str, ...], ...]
     seconds: float
@@ -90,10 +101,11 @@ class Plan:
 
 
 def first(dry: bool) -> Plan:
+    """Return the plan of the first command."""
     if dry:
         nets = ("model-T-2", "kernels-attention", "kernels-sites", "model-T-1", "ablate-T-border", "sweep-T")
         return Plan((("environment", "checks-nets", *nets),), 430 * _DRY, 110 * _DRY)
-    started = {"L": 0, "D": 1, "B": 2, "S": 3}  # who takes longest to compile gets ready first
+    started = {"L": 0, "D": 1, "B": 2, "S": 3}  # start the longest compilation first
     large = sorted((f"model-{net}-{batch}" for net, batch in SIZES), key=lambda name: started[name.split("-")[1]])
     single = [f"model-{net}-1" for net, _ in SIZES]
     ablations = tuple(f"ablate-{net}-{variant}" for net, variants in VARIANTS.items() for variant in variants)
@@ -103,7 +115,7 @@ def first(dry: bool) -> Plan:
 
 
 def sanitize(kernel: str, dry: bool) -> Plan:
-    """Where a kernel is wrong: what it does to memory, whether fewer warps change it, what models do without any."""
+    """Return the plan for a wrong kernel: its memory accesses, its result with fewer warps, and models without kernels."""
     nets: Iterable[tuple[str, int]] = [("T", 2)] if dry else SIZES
     names = [*(f"sanitize-{kernel}-{tool}" for tool in TOOLS), f"warps-{kernel}"]
     names += [f"plain-{net}-{batch}" for net, batch in nets]
@@ -111,13 +123,13 @@ def sanitize(kernel: str, dry: bool) -> Plan:
 
 
 def tiles(dry: bool) -> Plan:
-    """Where kernels miss the goal: other tiles, then models with the best of them."""
+    """Return the plan for kernels that miss the goal: other tiles, then models with the best of them."""
     later = ("model-T-2",) if dry else ("model-B-256", "model-D-32")
     return Plan((tuple(f"tiles-{what}" for what in TILED), later), *_time(dry))
 
 
 def options(dry: bool) -> Plan:
-    """Where the goal is met, or near: what Inductor can do more, and other batches."""
+    """Return the plan for a goal that is met or nearly met: Inductor's options, and other batches."""
     if dry:
         return Plan((("full-T-2", "options-T-2-coordinate_descent", f"options-T-1-{_FOR_BATCH_1}"),), *_time(dry))
     large = [f"options-B-256-{option}" for option in OPTIONS if option != _FOR_BATCH_1]
@@ -127,11 +139,12 @@ def options(dry: bool) -> Plan:
 
 
 def _time(dry: bool) -> tuple[float, float]:
+    """Return the second command's time limit and settling time, in seconds."""
     return (300 * _DRY, 80 * _DRY) if dry else (300, 80)
 
 
 def stages(names: Sequence[str], folder: Path, dry: bool) -> list[Stage]:
-    """As processes of this Python, which find what they need in `folder`."""
+    """Return the stages as commands of this Python, which share `folder`."""
     found = []
     for name in names:
         what, *rest = name.split("-")
@@ -146,8 +159,7 @@ def stages(names: Sequence[str], folder: Path, dry: bool) -> list[Stage]:
 
 
 def environment(folder: Path, processes: int, cores: int, dry: bool) -> dict[str, str]:
-    """What all stages are run with: one cache for what any of them has compiled, and tiles that were measured here
-    alone."""
+    """Return the environment variables of all stages: shared caches of compiled code, and of tiles measured here."""
     caches = folder / "caches"
     found = {
         "PYTHONUNBUFFERED": "1",
@@ -155,7 +167,7 @@ def environment(folder: Path, processes: int, cores: int, dry: bool) -> dict[str
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "GTP_FX_CACHE": str(caches / "gtp_fx"),
         "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
-        # Its key doesn't know which attention kernel was asked for, and contenders differ in nothing else.
+        # This cache's key doesn't include the preferred attention kernel, and some contenders differ in nothing else.
         "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
         "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, 2 * cores // processes)),
         "OMP_NUM_THREADS": str(max(1, cores // processes)),

@@ -1,7 +1,7 @@
-"""Which operator takes a model's time: its kernels by torch.profiler, grouped by what they do.
+"""Profile of a model's time by operator: its kernels from torch.profiler, grouped by what they do.
 
-Kernels are told by their names: of cuBLAS, cuDNN, flash attention, GTP's own, and those that Inductor generates, which
-say what is fused in them.
+Kernels are grouped by name: those of cuBLAS, cuDNN, flash attention and GTP, and those that Inductor generates, whose
+names list the fused operators.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _IN_GENERATED = (
     ("score", r"amax|_max_"),
     ("pointwise", r""),
 )
-"""Of the names of what is fused: neither a block of the original nor a site has these."""
+"""Groups of generated kernels, by fused operators that occur in the token graph or in scores, but not elsewhere."""
 _NAMED = (
     ("graph", r"token_graph|topk|radix|bitonicsort|sgemm|simt|gemm_f32f32"),
     ("score", r"scores_kernel"),
@@ -38,8 +38,8 @@ _NAMED = (
     ("gemm", r"gemm|nvjet|cutlass|cublas|splitk|gemv|triton_tem|aten::(add|b|baddb)?mm$"),
     ("pointwise", r"elementwise|layer_?norm|reduce_kernel|gelu"),
 )
-"""The first that fits. Products in float32, without tensor cores, are the token graph's: all others are in the model's
-dtype."""
+"""Groups of other kernels; the first match counts. Float32 products without tensor cores are the token graph's, since
+all others are in the model's dtype."""
 GROUPS = ("gemm", "attention", "pointwise", "conv", "graph", "score", "select", "propagate", "recover", "other")
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _MOST_KERNELS = 60
@@ -47,8 +47,13 @@ _MOST_KERNELS = 60
 
 @dataclass(frozen=True)
 class Profile:
-    """Of one call, in microseconds. groups: by `GROUPS`. kernels: (name, group, launches, microseconds), the longest
-    first. products: launches and microseconds of matrix products, by their operands' sizes."""
+    """Time of one call, in microseconds.
+
+    total: time of all kernels.
+    groups: time by group, in the order of `GROUPS`.
+    kernels: (name, group, launches, microseconds), the longest first.
+    products: (launches, microseconds) of matrix products, by their operands' sizes.
+    """
 
     total: float
     groups: Mapping[str, float]
@@ -57,14 +62,17 @@ class Profile:
 
 
 def group_of(kernel: str) -> str:
-    """One of `GROUPS`."""
+    """Return a kernel's group, one of `GROUPS`."""
     name = kernel.lower()
     rules = _IN_GENERATED if _GENERATED.match(name) else _NAMED
     return next((group for group, words in rules if re.search(words, name)), "other")
 
 
 def profiled(run: Run, calls: int, device: torch.device, trace: Path) -> Profile:
-    """trace: a file for the timeline, gzipped. On a CPU operators stand in for kernels."""
+    """Profile `calls` calls of `run`. On a CPU, operators replace kernels.
+
+    trace: file for the timeline, gzipped.
+    """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     trace.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +88,11 @@ def profiled(run: Run, calls: int, device: torch.device, trace: Path) -> Profile
 
 
 def summed(events: Iterable[Mapping[str, Any]], calls: int, categories: tuple[str, ...]) -> Profile:
-    """Of a timeline as Chrome reads it, those `categories` of events."""
+    """Return the profile of a timeline in Chrome's format.
+
+    calls: number of calls in the timeline.
+    categories: categories of the events that count as kernels.
+    """
     events = list(events)
     operators = {_id(event): event for event in events if event.get("cat") == "cpu_op"}
     count: dict[str, int] = defaultdict(int)
@@ -105,17 +117,17 @@ def summed(events: Iterable[Mapping[str, Any]], calls: int, categories: tuple[st
 
 
 def _id(event: Mapping[str, Any]) -> Any:
-    """By which a kernel names the operator that launched it."""
+    """Return the id that a kernel's event shares with the operator that launched it."""
     return event.get("args", {}).get("External id")
 
 
 def _sizes(operator: Mapping[str, Any] | None) -> str:
-    """Of a product's two matrices, "256x768 768x2304"; empty for anything else."""
+    """Return the sizes of a product's two matrices, such as "256x768 768x2304"; "" for another operator."""
     if operator is None:
         return ""
     named = re.fullmatch(r"aten::(add|b|baddb)?mm", str(operator["name"]))
     if named is None:
         return ""
-    first = 1 if named[1] in ("add", "baddb") else 0  # behind what is added
+    first = 1 if named[1] in ("add", "baddb") else 0  # the first operand is the one that is added
     matrices = operator["args"].get("Input Dims", [])[first : first + 2]
     return " ".join("x".join(map(str, size)) for size in matrices)

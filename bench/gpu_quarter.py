@@ -1,13 +1,13 @@
-"""A quarter of an hour on one GPU, in two commands: are the kernels right, is the goal met, which operator eats it,
-what would help?
+"""A quarter of an hour on one GPU, in two commands: are the kernels right, is the goal met, which operator takes the
+time, and what would help?
 
     python3 -m bench.gpu_quarter first --out DIR
     python3 -m bench.gpu_quarter second --out DIR --sanitize KERNEL | --tiles | --options
 
-Runs from a checkout with nothing installed but torch, triton, timm, transformers, typer, tabulate and tqdm. What to
-make of it is in bench/NOTES.md; what it does, in `bench.gpu_plan`. Files are written anew whenever a stage is done, and
-nothing goes on for longer than `--seconds`. On a CPU, `--dry-run` runs every stage on toy sizes with Triton's
-interpreter: figures of that say nothing.
+It runs from a checkout with only torch, triton, timm, transformers, typer, tabulate and tqdm installed. bench/NOTES.md
+says how to read the results, and `bench.gpu_plan` what runs. Files are rewritten whenever a stage is done, and nothing
+runs longer than `--seconds`. On a CPU, `--dry-run` runs every stage on toy sizes with Triton's interpreter; its figures
+mean nothing.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from bench.gpu_rounds import run_stages
 from bench.gpu_turns import FOLDERS, Outcome, write_whole
 
 MOST_BYTES = 16 * 2**20
-"""Of a file that is brought home from a machine somewhere."""
+"""Largest size of a result file, which has to be copied from the GPU's machine."""
 _LOG_TOLD = 200_000
-"""Bytes of a stage's log that are kept, its last ones."""
+"""Number of last bytes of a stage's log that are kept."""
 FILES = {
     "kernels.json": ("environment", "checks", "kernels", "tiles", "sanitize", "warps"),
     "models.json": ("model", "full", "plain", "options"),
     "ablations.json": ("ablate", "sweep"),
 }
-"""Which stages' finds are in which; beside them log.txt, code.tar.gz and traces.tar.gz."""
+"""Kinds of stages whose results are in each file. log.txt, code.tar.gz and traces.tar.gz are written too."""
 _MOST_TO_SETTLE = 0.3
-"""Of the time that there is, until turns begin with whoever is ready."""
+"""Largest share of the time after which turns begin, even if some stages aren't ready."""
 
 app = typer.Typer(add_completion=False, help="A quarter of an hour on one GPU, in two commands.")
 Out = Annotated[Path, typer.Option(help="A folder for six files, at most 16 MiB each.")]
@@ -57,7 +57,16 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Every stage on the CPU,
 
 @dataclass
 class Quarter:
-    """One command's run. folder: for stages. out: for what is brought home."""
+    """Run of one command.
+
+    command: "first" or "second".
+    out: folder for the results.
+    folder: working folder of the stages.
+    dry: whether it is a dry run.
+    commit: commit that runs, where the checkout isn't git's.
+    began: time at the start, in seconds.
+    outcomes: outcomes of the stages so far.
+    """
 
     command: str
     out: Path
@@ -68,7 +77,7 @@ class Quarter:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def run(self, plan: Plan, seconds: float, processes: int, cores: int) -> None:
-        """A round behind another, each in the time that is left."""
+        """Run the plan's rounds one after the other, each within the remaining time."""
         environment = gpu_plan.environment(self.folder, processes, cores, self.dry)
         environment["GTP_FX_COMMIT"] = self.commit
         for names in plan.rounds:
@@ -84,6 +93,7 @@ class Quarter:
             )
 
     def note(self, outcome: Outcome) -> None:
+        """Record a stage's outcome and rewrite the result files."""
         self.outcomes.append(outcome)
         typer.echo(self._line(outcome), err=True)
         self.keep()
@@ -95,10 +105,11 @@ class Quarter:
         return f"{passed:5.0f} s  {outcome.stage}: {outcome.trouble or 'done'} ({spent})"
 
     def found(self) -> dict[str, Any]:
-        """What stages have kept, by name; of one that was cut off, what it had."""
+        """Return the stages' results by name, including partial results of stopped stages."""
         return {file.stem: json.loads(file.read_text()) for file in sorted((self.folder / "found").glob("*.json"))}
 
     def keep(self) -> None:
+        """Write the JSON files and the log."""
         found = self.found()
         head = {
             "bench": "gpu_quarter",
@@ -117,16 +128,16 @@ class Quarter:
         write_whole(self.out / "log.txt", "\n".join(log)[-MOST_BYTES // 2 :])
 
     def pack(self) -> list[str]:
-        """Generated code, and the timelines of one net; which of them is too large to be kept."""
+        """Write archives of the generated code and of one net's timelines. Return the names of those too large to keep."""
         code = sorted((self.folder / "code").glob("*/*.py"))
         timelines = sorted((self.folder / "traces").glob("*.json.gz"))
-        told_most = [file for file in timelines if file.name.startswith("B-256")] or timelines
-        packed = (("code.tar.gz", code), ("traces.tar.gz", told_most[:2]))
+        chosen = [file for file in timelines if file.name.startswith("B-256")] or timelines
+        packed = (("code.tar.gz", code), ("traces.tar.gz", chosen[:2]))
         return [name for name, files in packed if files and not _pack(files, self.folder, self.out / name)]
 
 
 def _pack(files: Sequence[Path], root: Path, archive: Path) -> bool:
-    """Whether it is small enough; else there is none."""
+    """Write an archive, and delete it if it is too large. Return whether it was kept."""
     with tarfile.open(archive, "w:gz") as tar:
         for file in files:
             tar.add(file, arcname=str(file.relative_to(root)))
@@ -145,8 +156,7 @@ def first(
     commit: Commit = "",
     dry_run: DryRun = False,
 ) -> None:
-    """Kernels checked and timed, models at their most telling batch and at batch 1, by operator, and with one thing
-    changed at a time."""
+    """Check and time kernels; time models at a large batch and at batch 1, by operator, and with single changes."""
     _run("first", gpu_plan.first(dry_run), out, seconds, processes, folder, commit, dry_run)
 
 
@@ -162,7 +172,7 @@ def second(
     commit: Commit = "",
     dry_run: DryRun = False,
 ) -> None:
-    """What the first command's answers ask for: give one of --sanitize KERNEL, --tiles and --options."""
+    """Follow up on the first command's answers: give one of --sanitize KERNEL, --tiles and --options."""
     asked = [sanitize is not None, tiles, options]
     if sum(asked) != 1:
         _fail("second: give one of --sanitize KERNEL, --tiles and --options")
@@ -189,7 +199,7 @@ def _run(
         _fail("no NVIDIA GPU here; --dry-run needs none")
     cores = len(os.sched_getaffinity(0))
     folder = (folder or Path(tempfile.gettempdir()) / f"gtp_fx_quarter{'_dry' if dry else ''}").resolve()
-    for name in (*FOLDERS, "code", "traces"):  # an earlier command's
+    for name in (*FOLDERS, "code", "traces"):  # remove an earlier command's
         shutil.rmtree(folder / name, ignore_errors=True)
     signal.signal(signal.SIGTERM, _interrupted)
     quarter = Quarter(command, out, folder, dry, commit)
@@ -210,7 +220,7 @@ def _run(
 
 
 def _gpus() -> int:
-    """How many the driver has; asked without torch, which takes seconds to import."""
+    """Return the number of GPUs, from the driver, since importing torch takes seconds."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,4 +1,4 @@
-"""Running stages: all get ready side by side, then each has its turn, and no more time than there is (see
+"""Runner of stages: they prepare in parallel, then take turns on the GPU, within a time limit (see
 `bench.gpu_turns`)."""
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from bench.gpu_turns import FOLDERS, LEFT_OUT, POLL, Outcome, Stage, write_whole
 
 @dataclass
 class _Run:
-    """A stage's process. active: seconds in which it wasn't halted, since it was started or since its turn began."""
+    """A stage's process.
+
+    stage: the stage.
+    process: its process, which leads a process group.
+    active: seconds in which it wasn't halted, since its start or since its turn began.
+    prepared: seconds of preparation, without those in which it was halted.
+    halted: whether it is halted.
+    """
 
     stage: Stage
     process: subprocess.Popen[bytes]
@@ -26,7 +33,7 @@ class _Run:
     halted: bool = False
 
     def send(self, what: signal.Signals) -> None:
-        """To the stage and what it has started itself."""
+        """Send a signal to the stage and the processes that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, what)
 
@@ -38,7 +45,17 @@ class _Run:
 
 @dataclass
 class _Round:
-    """The state of `run_stages`. turn: whose turn it is."""
+    """State of `run_stages`.
+
+    folder: working folder of the stages.
+    deadline: time at which all have to end, in seconds.
+    pending: stages not started yet.
+    done: called with each outcome.
+    environment: environment variables of the stages, besides this process's.
+    running: processes that prepare, wait or have their turn.
+    turn: the process that has its turn.
+    outcomes: outcomes so far.
+    """
 
     folder: Path
     deadline: float
@@ -72,7 +89,7 @@ class _Round:
         self.running.append(_Run(stage, process))
 
     def finish(self, run: _Run, trouble: str) -> None:
-        """Whatever is left of it is ended."""
+        """Kill a stage's remaining processes and record its outcome."""
         run.send(signal.SIGKILL)
         run.process.wait()
         self.running.remove(run)
@@ -103,11 +120,15 @@ def run_stages(
     environment: Mapping[str, str] | None = None,
     done: Callable[[Outcome], object] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Run all that fits into `seconds`, the first of `stages` first, and say what became of each.
+    """Run the stages that fit into `seconds`, in order, and return the outcome of each.
 
-    settle: turns begin once every stage is ready or so many seconds are over; later, whoever gets ready has its turn at
-    once. processes: how many get ready at a time. environment: added to this process's own. done: called as outcomes
-    come.
+    folder: working folder of the stages.
+    seconds: time limit.
+    settle: seconds after which turns begin, or earlier once every stage is ready. Afterwards, a stage has its turn as
+        soon as it is ready and no other has one.
+    processes: stages that prepare at a time.
+    environment: environment variables of the stages, besides this process's.
+    done: called with each outcome.
     """
     for name in FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -129,7 +150,7 @@ def run_stages(
                 if settled:
                     _give_turn(now)
             time.sleep(POLL)
-    finally:  # time is over, or somebody interrupts
+    finally:  # the time is over, or the run is interrupted
         for run in list(now.running):
             waited = run in now.ready()
             got = f"{LEFT_OUT}: {'its turn had not come' if waited else 'it was not ready'} when time was over"
@@ -140,7 +161,7 @@ def run_stages(
 
 
 def _look(now: _Round, passed: float) -> None:
-    """Who has ended, and who has to."""
+    """Finish the processes that ended or exceeded their limits, and resume halted ones where nobody has a turn."""
     waiting = now.ready()
     for run in list(now.running):
         if not run.halted and run not in waiting:
@@ -159,6 +180,7 @@ def _look(now: _Round, passed: float) -> None:
 
 
 def _begin(now: _Round, processes: int) -> None:
+    """Start pending stages while fewer than `processes` prepare, and skip those without enough time."""
     while now.pending and len(now.preparing()) < processes:
         stage = now.pending.pop(0)
         if now.left < stage.least:
@@ -170,7 +192,7 @@ def _begin(now: _Round, processes: int) -> None:
 
 
 def _give_turn(now: _Round) -> None:
-    """To the first that is ready and for which there is time; all others are halted."""
+    """Give the turn to the first ready stage with enough time, and halt those that prepare."""
     order = [run for run in now.ready() if run.process.poll() is None]
     for run in order:
         if now.left < run.stage.least:

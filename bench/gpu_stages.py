@@ -1,9 +1,9 @@
-"""One stage of `bench.gpu_quarter`, in a process of its own; also by hand, from a checkout, to see one thing again:
+"""One stage of `bench.gpu_quarter`, in a process of its own. It can also be run by hand, from a checkout:
 
     python -m bench.gpu_stages model-B-64 --folder /tmp/quarter
 
-`bench.gpu_plan` says what names there are. Finds go to FOLDER/found/NAME.json, generated code to FOLDER/code, timelines
-to FOLDER/traces.
+`bench.gpu_plan` lists the names. Results go to FOLDER/found/NAME.json, generated code to FOLDER/code, and timelines to
+FOLDER/traces.
 """
 
 from __future__ import annotations
@@ -32,12 +32,19 @@ from gtp_fx.measure import site_probes
 from gtp_fx.targets import detect
 
 _ROUNDS, _SINGLE_ROUNDS, _FEW_ROUNDS = 15, 60, 9
-"""Of a large batch, of batch 1, whose calls are short, and of the many counts of a sweep."""
+"""Rounds of timing at a large batch, at batch 1, where calls are short, and in a sweep over many counts."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage runs. dry: on a CPU, on toy sizes, in Triton's interpreter."""
+    """Context in which a stage runs.
+
+    folder: working folder of the stages.
+    turn: the stage's turn.
+    device: the GPU, or the CPU in a dry run.
+    dtype: dtype of models and operands.
+    dry: whether to run toy sizes on the CPU in Triton's interpreter.
+    """
 
     folder: Path
     turn: Turn
@@ -73,7 +80,7 @@ def main(
 
 
 def _interpret() -> None:
-    """Kernels run as Python, also where a CPU would have the operators run."""
+    """Run kernels in Triton's interpreter, also in the probes, which use operators on a CPU otherwise."""
     from bench.interpreter import make_loops_run
 
     try:
@@ -89,7 +96,7 @@ def _environment(place: Place, rest: Sequence[str]) -> None:
 
 
 def _checks(place: Place, rest: Sequence[str]) -> None:
-    """The nets' sizes, in bfloat16, or others in the dtype that is named."""
+    """Check kernels at the nets' sizes in bfloat16, or at others in the named dtype."""
     sizes, dtypes = gpu_checks.NETS, [torch.bfloat16]
     if rest[0] != "nets":
         sizes, dtypes = gpu_checks.OTHERS, [getattr(torch, rest[0])]
@@ -99,8 +106,8 @@ def _checks(place: Place, rest: Sequence[str]) -> None:
     checks: list[Check] = []
     for done, case in enumerate(wanted, 1):
         checks += case.checks(place.device)
-        told = [{**asdict(check), "right": check.right} for check in checks]
-        place.turn.keep({"done": done, "wanted": len(wanted), "checks": told})
+        rows = [{**asdict(check), "right": check.right} for check in checks]
+        place.turn.keep({"done": done, "wanted": len(wanted), "checks": rows})
 
 
 def _kernels(place: Place, rest: Sequence[str]) -> None:
@@ -122,7 +129,7 @@ def _answer(place: Place, asked: Sequence[gpu_kernels.Question]) -> list[gpu_ker
 
 
 def _model(place: Place, rest: Sequence[str]) -> None:
-    """At batch 1 what counts is the host: CUDA graphs, and a call at a time."""
+    """Time a model. At batch 1 the host's time dominates, so the contenders include CUDA graphs."""
     net, batch = rest[0], int(rest[1])
     if batch > 1:
         contenders = [Contender(False), Contender(False, attention="flash"), Contender(True)]
@@ -133,7 +140,7 @@ def _model(place: Place, rest: Sequence[str]) -> None:
 
 
 def _full(place: Place, rest: Sequence[str]) -> None:
-    """All that the best original is to be the best of, and ours in the same modes: long to compile."""
+    """Time all originals of `BASELINES`, and the optimised model in the same modes. Compiling them takes long."""
     ours = [Contender(True, mode) for mode in MODES]
     _compare(place, rest[0], int(rest[1]), [*BASELINES, *ours])
 
@@ -150,7 +157,7 @@ def _plain(place: Place, rest: Sequence[str]) -> None:
 
 
 def _options(place: Place, rest: Sequence[str]) -> None:
-    """An option has to help ours more than the original, or both: both run with it and without."""
+    """Time the original and the optimised model with and without an option of Inductor."""
     net, batch, option = rest[0], int(rest[1]), rest[2]
     mode = "default" if batch > 1 else "reduce-overhead"
     contenders = [Contender(ours, mode, option=which) for ours in (False, True) for which in ("", option)]
@@ -199,7 +206,7 @@ def _warps(place: Place, rest: Sequence[str]) -> None:
 
 
 def _case(place: Place, rest: Sequence[str]) -> None:
-    """KERNEL-PLACE or KERNEL-PLACE-WARPS: one case alone."""
+    """Run one case of a kernel: KERNEL-PLACE or KERNEL-PLACE-WARPS."""
     if len(rest) > 2:
         gpu_wrong.relaunch(int(rest[2]))
     found = gpu_wrong.run_case(gpu_wrong.cases_of(rest[0], place.dry)[int(rest[1])], place.device)

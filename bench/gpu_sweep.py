@@ -1,7 +1,7 @@
-"""One block of the original over counts of tokens: where time makes steps, tiles end.
+"""Sweep of one block of the original over counts of tokens. Steps in its time are borders of tiles.
 
-A target's tiles of products and of attention are fitted from it (`targets/`): tokens that leave within a tile save
-nothing.
+A target's tiles of products and of attention are fitted to it (`targets/`), since removing tokens within a tile saves
+no time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,20 @@ TOKENS = {
     "L": (64, tuple(range(320, 641, 32))),
     "T": (2, (12, 16, 20)),
 }
-"""By net: images, and counts of tokens."""
+"""Images and counts of tokens, by net."""
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """seconds: of a call, by what was called ("block", compiled for any count; attention alone by kernel), one for each
-    of `tokens`."""
+    """Times of one net's block.
+
+    net: a name in `SUBJECTS`.
+    batch: images per call.
+    heads: attention heads.
+    channels: channels of the stream.
+    tokens: counts of tokens.
+    seconds: times of a call, one per count, of "block" (compiled for any count) and of attention alone, by kernel.
+    """
 
     net: str
     batch: int
@@ -43,7 +50,12 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is ready to be timed: by name and count."""
+    """A sweep that is compiled, but not timed yet.
+
+    row: the row to fill.
+    runs: callables by name and count of tokens.
+    device: their device.
+    """
 
     row: SweepRow
     runs: dict[tuple[str, int], Run]
@@ -51,7 +63,7 @@ class Sweep:
 
     @torch.no_grad()
     def timed(self, rounds: int, turn: Turn) -> SweepRow:
-        """All counts interleaved, so that a drifting clock makes no step."""
+        """Time all counts interleaved, so that a drifting clock makes no step, and return the row."""
         runs = {f"{name} {count}": _repeated(run) for (name, count), run in self.runs.items()}
         clock = clock_for(self.device)
         trial = interleave(runs, rounds=1, warmup=1, clock=clock)
@@ -66,7 +78,7 @@ class Sweep:
 
 @torch.no_grad()
 def prepare(net: str, device: torch.device, dtype: torch.dtype) -> Sweep:
-    """The middle block, compiled once with an open count of tokens, and torch's attention alone."""
+    """Compile the middle block once for any count of tokens, and prepare torch's attention alone."""
     batch, counts = TOKENS[net]
     model: Any = SUBJECTS[net].build()
     block = model.blocks[len(model.blocks) // 2].to(device, dtype)
@@ -94,6 +106,6 @@ def _repeated(run: Run) -> Run:
 
 
 def steps(tokens: Sequence[int], seconds: Sequence[float], above: float = 0.04) -> list[int]:
-    """Counts at which time grows faster than their number: by more than `above` of it since the count before."""
+    """Return the counts where time steps: it grows by over `above` more, relative to the last count, than the tokens."""
     pairs = zip(tokens, tokens[1:], seconds, seconds[1:], strict=False)
     return [after for before, after, low, high in pairs if high / low > (1 + above) * after / before]

@@ -1,8 +1,6 @@
-"""Which tiles are fastest, where kernels miss the goal: attention's at the nets' counts of tokens, and the stream's at
-a site.
+"""Times of kernels' tiles: attention's at the nets' counts of tokens, and the stream's at a site.
 
-The best of attention is kept where `gtp_fx.kernels.tuned` finds it, so that models which are compiled afterwards run
-with it.
+The best tile of attention is saved where `gtp_fx.kernels.tuned` finds it, so that models compiled afterwards use it.
 """
 
 from __future__ import annotations
@@ -19,15 +17,20 @@ from gtp_fx.measure.site_probes import propagation
 
 FITTING = ((32, 256, 4, 1), (32, 256, 8, 1), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 4, 3))
 TILED = ((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 4), (128, 32, 4, 3))
-"""(queries, keys, warps, stages): of up to 256 keys, and of more."""
+"""Tiles (queries, keys, warps, stages) for up to 256 keys, and for more."""
 STREAM = ((1, 1), (1, 2), (2, 4), (4, 4))
-"""(rows, warps)."""
+"""Tiles (rows, warps) of propagation."""
 CALLS = {"told": "none", "plain": "none", "told, scored": "mixed-max"}
 
 
 def questions(what: str, device: torch.device, dtype: torch.dtype, small: bool) -> list[Question]:
-    """what: a number of tokens, or "propagate". A contender's name is what is called and its tile, "told (32, 256, 4,
-    1)"."""
+    """Return the rows to time.
+
+    A contender's name is the call and the tile, such as "told (32, 256, 4, 1)".
+
+    what: a number of tokens, or "propagate".
+    small: whether to use toy sizes.
+    """
     sizes = DRY if small else NETS
     if what == "propagate":
         return [question("propagate", size, _stream(size, device, dtype), device) for size in sizes.streams]
@@ -38,12 +41,12 @@ def questions(what: str, device: torch.device, dtype: torch.dtype, small: bool) 
 
 
 def _attentions(tokens: int, sizes: KernelSizes, small: bool) -> Sequence[tuple[int, ...]]:
-    """The largest of the nets that have so many tokens; the toy one stands for any."""
+    """Return the size of the largest net with this count of tokens, or the toy sizes."""
     return sizes.attention if small else [size for size in sizes.attention if size[2] == tokens][-1:]
 
 
 def keep_best(row: KernelRow, device: torch.device, dtype: torch.dtype) -> str:
-    """The tile that told attention, scored and not, takes the least time in, kept for this GPU; said in words."""
+    """Save the tile in which attention with token scales, with and without scores, is fastest. Return it as text."""
     *_, tokens, head = row.size
     taken = {
         tile: sum(row.seconds[f"{call} {tile}"] for call in ("told", "told, scored"))

@@ -1,7 +1,7 @@
-"""Seconds that a launch is modelled to take on an H100: MODELLED, NOT MEASURED. Nothing here has seen a GPU.
+"""Model of the seconds that a launch takes on an H100: MODELLED, NOT MEASURED. Nothing here was run on a GPU.
 
-A launch takes what launching costs and then the longer of moving its bytes and computing. Good for comparing launches
-of one kind, and for which of them are worth work; a sum over a model is good to some 20 %, topk to 50 %.
+A launch takes a fixed cost plus the longer of moving its bytes and computing. The model is good for comparing launches
+of one kind, and for finding those worth improving. A sum over a model is good to some 20 %, topk to 50 %.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SINGLE_TILE = Tile(128, 128)
 
 @dataclass(frozen=True)
 class GpuModel:
-    """Each figure with where it comes from; rates are per second and of the whole GPU where nothing else is said."""
+    """Figures of the model, each with its source. Rates are per second and for the whole GPU unless stated otherwise."""
 
     units: int = H100.units
     """Multiprocessors: device property."""
@@ -44,63 +44,63 @@ class GpuModel:
     single: float = H100.dense["float32"]
     """FLOP/s of products: data sheet. Of float32 without tensor cores, since torch leaves TF32 off."""
     product_share: tuple[float, float] = (0.62, 0.70)
-    """Of `dense` that a whole tile reaches with at most `short` terms a sum, and with more. Assumed: published large
-    products reach 0.70 to 0.80."""
+    """Shares of `dense` that a whole tile reaches with at most `short` terms per sum, and with more. Assumed: published
+    large products reach 0.70 to 0.80."""
     short: int = 512
     single_share: float = 0.7
-    """Of `single`. Assumed."""
+    """Share of `single` that a product reaches. Assumed."""
     tiles: tuple[Tile, ...] = H100.tiles
-    """Of a product, of which the library takes the fastest: the target's, with its source."""
+    """Tiles of a product, of which the library uses the fastest: the target's, with its source."""
     single_tile: Tile = _SINGLE_TILE
-    """Of a float32 product. Assumed."""
+    """Tile of a float32 product. Assumed."""
     attention: float = 400e12
-    """FLOP/s of cuDNN's attention, heads of 64, in whole tiles. Assumed: published is 285 to 320 of flash, more
-    of cuDNN."""
+    """FLOP/s of cuDNN's attention with 64 features per head, in whole tiles. Assumed: published is 285e12 to 320e12 for
+    flash attention, and more for cuDNN's."""
     attention_tile: tuple[int, int] = (128, 128)
-    """Queries and keys. Published of flash, assumed of cuDNN."""
+    """Queries and keys of a tile. Published for flash attention, assumed for cuDNN's."""
     issue: int = 128
     """Threads whose next instruction a multiprocessor issues in a cycle: four schedulers of 32."""
     stall: float = 1.3
-    """By how much a kernel of ours takes longer than its instructions take to issue. Assumed."""
+    """Time of one of GTP's kernels / time to issue its instructions. Assumed."""
     fitting: tuple[float, float, float] = (15.3, -0.5, 11.1)
-    """`attend` where a row fits its tile: a thread's instructions for an entry of the map, and how many more where it
-    is told scales, whose logarithms also mask what is behind the last key, and where it scores. Counted in the code
-    that Triton 3.8 makes of these kernels for sm_90, tile (64, 128) of 4 warps: 976, 944, 1688, 1624 a warp."""
+    """Instructions per thread and entry of the map, in `attend` where a row fits its tile; how many more with token
+    scales, whose logarithms also mask what is after the last key; and how many more with scores. Counted in the code
+    that Triton 3.8 generates for sm_90, tile (64, 128) with 4 warps: 976, 944, 1688 and 1624 per warp."""
     looping: tuple[float, float] = (10.3, 1.3)
-    """The same where it takes the keys in turns, and told; scoring is `scores_kernel`'s. Counted: 331 and 372 a turn,
-    tile (64, 64) of 4 warps."""
+    """The same where `attend` loops over the keys, without scores, which `scores_kernel` computes. Counted: 331 and 372
+    per iteration, tile (64, 64) with 4 warps."""
     exponentials: int = 16
-    """That a multiprocessor makes in a cycle: CUDA's programming guide, throughput of special functions. It bounds
+    """Exponentials per cycle and multiprocessor: CUDA's programming guide, throughput of special functions. They bound
     `attention_scores`."""
     graph_share: float = 0.65
-    """Of `dense`, of the graph kernel's product. Assumed: as other products of a few hundred terms."""
+    """Share of `dense` that the graph kernel's product reaches. Assumed: as other products of a few hundred terms."""
     graph_select: float = 11.0
-    """A thread's instructions for an entry and neighbour: a round of the largest. Assumed, of as many rounds as
-    neighbours in every tile; a kernel that goes by what may still enter has fewer."""
+    """Instructions per thread, entry and neighbour, for one round that finds the largest. Assumed, with as many rounds as
+    neighbours in every tile. A kernel that skips entries too small to be selected needs fewer."""
     digits: int = 17
     pass_cycles: float = 1000.0
-    """aten.topk of float32: 16 passes of two bits over a row and one that gathers (ATen's SortingRadixSelect.cuh), and
-    what one takes, with its barriers. Assumed."""
+    """Passes of aten.topk in float32, and cycles per pass with its barriers. There are 16 passes of two bits over a row
+    and one that gathers (ATen's SortingRadixSelect.cuh). The cycles are assumed."""
     threads: int = 2048
-    """A multiprocessor holds: device property. topk's block has a thread for each entry of a row, at most 1024."""
+    """Threads that a multiprocessor holds: device property. topk's block has one per entry of a row, at most 1024."""
     select: float = 4e-6
-    """Seconds of an image's 32 counts one after another. Assumed: 0.12 us each."""
+    """Seconds of an image's 32 counts, one after the other. Assumed: 0.12 us each."""
     gather_share: float = 0.7
-    """Of `bandwidth`, of kernels that read rows by indices just read, and reduce across warps between. Assumed."""
+    """Share of `bandwidth` of kernels that read rows by indices just read, and reduce across warps. Assumed."""
 
     def seconds(self, launch: Launch) -> float:
-        """Of one launch."""
+        """Return the modelled time of one launch, in seconds."""
         share = self.gather_share if isinstance(launch.work, Gather) else 1.0
         return self.launch + max(launch.bytes / (self.bandwidth * share), self.computing(launch.work))
 
     @singledispatchmethod
     def computing(self, work: Work) -> float:
-        """Seconds of the work itself, its operands at hand; 0 where memory is all that counts."""
+        """Return the seconds of the computation alone; 0 where only memory counts."""
         return 0.0
 
     @computing.register
     def _(self, work: Product) -> float:
-        """In whole waves of whole tiles; of the tiles that there are, those that are done first."""
+        """Return the time of a product in whole waves of whole tiles, with the fastest of the tiles."""
         if work.single:
             return self._waves(work, self.single_tile, self.single * self.single_share)
         rate = self.dense * self.product_share[work.inner > self.short]
@@ -148,8 +148,10 @@ class GpuModel:
         return self._entries(work, tile) * instructions * self.stall / (self.issue * self.units * self.clock)
 
     def _entries(self, work: Attention, tile: tuple[int, int]) -> int:
-        """Of all maps in whole tiles, and of as many maps' rows of tiles as there are multiprocessors at least, since
-        each takes as long."""
+        """Return the entries of all maps in whole tiles.
+
+        At least as many rows of tiles count as there are multiprocessors, since idle ones save no time.
+        """
         rows, columns = tile
         programs = work.maps * math.ceil(work.queries / rows)
         return max(programs, self.units) * rows * _whole(work.keys, columns)

@@ -1,11 +1,10 @@
-"""What GTP adds to a model on an H100, without one: launches and bytes of the code that Inductor generates, and
-modelled time of each.
+"""Launches, bytes and modelled time that GTP adds to a model on an H100, from the code that Inductor generates.
 
     python -m bench.gpu_traffic --out bench/results/x.json --table bench/results/x.md
 
-Code is generated for three graphs of each model and compiled for none: the original; the optimised one, lowered as a
-GPU gets it; and that one without GTP's operators (`bench.gpu_groups.bare`), which is as short but costs nothing more.
-Launches and bytes are counted. SECONDS ARE MODELLED, NOT MEASURED (`bench.gpu_time_model`).
+It needs no GPU. Code is generated, but not compiled, for three graphs of each model: the original; the optimised one,
+lowered as for a GPU; and the optimised one without GTP's operators (`bench.gpu_groups.bare`), which has the same token
+counts. Launches and bytes are counted. SECONDS ARE MODELLED, NOT MEASURED (`bench.gpu_time_model`).
 """
 
 from __future__ import annotations
@@ -41,8 +40,14 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Net:
-    """timm's name, what it is made with, its image side, its batch where none is asked for, and tokens that leave by
-    block, "auto" for the budget's."""
+    """A model.
+
+    name: timm's name.
+    side: side of its images, in pixels.
+    batch: images per run, unless another number is given.
+    made_with: arguments of `timm.create_model`.
+    schedule: removed tokens at each attention block; "auto" for the budget's schedule.
+    """
 
     name: str
     side: int
@@ -63,7 +68,13 @@ DRY_NETS = (Net("vit_tiny_patch16_224", 96, 8, _SMALL, (12, 0)),)
 
 @dataclass(frozen=True)
 class Amount:
-    """bytes: read and written. seconds: modelled. flops: of products and attention."""
+    """Cost of some launches.
+
+    launches: their number.
+    bytes: bytes read and written.
+    seconds: modelled time.
+    flops: FLOPs of products and attention.
+    """
 
     launches: int = 0
     bytes: int = 0
@@ -72,6 +83,7 @@ class Amount:
 
     @classmethod
     def of(cls, launches: Iterable[Launch], model: GpuModel) -> Amount:
+        """Return the sum over launches."""
         each = list(launches)
         seconds = sum(map(model.seconds, each))
         return cls(len(each), sum(x.bytes for x in each), seconds, sum(x.work.flops for x in each))
@@ -86,8 +98,18 @@ class Amount:
 
 @dataclass(frozen=True)
 class Traffic:
-    """One model at one batch. bare: as short as the optimised one, without GTP's operators. planned: the project's own
-    prediction of the speed-up."""
+    """Launches of one model at one batch.
+
+    model: timm's name.
+    side: side of its images, in pixels.
+    batch: images per run.
+    schedule: removed tokens at each attention block.
+    flops_ratio: FLOPs of the optimised model / the original's.
+    planned: speed-up predicted by gtp_fx's cost model.
+    original: launches of the original.
+    bare: launches of the optimised graph without GTP's operators, with the same token counts.
+    optimised: launches of the optimised graph.
+    """
 
     model: str
     side: int
@@ -103,7 +125,7 @@ class Traffic:
         return {name: Amount.of(getattr(self, name), model) for name in ("original", "bare", "optimised")}
 
     def added(self, model: GpuModel) -> dict[Group, Amount]:
-        """What GTP's operators cost, by group: all launches of the optimised graph less all of the bare one."""
+        """Return the cost of GTP's operators by group: the optimised graph's launches minus the bare one's."""
 
         def of(launches: Sequence[Launch], group: Group) -> Amount:
             return Amount.of((launch for launch in launches if Group.of(launch) is group), model)
@@ -129,7 +151,7 @@ class Traffic:
 
 
 def _by_kernel(launches: Sequence[Launch], model: GpuModel) -> list[dict[str, Any]]:
-    """Launches of one kernel under one group together, in the order in which each is first launched."""
+    """Return the cost of each kernel in each group, in the order of their first launch."""
     kinds = dict.fromkeys((Group.of(launch), launch.kernel, launch.kind) for launch in launches)
     rows = []
     for group, kernel, kind in kinds:
@@ -139,7 +161,11 @@ def _by_kernel(launches: Sequence[Launch], model: GpuModel) -> list[dict[str, An
 
 
 def count(net: Net, batch: int, budget: float, keep: Path | None = None) -> Traffic:
-    """Generate a model's three graphs. keep: a folder for their code."""
+    """Generate code for a model's three graphs and return their launches.
+
+    budget: FLOPs budget, for a net with an "auto" schedule.
+    keep: folder for the code.
+    """
     with torch.device("meta"):
         made = timm.create_model(net.name, **net.made_with).to(DTYPE)
     fake = fake_on_gpu(made)
@@ -193,7 +219,7 @@ def main(
 
 
 def report(found: Sequence[Traffic], model: GpuModel) -> str:
-    """Tables for people: what is added by group, and what comes of it."""
+    """Return two Markdown tables: what GTP adds, by group, and the resulting times and speed-ups."""
     headers = ["added", *(part for x in found for part in (f"{_short(x)} launches, MB", "us (of the original)"))]
     lines = [[group.value, *_cells(found, model, group)] for group in Group]
     lines.append(["all", *_cells(found, model, None)])

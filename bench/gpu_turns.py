@@ -1,16 +1,16 @@
-"""Stages as processes: all get ready side by side, then each has the GPU to itself, and no more time than there is.
+"""Stages as processes, which prepare in parallel and then take turns alone on the GPU, within a time limit.
 
-What takes a GPU's time is compiling, on the host: so a stage compiles first, says that it is ready, and waits for its
-turn. In a turn nothing else runs; who is still getting ready is halted meanwhile. A stage that crashes, hangs or comes
-too late costs itself alone.
+Most of the time on a GPU's machine goes into compiling on the host. So a stage compiles first, signals that it is ready,
+and waits for its turn. During a turn nothing else runs: stages that still prepare are halted. A stage that crashes, hangs
+or is late costs no other stage its result.
 
-`Turn` is a stage's side; `bench.gpu_rounds` has the other, of who starts them. They speak by files in one folder, and
-neither imports torch:
+`Turn` is a stage's side; `bench.gpu_rounds` is the side that starts the stages. They communicate by files in one folder,
+and neither imports torch:
 
-    found/NAME.json    what a stage has found so far, written anew after every row
+    found/NAME.json    a stage's results so far, rewritten after every row
     turns/NAME.ready   it is ready
-    turns/NAME.go      its turn: seconds that it has
-    logs/NAME.txt      what it printed
+    turns/NAME.go      it is its turn; contains the seconds that it has
+    logs/NAME.txt      its output
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ FOLDERS = ("found", "turns", "logs")
 
 @dataclass(frozen=True)
 class Stage:
-    """name: also its files'. command: what runs it. least: seconds without which it isn't begun. limit: seconds of its
-    turn at most.
+    """A stage and its time limits, in seconds.
 
-    waits: whether it asks for a turn; one that doesn't runs through as it is started. prepare: seconds until it has to
-    be ready, or, where it doesn't wait, be done; the time in which it is halted doesn't count.
+    name: its name, and that of its files.
+    command: command that runs it.
+    limit: longest turn.
+    least: least remaining time with which it, or its turn, is begun.
+    prepare: longest preparation, or longest run where it doesn't wait; the time in which it is halted doesn't count.
+    waits: whether it waits for a turn. Otherwise it runs to its end once it is started.
     """
 
     name: str
@@ -48,8 +51,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """trouble: why a stage gave nothing or not all, in a few words; empty for one that is done. seconds: until it was
-    ready, and its turn's."""
+    """How a stage ended.
+
+    stage: its name.
+    trouble: why it has no result, or not all of it, in a few words; "" where it completed.
+    seconds: seconds of its preparation and of its turn.
+    """
 
     stage: str
     trouble: str
@@ -57,22 +64,22 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """It was begun and came to nothing good, where one that is left out was not."""
+        """Return whether the stage was started and failed. One that was left out did not fail."""
         return bool(self.trouble) and not self.trouble.startswith(LEFT_OUT)
 
 
 class Turn:
-    """A stage's own side. In `wait` it lets others go first; what it finds is kept at once, so that it can be stopped
-    at any time."""
+    """A stage's side of taking turns. Results are kept at once, so that a stage can be stopped at any time."""
 
     def __init__(self, folder: Path, name: str, alone: bool = False) -> None:
-        """alone: nobody gives turns; go on at once, with no limit."""
+        """Make the turn of stage `name`. Where `alone`, no process gives turns: `wait` returns at once, without limit."""
         self._found = folder / "found" / f"{name}.json"
         self._ready, self._go = (folder / "turns" / f"{name}.{end}" for end in ("ready", "go"))
         self._alone = alone
         self._until = time.monotonic() + NO_LIMIT
 
     def wait(self) -> None:
+        """Signal that the stage is ready, and return when it has its turn."""
         if self._alone:
             return
         self._ready.touch()
@@ -82,15 +89,16 @@ class Turn:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Return the remaining seconds of the turn."""
         return self._until - time.monotonic()
 
     def keep(self, found: Mapping[str, Any]) -> None:
+        """Write the results so far."""
         write_whole(self._found, json.dumps(found, indent=1))
 
 
 def write_whole(file: Path, text: str) -> None:
-    """All of it or nothing: somebody may be reading, or end us."""
+    """Write a file atomically, since another process may read it or end this one at any time."""
     file.parent.mkdir(parents=True, exist_ok=True)
     written = file.with_name(f"{file.name}.{os.getpid()}")
     written.write_text(text)

@@ -1,7 +1,6 @@
-"""What a launch computes, by its kernel and its operands' sizes: a value for each kind of work that takes time of its
-own.
+"""Work of a launch, from its kernel and its operands' sizes, with a class for each kind whose time is modelled.
 
-FLOPs are torch's (`torch.utils.flop_counter`): of the problem as it is, not of the tiles that it is done in.
+FLOPs are torch's (`torch.utils.flop_counter`): those of the problem, not of whole tiles.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Work:
-    """Nothing but what is moved: pointwise operators, reductions, copies."""
+    """Work that only moves bytes: pointwise operators, reductions, copies."""
 
     @property
     def flops(self) -> int:
@@ -27,8 +26,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Product(Work):
-    """`batch` products [rows, inner] x [inner, columns]; a convolution as the product that it is. single: of float32,
-    without TF32."""
+    """`batch` matrix products [rows, inner] x [inner, columns], or a convolution as the equivalent product.
+
+    batch: number of products.
+    rows, columns, inner: sizes of each.
+    single: whether it is in float32, without TF32.
+    """
 
     batch: int
     rows: int
@@ -43,7 +46,14 @@ class Product(Work):
 
 @dataclass(frozen=True)
 class Attention(Work):
-    """A library's. maps: of all images and heads. features: of a query; values: of a value."""
+    """A library's attention.
+
+    maps: number of attention maps, over all images and heads.
+    queries: queries per map.
+    keys: keys per map.
+    features: features of a query or key.
+    values: features of a value.
+    """
 
     maps: int
     queries: int
@@ -59,8 +69,13 @@ class Attention(Work):
 
 @dataclass(frozen=True)
 class TritonAttention(Attention):
-    """`attend`. rows, columns: its tile. fits: whether a row of keys is one tile. told: of token scales. scored: ranks
-    tokens itself."""
+    """GTP's kernel `attend`.
+
+    rows, columns: queries and keys of a tile.
+    fits: whether all keys fit into one tile.
+    told: whether it uses token scales.
+    scored: whether it scores tokens itself.
+    """
 
     rows: int
     columns: int
@@ -71,8 +86,10 @@ class TritonAttention(Attention):
 
 @dataclass(frozen=True)
 class Scores(Attention):
-    """`scores_kernel`: one product and one exponential an entry, from log-sum-exps that are known. rows, columns: its
-    tile, keys by queries."""
+    """GTP's kernel `scores_kernel`: one product and one exponential per entry, from known log-sum-exps.
+
+    rows, columns: keys and queries of a tile.
+    """
 
     rows: int
     columns: int
@@ -84,8 +101,14 @@ class Scores(Attention):
 
 @dataclass(frozen=True)
 class TokenGraph(Work):
-    """`token_graph` as one kernel: every patch with every other, the most similar of them kept. rows, columns: its
-    tile."""
+    """GTP's kernel `token_graph`: similarity of every patch to every other, and the most similar ones of each.
+
+    images: number of images.
+    cells: patches per image.
+    channels: channels of a patch.
+    neighbors: neighbours kept per patch; 0 without a semantic graph.
+    rows, columns: patches of a tile.
+    """
 
     images: int
     cells: int
@@ -101,7 +124,11 @@ class TokenGraph(Work):
 
 @dataclass(frozen=True)
 class TopK(Work):
-    """aten.topk: a block of threads a row, a pass over it for each digit."""
+    """aten.topk: a block of threads per row, with a pass over the row for each digit.
+
+    rows: number of rows.
+    size: entries per row.
+    """
 
     rows: int
     size: int
@@ -109,18 +136,26 @@ class TopK(Work):
 
 @dataclass(frozen=True)
 class Select(Work):
-    """`select`: a program an image, 32 counts one after another."""
+    """GTP's kernel `select`: a program per image, with 32 counts one after the other.
+
+    images: number of images.
+    """
 
     images: int
 
 
 @dataclass(frozen=True)
 class Gather(Work):
-    """`propagate`, `recover`: rows moved by indices that were just read, with reductions of each row between."""
+    """GTP's kernels `propagate` and `recover`: rows moved by indices just read, with reductions of each row between."""
 
 
 def extern_work(name: str, operands: Sequence[tuple[Shape, str]], out: Shape) -> Work:
-    """Of a library's kernel. operands: shape and dtype of each tensor, in the operator's order."""
+    """Return the work of a library's kernel.
+
+    name: name in the generated code.
+    operands: shape and dtype of each tensor, in the operator's order.
+    out: shape of the first result.
+    """
     shapes = [shape for shape, _ in operands]
     single = bool(operands) and operands[-1][1] == "float32"
     _, _, operator = name.rpartition("extern_kernels.")
@@ -130,7 +165,7 @@ def extern_work(name: str, operands: Sequence[tuple[Shape, str]], out: Shape) ->
     if operator.startswith("convolution") or "aten.convolution" in name:
         weight = shapes[1]
         made = Product(1, out[0] * math.prod(out[2:]), weight[0], math.prod(weight[1:]), single)
-        assert made.flops == conv_flop_count(shapes[0], weight, out), "groups and strides as a patch embedding has them"
+        assert made.flops == conv_flop_count(shapes[0], weight, out), "only for groups and strides of a patch embedding"
         return made
     if "_scaled_dot_product_" in name:
         q, k, v = shapes[:3]
@@ -143,8 +178,16 @@ def extern_work(name: str, operands: Sequence[tuple[Shape, str]], out: Shape) ->
 def own_work(
     module: str, kernel: str, tensors: Mapping[str, Shape], written: Sequence[str], given: Mapping[str, Any]
 ) -> Work:
-    """Of one of gtp_fx's kernels. module: the last part of where it is written. tensors: shapes by parameter, of which
-    `written` are results. given: its other arguments, numbers and constants."""
+    """Return the work of one of gtp_fx's kernels.
+
+    module: last part of its module's name.
+    kernel: name of its function.
+    tensors: shapes by parameter.
+    written: parameters that are results.
+    given: other arguments, numbers and constants.
+
+    Raises NotImplementedError for an unknown kernel.
+    """
     read = [shape for name, shape in tensors.items() if name not in written]
     if module in ("attention_kernels", "scores"):
         (images, heads, queries, features), (_, _, keys, _) = [shape for shape in read if len(shape) == 4][:2]

@@ -1,7 +1,6 @@
-"""A kernel that is wrong: which of its cases is the smallest that fails, what it does to memory, and whether fewer
-warps change it.
+"""Analysis of a wrong kernel: its smallest failing case, its memory accesses, and its result with fewer warps.
 
-Cases run in processes of their own, since one that reads where nothing is ends its process's use of the GPU.
+Cases run in processes of their own, since an invalid memory access makes the GPU unusable for its process.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from bench.gpu_turns import Turn
 
 _SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 _TOLD = 6_000
-"""Characters of what a tool prints that are kept, its last ones."""
+"""Number of last characters of a tool's output that are kept."""
 WARPS = (1, 2, 4)
 
 
 def cases_of(kernel: str, small: bool) -> list[Case]:
-    """The smallest first. Raises ValueError where no case calls it."""
+    """Return the cases that call a kernel, the smallest first. Raises ValueError where there is none."""
     sizes = (DRY,) if small else (OTHERS, NETS)
     found = [case for size in sizes for case in cases(size) if kernel in case.kernels]
     if not found:
@@ -39,15 +38,16 @@ def cases_of(kernel: str, small: bool) -> list[Case]:
 
 
 def run_case(case: Case, device: torch.device) -> dict[str, Any]:
+    """Run a case and return its checks as a JSON-able dict."""
     checks = list(case.checks(device))
     if device.type == "cuda":
         torch.cuda.synchronize()
-    told = [{**asdict(check), "right": check.right} for check in checks]
-    return {"size": case.size, "dtype": str(case.dtype), "right": all(check.right for check in checks), "checks": told}
+    rows = [{**asdict(check), "right": check.right} for check in checks]
+    return {"size": case.size, "dtype": str(case.dtype), "right": all(check.right for check in checks), "checks": rows}
 
 
 def find_failing(kernel: str, device: torch.device, small: bool, turn: Turn) -> None:
-    """Keep which case is run before it runs, so that one which ends the process is known too."""
+    """Find the first failing case. A case is recorded before it runs, in case it ends the process."""
     for place, case in enumerate(cases_of(kernel, small)):
         turn.keep({"place": place, "size": case.size, "dtype": str(case.dtype), "right": False})
         found = run_case(case, device)
@@ -58,12 +58,15 @@ def find_failing(kernel: str, device: torch.device, small: bool, turn: Turn) -> 
 
 
 def sanitized(kernel: str, tool: str, folder: Path, small: bool) -> dict[str, Any]:
-    """tool: one of compute-sanitizer's. In a dry run, and where there is no such program, the case runs without."""
+    """Run the failing case under compute-sanitizer, or without it in a dry run or where it isn't installed.
+
+    tool: one of compute-sanitizer's tools.
+    """
     failing = _failing(kernel, tool, folder, small)
     place = failing["place"] or 0
     program = None if small else next((found for name in _SANITIZERS if (found := shutil.which(name))), None)
     ahead = [] if program is None else [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
-    # Each tensor an allocation of its own, so that whoever reads beyond one is seen.
+    # Without caching, each tensor is an allocation of its own, so that reading beyond it is detected.
     ended, printed = _run(ahead, f"case-{kernel}-{place}", folder, small, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     return {
         "failing": failing,
@@ -77,7 +80,7 @@ NO_TOOL = "no compute-sanitizer here"
 
 
 def by_warps(kernel: str, folder: Path, small: bool) -> dict[str, Any]:
-    """The same case with 1, 2 and 4 warps, and no pipelining: a race or a miscompiled loop shows as a difference."""
+    """Run the failing case with 1, 2 and 4 warps, without pipelining. A race or miscompiled loop shows as a difference."""
     failing = _failing(kernel, "warps", folder, small)
     found = {}
     for warps in WARPS:
@@ -89,7 +92,7 @@ def by_warps(kernel: str, folder: Path, small: bool) -> dict[str, Any]:
 
 
 def relaunch(warps: int) -> None:
-    """Let all kernels of this process be launched with so many warps and one stage."""
+    """Make this process launch all kernels with `warps` warps and one stage."""
     options = {"num_warps": warps, "num_stages": 1}
     for name, module in list(sys.modules.items()):
         if name.startswith("gtp_fx.kernels.") and hasattr(module, "launcher"):
@@ -109,7 +112,7 @@ def _with_options(launcher: Callable[[Any], Any], options: dict[str, int]) -> Ca
 
 
 def _failing(kernel: str, who: str, folder: Path, small: bool) -> dict[str, Any]:
-    """As `find_failing` keeps it. place: None where all are right."""
+    """Return the first failing case, as `find_failing` records it; its place is None where all are right."""
     name = f"failing-{kernel}-{who}"
     file = folder / "found" / f"{name}.json"
     file.unlink(missing_ok=True)
@@ -123,7 +126,7 @@ def _failing(kernel: str, who: str, folder: Path, small: bool) -> dict[str, Any]
 def _run(
     ahead: Sequence[str], stage: str, folder: Path, small: bool, more: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    """The exit code, and the end of what was printed."""
+    """Run a stage of `bench.gpu_stages`. Return its exit code and the end of its output."""
     command = [*ahead, sys.executable, "-m", "bench.gpu_stages", stage, "--folder", str(folder)]
     command += ["--dry-run"] if small else []
     done = subprocess.run(

@@ -13,7 +13,6 @@ call. Weights are copied then, and don't follow `load_state_dict`: it can be mea
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from gtp_fx.cli.photo import photo_batch
 from gtp_fx.errors import CheckError, GtpError, OptionError
 from gtp_fx.graph.verify import rounding_tolerance
 from gtp_fx.measure.compare import Compilation, compile_checked
-from gtp_fx.measure.timing import Run, Spread, Timings, balanced_orders, cuda_seconds, interleave
+from gtp_fx.measure.timing import Run, Spread, Timings, balanced_orders, cuda_seconds, interleave, process_seconds
 from gtp_fx.options.progress import Steps, progress_bar
 from gtp_fx.targets import Target, detect
 
@@ -148,13 +147,6 @@ def measure(
 def contender(what: str, option: str) -> str:
     """The name of the original or the optimised model under an option."""
     return f"{what}, {option}"
-
-
-def process_seconds(run: Run) -> float:
-    """CPU time of all of this process's threads."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
 
 
 def row(option: str, patches: Patches, timings: Timings, compilations: Mapping[str, Compilation]) -> Row:

@@ -1,8 +1,8 @@
-"""Launches of generated code, read off Inductor's scheduler: what each moves between memory and the processor.
+"""Launches of generated code, from Inductor's scheduler, with the bytes that each moves to and from memory.
 
-A buffer that a kernel reads in several places counts once, as far as it is read; what a kernel makes and uses itself
-isn't moved. Caches between kernels aren't modelled: every kernel reads its operands from memory and writes its results
-there.
+A buffer that a kernel reads in several places counts once, as far as it is read. Values that a kernel both makes and
+uses aren't moved. Caches between kernels aren't modelled: every kernel reads its operands from memory and writes its
+results there.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ from typing import Any
 from bench.gpu_work import Shape, Work, extern_work, own_work
 
 MARK = "gpu_traffic"
-"""Key in a node's meta["custom"], which tracing hands on to all that the node becomes: the group it is counted in."""
+"""Key in a node's meta["custom"] of the group that it counts in. Tracing copies it to all nodes that replace it."""
 
 GENERATED, OWN, LIBRARY = "generated", "own", "library"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """kernel: its name, of which the code has a number more. kind: Inductor's ("generated"), gtp_fx's ("own") or a
-    library's. mark: of the operator that it comes from, "" where that has none. read, written: bytes."""
+    """One launch.
+
+    kernel: name of the kernel, without the number that generated code appends.
+    kind: Inductor's (`GENERATED`), gtp_fx's (`OWN`) or a library's (`LIBRARY`).
+    mark: mark of the operator that it comes from, or "".
+    read: bytes read.
+    written: bytes written.
+    work: what it computes.
+    """
 
     kernel: str
     kind: str
@@ -39,9 +46,11 @@ class Launch:
 
 
 def launches_of(lowering: Any, names: Sequence[str]) -> tuple[Launch, ...]:
-    """Of a GraphLowering whose code is generated, and is the current graph. names: what the code calls, in order.
+    """Return the launches of a GraphLowering, which is the current graph and has generated its code.
 
-    Raises NotImplementedError where the scheduler's nodes aren't one call each, of the same names.
+    names: functions that the code calls, in order.
+
+    Raises NotImplementedError unless there is one call per node of the scheduler, with the same name.
     """
     nodes = [node for node in lowering.scheduler.nodes if _is_launched(node)]
     if len(nodes) != len(names):
@@ -76,11 +85,11 @@ def _unnumbered(name: str) -> str:
 
 
 def _moved_by_generated(lowering: Any, node: Any) -> tuple[int, int]:
-    """Bytes read and written, by the kernel's own index expressions."""
+    """Return the bytes read and written, from the kernel's index expressions."""
     from torch._inductor.dependencies import MemoryDep, StarDep
 
     own = {buffer.get_name() for buffer in node.get_outputs()}
-    real = lowering.scheduler.mutation_real_name  # what a kernel has written to has a name more
+    real = lowering.scheduler.mutation_real_name  # a mutated buffer has an additional name
     moved = []
     for dependencies, skipped in ((node.read_writes.reads, own), (node.read_writes.writes, lowering.removed_buffers)):
         places: dict[str, dict[Any, int]] = {}
@@ -104,8 +113,10 @@ def _moved_by_generated(lowering: Any, node: Any) -> tuple[int, int]:
 
 
 def _entries(dependency: Any) -> int:
-    """How many entries it reads at most: one for each turn of the loops that its index depends on. A gather's index is
-    itself read from memory, and may depend on all."""
+    """Return the most entries that a dependency reads: one per iteration of the loops that its index depends on.
+
+    A gather's index is itself read from memory, so it may depend on all loops.
+    """
     counted = dependency.index.free_symbols
     gathered = dependency.is_indirect()
     loops = zip(dependency.var_names, dependency.size, strict=True)
@@ -113,8 +124,11 @@ def _entries(dependency: Any) -> int:
 
 
 def _mark_of_generated(lowering: Any, node: Any) -> str:
-    """Of a fused kernel: the mark under which it makes most bytes, since what is fused to that rides along. Parts that
-    are one operator's result decide; the origins of others are those of all that a kernel of ours reads."""
+    """Return the mark under which a fused kernel writes most bytes.
+
+    Only parts that are one operator's result count, if there are any. The origins of other parts include everything
+    that one of gtp_fx's kernels reads.
+    """
     votes: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for part in node.get_nodes():
         for made in {write.name for write in part.read_writes.writes}:
@@ -124,15 +138,18 @@ def _mark_of_generated(lowering: Any, node: Any) -> str:
 
 
 def _origins(node: Any, own: bool = True) -> list[Any]:
-    """The operators that an IR node is made of, its result's first. What is only written to memory because a kernel of
-    ours reads it begins with that kernel, which isn't where it comes from: own, whether to count it."""
+    """Return the operators that an IR node comes from, that of its result first.
+
+    own: whether to include gtp_fx's kernels. A buffer that is only written because such a kernel reads it has the
+        kernel among its origins, although it doesn't come from it.
+    """
     origin = node.get_origin_node()
     found = list(node.get_origins()) if origin is None else [origin]
     return [other for other in found if own or "triton_kernel_wrapper" not in str(other.target)]
 
 
 def _mark_of(origins: Sequence[Any]) -> str:
-    """The first that there is."""
+    """Return the first mark of the operators, or ""."""
     marks = [(origin.meta.get("custom") or {}).get(MARK) for origin in origins]
     return next((str(mark) for mark in marks if mark is not None), "")
 
@@ -147,7 +164,7 @@ def _shape(value: Any) -> Shape:
 
 
 def _size(value: Any) -> int:
-    """Bytes of what an operand's view shows. What a stride of 0 repeats is in memory once."""
+    """Return the bytes in memory of an operand's view. A dimension of stride 0 counts once."""
     pairs = zip(value.get_size(), value.get_layout().stride, strict=True)
     return math.prod(int(size) for size, stride in pairs if stride != 0) * int(value.get_dtype().itemsize)
 
@@ -172,7 +189,7 @@ def _library(node: Any, name: str) -> Launch:
 
 
 def _own(node: Any, name: str) -> Launch:
-    """One of gtp_fx's kernels: each of its tensors once, as far as it is a view of its buffer."""
+    """Return the launch of one of gtp_fx's kernels. Each of its tensors counts once, with the size of its view."""
     from torch._inductor.ir import IRNode
 
     function = node.get_kernel_and_metadata()[0].fn
@@ -184,7 +201,7 @@ def _own(node: Any, name: str) -> Launch:
     shapes = {key: _shape(value) for key, value in tensors.items()}
     made = {argument.get_name() for argument in node.mutable_args}
     results = [key for key, value in tensors.items() if value.get_name() in made]
-    read, written = {}, {}  # by view: what stands in for an operand that is absent is another operand or a result
+    read, written = {}, {}  # by view, since another operand or a result is passed in place of an absent operand
     for key, value in tensors.items():
         size = _size(value) - _left_unread(kernel, key, value, shapes)
         (written if key in results else read)[value.codegen_reference()] = size
@@ -193,11 +210,10 @@ def _own(node: Any, name: str) -> Launch:
 
 
 def _left_unread(kernel: str, key: str, value: Any, shapes: dict[str, Shape]) -> int:
-    """Bytes of an operand that a kernel passes by.
+    """Return the bytes of an operand that a kernel doesn't read.
 
-    `propagate` reads the neighbours of those that stay alone, [B, K, M] of [B, G, M]. Of the stream it reads all: each
-    row that stays, and nearly each that leaves, since that has some neighbour that receives it (again from the cache,
-    not from memory, where it has several).
+    `propagate` reads the neighbours of kept tokens only, [B, K, M] of [B, G, M]. It reads nearly all of the stream: each
+    kept token's row, and that of each removed token with a kept neighbour (from the cache, where it has several).
     """
     if kernel == "propagate_kernel" and key == "near_ptr" and value.get_numel():
         (_, cells, _), (_, kept) = shapes[key], shapes["kept_ptr"]

@@ -1,7 +1,7 @@
-"""What can go wrong, as values: a `Refusal` names the place, the errors carry them to the person.
+"""The package's errors, and the refusals they report.
 
-Every error of this package is a ValueError that tells the bad value, the good ones and the next step; none of them is
-raised after a model was touched (`optimize` works on a captured copy of the graph).
+Every `GtpError` is a ValueError whose message names the bad value, the accepted ones and the next step. None is raised
+after a model was modified, because `optimize` works on a captured copy of the graph.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something the compiler left as it was, and why.
+    """An operator or block that the compiler did not change, and why.
 
-    layer: the module path where it happened ("blocks.3.attn"), or "" where the graph keeps none.
+    layer: module path ("blocks.3.attn"), or "" where the graph records none.
     operator: the operator as the graph spells it ("aten.conv2d.default").
-    reason: one sentence, with what the user can do where there is something. source: the line of the model's code that called it,
-    "timm/layers/attention.py:124", "" where the graph doesn't know.
+    reason: one sentence, including what the user can do where there is something to do.
+    source: line of the model's code that called the operator ("timm/layers/attention.py:124"), or "" where unknown.
     """
 
     layer: str
@@ -31,7 +31,7 @@ class Refusal:
 
 
 class GtpError(ValueError):
-    """Base of every error that gtp_fx raises for something a user can change."""
+    """Base class of every error that the user can fix."""
 
 
 class OptionError(GtpError):
@@ -39,7 +39,7 @@ class OptionError(GtpError):
 
 
 class BudgetError(GtpError):
-    """The budget can't be met; the message says the lowest ratio that can."""
+    """The budget can't be met; the message gives the lowest ratio that can."""
 
 
 class ScheduleError(GtpError):
@@ -47,15 +47,15 @@ class ScheduleError(GtpError):
 
 
 class CaptureError(GtpError):
-    """The model's graph could not be captured with the example inputs at hand."""
+    """The model's graph could not be captured with the given example inputs."""
 
 
 class InputError(GtpError):
-    """An optimised model was called with inputs it is not specialised for."""
+    """An optimised model was called with inputs of a form it was not specialised for."""
 
 
 class UnsupportedModelError(GtpError):
-    """The graph has nothing that tokens can be removed from, or something that forbids it.
+    """No tokens can be removed: the graph has no suitable attention, or contains something that forbids it.
 
     refusals: one entry per place, in graph order.
     """
@@ -66,12 +66,15 @@ class UnsupportedModelError(GtpError):
 
 
 class NoBlocksError(UnsupportedModelError):
-    """The graph has no self-attention over patch tokens at all."""
+    """The graph has no self-attention over patch tokens."""
 
 
 class CheckError(RuntimeError):
-    """A model's output is wrong. Not a user's mistake, so no GtpError."""
+    """A model's output is wrong. Not a GtpError, because the user can't fix it."""
 
 
 class NotApplicable(Exception):
-    """Why a reading of a graph doesn't hold: no rule, no layout, no branch. Caught where another reading is tried; no user sees it."""
+    """A reading of a graph that doesn't hold, with the reason: no rule, no layout, no branch.
+
+    Caught where another reading is tried, so that no user sees it.
+    """

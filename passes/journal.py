@@ -1,8 +1,8 @@
-"""Telling what the passes do: in the log, in torch's trace (tlparse), and on request as files.
+"""Record of what the passes do: in the log, in torch's trace (tlparse), and on request in files.
 
-TORCH_LOGS="gtp_fx"     what each pass left: operators, share of the FLOPs; with "+gtp_fx" which operators came and went
+TORCH_LOGS="gtp_fx"     operators and share of the FLOPs after each pass; "+gtp_fx": also those added and removed
 TORCH_TRACE=folder      every graph as an artifact that `tlparse folder/*.log` shows
-dump_graphs="folder"    every graph as a file, 00_captured.py, 01_normalise.py, …, a folder a graph
+dump_graphs="folder"    every graph as a file (00_captured.py, 01_normalise.py, …), in one folder per captured graph
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Journal:
-    """Of one graph on its way through the passes. folder: where its states are written, None for nowhere."""
+    """Record of one graph on its way through the passes.
+
+    folder: where its states are written; None for nowhere.
+    pages: how many states have been recorded.
+    last: operators of the last state, with their counts.
+    """
 
     folder: Path | None = None
     pages: int = 0
@@ -31,6 +36,7 @@ class Journal:
 
     @classmethod
     def beginning(cls, captured: fx.GraphModule, dump: str | None) -> Journal:
+        """Start the record of a captured graph. dump: where to make a folder for it, None for no files."""
         folder = None
         if dump is not None:
             numbered = (Path(dump) / f"graph_{number}" for number in itertools.count())
@@ -41,11 +47,11 @@ class Journal:
         return journal
 
     def page(self, name: str, gm: fx.GraphModule) -> None:
-        """The graph as it is behind the pass `name`."""
+        """Record the graph after the pass `name`."""
         counts = Counter(operator_name(node) for node in gm.graph.nodes if node.op == "call_function")
         if self.pages and log.isEnabledFor(logging.DEBUG):
-            came, went = _told(counts - self.last), _told(self.last - counts)
-            log.debug("%s: new %s; gone %s", name, came or "nothing", went or "nothing")
+            added, removed = _listed(counts - self.last), _listed(self.last - counts)
+            log.debug("%s: added %s; removed %s", name, added or "nothing", removed or "nothing")
         label = f"{self.pages:02d}_{name}"
         log_artifact(f"gtp_fx_{label}", lambda: _readable(gm))
         if self.folder is not None:
@@ -53,7 +59,7 @@ class Journal:
         self.pages, self.last = self.pages + 1, counts
 
     def note(self, name: str, text: str) -> None:
-        """Something beside the graphs: the schedule, the report."""
+        """Record a text beside the graphs: the schedule, the report."""
         log.info("%s\n%s", name, text)
         log_artifact(f"gtp_fx_{name}", lambda: text)
         if self.folder is not None:
@@ -61,8 +67,10 @@ class Journal:
 
 
 def _readable(gm: fx.GraphModule) -> str:
+    """Return the graph as Python code with shapes."""
     return gm.print_readable(print_output=False)
 
 
-def _told(counts: Counter[str]) -> str:
+def _listed(counts: Counter[str]) -> str:
+    """List operators with their counts, most frequent first."""
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())

@@ -1,9 +1,9 @@
-"""The passes, in the order in which they run: the one place where it stands.
+"""The order of the passes, which is defined here alone.
 
-A pass is a function from a graph module to a new one that never changes its input. `runner` runs them and verifies each:
-the shapes of the result are recomputed on fake tensors. Between the tiers "exact" and "reduce" stands the plan
-(`gtp_fx.plan.make_plan`), which the passes of "reduce" carry out. Those of "lower" run where a graph is compiled or called;
-users see, export and plan for what it was before.
+A pass is a function from a graph module to a new one; it never changes its input. `runner` runs the passes and verifies
+each by recomputing the shapes of its result on fake tensors. The plan is made between the tiers "exact" and "reduce"
+(`gtp_fx.plan.make_plan`), and the passes of "reduce" carry it out. Passes of "lower" run where a graph is compiled or
+called; users see, export and plan for the graph before them.
 """
 
 from __future__ import annotations
@@ -32,16 +32,24 @@ from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies import Strategy
 
 Tier = Literal["exact", "reduce", "lower"]
-"""exact: changes no number. reduce: carries out the plan; the result is approximate. lower: for the processor, exact."""
+"""Tiers of passes.
+
+exact: changes no number.
+reduce: carries out the plan; the result is approximate.
+lower: replaces operators by those of the processor; exact.
+"""
 
 
 @dataclass(frozen=True)
 class Pass:
     """One pass.
 
-    function: the rewrite; its name is the pass's. summary: what it does, in a line. optional: whether `disabled_passes` may
-    name it; what a budget asks for can't be left out. reads: what it is given beside the graph: the strategy's
-    `needs_full_maps`, the plan, or nothing. needed: whether a plan needs it; always, where None.
+    function: the rewrite; its name is the pass's.
+    tier: the tier it belongs to.
+    summary: what it does, in a line.
+    optional: whether `disabled_passes` may name it.
+    reads: its second argument: the strategy's `needs_full_maps`, the plan, or none.
+    needed: whether a plan needs it; None where every plan does.
     """
 
     function: Callable[..., fx.GraphModule]
@@ -53,17 +61,21 @@ class Pass:
 
     @property
     def name(self) -> str:
+        """The function's name."""
         return self.function.__name__
 
     @property
     def kind(self) -> str:
-        """ "exact" or "approximate", as reports say."""
+        """Kind in reports: "exact" or "approximate"."""
         return "approximate" if self.tier == "reduce" else "exact"
 
 
+# What the order depends on: fuse_attention reads matmuls, so einsums become those first; mark_blocks finds attention by
+# the fused operator; projections are split before dead tokens are dropped, so that each part can be cut separately, and
+# linear layers are fused last, since only those that still read the same tokens can be.
 ORDER = (
     Pass(normalise, "exact", "one spelling: no asserts, no copies, no dropout that is off"),
-    Pass(drop_trivial_masks, "exact", "masks that hide nothing go, and added zeros", optional=True),
+    Pass(drop_trivial_masks, "exact", "masks that hide nothing are removed, and so are added zeros", optional=True),
     Pass(einsum_to_matmul, "exact", "an einsum that is a matrix product becomes one", optional=True),
     Pass(fuse_attention, "exact", "softmax(q·kᵀ)·v in its many spellings becomes the one operator", optional=True),
     Pass(mark_blocks, "exact", "marks attention blocks and their residual adds; changes nothing"),
@@ -97,23 +109,26 @@ ORDER = (
         needed=lambda plan: bool(plan.propagated) or plan.strategy.rewrites_every_attention,
     ),
     Pass(triton_kernels, "lower", "on a GPU, GTP's operators become Triton kernels", optional=True),
-    Pass(functional_linear, "lower", "linear layers become calls that a quantised weight answers"),
+    Pass(
+        functional_linear, "lower", "linear layers become torch.nn.functional.linear, which quantised weights override"
+    ),
 )
+"""All passes, in the order in which they run."""
 
 
 def of_tier(tier: Tier, plan: Plan | None = None) -> tuple[Pass, ...]:
-    """The passes of one tier, in order; with a plan, those that it needs."""
+    """Return the passes of one tier, in order; with a plan, only those that it needs."""
     found = (step for step in ORDER if step.tier == tier)
     return tuple(step for step in found if step.needed is None or plan is None or step.needed(plan))
 
 
 def optional_passes() -> tuple[str, ...]:
-    """Names that `disabled_passes` may hold."""
+    """Return the names that `disabled_passes` may contain."""
     return tuple(step.name for step in ORDER if step.optional)
 
 
 def must_be_optional(names: Sequence[str]) -> None:
-    """Raises OptionError for a name in `disabled_passes` that is no pass, or one that can't be left out."""
+    """Check `disabled_passes`. Raises OptionError for a name that is no pass, or a pass that can't be left out."""
     known = optional_passes()
     if unknown := [name for name in names if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1)
@@ -124,12 +139,12 @@ def must_be_optional(names: Sequence[str]) -> None:
 
 
 def bound(step: Pass, strategy: Strategy, plan: Plan | None = None) -> Callable[[fx.GraphModule], fx.GraphModule]:
-    """A pass as a function of a graph alone."""
+    """Bind a pass's second argument; return a function of the graph alone."""
     given: dict[str, Any] = {"": (), "needs_full_maps": (strategy.needs_full_maps,), "plan": (plan,)}
     return lambda gm: step.function(gm, *given[step.reads])
 
 
 def as_table() -> str:
-    """The passes as a Markdown table, for the documentation."""
+    """Return the passes as a Markdown table, for the documentation."""
     rows = [f"| `{s.name}` | {s.tier} | {s.summary} | {'yes' if s.optional else 'no'} |" for s in ORDER]
     return "\n".join(["| pass | tier | what it does | may be left out |", "|---|---|---|---|", *rows])

@@ -1,4 +1,4 @@
-"""Running passes in their order: each verified, each accounted for."""
+"""Runner of the passes, in their order: each is verified and accounted for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PassStep:
-    """One pass that ran: its tier ("exact" or "approximate"), the FLOPs per image and the graph's operators after it."""
+    """One pass that ran.
+
+    name: the pass.
+    tier: "exact" or "approximate".
+    flops: FLOPs per image after it.
+    operators: operator calls in the graph after it.
+    """
 
     name: str
     tier: str
@@ -31,7 +37,10 @@ class PassStep:
 def run_exact_tier(
     gm: fx.GraphModule, strategy: Strategy, original: int, journal: Journal, disabled: Sequence[str] = ()
 ) -> tuple[fx.GraphModule, tuple[PassStep, ...]]:
-    """Run the exact passes but for disabled ones. original: FLOPs per image, which the log's ratios are taken of."""
+    """Run the exact passes, except disabled ones; return the graph and what each did.
+
+    original: FLOPs per image of the original, for the ratios in the log.
+    """
     steps = []
     for step in of_tier("exact"):
         if step.name in disabled:
@@ -45,7 +54,11 @@ def run_exact_tier(
 def apply_plan(
     gm: fx.GraphModule, plan: Plan, original: int, journal: Journal
 ) -> tuple[fx.GraphModule, tuple[PassStep, ...]]:
-    """Run the passes that carry out a plan on `gm`, whose exact passes have run. original: as above."""
+    """Run the passes that carry out a plan; return the graph and what each did.
+
+    gm: a graph whose exact passes have run.
+    original: FLOPs per image of the original, for the ratios in the log.
+    """
     steps = []
     for step in of_tier("reduce", plan):
         gm, done = _run(step, gm, plan.strategy, plan, original, journal)
@@ -54,7 +67,10 @@ def apply_plan(
 
 
 def apply_plan_unverified(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """What `apply_plan` makes, its last pass unverified, in half the time: for graphs that are run at once and thrown away."""
+    """Return what `apply_plan` does, without verifying the last pass, which takes half the time.
+
+    For graphs that are run at once and discarded.
+    """
     passes = of_tier("reduce", plan)
     for number, step in enumerate(passes, start=1):
         gm = bound(step, plan.strategy, plan)(gm)
@@ -66,9 +82,9 @@ def apply_plan_unverified(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 def _run(
     step: Pass, gm: fx.GraphModule, strategy: Strategy, plan: Plan | None, original: int, journal: Journal
 ) -> tuple[fx.GraphModule, PassStep]:
-    """Run one pass, verify what it made, and note it."""
+    """Run one pass, verify its result, and record it."""
     result = bound(step, strategy, plan)(gm)
-    if result is not gm:  # a pass with nothing to do may hand back what it got
+    if result is not gm:  # a pass with nothing to do may return its input
         propagate_shapes(result, after=step.name)
     done = PassStep(step.name, step.kind, count_flops(result.graph), _operators(result.graph))
     journal.page(step.name, result)
@@ -78,4 +94,5 @@ def _run(
 
 
 def _operators(graph: fx.Graph) -> int:
+    """Count the operator calls of a graph."""
     return sum(node.op == "call_function" for node in graph.nodes)

@@ -1,11 +1,12 @@
-"""Processors: one frozen value a file, and `detect` that picks the machine's own.
+"""Processors: one frozen value a file, and `detect`, which picks the machine's own.
 
-target    what a target is
-sources   what several of them have in common
-cpu       any CPU
-h200, h100, a100, l4, rtx4090     NVIDIA's GPUs, by the driver's name for them
-generic   any GPU that has no file of its own yet
-tuned     curves measured on this machine, kept in the user's cache
+target          what a target is
+work            the work of a kernel, in amounts that a target turns into seconds
+shared_figures  what several targets have in common
+cpu             any CPU
+h200, h100, a100, l4, rtx4090   NVIDIA's GPUs, by the driver's name for them
+generic         any GPU that has no file of its own yet
+tuned, cache    curves measured on this machine, and the user's cache where they are kept
 """
 
 import torch
@@ -30,7 +31,7 @@ __all__ = ["CPU", "GENERIC_GPU", "TARGETS", "Curve", "Target", "detect", "listed
 
 
 def detect(device: str = "auto") -> Target:
-    """The target of this machine, with the curves that `gtp-fx tune` measured here, where it did.
+    """Return this machine's target, with the curves that `gtp-fx tune` measured here, if it did.
 
     device: "cuda", "cpu", or "auto" for the GPU where torch can use one.
     """
@@ -39,7 +40,10 @@ def detect(device: str = "auto") -> Target:
 
 
 def listed(device: str = "auto") -> Target:
-    """The same as it stands in this folder, whatever was measured."""
+    """Return this machine's target as listed in this folder, without measured curves.
+
+    device: as in `detect`.
+    """
     if device == "cpu" or not torch.cuda.is_available():
         return CPU.on_threads(torch.get_num_threads())
     name = torch.cuda.get_device_name()
@@ -47,9 +51,9 @@ def listed(device: str = "auto") -> Target:
 
 
 def target_named(target: str | Target) -> Target:
-    """A target from its name ("auto" detects it), or the value itself.
+    """Return a target by its name ("auto" detects it), or the value itself. Raises OptionError for an unknown name.
 
-    A name that is this machine's own means the machine's own curves, too, where they were measured.
+    The name of this machine's own target means its measured curves, too, where there are some.
     """
     if isinstance(target, Target):
         return target

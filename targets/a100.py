@@ -36,9 +36,11 @@ A100 = Target(
         "units": "device property: 108 multiprocessors",
         "tiles": AMPERE_TILE_SOURCE,
         "attention_tile": FLASH_TILES,
-        "curves.product": "published: 0.869 of the dense rate for the best large products (stas00/ml-engineering, accelerator benchmarks)",
+        "curves.product": "published: 0.869 of the dense rate for the best large products (stas00/ml-engineering, "
+        "accelerator benchmarks)",
         "curves.convolution": "assumed as products'",
-        "curves.attention": "assumed: FlashAttention-2's published forward and backward (assets/flash2_a100_fwd_bwd_benchmark), scaled by what the forward alone takes on H100",
+        "curves.attention": "assumed: FlashAttention-2's published forward and backward "
+        "(assets/flash2_a100_fwd_bwd_benchmark), scaled by what the forward alone takes on H100",
         "curves.stream": "published: 0.85 of the data sheet's rate (RRZE-HPC/gpu-benches, gpu-stream)",
         **UNMEASURED_SOURCES,
     },

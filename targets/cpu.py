@@ -1,4 +1,4 @@
-"""Any CPU, by one core's nominal rates times torch's threads; `gtp-fx tune` measures this machine's own."""
+"""Any CPU: one core's nominal rates, times torch's threads. `gtp-fx tune` measures this machine's own."""
 
 from gtp_fx.targets.target import Curve, Target
 
@@ -23,6 +23,6 @@ CPU = Target(
         "bandwidth": "nominal: a core's share of a server's memory",
         "launch": "nominal: starting and joining a team of threads",
         "curves": "nominal",
-        "inductor": "none pays: bench/results/inductor_options_cpu_1.json and _2.json",
+        "inductor": "no option pays: bench/results/inductor_options_cpu_1.json and _2.json",
     },
 )

@@ -1,4 +1,4 @@
-"""A GPU without a file of its own: an A100's rates, of which schedules need the proportions more than the size."""
+"""A GPU without a file of its own: an A100's rates. Schedules depend on their proportions more than their size."""
 
 from dataclasses import replace
 

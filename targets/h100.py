@@ -35,11 +35,12 @@ H100 = Target(
         "units": "device property: 132 multiprocessors",
         "tiles": HOPPER_TILE_SOURCE,
         "attention_tile": FLASH_TILES,
-        "curves.product": "published: 0.803 of the dense rate for the best large products (stas00/ml-engineering, accelerator benchmarks)",
+        "curves.product": "published: 0.803 of the dense rate for the best large products (stas00/ml-engineering, "
+        "accelerator benchmarks)",
         "curves.convolution": "assumed as products'",
-        "curves.attention": "assumed: 1.4 times FlashAttention-2's published forward at head size 64 (Dao-AILab/flash-attention, "
-        "assets/flash3_fp16_fwd), since torch takes cuDNN's attention there, for which users publish 1.7 to 2.3 times "
-        "(huggingface/transformers#48163)",
+        "curves.attention": "assumed: 1.4 times FlashAttention-2's published forward at head size 64 "
+        "(Dao-AILab/flash-attention, assets/flash3_fp16_fwd), since torch takes cuDNN's attention there, for which "
+        "users publish 1.7 to 2.3 times (huggingface/transformers#48163)",
         "curves.stream": "assumed: between published copies at 0.77 and stencils at 0.80 of the data sheet's rate",
         **UNMEASURED_SOURCES,
     },

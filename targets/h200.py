@@ -36,11 +36,12 @@ H200 = Target(
         "units": "device property: 132 multiprocessors",
         "tiles": HOPPER_TILE_SOURCE,
         "attention_tile": FLASH_TILES,
-        "curves.product": "published: 0.803 of the dense rate for the best large products on H100 (stas00/ml-engineering, accelerator benchmarks); H200 is said to be the same",
+        "curves.product": "published: 0.803 of the dense rate for the best large products on H100 "
+        "(stas00/ml-engineering, accelerator benchmarks); H200 is said to be the same",
         "curves.convolution": "assumed as products'",
-        "curves.attention": "assumed: 1.4 times FlashAttention-2's published forward at head size 64 (Dao-AILab/flash-attention, "
-        "assets/flash3_fp16_fwd), since torch takes cuDNN's attention there, for which users publish 1.7 to 2.3 times "
-        "(huggingface/transformers#48163)",
+        "curves.attention": "assumed: 1.4 times FlashAttention-2's published forward at head size 64 "
+        "(Dao-AILab/flash-attention, assets/flash3_fp16_fwd), since torch takes cuDNN's attention there, for which "
+        "users publish 1.7 to 2.3 times (huggingface/transformers#48163)",
         "curves.stream": "published: reads at 0.81 of the data sheet's rate (RRZE-HPC/gpu-benches)",
         **UNMEASURED_SOURCES,
     },

@@ -35,7 +35,7 @@ L4 = Target(
         "units": "device property: 58 multiprocessors",
         "tiles": AMPERE_TILE_SOURCE,
         "attention_tile": FLASH_TILES,
-        "curves.product": "published: 0.45 to 0.59 of the dense rate, held back by its 72 W (torch.matmul, one user's run)",
+        "curves.product": "published: 0.45 to 0.59 of the dense rate, limited by 72 W (torch.matmul, one user's run)",
         "curves.convolution": "assumed as products'",
         "curves.attention": "assumed: 0.6 of what products reach",
         "curves.stream": "assumed: published 0.90 on L40, 0.76 for stencils on L4",

@@ -29,7 +29,8 @@ RTX4090 = Target(
         **counted_curves(128, 2.52e9, 1.008e12),
     },
     sources={
-        "dense": "clock 2.52 GHz x 128 multiprocessors x 512 FLOP with float32 accumulation, no sparsity; 82.6 TFLOP/s fp32",
+        "dense": "clock 2.52 GHz x 128 multiprocessors x 512 FLOP with float32 accumulation, no sparsity; "
+        "82.6 TFLOP/s fp32",
         "bandwidth": "data sheet: 1008 GB/s",
         "launch": "assumed: as published for L40, of the same generation (RRZE-HPC/gpu-benches)",
         "units": "device property: 128 multiprocessors",

@@ -1,4 +1,4 @@
-"""What the compiler knows of a processor: its roofs, and how near to them each kind of work comes."""
+"""A processor as the compiler knows it: its roofs, and how near each kind of work comes to them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from gtp_fx.targets.work import KINDS
 
 @dataclass(frozen=True)
 class Curve:
-    """Which share of its roof a kind of work reaches, by its amount: points (amount, share), amounts ascending.
+    """The share of its roof that a kind of work reaches, by its amount.
 
-    Between points the share is interpolated over the logarithm of the amount; outside it stays that of the nearest.
+    Between points the share is interpolated over the logarithm of the amount. Outside them it is that of the nearest
+    point. Raises OptionError where the points don't ascend or a share is not in (0, `MOST_SHARE`].
+
+    points: (amount, share) pairs, amounts ascending.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -30,19 +33,27 @@ class Curve:
             raise OptionError(f"a curve's shares are in (0, {MOST_SHARE:g}], got {[share for _, share in self.points]}")
 
     def __call__(self, amount: Any) -> Any:
+        """Return the share at an amount, or at each of an array of them."""
         amounts, shares = zip(*self.points, strict=True)
         return np.interp(np.log(np.maximum(amount, 1)), np.log(amounts), shares)
 
 
 MOST_SHARE = 64.0
-"""What caches hold comes faster than from main memory, and what is counted in registers takes none, so a share of bandwidth may be above one."""
+"""The largest share of a roof.
+
+A share of the bandwidth may be above one: data in caches comes faster than from main memory, and what stays in
+registers needs none.
+"""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a unit makes of a product at once: rows x columns, and the share of the best tile's rate that it reaches.
+    """A block of a product's result that a unit makes at once.
 
-    Large tiles reuse more of what they read; small ones waste less where a product ends, and keep more units busy.
+    Large tiles reuse more of what they read. Small ones waste less where a product ends, and keep more units busy.
+
+    rows, columns: its size.
+    share: share of the best tile's rate that it reaches, in (0, 1].
     """
 
     rows: int
@@ -55,23 +66,29 @@ class Tile:
 
 
 TOLD = ("mask", "channel", "kernel")
-"""How attention can be told token scales on a GPU (`gtp_fx.passes.lower.attention_forms`), in the order in which "auto" asks."""
+"""Ways for attention to read token scales on a GPU (`gtp_fx.passes.lower.attention_forms`), in the order of "auto"."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One processor, or a kind of them.
+    """One processor, or a kind of them. Raises OptionError where a figure is missing or not a positive number.
 
-    name: as users give it. device: torch's device type. devices: as the driver names them, to the letter: a slice or a
-    laptop's part has other rates and a longer name.
-    dense: FLOP/s of dense products by torch's name of the dtype. bandwidth: bytes/s of main memory. launch: seconds from one
-    kernel to the next. units: multiprocessors or cores, over which tiles are spread. tiles: of products, of which a library takes
-    the fastest, () where the curve says it all. attention_tile: queries and keys.
-    curves: a Curve for each kind of work (`gtp_fx.targets.work.KINDS`), of the dense rate or the bandwidth.
-    told: how attention is told token scales, a name in `TOLD`; "auto" for the first of them that can be, where a mask counts only if
-        it leaves attention the kernel that it has without.
-    inductor: options for Inductor, measured to pay there (`bench.inductor_options`); a mode that the user asks for wins over them.
-    sources: where each figure comes from. measured: when and by what the curves were measured, empty where they weren't.
+    name: as users give it.
+    device: torch's device type.
+    dense: FLOP/s of dense products, by torch's name of the dtype.
+    bandwidth: bytes/s of main memory.
+    launch: seconds from one kernel to the next.
+    curves: a Curve for each kind of work (`gtp_fx.targets.work.KINDS`): shares of the dense rate or of the bandwidth.
+    sources: where each figure comes from.
+    units: multiprocessors or cores, which tiles are spread over.
+    tiles: tiles of products, of which a library takes the fastest; () where the curve includes them.
+    attention_tile: queries and keys of attention's tile.
+    devices: the driver's names of it, to the letter: a slice or a laptop's part has other rates and a longer name.
+    told: how attention reads token scales, a name in `TOLD`; "auto" for the first of them that is possible, where a
+        mask counts only if attention keeps the kernel that it has without.
+    inductor: options for Inductor that were measured to pay there (`bench.inductor_options`); a mode that the user
+        passes wins over them.
+    measured: when and by what the curves were measured; empty where they weren't.
     """
 
     name: str
@@ -106,14 +123,14 @@ class Target:
 
     @property
     def has_kernels(self) -> bool:
-        """Whether GTP's operators run as kernels there (`gtp_fx.kernels`)."""
+        """Return whether GTP's operators run as kernels there (`gtp_fx.kernels`)."""
         return self.device == "cuda"
 
     def on_threads(self, threads: int) -> Target:
-        """Of rates that are one core's: so many cores'."""
+        """Return the target of so many cores, for rates that are one core's."""
         dense = {dtype: rate * threads for dtype, rate in self.dense.items()}
         return replace(self, dense=dense, bandwidth=self.bandwidth * threads)
 
     def rate(self, dtype: str) -> float:
-        """FLOP/s of dense products; of a dtype that isn't listed, float32's."""
+        """Return the FLOP/s of dense products; float32's for a dtype that isn't listed."""
         return self.dense.get(dtype, self.dense.get("float32", min(self.dense.values())))

@@ -19,7 +19,7 @@ _VERSION = 1
 
 
 def machine_key(target: Target) -> str:
-    """What measured curves belong to: the processor, how many of its threads, and the torch whose kernels ran."""
+    """Return what measured curves belong to: the processor, its number of threads, and the torch whose kernels ran."""
     if target.device == "cuda":
         processor = torch.cuda.get_device_name()
     else:
@@ -28,19 +28,20 @@ def machine_key(target: Target) -> str:
 
 
 def tuned_file(target: Target) -> Path:
+    """Return the file of this machine's measured curves. It need not exist."""
     digest = hashlib.sha256(machine_key(target).encode()).hexdigest()[:16]
     return cache_folder() / "targets" / f"{target.name}-{digest}.json"
 
 
 def save_tuned(target: Target) -> Path:
-    """Keep a measured target for this machine; returns the file."""
+    """Keep a measured target for this machine; return the file."""
     file = tuned_file(target)
     keep_json(file, as_dict(target))
     return file
 
 
 def load_tuned(target: Target) -> Target | None:
-    """`target` with the curves measured on this machine; None where none were. A file that can't be read counts as none."""
+    """Return `target` with the curves measured on this machine; None where no file with such curves can be read."""
     try:
         return from_dict(target, json.loads(tuned_file(target).read_text()))
     except (OSError, ValueError, KeyError, TypeError):
@@ -48,7 +49,7 @@ def load_tuned(target: Target) -> Target | None:
 
 
 def as_dict(target: Target) -> dict[str, Any]:
-    """JSON-able: what `gtp-fx tune` measures."""
+    """Return what `gtp-fx tune` measures, ready for JSON."""
     return {
         "version": _VERSION,
         "target": target.name,
@@ -62,7 +63,10 @@ def as_dict(target: Target) -> dict[str, Any]:
 
 
 def from_dict(target: Target, data: Mapping[str, Any]) -> Target:
-    """The reverse, over `target`'s other figures. Raises OptionError or KeyError where `data` is something else."""
+    """Return `target` with the figures that `as_dict` returned.
+
+    Raises OptionError where they are another target's or version's, KeyError where they are incomplete.
+    """
     if data["version"] != _VERSION or data["target"] != target.name:
         raise OptionError(f"measured for {data['target']!r}, version {data['version']}")
     curves = {kind: Curve(tuple((float(a), float(s)) for a, s in points)) for kind, points in data["curves"].items()}
@@ -73,13 +77,13 @@ def from_dict(target: Target, data: Mapping[str, Any]) -> Target:
         launch=float(data["launch"]),
         curves={**target.curves, **curves},
         measured=str(data["measured"]),
-        tiles=(),  # a measured curve has the tiles in it
+        tiles=(),  # a measured curve includes what tiles cost
         sources={**target.sources, "measured": f"{data['measured']} on {data['machine']}"},
     )
 
 
 def cpu_name() -> str:
-    """Linux tells in /proc/cpuinfo; elsewhere the platform's own word."""
+    """Return the CPU's name: on Linux from /proc/cpuinfo, elsewhere from the platform."""
     import platform
 
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,6 +1,6 @@
-"""What is to be done, whatever processor does it: the work of one kernel, as amounts that a target turns into seconds.
+"""Work: what one kernel does, whatever processor runs it, in amounts that a target turns into seconds.
 
-Amounts may be integers or arrays of them (one entry a candidate count of tokens), and add up.
+Amounts are integers, or arrays of them with an entry for each candidate count of tokens, and add up.
 """
 
 from __future__ import annotations
@@ -15,25 +15,30 @@ KINDS = {
     "product": "matrix products; bound by the dense rate",
     "convolution": "dense convolutions; bound by the dense rate",
     "attention": "fused attention; bound by the dense rate",
-    "scores": "what attention costs more where it also ranks its tokens; bound by bandwidth",
+    "scores": "what scoring tokens adds to attention; bound by bandwidth",
     "stream": "element-wise operators, norms and copies, as the compiler fuses them; bound by bandwidth",
     "gather": "rows taken by index, and small products with them; bound by bandwidth",
-    "neighbors": "the most similar tokens of each, ranked in registers by a kernel; bound by comparisons, told as bandwidth",
+    "neighbors": "the most similar tokens of each, ranked in registers by a kernel; bound by comparisons, which are "
+    "counted as bandwidth",
     "sort": "ranking the tokens of an image; bound by bandwidth",
 }
-"""Each has an efficiency curve of its own in a target."""
+"""The kinds of work. Each has an efficiency curve of its own in a target."""
 
 DENSE = ("product", "convolution", "attention")
-"""Those whose curve is of the dense rate, the others' of the bandwidth."""
+"""Kinds whose curve is a share of the dense rate; the others' are shares of the bandwidth."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One kernel's work.
+    """The work of one kernel.
 
-    kind: a name in KINDS. flops: 2 per multiply-add, of products alone. bytes: read and written in main memory.
-    rows, columns, batch: of a product's result, whose tiles a processor makes whole. tokens: keys of an attention.
-    dtype: torch's name of it, "float32". launches: kernels that it takes.
+    kind: a name in `KINDS`.
+    flops: those of products alone, 2 for each multiply-add.
+    bytes: bytes read and written in main memory.
+    rows, columns, batch: sizes of a product's result, which a processor makes in whole tiles.
+    tokens: keys of an attention.
+    dtype: torch's name of it, "float32".
+    launches: kernels that it takes.
     """
 
     kind: str

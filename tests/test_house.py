@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gtp_fx.options.schedule import AUTO, SCHEDULES
+from gtp_fx.passes.order import as_table
 from gtp_fx.plan.uniform import SCHEDULE_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,6 +146,10 @@ def test_private_names_of_torch_are_in_one_file() -> None:
             if dotted.startswith("torch.") and {*private} - shared:
                 found.append(f"{file.relative_to(ROOT)}: {dotted}")
     assert not found, "\n".join(found)
+
+
+def test_the_map_shows_the_passes_as_they_are() -> None:
+    assert as_table() in (ROOT / "ARCHITECTURE.md").read_text(), "print gtp_fx.passes.order.as_table() and put it in"
 
 
 def test_few_entries_at_the_root() -> None:

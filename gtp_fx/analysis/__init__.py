@@ -1,1 +1,1 @@
-"""What a typed graph holds: blocks, branches, liveness. Nothing here changes a graph."""
+"""Analyses of a typed graph: attention blocks, branches, liveness. Nothing here changes a graph."""

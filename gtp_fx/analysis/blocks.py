@@ -1,4 +1,4 @@
-"""Attention blocks of a marked graph: where each is, whether tokens can leave there, and why not."""
+"""Attention blocks of a marked graph: where each is, and whether tokens can be removed there or why not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ MARK = "gtp_block"
 
 @dataclass(frozen=True)
 class Mark:
-    """What `mark_blocks` leaves on a node: which block, as what ("attention" or "site"), over which whole tokens."""
+    """The mark that `mark_blocks` puts on a node.
+
+    index: number of the attention block.
+    role: what the node is in it, "attention" or "site".
+    axis: the tokens that the block attends over, with all of them in place.
+    """
 
     index: int
     role: str
@@ -32,12 +37,15 @@ class Mark:
 class AttentionBlock:
     """One attention block of a graph.
 
-    index: its number in graph order, from 0. layer: module path of its attention.
-    attention: the attention node. site: the residual add after it, or None where there is none to cut at.
-    stream: the block's input, the other side of that add. axis: the tokens it attends over, whole.
-    refusal: why tokens can't leave at this block; None where they can.
-    dead: no patch token is alive behind it, so what a schedule would remove there is gone already.
-    branch: where tokens can't leave, what only some of them need to go through; None where there is nothing of the kind.
+    index: its number in graph order, from 0.
+    layer: module path of its attention.
+    attention: the attention node.
+    site: the residual add after the attention; None where there is none.
+    stream: the block's input, which is the other operand of that add.
+    axis: the tokens it attends over, with all of them in place.
+    refusal: why tokens can't be removed at this block; None where they can.
+    dead: no patch token is alive after the block, so what a schedule would remove there is dead already.
+    branch: where tokens can't be removed, the part of the block that they can skip; None where there is none.
     """
 
     index: int
@@ -51,7 +59,7 @@ class AttentionBlock:
     branch: Branch | None = None
 
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> AttentionBlock:
-        """The same block of a copy of the graph. at: each node's copy."""
+        """Return this block in a copy of the graph. at: each node's copy."""
         return replace(
             self,
             attention=at[self.attention],
@@ -62,17 +70,21 @@ class AttentionBlock:
 
 
 SitesTyped = Callable[[frozenset[fx.Node]], SiteTyping]
-"""Types of a graph with sites behind some of its nodes."""
+"""Return the types of a graph with sites after some of its nodes."""
 
 
 def marks_of(graph: fx.Graph) -> tuple[tuple[fx.Node, Mark], ...]:
-    """Every marked node with its mark, in graph order."""
+    """Return every marked node with its mark, in graph order."""
     return tuple((node, node.meta[MARK]) for node in graph.nodes if MARK in node.meta)
 
 
 def read_blocks(typing: WholeTyping, with_sites: SitesTyped) -> tuple[AttentionBlock, ...]:
-    """The marked blocks of a graph, in order, and whether tokens can leave there as it stands now."""
+    """Read the marked blocks of a graph, in order, and decide for each whether tokens can be removed there.
+
+    typing: types with every token in place. with_sites: types the same graph with sites.
+    """
     marked = {(mark.role, mark.index): node for node, mark in marks_of(typing.graph)}
+    # Grids that some blocks attend over in windows: they stay whole, for the blocks that attend over all of them too.
     windowed = {
         base_of(axis.domain.grid) for node in marked.values() if (axis := node.meta[MARK].axis).domain.grid.parts
     }
@@ -90,17 +102,19 @@ def read_blocks(typing: WholeTyping, with_sites: SitesTyped) -> tuple[AttentionB
             dead = site is not None and all(map(is_plain, typing.type(site)))
             layer = layer_name(attention)
             blocks.append(AttentionBlock(index, layer, attention, site, stream, axis, refusal, dead))
+    # Removing tokens pays only while they stay removed: drop the grids that something between blocks needs whole.
     returned = _made_whole_again(blocks, with_sites)
-    reason = "something between blocks needs the whole grid, so tokens that leave would have to come back each time"
+    reason = "something between blocks needs the whole grid, so removed tokens would have to be recovered each time"
     blocks = [
         replace(b, refusal=_refusal(b.attention, reason)) if b.axis.domain.grid in returned else b for b in blocks
     ]
+    # Where nothing is removed from a grid, its blocks may still let tokens skip a branch.
     shortened = {base_of(block.axis.domain.grid) for block in blocks if block.refusal is None}
     return tuple(b if base_of(b.axis.domain.grid) in shortened else _with_branch(b, typing) for b in blocks)
 
 
 def _made_whole_again(blocks: list[AttentionBlock], with_sites: SitesTyped) -> set[Grid]:
-    """The grids of which a site, or the attention before it, would meet all tokens where others have left before."""
+    """Return the grids that are whole again at some site, or at the attention before it, after tokens were removed."""
     sites = [block.site for block in blocks if block.refusal is None and block.site is not None]
     typing = with_sites(frozenset(sites))
     domains = Counter(
@@ -111,15 +125,18 @@ def _made_whole_again(blocks: list[AttentionBlock], with_sites: SitesTyped) -> s
     returned = {domain.grid for domain, count in domains.items() if count > 1}
     for block in blocks:
         if block.site in sites:
-            asking = token_axis(typing.type(block.attention.args[0])[-2])  # type: ignore[arg-type]
-            leaving = token_axis(typing.answers[block.site].output[1])  # type: ignore[index, arg-type]
-            if asking != leaving:
+            query = token_axis(typing.type(block.attention.args[0])[-2])  # type: ignore[arg-type]
+            removed_from = token_axis(typing.answers[block.site].output[1])  # type: ignore[index, arg-type]
+            if query != removed_from:
                 returned.add(block.axis.domain.grid)
     return returned
 
 
 def _with_branch(block: AttentionBlock, typing: WholeTyping) -> AttentionBlock:
-    """Where tokens can't leave, what some of them can skip, or why there is no such thing either."""
+    """Return a refused block with the branch that its tokens can skip.
+
+    Where there is none, the reason for that is added to its refusal. Other blocks are returned as they are.
+    """
     if block.refusal is None or block.site is None or block.dead:
         return block
     try:
@@ -133,9 +150,9 @@ def _refusal(attention: fx.Node, reason: str) -> Refusal:
 
 
 def self_attention_axis(node: fx.Node, typing: WholeTyping) -> TokenAxis | None:
-    """The token axis that queries and keys share, or None where this isn't self-attention over tokens.
+    """Return the token axis that queries and keys share, or None where this isn't self-attention over tokens.
 
-    Keys may be pooled: each then stands for the tokens of a cell, the one that asks among them.
+    Keys may be pooled; each then stands for the tokens of one cell of the queries' grid.
     """
     query, key = node.args[0], node.args[1]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
@@ -147,7 +164,10 @@ def self_attention_axis(node: fx.Node, typing: WholeTyping) -> TokenAxis | None:
 
 
 def _residual_add(attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
-    """The residual add after `attention`: it adds to something that the attention itself came from."""
+    """Return the residual add after `attention`, or None.
+
+    It is the first addition after the attention whose other operand the attention was computed from.
+    """
     after, before = descendants(attention), ancestors(attention)
     nodes: list[fx.Node] = list(attention.graph.nodes)
     for node in nodes:  # in graph order: the first one is the closest
@@ -160,13 +180,15 @@ def _residual_add(attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
 
 
 def _other_side(add: fx.Node, after: set[fx.Node]) -> fx.Node | None:
-    """The operand of `add` that doesn't come out of the attention."""
+    """Return the operand of `add` that doesn't come from the attention; None where not exactly one of two does."""
     operands = [arg for arg in add.args[:2] if isinstance(arg, fx.Node)]
     sides = [arg for arg in operands if arg not in after]
     return sides[0] if len(operands) == 2 and len(sides) == 1 else None
 
 
 def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> Refusal | None:
+    """Return why tokens can't be removed at a block, or None where they can."""
+
     def refuse(reason: str) -> Refusal:
         return _refusal(attention, reason)
 
@@ -174,20 +196,25 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> R
     if pooled_to(typing.type(query), typing.type(key)):  # type: ignore[arg-type]
         return refuse("keys are pooled over the grid, which has to stay whole for it")
     if attention.meta[MARK].axis.domain.grid.parts:
-        return refuse("tokens attend within windows here, and the grid has to stay whole for those of the next block")
+        return refuse(
+            "tokens attend within windows here, and the grid has to stay whole for the windows of the next block"
+        )
+    # A site needs a residual add, live patches, and values laid out as the operators at a site take them.
     if site is None and (shared := _residual_add(attention, typing)) is not None and MARK in shared.meta:
-        return refuse("its residual add is that of another attention beside it, by whose scores tokens leave there")
+        return refuse(
+            "it shares its residual add with a parallel attention, whose scores decide which tokens are removed there"
+        )
     if site is None:
         return refuse("no residual add follows this attention, so there is no stream to shorten")
     stream = typing.type(site)
     if all(map(is_plain, stream)):
-        return refuse("no patch token is alive after this attention (dead tokens), so none can be propagated")
+        return refuse("no patch token is alive after this attention (dead tokens), so none can be removed")
     if len(stream) != 3 or token_axis(stream[1]) is None or not (is_plain(stream[0]) and is_plain(stream[2])):
         return refuse("the residual stream is not laid out as [batch, tokens, channels]")
     if len(typing.type(attention)) != 4:
         return refuse("queries are not laid out as [batch, heads, tokens, features]")
     if attention_dropout(attention):
-        return refuse("attention dropout is active, and the scores' attention has none")
+        return refuse("attention dropout is active, which attention with scores does not have")
     if token_axis(typing.type(attention)[-2]) != token_axis(stream[1]):
         return refuse("the attention runs over other tokens than the residual stream")
     return None

@@ -1,10 +1,11 @@
-"""Branches: where a stream has to keep its grid, the part of a block that only some tokens need to go through.
+"""Branches: the part of a block that some tokens can skip where the stream has to keep its whole grid.
 
     x ─┬─ norm ─ MLP ─┬─ add        x ─┬─ kept tokens of each window ─ norm ─ MLP ─ recover ─┬─ add
        └──────────────┘                └─────────────────────────────────────────────────────┘
 
-The attention before it ranks the tokens of each window (or of the whole grid, where it sees all). What follows that
-attention's residual add is the branch: as much of it, from its end backward, as is token-wise.
+The attention before the branch ranks the tokens of each window, or of the whole grid where it attends over all of it.
+The branch follows that attention's residual add. It is as much of what runs beside the stream as is token-wise, from
+its end backward.
 """
 
 from __future__ import annotations
@@ -37,13 +38,17 @@ from gtp_fx.types.rules.layout import is_view
 
 @dataclass(frozen=True)
 class Branch:
-    """What of one block the kept tokens of each window go through alone.
+    """The part of one block that only the kept tokens of each window go through.
 
-    entries: the values it begins with. inside: its token-wise nodes, in graph order; the last is its result.
-    scores: the type of the attention's scores, [images and windows, tokens]. region: the layout in which tokens are
-    chosen, [images and windows, tokens row by row]; features follow. windows: per image. tokens: in each.
-    cells: the sides of the coarser grid that keys are pooled to, () where keys are the tokens themselves.
-    lead, heads: dimensions of the attention's query that are images and windows, and the one that is heads.
+    entries: the values it starts from.
+    inside: its token-wise nodes, in graph order; the last is its result.
+    scores: the type of the attention's scores, [images and windows, tokens].
+    region: the layout in which tokens are chosen, [images and windows, tokens row by row]; features follow.
+    windows: number of windows in an image.
+    tokens: number of tokens in a window.
+    lead: dimensions of the attention's query that are images and windows.
+    heads: the dimension of the query that is heads.
+    cells: the shape of the coarser grid that keys are pooled to; () where keys are the tokens themselves.
     """
 
     entries: tuple[fx.Node, ...]
@@ -58,37 +63,45 @@ class Branch:
 
     @property
     def result(self) -> fx.Node:
+        """The node whose value is added to the stream."""
         return self.inside[-1]
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The query's dimensions as [images and windows…, heads, tokens, features]."""
+        """The query's dimensions in the order [images and windows…, heads, tokens, features]."""
         rank = len(self.lead) + 3
         return (*self.lead, self.heads, rank - 2, rank - 1)
 
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> Branch:
-        """The same branch of a copy of the graph. at: each node's copy."""
+        """Return this branch in a copy of the graph. at: each node's copy."""
         return replace(self, entries=tuple(at[n] for n in self.entries), inside=tuple(at[n] for n in self.inside))
 
 
 class NoBranch(NotApplicable):
-    """Why a block has no branch that some tokens can skip; the message is the reason a user reads."""
+    """Raised where a block has no branch that tokens can skip; the message is the reason that a user reads."""
 
 
 def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branch:
-    """The branch of the block whose attention ends in the residual add `site`. Raises NoBranch."""
+    """Find the branch of a block.
+
+    attention: the block's attention, which ranks the tokens.
+    site: the residual add after it.
+
+    Raises NoBranch, with the reason, where there is none.
+    """
     entries, inside = _next_branch(site, typing)
     result = inside[-1]
     operands = Attention.of(attention)
     query = typing.type(operands.q)
     if attention_dropout(attention):
-        raise NoBranch("attention dropout is active, and the scores' attention has none")
+        raise NoBranch("attention dropout is active, which attention with scores does not have")
     if not all(isinstance(f, GridAxis) for f in split_tokens(query[-2])):
-        raise NoBranch("tokens that are no patches attend beside them")
+        raise NoBranch("tokens that are no patches attend together with the patches")
     lead, heads = _lead_and_heads(query)
     if len(query) > 4 and operands.bias is not None:
         raise NoBranch("its attention has a bias and more than four dimensions")
     scores: TensorType = (tuple(f for dim in lead for f in query[dim]), query[-2])
+    # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order.
     tokens = sorted((f for f in split_tokens(query[-2]) if isinstance(f, GridAxis)), key=lambda f: (f.side, -f.stride))
     region: TensorType = (scores[0], tuple(tokens))
     _check_layouts(scores, region, [typing.type(node) for node in entries], typing.type(result))
@@ -99,13 +112,13 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
 
 
 def pooled_to(query: TensorType, key: TensorType) -> tuple[int, ...]:
-    """The sides of the grid that keys are, where it divides the queries'; () where the two are the same tokens, or none."""
-    asking, asked = token_axis(query[-2]), token_axis(key[-2])
-    if asking is None or asked is None or asking == asked:
+    """Return the shape of the grid that keys are pooled to, where it divides the grid of the queries; else ()."""
+    queries, keys = token_axis(query[-2]), token_axis(key[-2])
+    if queries is None or keys is None or queries == keys:
         return ()
-    if any((asking.prefix, asking.suffix, asked.prefix, asked.suffix)):
+    if any((queries.prefix, queries.suffix, keys.prefix, keys.suffix)):
         return ()
-    grid, cells = asking.domain.grid, asked.domain.grid
+    grid, cells = queries.domain.grid, keys.domain.grid
     if grid.parts or cells.parts or len(grid.shape) != len(cells.shape):
         return ()
     divides = all(size % count == 0 for size, count in zip(grid.shape, cells.shape, strict=True))
@@ -113,65 +126,73 @@ def pooled_to(query: TensorType, key: TensorType) -> tuple[int, ...]:
 
 
 def _next_branch(site: fx.Node, typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Entries and nodes of the first branch behind `site` that has a token-wise tail, before attention is paid again.
+    """Return entries and nodes of the first branch after `site` with a token-wise end, and before the next attention.
 
-    Between the two may be others that have none: a position encoding by convolution, say.
+    There may be other branches in between that have none, such as a position encoding by convolution.
+
+    Raises NoBranch.
     """
-    behind = descendants(site)
+    after = descendants(site)
     reason = NoBranch("no residual branch follows its attention's")
     for node in site.graph.nodes:
-        if node not in behind or node.target is not aten.add.Tensor or not typing.is_tensor(node):
+        if node not in after or node.target is not aten.add.Tensor or not typing.is_tensor(node):
             continue
+        # An addition closes a branch where one operand, the stream, is what the other was computed from.
         for stream, branch in (node.args[:2], node.args[1::-1]):
             if not isinstance(stream, fx.Node) or not isinstance(branch, fx.Node):
                 continue
             start, result = _origin(stream), _origin(branch)
             within = ancestors(result)
-            if start not in within or start not in behind | {site}:
+            if start not in within or start not in after | {site}:
                 continue
             if any(n.target is aten.scaled_dot_product_attention.default for n in within & descendants(start)):
                 raise reason
             try:
-                return _token_wise_tail(result, behind, typing)
+                return _token_wise_tail(result, after, typing)
             except NoBranch as why:
                 reason = why
     raise reason
 
 
 def _origin(node: fx.Node) -> fx.Node:
-    """The node whose value, arranged in another way, `node` is."""
+    """Return the node whose value `node` holds in another arrangement."""
     while (is_view(node) or node.target in (*PERMUTATIONS, *REARRANGED)) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
-def _token_wise_tail(result: fx.Node, behind: set[fx.Node], typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The values that the longest token-wise part before `result` begins with, and its nodes, both in graph order.
+def _token_wise_tail(result: fx.Node, after: set[fx.Node], typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Return the longest token-wise part that ends in `result`: its entries and its nodes, in graph order.
 
-    behind: the nodes that may be part of it, which lie behind the attention's residual add.
+    after: the nodes that may be part of it, those after the attention's residual add.
+
+    Raises NoBranch.
     """
     kind = typing.type(result)
     if not is_plain(kind[-1]) or all(map(is_plain, kind[:-1])):
-        raise NoBranch("the branch behind its attention isn't laid out as tokens with features last")
+        raise NoBranch("the branch after its attention isn't laid out as tokens with features last")
     lead = kind[:-1]
     inside: list[fx.Node] = []
     entries: list[fx.Node] = []
-    for node in reversed(result.graph.nodes):  # users come before what they use
+    for node in reversed(result.graph.nodes):  # users come before their operands
         if node is not result and not any(user in inside for user in node.users):
             continue
         if not _runs_over(node, lead, typing):
-            continue  # parameters, and tables that all tokens share
-        # What something else reads as well has to be computed for every token anyway.
+            continue  # a parameter, or a table that all tokens share
+        # A value that is also read outside the branch has to be computed for every token anyway.
         alone = node is result or all(user in inside for user in node.users)
-        part = alone and node in behind and _is_token_wise(node, lead, typing)
+        part = alone and node in after and _is_token_wise(node, lead, typing)
         (inside if part else entries).append(node)
     if not any(node.target is aten.linear.default for node in inside):
-        raise NoBranch("the branch behind its attention is not token-wise at its end (a convolution, say)")
+        raise NoBranch("the branch after its attention is not token-wise at its end (a convolution, say)")
     return entries[::-1], inside[::-1]
 
 
 def _is_token_wise(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
-    """Its result for a token needs that token alone, and what else it reads is the same for all."""
+    """Return whether a node computes each token from that token alone.
+
+    Its other operands have to be the same for every token.
+    """
     answer = typing.answers.get(node)
     if (
         answer is None
@@ -190,11 +211,15 @@ def _is_token_wise(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool
 
 
 def _runs_over(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
+    """Return whether a value has the dimensions `lead`, followed by features."""
     return typing.is_tensor(node) and typing.type(node)[:-1] == lead and is_plain(typing.type(node)[-1])
 
 
 def _lead_and_heads(query: TensorType) -> tuple[tuple[int, ...], int]:
-    """[…, tokens, features]: which of the dimensions before are images and windows, and which one is heads."""
+    """Return which dimensions of a query [..., tokens, features] are images and windows, and which one is heads.
+
+    Raises NoBranch.
+    """
     before = range(len(query) - 2)
     plain = [d for d in before if d and is_plain(query[d]) and not holds_images(query[d])]
     heads = [d for d in plain if whole_size(query[d]) > 1] or plain[:1]
@@ -205,12 +230,15 @@ def _lead_and_heads(query: TensorType) -> tuple[tuple[int, ...], int]:
 
 
 def _mixes(dim: Dim) -> bool:
-    """Images or windows merged with something that is neither."""
+    """Return whether a dimension merges images or windows with something that is neither."""
     return any(isinstance(f, Plain) and not f.images and f.size != 1 for f in dim) and len(dim) > 1
 
 
 def _check_layouts(scores: TensorType, region: TensorType, entries: list[TensorType], result: TensorType) -> None:
-    """Every value can be arranged by window, and the result back: tried without a graph."""
+    """Raise NoBranch where an entry can't be arranged by window, or the result can't be arranged back.
+
+    The conversions are tried without a graph to emit into.
+    """
 
     def nowhere(*_: object) -> None:
         return None

@@ -1,4 +1,4 @@
-"""Where a strategy's sites stand in a graph whose blocks are marked, and where its tokens are back, if they ever are."""
+"""Placement of a strategy's sites in a graph with marked blocks, and of the nodes where its tokens are back."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from gtp_fx.types.infer import Edge, SiteTyping, levels
 
 
 def cut_of(block: AttentionBlock, strategy: Strategy) -> fx.Node | None:
-    """The node behind which tokens leave: the attention's residual add, or what enters the block."""
+    """Return the node after which tokens are removed: the attention's residual add, or the block's input."""
     return block.stream if strategy.before_attention else block.site
 
 
 def leaving_blocks(blocks: Sequence[AttentionBlock], strategy: Strategy) -> list[AttentionBlock]:
-    """The blocks at which the strategy lets tokens leave, of those at which they can."""
+    """Return the blocks at which the strategy removes tokens, among those at which that is possible.
+
+    Raises OptionError where the strategy names a block that its stream doesn't have.
+    """
     by_stream: dict[Grid, list[AttentionBlock]] = defaultdict(list)
     for block in blocks:
         by_stream[block.axis.domain.grid].append(block)
@@ -39,14 +42,18 @@ def _positions(strategy: Strategy, blocks: int) -> set[int]:
     wrong = sorted(places - set(range(blocks)))
     if wrong:
         raise OptionError(
-            f"strategy {strategy.name!r} lets tokens leave at blocks {', '.join(map(str, wrong))} of a stream that has {blocks}: "
+            f"strategy {strategy.name!r} removes tokens at blocks {', '.join(map(str, wrong))} "
+            f"of a stream that has {blocks}: "
             f"{type(strategy).__name__}.positions({blocks}) has to give numbers from 0 to {blocks - 1}"
         )
     return places
 
 
 def ends_of(typed: TypedGraph, strategy: Strategy) -> dict[fx.Node, Grid]:
-    """Behind which nodes every token is in its place again, and of which grid; none where tokens are gone for good."""
+    """Return the nodes after which every token of a grid is in place again, each with its grid.
+
+    Empty for a strategy that removes tokens for good.
+    """
     if not strategy.restores_tokens:
         return {}
     typing = typed.whole
@@ -56,29 +63,33 @@ def ends_of(typed: TypedGraph, strategy: Strategy) -> dict[fx.Node, Grid]:
 
 
 def updated_edges(typed: TypedGraph, strategy: Strategy, ends: Collection[fx.Node]) -> frozenset[Edge]:
-    """Where the strategy recovers residual streams: (reader, stream); nowhere where it doesn't, or where that can't be done.
+    """Return the edges (reader, stream) at which the strategy recovers tokens in their residual stream.
 
-    ends: behind which tokens are back. Told with every site in place, whichever are used: a price and a rewrite then speak of the
-    same graph.
+    ends: the nodes after which tokens are back. The edges are found with every possible site in use, whichever a plan
+    then uses, so that prices and rewrites refer to the same graph. Empty where the strategy doesn't recover streams, or
+    where some node then couldn't get the tokens it needs.
     """
     if not strategy.recovers_updates:
         return frozenset()
     blocks, ends = typed.blocks, frozenset(ends)
     sites = frozenset(filter(None, (cut_of(block, strategy) for block in leaving_blocks(blocks, strategy))))
+    # Type the graph a second time with these edges: a refusal there means that they can't be used.
     edges = _edges_recovered(typed.with_sites(sites, ends), blocks)
     return frozenset() if find_coercions(typed.with_sites(sites, ends, edges)).refused else edges
 
 
 def _edges_recovered(typing: SiteTyping, blocks: Sequence[AttentionBlock]) -> frozenset[Edge]:
-    """Where residual streams are read on the way to what needs every token: (reader, stream).
+    """Return the edges (reader, stream) where a residual stream is read on the way to a node that needs every token.
 
-    What is recovered there is a stream, so that a token that left can come back as what it was, changed as its neighbours
-    were; behind a norm or a head that couldn't be told. Only what runs on tokens one by one may stand between, and nothing that
-    goes back into the stream: a convolution in a block's MLP is left what it costs now.
+    Recovery at such an edge acts on a stream, so a removed token can come back as what it was plus what changed in its
+    neighbours. After a norm or a head that sum would make no sense. Between the edge and the node that needs every
+    token only token-wise operators may stand, and nothing may go back into the stream: a convolution inside a block's
+    MLP keeps its present price.
     """
     streams = _streams(blocks)
     edges = set()
     for coercion in _recovering(typing):
+        # Walk up from the value that needs recovery to the stream; give up where two shortened values meet on the way.
         reader, read = coercion.node, coercion.operand
         while read not in streams:
             shortened = [node for node in read.all_input_nodes if typing.is_tensor(node) and _is_short(typing, node)]
@@ -93,16 +104,20 @@ def _edges_recovered(typing: SiteTyping, blocks: Sequence[AttentionBlock]) -> fr
 
 
 def _recovering(typing: SiteTyping) -> list[Coercion]:
+    """Return the coercions that recover removed tokens."""
     return [coercion for coercion in find_coercions(typing).found if any(step.recovers for step in coercion.steps)]
 
 
 def _is_short(typing: SiteTyping, node: fx.Node) -> bool:
+    """Return whether tokens are missing from a value."""
     return any(level for level in levels(typing.type(node)))
 
 
 def _streams(blocks: Sequence[AttentionBlock]) -> dict[fx.Node, Grid]:
-    """Every state of the blocks' residual streams behind the first attention, sums of it and of what was made from it; and of which
-    grid."""
+    """Return every state of the blocks' residual streams after the first attention, each with its grid.
+
+    A state is a residual add: the state before it plus something computed from that.
+    """
     found: dict[fx.Node, Grid] = {}
     for block in blocks:
         state = block.site
@@ -113,15 +128,15 @@ def _streams(blocks: Sequence[AttentionBlock]) -> dict[fx.Node, Grid]:
 
 
 def _end_of_block(site: fx.Node) -> fx.Node:
-    """The last residual add that begins with `site`: of its MLP, and of what follows in the same way."""
+    """Return the last residual add of the chain that starts at `site`: its MLP's, and any that follow."""
     end = site
-    while (behind := _next_add(end)) is not None:
-        end = behind
+    while (following := _next_add(end)) is not None:
+        end = following
     return end
 
 
 def _next_add(stream: fx.Node) -> fx.Node | None:
-    """The addition of `stream` and of something made from it."""
+    """Return the addition of `stream` and something computed from it, or None."""
     made_of_it = descendants(stream)
     for user in stream.users:
         if user.target is aten.add.Tensor and len(user.all_input_nodes) == 2:

@@ -1,7 +1,7 @@
-"""A graph with what analyses say of it, each made once: types, attention blocks, liveness.
+"""A graph with its analyses, each made at most once: types, attention blocks, liveness.
 
-Passes make new graphs, so analyses are kept with the graph that they speak of. One that was edited has none: what they were
-made from is compared at every look, so that none can be had of a graph that isn't as it was.
+Passes make new graphs, so analyses are kept with the graph they describe. An edit makes them stale. Each use compares
+the graph with what the analyses were made from, so a stale one is never returned.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def typed_graph(graph: fx.Graph) -> TypedGraph:
-    """The analyses of `graph` as it stands now: those made before, or none yet where it has been edited since."""
+    """Return the analyses of `graph` as it stands now: those made before, or new ones if it was edited since."""
     known: TypedGraph | None = getattr(graph, _KEPT, None)
     if known is None or known.graph is not graph or not known.is_current():
         known = TypedGraph(graph)
@@ -34,9 +34,9 @@ def typed_graph(graph: fx.Graph) -> TypedGraph:
 
 
 class TypedGraph:
-    """Analyses of a graph, each made when it is first asked for. Asking for one after an edit is an AssertionError.
+    """Analyses of a graph, each made when it is first read. Reading one after an edit raises AssertionError.
 
-    What was had before an edit may be used through it: a pass that edits a graph speaks of what it was.
+    A pass may go on using an analysis that it read before its own edits: it then describes the graph before them.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -45,7 +45,10 @@ class TypedGraph:
         self._found: dict[Hashable, Any] = {}
 
     def is_current(self) -> bool:
-        """Whether the graph is as it was: its nodes, what they call and with what, and the values that stand for theirs."""
+        """Return whether the graph is unchanged since it was typed.
+
+        Compared are its nodes, their targets and arguments, and their metadata "val" and "nn_module_stack".
+        """
         now = _state(self.graph)
         return len(now) == len(self._made_from) and all(map(operator.is_, now, self._made_from))
 
@@ -57,7 +60,10 @@ class TypedGraph:
     def with_sites(
         self, sites: frozenset[fx.Node], ends: frozenset[fx.Node] = _NONE, whole_edges: frozenset[Edge] = _NONE
     ) -> SiteTyping:
-        """Types where tokens leave behind `sites`; the arguments are those of `infer_with_sites`."""
+        """Return types of the graph with tokens removed after each of `sites`.
+
+        ends, whole_edges: as in `infer_with_sites`.
+        """
         if not sites:
             return SiteTyping(self.graph, self.whole.types, self.whole.answers, {})
         key = ("sites", sites, ends, whole_edges)
@@ -65,22 +71,26 @@ class TypedGraph:
 
     @property
     def blocks(self) -> tuple[AttentionBlock, ...]:
-        """The attention blocks that are marked, in order."""
+        """The marked attention blocks, in graph order."""
         return self._once(("blocks", marks_of(self.graph)), lambda: read_blocks(self.whole, self.with_sites))
 
     @property
     def unsupported_attention(self) -> tuple[Refusal, ...]:
-        """Attention that is no block, and why."""
+        """Attention that is no block, as refusals with the reason."""
         return self._once(("other", marks_of(self.graph)), lambda: unsupported_attention(self.whole))
 
     def live(self, needs_full_maps: bool = False) -> Liveness:
-        """Which tokens something depends on. needs_full_maps: the attention of marked blocks counts as read whole."""
+        """Return which tokens of each value something depends on.
+
+        needs_full_maps: treat the attention of marked blocks as if all its tokens were read.
+        """
         whole = whole_attention(self.graph) if needs_full_maps else _NONE
         return self._once(("live", whole), lambda: live_tokens(self.whole, whole))
 
     def _once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the analysis kept under `key`, made now if there is none. Raises AssertionError after an edit."""
         if not self.is_current():
-            raise AssertionError("this graph was edited after it was typed: ask `typed_graph` for its analyses anew")
+            raise AssertionError("this graph was edited after it was typed: call `typed_graph` again for its analyses")
         if key not in self._found:
             self._found[key] = make()
         found: T = self._found[key]
@@ -88,9 +98,11 @@ class TypedGraph:
 
 
 def _state(graph: fx.Graph) -> list[Any]:
-    """What types are made from, to be compared by identity: fx puts new arguments in the place of old ones, and never changes them.
+    """Return what types are made from, for comparison by identity.
 
-    Not the marks of blocks, on which no type depends: what reads them is kept by them.
+    fx replaces a node's arguments and never mutates them, so the same objects mean an unchanged graph.
+
+    Marks of blocks aren't part of it, as no type depends on them. Analyses that read marks have them in their key.
     """
     return [
         part

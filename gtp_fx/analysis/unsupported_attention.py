@@ -1,4 +1,4 @@
-"""Attention that is no block of self-attention over patch tokens, and why: what a refusal tells a person."""
+"""Attention that is not self-attention over patch tokens, and the reasons that a user reads."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ _ELEMENTWISE = (
     aten.linear.default,
     aten.to.dtype,
 )
-"""What may stand between a product and its softmax; a linear layer there mixes heads."""
+"""Operators that may stand between a product and its softmax; a linear layer there mixes heads."""
 
 
 def unsupported_attention(typing: WholeTyping) -> tuple[Refusal, ...]:
-    """One refusal for each reason, at the first layer it holds for; the graph's blocks must be marked."""
+    """Return one refusal for each reason, at the first layer that it holds for.
+
+    typing: types of a graph whose blocks are marked.
+    """
     found: dict[str, list[Refusal]] = {}
     for node in typing.graph.nodes:
         reason = ""
@@ -51,34 +54,45 @@ def unsupported_attention(typing: WholeTyping) -> tuple[Refusal, ...]:
 
 
 def _why_no_block(attention: fx.Node, typing: WholeTyping) -> str:
+    """Return why an attention node is no block."""
     answer = typing.answers[attention]
     if answer.barrier:
         return answer.barrier
     query, key = attention.args[0], attention.args[1]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
-    asking, asked = (token_axis(typing.type(node)[-2]) for node in (query, key))
-    if asked is not None and asking is None:
-        return "only tokens that are no patches ask here; it is told which patches are left, and loses none itself"
-    if asking is not None and asked is None:
-        return "patch tokens ask tokens that are no patches (pooled or of another grid)"
-    if asking is not None:
+    queries, keys = (token_axis(typing.type(node)[-2]) for node in (query, key))
+    if keys is not None and queries is None:
+        return (
+            "its queries are tokens that are no patches (class or pooling tokens), so there is nothing to remove here; "
+            "its keys follow what was removed before"
+        )
+    if queries is not None and keys is None:
+        return "queries are patch tokens and keys are tokens that are no patches (pooled or of another grid)"
+    if queries is not None:
         return "queries and keys run over different patch tokens"
     if _merged_tokens(typing.type(query)) or _merged_tokens(typing.type(key)):
         return "tokens are divided into windows or groups here, and attention stays inside each"
     lost = _last_lost(query, typing) or _last_lost(key, typing)
     if lost is not None:
-        return f"its queries come from {operator_name(lost)} ({lost.name}), behind which tokens aren't followed: {typing.answers[lost].barrier}"
+        return (
+            f"its queries come from {operator_name(lost)} ({lost.name}), after which tokens aren't followed: "
+            f"{typing.answers[lost].barrier}"
+        )
     return "its queries and keys don't run over patch tokens (but over channels, say)"
 
 
 def _why_not_spelled(softmax: fx.Node) -> str:
+    """Return why a softmax before a product wasn't recognised as attention."""
     if any(user.target in DROPOUTS for user in softmax.users):  # `normalise` has dropped what is off
-        return "attention dropout is active, and the scores' attention has none"
+        return "attention dropout is active, which attention with scores does not have"
     source: object = softmax.args[0]
     while isinstance(source, fx.Node) and source.target in _ELEMENTWISE:
         source = next((arg for arg in source.args if isinstance(arg, fx.Node)), None)
     if isinstance(source, fx.Node) and source.target in (*MATRIX_PRODUCTS, aten.einsum.default):
-        return "this attention does more than softmax(q·kᵀ)·v (heads mixed, gated, its map used, a mask by window), so it stays as it is"
+        return (
+            "this attention does more than softmax(q·kᵀ)·v (heads mixed, gated, its map used, a mask by window), "
+            "so it stays as it is"
+        )
     return "these weights are no softmax of q·kᵀ (of keys or queries alone, or learned), so they stay as they are"
 
 
@@ -87,7 +101,7 @@ def _merged_tokens(kind: TensorType) -> bool:
 
 
 def _last_lost(node: fx.Node, typing: WholeTyping) -> fx.Node | None:
-    """The closest operator above `node` that takes in patch tokens and of whose output nothing is known."""
+    """Return the closest operator before `node` that reads patch tokens but isn't known to return any, or None."""
     before = ancestors(node)
     for candidate in reversed(list(node.graph.nodes)):
         answer = typing.answers.get(candidate)
@@ -101,7 +115,7 @@ def _last_lost(node: fx.Node, typing: WholeTyping) -> fx.Node | None:
 
 
 def _feeds_a_product(softmax: fx.Node) -> bool:
-    """A softmax that weighs values, and not one that makes class probabilities."""
+    """Return whether a softmax feeds a product, as attention's does, and isn't one that makes class probabilities."""
     pending, seen = list(softmax.users), set()
     for _ in range(32):
         if not pending:
@@ -116,5 +130,6 @@ def _feeds_a_product(softmax: fx.Node) -> bool:
 
 
 def _counted(refusals: list[Refusal]) -> Refusal:
+    """Return the first refusal, with the number of layers that share its reason."""
     more = len(refusals) - 1
-    return replace(refusals[0], reason=refusals[0].reason + (f"; so in {more} more" if more else ""))
+    return replace(refusals[0], reason=refusals[0].reason + (f" (and {more} more like it)" if more else ""))

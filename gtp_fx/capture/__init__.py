@@ -1,1 +1,1 @@
-"""From an nn.Module, or from Dynamo's graph, to one ATen graph."""
+"""Capture of an nn.Module, or of Dynamo's graph, as one ATen graph."""

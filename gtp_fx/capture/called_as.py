@@ -1,9 +1,11 @@
-"""What else a model is called by: `forward_features`, `get_image_features`, `get_classifier`, `reset_classifier`.
+"""Methods other than `forward` by which a model is called: `forward_features`, `get_image_features`, `get_classifier`.
 
-A method that takes tensors is a forward of its own, so it is captured as the forward was, and optimised with the same schedule where it
-has the same blocks; one that has none (a head on finished tokens) is captured all the same, so that it follows the stand-in's
-weights and mode. A method that takes none asks or changes the model: it runs on the original, and where that changed
-something the graphs are made anew.
+A method that takes tensors is a forward pass of its own. It is captured as `forward` was, and optimised with the same
+schedule if it has the same blocks. A method without blocks (a head on finished tokens) is captured too, so that it
+follows the optimised model's weights and mode.
+
+A method that takes no tensors (`get_classifier`, `reset_classifier`) queries or changes the model. It runs on the
+original; if the original changed, the graphs are captured again.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from torch import nn
 
 
 class CalledAs(nn.Module):
-    """Another module called in another way: `forward` over the very same parameters, in the other's mode.
+    """View of a module that shares its parameters and training mode, and runs another function as its `forward`.
 
-    signature: how it is called; where None, as `forward` says.
+    owner: the module that is viewed.
+    forward: function to run.
+    signature: signature to present to the exporter; `forward`'s own where None.
     """
 
     _owner: nn.Module
@@ -26,6 +30,8 @@ class CalledAs(nn.Module):
     def __init__(
         self, owner: nn.Module, forward: Callable[..., Any], signature: inspect.Signature | None = None
     ) -> None:
+        # The owner is set before nn.Module.__init__, which writes `training`, a property that forwards to the owner. It
+        # bypasses nn.Module.__setattr__, which would register the owner as a submodule.
         object.__setattr__(self, "_owner", owner)
         training = owner.training
         super().__init__()
@@ -50,6 +56,8 @@ class CalledAs(nn.Module):
 
 
 def _spelled(function: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
+    """Wrap `function` so that `inspect.signature` reports `signature`."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 

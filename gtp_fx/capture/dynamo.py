@@ -1,4 +1,4 @@
-"""Dynamo's graph, as a backend gets it, to the same ATen graph that the module door captures."""
+"""Conversion of Dynamo's graph, as a backend receives it, to the same ATen graph that `capture_module` returns."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from gtp_fx.graph.torch_internals import aot_export, copy_parameter_sources
 
 
 def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph of what Dynamo hands a backend: placeholders (and what is known of them) stay as they are, in order."""
+    """Return the ATen graph of Dynamo's `gm`. Placeholders keep their order and their metadata.
+
+    Raises CaptureError where the model changes its state when it runs.
+    """
     old = [node for node in gm.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta["example_value"] for node in old]
     exported, signature = aot_export(gm, fakes)
     if _specialise_grids(exported.graph, fakes):
+        # The image's sides are constants now, so a second export has no symbols for them.
         exported, signature = aot_export(gm, fakes)
     _refuse_changes("the model", _changed(signature))
     graph_module: Any = exported
     _hold_again(graph_module, gm, {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
     new = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for before, after in zip(old, new, strict=True):
-        # Inductor reads from it which inputs are parameters: without it every weight is copied at a CUDA graph's replay.
+        # Inductor reads from the metadata which inputs are parameters. Without it, every replay of a CUDA graph copies
+        # every weight.
         after.meta = {**before.meta, **after.meta}
     graph_module.meta.update(gm.meta)
     copy_parameter_sources(graph_module, gm)
@@ -35,9 +40,10 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _specialise_grids(graph: fx.Graph, fakes: Sequence[Any]) -> bool:
-    """Guard on the image's sides where Dynamo has made them symbolic (it does at the second size): schedules are for one grid.
+    """Specialise the image's height and width, where Dynamo made them symbolic, and return whether there were any.
 
-    Each size is then a graph of its own, as it is for Dynamo with dynamic=False; the batch stays open.
+    Dynamo makes a size symbolic when it meets a second value, but a schedule is for one grid. Each image size thus gets
+    a graph of its own, as with dynamic=False. The batch size stays symbolic.
     """
     sides = {
         symbol
@@ -48,7 +54,7 @@ def _specialise_grids(graph: fx.Graph, fakes: Sequence[Any]) -> bool:
         for symbol in size.node.expr.free_symbols
     }
     fixed = [
-        int(size)  # asking for the number is what makes the guard
+        int(size)  # the conversion installs the guard
         for fake in fakes
         if isinstance(fake, Tensor)
         for size in fake.shape

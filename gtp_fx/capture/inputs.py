@@ -1,4 +1,4 @@
-"""Example inputs: what a model is captured with, found from its own configuration where it has one."""
+"""Example inputs to capture a model with, read from its own configuration where it has one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from torch.utils import _pytree as pytree
 from gtp_fx.errors import CaptureError, InputError
 
 _BATCH = 2
-"""Captured with two images: a batch of one would be baked into the graph."""
+"""Images in an example input. torch.export would specialise the graph to a batch of one."""
 
 
 @dataclass(frozen=True)
 class CallSignature:
-    """How a model is called: arguments in canonical form, with tensors as examples of two images.
+    """The form in which a model is called. Two calls have the same form if only batch size and tensor values differ.
 
-    Two calls have the same form when their arguments differ only in the batch and in the tensors' values.
+    parameters: signature of the model's forward.
+    args: positional arguments in canonical form; tensors are examples with at least two images.
+    kwargs: keyword arguments, likewise.
     """
 
     parameters: inspect.Signature
@@ -30,7 +32,10 @@ class CallSignature:
     kwargs: dict[str, Any]
 
     def like(self, model: nn.Module, was: torch.dtype | None) -> CallSignature:
-        """With examples where `model` is now, and those of the dtype that its weights had in the one that they have."""
+        """Return the signature with its examples on `model`'s device. Examples of dtype `was` get `model`'s dtype.
+
+        was: dtype that the weights had when the signature was made.
+        """
         device, dtype = device_of(model), dtype_of(model)
 
         def moved(example: Tensor) -> Tensor:
@@ -42,7 +47,7 @@ class CallSignature:
         return CallSignature(self.parameters, args, kwargs)
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call has this form."""
+        """Return whether a call has this form."""
         try:
             self.canonical(args, kwargs)
         except InputError:
@@ -50,7 +55,7 @@ class CallSignature:
         return True
 
     def canonical(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call in the captured form. Raises InputError where the call has another."""
+        """Return a call's arguments in canonical form. Raises InputError where the call has another form."""
         try:
             found = canonical_arguments(self.parameters, args, kwargs)
         except TypeError as error:
@@ -59,15 +64,21 @@ class CallSignature:
         theirs, their_spec = pytree.tree_flatten(found)
         if my_spec != their_spec or not all(map(_same_form, mine, theirs)):
             raise InputError(
-                f"this model was optimised for {describe(self.args, self.kwargs)} and called with {describe(*found)}: the "
-                f"graph is good for any batch of that form only; for another, call gtp_fx.optimize(model, "
+                f"this model was optimised for {describe(self.args, self.kwargs)} and called with {describe(*found)}: "
+                f"the graph accepts any batch size, but only this form; for another, call gtp_fx.optimize(model, "
                 f"example_inputs=…) again with such inputs"
             )
         return found
 
 
 def call_signature(model: nn.Module, example_inputs: Any) -> CallSignature:
-    """From what a user gave: a tensor, a sequence of positional arguments, or a mapping of keyword arguments."""
+    """Return the signature of a call with `example_inputs`.
+
+    example_inputs: a tensor, a sequence of positional arguments, a mapping of keyword arguments, or None to derive an
+        image batch from the model's configuration.
+
+    Raises CaptureError where they hold no tensor or don't fit the model's forward.
+    """
     args, kwargs = _split(model, example_inputs)
     if not tensors_in((args, kwargs)):
         raise CaptureError(
@@ -85,7 +96,10 @@ def call_signature(model: nn.Module, example_inputs: Any) -> CallSignature:
 def canonical_arguments(
     parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments as positional ones first, those that repeat a default left out."""
+    """Return arguments in canonical form: positional where possible, without those equal to the default.
+
+    Raises TypeError where the arguments don't fit `parameters`.
+    """
     bound = parameters.bind(*args, **kwargs)
     for name in list(bound.arguments):
         default = parameters.parameters[name].default
@@ -96,23 +110,23 @@ def canonical_arguments(
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Of whatever a model takes or returns, in pytree's order."""
+    """Return the tensors in a model's arguments or output, in pytree order."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where its first parameter or buffer is now; the CPU where it has none."""
+    """Return the device of the model's first parameter or buffer, or the CPU where it has none."""
     held = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if held is None else held.device
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
-    """Of its first parameter of real numbers; None where it has none."""
+    """Return the dtype of the model's first floating-point parameter, or None where it has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """ "(float32[*, 3, 224, 224])", the batch left open."""
+    """Return the arguments' form as text, with * for the batch: "(float32[*, 3, 224, 224])"."""
 
     def show(value: Any) -> str:
         if not isinstance(value, Tensor):
@@ -125,21 +139,23 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 def _same_form(mine: Any, theirs: Any) -> bool:
+    """Return whether two leaves differ at most in batch size, values and floating-point dtype."""
     if isinstance(mine, Tensor) != isinstance(theirs, Tensor):
         return False
     if not isinstance(mine, Tensor):
         return _is(mine, theirs)
-    # Of real numbers the dtype may be another: autocast, or weights that were replaced by those of another.
+    # Floating-point dtypes may differ: under autocast, or where the weights were replaced by some of another dtype.
     same_kind = mine.dtype == theirs.dtype or (mine.is_floating_point() and theirs.is_floating_point())
     return bool(same_kind and mine.shape[1:] == theirs.shape[1:] and mine.ndim == theirs.ndim)
 
 
 def _is(value: Any, other: Any) -> bool:
-    """Equal, and of one type: 3, 3.0 and True take a forward different ways."""
+    """Return whether both are equal and of one type. A forward may treat 3, 3.0 and True differently."""
     return type(value) is type(other) and bool(value == other)
 
 
 def _split(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Split what the user gave into positional and keyword arguments. Raises CaptureError for an unusable type."""
     if example_inputs is None:
         return (), {_image_argument(model): _example_image(model)}
     if isinstance(example_inputs, Tensor):
@@ -154,39 +170,44 @@ def _split(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict
 
 
 def _image_argument(model: nn.Module) -> str:
-    """HF models name theirs ("pixel_values"); others take the image first."""
+    """Return the name of the image argument: HF's `main_input_name` ("pixel_values"), or the first parameter."""
     named = getattr(model, "main_input_name", None)
     return str(named) if named else next(iter(inspect.signature(model.forward).parameters), "x")
 
 
 def _example_image(model: nn.Module) -> Tensor:
-    """[2, channels, height, width], from timm's `pretrained_cfg` or HF's `config`."""
+    """Return zeros [2, channels, height, width], sized by timm's `pretrained_cfg` or HF's `config`.
+
+    Raises CaptureError where the model has neither.
+    """
     shape = _timm_shape(model) or _hf_shape(model)
     if shape is None:
         raise CaptureError(
-            f"{type(model).__name__} has neither timm's pretrained_cfg nor a HF config to tell its input size: give "
-            f"example_inputs=torch.randn(2, 3, 224, 224), or whatever it takes; on the command line, let the factory say "
-            f"model.pretrained_cfg = {{'input_size': (3, 224, 224)}}"
+            f"{type(model).__name__} has neither timm's pretrained_cfg nor a HF config that gives its input size: give "
+            f"example_inputs=torch.randn(2, 3, 224, 224), or whatever it takes; on the command line, let the factory "
+            f"set model.pretrained_cfg = {{'input_size': (3, 224, 224)}}"
         )
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(_BATCH, *shape, dtype=like.dtype, device=like.device)
 
 
 def _timm_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """Return (channels, height, width) of a timm model, or None where it has no `pretrained_cfg`."""
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(config, Mapping) or "input_size" not in config:
         return None
     channels, *sides = config["input_size"]
-    # A model made with in_chans= or img_size= keeps its pretrained_cfg: the first convolution knows its channels, the patch
-    # embedding the size it was made for.
+    # A model built with in_chans= or img_size= still has the default pretrained_cfg. The first convolution knows the
+    # actual channels, the patch embedding the actual size.
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     embed = getattr(model, "patch_embed", None)
     return (first.in_channels if first else channels, *(getattr(embed, "img_size", None) or sides))
 
 
 def _hf_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """Return (channels, height, width) of a Hugging Face model, or None where its config has no `image_size`."""
     config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", config)  # a tower that keeps the configuration of the whole
+    config = getattr(config, "vision_config", config)  # a vision tower may carry the configuration of the whole model
     side = getattr(config, "image_size", None)
     if side is None:
         return None
@@ -195,8 +216,9 @@ def _hf_shape(model: nn.Module) -> tuple[int, ...] | None:
 
 
 def _two_images(tensor: Tensor) -> Tensor:
+    """Repeat an example of one image so that it holds two. Raises CaptureError where it holds none."""
     if tensor.ndim == 0 or tensor.shape[0] == 0:
         raise CaptureError(
-            f"an example input of shape {list(tensor.shape)} has no image in it; its first side is the batch"
+            f"an example input of shape {list(tensor.shape)} holds no image; its first dimension is the batch"
         )
     return tensor if tensor.shape[0] >= _BATCH else torch.cat([tensor] * _BATCH)

@@ -1,7 +1,7 @@
-"""Two doors into one graph: functional pre-dispatch ATen, with linear, layer_norm and attention whole.
+"""Capture of an `nn.Module` as functional pre-dispatch ATen, in which linear, layer_norm and attention stay whole.
 
-The module door exports an `nn.Module`; the Dynamo door takes what `torch.compile` hands a backend. Both keep a symbolic
-batch, and the operators that come out are the same. See ARCHITECTURE.md for why this level.
+`capture_dynamo` does the same for the graph that `torch.compile` passes to a backend. Both keep the batch symbolic and
+give the same operators. ARCHITECTURE.md says why the graph is captured at this level.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ log = logging.getLogger(__name__)
 
 
 def capture_module(model: nn.Module, signature: CallSignature, training: bool = False) -> fx.GraphModule:
-    """The graph of `model` called as `signature` says, in training or evaluation mode. `model` comes back unchanged."""
+    """Return the graph of `model` called with `signature`, in training or evaluation mode. `model` is not changed.
+
+    Raises CaptureError where torch.export fails, or where the forward changes the model's state at every call.
+    """
     with tracing_lock(), _mode(model, training):
         try:
             program, attributes = export_batched(model, signature)
             if attributes:
+                # A change at the first call alone (a cache, a flag) is harmless, so run the model twice and compare.
                 call = functools.partial(model, *signature.args, **signature.kwargs)
                 attributes = changed_by_each_call(model, call)
             if any(_mutates(node) for node in program.graph.nodes):
@@ -53,9 +57,11 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
 
 
 def _hold_again(exported: fx.GraphModule, gm: fx.GraphModule, held: Mapping[str, str]) -> None:
-    """What `gm` holds and AOT made inputs of, as attributes again: parameters to be frozen (Inductor's option) are so.
+    """Turn the inputs that AOT made of `gm`'s parameters and buffers back into attributes, in place.
 
-    held: names in `gm` by those of the inputs.
+    Inductor's freezing option, for one, only freezes attributes.
+
+    held: names in `gm`, by the inputs' names in `exported`.
     """
     for node in exported.graph.find_nodes(op="placeholder"):
         if node.name in held:
@@ -70,39 +76,43 @@ def _hold_again(exported: fx.GraphModule, gm: fx.GraphModule, held: Mapping[str,
 
 
 def _changed(signature: Any) -> list[str]:
+    """Return the names of the buffers and inputs that an exported graph mutates."""
     return [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
 
 
 def _refuse_changes(model: str, changed: Sequence[str]) -> None:
+    """Raise CaptureError where `changed` is not empty."""
     if changed:
         raise CaptureError(
-            f"{model} changes {', '.join(changed)} when it runs, which a rewritten graph can't keep track of: leave that out "
-            f"of forward, or optimise the module inside that changes nothing (in model.eval() most don't)"
+            f"{model} changes {', '.join(changed)} when it runs, which a rewritten graph can't do: remove the change "
+            f"from forward, or optimise the module inside that changes nothing (in model.eval() most don't)"
         )
 
 
 def _explained(error: Exception) -> str:
-    """What to do about an error of torch.export."""
+    """Return a message for an error of torch.export: what went wrong, where, and what to do about it."""
     if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error):
         return (
-            f"its forward decides by what a tensor holds (an `if`, a loop or a shape that depends on values), and a graph has "
-            f"one course: {_first_lines(error, 1)}{_where(error)}\nOptimise the module inside that doesn't; torch.compile(model, "
-            f"backend='gtp') does so by itself, since Dynamo breaks the graph there"
+            f"its forward decides by what a tensor holds (an `if`, a loop or a shape that depends on values), and a "
+            f"graph has one control flow: {_first_lines(error, 1)}{_where(error)}\nOptimise an inner module that "
+            f"doesn't; torch.compile(model, backend='gtp') does so by itself, since Dynamo breaks the graph there"
         )
     return (
-        f"{_first_lines(error)}{_where(error)}\nGive example_inputs that the model takes; torch.export.export(model, example_inputs) shows "
-        f"the whole error"
+        f"{_first_lines(error)}{_where(error)}\nGive example_inputs that the model accepts; torch.export.export(model, "
+        f"example_inputs) shows the whole error"
     )
 
 
 def export_batched(
     model: nn.Module, signature: CallSignature, batch: Any = torch.export.Dim.DYNAMIC
 ) -> tuple[torch.export.ExportedProgram, list[str]]:
-    """What torch.export makes of `model` by tracing, for any batch, and the attributes that its forward changes.
+    """Export `model` for any batch size. Return the program and the names of the attributes that its forward changes.
 
-    batch: a `torch.export.Dim`; a named one is every tensor's and reaches down to one image, where the model lets it.
+    batch: `torch.export.Dim` of every tensor's first dimension. A named one may include a batch of one, where the model
+        allows it.
 
-    Where Python itself turns the batch into a number (`len(x)`), Dynamo, which doesn't, is asked instead.
+    Some Python code turns the batch into a number (`len(x)`), which non-strict export can't trace. Strict export, which
+    runs Dynamo, is the fallback. Raises non-strict export's error where both fail.
     """
     called, signature = _named_arguments(model, signature)
     dynamic = _by_name(signature, lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None)
@@ -114,19 +124,22 @@ def export_batched(
         return program, attributes
     except Exception:
         try:
-            with warnings.catch_warnings(record=True) as told:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 program = export(strict=True)
         except Exception:
             log.debug("torch.export with strict=True fails as well", exc_info=True)
         else:
-            # Dynamo warns of what it finds changed: whose attributes, not which.
-            return program, [str(warning.message) for warning in told if "side effects" in str(warning.message)]
+            # Dynamo's warnings name the objects whose attributes changed, not the attributes.
+            return program, [str(warning.message) for warning in caught if "side effects" in str(warning.message)]
         raise
 
 
 def _named_arguments(model: nn.Module, signature: CallSignature) -> tuple[nn.Module, CallSignature]:
-    """A model called with flags that its forward takes as `**kwargs`, as one whose forward names them: torch 2.11 exports no other."""
+    """Return the model and signature with explicit parameters for the flags that its forward takes as `**kwargs`.
+
+    torch 2.11 exports only named parameters.
+    """
     parameters = signature.parameters.parameters
     extra = [name for name in signature.kwargs if name not in parameters]
     if not extra:
@@ -139,7 +152,7 @@ def _named_arguments(model: nn.Module, signature: CallSignature) -> tuple[nn.Mod
 
 @contextlib.contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Every module in one mode for a while, then each in its own again."""
+    """Put every module into one mode within the context, and each back into its own afterwards."""
     before = {module: module.training for module in model.modules()}
     try:
         model.train(training)
@@ -155,13 +168,13 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _by_name(signature: CallSignature, each: Callable[[Any], Any]) -> dict[str, Any]:
-    """`each` leaf's, as torch.export wants dynamic shapes: by the parameter's name in `forward`."""
+    """Apply `each` to every leaf and return the results by parameter name, as torch.export takes dynamic shapes."""
     args, kwargs = pytree.tree_map(each, (signature.args, signature.kwargs))
     return dict(signature.parameters.bind(*args, **kwargs).arguments)
 
 
 def _where(error: Exception) -> str:
-    """The line of the model's source at which it came up, where it was running: the last that is neither torch's nor this package's."""
+    """Return " [file:line: code]" of the innermost frame in the model's own source, or "" where there is none."""
     own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
     model = [frame for frame in frames if frame.name != "<module>"]

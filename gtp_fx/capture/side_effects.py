@@ -1,8 +1,8 @@
-"""What a model's forward changes beside making its output: attributes that it sets, lists that it appends to.
+"""Detection of side effects in a model's forward: attributes that it sets, lists that it appends to.
 
-A captured graph holds tensors alone. A map kept for a look at it, or a counter, would silently stay what it was, so a model
-that changes such things at every call is refused by name. What it does once, at its first call (a cache, a flag, a size
-that it corrects), is no such thing.
+A captured graph only computes tensors. A counter, or an attention map stored for inspection, would silently stop
+changing, so a model that changes such attributes at every call is refused by name. A change made only at the first call
+(a cache, a flag, a corrected size) is accepted.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in n
 
 @contextlib.contextmanager
 def watched(model: nn.Module) -> Iterator[list[str]]:
-    """Attributes of modules in `model` that a forward within the context changes, by path. All are put back as they were.
+    """Collect the paths of the attributes that a forward within the context changes, and restore them afterwards.
 
-    Looked at where forward ends: torch.export undoes a part of it before it returns.
+    The list is filled when the context ends. Attributes are compared in a forward hook, because torch.export undoes
+    some changes before it returns.
     """
     changed: dict[str, None] = {}
     found: list[str] = []
@@ -39,7 +40,10 @@ def watched(model: nn.Module) -> Iterator[list[str]]:
 
 @torch.no_grad()
 def changed_by_each_call(model: nn.Module, call: Callable[[], object]) -> list[str]:
-    """Attributes that a second run of `call`, which runs `model`, changes again; buffers and random state are put back, too."""
+    """Return the paths of the attributes that a second run of `call` changes. Restore all state, also random state.
+
+    call: runs `model` once.
+    """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with _put_back(model), torch.random.fork_rng():
         try:
@@ -54,7 +58,7 @@ def changed_by_each_call(model: nn.Module, call: Callable[[], object]) -> list[s
 
 @contextlib.contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
-    """Every module's attributes and hooks as they were, containers with the same items."""
+    """Restore every module's attributes and hooks after the context, and the items of lists and dicts in place."""
     hooks = {module: {name: dict(vars(module)[name] or {}) for name in _HOOKS} for module in model.modules()}
     before = {module: attributes_of(module) for module in model.modules()}
     copies = {module: _copied(attributes) for module, attributes in before.items()}
@@ -75,7 +79,7 @@ def _put_back(model: nn.Module) -> Iterator[None]:
 
 
 def _looks(model: nn.Module) -> dict[str, Any]:
-    """Every attribute of every module by path, with what there is to compare."""
+    """Return a comparable snapshot of every attribute of every module, by path."""
     return {
         ".".join(filter(None, (path, name))): snapshot(value)
         for path, module in model.named_modules()
@@ -84,11 +88,13 @@ def _looks(model: nn.Module) -> dict[str, Any]:
 
 
 def _differing(model: nn.Module, before: dict[str, Any]) -> list[str]:
+    """Return the paths of the attributes that were added, removed or changed since the snapshot `before`."""
     now = _looks(model)
     return [name for name in (before | now) if name not in before or name not in now or before[name] != now[name]]
 
 
 def _copied(value: Any, depth: int = DEPTH) -> Any:
+    """Copy lists and dicts, nested up to `depth`; everything else is returned as it is."""
     if depth and type(value) is list:
         return [_copied(item, depth - 1) for item in value]
     if depth and type(value) is dict:
@@ -97,7 +103,7 @@ def _copied(value: Any, depth: int = DEPTH) -> Any:
 
 
 def _refill(value: Any, copy: Any) -> None:
-    """Give a list or a dict its items back, the same objects."""
+    """Restore the items of a list or dict from its `copy`, in place. The items are the same objects as before."""
     if value is copy:
         return
     if type(value) is list:
@@ -110,7 +116,7 @@ def _refill(value: Any, copy: Any) -> None:
 
 
 def _kept(item: Any, old: Any) -> Any:
-    """`item`, refilled, where it is a container that was here before; else what was."""
+    """Return `item` with its old items where it is a container of the old one's type, else `old`."""
     if type(item) is type(old) and type(old) in (list, dict):
         _refill(item, old)
         return item

@@ -1,4 +1,4 @@
-"""What a module's attributes look like now, to be compared with what they look like later."""
+"""Snapshots of a module's attributes, to be compared with later ones."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from typing import Any
 from torch import Tensor, nn
 
 DEPTH = 4
-"""How deep containers within containers are looked into."""
+"""Levels of nested containers that a snapshot includes."""
 _VALUES = (int, float, complex, str, bytes, bool, type(None))
 _OWN = frozenset(vars(nn.Module())) - {"training"}
-"""nn.Module's own dictionaries: of parameters, buffers and modules, and what it keeps house with."""
+"""Names of nn.Module's internal attributes: parameters, buffers, submodules, hooks."""
 _WHOLE = (Tensor, nn.Module, type, types.ModuleType)
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """But for its tensors and modules."""
+    """Return the module's attributes by name, without its parameters, buffers and submodules."""
     return {name: value for name, value in vars(module).items() if name not in _OWN}
 
 
 def snapshot(value: Any, depth: int = DEPTH, objects: bool = False) -> Any:
-    """Equal for a value that nothing has happened to: containers by their items, plain values by what they are and their type.
+    """Return a snapshot of `value`. Two snapshots are equal if the value did not change between them.
 
-    objects: whether plain objects (a configuration) are looked into as well.
+    Plain values compare by type and value, containers by their items, everything else by identity.
+
+    depth: levels of nested containers to include.
+    objects: also include the attributes of plain objects, such as a configuration.
     """
     if isinstance(value, _VALUES):
         return type(value), repr(value)
@@ -39,7 +42,7 @@ def snapshot(value: Any, depth: int = DEPTH, objects: bool = False) -> Any:
 
 
 class _Same:
-    """Equal to another of the very same object, which it keeps alive, so that its address isn't used again."""
+    """Wrapper that compares by identity. It keeps the object alive, so that its address isn't reused."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

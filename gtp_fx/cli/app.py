@@ -1,6 +1,6 @@
-"""The command line, `gtp-fx`. What it prints goes to stdout, progress and errors to stderr.
+"""The command line, `gtp-fx`. Results go to stdout, progress and errors to stderr.
 
-Exit codes: 0, 1 where a check found a wrong output, 2 for something the caller can change.
+Exit codes: 0 for success, 1 where a check found a wrong output, 2 for an error that the user can fix.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _version(asked: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    """Its options stand before the subcommand."""
+    """Options that stand before the subcommand."""
 
 
 _root.__doc__ = app.info.help

@@ -1,4 +1,4 @@
-"""What the commands have in common: options spelled once, reading what a person typed, and failing as a command does."""
+"""Shared parts of the commands: their options, the reading of what the user typed, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ if TYPE_CHECKING:
 
 
 class Dtype(str, Enum):
+    """Dtypes that the command line offers."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
 class Device(str, Enum):
+    """Devices that the command line offers."""
+
     cpu = "cpu"
     cuda = "cuda"
 
 
 def _models(incomplete: str) -> list[str]:
-    """For a shell's completion: timm's names, which are many, once some letters are there."""
+    """Return timm's names that complete what was typed. None before three letters, since there are many."""
     if len(incomplete) < 3:
         return []
     import timm
@@ -62,8 +66,8 @@ def _modes(incomplete: str) -> list[str]:
 Model = Annotated[
     str,
     typer.Argument(
-        help="timm's name (deit_small_patch16_224), a Hugging Face directory, name or class (ViTForImageClassification), or "
-        "package.module:factory.",
+        help="timm's name (deit_small_patch16_224), a Hugging Face directory, name or class "
+        "(ViTForImageClassification), or package.module:factory.",
         autocompletion=_models,
     ),
 ]
@@ -84,34 +88,35 @@ Target = Annotated[str, typer.Option(help=HELP["target"], autocompletion=_target
 Targets = Annotated[list[str] | None, typer.Option(help=HELP["target"] + _REPEATED, autocompletion=_targets)]
 Mode = Annotated[str | None, typer.Option(help=HELP["mode"], autocompletion=_modes)]
 Batch = Annotated[int, typer.Option(help="Images per run.")]
-Rounds = Annotated[int, typer.Option(help="Rounds of timing, each runs every contender once.")]
+Rounds = Annotated[int, typer.Option(help="Rounds of timing; each runs every contender once.")]
 Weights = Annotated[str | None, typer.Option(help="File of weights: safetensors or a torch state dict.")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the model's weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")]
 
 
 def parse_schedule(text: str) -> str | tuple[int, ...] | Schedule:
-    """A schedule's name, which is checked later, its counts ("8,8,8" gives (8, 8, 8)), or what a file holds. Raises OptionError, ScheduleError."""
+    """Return a schedule's name, unchecked, its counts ("8,8,8" gives (8, 8, 8)), or the Schedule in a .json file.
+
+    Raises OptionError for an unreadable file or other text, and ScheduleError where the file holds no schedule.
+    """
     if text.isalpha():
         return text
     if text.endswith(".json"):
         try:
             return Schedule.from_json(Path(text).read_text())
         except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(
-                f"--schedule {text}: {error}; give a file that `gtp-fx plan --save` has written"
-            ) from error
+            raise OptionError(f"--schedule {text}: {error}; give a file that `gtp-fx plan --save` wrote") from error
     try:
         return tuple(int(entry) for entry in text.split(","))
     except ValueError:
         raise OptionError(
-            f"--schedule {text!r} is neither auto, uniform, even nor a list of counts; give the tokens that leave in each "
+            f"--schedule {text!r} is neither auto, uniform, even nor a list of counts; give the tokens removed at each "
             f"attention block, such as 8,8,8, or a file that ends in .json"
         ) from None
 
 
 def parse_latency(text: str) -> float | str:
-    """A ratio as a number; whatever else as it is, which is checked later."""
+    """Return a ratio as a float, and anything else unchanged and unchecked."""
     try:
         return float(text)
     except ValueError:
@@ -121,7 +126,11 @@ def parse_latency(text: str) -> float | str:
 def budgets(
     flops: list[float] | None, latencies: list[str] | None, schedule: str
 ) -> list[tuple[float | None, str | None]]:
-    """Each budget that was given, in FLOPs or time; where counts were given, perhaps none. Raises OptionError."""
+    """Return the given budgets as pairs (FLOPs, latency), of which one is None.
+
+    A schedule that gives counts needs no budget; the pair is then (None, None). Raises OptionError where another
+    schedule has no budget.
+    """
     found: list[tuple[float | None, str | None]] = [(ratio, None) for ratio in flops or []]
     found += [(None, text) for text in latencies or []]
     if not found and isinstance(parse_schedule(schedule), str):
@@ -138,7 +147,10 @@ def asked(
     batch: int,
     mode: str | None = None,
 ) -> dict[str, Any]:
-    """What `gtp_fx.optimize` is to be told. Raises OptionError, so that a typing error costs no download."""
+    """Return the keyword arguments for `gtp_fx.optimize`.
+
+    Raises OptionError where one is wrong, before any model is downloaded.
+    """
     if flops is None and latency is None:
         budgets(None, None, schedule)
     found: dict[str, Any] = {
@@ -155,7 +167,7 @@ def asked(
 
 
 def load(name: str, pretrained: bool, weights: str | None, dtype: Dtype, device: Device) -> LoadedModel:
-    """Raises OptionError, LoadError."""
+    """Load a model onto a device in a dtype. Raises OptionError where there is no GPU, and LoadError."""
     import torch
 
     from gtp_fx.cli.models import load_named
@@ -169,7 +181,12 @@ def load(name: str, pretrained: bool, weights: str | None, dtype: Dtype, device:
 
 @contextlib.contextmanager
 def explaining(model: str = "") -> Iterator[None]:
-    """Errors that are for people end the command with their message alone; whatever else is a defect and shows where it is."""
+    """End the command with the message alone for errors that the user can fix, and for wrong outputs.
+
+    Any other error is a bug, so it keeps its traceback.
+
+    model: name that precedes the message of a CheckError.
+    """
     try:
         yield
     except GtpError as error:

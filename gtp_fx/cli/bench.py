@@ -1,4 +1,4 @@
-"""`gtp-fx bench`: a table of times, by budget and strategy."""
+"""`gtp-fx bench`: print a table of times, by budget and strategy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def bench(
     eager: Annotated[bool, typer.Option("--eager", help="Compile nothing: eager against eager.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time MODEL against what each budget and strategy makes of it, compiled against compiled, interleaved in one run."""
+    """Time MODEL against its optimised form for each budget and strategy, all compiled, interleaved in one run."""
     from gtp_fx.cli.photo import photo_batch
     from gtp_fx.measure.benchmark import benchmark
     from gtp_fx.options.progress import progress_bar
@@ -59,7 +59,7 @@ def bench(
         if rounds < 1:
             raise OptionError(f"--rounds {rounds}: give at least one")
         if mode is not None and eager:
-            raise OptionError(f"--mode {mode} is how to compile, and --eager compiles nothing: leave one of them out")
+            raise OptionError(f"--mode {mode} is how to compile, but --eager compiles nothing: leave one of them out")
         wanted = itertools.product(strategy or ["gtp"], budgets(flops_budget, latency_budget, schedule))
         options = {_named(how, *budget): asked(*budget, schedule, how, target, batch, mode) for how, budget in wanted}
         loaded = load(model, pretrained, weights, dtype, device)
@@ -79,5 +79,6 @@ def bench(
 
 
 def _named(strategy: str, flops: float | None, latency: str | None) -> str:
-    asked_for = f" {flops:g} FLOPs" if flops is not None else f" {latency} time" if latency is not None else ""
-    return strategy + asked_for
+    """Return a contender's name: its strategy and budget."""
+    budget = f" {flops:g} FLOPs" if flops is not None else f" {latency} time" if latency is not None else ""
+    return strategy + budget

@@ -1,4 +1,4 @@
-"""The commands that make something of an optimised model: `gtp-fx bench` a table of times, `gtp-fx export` a file, `gtp-fx show` a picture."""
+"""`gtp-fx export`: optimise a model and write it to a file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def export(
     batch: Batch = DEFAULTS["batch"],
     format: Annotated[
         str | None,
-        typer.Option(help="torch, aoti or onnx; by the file's suffix where left out, and .pt2 is then torch."),
+        typer.Option(help="torch, aoti or onnx. Default: by the file's suffix, where .pt2 means torch."),
     ] = None,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     device: Annotated[Device, typer.Option()] = Device.cpu,
@@ -52,11 +52,16 @@ def export(
     pretrained: Pretrained = False,
     save_schedule: Annotated[
         Path | None,
-        typer.Option(help="Also write the schedule to this JSON, from which --schedule makes the same model again."),
+        typer.Option(
+            help="Also write the schedule to this JSON file, which --schedule reads to make the same model again."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Optimise MODEL and write it for any batch: a torch.export program, an AOTInductor package or ONNX. Read back and run, too."""
+    """Optimise MODEL and write it for any batch size, as a torch.export program, an AOTInductor package or ONNX.
+
+    The file is read back and run as a check.
+    """
     with explaining(model):
         if format is not None and format not in FORMATS:
             raise OptionError(f"--format {format}: give {', '.join(FORMATS)}")

@@ -1,4 +1,4 @@
-"""`gtp-fx inspect`: what the compiler sees in a model."""
+"""`gtp-fx inspect`: print what the compiler sees in a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def inspect(
     model: Model,
     as_json: AsJson = False,
 ) -> None:
-    """Print what the compiler sees in MODEL: attention blocks, their tokens, what can be done at each, what can't and why.
+    """Print MODEL's attention blocks and their tokens, what can be done at each block, what can't, and why.
 
     The model is built without its weights, and nothing is rewritten.
     """

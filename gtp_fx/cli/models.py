@@ -1,12 +1,12 @@
-"""What a person may name a model by: timm's name, something of Hugging Face's, or a function of their own.
+"""Models by name: timm's, Hugging Face's, or the user's own.
 
 deit_small_patch16_224          timm's name
-path/to/model                   a directory with Hugging Face's config.json, and weights where it has some
-google/vit-base-patch16-224     a model of the hub: its configuration is fetched, its weights with pretrained
-ViTForImageClassification       a class of transformers, as its default configuration has it
+path/to/model                   a directory with Hugging Face's config.json, and weights if it has some
+google/vit-base-patch16-224     a model on the hub; its weights are only downloaded with `pretrained`
+ViTForImageClassification       a class of transformers, with its default configuration
 package.module:factory          a function without arguments that returns the model
 
-Only the last runs code that isn't installed: a directory's or the hub's own never is.
+Only the last form runs code that isn't installed. Code in a directory or on the hub is never run.
 """
 
 from __future__ import annotations
@@ -35,9 +35,14 @@ from gtp_fx.cli.weights import (
 
 
 def load_named(name: str, *, pretrained: bool = False, weights: str | Path | None = None) -> LoadedModel:
-    """The model, in eval mode, float32, on the CPU; with random weights where there are no others. Raises LoadError.
+    """Return the model in eval mode, float32, on the CPU.
 
-    pretrained: download weights (timm's, the hub's). weights: a file of them, safetensors or a torch state dict.
+    Its weights are random where neither argument nor the name's directory or factory gives any.
+
+    pretrained: download weights, from timm or the hub.
+    weights: file of weights, safetensors or a torch state dict.
+
+    Raises LoadError.
     """
     if not _is_factory(name) and not _is_hugging_face(name):
         return load_model(name, pretrained=pretrained, weights=weights)
@@ -55,7 +60,7 @@ def load_named(name: str, *, pretrained: bool = False, weights: str | Path | Non
 
 
 def named_on_meta(name: str) -> nn.Module:
-    """The model without weights, in eval mode: enough to plan by. Raises LoadError."""
+    """Return the model without weights (on the meta device), in eval mode, to plan with. Raises LoadError."""
     if not _is_factory(name) and not _is_hugging_face(name):
         return build_on_meta(name)
     with torch.device("meta"):
@@ -66,21 +71,24 @@ def named_on_meta(name: str) -> nn.Module:
 
 
 def _is_factory(name: str) -> bool:
+    """Return whether `name` has the form package.module:factory."""
     return ":" in name and not Path(name).exists()
 
 
 def _is_hugging_face(name: str) -> bool:
+    """Return whether `name` is a directory, a name on the hub, or a class of transformers."""
     return Path(name).is_dir() or "/" in name or (name[:1].isupper() and name.isidentifier())
 
 
 def _factory(name: str) -> Callable[[], Any]:
+    """Import the factory that `name` refers to. Raises LoadError where there is none."""
     module, _, function = name.partition(":")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # a command finds what lies where it is called, as `python -m` does
+        sys.path.insert(0, "")  # import from the working directory, as `python -m` does
     try:
         made = importlib.import_module(module)
     except ImportError as error:
-        raise LoadError(f"{name}: {error}; give package.module:factory, found from here or installed") from error
+        raise LoadError(f"{name}: {error}; give package.module:factory, in this folder or installed") from error
     found = getattr(made, function, None)
     if not callable(found):
         raise LoadError(f"{name}: {module} has no function {function!r} that returns a model")
@@ -88,12 +96,14 @@ def _factory(name: str) -> Callable[[], Any]:
 
 
 def _called(name: str) -> nn.Module:
+    """Return the factory's model in eval mode. Raises LoadError where it raises or returns something else."""
     factory = _factory(name)
     try:
         model = factory()
     except Exception as error:  # whatever a user's code raises
         raise LoadError(
-            f"{name}() raised {type(error).__name__}: {first_line(error)}; give a function that returns a model when it is called without arguments"
+            f"{name}() raised {type(error).__name__}: {first_line(error)}; give a function that returns a model when "
+            f"it is called without arguments"
         ) from error
     if not isinstance(model, nn.Module):
         raise LoadError(f"{name}() returned {type(model).__name__}, no torch.nn.Module")
@@ -101,6 +111,7 @@ def _called(name: str) -> nn.Module:
 
 
 def _hugging_face(name: str, pretrained: bool) -> LoadedModel:
+    """Load a model of Hugging Face's, with a directory's weights, the hub's or random ones. Raises LoadError."""
     cls, config = _class_and_config(name)
     has_weights = Path(name).is_dir() and any(Path(name).glob("*.safetensors"))
     if not has_weights and not pretrained:
@@ -110,13 +121,16 @@ def _hugging_face(name: str, pretrained: bool) -> LoadedModel:
         filled: nn.Module = cls.from_pretrained(name, config=config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise LoadError(
-            f"weights of {name} can't be had: {first_line(error)}; check the network or the directory"
+            f"weights of {name} can't be loaded: {first_line(error)}; check the network or the directory"
         ) from error
     return LoadedModel(_about_images(name, filled.float().eval()), name, f"pretrained ({name})")
 
 
 def _class_and_config(name: str) -> tuple[Any, Any]:
-    """The class that a configuration says its weights are of, or the one that is named itself; and its configuration."""
+    """Return the class and configuration of a model. The class is `name` itself, or the one its configuration names.
+
+    Raises LoadError where there is no such class or configuration.
+    """
     transformers = _transformers()
     if "/" not in name and not Path(name).is_dir():
         cls: Any = getattr(transformers, name, None)
@@ -128,7 +142,7 @@ def _class_and_config(name: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         where = "the directory" if Path(name).is_dir() else "the name and the network"
         raise LoadError(f"no configuration of {name} can be had: {first_line(error)}; check {where}") from error
-    # AutoModel would leave out the head that these weights have.
+    # Not AutoModel, which would leave out the head that these weights include.
     architectures = getattr(config, "architectures", None) or []
     if not architectures or not hasattr(transformers, architectures[0]):
         raise LoadError(f"{name}: its configuration names no class of transformers (architectures: {architectures})")
@@ -136,16 +150,18 @@ def _class_and_config(name: str) -> tuple[Any, Any]:
 
 
 def _about_images(name: str, model: nn.Module) -> nn.Module:
+    """Return `model` if its main input is an image or the like. Raises LoadError otherwise."""
     takes = getattr(model, "main_input_name", "pixel_values")
     if takes not in ("pixel_values", "pixel_values_videos", "input_values"):
         raise LoadError(
-            f"{name} is a {type(model).__name__}, which takes {takes}: give its vision tower, by a class of transformers or as "
-            f"package.module:factory"
+            f"{name} is a {type(model).__name__}, which takes {takes}: give its vision tower, by a class of "
+            f"transformers or as package.module:factory"
         )
     return model
 
 
 def _transformers() -> Any:
+    """Import transformers. Raises LoadError where it isn't installed."""
     try:
         import transformers
     except ImportError as error:

@@ -71,7 +71,7 @@ def optimize(
         if rounds < 1:
             raise OptionError(f"--rounds {rounds}: give at least one")
         if mode is not None and no_time:
-            raise OptionError(f"--mode {mode} is how to compile, and --no-time compiles nothing: leave one of them out")
+            raise OptionError(f"--mode {mode} is how to compile, but --no-time compiles nothing: leave one of them out")
         options = asked(flops_budget, latency_budget, schedule, strategy, target, batch, mode)
         must_draw(plot)
         loaded = load(model, pretrained, weights, dtype, device)

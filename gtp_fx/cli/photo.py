@@ -1,6 +1,7 @@
-"""A real photograph as an input batch: what models see in service, which noise is not.
+"""Photographs as input batches.
 
-Token propagation looks at how alike tokens are, so a check on noise says little. The picture is in data/, with its source.
+Token propagation depends on the similarity of tokens, so a check on noise says little. The packaged photograph is in
+data/, with its source.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gtp_fx.cli.weights import import_timm
 from gtp_fx.errors import OptionError
 
 _LEAST_SCALE = 0.6
-"""Smallest crop, as a share of the photograph's sides: the subject stays in sight."""
+"""Smallest crop, as a share of the photograph's sides. The subject stays visible."""
 
 _UNKNOWN: dict[str, Any] = {
     "mean": (0.5,) * 3,
@@ -29,14 +30,16 @@ _UNKNOWN: dict[str, Any] = {
     "crop_pct": 1.0,
     "crop_mode": "squash",
 }
-"""The whole picture, for a model without timm's data configuration, as most such models are trained."""
+"""Data configuration for a model without timm's: the whole picture, normalised as for most such models."""
 
 
 def photo_batch(model: nn.Module, batch: int) -> Tensor:
-    """[batch, 3, height, width] in the model's size, dtype and device, prepared as timm does for this model.
+    """Return [batch, 3, height, width] in the model's size, dtype and device, prepared as timm does for the model.
 
-    Image 0 is the whole photograph; the others are crops of it, half of them mirrored, the same ones each time.
-    Raises OptionError for a batch below 1 or a model of other than 3 channels, CaptureError where its size is unknown.
+    Image 0 is the whole photograph. The others are crops, half of them mirrored, the same in each call.
+
+    Raises OptionError for a batch below 1 or a model without 3 channels, CaptureError where the input size is unknown,
+    and LoadError where timm isn't installed.
     """
     if batch < 1:
         raise OptionError(f"batch={batch}: give at least one image")
@@ -47,14 +50,17 @@ def photo_batch(model: nn.Module, batch: int) -> Tensor:
 
 
 def prepared(model: nn.Module, picture: Image.Image) -> Tensor:
-    """[1, 3, height, width] of any picture, prepared as timm does for this model, in its size, dtype and device."""
+    """Return a picture as [1, 3, height, width] in the model's size, dtype and device, prepared as timm does.
+
+    Raises as `photo_batch` does.
+    """
     example = _image_example(model)
     image = _preparation(model, tuple(example.shape[1:]))(picture.convert("RGB"))
     return image[None].to(example.device, example.dtype)
 
 
 def as_seen(model: nn.Module, image: Tensor) -> Tensor:
-    """[height, width, 3] in [0, 1], of a prepared [1, 3, height, width]: the crop that the model sees, to look at."""
+    """Return a prepared image [1, 3, height, width] as [height, width, 3] in [0, 1], for display."""
     config = _data_config(model)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     seen: Tensor = image[0].detach().cpu().float() * std + mean
@@ -62,7 +68,7 @@ def as_seen(model: nn.Module, image: Tensor) -> Tensor:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Raises OptionError where it can't be read."""
+    """Return the picture in a file, RGB. Raises OptionError where it can't be read."""
     try:
         with Image.open(path) as file:
             return file.convert("RGB")
@@ -73,21 +79,24 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def load_photo() -> Image.Image:
-    """The packaged photograph, RGB."""
+    """Return the packaged photograph, RGB."""
     with files("gtp_fx.cli").joinpath("data", "photo.jpg").open("rb") as file:
         return Image.open(file).convert("RGB")
 
 
 def _image_example(model: nn.Module) -> Tensor:
+    """Return the model's example input. Raises OptionError where it is no batch of images with 3 channels."""
     signature = call_signature(model, None)
     example = next(v for v in (*signature.args, *signature.kwargs.values()) if isinstance(v, Tensor))
     if example.ndim != 4 or example.shape[1] != 3:
-        raise OptionError(f"{type(model).__name__} takes {list(example.shape[1:])}, a photograph is [3, height, width]")
+        raise OptionError(
+            f"{type(model).__name__} takes {list(example.shape[1:])}, but a photograph is [3, height, width]"
+        )
     return example
 
 
 def _views(photo: Image.Image, count: int) -> list[Image.Image]:
-    """`count` differing views of the photograph, in its own proportions."""
+    """Return `count` different views of the photograph, with its aspect ratio."""
     chance = random.Random(0)
     views = [photo]
     for index in range(1, count):
@@ -100,7 +109,10 @@ def _views(photo: Image.Image, count: int) -> list[Image.Image]:
 
 
 def _preparation(model: nn.Module, size: tuple[int, ...]) -> Callable[[Image.Image], Tensor]:
-    """timm's evaluation transform: image to [3, height, width], `size`. Raises LoadError where there is no timm."""
+    """Return timm's evaluation transform, from an image to a tensor of `size`, [3, height, width].
+
+    Raises LoadError where timm isn't installed.
+    """
     import_timm("transforms of images")
     from timm.data.transforms_factory import create_transform
 
@@ -108,7 +120,7 @@ def _preparation(model: nn.Module, size: tuple[int, ...]) -> Callable[[Image.Ima
 
 
 def _data_config(model: nn.Module) -> dict[str, Any]:
-    """Of timm's transform: mean, std, crop_pct and the like."""
+    """Return the settings of timm's transform for the model: mean, std, crop_pct and the like."""
     if not isinstance(getattr(model, "pretrained_cfg", None), Mapping):
         return _UNKNOWN
     from timm.data.config import resolve_data_config

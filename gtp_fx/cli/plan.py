@@ -1,5 +1,4 @@
-"""The commands that look ahead: `gtp-fx inspect` says what the compiler sees in a model, `gtp-fx plan` what a budget would do to it,
-`gtp-fx tune` measures what that rests on."""
+"""`gtp-fx plan`: print what a budget would do to a model."""
 
 from __future__ import annotations
 
@@ -44,24 +43,22 @@ def plan(
         Path | None, typer.Option(help="Draw tokens per block, for every budget and target, to this PNG.")
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(help="Write the schedule to this JSON; one budget and one target only.")
+        Path | None, typer.Option(help="Write the schedule to this JSON file; one budget and one target only.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a budget would do to MODEL: where tokens leave, FLOPs and predicted time of every block. Nothing is compiled.
+    """Print what a budget would do to MODEL: the removed tokens, FLOPs and predicted time of every block.
 
-    The model is built without its weights, so even large ones take seconds.
+    Nothing is compiled. The model is built without its weights, so even a large one takes seconds.
     """
     from gtp_fx.report.plots import must_draw, must_have_folder, plot_tokens
 
     with explaining():
-        asked_for = itertools.product(target or ["auto"], budgets(flops_budget, latency_budget, schedule))
-        options = [
-            Options.of(**asked(*budget, schedule, strategy, processor, batch)) for processor, budget in asked_for
-        ]
+        wanted = itertools.product(target or ["auto"], budgets(flops_budget, latency_budget, schedule))
+        options = [Options.of(**asked(*budget, schedule, strategy, processor, batch)) for processor, budget in wanted]
         if save is not None and len(options) != 1:
             raise OptionError(
-                f"--save keeps one schedule, and {len(options)} were asked for: give one budget and one target"
+                f"--save keeps one schedule, but {len(options)} were asked for: give one budget and one target"
             )
         must_draw(plot)
         must_have_folder(save)
@@ -79,6 +76,7 @@ def plan(
 
 
 def _forecasts(model: str, dtype: Dtype, wanted: list[Options]) -> list[Forecast]:
+    """Return the forecast for each of `wanted`, from one capture of the model on the meta device."""
     import torch
 
     from gtp_fx.cli.models import named_on_meta

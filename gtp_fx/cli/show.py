@@ -1,4 +1,4 @@
-"""`gtp-fx show`: a picture of where an image's tokens went."""
+"""`gtp-fx show`: draw which of an image's tokens are removed, and where they are propagated to."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ from gtp_fx.options.options import DEFAULTS
 
 def show(
     model: Model,
-    image: Annotated[
-        Path | None, typer.Argument(help="A JPEG or PNG; a photograph of the package's where left out.")
-    ] = None,
+    image: Annotated[Path | None, typer.Argument(help="A JPEG or PNG. Default: the package's photograph.")] = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("tokens.png"),
     flops_budget: FlopsBudget = DEFAULTS["flops_budget"],
     latency_budget: LatencyBudget = DEFAULTS["latency_budget"],
@@ -45,8 +43,11 @@ def show(
     pretrained: Pretrained = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw IMAGE with what becomes of its tokens in MODEL: kept and leaving at each site, who receives them, and the token scales at the end; in
-    models of windows, which skip at each site."""
+    """Draw what becomes of IMAGE's tokens in MODEL.
+
+    At each site: which tokens are kept and removed, and which ones receive the removed ones; at the end, the token
+    scales. In a model with windowed attention: which tokens skip at each site.
+    """
     from gtp_fx.cli.photo import as_seen, load_photo, prepared, read_picture
     from gtp_fx.report.draw_token_flow import draw_token_flow
     from gtp_fx.report.plots import must_draw

@@ -1,4 +1,4 @@
-"""`gtp-fx tune`: measure this machine's rates, and keep them."""
+"""`gtp-fx tune`: measure this machine's rates and save them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from gtp_fx.errors import OptionError
 
 def tune(
     device: Annotated[str, typer.Option(help="cpu or cuda; auto is the GPU where there is one.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of products and attention.")] = Dtype.float32,
-    rounds: Annotated[int, typer.Option(help="Rounds of timing, each runs every probe once.")] = 9,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of products and attention.")] = Dtype.float32,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing; each runs every probe once.")] = 9,
     as_json: AsJson = False,
 ) -> None:
-    """Measure this machine's rates, a minute or two of small kernels, and keep them: predictions then rest on them. On a GPU, kernels' tiles too."""
+    """Measure this machine's rates with a minute or two of small kernels, and save them for later predictions.
+
+    On a GPU, tune the kernels' tiles too.
+    """
     import torch
 
     from gtp_fx.kernels.available import has_kernels
@@ -36,7 +39,8 @@ def tune(
         if rounds < 1:
             raise OptionError(f"--rounds {rounds}: give at least one")
         with progress_bar() as show:
-            if has_kernels(torch.device(listed(device).device)):  # first: the curves are those of the tiles chosen
+            # Choose tiles first, because the curves are measured with them.
+            if has_kernels(torch.device(listed(device).device)):
                 from gtp_fx.measure.tune_kernels import tune_kernels  # which imports Triton
 
                 tune_kernels(torch.device("cuda"), getattr(torch, dtype.value), rounds, show)

@@ -1,4 +1,4 @@
-"""Edits of FX graphs that keep their metadata: calls, copies, other results, cleaning up."""
+"""Edits of FX graphs that keep their metadata: inserted calls, copies, other results, cleaning up."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gtp_fx.graph.nodes import attention_dropout
 from gtp_fx.graph.torch_internals import return_flat, take_signature
 
 META_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
+"""The metadata that tells where in the model a node comes from."""
 
 
 def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node) -> fx.Node:
@@ -27,7 +28,10 @@ def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node) -> fx.Node:
 class Emitter:
     """Inserts calls into a graph, in order, with the origin (layer, stack trace) of another node.
 
-    before: the node that they stand before; the graph's own insertion point where None. inserted: what was inserted so far.
+    graph: the graph to insert into.
+    like: the node whose origin they get.
+    before: the node that they are inserted before; the graph's own insertion point where None.
+    inserted: the nodes inserted so far.
     """
 
     graph: fx.Graph
@@ -43,19 +47,19 @@ class Emitter:
 
 
 def set_args(node: fx.Node, args: tuple[Any, ...]) -> None:
-    """Change a node's arguments; its value is computed anew by the next `propagate_shapes`."""
+    """Change a node's arguments. The next `propagate_shapes` recomputes its value."""
     if args != node.args:
         node.args = args
         node.meta.pop("val", None)
 
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph module of its own over the same parameters, so that a pass never touches its input."""
+    """Return a new graph module over the same parameters, so that a pass never changes its input."""
     return copy_with_nodes(gm)[0]
 
 
 def copy_with_nodes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """The same, and each node's copy."""
+    """Return the same, and each node's copy."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
@@ -66,23 +70,23 @@ def copy_with_nodes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
 
 
 def returning(gm: fx.GraphModule, results: Callable[[dict[fx.Node, fx.Node]], list[fx.Node]]) -> fx.GraphModule:
-    """A graph module over the same parameters that takes `gm`'s inputs and returns a flat list of other values.
+    """Return a graph module over the same parameters that takes `gm`'s inputs and returns a flat list of other values.
 
-    results: told each node's copy, it inserts what it wants among them and says which nodes are returned.
+    results: maps each node to its copy; inserts what it needs among the copies and returns the nodes to return.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(gm.graph, copies)
     take_signature(graph, gm.graph)
-    found = results(copies)
-    graph.output(found)
-    return_flat(graph, found)
+    returned = results(copies)
+    graph.output(returned)
+    return_flat(graph, returned)
     graph.eliminate_dead_code()
     return fx.GraphModule(gm, graph)
 
 
 def finish(gm: fx.GraphModule) -> fx.GraphModule:
-    """Drop what nothing uses, check the graph, regenerate its code."""
+    """Remove what nothing uses, check the graph, regenerate its code."""
     gm.graph.eliminate_dead_code(is_impure_node=_is_impure)
     gm.graph.lint()
     gm.recompile()
@@ -90,7 +94,10 @@ def finish(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_impure(node: fx.Node) -> bool:
-    """Attention may draw random numbers, so torch keeps it; without dropout it draws none."""
+    """Return whether a node has an effect beside its value.
+
+    Torch keeps attention because it may draw random numbers; without dropout it draws none.
+    """
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return bool(attention_dropout(node))
     return bool(node.is_impure())

@@ -1,4 +1,4 @@
-"""Small questions about FX graphs that several passes ask, and the steps that every rewrite ends with."""
+"""Small queries about FX nodes and graphs that several passes need."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def is_input(node: fx.Node) -> bool:
-    """A value that the graph doesn't compute: an argument, a parameter, a buffer."""
+    """Return whether the graph doesn't compute the value: an argument, a parameter, a buffer."""
     return node.op in ("placeholder", "get_attr")
 
 
 def operator_name(node: fx.Node) -> str:
-    """The operator as a person reads it: "aten.linear.default"."""
+    """Return the operator as a person reads it: "aten.linear.default"."""
     return str(node.target) if node.op == "call_function" else node.op
 
 
 def layer_name(node: fx.Node) -> str:
-    """The path of the module that the node came from ("blocks.3.attn"), or "" where the graph keeps none."""
+    """Return the path of the module that the node came from ("blocks.3.attn"), or "" where the graph keeps none."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
@@ -35,7 +35,10 @@ def layer_name(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """Where in the model's source the node was called, "timm/layers/attention.py:124", or "" where the graph doesn't know."""
+    """Return where in the model's source the node was called.
+
+    A file and a line, such as "timm/layers/attention.py:124"; "" where the graph keeps no stack trace.
+    """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
@@ -46,21 +49,22 @@ def source_line(node: fx.Node) -> str:
 
 
 def refusal(node: fx.Node, reason: str) -> Refusal:
-    """What the compiler leaves as it is at `node`, and why."""
+    """Return a refusal: what the compiler doesn't change at `node`, and why."""
     return Refusal(layer_name(node), operator_name(node), reason, source_line(node))
 
 
 def descendants(node: fx.Node) -> set[fx.Node]:
-    """Every node that depends on `node`."""
+    """Return every node that depends on `node`."""
     return _closure([node], lambda n: n.users)
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    """Every node that `node` depends on."""
+    """Return every node that `node` depends on."""
     return _closure([node], lambda n: n.all_input_nodes)
 
 
 def _closure(start: list[fx.Node], step: Any) -> set[fx.Node]:
+    """Return everything that repeated steps from `start` reach."""
     found: set[fx.Node] = set()
     pending = list(start)
     while pending:
@@ -72,17 +76,18 @@ def _closure(start: list[fx.Node], step: Any) -> set[fx.Node]:
 
 
 def attention_dropout(node: fx.Node) -> Any:
-    """dropout_p of aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, …)."""
+    """Return dropout_p of aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, …)."""
     return node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
 
 
 def count_nodes(graph: fx.Graph, targets: Iterable[Any]) -> int:
+    """Count the calls of any of `targets`."""
     wanted = set(targets)
     return sum(node.op == "call_function" and node.target in wanted for node in graph.nodes)
 
 
 def tensors_of(value: object) -> list[torch.Tensor]:
-    """The tensors in a node's value, which may be a list of them."""
+    """Return the tensors in a node's value, which may be a list of them."""
     if isinstance(value, torch.Tensor):
         return [value]
     return [v for v in value if isinstance(v, torch.Tensor)] if isinstance(value, list | tuple) else []

@@ -1,4 +1,4 @@
-"""Families of ATen operators, each once, by name: a new overload is added here and known everywhere."""
+"""Families of ATen operators, each listed once, by name: a new overload is added here and known everywhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONVOLUTIONS: Family = (
 )
 POOLINGS: Family = (aten.avg_pool2d.default, aten.max_pool2d.default, aten.adaptive_avg_pool2d.default)
 GRID_MAKERS: Family = (*CONVOLUTIONS, *POOLINGS)
-"""Where a grid of patches may begin."""
+"""Operators at which a grid of patches may begin."""
 
 # ---- reductions, norms, randomness
 
@@ -45,7 +45,7 @@ SQUEEZES: Family = (aten.squeeze.dim, aten.squeeze.dims)
 PERMUTATIONS: Family = (aten.permute.default, aten.transpose.int)
 COPIES: Family = (aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default)
 REARRANGED: Family = (aten.clone.default, aten.contiguous.default)
-"""Another layout in memory."""
+"""Copies in another memory layout."""
 CASTS: Family = (aten.to.dtype, aten._to_copy.default)
 CASTS_LIKE: Family = (aten.type_as.default, aten.to.other)
 SPLITS: Family = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
@@ -119,7 +119,7 @@ BINARY: Family = (
     aten.pow.Tensor_Tensor,
     *CHOICES,
 )
-"""Entry by entry of several tensors."""
+"""Element-wise operators of several tensors."""
 UNARY: Family = (
     *COPIES,
     *REARRANGED[1:],
@@ -170,7 +170,7 @@ UNARY: Family = (
     aten.sqrt.default,
     aten.tanh.default,
 )
-"""Entry by entry of one tensor."""
+"""Element-wise operators of one tensor."""
 MASK_ARITHMETIC: Family = (
     *CHOICES,
     *COMPARISONS_WITH_NUMBER,
@@ -191,4 +191,4 @@ MASK_ARITHMETIC: Family = (
     aten.to.dtype,
     aten.masked_fill.Scalar,
 )
-"""What masks are made by, whose result for one image is the result for each."""
+"""Operators that masks are built with. Their result for one image is their result for each."""

@@ -1,9 +1,9 @@
 """Sizes as plain integers, symbolic ones included.
 
-A captured graph has symbolic sizes (the batch is one). Matching shapes means dividing and comparing products of sizes,
-which is exact and fast on integers, so each free symbol is replaced by a large prime of its own: the factors of a
-size then tell its symbols, as unique factorisation promises. No real model has a dimension divisible by such a prime.
-Running a graph of fake tensors on integers is several times faster, too, than on symbols.
+A captured graph has symbolic sizes; the batch is one. Matching shapes means dividing and comparing products of sizes,
+which is exact and fast on integers. So each free symbol is replaced by a large prime of its own, and the prime factors
+of a size then name its symbols. No real model has a dimension divisible by such a prime. Running a graph of fake
+tensors is also several times faster on integers than on symbols.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from gtp_fx.graph.torch_internals import fake_mode
 
 _prime_of: dict[str, int] = {}
+"""The prime of each symbol, by the symbol's name."""
 
 
 def fix_symbols(gm: fx.GraphModule) -> None:
@@ -40,7 +41,7 @@ def fix_symbols(gm: fx.GraphModule) -> None:
 
 
 def concrete(size: int | torch.SymInt) -> int:
-    """`size` with each free symbol replaced by its prime."""
+    """Return `size` with each free symbol replaced by its prime."""
     if isinstance(size, int):
         return size
     expression = size.node.expr
@@ -48,16 +49,17 @@ def concrete(size: int | torch.SymInt) -> int:
 
 
 def concrete_shape(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
+    """Return `sizes` with each free symbol replaced by its prime."""
     return tuple(concrete(size) for size in sizes)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """The shape of a node's value, symbols as primes. The node must be a tensor's."""
+    """Return the shape of a node's value, symbols as primes. The node must be a tensor's."""
     return tuple(node.meta["val"].shape)
 
 
 def at_batch(size: int, batch: int) -> int:
-    """`size` when a run takes `batch` images: every symbol set to that."""
+    """Return `size` in a run of `batch` images: every symbol set to that."""
     for prime in _prime_of.values():
         while size and size % prime == 0:
             size = size // prime * batch
@@ -65,17 +67,17 @@ def at_batch(size: int, batch: int) -> int:
 
 
 def per_image(size: int) -> int:
-    """`size` at batch 1: every symbol set to one."""
+    """Return `size` at batch 1: every symbol set to one."""
     return at_batch(size, 1)
 
 
 def is_symbolic(size: int) -> bool:
-    """True for a size that is only known when the graph runs."""
+    """Return whether a size is known only when the graph runs."""
     return per_image(size) != size
 
 
 def fixed_symbols(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes with a prime among their arguments: a rewrite has taken a symbol for a number."""
+    """Return the nodes with a prime among their arguments: there, a rewrite has taken a symbol for a number."""
     return [
         node
         for node in graph.nodes
@@ -84,6 +86,7 @@ def fixed_symbols(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _prime(symbol: str) -> int:
+    """Return a symbol's prime: the next one not taken, where the symbol is new."""
     if symbol not in _prime_of:
         _prime_of[symbol] = int(sympy.nextprime(max(_prime_of.values(), default=1_000_000)))
     return _prime_of[symbol]

@@ -1,7 +1,8 @@
-"""Every private name of torch that this package calls, a function each, with the public one that may replace it.
+"""Every private name of torch that this package calls: a function each, with the public name that may replace it.
 
-What is imported inside a function takes a second or more to import, so it is when somebody asks. The dictionaries that an
-`nn.Module` keeps its parameters in (`_parameters`, `_buffers`, `_modules`) are used where modules share them (`gtp_fx.model`).
+Modules that take a second or more to import are imported inside the functions that need them. The dictionaries that an
+`nn.Module` keeps its parameters in (`_parameters`, `_buffers`, `_modules`) are used directly where modules share them
+(`gtp_fx.model`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 
 def take_signature(graph: fx.Graph, of: fx.Graph) -> None:
-    """Give `graph` the inputs' and outputs' structure of another, which torch.export keeps in its code generator.
+    """Give `graph` the structure of another graph's inputs and outputs, which torch.export keeps in its code generator.
 
     Public: nothing; `fx.GraphModule.__copy__` copies the whole module.
     """
@@ -31,14 +32,14 @@ def take_signature(graph: fx.Graph, of: fx.Graph) -> None:
 
 def return_flat(graph: fx.Graph, returned: list[fx.Node]) -> None:
     """Let a graph that has a structure of outputs return a flat list instead."""
-    taken: Any = graph._codegen
-    if hasattr(taken, "pytree_info"):
+    codegen: Any = graph._codegen
+    if hasattr(codegen, "pytree_info"):
         out_spec = pytree.tree_structure(returned)
-        graph.set_codegen(type(taken)(taken.pytree_info._replace(out_spec=out_spec)))
+        graph.set_codegen(type(codegen)(codegen.pytree_info._replace(out_spec=out_spec)))
 
 
 def copy_parameter_sources(gm: fx.GraphModule, of: fx.GraphModule) -> None:
-    """Keep what Dynamo noted of where parameters come from: Inductor's `freezing` asks for it."""
+    """Keep Dynamo's notes of where parameters come from, which Inductor's `freezing` needs."""
     if hasattr(of, "_param_name_to_source"):
         gm._param_name_to_source = of._param_name_to_source  # type: ignore[assignment]
 
@@ -47,12 +48,15 @@ def copy_parameter_sources(gm: fx.GraphModule, of: fx.GraphModule) -> None:
 
 
 def fake_mode() -> AbstractContextManager[Any]:
-    """A mode in which tensors have shapes and no numbers. Public: `torch.export.Dim`'s tracing alone; none for a mode."""
+    """Return a mode in which tensors have shapes and no numbers.
+
+    Public: none for a mode; only tracing with `torch.export.Dim` makes one.
+    """
     return FakeTensorMode()
 
 
 def mode_of(fake: Tensor) -> AbstractContextManager[Any]:
-    """The mode that a fake tensor was made in; fakes of different modes don't mix."""
+    """Return the mode that a fake tensor was made in; fakes of different modes don't mix."""
     return cast("AbstractContextManager[Any]", cast(FakeTensor, fake).fake_mode)
 
 
@@ -60,7 +64,7 @@ def mode_of(fake: Tensor) -> AbstractContextManager[Any]:
 
 
 def aot_export(gm: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
-    """Dynamo's graph in functional pre-dispatch ATen, and its signature, under a tracing context of its own.
+    """Return Dynamo's graph in functional pre-dispatch ATen, and its signature; traced in a tracing context of its own.
 
     Public: `torch.export.export`, which takes modules and not a backend's graphs.
     """
@@ -73,24 +77,24 @@ def aot_export(gm: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule
 
 
 def tracing_lock() -> AbstractContextManager[Any]:
-    """A context that one thread is in at a time, the one that Dynamo holds when it calls a backend. Public: none."""
+    """Return the lock that Dynamo holds when it calls a backend, as a context. Public: none."""
     return cast("AbstractContextManager[Any]", importlib.import_module("torch._dynamo.convert_frame").compile_lock)
 
 
 def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """What Inductor makes of a graph that a backend was given. Public: `torch.compile`, which traces anew."""
+    """Compile with Inductor a graph that a backend was given. Public: `torch.compile`, which traces anew."""
     compile_fx = importlib.import_module("torch._inductor.compile_fx").compile_fx
     return cast("Callable[..., Any]", compile_fx(gm, list(inputs), config_patches=dict(options)))
 
 
 def inductor_config() -> dict[str, Any]:
-    """Every option of Inductor's with its value. Public: `torch._inductor.list_options`, names alone."""
+    """Return every option of Inductor with its value. Public: `torch._inductor.list_options`, names alone."""
     config: Any = importlib.import_module("torch._inductor.config")
     return dict(config.get_config_copy())
 
 
 def inductor_modes() -> Mapping[str, Mapping[str, Any]]:
-    """`torch.compile`'s modes, and the options that each stands for. Documented, under a private module's name."""
+    """Return `torch.compile`'s modes, with each one's options. Documented, under a private module's name."""
     return cast("Mapping[str, Mapping[str, Any]]", torch._inductor.list_mode_options())
 
 
@@ -100,7 +104,7 @@ def package_aoti(program: torch.export.ExportedProgram, file: str) -> None:
 
 
 def load_aoti(file: str) -> Callable[..., Any]:
-    """What runs an AOTInductor package. Documented, under a private module's name."""
+    """Load an AOTInductor package as a function. Documented, under a private module's name."""
     return cast("Callable[..., Any]", importlib.import_module("torch._inductor").aoti_load_package(file))
 
 
@@ -108,14 +112,15 @@ def load_aoti(file: str) -> Callable[..., Any]:
 
 
 def attention_order(device: torch.device) -> list[Any]:
-    """The kernels of scaled_dot_product_attention in the order in which torch tries them on a GPU, as it is set up now.
+    """Return the kernels of scaled_dot_product_attention in the order in which torch now tries them on a GPU.
 
-    When it is first asked, torch puts cuDNN ahead of flash attention (on Hopper and data centres' Blackwell, with cuDNN
-    above 9.15, since torch 2.10, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1); so it is asked. Public: `sdpa_kernel(set_priority=True)`
-    sets an order, and nothing reads it.
+    Torch settles the order when it first chooses a kernel, so one choice is made here before the order is read. It may
+    then put cuDNN before flash attention: on Hopper and data centres' Blackwell, with cuDNN above 9.15, since torch
+    2.10, unless TORCH_CUDNN_SDPA_DEPRIORITIZED=1. Public: `sdpa_kernel(set_priority=True)` sets an order, and nothing
+    reads it.
     """
-    asking = torch.empty(1, 1, 8, 8, dtype=torch.float16, device=device)
-    torch._fused_sdp_choice(asking, asking, asking)
+    query = torch.empty(1, 1, 8, 8, dtype=torch.float16, device=device)
+    torch._fused_sdp_choice(query, query, query)
     return cast("list[Any]", attention._cur_sdpa_kernel_backends(with_priority=True))
 
 

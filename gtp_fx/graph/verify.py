@@ -1,6 +1,6 @@
-"""Every value's shape, recomputed by running the graph on fake tensors: the verifier behind every pass.
+"""The verifier run after every pass: it recomputes every value's shape by running the graph on fake tensors.
 
-A size that a pass forgot to repair can't run, so it is found here, by the node's name, and not by a user.
+A node with a size that a pass forgot to repair can't run. So it is found here, by its name, and not by a user.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from gtp_fx.ops.register import shapes_of
 
 
 class InconsistentGraph(AssertionError):
-    """A pass left a graph that can't run: a defect of gtp_fx, to be reported with the message."""
+    """A pass made a graph that can't run. This is a defect of gtp_fx; please report it with the message."""
 
 
 def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
-    """Bring `meta["val"]` of every node up to date. `after` names the pass that made the graph, for the error.
+    """Bring `meta["val"]` of every node up to date. Raises InconsistentGraph where a node can't run.
 
-    A node is run where its value is missing (it is new, or `graphs.set_args` changed it) or one of its operands' shape
-    has changed; the rest keep theirs, so a pass that touches one block costs one block.
+    A node is run where its value is missing (it is new, or `edit.set_args` changed it) or the shape of one of its
+    operands has changed. The others keep their values, so a pass that changes one block costs one block.
+
+    after: name of the pass that made the graph, for the error.
     """
     fakes = [t for node in gm.graph.nodes if is_input(node) for t in tensors_of(node.meta.get("val"))]
     # The graph's own mode, not `detect_fake_mode`'s answer: inside a backend that is Dynamo's, whose sizes are symbols.
@@ -42,6 +44,7 @@ def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
 
 
 def _run(node: fx.Node, after: str) -> Any:
+    """Run a node on its operands' fake values. Raises InconsistentGraph where it can't run."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     try:
         return (shapes_of(node.target) or node.target)(*args, **kwargs)  # type: ignore[operator]
@@ -53,18 +56,21 @@ def _run(node: fx.Node, after: str) -> Any:
 
 
 def _form(value: Any) -> Any:
-    """What the users of a value can tell by: shapes, types and layout."""
+    """Return what the users of a value depend on: shapes, dtypes, strides and devices."""
     return [(t.shape, t.stride(), t.dtype, t.device) for t in tensors_of(value)] or value
 
 
 def output_values(gm: fx.GraphModule) -> list[Any]:
-    """What the graph returns, flat, as fake values."""
+    """Return what the graph returns, flat, as fake values."""
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     return [node.meta.get("val") for node in output.all_input_nodes]
 
 
 def check_outputs(before: fx.GraphModule, after: fx.GraphModule) -> None:
-    """Raise where a rewritten graph returns other shapes or types than the original, or is good for one batch only."""
+    """Compare what a rewritten graph returns with the original.
+
+    Raises InconsistentGraph where shapes or dtypes differ, or where the rewritten graph works for one batch size only.
+    """
     if fixed := fixed_symbols(after.graph):
         raise InconsistentGraph(f"rewriting fixed the batch size in {', '.join(node.name for node in fixed)}")
     old, new = (_signature(gm) for gm in (before, after))
@@ -77,10 +83,11 @@ def _signature(gm: fx.GraphModule) -> list[str]:
 
 
 def rounding_tolerance(dtype: torch.dtype) -> float:
-    """How far compiled may be from eager, as |c - e| / |e| of one image's logits.
+    """Return how far compiled may be from eager, as |c - e| / |e| of one image's logits.
 
-    Fusing changes the order of sums and, below float32, skips roundings between operators. Some hundred roundings in a row
-    that are independent add up to about ten units in the last place. In float32 that is 1e-6; but rounding may also swap a
-    token at the border of the choice for its like, so 1e-3 is let pass. One wrongly gathered token gives per cents.
+    Fusing changes the order of sums and, below float32, skips roundings between operators. Some hundred independent
+    roundings in a row add up to about ten units in the last place, which is 1e-6 in float32. But rounding may also swap
+    two tokens of nearly equal score at the threshold of the selection, so 1e-3 is allowed. One wrongly gathered token
+    gives some per cent.
     """
     return max(1e-3, 10 * torch.finfo(dtype).eps)

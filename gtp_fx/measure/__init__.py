@@ -1,1 +1,1 @@
-"""Clocks: models compared, machines measured, tiles tuned."""
+"""Time measurements: comparing models, measuring a machine's rates, tuning kernels' tiles."""

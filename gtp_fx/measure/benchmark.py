@@ -1,4 +1,4 @@
-"""Several optimised models against one original, compiled against compiled, interleaved in one run: what `gtp-fx bench` prints."""
+"""Benchmark of several optimised models against one original, interleaved in one run, as `gtp-fx bench` prints it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ _WARMUP = 1
 
 @dataclass(frozen=True)
 class Entry:
-    """One optimised model. predicted: by the target's cost model, of the original's time; compile_seconds: of its first call, None eager."""
+    """One optimised model.
+
+    name: its name in the benchmark.
+    flops_ratio: its FLOPs / the original's.
+    predicted: its time / the original's, both predicted by the target's cost model.
+    agreement: comparison of its output with the original's.
+    compile_seconds: duration of the first call, which compiles; None where eager.
+    """
 
     name: str
     flops_ratio: float
@@ -34,7 +41,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """batch: images per run. how: "compiled" or "eager", the original as well."""
+    """Times of an original and several optimised models.
+
+    how: "compiled" or "eager", the same for all models.
+    batch: images per run.
+    entries: the optimised models.
+    timings: seconds per run of every model, including the original.
+    """
 
     how: str
     batch: int
@@ -42,7 +55,7 @@ class Benchmark:
     timings: Timings
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; times in seconds per batch."""
+        """Return a JSON-able dict; times are seconds per batch."""
         rows = [
             {
                 **asdict(entry),
@@ -80,8 +93,9 @@ class Benchmark:
         headers = ["", "FLOPs", "ms per batch", "images/s", "speed-up", "quartiles", "of limit", "predicted", "cosine"]
         table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * 8))
         return (
-            f"{table}\n{self.how} against {self.how}, medians of {self.timings.rounds} interleaved rounds, batch {self.batch}; speed-ups within rounds; predicted: compiled; limit: 1 / "
-            f"FLOPs; cosine: of outputs with the original's, on a photograph: agreement, not accuracy"
+            f"{table}\n{self.how} against {self.how}, medians of {self.timings.rounds} interleaved rounds, batch "
+            f"{self.batch}; speed-ups within rounds; predicted: compiled; limit: 1 / FLOPs; cosine: of outputs with "
+            f"the original's, on a photograph: agreement, not accuracy"
         )
 
 
@@ -95,15 +109,24 @@ def benchmark(
     eager: bool = False,
     progress: Progress | None = None,
 ) -> Benchmark:
-    """Check every model against the original and its compiled form against its eager one, then time all on images [B, …].
+    """Check every model against the original, and its compiled form against its eager one, then time all of them.
 
-    The original is compiled with what all of them tell Inductor. Raises CheckError where an output is wrong,
-    OptionError for no rounds and for models that tell it different things; what compiling raises goes through.
+    The original is compiled with the optimised models' Inductor options, which have to be the same.
+
+    optimised: models by name.
+    images: [B, …], on the models' device.
+    rounds: rounds of timing; each runs every model once.
+    eager: whether to compile nothing and time eager models.
+    progress: called at every step.
+
+    Raises CheckError where an output is wrong, and OptionError for no rounds or for models with different Inductor
+    options. Errors of the compiler are not caught.
     """
-    told = [fast.inductor_options for fast in optimised.values()]
-    if not eager and any(options != told[0] for options in told):
+    inductor = [fast.inductor_options for fast in optimised.values()]
+    if not eager and any(options != inductor[0] for options in inductor):
         raise OptionError(
-            f"models of different modes or targets, {told}: the original is compiled in one way; time them apart"
+            f"models of different modes or targets, {inductor}: the original is compiled in one way; time them "
+            f"separately"
         )
     torch.compiler.reset()
     steps = Steps((1 + len(optimised)) * ((not eager) + _WARMUP + rounds), progress)
@@ -113,9 +136,10 @@ def benchmark(
     seconds: dict[str, float | None] = dict.fromkeys(eager_runs)
     runs = eager_runs
     if not eager:
-        compiled: Any = torch.compile(original, options=told[0] or None)
+        compiled: Any = torch.compile(original, options=inductor[0] or None)
         runs = {ORIGINAL: lambda: compiled(images)}
         runs |= {name: lambda fast=fast: fast(images) for name, fast in optimised.items()}  # type: ignore[misc]
+        # The first call compiles. Its output is checked before anything is timed.
         for name, run in runs.items():
             steps.begin(f"compiling {name}")
             seconds[name] = compile_checked(

@@ -1,7 +1,7 @@
-"""Original and optimised model side by side: do they agree, and how much faster is it?
+"""Comparison of an original and an optimised model: agreement of their outputs, and speed-up.
 
-Four contenders: each model eager, and each compiled, both with what `gtp_fx.optimize` tells Inductor. Speed-ups are
-taken like against like, eager to eager and compiled to compiled.
+There are four contenders: each model eager, and each compiled, both with the optimised model's Inductor options.
+Speed-ups compare like with like: eager with eager and compiled with compiled.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ _EAGER_OF = {ORIGINAL_COMPILED: ORIGINAL_EAGER, OPTIMISED_COMPILED: OPTIMISED_EA
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the optimised model's logits compare with the original's on some images; agreement is not accuracy.
+    """Agreement of the optimised model's logits with the original's on some images. Agreement is not accuracy.
 
-    top1: share of images with the same best class. cosine: between the two models' logits, the least and the mean image.
+    images: number of images.
+    top1: share of images with the same best class.
+    cosine_least: least cosine similarity over the images, between the two models' logits.
+    cosine_mean: mean cosine similarity over the images.
     """
 
     images: int
@@ -45,15 +48,19 @@ class Agreement:
 
     def __str__(self) -> str:
         return (
-            f"output of the original's shape, finite; against the original on {self.images} views of the photograph: same top-1 "
-            f"for {self.top1:.0%}, cosine of logits {self.cosine_mean:.4f} (least {self.cosine_least:.4f}); agreement, not "
-            f"accuracy"
+            f"output of the original's shape, finite; against the original on {self.images} views of the photograph: "
+            f"same top-1 for {self.top1:.0%}, cosine of logits {self.cosine_mean:.4f} (least {self.cosine_least:.4f}); "
+            f"agreement, not accuracy"
         )
 
 
 @dataclass(frozen=True)
 class Compilation:
-    """seconds: of the first call, compiling included. error: the image that differs most from eager, |c - e| / |e|."""
+    """First call of a compiled model.
+
+    seconds: duration of the call, compiling included.
+    error: largest relative error of an image's logits, |compiled - eager| / |eager|.
+    """
 
     seconds: float
     error: float
@@ -61,7 +68,15 @@ class Compilation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """tolerance: what a compilation's error was held against. batch: images per run. The FLOPs ratio is the report's."""
+    """Agreement and times of an original and an optimised model.
+
+    agreement: comparison of the eager models' outputs.
+    compilations: first calls of the compiled contenders, by name.
+    tolerance: largest permitted error of a compilation.
+    timings: seconds per run of every contender.
+    flops_ratio: FLOPs of the optimised model / the original's, from its report.
+    batch: images per run.
+    """
 
     agreement: Agreement
     compilations: Mapping[str, Compilation]
@@ -72,19 +87,19 @@ class Comparison:
 
     @property
     def limit(self) -> float:
-        """The speed-up if time were FLOPs alone."""
+        """Return the speed-up if time were proportional to FLOPs."""
         return 1 / self.flops_ratio
 
     def speed_up(self, name: str) -> Spread:
-        """Of an optimised contender over the original, run the same way."""
+        """Return the speed-up of an optimised contender over the original run the same way (eager or compiled)."""
         return self.timings.speed_up(name, BASELINES[name])
 
     def share_of_limit(self, name: str) -> float:
-        """Median speed-up / limit."""
+        """Return median speed-up / limit."""
         return self.speed_up(name).median / self.limit
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; times in seconds per batch."""
+        """Return a JSON-able dict; times are seconds per batch."""
         return {
             "agreement": asdict(self.agreement),
             "compilations": {name: asdict(done) for name, done in self.compilations.items()},
@@ -105,8 +120,8 @@ class Comparison:
         return "\n".join(
             [
                 tabulate(rows, header, disable_numparse=True, colalign=align),
-                f"medians of {self.timings.rounds} interleaved rounds, batch {self.batch}; like against like; FLOPs limit "
-                f"1/{self.flops_ratio:.4f} = {self.limit:.3f}×",
+                f"medians of {self.timings.rounds} interleaved rounds, batch {self.batch}; like against like; FLOPs "
+                f"limit 1/{self.flops_ratio:.4f} = {self.limit:.3f}×",
             ]
         )
 
@@ -124,7 +139,10 @@ class Comparison:
 
 @torch.no_grad()
 def agreement(original: nn.Module, optimised: OptimizedModel, images: Tensor) -> Agreement:
-    """Both models, eager, on images [B, …]. Raises CheckError where the outputs' shapes differ or are not finite."""
+    """Compare both models, eager, on images [B, …].
+
+    Raises CheckError where the outputs' shapes differ or an output is not finite.
+    """
     theirs, ours = original(images), optimised.graph_module(images)
     if _shapes(theirs) != _shapes(ours):
         raise CheckError(f"the optimised model's output is {_shapes(ours)}, the original's {_shapes(theirs)}")
@@ -146,12 +164,17 @@ def compare(
     rounds: int,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Check and time the contenders on images [B, …]; both models in eval mode, `optimised` made with compile=True.
+    """Check and time the four contenders on images [B, …].
 
-    Raises CheckError where an output is wrong, OptionError for no rounds; what compiling raises goes through.
+    original: in eval mode.
+    optimised: in eval mode, made with compile=True.
+    rounds: rounds of timing; each runs every contender once.
+    progress: called at every step.
+
+    Raises CheckError where an output is wrong, and OptionError for no rounds. Errors of the compiler are not caught.
     """
-    # One reset, before: whatever was compiled earlier in this process (dynamic shapes, recompile counts) leaves no trace.
-    # None between the contenders, which would throw away the first one's code while it waits to be timed.
+    # Reset once, so that earlier compilations in this process (dynamic shapes, recompile counts) have no effect. Don't
+    # reset between contenders: that would discard the first one's code before it is timed.
     torch.compiler.reset()
     compiled_original: Any = torch.compile(original, options=optimised.inductor_options or None)
     contenders: dict[str, Run] = {
@@ -179,7 +202,13 @@ def compare(
 
 
 def compile_checked(name: str, run: Run, expected: Any, tolerance: float, device: torch.device) -> Compilation:
-    """Run once, which compiles, and hold the output against eager's. Raises CheckError where it is further than `tolerance`."""
+    """Call `run` once, which compiles, and compare its output with the eager model's.
+
+    expected: the eager model's output.
+    tolerance: largest permitted relative error of an image's logits.
+
+    Raises CheckError where the shapes or, beyond the tolerance, the logits differ.
+    """
     start = time.perf_counter()
     output = run()
     if device.type == "cuda":
@@ -199,5 +228,5 @@ def _shapes(output: Any) -> list[list[int]]:
 
 
 def _logits(output: Any) -> Tensor:
-    """[B, everything else], double: the first tensor of the output, which is the logits or the features."""
+    """Return the output's first tensor, which holds the logits or features, as [B, everything else] in float64."""
     return tensors_in(output)[0].flatten(1).double()

@@ -1,6 +1,6 @@
-"""What a site does, as it will run: GTP's operators, or the kernels that take their places on a GPU.
+"""Probes of a site's work as it will run: GTP's operators, or the kernels that replace them on a GPU.
 
-Each returns a function and its arguments, to be compiled and timed.
+Each probe returns a function and its arguments, to be compiled and timed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from gtp_fx.kernels.available import has_kernels, load_kernels
 from gtp_fx.kernels.stock_attention import stock_attention
 
 Call = tuple[Any, ...]
-"""A function, and what it is called with."""
+"""A function, followed by its arguments."""
 
 _NEIGHBORS, _ALPHA, _EPS = 8, 0.1, 1e-6
 
 
 def scored_attention(q_BHND: Tensor) -> Call:
-    """Of one token before the patches, which are ranked."""
+    """Return self-attention that also scores the patches. The first token is a prefix token.
+
+    q_BHND: used as queries, keys and values.
+    """
     _, _, tokens, head = q_BHND.shape
     if _load_kernels(q_BHND.device):
         kernel = stock_attention(q_BHND.device).choice(head, head, tokens, q_BHND.dtype, masked=False)
@@ -40,23 +43,30 @@ def scored_attention(q_BHND: Tensor) -> Call:
 
 
 def similar_tokens(x_BNC: Tensor, grid: list[int]) -> Call:
-    """The graph that a stream begins with, mixed, over the patches alone: on a device that has kernels."""
+    """Return the construction of a stream's mixed token graph. Only for a device that has kernels.
+
+    x_BNC: patches without prefix tokens.
+    grid: height and width in patches.
+    """
     _load_kernels(x_BNC.device)
     return lambda x: gtp_fx_kernels.token_graph(x, grid, 0, "mixed", _NEIGHBORS), x_BNC
 
 
 def selection(scores_BN: Tensor, leaving: int) -> Call:
+    """Return the selection of the `leaving` tokens to remove from each image, by `scores_BN`."""
     if _load_kernels(scores_BN.device):
         return lambda s: gtp_fx_kernels.select(s, None, leaving, s.shape[1]), scores_BN
     return lambda s: gtp_fx.select(s, leaving), scores_BN
 
 
 def propagation(x_BNC: Tensor, leaving: int, tile: Sequence[int] = ()) -> Call:
-    """What becomes of the stream at a site: the attention's branch is added, `leaving` tokens of all over the image are
-    propagated along the mixed graph, with the tokens' scales, and the shorter stream is normalised.
+    """Return a site's work on the stream: add the attention's branch, propagate the removed tokens and normalise.
 
-    x_BNC: patches alone. tile: the kernel's, or none for the best that is known. The function returns the shorter
-    stream, its norm and its token scales.
+    `leaving` randomly chosen tokens are propagated along the mixed graph, together with the token scales. The function
+    returns the shorter stream, its layer norm and its token scales.
+
+    x_BNC: patches without prefix tokens.
+    tile: the kernel's tile, or empty for the best known one.
     """
     batch, tokens = x_BNC.shape[:2]
     grid = _nearly_square(tokens)
@@ -65,27 +75,27 @@ def propagation(x_BNC: Tensor, leaving: int, tile: Sequence[int] = ()) -> Call:
     scores = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(0)).to(x_BNC.device)
     scales, weight, bias = torch.ones_like(scores), x_BNC[0, 0], x_BNC[0, 1]
     if not _load_kernels(x_BNC.device):
-        kept, gone = gtp_fx.select(scores, leaving)
-        weights = gtp_fx.propagation_weights(near, degree, kept, gone, grid, "mixed")
+        kept, removed = gtp_fx.select(scores, leaving)
+        weights = gtp_fx.propagation_weights(near, degree, kept, removed, grid, "mixed")
 
         def composite(x, r, w, k, g, s, weight, bias):  # type: ignore[no-untyped-def]
             shorter = gtp_fx.propagate(x + r, w, k, g, _ALPHA, 0)
             moved = gtp_fx.propagate(s[..., None], w, k, g, _ALPHA, 0)[..., 0]
             return shorter, F.layer_norm(shorter, shorter.shape[-1:], weight, bias, _EPS), moved
 
-        return composite, x_BNC, residual, weights, kept, gone, scales, weight, bias
+        return composite, x_BNC, residual, weights, kept, removed, scales, weight, bias
     *chosen, place = gtp_fx_kernels.select(scores, None, leaving, tokens)
 
     def kernels(x, r, s, weight, bias, *site):  # type: ignore[no-untyped-def]
-        told = (s, weight, bias, grid, "mixed", _ALPHA, 0, _EPS, True, list(tile))
-        shorter, moved, normed = gtp_fx_kernels.propagate(x, r, *site, *told)
+        fixed = (s, weight, bias, grid, "mixed", _ALPHA, 0, _EPS, True, list(tile))
+        shorter, moved, normed = gtp_fx_kernels.propagate(x, r, *site, *fixed)
         return shorter, normed, moved
 
     return kernels, x_BNC, residual, scales, weight, bias, near, degree, *chosen, place
 
 
 def stream_pass(x_BNC: Tensor) -> Call:
-    """What the same place costs where no token leaves: the branch is added, and the sum normalised."""
+    """Return the same place's work without a site: add the attention's branch and normalise the sum."""
 
     def add_and_norm(x, r, weight, bias):  # type: ignore[no-untyped-def]
         total = x + r
@@ -95,13 +105,13 @@ def stream_pass(x_BNC: Tensor) -> Call:
 
 
 def _nearly_square(cells: int) -> list[int]:
-    """The sides of a grid of so many."""
+    """Return the height and width of the most nearly square grid with exactly `cells` cells."""
     side = max(side for side in range(1, math.isqrt(cells) + 1) if cells % side == 0)
     return [side, cells // side]
 
 
 def _load_kernels(device: torch.device) -> bool:
-    """Whether `device` has kernels; they are registered then."""
+    """Return whether `device` has kernels, and register them if so."""
     if not has_kernels(device):
         return False
     load_kernels()

@@ -1,9 +1,12 @@
 """Interleaved timing of several callables.
 
-A machine's speed drifts: clocks, neighbours, heat. Timed one after the other, contenders meet different machines; so here
-each round runs every contender once, and ratios are taken within a round before the median is taken over rounds. Who runs
-after whom matters as well (caches, a clock that the one before has heated), so orders are those of Williams' squares, in which everyone
-follows everyone else equally often (E. J. Williams, Australian Journal of Scientific Research A 2, 1949).
+A machine's speed drifts with its clocks, its other users and its temperature, so contenders timed one after the other
+meet different conditions. Here each round runs every contender once. Ratios are taken within a round, and then their
+median over rounds.
+
+The order within a round matters too, because a contender leaves its caches and its heat to the next. The orders are the
+rows of Williams' squares, in which each contender follows each other one equally often (E. J. Williams, Australian
+Journal of Scientific Research A 2, 1949).
 """
 
 from __future__ import annotations
@@ -20,12 +23,17 @@ from gtp_fx.errors import OptionError
 
 Run = Callable[[], object]
 Clock = Callable[[Run], float]
-"""Runs a callable once and says how many seconds it took, everything it launched included."""
+"""Runs a callable once and returns the seconds it took, including the work it launched."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of some numbers, interpolated linearly."""
+    """Median and quartiles of some numbers, interpolated linearly.
+
+    lower: first quartile.
+    median: second quartile.
+    upper: third quartile.
+    """
 
     lower: float
     median: float
@@ -38,7 +46,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timings:
-    """seconds: per contender one entry a round, so entry i of two contenders came from the same round."""
+    """Times of several contenders.
+
+    seconds: by contender, one entry per round. Entry i of every contender is from the same round.
+    """
 
     seconds: Mapping[str, tuple[float, ...]]
 
@@ -47,16 +58,16 @@ class Timings:
         return len(next(iter(self.seconds.values())))
 
     def spread(self, name: str) -> Spread:
-        """Seconds per run of one contender."""
+        """Return the spread of one contender's seconds per run."""
         return Spread.of(self.seconds[name])
 
     def speed_up(self, name: str, baseline: str) -> Spread:
-        """How many times faster `name` is than `baseline`: over rounds, the ratios baseline / name."""
+        """Return how many times faster `name` is than `baseline`: the spread over rounds of baseline / name."""
         pairs = zip(self.seconds[baseline], self.seconds[name], strict=True)
         return Spread.of([base / own for base, own in pairs])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: each round's seconds and their spread, by contender."""
+        """Return a JSON-able dict with each round's seconds and their spread, by contender."""
         return {name: {**asdict(self.spread(name)), "rounds": list(values)} for name, values in self.seconds.items()}
 
 
@@ -68,12 +79,16 @@ def interleave(
     clock: Clock | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Timings:
-    """Time every contender once a round, in orders that take turns; `len(contenders)` rounds, or twice as many where they are odd, are balanced.
+    """Time every contender once per round, in the orders of `balanced_orders`.
 
-    warmup: rounds that run but do not count; compile before, not here. clock: `cpu_seconds` where None. progress: called
-    after each run, warm-up included: `len(contenders) * (warmup + rounds)` times.
+    The orders are balanced after `len(contenders)` rounds, or twice as many where that number is odd.
 
-    Raises OptionError where there is nothing to time; what a contender raises goes through.
+    rounds: rounds that count.
+    warmup: rounds before them that don't count. Compile before calling this, not in the warm-up.
+    clock: `cpu_seconds` where None.
+    progress: called after each run, `len(contenders) * (warmup + rounds)` times in all.
+
+    Raises OptionError where there is nothing to time. A contender's errors are not caught.
     """
     if not contenders:
         raise OptionError("no contenders to time; give at least one")
@@ -93,29 +108,35 @@ def interleave(
 
 
 def balanced_orders(count: int) -> list[list[int]]:
-    """Orders of `count` contenders, in which each is at each place, and next after each other one, equally often."""
-    inward = [
-        step // 2 + 1 if step % 2 else -(step // 2) for step in range(count)
-    ]  # 0, 1, -1, 2, -2, …: all differences once
-    left = [[(start + step) % count for step in inward] for start in range(count)]
+    """Return orders of `count` contenders in which each takes each place, and follows each other one, equally often.
+
+    There are `count` orders, or 2 `count` where that is odd (Williams 1949).
+    """
+    # 0, 1, -1, 2, -2, …: its successive differences are all different, modulo `count`.
+    zigzag = [step // 2 + 1 if step % 2 else -(step // 2) for step in range(count)]
+    remaining = [[(start + step) % count for step in zigzag] for start in range(count)]
     if count % 2:
-        left += [order[::-1] for order in left]
-    orders = [left.pop(0)]
-    while left:  # nobody after himself, where there are enough to choose from
-        apart = (place for place, order in enumerate(left) if order[0] != orders[-1][-1])
-        orders.append(left.pop(next(apart, 0)))
+        remaining += [order[::-1] for order in remaining]
+    # Concatenate the orders so that, if possible, no contender runs twice in a row at a border.
+    orders = [remaining.pop(0)]
+    while remaining:
+        fitting = (place for place, order in enumerate(remaining) if order[0] != orders[-1][-1])
+        orders.append(remaining.pop(next(fitting, 0)))
     return orders
 
 
 def cpu_seconds(run: Run) -> float:
+    """Return the wall time of `run`, in seconds."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def cuda_seconds(run: Run) -> float:
-    """Between two events on the current stream, so that the host's launch of an idle queue is part of it and its wait for
-    the result is not."""
+    """Return the seconds between two CUDA events on the current stream, before and after `run`.
+
+    The time that the host takes to launch work into an idle queue is included, its wait for the result is not.
+    """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -126,17 +147,24 @@ def cuda_seconds(run: Run) -> float:
 
 
 def process_seconds(run: Run) -> float:
-    """CPU time of all of this process's threads: what others do on the machine meanwhile is no part of it. Too coarse for single kernels."""
+    """Return the CPU time of all of this process's threads, in seconds.
+
+    It excludes the time that other processes take meanwhile. Too coarse for single kernels.
+    """
     start = time.process_time()
     run()
     return time.process_time() - start
 
 
 def model_clock(device: torch.device) -> Clock:
-    """For runs of whole models: on one thread of a CPU its CPU time, with more of them the wall's, since they wait for each other."""
+    """Return the clock for runs of whole models on `device`.
+
+    CPU time on a single CPU thread, wall time on several, since threads wait for each other; CUDA events on a GPU.
+    """
     on_one = device.type != "cuda" and torch.get_num_threads() == 1
     return process_seconds if on_one else clock_for(device)
 
 
 def clock_for(device: torch.device) -> Clock:
+    """Return the clock for single kernels on `device`: wall time on a CPU, CUDA events on a GPU."""
     return cuda_seconds if device.type == "cuda" else cpu_seconds

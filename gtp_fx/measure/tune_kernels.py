@@ -1,4 +1,4 @@
-"""Timing the tiles of the attention kernel on the GPU at hand, for `gtp-fx tune`."""
+"""Tuning of the attention kernel's tiles on the current GPU, for `gtp-fx tune`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gtp_fx.measure.timing import clock_for, interleave
 from gtp_fx.options.progress import Progress
 
 SIZES = ((64, 32), (128, 64), (197, 64), (577, 64), (1370, 64), (197, 80), (4096, 64))
-"""Keys and head sizes that are timed; each stands for all whose next powers of two are the same."""
+"""Timed pairs (keys, features per head). Each stands for all pairs that round up to the same powers of two."""
 _QUERIES_IN_ALL = 2**19
-"""Of all images and heads together: enough to fill a large GPU."""
+"""Queries over all images and heads: enough to fill a large GPU."""
 
 
 def tune_tiles(
@@ -28,7 +28,11 @@ def tune_tiles(
     rounds: int = 9,
     progress: Progress | None = None,
 ) -> dict[str, AttentionTile]:
-    """Time every tile that is worth it, for each of `sizes`, and return the fastest by size."""
+    """Time every plausible tile for each of `sizes`, and return the fastest one by `tile_key`.
+
+    sizes: pairs (keys, features per head).
+    rounds: rounds of timing; each runs every tile once.
+    """
     done, found = 0, {}
     for keys, head in sizes:
         candidates = attention_tiles(keys, head, dtype)
@@ -41,7 +45,7 @@ def tune_tiles(
             run = functools.partial(attend, *arguments)
             try:
                 run()  # compiles
-            except triton.runtime.errors.OutOfResources:
+            except triton.runtime.errors.OutOfResources:  # this GPU has too little shared memory for the tile
                 continue
             runs[tile] = run
             done += 1
@@ -54,5 +58,5 @@ def tune_tiles(
 
 
 def tune_kernels(device: torch.device, dtype: torch.dtype, rounds: int, progress: Progress | None = None) -> None:
-    """Time the tiles of GTP's kernels on a GPU that has them, and keep the fastest in the user's cache."""
+    """Time the tiles of GTP's kernels on a GPU that has kernels, and save the fastest in the user's cache."""
     save_tiles(torch.cuda.get_device_name(device), tune_tiles(device, dtype, rounds=rounds, progress=progress))

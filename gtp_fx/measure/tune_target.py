@@ -1,7 +1,8 @@
-"""Measuring a target's curves on the machine at hand: a minute or two of small kernels, as `gtp-fx tune` runs them.
+"""Measurement of a target's rates and curves on this machine, for `gtp-fx tune`: a minute or two of small kernels.
 
-Each probe is a kernel of known work. Times are medians over interleaved rounds; the best rates become the roofs, and each
-kind of work gets its share of them by amount. What the compiler fuses is measured compiled, since that is how it will run.
+Each probe is a kernel with a known amount of work. Its time is the median over interleaved rounds. The best rates
+become the roofs, and a kind of work's curve gives its share of the roof by amount. Work that the compiler fuses is
+measured compiled, since that is how it will run.
 """
 
 from __future__ import annotations
@@ -31,16 +32,21 @@ _WIDTH, _HEAD = 384, 64
 """Channels and head size of the probes: a small ViT's."""
 _LEAST_SHARE = 1e-4
 _LONG_ENOUGH, _MOST_REPEATS = 4e-3, 50
-"""Seconds that a timing takes at least, by repeating short kernels: in a graph they follow each other, too."""
+"""Least seconds of a timing, and most repeats of a kernel to reach them. A model runs kernels back to back too."""
 CALL, SHORT_CHAIN, LONG_CHAIN, _CHAIN = "a call", "one small product", "a chain of small products", 21
-"""Probes of what a compiled call costs however little it does, and of what each kernel in it costs more."""
+"""Names of the probes for the fixed cost of a compiled call and of each kernel in it; and the long chain's products."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A kernel to time. kind: a name in KINDS, "" for what is no kind of work. amount: what its curve is indexed by.
+    """A kernel to time.
 
-    less: probes whose time is no part of this kind's work.
+    name: unique name.
+    kind: kind of work, a name in KINDS; "" for a probe of fixed costs.
+    amount: amount of work, by which the kind's curve is indexed.
+    work: FLOPs or bytes of the kernel.
+    run: runs the kernel once.
+    less: names of the probes whose time is subtracted, since it isn't part of this kind's work.
     """
 
     name: str
@@ -54,7 +60,12 @@ class Probe:
 def tune_target(
     target: Target, dtype: torch.dtype = torch.float32, rounds: int = ROUNDS, progress: Progress | None = None
 ) -> Target:
-    """`target` with rates and curves measured on this machine's `target.device`, for products in `dtype`."""
+    """Return `target` with rates and curves measured on this machine's `target.device`.
+
+    dtype: dtype of products and attention.
+    rounds: rounds of timing; each runs every probe once.
+    progress: called at every step.
+    """
     device = torch.device(target.device)
     clock = clock_for(device)
     with torch.no_grad():
@@ -68,9 +79,10 @@ def tune_target(
             if progress is not None:
                 progress(label, done, total)
 
+        # Run each probe twice before timing it (the first run compiles), and find the repeats that a timing needs.
         repeats = {}
         for probe in probes:
-            probe.run()  # compiles
+            probe.run()
             probe.run()
             taken = clock(probe.run)
             repeats[probe.name] = max(1, min(_MOST_REPEATS, round(_LONG_ENOUGH / max(taken, 1e-9))))
@@ -82,16 +94,25 @@ def tune_target(
 
 
 def fitted(target: Target, probes: Sequence[Probe], seconds: dict[str, float], dtype: str, rounds: int) -> Target:
-    """The target whose curves go through the probes' times."""
+    """Return the target whose curves go through the probes' times.
+
+    seconds: time of each probe, by name. It includes the two chains of small products.
+    dtype: dtype of the products, as the target names it.
+    rounds: rounds of timing, for the record.
+    """
+    # A kernel's launch cost: the two chains differ in nothing but the number of their kernels.
     launch = max((seconds[LONG_CHAIN] - seconds[SHORT_CHAIN]) / (_CHAIN - 1), 0.0)
+    # Subtract from each probe what isn't its own work, but never so much that noise could make the rest 0 or negative.
     own = {}
     for probe in probes:
         taken = seconds[probe.name]
         beside = sum(seconds[name] for name in probe.less) if probe.less else launch
         own[probe.name] = max(taken - beside, 0.02 * taken)
+    # The roofs: the fastest product gives FLOP/s, the largest stream bytes per second.
     dense = max(p.work.flops / own[p.name] for p in probes if p.kind == "product")
     longest = max((p for p in probes if p.kind == "stream"), key=lambda p: p.amount)
     bandwidth = longest.work.bytes / own[longest.name]
+    # Each kind's curve: amount -> time at the roof / measured time, the mean where probes have the same amount.
     curves = {}
     for kind in dict.fromkeys(p.kind for p in probes if p.kind):
         points: dict[float, list[float]] = {}
@@ -101,7 +122,7 @@ def fitted(target: Target, probes: Sequence[Probe], seconds: dict[str, float], d
         shares = {amount: min(max(statistics.fmean(s), _LEAST_SHARE), MOST_SHARE) for amount, s in points.items()}
         curves[kind] = Curve(tuple(sorted(shares.items())))
     others = {name: rate for name, rate in target.dense.items() if name != dtype}
-    # Of dtypes that weren't measured, the listed rates keep their proportion to the one that was.
+    # Rates of the other dtypes keep their listed proportion to the measured one.
     scaled = {name: rate * dense / target.rate(dtype) for name, rate in others.items()}
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return replace(
@@ -117,20 +138,22 @@ def fitted(target: Target, probes: Sequence[Probe], seconds: dict[str, float], d
 
 
 def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
+    """Yield the probes of every kind of work that `device` does, with inputs in `dtype` on it."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    big = 4 if device.type == "cpu" else 64
-    """A GPU is only busy with many images."""
+    big = 4 if device.type == "cpu" else 64  # images; it takes many to keep a GPU busy
     size = dtype.itemsize
     name = str(dtype).removeprefix("torch.")
     kernels = has_kernels(device)
+    # Fixed costs: a call, and the launches in it.
     tiny = random(8, 8)
     yield Probe(CALL, "", 0, Work("stream"), _compiled(lambda x: x + 1, tiny[0]))
     yield Probe(SHORT_CHAIN, "", 0, Work("stream"), _compiled(lambda x: _chain(x, 1), tiny))
     yield Probe(LONG_CHAIN, "", 0, Work("stream"), _compiled(lambda x: _chain(x, _CHAIN), tiny))
+    # Products, in the shapes of a ViT's projections and MLP.
     for rows in (64, 256, 1024, 4096):
         for inner, columns in ((_WIDTH, 4 * _WIDTH), (4 * _WIDTH, _WIDTH), (2 * _WIDTH, 2 * _WIDTH)):
             rows_here = rows * (big // 4)
@@ -138,6 +161,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
             flops = 2 * rows_here * inner * columns
             work = Work("product", flops, dtype=name)
             yield Probe(f"product {rows}x{inner}x{columns}", "product", flops, work, _bound(F.linear, x, weight, bias))
+    # Convolutions: two of a stem, and a patch embedding.
     for side, channels, out, kernel in ((56, 64, 64, 3), (28, 128, 256, 3), (224, 3, _WIDTH, 16)):
         x, weight = random(big, channels, side, side), random(out, channels, kernel, kernel)
         stride = kernel if kernel > 3 else 1
@@ -150,6 +174,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
             Work("convolution", flops, dtype=name),
             _bound(F.conv2d, x, weight, None, stride),
         )
+    # Attention alone, and in some sizes with scores, whose cost is what the scores add to it.
     for tokens in (49, 98, 197, 394, 785):
         q = random(big, 6, tokens, _HEAD)
         flops = 4 * q.numel() * tokens
@@ -161,6 +186,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
             work = _of_kind("scores", GTP().site_works(shape, told=False))
             scored = _compiled(*scored_attention(q))
             yield Probe(f"scores {tokens}", "scores", work.bytes, work, scored, less=(plain, CALL))
+    # The residual stream: an add and a layer norm.
     for rows in (200, 800, 6400):
         x = random(rows * (big // 4), _WIDTH)
         moved = 3 * x.numel() * size
@@ -172,10 +198,11 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
             _compiled(_norm_of_sum, x, x.clone()),
             (CALL,),
         )
+    # A site: propagation and the selection of the tokens.
     for tokens in (98, 392):
         x = random(big, tokens, _WIDTH)
         leaving = tokens // 12
-        # A site's add and norm are priced as any block's, so they are timed without a site as well.
+        # The cost model prices a site's add and norm as any block's, so they are timed without a site and subtracted.
         plain, passed = f"stream of {tokens}", 4 * x.numel() * size
         whole = _compiled(*stream_pass(x))
         yield Probe(plain, "stream", passed, Work("stream", bytes=passed), whole, (CALL,))
@@ -193,6 +220,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
             _compiled(*selection(scores, leaving)),
             (CALL,),
         )
+    # The token graph: one kernel where there are kernels, else a ranking of all pairs.
     for side in (14, 24) if kernels else ():
         x = random(big, side * side, _WIDTH)
         work = _of_kind("neighbors", GTP().start_works((side, side), _WIDTH, big, name, kernels=True))
@@ -206,16 +234,17 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
 
 
 def _of_kind(kind: str, works: Sequence[Work]) -> Work:
-    """The one among a site's works, so that a curve is fitted to the very amounts that it is asked about."""
+    """Return the entry of a site's works with this kind, so that curves are fitted to the amounts they are read at."""
     return next(work for work in works if work.kind == kind)
 
 
 def _nearest(similarity_BGG: Tensor) -> Tensor:
-    """As the token graph ranks all pairs, once for each stream."""
+    """Return each token's 8 most similar tokens, ranked as the token graph ranks all pairs, once per stream."""
     return similarity_BGG.topk(8, dim=-1, sorted=False).indices
 
 
 def _chain(x: Tensor, length: int) -> Tensor:
+    """Return the result of `length` dependent products."""
     y = x
     for _ in range(length):
         y = y @ x
@@ -245,7 +274,7 @@ def _compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], obj
 
 
 def describe(target: Target) -> str:
-    """A measured target, for people."""
+    """Return a table of a measured target's rates and curves."""
     rates = ", ".join(f"{rate / 1e9:.4g} GFLOP/s in {dtype}" for dtype, rate in target.dense.items())
     rows = [
         [kind, KINDS[kind].partition(";")[0], " … ".join(f"{share:.2g}" for _, share in _ends(curve))]
@@ -253,7 +282,8 @@ def describe(target: Target) -> str:
     ]
     return "\n".join(
         [
-            f"{target.name}: {rates}; {target.bandwidth / 1e9:.4g} GB/s; {target.launch * 1e6:.3g} us a kernel ({target.measured})",
+            f"{target.name}: {rates}; {target.bandwidth / 1e9:.4g} GB/s; {target.launch * 1e6:.3g} us a kernel "
+            f"({target.measured})",
             "",
             tabulate(rows, ["kind of work", "", "share of the roof, least … largest amount"], disable_numparse=True),
         ]
@@ -261,4 +291,5 @@ def describe(target: Target) -> str:
 
 
 def _ends(curve: Curve) -> list[tuple[float, float]]:
+    """Return a curve's first and last points, or the only one."""
     return [curve.points[0], curve.points[-1]] if len(curve.points) > 1 else list(curve.points)

@@ -1,1 +1,1 @@
-"""The ways in, and the nn.Module that comes back."""
+"""Entry points (`optimize`, the backend, planning, export) and the nn.Module that `optimize` returns."""

@@ -1,8 +1,8 @@
-"""`torch.compile(model, backend="gtp", options={…})`, the door for graphs that Dynamo captures.
+"""The torch.compile backend, for graphs that Dynamo captures: `torch.compile(model, backend="gtp", options={…})`.
 
-Options are `optimize`'s: flops_budget, schedule, strategy, target, …, and mode, which torch refuses beside options=.
-Dynamo calls a backend once a graph, and again for a second batch size: the schedule depends on the graph alone, so it
-is the same each time.
+The options are `optimize`'s (flops_budget, schedule, strategy, target, …), and mode, because torch refuses mode=
+together with options=. Dynamo calls a backend once per graph, and again for a second batch size. The schedule depends
+on the graph alone, so it is the same each time.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ def gtp(
     options: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> Callable[..., Any]:
-    """Rewrite Dynamo's graph and compile it with Inductor. A graph without attention is compiled as it is, with a warning:
-    a graph break leaves such pieces before and behind a model."""
+    """Rewrite Dynamo's graph and compile it with Inductor.
+
+    A graph without attention over patches is compiled unchanged, with a warning: graph breaks cut such pieces off
+    before and after a model. Raises OptionError for a bad option and for a model that is already optimised, and
+    otherwise what `optimize` raises.
+    """
     checked = Options.of_backend({"mode": mode, **(options or {})})
     must_be_optional(checked.disabled_passes)
     if any(getattr(node.target, "namespace", "") == "gtp_fx" for node in gm.graph.nodes):
@@ -44,11 +48,11 @@ def gtp(
     except NoBlocksError as error:
         warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
         return compile_with_inductor(gm, example_inputs, patches)
-    made = lowered(optimised.graph_module, device, checked.disabled_passes, checked.target.told)
-    return compile_with_inductor(made, example_inputs, patches)
+    lowered_graph = lowered(optimised.graph_module, device, checked.disabled_passes, checked.target.told)
+    return compile_with_inductor(lowered_graph, example_inputs, patches)
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:
-    """Where a graph runs: on the GPU that any of its inputs is on; single numbers may stay on the host."""
+    """Return the device a graph runs on: the GPU of any of its inputs, else the CPU; scalars may be on the host."""
     devices = [value.device for value in inputs if isinstance(value, torch.Tensor)]
     return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))

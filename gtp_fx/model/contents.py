@@ -1,4 +1,4 @@
-"""What a graph of a model rests on: its modules, plain attributes and tensors, to tell whether any was changed."""
+"""Contents of a model that its graphs depend on (modules, plain attributes, tensors), to tell whether any changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from gtp_fx.capture.snapshots import attributes_of, snapshot
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """Everything that a graph of a model may rest on. Holds what it names, so that nothing new can be taken for it."""
+    """Everything in a model that a graph of it may depend on.
+
+    It keeps the objects alive, so that a new object can't get the address of an old one and pass for it.
+
+    modules: the model's modules by name.
+    attributes: each module's snapshot of its plain attributes.
+    tensors: each module's parameters and buffers by name.
+    """
 
     modules: dict[str, nn.Module]
     attributes: dict[nn.Module, Any]
@@ -20,6 +27,7 @@ class Contents:
 
     @classmethod
     def of(cls, model: nn.Module) -> Contents:
+        """Record the contents of `model` as they are now."""
         modules = dict(model.named_modules())
         return cls(
             modules,
@@ -28,7 +36,7 @@ class Contents:
         )
 
     def same(self, other: Contents) -> bool:
-        """Modules are equal when they are the same; so have tensors to be."""
+        """Tell whether both hold the same modules and tensors, by identity, and equal attributes."""
         return (
             self.modules == other.modules
             and self.attributes == other.attributes
@@ -37,4 +45,5 @@ class Contents:
 
 
 def _identical(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> bool:
+    """Tell whether both have the same names and, under each, the very same tensor."""
     return one.keys() == other.keys() and all(value is other[name] for name, value in one.items())

@@ -1,4 +1,4 @@
-"""`optimize`, the door for modules."""
+"""The function `optimize`, for modules."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def optimize(
     mode: str | None = DEFAULTS["mode"],
     compile: bool = True,
 ) -> OptimizedModel:
-    """Make a faster stand-in for a vision transformer, over the same parameters.
+    """Make a faster replacement for a vision transformer, over the same parameters.
 
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the size that the model will be
-        called with; found from timm's `pretrained_cfg` or HF's `config` where None. Any batch is good afterwards.
+        called with; None derives them from timm's `pretrained_cfg` or HF's `config`. The result takes any batch.
     compile: let Inductor compile the graph at its first call; False gives an eager FX module.
     The others are the fields of `gtp_fx.options.options.Options`:
 
     {options}
 
-    `model` is not changed. Raises a `GtpError` (a ValueError): OptionError for a bad value, CaptureError where the graph
-    can't be had, UnsupportedModelError where no token can leave, BudgetError or ScheduleError where the model can't do
-    what was asked.
+    `model` is not changed. Raises a `GtpError` (a ValueError): OptionError for a bad value, CaptureError where the
+    graph can't be captured, UnsupportedModelError where no token can be removed, BudgetError where no schedule meets
+    the budget, ScheduleError where a schedule doesn't fit the model.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(
@@ -53,12 +53,12 @@ def optimize(
         )
     if isinstance(model, OptimizedModel):
         raise OptionError(
-            f"this {type(model).__name__} is optimised already, to {model.report.flops_ratio:.3f} of its FLOPs: optimize the original, with "
-            f"the budget that you want in all"
+            f"this {type(model).__name__} is optimised already, to {model.report.flops_ratio:.3f} of its FLOPs: "
+            f"optimize the original, with the budget that you want in total"
         )
     if mode is not None and not compile:
         raise OptionError(
-            f"mode={mode!r} is how to compile, and compile=False: leave one of them out "
+            f"mode={mode!r} is how to compile, and compile=False compiles nothing: leave one of them out "
             f"(torch.compile(fast, mode={mode!r}) compiles what this returns)"
         )
     options = Options.of(
@@ -78,7 +78,7 @@ def optimize(
 
 
 def _described() -> str:
-    """Every option with its help, for `help(gtp_fx.optimize)`."""
+    """Return every option with its help text, indented for the docstring of `optimize`."""
     indent = " " * 8
     lines = (f"{name}: {text[0].lower()}{text[1:]}" for name, text in HELP.items())
     return "\n    ".join(textwrap.fill(line, 112, subsequent_indent=indent) for line in lines)

@@ -1,8 +1,8 @@
-"""What `optimize` returns: an nn.Module that stands in for the original.
+"""The nn.Module that `optimize` returns, which replaces the original.
 
-Same call, same output type and shapes, same parameters (names, order, storage), any batch, both modes, `.to()`,
-`state_dict()`, and the original's attributes (`config`, `pretrained_cfg`, …) and methods, those that take tensors optimised as well
-(`gtp_fx.capture.called_as`).
+It has the original's call, output type and shapes, and its parameters (names, order, storage). It takes any batch and
+supports both modes, `.to()` and `state_dict()`. It has the original's attributes (`config`, `pretrained_cfg`, …) and
+methods; methods that take tensors are optimised as well (`gtp_fx.capture.called_as`).
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ from gtp_fx.strategies import Strategy
 class OptimizedModel(nn.Module):
     """An optimised vision transformer.
 
-    graph_module: the rewritten graph, in `gtp_fx` and ATen operators. report: what was done. schedule, strategy: tokens that leave
-    per block, and how. With `compile`, Inductor compiles the graph at the first call.
+    `graph_module` is the rewritten graph, in `gtp_fx` and ATen operators; `report` says what was done to it. `schedule`
+    and `strategy` say how many tokens each block removes, and how. Where it was made with `compile`, Inductor compiles
+    the graph at the first call.
     """
 
     def __init__(
@@ -61,6 +62,11 @@ class OptimizedModel(nn.Module):
         compile: bool,
         blocks_needed: bool = True,
     ) -> None:
+        """Capture `original` and rewrite its evaluation graph.
+
+        signature: how the original is called, with examples.
+        blocks_needed: whether a model without attention over patches is refused.
+        """
         super().__init__()
         self.__class__ = class_like(OptimizedModel, type(original))
         twins: ModuleMap = {}
@@ -77,58 +83,67 @@ class OptimizedModel(nn.Module):
 
     @property
     def graph_module(self) -> fx.GraphModule:
+        """The rewritten evaluation graph, in `gtp_fx` and ATen operators."""
         return self._optimised(training=False).graph_module
 
     @property
     def report(self) -> Report:
+        """FLOPs, sites, passes and refusals."""
         return self._gtp.chosen.report
 
     @property
     def schedule(self) -> Schedule:
+        """Number of patch tokens that each attention block removes."""
         return self._gtp.chosen.schedule
 
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
-        """What each site does to its stream, by the graph's numbers of calls; none where tokens only skip branches."""
+        """The sites that remove tokens, as numbers of the graph's calls; none where tokens only skip branches."""
         return self._optimised(training=False).sites
 
     @property
     def strategy(self) -> Strategy:
-        """The one that was asked for, or what calibration made of it."""
+        """The strategy that was given, or the one that calibration chose."""
         return self._gtp.chosen.strategy
 
     @property
     def inductor_options(self) -> dict[str, Any]:
-        """What Inductor is told where this model is: by its target, and over that by the mode."""
+        """Options for Inductor on this model's device: the target's, overridden by those of the mode."""
         return self._gtp.options.inductor(device_of(self))
 
     @property
     def signature(self) -> CallSignature:
-        """How it is called, with examples of two images."""
+        """The call's form, with examples of two images."""
         return self._gtp.signature
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph of the current mode. Raises InputError where the call's form differs from the captured one."""
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
         return self._runner()(*args, **kwargs)
 
     def provenance(self, *args: Any, **kwargs: Any) -> tuple[Provenance, ...]:
-        """Called as the model is: for each stream of tokens, which patches each token left stands for, and by how much.
+        """Return, for each stream of tokens, which patches each remaining token stands for, and by how much.
 
-        Empty where no token leaves. Eager, in the evaluation graph.
+        Takes the model's own arguments. Runs the evaluation graph eagerly. Empty where no token is removed.
         """
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
         evaluation = self._optimised(training=False)
         return provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))(*args, **kwargs)
 
     def with_provenance(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Provenance, ...]]:
-        """Called as the model is: what it returns, and `provenance`, from one run. Of a map of tokens that is returned, those that were left
-        (and needn't have come back) are at `index`, behind the prefix: what a reader of fewer tokens takes."""
+        """Return the model's output and its `provenance`, from one run.
+
+        Takes the model's own arguments. Where the output is a map of tokens in which removed ones have been put back,
+        the tokens that remained to the end are those at `index`, after the prefix tokens: a reader of fewer tokens
+        takes them.
+        """
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
         evaluation = self._optimised(training=False)
         run = output_and_provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))
         return run(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        """Look up what this module lacks on the original; its methods become optimised ones."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -138,7 +153,7 @@ class OptimizedModel(nn.Module):
         return functools.partial(self._call_method, name, value) if inspect.ismethod(value) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A plain attribute that the original has (`global_pool`) is the original's, and its graphs depend on it."""
+        """Set an attribute; on the original, which its graphs depend on, where that has it (`global_pool`)."""
         state: State | None = self.__dict__.get("_gtp")
         if state is None or name == "training" or name not in attributes_of(state.original):
             super().__setattr__(name, value)
@@ -146,7 +161,7 @@ class OptimizedModel(nn.Module):
             self._changing(setattr, state.original, name, value)
 
     def _changing(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What `do` returns, which may change the original."""
+        """Call `do`, which may change the original, and rebuild the graphs where it has; return what `do` returns."""
         before = Contents.of(self._gtp.original)
         result = do(*args, **kwargs)
         if not before.same(Contents.of(self._gtp.original)):
@@ -154,7 +169,9 @@ class OptimizedModel(nn.Module):
         return result
 
     def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the original: optimised where it takes tensors, else on the original itself."""
         state = self._gtp
+        # A method without tensors (`reset_classifier`) reads the original or changes it.
         if not tensors_in((args, kwargs)):
             return self._changing(method, *args, **kwargs)
         made = state.methods.setdefault(name, [])
@@ -166,17 +183,22 @@ class OptimizedModel(nn.Module):
         return fast(*args, **kwargs)
 
     def _optimised_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OptimizedModel:
-        """Over this model's parameters. Without attention over patches there is nothing to win, so that it runs eagerly, as it is."""
+        """Optimise a method of the original, over this model's parameters.
+
+        It follows this model's schedule. A method without attention over patches has nothing to gain and runs eagerly.
+        Raises ScheduleError where its blocks differ from the schedule's.
+        """
         state = self._gtp
         module = CalledAs(state.original, getattr(state.original, name))
         example: Any = args if not kwargs else inspect.signature(module.forward).bind(*args, **kwargs).arguments
         options = settled(state.options, state.chosen)
-        if not any(state.chosen.schedule):  # so that no token leaves, whatever blocks the method has
+        if not any(state.chosen.schedule):  # remove nothing here either, whatever blocks the method has
             options = replace(options, schedule=AUTO, flops_budget=1.0)
         try:
             fast = OptimizedModel(module, call_signature(module, example), options, state.compile, blocks_needed=False)
         except ScheduleError as error:
             raise ScheduleError(f"{module._get_name()}: {error}") from error
+        # The method's graphs and this model hold the very same dicts of parameters.
         fast._gtp.compile &= fast.report.blocks > 0
         fast._parameters, fast._buffers, fast._modules = self._parameters, self._buffers, self._modules
         fast._non_persistent_buffers_set = self._non_persistent_buffers_set
@@ -185,15 +207,16 @@ class OptimizedModel(nn.Module):
         return fast
 
     def _remake(self, before: Contents) -> None:
-        """The original has other modules or parameters now than `before`: with the same schedule, from the start.
+        """Capture and rewrite the original anew, with the same schedule, after it has changed.
 
-        What it still has stays as this model holds it, which may be in another form (quantised).
+        What the original still holds from `before` stays as this model holds it, possibly in another form (quantised).
         """
         state = self._gtp
-        made = self._rewritten(training=False)  # first of all, since it may fail
+        made = self._rewritten(training=False)  # first, since it may fail: this model stays whole then
         twins: ModuleMap = {}
         tree = parameter_tree(state.original, twins)
         copy_replaced(state.twins, twins, before.tensors)
+        # Refill this module's dicts in place: others hold them too.
         for mine, new in (
             (self._parameters, tree._parameters),
             (self._buffers, tree._buffers),
@@ -207,21 +230,22 @@ class OptimizedModel(nn.Module):
         state.first = state.by_mode[False] = made
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
-        """`.to()` and its like."""
+        """Run nn.Module's `_apply` (`.to()` and the like), and let the original follow."""
         with self._together():
             return super()._apply(fn, recurse)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """nn.Module's."""
+        """Load as nn.Module does, and let the original follow."""
         with self._together():
             return super().load_state_dict(*args, **kwargs)
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
-        """What both hold stays the same in both: a parameter changes in place, mostly, but buffers are renewed, and with assign=True all are.
+        """Keep the tensors that this model shares with the original shared, across a change of them.
 
-        What is captured from then on is captured of the original, with the examples, which go along. A graph has dtypes written into it
-        (`x.to(torch.float32)`), so that in another one they are made anew.
+        Parameters mostly change in place, but buffers are replaced, and with assign=True everything is. The examples
+        move as well, since later captures run the original with them. A graph has dtypes written into it
+        (`x.to(torch.float32)`), so a change of dtype discards the graphs.
         """
         state = self._gtp
         both, was = shared_tensors(state.twins), dtype_of(state.original)
@@ -236,19 +260,22 @@ class OptimizedModel(nn.Module):
                 state.forget()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy or pickle everything but compiled code."""
         state = {**self.__dict__, "_gtp": replace(self._gtp, runners={})}
         return _bare, (type(self._gtp.original),), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and let the graphs share this module's dicts again."""
         super().__setstate__(state)
         for made in self._gtp.by_mode.values():  # graph modules copy their dicts
             share(made.graph_module, self)
 
     def extra_repr(self) -> str:
+        """Return the line that nn.Module's repr shows."""
         return f"optimised by gtp_fx, at {self.report.flops_ratio:.4f} of its FLOPs"
 
     def _optimised(self, training: bool) -> Optimised:
-        """In one mode; made when it is first asked for."""
+        """Return the rewritten graph of one mode, made at its first use."""
         state = self._gtp
         if training not in state.by_mode:
             made = self._rewritten(training)
@@ -257,7 +284,7 @@ class OptimizedModel(nn.Module):
         return state.by_mode[training]
 
     def _rewritten(self, training: bool) -> Optimised:
-        """Capture the original and rewrite its graph: in training, and whenever again, with the schedule that was settled."""
+        """Capture the original and rewrite its graph, with the schedule of the first graph once there is one."""
         state = self._gtp
         options = state.options if state.first is None else settled(state.options, state.first)
         if options.calibration is not None:
@@ -265,7 +292,7 @@ class OptimizedModel(nn.Module):
         return run_passes(capture_module(state.original, state.signature, training), options, state.blocks_needed)
 
     def _runner(self) -> Any:
-        """What computes the current mode: the graph module, or its compiled form."""
+        """Return what runs the current mode on this device: the graph module, or its compiled form."""
         state, training, device = self._gtp, self.training, device_of(self)
         if (training, device) not in state.runners:
             optimised = self._optimised(training)
@@ -282,6 +309,6 @@ class OptimizedModel(nn.Module):
 
 
 def _bare(original: type[nn.Module]) -> OptimizedModel:
-    """To be filled with another one's state: a copy, or what was pickled."""
+    """Return an uninitialised model, whose state `__setstate__` fills in when it is copied or unpickled."""
     cls = class_like(OptimizedModel, original)
     return cls.__new__(cls)

@@ -1,4 +1,4 @@
-"""Standing in for a module: its parameters under its names, its class's name, its forward's signature."""
+"""Parts of a module that replaces another: parameters under its names, its class's name, its forward's signature."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gtp_fx.errors import InputError
 Base = TypeVar("Base", bound=nn.Module)
 Tensors = dict[str, Any]
 ModuleMap = dict[nn.Module, nn.Module]
-"""By the modules of an original, those that stand for them."""
+"""From each module of an original to the one that replaces it."""
 
 _made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def class_like(base: type[Base], original: type[nn.Module]) -> type[Base]:
-    """A subclass of `base` by the name of the original's class, with its forward's signature: Trainers and pipelines ask for both.
+    """Return a subclass of `base` with the name of the original's class and its forward's signature.
 
-    One for each class of models.
+    Trainers and pipelines read both. There is one subclass for each pair of classes.
     """
     if (base, original) not in _made:
         _made[base, original] = _new_class(base, original)
@@ -30,19 +30,22 @@ def class_like(base: type[Base], original: type[nn.Module]) -> type[Base]:
 
 
 class Part(nn.Module):
-    """The parameters of a module inside the original, under their names."""
+    """Bare module with the parameters of a module inside the original, under their names."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise InputError: only the whole model's graph can run."""
         raise InputError(
-            "this is a part of an optimised model: it holds parameters, and the whole model's graph runs them. Call a method of the "
-            "model, or optimise the original's part by itself, gtp_fx.optimize(model.part, …)"
+            "this is a part of an optimised model: it holds parameters, and the whole model's graph reads them. Call a "
+            "method of the model, or optimise the original's part by itself, gtp_fx.optimize(model.part, …)"
         )
 
 
 def parameter_tree(module: nn.Module, seen: ModuleMap) -> nn.Module:
-    """Bare modules with the parameters and buffers of `module` under the same names.
+    """Return a tree of bare modules with the parameters and buffers of `module` under the same names.
 
-    Linear layers stay what they are: that is how a quantiser that replaces weights (torchao's) finds them.
+    Linear layers remain nn.Linear, because quantisers that replace weights (torchao's) look for that class.
+
+    seen: filled with each module and its bare counterpart; a module used twice gets one.
     """
     if module in seen:
         return seen[module]
@@ -60,7 +63,7 @@ def parameter_tree(module: nn.Module, seen: ModuleMap) -> nn.Module:
 
 
 def shared_tensors(twins: ModuleMap) -> list[tuple[Tensors, Tensors, str]]:
-    """Where a stand-in has the original's very own tensors: its dict, the original's, and their name in both."""
+    """List the tensors that replacements share with the original: (their dict, the original's dict, name in both)."""
     return [
         (mine, theirs, name)
         for module, bare in twins.items()
@@ -71,7 +74,10 @@ def shared_tensors(twins: ModuleMap) -> list[tuple[Tensors, Tensors, str]]:
 
 
 def copy_replaced(old: ModuleMap, new: ModuleMap, before: Mapping[nn.Module, Tensors]) -> None:
-    """Of what an original held `before` and still holds, the modules of `new` get what those of `old` had in its place."""
+    """Copy tensors that the caller replaced in `old` (quantised, say) into `new`.
+
+    Only those are copied whose original still holds what it held `before`.
+    """
     for module in old.keys() & new.keys():
         held = before.get(module, {})
         pairs: tuple[tuple[Tensors, Tensors], ...] = (
@@ -85,14 +91,17 @@ def copy_replaced(old: ModuleMap, new: ModuleMap, before: Mapping[nn.Module, Ten
 
 
 def names_of(original: nn.Module) -> set[str]:
-    """Of its parameters and buffers, shared ones by each of their names."""
+    """Return the names of all parameters and buffers; shared ones appear under each of their names."""
     everything = (original.named_parameters(remove_duplicate=False), original.named_buffers(remove_duplicate=False))
     return {name for named in everything for name, _ in named}
 
 
 def use_parameters_of(graph_module: fx.GraphModule, owner: nn.Module, names: Collection[str]) -> None:
-    """Let `graph_module` read everything from `owner`. names: the original's; what else the graph reads (constants that were lifted into it)
-    moves there, under another name where another graph's constant has that."""
+    """Let `graph_module` read all its parameters and buffers from `owner`.
+
+    names: the original's parameters and buffers. Whatever else the graph reads (constants lifted into it) moves to
+        `owner`, under a new name where another graph's constant has the same one.
+    """
     moved: dict[str, str] = {}
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and node.target not in names:
@@ -104,13 +113,13 @@ def use_parameters_of(graph_module: fx.GraphModule, owner: nn.Module, names: Col
 
 
 def share(graph_module: fx.GraphModule, owner: nn.Module) -> None:
-    """The very same dicts, so that whatever is put into one is in the other."""
+    """Give `graph_module` the very same dicts as `owner`, so that whatever is put into one is in the other."""
     graph_module._parameters, graph_module._buffers = owner._parameters, owner._buffers
     graph_module._modules = owner._modules
 
 
 def _move_in(graph_module: fx.GraphModule, name: str, owner: nn.Module) -> str:
-    """A constant of the graph's into `owner`; returns what it is called there."""
+    """Move a constant of the graph into `owner` as a buffer; return its name there."""
     path, _, leaf = name.rpartition(".")
     holder, value = owner.get_submodule(path), getattr(graph_module.get_submodule(path), leaf)
     held: Tensors = {**holder._parameters, **holder._buffers}
@@ -122,12 +131,14 @@ def _move_in(graph_module: fx.GraphModule, name: str, owner: nn.Module) -> str:
 
 
 def _new_class(base: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+    """Make the class that `class_like` returns."""
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)
 
     signature = inspect.signature(original.forward)
     named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    if len(named) > 1:  # a graph takes no arguments but those that it was captured with
+    if len(named) > 1:  # a graph takes only the arguments that it was captured with
         signature = signature.replace(parameters=named)
     forward.__signature__ = signature  # type: ignore[attr-defined]
     return type(

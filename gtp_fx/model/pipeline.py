@@ -1,4 +1,4 @@
-"""Running the passes in order, verifying each, recording what each did."""
+"""Pipeline from a captured graph to an optimised one: exact passes, a plan, the passes that carry it out, a report."""
 
 from __future__ import annotations
 
@@ -30,9 +30,13 @@ from gtp_fx.strategies.trial import try_out
 
 @dataclass(frozen=True)
 class Optimised:
-    """A rewritten graph, the schedule and the strategy that it carries out, and what was done.
+    """A rewritten graph.
 
-    sites: what each did, for `gtp_fx.report.provenance`.
+    graph_module: the graph.
+    schedule: tokens that each block removes in it.
+    strategy: how it removes them.
+    report: what was done.
+    sites: the sites that remove tokens, for `gtp_fx.report.provenance`.
     """
 
     graph_module: fx.GraphModule
@@ -44,8 +48,13 @@ class Optimised:
 
 @dataclass(frozen=True)
 class Exact:
-    """A graph behind the exact passes, its blocks marked. original: before them. steps: what each did. journal: goes on with
-    the passes behind."""
+    """A graph whose exact passes have run.
+
+    graph_module: the graph, its blocks marked.
+    original: the graph before these passes, and its FLOPs.
+    steps: what each pass did.
+    journal: the record of the passes, which later ones continue.
+    """
 
     graph_module: fx.GraphModule
     original: Original
@@ -54,23 +63,27 @@ class Exact:
 
 
 def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool = True) -> Optimised:
-    """Rewrite a captured graph. `captured` is not changed; its nodes carry `meta["val"]`.
+    """Rewrite a captured graph, whose nodes have `meta["val"]`; `captured` itself is not changed.
 
-    blocks_needed: whether a graph without attention over patches is refused; else the exact passes are all that it gets.
+    blocks_needed: whether a graph without attention over patches is refused; else only the exact passes run on it.
+
+    Raises a GtpError where the graph can't be optimised as `options` require.
     """
     exact = run_exact_passes(captured, options)
     gm = exact.graph_module
     planned = make_plan(gm, options, exact.original, apply_plan_unverified, blocks_needed)
     plan: Plan = planned.plan
     result, steps = apply_plan(gm, plan, exact.original.flops, exact.journal)
+    # Verify the outcome: outputs as before, the strategy's own operators usable, FLOPs as priced.
     check_outputs(captured, result)
     try_out(result.graph)
     after = count_flops(result.graph)
     if after != planned.flops:
         if isinstance(plan.strategy, Grouping):
             raise OptionError(
-                f"strategy {plan.strategy.name!r} was priced at {planned.flops} FLOPs per image with the model, and it takes {after}: "
-                f"{type(plan.strategy).__name__}.group_flops has to give those of the matrix products in group()"
+                f"with strategy {plan.strategy.name!r} the model was priced at {planned.flops} FLOPs per image, and it "
+                f"takes {after}: {type(plan.strategy).__name__}.group_flops has to return the FLOPs of the matrix "
+                f"products in group()"
             )
         raise AssertionError(f"the plan priced this graph at {planned.flops} FLOPs, and it has {after}")
     report = Report(
@@ -97,9 +110,12 @@ def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool =
 
 
 def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
-    """Run what changes no number, and mark what plans are made by. Raises OptionError for a pass that can't be left out."""
+    """Run the exact passes and mark the blocks that plans are made from.
+
+    Raises OptionError where `disabled_passes` names a pass that can't be left out.
+    """
     must_be_optional(options.disabled_passes)
-    # What no output depends on is none of the model's work: one door's capture drops it, the other's doesn't.
+    # Count the original's FLOPs without dead code: torch.export's capture drops it, and Dynamo's doesn't.
     spelled = normalise(captured)
     original = Original(spelled.graph, count_flops(spelled.graph))
     journal = Journal.beginning(captured, options.dump_graphs)
@@ -108,23 +124,24 @@ def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
 
 
 def _recovered(graph: fx.Graph) -> tuple[str, ...]:
-    """The readers of recovered values, by layer and operator, in order, each once."""
+    """List the readers of recovered values, by layer and operator, in graph order, each once."""
     readers = [
         ": ".join(filter(None, (layer_name(user), operator_name(user))))
         for node in graph.nodes
         if RECOVERED in node.meta
         for user in node.users
-        if not any(node.target is gtp_fx.recover.default for node in (user, *user.users))  # on to a level further back
+        if not any(node.target is gtp_fx.recover.default for node in (user, *user.users))  # one step of several
     ]
     return tuple(dict.fromkeys(readers))
 
 
 def _site_rows(gm: fx.GraphModule, plan: Plan) -> tuple[SiteRow, ...]:
+    """Return the report's row for each site of the plan."""
     layers = {block.index: layer_name(block.attention) for block in typed_graph(gm.graph).blocks}
     rows = []
     for site in plan.sites:
-        gone = plan.schedule.propagated[site.block]
+        removed = plan.schedule.propagated[site.block]
         before = site.others + plan.count(site.domain) if site.branch is None else site.branch.tokens
         windows = 0 if site.branch is None else site.branch.windows
-        rows.append(SiteRow(site.block, layers[site.block], before, gone, before - gone, windows))
+        rows.append(SiteRow(site.block, layers[site.block], before, removed, before - removed, windows))
     return tuple(rows)

@@ -1,4 +1,4 @@
-"""A model, captured once, to be planned for as often as one likes: what `gtp-fx plan` does."""
+"""Planner for a model that is captured once and planned for several budgets and targets, as `gtp-fx plan` does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Planner:
         self._captured = capture_module(model, self._signature, training=False)
 
     def plan(self, options: Options) -> Forecast:
-        """Raises what `optimize` raises for the same options."""
+        """Return the forecast for one set of options. Raises what `optimize` raises for the same options."""
         if options.calibration is not None:
             options = replace(options, calibration=bound(options.calibration, self._signature.canonical))
         exact = run_exact_passes(self._captured, options)

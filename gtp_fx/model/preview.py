@@ -1,4 +1,4 @@
-"""What the compiler sees in a model, before anything is asked of it: blocks, tokens, what it can do at each, what it refuses."""
+"""Preview of what the compiler finds in a model: blocks, their tokens, what can be done at each, what is refused."""
 
 from __future__ import annotations
 
@@ -20,8 +20,17 @@ from gtp_fx.options.options import Options
 
 @dataclass(frozen=True)
 class BlockRow:
-    """One attention block. grid: sides of what it attends over, the window's where it attends within windows; prefix, suffix: tokens
-    beside those. can: "leave", "skip a branch", "dead" (no output needs its patches) or "nothing", and then why, as far as known."""
+    """One attention block.
+
+    block: its number, in graph order.
+    layer: the layer that holds its attention.
+    grid: sides of the grid it attends over; of a window, where it attends within windows.
+    prefix, suffix: tokens before and after the patches.
+    heads: heads of its attention.
+    head_features: features of a head.
+    can: what its tokens can do: "leave", "skip a branch", "dead" (no output needs its patches) or "nothing".
+    why: why they can't be removed, as far as known.
+    """
 
     block: int
     layer: str
@@ -36,8 +45,14 @@ class BlockRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """inputs: what the model was captured with, "(float32[*, 3, 224, 224])". flops: per image; exact_flops: behind the exact passes.
-    other: attention that is no block of self-attention over patches."""
+    """Everything the compiler finds in a model.
+
+    inputs: what the model was captured with, "(float32[*, 3, 224, 224])".
+    flops: FLOPs per image.
+    exact_flops: FLOPs per image after the exact passes.
+    blocks: the attention blocks.
+    other: attention that isn't self-attention over patches, and why it is left out.
+    """
 
     inputs: str
     flops: int
@@ -46,10 +61,11 @@ class Inspection:
     other: tuple[Refusal, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         return asdict(self)
 
     def __str__(self) -> str:
+        """Return the table that `gtp-fx inspect` prints, and the reasons below it, each with its blocks."""
         rows = [
             [
                 r.block,
@@ -66,22 +82,26 @@ class Inspection:
         for row in self.blocks:
             if row.why:
                 reasons.setdefault(row.why, []).append(row.block)
-        told = [f"block{'s' * (len(of) > 1)} {_ranges(of)}: {why}" for why, of in reasons.items()]
+        explained = [f"block{'s' * (len(of) > 1)} {_ranges(of)}: {why}" for why, of in reasons.items()]
         lines = [
             f"takes {self.inputs}; {self.flops / 1e9:.3f} GFLOPs per image, "
-            f"{self.exact_flops / self.flops:.4f} of that behind the exact passes",
+            f"{self.exact_flops / self.flops:.4f} of that after the exact passes",
             "",
             tabulate(rows, headers, disable_numparse=True) if rows else "no self-attention over patch tokens",
         ]
-        if told or self.other:
-            lines += ["", *told, *map(str, self.other)]
+        if explained or self.other:
+            lines += ["", *explained, *map(str, self.other)]
         return "\n".join(lines)
 
 
 def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
-    """Capture `model` and say what `optimize` would work on. Nothing is rewritten; a model on the meta device will do.
+    """Capture `model` and return what `optimize` would work on.
 
-    example_inputs: as for `optimize`. Raises CaptureError.
+    The model isn't changed, and may be on the meta device.
+
+    example_inputs: as for `optimize`.
+
+    Raises CaptureError where the graph can't be captured.
     """
     signature = call_signature(model, example_inputs)
     exact = run_exact_passes(capture_module(model, signature, training=False), Options.of(flops_budget=1.0))
@@ -96,6 +116,7 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
 
 def _row(block: AttentionBlock) -> BlockRow:
+    """Return a block's row."""
     refusal = block.refusal
     *_, heads, _, features = shape_of(block.attention.args[0])  # type: ignore[arg-type]
     can = "leave"
@@ -118,7 +139,7 @@ def _row(block: AttentionBlock) -> BlockRow:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """ "0–3, 7" of 0, 1, 2, 3, 7."""
+    """Write ascending numbers as ranges: 0, 1, 2, 3, 7 gives "0–3, 7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""What an optimised model keeps beside its parameters."""
+"""State of an optimised model, beside its parameters."""
 
 from __future__ import annotations
 
@@ -16,9 +16,19 @@ from gtp_fx.options.options import Options
 
 @dataclass
 class State:
-    """blocks_needed: as `run_passes` has it. first: what was made before all
-    others, whose schedule and strategy those carry out. by_mode: by `training`; runners: by that and the device. methods: the original's, by name, one for
-    each form of arguments."""
+    """State of one `OptimizedModel`.
+
+    original: the model it was made from.
+    signature: how it is called, with examples.
+    options: the options it was made with.
+    compile: whether Inductor compiles its graphs.
+    blocks_needed: whether a graph without attention over patches is refused.
+    twins: from each module of the original to the one that replaces it.
+    first: the first optimised graph. Later ones (training mode, other dtypes) reuse its schedule and strategy.
+    by_mode: the optimised graphs, by `training`.
+    runners: what runs them, compiled or not, by `training` and device.
+    methods: optimised methods of the original, by name, one for each form of arguments.
+    """
 
     original: nn.Module
     signature: CallSignature
@@ -33,18 +43,19 @@ class State:
 
     @property
     def chosen(self) -> Optimised:
+        """The first optimised graph, whose schedule and strategy all others have."""
         assert self.first is not None, "set when the model is made"
         return self.first
 
     def forget(self) -> None:
-        """All graphs, to be made anew when they are asked for."""
+        """Discard all graphs; they are made anew when they are needed."""
         self.by_mode.clear()
         self.runners.clear()
         self.methods.clear()
 
 
 def settled(options: Options, made: Optimised) -> Options:
-    """The schedule that was made, with its strategy, which calibration may have chosen; no budget."""
+    """Return options that reproduce `made`: its schedule and strategy, without budgets or calibration."""
     return replace(
         options,
         flops_budget=None,

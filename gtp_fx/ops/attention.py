@@ -1,4 +1,4 @@
-"""Attention that ranks its tokens (arXiv 2311.03035, token selection), and the bias of the tokens that a key stands for."""
+"""Attention that scores its tokens (arXiv 2311.03035, token selection), and the bias for what each key stands for."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.register import operator
 
 SCORES = {
-    "mixed-max": "regeneration difficulty x broadcasting ability, each its largest head's (the paper's choice)",
+    "mixed-max": "regeneration difficulty x broadcasting ability, each from its largest head (the paper's choice)",
     "mixed-mean": "the same, each averaged over heads",
-    "broadcast-max": "broadcasting ability alone: attention a token receives, largest head",
+    "broadcast-max": "broadcasting ability alone: the attention that a token receives, largest head",
     "broadcast-mean": "the same, averaged over heads",
-    "regenerate-max": "regeneration difficulty alone: attention a token pays itself, largest head",
+    "regenerate-max": "regeneration difficulty alone: the attention that a token pays itself, largest head",
     "regenerate-mean": "the same, averaged over heads",
-    "cls-max": "attention that the first prefix token pays, largest head",
+    "cls-max": "the attention that the first prefix token pays, largest head",
     "cls-mean": "the same, averaged over heads",
 }
+"""Scores that attention may give tokens; those of low score are removed first."""
 
 
 def _attention_shapes(q, k, v, bias, scale, sparsity, score, prefix, suffix):  # type: ignore[no-untyped-def]
@@ -45,17 +46,22 @@ def attention_with_scores(
     prefix: int,
     suffix: int,
 ) -> tuple[Tensor, Tensor]:
-    """Scaled dot-product self-attention, and a score of each patch token: low scores are propagated first.
+    """Scaled dot-product self-attention that also scores each patch token; tokens of low score are removed first.
 
-    q, k, v: [B, H, N, D]. bias: additive, broadcasts to [B, H, N, N]; None for none. scale: None for D**-0.5.
-    sparsity: the paper's theta in (0, 1]; of each head's whole N x N map the int(N^2 (1 - theta)) smallest entries
-    become 0 after softmax, without renormalising (its attention sparsification); 1 keeps all.
-    score: a name in `SCORES`, or "none" for no scores. prefix, suffix: tokens before and behind the n patches, N in all.
+    q, k, v: [B, H, N, D].
+    bias: additive, broadcasts to [B, H, N, N]; None for none.
+    scale: factor of the logits; None for D**-0.5.
+    sparsity: the paper's theta in (0, 1]. In each head's N x N map the int(N^2 (1 - theta)) smallest entries become 0
+        after softmax, without renormalising (attention sparsification); 1 keeps all.
+    score: a name in `SCORES`, or "none" for no scores.
+    prefix, suffix: tokens before and after the n patches, N in all.
 
-    Returns the output [B, H, N, D] and the scores [B, n] ([B, 0] for "none") in float32. Softmax and scores are computed in
-    float32, as fused attention does, so bfloat16 ranks tokens by the same numbers up to the rounding of q and k.
+    Returns the output [B, H, N, D] and the scores [B, n] ([B, 0] for "none") in float32. Softmax and scores are
+    computed in float32, as in fused attention, so bfloat16 ranks tokens by the same numbers up to the rounding of q and
+    k.
     """
     exp_BHNN, inverse_BHN1 = attention_map(q, k, bias, scale)
+    # Sparsification comes before the product with v, and scores read the sparse map too.
     if sparsity < 1.0 and (dropped := entries_dropped(q.shape[-2] * k.shape[-2], sparsity)):
         exp_BHNN = above(exp_BHNN, inverse_BHN1, smallest_kept(exp_BHNN, inverse_BHN1, dropped))
     out = torch.matmul(exp_BHNN.to(v.dtype), v) * inverse_BHN1.to(v.dtype)
@@ -64,15 +70,18 @@ def attention_with_scores(
 
 @operator(_key_bias_shapes)
 def key_bias(scale_BN: Tensor, prefix: int, suffix: int, bias: Tensor | None, like: Tensor) -> Tensor:
-    """log s_j on the logits of key j, 0 for tokens that are no patches (arXiv 2311.03035, proportional attention).
+    """Build the bias log s_j on the logits of key j (arXiv 2311.03035, proportional attention).
 
-    scale_BN: token scales of the patch tokens [B, n], float32. bias: the attention's own additive mask, to which it is
-    added, or None. like: a tensor in whose dtype the bias is returned, as attention asks of its mask (its query).
+    scale_BN: [B, n] token scales of the patches, float32; tokens that are no patches get a bias of 0.
+    prefix, suffix: tokens before and after the patches.
+    bias: the attention's own additive mask, to which it is added; None for none.
+    like: a tensor of the dtype to return: the query's, which attention needs its mask in.
+
     Returns [B, 1, 1, prefix + n + suffix], broadcast to the bias's shape where there is one.
     """
     # Not F.pad: under a symbolic batch it would specialise the graph to one batch size.
-    ahead, behind = (scale_BN.new_zeros(scale_BN.shape[0], count) for count in (prefix, suffix))
-    whole_BN = torch.cat([ahead, scale_BN.log(), *([behind] if suffix else [])], dim=1)
+    before, after = (scale_BN.new_zeros(scale_BN.shape[0], count) for count in (prefix, suffix))
+    whole_BN = torch.cat([before, scale_BN.log(), *([after] if suffix else [])], dim=1)
     scale_bias = whole_BN[:, None, None, :]
     if bias is not None:
         scale_bias = scale_bias + _additive(bias)
@@ -80,9 +89,9 @@ def key_bias(scale_BN: Tensor, prefix: int, suffix: int, bias: Tensor | None, li
 
 
 def attention_map(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
-    """The map in float32 as two factors, [B, H, N, M] and [B, H, N, 1]: exponentials, and what a row is to be multiplied by.
+    """Return the attention map in float32 as two factors: exponentials [B, H, N, M] and 1 / row sum [B, H, N, 1].
 
-    Products with the map divide after multiplying, which is one pass over N x M less each.
+    Products with the map are divided after they are multiplied, which saves a pass over N x M each time.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits_BHNM = torch.matmul(q, k.transpose(-2, -1)).float() * scale
@@ -93,34 +102,35 @@ def attention_map(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None
 
 
 def over_heads(values_BHN: Tensor, how: str) -> Tensor:
+    """Reduce [B, H, N] over heads, by their maximum where `how` is "max", else by their mean."""
     return values_BHN.amax(dim=1) if how == "max" else values_BHN.mean(dim=1)
 
 
 def _additive(bias: Tensor) -> Tensor:
-    """A boolean mask (True: attend) as the bias that it stands for."""
+    """Convert a boolean mask (True: attend) to an additive bias; return any other bias as it is."""
     if bias.dtype != torch.bool:
         return bias
     return torch.zeros((), device=bias.device).masked_fill(~bias, float("-inf"))
 
 
 def entries_dropped(entries: int, sparsity: float) -> int:
-    """k = int(N^2 (1 - theta)), of a head's map."""
+    """Return k = int(N^2 (1 - theta)), for the N^2 entries of one head's map."""
     return int(entries * (1.0 - sparsity))
 
 
 def smallest_kept(exp_BHNN: Tensor, inverse_BHN1: Tensor, dropped: int) -> Tensor:
-    """[B, H, 1, 1]: the `dropped`-th smallest entry of each head's map, below which entries are dropped."""
+    """Return the `dropped`-th smallest entry of each head's map, [B, H, 1, 1]; entries below it are dropped."""
     map_BHNN = (exp_BHNN * inverse_BHN1).detach()
     return map_BHNN.flatten(-2).kthvalue(dropped, dim=-1).values[..., None, None]
 
 
 def above(exp_BHNN: Tensor, inverse_BHN1: Tensor, threshold_BH11: Tensor) -> Tensor:
-    """`exp_BHNN` with 0 where the map is below a threshold."""
+    """Return `exp_BHNN` with 0 where the map is below a threshold."""
     return torch.where((exp_BHNN * inverse_BHN1).detach() >= threshold_BH11, exp_BHNN, 0.0)
 
 
 def _scores(exp_BHNN: Tensor, inverse_BHN1: Tensor, score: str, start: int, stop: int) -> Tensor:
-    """Of the tokens from `start` to `stop`, which are the patches."""
+    """Score the tokens from `start` to `stop`, which are the patches."""
     if score == "none":
         return exp_BHNN.new_empty(exp_BHNN.shape[0], 0)
     kind, _, how = score.partition("-")

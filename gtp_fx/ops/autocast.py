@@ -1,4 +1,4 @@
-"""Autocast, switched off around what ranks and matches."""
+"""Autocast, switched off around ranking and matching."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which products on the device of `x` keep their operands' dtype."""
+    """Return a context in which products on the device of `x` keep their operands' dtype."""
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()

@@ -1,4 +1,4 @@
-"""Attention whose keys are pooled, that ranks its queries: SegFormer's, PVT's, ModuleMap'."""
+"""Attention with pooled keys, which scores its queries: SegFormer's, PVT's, ModuleMap'."""
 
 from __future__ import annotations
 
@@ -29,16 +29,25 @@ def attention_with_cell_scores(
     grid: list[int],
     cells: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Scaled dot-product attention of every patch to pooled ones, and a score of each patch: low scores skip first.
+    """Scaled dot-product attention of every patch to pooled ones, which also scores each patch: low scores skip first.
 
-    q: [B, H, N, D], the patches of `grid`. k, v: [B, H, M, D], one for each cell of a coarser grid `cells`, which divides it.
-    The method's two factors (arXiv 2311.03035, token selection) ask what a token pays itself and what it receives; a token
-    whose key is pooled stands for itself as its cell does: what it pays its cell, and what its cell receives.
+    The method's two factors (arXiv 2311.03035, token selection) are what a token pays itself and what it receives.
+    Where keys are pooled, a token's own cell takes its place: the factors are what it pays its cell, and what its cell
+    receives.
 
-    Returns the output [B, H, N, D] and the scores [B, N] in float32. score: a name in `SCORES`, no CLS one.
+    q: [B, H, N, D], the patches of `grid`.
+    k, v: [B, H, M, D], one for each cell of the coarser grid.
+    bias: additive, broadcasts to [B, H, N, M]; None for none.
+    scale: factor of the logits; None for D**-0.5.
+    score: a name in `SCORES` that doesn't read CLS.
+    grid: the grid's sides in patches.
+    cells: the coarser grid's sides, which divide those of `grid`.
+
+    Returns the output [B, H, N, D] and the scores [B, N] in float32.
     """
     exp_BHNM, inverse_BHN1 = attention_map(q, k, bias, scale)
     out = torch.matmul(exp_BHNM.to(v.dtype), v) * inverse_BHN1.to(v.dtype)
+    # A patch has no key of its own: where the scores need it, they read that of its cell.
     own_N = _cell_of(grid, cells, q.device)
     kind, _, how = score.partition("-")
     parts = []
@@ -53,7 +62,7 @@ def attention_with_cell_scores(
 
 
 def _cell_of(grid: list[int], cells: list[int], device: torch.device) -> Tensor:
-    """[N]: the cell that each patch lies in."""
+    """Return the cell that each patch lies in, [N]."""
     places_NR = coordinates(grid, device)
     index_N = torch.zeros(places_NR.shape[0], dtype=torch.int64, device=device)
     for side, (size, count) in enumerate(zip(grid, cells, strict=True)):

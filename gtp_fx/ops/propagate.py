@@ -1,4 +1,4 @@
-"""Propagation: x_kept + alpha * Â[kept, propagated] x_propagated (arXiv 2311.03035, token summarisation), and sums like it."""
+"""Propagation: x_kept + alpha * Â[kept, removed] x_removed (arXiv 2311.03035, token summarisation), and the like."""
 
 from __future__ import annotations
 
@@ -23,19 +23,24 @@ def propagate(
     prefix: int,
     own_BK: Tensor | None = None,
 ) -> Tensor:
-    """The stream without its propagated tokens, whose share the kept ones received: a weighted sum, nothing is divided.
+    """Remove tokens from a stream and add their share to the kept ones: a weighted sum, divided by nothing.
 
-    x_BNC: [B, prefix + n + suffix, C], where what is neither prefix nor among the n = K + P patches is suffix. weights_BKP: from
-    `propagation_weights`. kept_BK, propagated_BP: indices into the n patch tokens, from `select`. own_BK: what a kept token
-    is multiplied by before it receives, as means ask; 1 where None.
-    Returns [B, prefix + K + suffix, C]: the others untouched, kept tokens in their old order.
+    x_BNC: [B, prefix + n + suffix, C]; whatever follows the n = K + P patches is suffix.
+    weights_BKP: from `propagation_weights`.
+    kept_BK, propagated_BP: indices into the n patch tokens, from `select`.
+    alpha: factor of what is received.
+    prefix: tokens before the patches.
+    own_BK: factor of a kept token before it receives, as means need; 1 where None.
+
+    Returns [B, prefix + K + suffix, C]: kept tokens in their old order, prefix and suffix tokens unchanged.
     """
-    # The others are rows that receive nothing: one gather and one sum then cover the stream, and fuse with what follows.
-    batch, tokens, leaving = x_BNC.shape[0], x_BNC.shape[1], propagated_BP.shape[1]
-    behind = prefix + kept_BK.shape[1] + leaving
-    ranges = [(0, prefix), (behind, tokens)] if behind < tokens else [(0, prefix)]
+    # Prefix and suffix tokens are rows that receive nothing: one gather and one sum then cover the whole stream,
+    # and fuse with what follows.
+    batch, tokens, removed = x_BNC.shape[0], x_BNC.shape[1], propagated_BP.shape[1]
+    patches_end = prefix + kept_BK.shape[1] + removed
+    ranges = [(0, prefix), (patches_end, tokens)] if patches_end < tokens else [(0, prefix)]
     rows = [torch.arange(*ends, device=x_BNC.device).expand(batch, ends[1] - ends[0]) for ends in ranges]
-    nothing = [weights_BKP.new_zeros(batch, stop - start, leaving) for start, stop in ranges]
+    nothing = [weights_BKP.new_zeros(batch, stop - start, removed) for start, stop in ranges]
     staying_BK = torch.cat([rows[0], kept_BK + prefix, *rows[1:]], dim=1)
     weights_BKP = torch.cat([nothing[0], weights_BKP, *nothing[1:]], dim=1).to(x_BNC.dtype)
     with without_autocast(x_BNC):

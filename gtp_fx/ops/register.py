@@ -1,4 +1,4 @@
-"""How an operator is registered: schema from the signature, one composite implementation, and its shapes."""
+"""Registration of an operator: its schema from the signature, one composite implementation, and its shapes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _written: dict[Any, Callable[..., Any]] = {}
 def operator(shapes: Callable[..., Any], flops: Callable[..., int] | None = None) -> Callable[[F], F]:
     """Define `gtp_fx::<function's name>` from the function's annotations, with the function as its composite kernel.
 
-    shapes: empty tensors as the operator would return them. A composite operator needs none to be traced; the verifier,
-    which runs every graph on fake tensors after every pass, is spared the operator's inside by it. flops: of a call
-    with the operator's arguments on meta, where what it computes is somebody else's to write, so that no formula says it.
+    shapes: returns empty tensors like the operator's results. Tracing a composite operator doesn't need it; it lets the
+        verifier, which runs every graph on fake tensors after every pass, skip the operator's inside.
+    flops: counts a call's FLOPs from its arguments on the meta device, for an operator whose computation a user writes,
+        so that no formula knows it.
     """
 
     def register(function: F) -> F:
@@ -39,7 +40,10 @@ def operator(shapes: Callable[..., Any], flops: Callable[..., int] | None = None
 
 
 def shaped(name: str, shapes: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Give a kernel's operator, gtp_fx_kernels::`name`, a function of its outputs' shapes, so that the verifier needn't run it."""
+    """Give a kernel's operator, gtp_fx_kernels::`name`, a function of its outputs' shapes.
+
+    So the verifier doesn't have to run it.
+    """
 
     def register(defined: Any) -> Any:
         _shapes[getattr(torch.ops.gtp_fx_kernels, name).default] = shapes
@@ -49,15 +53,15 @@ def shaped(name: str, shapes: Callable[..., Any]) -> Callable[[Any], Any]:
 
 
 def shapes_of(target: Any) -> Callable[..., Any] | None:
-    """The shape function of one of this package's operators; None for any other."""
+    """Return the shape function of one of this package's operators; None for any other."""
     return _shapes.get(target)
 
 
 def flops_of(target: Any) -> Callable[..., int] | None:
-    """What counts an operator's FLOPs by running it; None where a formula says them."""
+    """Return the function that counts an operator's FLOPs by running it; None where a formula gives them."""
     return _flops.get(target)
 
 
 def written_in_aten(target: Any) -> Callable[..., Any] | None:
-    """The function that one of this package's composite operators is written as; None for any other."""
+    """Return the function that one of this package's composite operators is written as; None for any other."""
     return _written.get(target)

@@ -1,4 +1,4 @@
-"""Which tokens stay, which are propagated (arXiv 2311.03035, token selection)."""
+"""Selection: which tokens are kept and which are removed (arXiv 2311.03035, token selection)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ def _shapes(score_BN: Tensor, propagated: int) -> tuple[Tensor, Tensor]:
 
 @operator(_shapes)
 def select(score_BN: Tensor, propagated: int) -> tuple[Tensor, Tensor]:
-    """Split patch tokens by score: the `propagated` lowest leave, the others stay.
+    """Split patch tokens by score: the `propagated` lowest are removed, the others kept.
 
-    score_BN: [B, n]. Returns kept [B, n - P] and propagated [B, P], int64 indices into the n patch tokens, both
-    ascending, so that the tokens keep the order of the grid. Equal scores leave from the back, on every device.
+    score_BN: [B, n].
+    propagated: P, how many to remove.
+
+    Returns the kept [B, n - P] and the removed ones [B, P], as int64 indices into the n patch tokens, both ascending,
+    so that tokens keep the grid's order. Of equal scores the last are removed first, on every device.
     """
     order_BN = score_BN.argsort(dim=1, descending=True, stable=True)
     stay = score_BN.shape[1] - propagated

@@ -1,7 +1,8 @@
-"""Tokens from one level of a stream to another: `take_tokens` to a newer one, `recover` to the one before, `put_back` to all.
+"""Changes of level: `take_tokens` to a newer one, `recover` to the one before, `put_back` to all tokens.
 
-The first two work on any value that runs over a stream's tokens, wherever its token axis is: a residual stream [B, N, C], a rotary
-table [1, 1, N, D], one side of a relative-position bias [1, H, N, N]. `images` and `tokens` say which dimensions those are.
+The first two work on any value that runs over a stream's tokens, wherever its token axis is: a residual stream [B, N,
+C], a rotary table [1, 1, N, D], one side of a relative-position bias [1, H, N, N]. Their arguments `images` and
+`tokens` say which dimensions those are.
 """
 
 from __future__ import annotations
@@ -31,16 +32,21 @@ def _recovered_shapes(x, shares_BPK, kept_BK, propagated_BP, images, tokens, pre
 
 @operator(_taken_shapes)
 def take_tokens(x: Tensor, index_BK: Tensor, images: int, tokens: int, prefix: int, suffix: int) -> Tensor:
-    """What `x` holds for the tokens that are left: patches by their index, prefix and suffix tokens as they are.
+    """Take the remaining tokens of `x`: patches by their index, and all prefix and suffix tokens.
 
-    x: any rank; dimension `images` has size B, or 1 for a value that all images share; dimension `tokens` has size
-    prefix + n + suffix. index_BK: which of the n patches are left. Returns x's shape with B images and prefix + K + suffix tokens.
+    x: any rank.
+    index_BK: the remaining ones of the n patches.
+    images: the dimension of the images, of size B, or of size 1 for a value that all images share.
+    tokens: the dimension of the tokens, of size prefix + n + suffix.
+    prefix, suffix: tokens before and after the patches.
+
+    Returns x's shape with B images and prefix + K + suffix tokens.
     """
     x_BN = _tokens_first(x, images, tokens)
     batch, count = index_BK.shape[0], x_BN.shape[1]
-    ahead = torch.arange(prefix, device=x.device).expand(batch, prefix)
-    behind = torch.arange(count - suffix, count, device=x.device).expand(batch, suffix)
-    rows_BK = torch.cat([ahead, index_BK + prefix, behind], dim=1)
+    before = torch.arange(prefix, device=x.device).expand(batch, prefix)
+    after = torch.arange(count - suffix, count, device=x.device).expand(batch, suffix)
+    rows_BK = torch.cat([before, index_BK + prefix, after], dim=1)
     inner = x_BN.shape[2:]
     rows = rows_BK.reshape(*rows_BK.shape, *(1 for _ in inner)).expand(*rows_BK.shape, *inner)
     return _tokens_back(x_BN.expand(batch, *x_BN.shape[1:]).gather(1, rows), images, tokens)
@@ -48,20 +54,23 @@ def take_tokens(x: Tensor, index_BK: Tensor, images: int, tokens: int, prefix: i
 
 @operator(_share_shapes)
 def recovery_weights(weights_BKP: Tensor | None, kept_BK: Tensor, propagated_BP: Tensor, grid: list[int]) -> Tensor:
-    """[B, P, K] in float32: of whom each propagated token is made up again. Rows sum to 1.
+    """Compute the shares of the kept tokens in each recovered one: [B, P, K] in float32; rows sum to 1.
 
-    A token comes back as the mean of those that received it, weighted by how much they did: the same edges that it left
-    along. One that nobody received (all its neighbours left with it) is given to the kept token that is nearest on the grid.
+    A removed token comes back as the mean of those that received it, weighted by how much they received: the edges that
+    it was propagated along. One that nobody received (all its neighbours were removed with it) becomes the kept token
+    that is nearest on the grid.
 
-    weights_BKP: from `propagation_weights`; None where tokens left without a trace. kept_BK, propagated_BP: indices into the whole grid.
+    weights_BKP: from `propagation_weights`; None where nothing of the removed tokens was kept.
+    kept_BK, propagated_BP: indices of the kept and the removed patches into the whole grid.
+    grid: the grid's sides in patches.
     """
     if weights_BKP is None:
         weights_BKP = kept_BK.new_zeros(*kept_BK.shape, propagated_BP.shape[1], dtype=torch.float32)
     received_BPK = weights_BKP.transpose(1, 2)
     total_BP1 = received_BPK.sum(dim=-1, keepdim=True)
     here_GR = coordinates(grid, kept_BK.device)
-    apart_BPKR = here_GR[propagated_BP][:, :, None] - here_GR[kept_BK][:, None, :]
-    nearest_BP1 = apart_BPKR.square().sum(dim=-1).argmin(dim=-1, keepdim=True)
+    offset_BPKR = here_GR[propagated_BP][:, :, None] - here_GR[kept_BK][:, None, :]
+    nearest_BP1 = offset_BPKR.square().sum(dim=-1).argmin(dim=-1, keepdim=True)
     nearest_BPK = torch.arange(kept_BK.shape[1], device=kept_BK.device) == nearest_BP1
     lonely_BP1 = total_BP1 == 0
     return torch.where(
@@ -80,10 +89,15 @@ def recover(
     prefix: int,
     suffix: int,
 ) -> Tensor:
-    """Undo one site: kept tokens return to their places, propagated ones as their share of what became of their neighbours.
+    """Undo one site: kept tokens return to their places, and removed ones become a weighted mean of the kept.
 
-    x: any rank, B images in dimension `images`, prefix + K + suffix tokens in dimension `tokens`. shares_BPK: from
-    `recovery_weights`. kept_BK, propagated_BP: from `select`, indices into the n = K + P patches that the site had.
+    x: any rank.
+    shares_BPK: from `recovery_weights`.
+    kept_BK, propagated_BP: from `select`, indices into the n = K + P patches that the site had.
+    images: the dimension of the B images.
+    tokens: the dimension of the tokens, of size prefix + K + suffix.
+    prefix, suffix: tokens before and after the patches.
+
     Returns x's shape with prefix + n + suffix tokens.
     """
     x_BN = _tokens_first(x, images, tokens)
@@ -91,7 +105,7 @@ def recover(
     patches_BKC = x_BN[:, prefix : count - suffix].flatten(2) if inner else x_BN[:, prefix : count - suffix, None]
     with without_autocast(x):
         back_BPC = torch.matmul(shares_BPK.to(x.dtype), patches_BKC)
-    # Where each patch stands in [kept, propagated]: the inverse of that order.
+    # The place of each patch in [kept, removed] is the inverse of that order.
     place_Bn = torch.cat([kept_BK, propagated_BP], dim=1).argsort(dim=1)
     patches_BnC = torch.cat([patches_BKC, back_BPC], dim=1)
     patches_BnC = patches_BnC.gather(1, place_Bn[..., None].expand(-1, -1, patches_BnC.shape[-1]))
@@ -106,21 +120,27 @@ def _put_back_shapes(whole_BNC, x_BKC, index_BK, prefix, suffix):  # type: ignor
 
 @operator(_put_back_shapes)
 def put_back(whole_BNC: Tensor, x_BKC: Tensor, index_BK: Tensor, prefix: int, suffix: int) -> Tensor:
-    """`whole_BNC` with the tokens of `x_BKC` in their places: the rest stay as they were.
+    """Replace the tokens of a whole stream that took part in some blocks; the rest stay as they were.
 
-    whole_BNC: [B, prefix + G + suffix, C]. x_BKC: [B, prefix + K + suffix, C]. index_BK: where among the G patches its own stand.
+    whole_BNC: [B, prefix + G + suffix, C].
+    x_BKC: [B, prefix + K + suffix, C], the tokens that took part.
+    index_BK: their places among the G patches.
+    prefix, suffix: tokens before and after the patches.
+
+    Returns [B, prefix + G + suffix, C].
     """
     batch, count, channels = whole_BNC.shape
-    ahead = torch.arange(prefix, device=whole_BNC.device).expand(batch, prefix)
-    behind = torch.arange(count - suffix, count, device=whole_BNC.device).expand(batch, suffix)
-    rows_BK = torch.cat([ahead, index_BK + prefix, behind], dim=1)
+    before = torch.arange(prefix, device=whole_BNC.device).expand(batch, prefix)
+    after = torch.arange(count - suffix, count, device=whole_BNC.device).expand(batch, suffix)
+    rows_BK = torch.cat([before, index_BK + prefix, after], dim=1)
     return whole_BNC.scatter(1, rows_BK[..., None].expand(-1, -1, channels), x_BKC)
 
 
 def _tokens_first(x: Tensor, images: int, tokens: int) -> Tensor:
-    """[B, N, …]"""
+    """Move the dimensions of images and tokens to the front: [B, N, …]."""
     return x.movedim((images, tokens), (0, 1))
 
 
 def _tokens_back(x_BN: Tensor, images: int, tokens: int) -> Tensor:
+    """Undo `_tokens_first`."""
     return x_BN.movedim((0, 1), (images, tokens))

@@ -1,8 +1,8 @@
-"""The token graph: who receives from whom (arXiv 2311.03035, sparse graph construction).
+"""The token graph: which tokens receive from which (arXiv 2311.03035, sparse graph construction).
 
-Â = D^-1/2 A D^-1/2, with A the spatial neighbours, the semantic ones or their union, and D the row degrees. It is
-never held as a matrix: a spatial edge is a question to the coordinates, a semantic one is M indices a token, and a site
-asks for K x P entries of it only.
+Â = D^-1/2 A D^-1/2. A holds the spatial neighbours, the semantic ones or their union, and D the row degrees. Â is never
+held as a matrix: spatial edges are computed from coordinates, semantic ones are M indices a token, and a site needs K x
+P entries only.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ GRAPHS = {
     "semantic": "the M most cosine-similar tokens",
     "mixed": "the union of both (the paper's choice)",
 }
+"""Kinds of graph, by who the neighbours of a token are."""
 
 
 def _graph_shapes(x_BNC, grid, prefix, kind, neighbors):  # type: ignore[no-untyped-def]
@@ -35,11 +36,16 @@ def _weight_shapes(near_BGM, inv_sqrt_degree_BG, kept_BK, propagated_BP, grid, k
 
 @operator(_graph_shapes)
 def token_graph(x_BNC: Tensor, grid: list[int], prefix: int, kind: str, neighbors: int) -> tuple[Tensor, Tensor]:
-    """The graph over the patch tokens that enter the first block.
+    """Build the graph over the patch tokens that enter the first block.
 
-    x_BNC: [B, prefix + G (+ suffix), C], G = product of `grid`, row-major. kind: a name in `GRAPHS`. neighbors: M < G.
+    x_BNC: [B, prefix + G (+ suffix), C].
+    grid: the grid's sides; G is their product, row-major.
+    prefix: tokens before the patches.
+    kind: a name in `GRAPHS`.
+    neighbors: M < G.
+
     Returns the semantic neighbours [B, G, M] (int64; M = 0 for a spatial graph) and D^-1/2 [B, G] (float32). A token
-    without neighbours has no edges, and 0 here instead of infinity.
+    without neighbours has no edges, and 0 in D^-1/2 instead of infinity.
     """
     batch, count = x_BNC.shape[0], math.prod(grid)
     here_GR = coordinates(grid, x_BNC.device)
@@ -51,6 +57,7 @@ def token_graph(x_BNC: Tensor, grid: list[int], prefix: int, kind: str, neighbor
         near_BGM = _most_similar(x_BNC[:, prefix : prefix + count].detach(), neighbors)
         degree_BG = torch.full((batch, count), float(neighbors), device=x_BNC.device)
         if kind == "mixed":
+            # Degrees of a union: neighbours of both kinds count once.
             both_BGM = _adjacent(here_GR[None, :, None], here_GR[near_BGM])
             degree_BG = degree_BG + spatial_GG.sum(dim=-1) - both_BGM.sum(dim=-1)
     return near_BGM, torch.where(degree_BG > 0, degree_BG.clamp(min=1.0).rsqrt(), 0.0)
@@ -65,9 +72,12 @@ def propagation_weights(
     grid: list[int],
     kind: str,
 ) -> Tensor:
-    """Â[kept, propagated], [B, K, P] in float32: how much of each propagated token a kept one receives.
+    """Compute Â[kept, removed], [B, K, P] in float32: how much of each propagated token a kept one receives.
 
-    near_BGM, inv_sqrt_degree_BG: from `token_graph`. kept_BK, propagated_BP: indices into the whole grid.
+    near_BGM, inv_sqrt_degree_BG: from `token_graph`.
+    kept_BK, propagated_BP: indices into the whole grid.
+    grid: the grid's sides in patches.
+    kind: a name in `GRAPHS`.
     """
     edge_BKP = torch.zeros(1, 1, 1, dtype=torch.bool, device=kept_BK.device)
     if kind != "semantic":
@@ -82,7 +92,7 @@ def propagation_weights(
 
 
 def coordinates(grid: list[int], device: torch.device) -> Tensor:
-    """[G, R]: the position of each patch on a grid of R sides."""
+    """Return the position of each patch on a grid of R sides, [G, R]."""
     index = torch.arange(torch.Size(grid).numel(), device=device)
     sides = []
     for side in reversed(grid):
@@ -92,12 +102,12 @@ def coordinates(grid: list[int], device: torch.device) -> Tensor:
 
 
 def _adjacent(a_R: Tensor, b_R: Tensor) -> Tensor:
-    """True where two positions touch, corners included, and differ. Broadcasts over all but the last dimension."""
+    """Return whether two positions touch, corners included, and differ. Broadcasts over all but the last dimension."""
     return (a_R - b_R).abs().amax(dim=-1) == 1
 
 
 def _most_similar(x_BGC: Tensor, neighbors: int) -> Tensor:
-    """[B, G, M]: the M tokens of largest cosine similarity to each, itself left out."""
+    """Return the M tokens of largest cosine similarity to each one, except itself: [B, G, M]."""
     unit_BGC = F.normalize(x_BGC.float(), dim=-1)
     with without_autocast(x_BGC):
         similarity_BGG = torch.matmul(unit_BGC, unit_BGC.transpose(-2, -1))

@@ -1,4 +1,4 @@
-"""Average pooling in which a token counts as many times as it stands for original ones."""
+"""Average pooling in which a token is weighted by how many original ones it stands for."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ def _shapes(x, scale_BN, images, tokens, prefix, suffix, keepdim):  # type: igno
 def weighted_mean(
     x: Tensor, scale_BN: Tensor, images: int, tokens: int, prefix: int, suffix: int, keepdim: bool
 ) -> Tensor:
-    """The mean of x over its dimension `tokens`, weighted by the token scales; tokens that are no patches weigh 1.
+    """Average x over its dimension `tokens`, weighted by the token scales; tokens that are no patches weigh 1.
 
-    x: any rank, B images in dimension `images`, prefix + n + suffix tokens in dimension `tokens`. scale_BN: [B, n].
+    x: any rank.
+    scale_BN: [B, n] token scales of the patches.
+    images: the dimension of the B images.
+    tokens: the dimension of the tokens, of size prefix + n + suffix.
+    prefix, suffix: tokens before and after the patches.
+    keepdim: keep the averaged dimension, with size 1.
     """
     ones = [scale_BN.new_ones(scale_BN.shape[0], count) for count in (prefix, suffix)]
     weights_BN = torch.cat([ones[0], scale_BN, ones[1]], dim=1)

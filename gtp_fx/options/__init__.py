@@ -1,1 +1,1 @@
-"""What was asked for, as validated values."""
+"""The user's options as validated values."""

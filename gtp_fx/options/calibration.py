@@ -1,4 +1,4 @@
-"""Unlabelled images that schedule="auto" may learn from."""
+"""Calibration: unlabelled images on which schedule="auto" measures what removing tokens changes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from torch import Tensor
 from gtp_fx.errors import OptionError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""One batch, as the arguments of a model's call."""
+"""Positional and keyword arguments of one model call, which is one batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What schedule="auto" may learn from.
+    """Calibration images and how to use them, for schedule="auto".
 
-    images: batches of the model's inputs, each a tensor, a tuple of arguments or a dict of keyword arguments; some dozens of images
-        are enough, labels are never asked for.
-    points: token counts measured at each block. refine: evaluations of whole schedules that may follow, 0 for none.
-    strategy: let those also choose alpha, M and theta of GTP. cache: keep what was measured in the user's cache, by weights and
-        images. progress: show a bar.
+    images: batches of the model's inputs, each a tensor, a tuple of arguments or a dict of keyword arguments. Some
+        dozens of images are enough; no labels are needed.
+    points: token counts measured at each block.
+    refine: most evaluations of whole schedules afterwards; 0 for none.
+    strategy: whether these evaluations also choose GTP's alpha, M and theta.
+    cache: whether to keep measurements in the user's cache, keyed by weights and images.
+    progress: whether to show a progress bar.
+
+    Raises OptionError for a value out of range.
     """
 
     images: Any
@@ -42,11 +46,11 @@ class Calibration:
 
     @classmethod
     def of(cls, value: Any) -> Calibration:
-        """A Calibration from what a user gave: itself, a tensor of images, or batches."""
+        """Return a Calibration from what a user gave: a Calibration, a tensor of images, or batches."""
         return value if isinstance(value, Calibration) else cls(value)
 
     def batches(self) -> list[Any]:
-        """Raises OptionError where there is no image."""
+        """Return the images as a list of batches. Raises OptionError where there is none."""
         images = self.images
         found = (
             [images]
@@ -57,14 +61,17 @@ class Calibration:
         )
         if not found:
             raise OptionError(
-                f"calibration={type(images).__name__ if not isinstance(images, str) else repr(images)}: give a tensor of images, or a list of batches, each a tensor, a tuple of "
-                f"arguments or a dict of keyword arguments"
+                f"calibration={repr(images) if isinstance(images, str) else type(images).__name__}: give a tensor of "
+                f"images, or a list of batches, each a tensor, a tuple of arguments or a dict of keyword arguments"
             )
         return found
 
 
 def bound(calibration: Calibration, canonical: Callable[..., Call]) -> Calibration:
-    """With its batches as calls in the model's captured form. Raises what `canonical` does for another form."""
+    """Return `calibration` with its batches as calls in the model's captured form.
+
+    canonical: `CallSignature.canonical` of the captured model; its errors propagate to the caller.
+    """
     calls = []
     for batch in calibration.batches():
         if isinstance(batch, Mapping):

@@ -1,6 +1,6 @@
-"""What Inductor is told beside the graph: a target's options, and over them those of the mode that the user asked for.
+"""Options passed to Inductor with the graph: the target's, overridden by those of the user's mode.
 
-The one place that decides it, for both doors and for what they are compared with.
+`optimize`, the backend and the originals that benchmarks compare with all take their options from here.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from gtp_fx.targets import Target
 
 
 def checked_mode(mode: Any) -> str | None:
-    """One of torch.compile's modes, or None. Raises OptionError."""
+    """Return `mode` if it is None or one of torch.compile's modes. Raises OptionError otherwise."""
     if mode is not None and (not isinstance(mode, str) or mode not in inductor_modes()):
         raise OptionError(f"mode={mode!r} is unknown; torch.compile has {', '.join(map(repr, inductor_modes()))}")
     return mode
 
 
 def check_target(target: Target) -> None:
-    """Raises OptionError where a target has an option that Inductor doesn't, a value of another type, or freezing."""
-    if not target.inductor:  # so that nothing is imported, which takes two seconds
+    """Check a target's Inductor options.
+
+    Raises OptionError for an option that Inductor doesn't have, for a value of the wrong type, and for freezing.
+    """
+    if not target.inductor:  # avoids importing Inductor, which takes two seconds
         return
     if unknown := sorted(set(target.inductor) - set(inductor_config())):
         raise OptionError(
@@ -43,11 +46,11 @@ def check_target(target: Target) -> None:
 
 
 def inductor_options(target: Target, mode: str | None, device: torch.device) -> dict[str, Any]:
-    """By Inductor's names, for a graph that runs on `device`; both as checked.
+    """Return the options, by Inductor's names, for a graph that runs on `device`. Both arguments are checked already.
 
-    A target's options are for its own kind of device: it may be one that isn't here, to predict for. What modes decide
-    (CUDA graphs, autotuning) is the mode's alone where one is given: "max-autotune-no-cudagraphs" has none, whatever
-    the target likes.
+    A target's options apply only on its own kind of device; a prediction's target may be a device that isn't here.
+    Where a mode is given, it alone decides the options that modes set (CUDA graphs, autotuning):
+    "max-autotune-no-cudagraphs" uses no CUDA graphs, whatever the target says.
     """
     own: Mapping[str, Any] = target.inductor if target.device == device.type else {}
     if mode is None or mode == "default":

@@ -1,4 +1,4 @@
-"""A budget of time: a share of what the original takes, or seconds a run."""
+"""Latency budget: a share of the original's predicted time, or seconds per run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 @dataclass(frozen=True)
 class LatencyBudget:
-    """ratio: of the original's predicted time; or seconds: of one run of a batch. One of them is None."""
+    """Upper bound on predicted time; exactly one field is set.
+
+    ratio: share of the original's predicted time, in (0, 1].
+    seconds: time of one run of a batch.
+    """
 
     ratio: float | None = None
     seconds: float | None = None
 
     @classmethod
     def of(cls, value: object) -> LatencyBudget:
-        """0.74 is a ratio in (0, 1]; "4.5ms" an absolute time, in us, ms or s. Raises OptionError."""
+        """Return a budget from a ratio in (0, 1], such as 0.74, or a time in us, ms or s, such as "4.5ms".
+
+        Raises OptionError for anything else.
+        """
         if isinstance(value, LatencyBudget):
             return value
         if isinstance(value, str):
@@ -35,7 +42,7 @@ class LatencyBudget:
         )
 
     def limit(self, original: float) -> float:
-        """Seconds, where the original takes `original`."""
+        """Return the limit in seconds, if the original takes `original` seconds."""
         return self.seconds if self.seconds is not None else float(self.ratio or 1.0) * original
 
     def __str__(self) -> str:

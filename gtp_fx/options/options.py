@@ -1,4 +1,4 @@
-"""What a user asks for: one dataclass whose fields carry their defaults, their help and their checks.
+"""The user's options: one dataclass whose fields carry their defaults, help texts and checks.
 
 `gtp_fx.optimize`, the backend's `options={…}` and the command line take all three from here.
 """
@@ -21,7 +21,7 @@ from gtp_fx.options.schedule import AUTO, SCHEDULES, Schedule
 from gtp_fx.strategies import Strategy, strategy_named
 from gtp_fx.targets import Target, target_named
 
-# ---- checks: from what a person wrote to a value, or an OptionError
+# ---- checks: each takes what the user wrote, and returns a value or raises OptionError
 
 
 def _budget(value: Any) -> float | None:
@@ -29,8 +29,8 @@ def _budget(value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 < value <= 1:
         raise OptionError(
-            f"flops_budget={value!r} is no ratio: give a number with 0 < flops_budget <= 1, such as 0.74 (1.0 applies the "
-            f"exact passes alone)"
+            f"flops_budget={value!r} is no ratio: give a number with 0 < flops_budget <= 1, such as 0.74 (1.0 applies "
+            f"only the exact passes)"
         )
     return float(value)
 
@@ -79,35 +79,41 @@ def _calibration(value: Any) -> Calibration | None:
 
 
 def _option(default: Any, check: Callable[[Any], Any], help: str) -> Any:
-    """Declare an option by its default, as a person would write it, its check and its help, a sentence or two."""
+    """Return a dataclass field for an option.
+
+    default: as the user would write it.
+    check: converts what the user wrote to a value, or raises OptionError.
+    help: one or two sentences, shown by the command line and the documentation.
+    """
     return field(default=default, metadata={"check": check, "help": help})
 
 
 @dataclass(frozen=True)
 class Options:
-    """Validated options. Each field takes what a person wrote and holds what the code works with.
+    """Validated options. Each field takes what the user wrote and holds the value that the code works with.
 
-    Raises OptionError with the bad value, the good ones and what to do.
+    `HELP` describes the fields. Raises OptionError with the bad value, the accepted ones and what to do.
     """
 
     flops_budget: float | None = _option(
         None,
         _budget,
-        "Strict upper bound on FLOPs(result) / FLOPs(original), in (0, 1], gtp_fx's own work counted; 1.0 applies the exact "
-        "passes alone: the numbers are the original's.",
+        "Strict upper bound on FLOPs(result) / FLOPs(original), in (0, 1], including gtp_fx's own work; 1.0 applies "
+        "only the exact passes, which keep the original's numbers.",
     )
     latency_budget: LatencyBudget | None = _option(
         None,
         _latency,
-        "Instead of it, an upper bound on the time that the target is predicted to take, compiled, for the batch: a ratio of "
-        'the original\'s predicted time, in (0, 1], or a time such as "4.5ms".',
+        "Upper bound on the predicted time of the compiled model on the target, for the batch; replaces the FLOPs "
+        'budget: a ratio of the original\'s predicted time, in (0, 1], or a time such as "4.5ms".',
     )
-    batch: int = _option(8, _batch, "Images per run, for predicted times alone.")
+    batch: int = _option(8, _batch, "Images per run; used for predicted times only.")
     schedule: str | Schedule | tuple[int, ...] = _option(
         AUTO,
         _schedule,
-        '"auto" (least expected damage within the budget), "uniform" (the paper\'s constant count per block), "even" (the '
-        "same to the token), a Schedule, or the number of tokens removed at each attention block, in order.",
+        '"auto" (least expected damage within the budget), "uniform" (the paper\'s constant count per block), "even" '
+        "(uniform, with the remainder spread token by token), a Schedule, or the number of tokens removed at each "
+        "attention block, in order.",
     )
     strategy: Strategy = _option(
         "gtp",
@@ -117,42 +123,42 @@ class Options:
     target: Target = _option(
         "auto",
         _target,
-        'Processor to compile and predict for, by name; "auto" is this machine\'s own. `gtp-fx tune` measures what predictions '
-        "of this one rest on.",
+        'Processor to compile and predict for, by name; "auto" is this machine\'s own. `gtp-fx tune` measures the '
+        "rates that predictions for this machine use.",
     )
     disabled_passes: tuple[str, ...] = _option(
-        (), _names, "Exact passes to leave out, by name, to see what one does or to do without it."
+        (), _names, "Names of exact passes to leave out, to see what one does or to do without it."
     )
     dump_graphs: str | None = _option(
         None,
         _folder,
-        'Folder for the graph after each pass; TORCH_LOGS="+gtp_fx" and TORCH_TRACE tell the same as it happens.',
+        'Folder for the graph after each pass; TORCH_LOGS="+gtp_fx" and TORCH_TRACE report the same while it runs.',
     )
     calibration: Calibration | None = _option(
         None,
         _calibration,
-        'Some dozens of unlabelled images (a tensor, a list of batches, or a Calibration), on which schedule="auto" measures '
-        "what each block can do without, instead of going by a prior.",
+        'Some dozens of unlabelled images (a tensor, a list of batches, or a Calibration), on which schedule="auto" '
+        "measures how many tokens each block can do without, instead of using a prior.",
     )
     mode: str | None = _option(
         None,
         checked_mode,
-        "torch.compile's mode: reduce-overhead (CUDA graphs, for small batches), max-autotune, …; it wins over what the target "
-        "tells Inductor.",
+        "torch.compile's mode: reduce-overhead (CUDA graphs, for small batches), max-autotune, …; it overrides the "
+        "target's options for Inductor.",
     )
 
     def __post_init__(self) -> None:
-        """Check each value by itself, then those that exclude each other."""
+        """Check each value separately, then the combinations that exclude each other."""
         given_schedule, given_latency = self.schedule, self.latency_budget
         for option in fields(self):
             object.__setattr__(self, option.name, option.metadata["check"](getattr(self, option.name)))
         if self.flops_budget is None and self.latency_budget is None and isinstance(self.schedule, str):
             raise OptionError(
                 f"schedule={self.schedule!r} needs a budget: give flops_budget=0.74 (a ratio in (0, 1]) or "
-                f"latency_budget=0.74, or name the tokens that leave in each attention block, schedule=[8, 8, …]"
+                f"latency_budget=0.74, or give the tokens removed at each attention block, schedule=[8, 8, …]"
             )
         if self.latency_budget is not None and (self.flops_budget is not None or not isinstance(self.schedule, str)):
-            other = "flops_budget" if self.flops_budget is not None else "a schedule that names its counts"
+            other = "flops_budget" if self.flops_budget is not None else "a schedule that gives its counts"
             raise OptionError(f"latency_budget={given_latency!r} and {other}: give one of them")
         if self.calibration is not None and self.schedule != AUTO:
             raise OptionError(
@@ -161,17 +167,17 @@ class Options:
 
     @classmethod
     def of(cls, **given: Any) -> Options:
-        """Make options from what a person wrote, by the fields' names."""
+        """Return options from keyword arguments, named and written as the user writes them."""
         return cls(**given)
 
     @classmethod
     def of_backend(cls, given: Mapping[str, Any]) -> Options:
-        """Make options of `torch.compile(backend="gtp", options={…})`. Raises OptionError for a name that is none."""
+        """Return the options of `torch.compile(backend="gtp", options={…})`. Raises OptionError for an unknown name."""
         known = [option.name for option in fields(cls) if option.name != "calibration"]
         if "calibration" in given:
             raise OptionError(
-                "calibration runs the model, and a backend has its graph alone: call gtp_fx.optimize(model, calibration=…) "
-                "once and give what it found, options={'schedule': optimised.schedule}"
+                "calibration runs the model, but a backend has only its graph: call gtp_fx.optimize(model, "
+                "calibration=…) once and give the schedule it found, options={'schedule': optimised.schedule}"
             )
         unknown = sorted(set(given) - set(known))
         if unknown:
@@ -184,22 +190,22 @@ class Options:
 
     @property
     def exact_only(self) -> bool:
-        """Whether nothing but the exact passes is asked for."""
+        """Return whether only the exact passes are requested."""
         return isinstance(self.schedule, str) and self.flops_budget == 1.0
 
     @property
     def budget(self) -> str:
-        """The budget as a person writes it."""
+        """Return the budget as the user writes it."""
         if self.latency_budget is not None:
             return f"latency_budget={self.latency_budget}"
         return "the counts given" if self.flops_budget is None else f"flops_budget={self.flops_budget:g}"
 
     def inductor(self, device: torch.device) -> dict[str, Any]:
-        """What Inductor is told of a graph that runs on `device`."""
+        """Return the options for Inductor, for a graph that runs on `device`."""
         return inductor_options(self.target, self.mode, device)
 
     def limit(self, original: float) -> float:
-        """What the result may cost, in the budget's currency, where the original costs `original`."""
+        """Return the most that the result may cost, in FLOPs or seconds, where the original costs `original`."""
         if self.latency_budget is not None:
             return self.latency_budget.limit(original)
         assert self.flops_budget is not None
@@ -207,6 +213,6 @@ class Options:
 
 
 HELP: Mapping[str, str] = {option.name: option.metadata["help"] for option in fields(Options)}
-"""What each option means, by its name."""
+"""Each option's help text, by name."""
 DEFAULTS: Mapping[str, Any] = {option.name: option.default for option in fields(Options)}
-"""Each option's default, as a person would write it."""
+"""Each option's default, as the user would write it."""

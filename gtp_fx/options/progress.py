@@ -1,4 +1,4 @@
-"""A progress bar on stderr, for what takes a minute."""
+"""Progress bar on stderr, for work that takes a minute or more."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 Progress = Callable[[str, int, int], object]
-"""Told what begins now, and how many steps of how many are done."""
+"""Called with a label of what begins now, the number of steps done, and the total."""
 
 
 @contextlib.contextmanager
 def progress_bar(shown: bool = True) -> Iterator[Progress]:
-    """A bar that is gone when the work is done, and none where stderr is no terminal; the total may still change while it goes."""
+    """Show a progress bar within the context, and remove it afterwards; nothing where stderr is no terminal.
+
+    Yields a function that updates the bar. The total may change from one update to the next.
+    """
     with tqdm(
         disable=None if shown else True,
         bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
@@ -30,9 +33,15 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
 
 @dataclass
 class Steps:
-    """Counts steps for whoever is told. total: of all of them."""
+    """Counter of steps that reports to a `Progress` callback.
 
-    # tqdm counts too, but whoever is told here need not be a bar of tqdm's: a test, or nobody.
+    total: number of steps.
+    progress: callback, or None.
+    finished: steps done so far.
+    label: what runs now.
+    """
+
+    # tqdm counts too, but the callback may be something other than tqdm's bar: a test's function, or None.
 
     total: int
     progress: Progress | None = None

@@ -1,4 +1,4 @@
-"""The schedule: how many tokens each attention block propagates. A value, with a JSON form."""
+"""Schedule: how many tokens are removed at each attention block. A value with a JSON form."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from gtp_fx.errors import ScheduleError
 
 AUTO = "auto"
 SCHEDULES = (AUTO, "even", "uniform")
-"""What a schedule may be called: of least damage, or by one of the rules of `gtp_fx.plan.uniform`."""
+"""Names of schedules: "auto" is the one of least expected damage, the others are rules in `gtp_fx.plan.uniform`."""
 
 _VERSION = 2
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What a schedule's model is recognised by, for each attention block.
+    """Sizes of one attention block, by which a schedule recognises the model it was made for.
 
-    tokens: patch tokens that enter its stream at first (of a window, where it attends within windows). channels: of its residual
-    stream, 0 where it has none. head: features of a head.
+    tokens: patch tokens of its residual stream before any are removed; those of one window, where it attends within
+        windows.
+    channels: channels of its residual stream, or 0 where it has none.
+    head: features per head.
     """
 
     tokens: int
@@ -34,8 +36,13 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class Schedule:
-    """`propagated[i]` patch tokens leave at attention block i, in graph order (where it attends within windows: that skip its
-    MLP, in each window). blocks: the shapes of those blocks; a schedule is only good for a model that has the same.
+    """Number of patch tokens removed at each attention block, for a model with the given blocks.
+
+    propagated: patch tokens removed at each attention block, in graph order. Where the block attends within windows,
+        the tokens of each window that skip its MLP.
+    blocks: shapes of those blocks. A schedule only fits a model that has the same.
+
+    Raises ScheduleError where the lengths differ, or a count is no integer of 0 or more.
     """
 
     propagated: tuple[int, ...]
@@ -57,7 +64,7 @@ class Schedule:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Patch tokens that enter each block's stream at first."""
+        """Return the patch tokens of each block's residual stream before any are removed."""
         return tuple(block.tokens for block in self.blocks)
 
     @property
@@ -65,16 +72,21 @@ class Schedule:
         return not any(self.propagated)
 
     def must_fit(self, blocks: Sequence[BlockShape]) -> None:
-        """Raises ScheduleError, with the first block that differs, where `blocks` are another model's."""
+        """Check that the schedule was made for a model with `blocks`.
+
+        Raises ScheduleError, which names the first block that differs.
+        """
         if len(blocks) != len(self.blocks):
             raise ScheduleError(
-                f"this schedule was made for another model: it has {len(self.blocks)} attention blocks, this one {len(blocks)}"
+                f"this schedule was made for another model: it has {len(self.blocks)} attention blocks, this one "
+                f"{len(blocks)}"
             )
         for number, (own, found) in enumerate(zip(self.blocks, blocks, strict=True)):
             if own != found:
                 raise ScheduleError(
-                    f"this schedule was made for another model or image size: its block {number} has {own}; this model's has "
-                    f"{found}. Make one for this model, or give the counts alone, schedule={_brief(self.propagated)}"
+                    f"this schedule was made for another model or image size: its block {number} has {own}; this "
+                    f"model's has {found}. Make one for this model, or give only the counts, "
+                    f"schedule={_brief(self.propagated)}"
                 )
 
     def to_json(self) -> str:
@@ -83,11 +95,11 @@ class Schedule:
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        """Raises ScheduleError for anything that `to_json` doesn't write. Nothing but numbers is read from it."""
+        """Return the schedule that `to_json` wrote; only numbers are read. Raises ScheduleError for any other text."""
         try:
             data: Any = json.loads(text)
             if data["version"] != _VERSION:
-                raise ScheduleError(f"a schedule of version {data['version']}; this gtp_fx reads {_VERSION}")
+                raise ScheduleError(f"a schedule of version {data['version']}; this gtp_fx reads version {_VERSION}")
             blocks = tuple(BlockShape(**block) for block in data["blocks"])
             if not all(_is_count(size) for block in blocks for size in asdict(block).values()):
                 raise ScheduleError("a schedule's blocks are described by integers")

@@ -1,1 +1,1 @@
-"""How many tokens leave at which block: candidates, costs, expected damage, the choice."""
+"""Planning: the possible sites, what a schedule costs there, its expected damage, and the choice of counts."""

@@ -1,4 +1,4 @@
-"""schedule="auto": the schedule of least damage within the budget, by a prior or by what unlabelled images say."""
+"""schedule="auto": the schedule of least damage within the budget, by a prior or measured on unlabelled images."""
 
 from __future__ import annotations
 
@@ -25,15 +25,23 @@ from gtp_fx.strategies import Strategy
 
 ModelOf = Callable[[Strategy], CostModel]
 ApplyPlan = Callable[[fx.GraphModule, Plan], fx.GraphModule]
-"""What makes the graph that carries a plan out, to be run at once and thrown away; `gm` stays as it is."""
+"""Return a new graph that applies a plan, for one evaluation; the graph passed in is unchanged."""
 Solve = Callable[[Damage], Counts]
-"""The schedule of least damage within the budget, as its currency asks: `least_damage` or `least_damage_few_sites`. Raises OverBudget."""
+"""Return the schedule of least damage within the budget, one count per site; raises OverBudget.
+
+One of `least_damage`, `least_damage_few_sites` and `fastest_alike`, according to the budget and the target.
+"""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """counts: tokens that leave at each site. strategy: how; another one than was asked for only where calibration may choose
-    it. origin: what the choice rests on, for the report. moved: how far outputs moved with it, None where nobody looked."""
+    """A schedule that was chosen, and why.
+
+    counts: tokens removed at each site.
+    strategy: the strategy to remove them by; it differs from the requested one only where calibration may vary it.
+    origin: what the choice rests on, for the report.
+    moved: divergence of the outputs under this choice; None where it was not measured.
+    """
 
     counts: Counts
     strategy: Strategy
@@ -42,7 +50,7 @@ class Choice:
 
 
 def by_prior(model: CostModel, strategy: Strategy, solve: Solve) -> Choice:
-    """Without data. Raises OverBudget."""
+    """Choose without data, by the prior. Raises OverBudget."""
     damage = prior_damage(model.sites)
     return Choice(solve(damage), strategy, damage.origin)
 
@@ -58,22 +66,34 @@ def by_calibration(
     solve: Solve,
     apply_plan: ApplyPlan,
 ) -> Choice:
-    """From `calibration`, bound to the model's calls. gm: behind the exact passes, with its parameters. Raises OverBudget."""
+    """Choose by the outputs of `gm` on calibration images.
+
+    gm: the graph after the exact passes, with its parameters.
+    found, shapes: the candidate sites, and the shape of every attention block.
+    model_of: returns the cost model under a strategy.
+    limit: the budget, in the currency of that model.
+    calibration: bound to the model's calls.
+
+    Raises OverBudget.
+    """
     model = model_of(strategy)
-    guessed = solve(prior_damage(found.sites))  # before measuring, since it tells whether the budget can be met
+    # Solved first: it tells whether the budget can be met, before any time goes into measurements.
+    guessed = solve(prior_damage(found.sites))
     judge = Judge.of(gm, calibration.images)
 
     def judged(counts: Counts, how: Strategy) -> float:
         return judge(apply_plan(gm, Plan.of(found.sites, counts, shapes, how)))
 
     with progress_bar(shown=calibration.progress) as show:
+        # Damage measured site by site proposes schedules; whole schedules are then judged by the outputs they give.
         damage = measured_damage(gm, found.sites, shapes, strategy, calibration, judged, show)
-        first = list(dict.fromkeys([solve(damage), guessed, *_lines(model, limit)]))
+        first = list(dict.fromkeys([solve(damage), guessed, *_by_rule(model, limit)]))
         search = Search(judged, strategy, len(first) + calibration.refine, show)
         for counts in first:
             search.try_out(counts)
         search.weigh_anew(damage, solve, calibration.refine)
 
+        # Variants are tried on the best schedule alone, and have to be within the budget there.
         def affordable(how: Strategy) -> list[Strategy]:
             return [v for v in _variants(how, found, calibration) if model_of(v).cost(search.best) <= limit]
 
@@ -83,15 +103,15 @@ def by_calibration(
     return Choice(search.best, search.strategy, origin, search.least)
 
 
-def _lines(model: CostModel, limit: float) -> Iterator[Counts]:
-    """The paper's ways to spend the budget, of those that reach so far."""
-    for line in SCHEDULE_FAMILIES.values():
+def _by_rule(model: CostModel, limit: float) -> Iterator[Counts]:
+    """Yield the schedule of every rule ("uniform", "even") that can meet the budget."""
+    for family in SCHEDULE_FAMILIES.values():
         with contextlib.suppress(OverBudget):
-            yield mildest_within(model, limit, line)
+            yield mildest_within(model, limit, family)
 
 
 def _variants(strategy: Strategy, found: Candidates, calibration: Calibration) -> list[Strategy]:
-    """The strategy's neighbours that can work on this model, where calibration may choose among them."""
+    """Return the variants of `strategy` that work on this model; none where calibration may not vary the strategy."""
     if not calibration.strategy:
         return []
     axes = [(site.axis, site.branch is not None) for site in found.sites]

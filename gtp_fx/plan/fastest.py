@@ -1,11 +1,12 @@
-"""The fastest of schedules that nobody can tell from the best: for budgets in FLOPs on a processor whose time isn't FLOPs.
+"""The fastest among schedules of nearly least damage, for FLOPs budgets on targets whose time doesn't follow FLOPs.
 
-On a GPU a site costs kernels, tokens are worked on in whole tiles, and both show in predicted seconds only. Expected damage is known to
-within a factor (`Damage.uncertainty`), so of all schedules within the budget whose damage is no further than that from the least, the
-fastest is taken: few sites, and counts at a tile's border.
+On a GPU every site launches kernels, and products are computed in whole tiles. Only predicted seconds show either.
+Expected damage is known to within a factor (`Damage.uncertainty`). So among the schedules within the budget whose
+damage lies within that factor of the least, the fastest is taken: one with few sites, and with counts at the edge of a
+tile.
 
-The search goes along two prices on damage, one of a second and one of a site, since the schedules of a few sites lie inside the hull
-that a single price finds.
+The search varies two prices, added to damage: one per second and one per site. Schedules with few sites lie inside the
+convex hull of time and damage, where a single price finds none.
 """
 
 from __future__ import annotations
@@ -22,24 +23,28 @@ from gtp_fx.plan.least_damage import around, chosen_counts, coarse_levels, damag
 from gtp_fx.plan.shortest_path import OverBudget, solve
 
 _LOOSE = 0.02
-"""How closely each candidate is solved for."""
+"""Relative tolerance at which each candidate is solved."""
 _PER_SITE = (0.0, 0.1, 0.3, 0.6)
-"""Prices of a site, in shares of the least damage."""
+"""Prices of a site, as shares of the least damage."""
 _BISECTIONS = 4
-"""Of the price of time, which doubles and halves from one at which all time weighs as much as all damage."""
+"""Bisections of the price of time for each price of a site."""
 _HIGHEST = 6
-"""The logarithm of that price, to the base 2, to begin with."""
+"""The price of time is searched between 2^-6 and 2^6 times the price at which all time weighs as much as all damage."""
 
 
 def fastest_alike(flops: CostModel, seconds: CostModel, damage: Damage, limit: float) -> tuple[int, ...]:
-    """Tokens that leave at each site: FLOPs at most `limit`, damage within its uncertainty of the least, the least predicted time.
+    """Return the tokens to remove at each site, for the least predicted time under two bounds.
 
-    flops, seconds: of the same sites. Raises OverBudget.
+    FLOPs are at most `limit`, and damage exceeds the least possible by at most the share `damage.uncertainty`.
+    flops, seconds: cost models over the same sites.
+
+    Raises OverBudget.
     """
     levels = coarse_levels(flops)
     least = least_within(flops, damage, limit, levels, _LOOSE)
     allowed = (1 + damage.uncertainty) * _total(flops, damage, least)
     found = min(_candidates(flops, seconds, damage, limit, levels, least, allowed), key=seconds.cost)
+    # Long streams were solved over some of their counts: solve again over every count near that solution.
     fine = [around(chain, found, counts) for chain, counts in zip(flops.chains, levels, strict=True)]
     if all(len(some) == len(counts) for some, counts in zip(fine, levels, strict=True)):
         return found
@@ -55,7 +60,7 @@ def _candidates(
     least: tuple[int, ...],
     allowed: float,
 ) -> Iterator[tuple[int, ...]]:
-    """Schedules within the budget and the allowed damage, the one of least damage among them."""
+    """Yield schedules within the budget and the allowed damage, beginning with `least`, the one of least damage."""
     yield least
     whole = _total(flops, damage, least)
     exchange = whole / float(seconds.cost(least))
@@ -80,7 +85,10 @@ def _at(
     levels: Sequence[NDArray[np.int64]],
     price: float,
 ) -> tuple[int, ...] | None:
-    """The schedule of least damage + price * seconds within the budget; None where what crosses streams takes it over."""
+    """Return the schedule of least damage + price * seconds within the budget.
+
+    Returns None where no schedule is within it once costs that depend on several chains are added.
+    """
     steps = []
     for chain, timed, counts in zip(flops.chains, seconds.chains, levels, strict=True):
         own = damage_steps(chain, counts, damage)

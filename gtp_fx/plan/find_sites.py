@@ -1,4 +1,4 @@
-"""Where tokens may leave, or skip a branch: every place that a schedule can use, before any is chosen."""
+"""Finding candidates: every site at which tokens can be removed or can skip a branch, before any is chosen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ from gtp_fx.types.infer import SiteTyping, WholeTyping
 
 @dataclass(frozen=True)
 class Candidates:
-    """sites: in graph order. typing: of the graph with a site wherever tokens may leave. branches: by block, where they may skip."""
+    """The sites that a schedule can choose from.
+
+    sites: all of them, in graph order.
+    typing: types of the graph with every site in use where tokens can be removed.
+    branches: the branch that tokens can skip, by block number.
+    """
 
     sites: tuple[Site, ...]
     typing: SiteTyping
@@ -34,47 +39,57 @@ class Candidates:
 
 
 def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
-    """Raises UnsupportedModelError, with the reasons, where there can't be any."""
+    """Find every site at which `strategy` can remove tokens or let them skip a branch.
+
+    Raises UnsupportedModelError, with the reasons, where there is none or where later operators need the removed
+    tokens.
+    """
     blocks = typed.blocks
-    leaving = leaving_blocks(blocks, strategy)
+    removing = leaving_blocks(blocks, strategy)
     branched = [(block, block.branch) for block in blocks if block.branch is not None]
-    _refuse_unfit(leaving, [block for block, _ in branched], strategy)
-    if not leaving and not branched:
+    _refuse_unfit(removing, [block for block, _ in branched], strategy)
+    if not removing and not branched:
         reasons = tuple(block.refusal for block in blocks if block.refusal is not None)
         raise UnsupportedModelError("no attention block of this model can lose tokens", reasons)
-    cuts = {block.index: cut for block in leaving if (cut := cut_of(block, strategy)) is not None}
+    cuts = {block.index: cut for block in removing if (cut := cut_of(block, strategy)) is not None}
     ends = frozenset(ends_of(typed, strategy))
+    # RuleResult with every site in use: an operator that can't do without the removed tokens shows up as an obstacle.
     typing = typed.with_sites(frozenset(cuts.values()), ends, updated_edges(typed, strategy, ends))
     if obstacles := _obstacles(typing, strategy):
-        message = "tokens can't leave this model: what follows can't do without them (flops_budget=1.0 still works)"
+        message = "tokens can't be removed from this model: what follows needs them (flops_budget=1.0 still works)"
         raise UnsupportedModelError(message, obstacles)
-    sites = [_skipping(block, branch, typed.whole, strategy, len(blocks)) for block, branch in branched]
+    # Blocks with a branch keep their grid whole, so they are typed without sites.
+    sites = [_skip_site(block, branch, typed.whole, strategy, len(blocks)) for block, branch in branched]
     read = _grids_read(typed)
     sites += [
-        replace(_leaving(block, cuts[block.index], typing, len(blocks)), patches_read=block.axis.domain.grid in read)
-        for block in leaving
+        replace(
+            _removal_site(block, cuts[block.index], typing, len(blocks)), patches_read=block.axis.domain.grid in read
+        )
+        for block in removing
     ]
     in_order = tuple(sorted(sites, key=lambda site: site.block))
     return Candidates(in_order, typing, {block.index: branch for block, branch in branched})
 
 
 def no_sites(typed: TypedGraph) -> Candidates:
-    """Where nothing is to leave, and whether anything could isn't asked."""
+    """Return an empty set of candidates, for a graph that is to keep its tokens; nothing is checked."""
     return Candidates((), typed.with_sites(frozenset()), {})
 
 
-def _refuse_unfit(leaving: list[AttentionBlock], skipping: list[AttentionBlock], strategy: Strategy) -> None:
-    asked = [*((block, False) for block in leaving), *((block, True) for block in skipping)]
+def _refuse_unfit(removing: list[AttentionBlock], skipping: list[AttentionBlock], strategy: Strategy) -> None:
+    """Raise UnsupportedModelError where the strategy refuses the tokens of any candidate block."""
+    candidates = [*((block, False) for block in removing), *((block, True) for block in skipping)]
     unfit = [
         Refusal(block.layer, strategy.name, reason)
-        for block, skips in asked
+        for block, skips in candidates
         if (reason := strategy.refuse(block.axis, skips))
     ]
     if unfit:
         raise UnsupportedModelError(f"strategy {strategy.name!r} can't work on this model", tuple(unfit))
 
 
-def _skipping(block: AttentionBlock, branch: Branch, typing: WholeTyping, strategy: Strategy, blocks: int) -> Site:
+def _skip_site(block: AttentionBlock, branch: Branch, typing: WholeTyping, strategy: Strategy, blocks: int) -> Site:
+    """Make the site where tokens skip `branch`. blocks: number of attention blocks in the model."""
     heads = whole_size(typing.type(block.attention)[branch.heads])
     cost = branch_cost(branch, typing, heads, strategy)
     dtype = _dtype(branch.result)
@@ -82,7 +97,11 @@ def _skipping(block: AttentionBlock, branch: Branch, typing: WholeTyping, strate
 
 
 def _obstacles(typing: SiteTyping, strategy: Strategy) -> tuple[Refusal, ...]:
-    """What can't do without the tokens that left. Where those return, nobody has what they would have become meanwhile."""
+    """Return the operators that need removed tokens and can't get them back.
+
+    A strategy that restores tokens keeps them as they were when they were removed. Recovering them in between would
+    need their later values, which were never computed.
+    """
     coercions = find_coercions(typing)
     if coercions.refused or not strategy.restores_tokens:
         return coercions.refused
@@ -90,14 +109,15 @@ def _obstacles(typing: SiteTyping, strategy: Strategy) -> tuple[Refusal, ...]:
         Refusal(
             layer_name(coercion.node),
             operator_name(coercion.node),
-            f"{coercion.reason}, of which {strategy.name!r} has a part only",
+            f"{coercion.reason}, of which strategy {strategy.name!r} has only a part",
         )
         for coercion in coercions.found
         if any(step.recovers or step.axis.domain.level for step in coercion.steps)
     )
 
 
-def _leaving(block: AttentionBlock, cut: fx.Node, typing: SiteTyping, blocks: int) -> Site:
+def _removal_site(block: AttentionBlock, cut: fx.Node, typing: SiteTyping, blocks: int) -> Site:
+    """Make the site where tokens are removed after the node `cut`. blocks: number of attention blocks in the model."""
     stream = typing.answers[cut].output
     assert isinstance(stream, tuple)
     axis = token_axis(stream[1])
@@ -115,7 +135,7 @@ def _leaving(block: AttentionBlock, cut: fx.Node, typing: SiteTyping, blocks: in
 
 
 def _grids_read(typed: TypedGraph) -> set[Grid]:
-    """The grids whose patches something reads behind the last block that attends over them."""
+    """Return the grids whose patches are read by something after the last block that attends over them."""
     needed = typed.live().needed
     last = {block.axis.domain.grid: block for block in typed.blocks}
     return {
@@ -130,6 +150,9 @@ def _dtype(node: fx.Node) -> str:
 
 
 def block_shape(block: AttentionBlock) -> BlockShape:
-    """What a schedule recognises the block by: nothing that depends on the batch or on the door that it came through."""
+    """Return the shape by which a schedule recognises a block.
+
+    It depends neither on the batch nor on how the graph was captured.
+    """
     channels = shape_of(block.site)[-1] if block.site is not None else 0
     return BlockShape(block.axis.domain.whole_count, channels, shape_of(block.attention.args[0])[-1])  # type: ignore[arg-type]

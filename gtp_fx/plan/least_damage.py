@@ -1,10 +1,8 @@
-"""From a budget to the tokens that leave at each site.
+"""The schedule of least expected damage within a budget, by `gtp_fx.plan.shortest_path` over every chain of sites.
 
-"auto"     least expected damage within the budget (`gtp_fx.plan.shortest_path`, `gtp_fx.plan.damage`), at few sites where FLOPs are the budget
-"uniform"  the paper's constant count a block
-"even"     the same to the token, in total evenly over the blocks
-
-The last two are lines of schedules, from gentle to harsh, on which the first that meets the budget is found by bisection.
+`least_damage` serves budgets in seconds, and `least_damage_few_sites` budgets in FLOPs, which don't show what a site
+costs. Expected damage comes from `gtp_fx.plan.damage`. Schedules by rule ("uniform", "even") are in
+`gtp_fx.plan.uniform`.
 """
 
 from __future__ import annotations
@@ -20,18 +18,24 @@ from gtp_fx.plan.damage.tables import Damage
 from gtp_fx.plan.shortest_path import OverBudget, Path, Steps, solve
 
 _FINE = 192
-"""Counts that the solver chooses from at once; of longer streams every second, third, … and then those around its choice."""
+"""The most counts per chain that the solver chooses from at once.
+
+Longer streams are solved over every second (third, …) count first, then over all counts near that solution.
+"""
 _ROUNDS = 8
-"""Of solving anew with what crosses streams as the last solution has it."""
+"""Fixed-point iterations: each solves again with the cross-stream cost of the previous solution."""
 _WORTH, _LOOSE = 0.09, 0.02
-"""What a site has to earn, as a share of the least damage; and how closely that is found out."""
+"""_WORTH: the damage that one more site has to save, as a share of the least damage.
+_LOOSE: the relative tolerance at which the least damage is found for that."""
 
 
 def least_damage(model: CostModel, damage: Damage, limit: float, levels: Levels | None = None) -> tuple[int, ...]:
-    """Tokens that leave at each site: the schedule of least damage that costs at most `limit`.
+    """Return the schedule of least damage that costs at most `limit`: the tokens removed at each site.
 
-    levels: the counts to choose from, of each chain; where None every one, coarsely first where there are many.
-    Raises OverBudget.
+    levels: returns the token counts of a chain to choose from. By default every count; on long streams some of them
+        first, and then those near the solution.
+
+    Raises OverBudget where even the cheapest schedule costs more.
     """
     if levels is not None:
         return least_within(model, damage, limit, [levels(chain) for chain in model.chains])
@@ -44,13 +48,16 @@ def least_damage(model: CostModel, damage: Damage, limit: float, levels: Levels 
 
 
 Levels = Callable[[Chain], NDArray[np.int64]]
+"""Return the token counts of a chain to choose from, descending."""
 
 
 def least_damage_few_sites(model: CostModel, damage: Damage, limit: float) -> tuple[int, ...]:
-    """The same where each site has to earn `_WORTH` of the least damage: for budgets in FLOPs, which don't see what a site costs.
+    """Return a schedule of little damage that uses few sites, for budgets in FLOPs, which don't show what a site costs.
 
-    A site ranks tokens by attention whose map can't stay fused, sorts and moves them: time that is no FLOPs, and compile
-    time. Damage is known to within some tens of per cent, and many schedules do as little; of those this is one with few sites.
+    A site needs the attention map, so attention is no longer fused, and it sorts and moves tokens: time that isn't
+    FLOPs, and compile time. Expected damage is known only to within some tens of per cent, and many schedules do about
+    as well. So each site is charged `_WORTH` of the least damage, which drops the sites that save less.
+
     Raises OverBudget.
     """
     least = least_within(model, damage, limit, coarse_levels(model), _LOOSE)
@@ -59,7 +66,7 @@ def least_damage_few_sites(model: CostModel, damage: Damage, limit: float) -> tu
 
 
 def coarse_levels(model: CostModel) -> list[NDArray[np.int64]]:
-    """Of each chain the counts to choose from at first: all, or of long streams some."""
+    """Return the counts to choose from first, for each chain: every count, or on long streams every n-th."""
     levels = [np.arange(chain.whole, 0, -max(1, chain.whole // _FINE)) for chain in model.chains]
     return [counts if counts[-1] == 1 else np.append(counts, 1) for counts in levels]
 
@@ -67,7 +74,14 @@ def coarse_levels(model: CostModel) -> list[NDArray[np.int64]]:
 def least_within(
     model: CostModel, damage: Damage, limit: float, levels: list[NDArray[np.int64]], tolerance: float = 1e-3
 ) -> tuple[int, ...]:
-    """The schedule of least damage whose counts are among `levels`. Raises OverBudget."""
+    """Return the schedule of least damage among the counts in `levels`, one array per chain.
+
+    tolerance: relative, on damage.
+
+    Raises OverBudget.
+    """
+    # The solver prices chains one by one. What depends on several chains at once is taken out of the budget beforehand,
+    # as an estimate from the previous solution, until a solution costs no more than it was estimated at.
     steps = [damage_steps(chain, counts, damage) for chain, counts in zip(model.chains, levels, strict=True)]
     crossing = float(model.crossing_cost((0,) * len(model.sites)))
     best = None
@@ -79,7 +93,7 @@ def least_within(
                 raise OverBudget(over.cost + float(model.fixed) + crossing) from None
             break
         over_limit = float(model.cost(found)) - limit
-        if over_limit > 0:  # what crosses chains came dearer than it was taken for
+        if over_limit > 0:  # the estimate was too low
             crossing += over_limit
             continue
         best = found
@@ -92,7 +106,10 @@ def least_within(
 
 
 def damage_steps(chain: Chain, levels: NDArray[np.int64], damage: Damage) -> Steps:
-    """What each step between two of `levels` costs and loses."""
+    """Return cost and damage [sites, levels, levels] of every step between two of `levels`, which descend.
+
+    Entries of steps that would add tokens are 0 and are never read.
+    """
     before, after = levels[:, None], levels[None, :]
     falls = after <= before
     cost = [np.where(falls, at(before, np.minimum(before, after)) + behind[after], 0.0) for behind, at in _sites(chain)]
@@ -105,23 +122,23 @@ def _sites(chain: Chain):  # type: ignore[no-untyped-def]
 
 
 def around(chain: Chain, counts: Sequence[int], coarse: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Every count near one that the coarse solution has, between its neighbours there."""
+    """Return every count within one step of `coarse` around the coarse solution `counts`, descending."""
     step = int(-np.diff(coarse).min(initial=-1))
     if step == 1:
         return coarse
     near = {chain.whole}
-    left = chain.whole
+    remaining = chain.whole
     for place in chain.places:
-        left -= counts[place]
-        near.update(range(max(1, left - step), min(chain.whole, left + step) + 1))
+        remaining -= counts[place]
+        near.update(range(max(1, remaining - step), min(chain.whole, remaining + step) + 1))
     return np.array(sorted(near, reverse=True), np.int64)
 
 
 def chosen_counts(model: CostModel, path: Path) -> tuple[int, ...]:
-    """Tokens that leave at each site along a path."""
+    """Return the tokens removed at each site along a path of the solver, over all chains."""
     counts = [0] * len(model.sites)
-    for chain, left in zip(model.chains, path.left, strict=True):
+    for chain, remaining in zip(model.chains, path.left, strict=True):
         before = chain.whole
-        for place, after in zip(chain.places, left, strict=True):
+        for place, after in zip(chain.places, remaining, strict=True):
             counts[place], before = before - after, after
     return tuple(counts)

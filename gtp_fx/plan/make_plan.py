@@ -1,4 +1,4 @@
-"""Deciding: which blocks can be sites, what a schedule costs there, how many tokens leave at each."""
+"""Planning from options: find the sites, price schedules there, and choose how many tokens each site removes."""
 
 from __future__ import annotations
 
@@ -32,11 +32,15 @@ from gtp_fx.strategies import Strategy
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, the FLOPs it was promised to cost (per image), what is expected of it, and what was refused on the way.
+    """A plan with its predicted price, and what was refused on the way.
 
-    damage_from: what the choice of counts rests on; empty where a user named them.
-    seconds: predicted for the original and the result, None where no budget asked for them. moved: how far outputs moved on
-    calibration's images, None without. found: the sites it was chosen from, None where nothing was to leave, so that none were looked for.
+    plan: the schedule, sites and strategy.
+    flops: predicted FLOPs of the rewritten graph, per image.
+    refusals: attention at which no tokens can be removed, and why.
+    damage_from: what the choice of counts rests on; empty where the user gave the counts.
+    seconds: predicted for the original and for the result; None unless a latency budget was set.
+    moved: divergence of the outputs on calibration's images; None without calibration.
+    found: the candidate sites; None where nothing was to be removed and none were searched for.
     """
 
     plan: Plan
@@ -50,7 +54,11 @@ class Planned:
 
 @dataclass(frozen=True)
 class Original:
-    """The model as it came, in the passes' spelling: what ratios are taken of. flops: per image."""
+    """The original model, which ratios refer to.
+
+    graph: its graph, in the operators that `normalise` leaves.
+    flops: per image.
+    """
 
     graph: fx.Graph
     flops: int
@@ -59,32 +67,36 @@ class Original:
 def make_plan(
     gm: fx.GraphModule, options: Options, original: Original, apply_plan: ApplyPlan, blocks_needed: bool = True
 ) -> Planned:
-    """Plan for `gm`, whose blocks are marked and whose exact passes have run; where it has none and needs none, to change nothing.
+    """Plan the removal of tokens from `gm`, which has marked blocks and the exact passes applied, and stays unchanged.
 
-    apply_plan: what calibration judges schedules by.
-    Raises UnsupportedModelError, BudgetError or ScheduleError; `gm` is not changed.
+    apply_plan: returns the graph that a plan gives, by which calibration judges schedules.
+    blocks_needed: whether a graph without attention blocks is an error; else its plan changes nothing.
+
+    Raises UnsupportedModelError, BudgetError or ScheduleError.
     """
     typed = typed_graph(gm.graph)
     blocks, others = typed.blocks, typed.unsupported_attention
     flops_now = count_flops(gm.graph)
+    # Return without sites where the model has no blocks, or where the counts or the budget leave nothing to remove.
     if not blocks and not blocks_needed:
         return Planned(Plan.of((), (), (), options.strategy), flops_now, others)
     if not blocks and not (others and options.exact_only):
         raise NoBlocksError(_no_blocks(gm.graph), others)
     shapes = tuple(map(block_shape, blocks))
-    asked = _asked(options.schedule, shapes)
-    if _nothing_to_remove(asked, options, flops_now / original.flops):
+    given = _given_counts(options.schedule, shapes)
+    if _nothing_to_remove(given, options, flops_now / original.flops):
         return Planned(Plan.of((), (), shapes, options.strategy), flops_now, others)
+    # Price every schedule over the candidate sites, then choose one.
     found = find_sites(typed, options.strategy)
     options = replace(options, strategy=_settled_early(options.strategy, found))
     flops = flops_model(found.typing, found.sites, options.strategy, original.flops)
     timed = None if options.latency_budget is None else _seconds(found, options, original)
-    if asked is not None:
-        choice = Choice(_split(asked, blocks, flops, options), options.strategy, "")
+    if given is not None:
+        choice = Choice(_split(given, blocks, flops, options), options.strategy, "")
     else:
         choice = _choose(gm, found, shapes, flops if timed is None else timed, options, original, apply_plan)
     plan = Plan.of(found.sites, choice.counts, shapes, choice.strategy)
-    if plan.strategy != options.strategy:
+    if plan.strategy != options.strategy:  # the chosen strategy, settled for the counts, may cost something else
         flops = flops_model(found.typing, found.sites, plan.strategy, original.flops)
     refusals = [
         *(block.refusal for block in blocks if block.refusal is not None and block.branch is None),
@@ -102,7 +114,10 @@ def make_plan(
 
 
 def _settled_early(strategy: Strategy, found: Candidates) -> Strategy:
-    """The strategy with what no schedule changes decided before it is priced: that token scales are too small to be told."""
+    """Settle what holds under every schedule before anything is priced.
+
+    Where token scales would be too small to matter even if every site removed all but one token, they are never read.
+    """
     worst = strategy.settled(leaving_by_stream(found.sites, [site.whole - 1 for site in found.sites]))
     return strategy if worst.reads_scales else worst
 
@@ -116,7 +131,10 @@ def _choose(
     original: Original,
     apply_plan: ApplyPlan,
 ) -> Choice:
-    """The counts that a schedule by name means under the budget."""
+    """Choose the counts of a schedule given by name ("auto", "uniform", "even") under the budget.
+
+    model: prices schedules in the budget's currency. Raises BudgetError where no schedule is within the budget.
+    """
     limit = options.limit(model.original)
 
     def model_of(strategy: Strategy) -> CostModel:
@@ -126,9 +144,10 @@ def _choose(
             return _seconds(found, replace(options, strategy=strategy), original)
         return flops_model(found.typing, found.sites, strategy, original.flops)
 
-    # Calibration solves many times over.
+    # Cached, because calibration solves many times.
     timed = functools.cache(lambda: _seconds(found, options, original))
 
+    # The currency of the budget and the target decide what "best" means beside damage: see each function.
     def solve(damage: Damage) -> tuple[int, ...]:
         if options.latency_budget is not None:
             return least_damage(model, damage, limit)
@@ -151,8 +170,8 @@ def _choose(
         absolute = options.latency_budget is not None and options.latency_budget.seconds is not None
         lowest = f" ({_round_up(over.cost * 1e3):.3f} ms)" if absolute else ""
         raise BudgetError(
-            f"{options.budget}{on} can't be reached: the lowest ratio that schedule={options.schedule!r} gives on this model "
-            f"is {_round_up(over.cost / model.original):.3f}{lowest}{advice}"
+            f"{options.budget}{on} can't be reached: the lowest ratio that schedule={options.schedule!r} gives "
+            f"on this model is {_round_up(over.cost / model.original):.3f}{lowest}{advice}"
         ) from None
 
 
@@ -162,8 +181,11 @@ def _seconds(found: Candidates, options: Options, original: Original) -> CostMod
     return seconds_model(found.typing, found.sites, options.strategy, target, batch, before, found.branches)
 
 
-def _asked(schedule: str | Schedule | tuple[int, ...], shapes: tuple[BlockShape, ...]) -> tuple[int, ...] | None:
-    """The counts a user named, checked against the model; None where they are to be found."""
+def _given_counts(schedule: str | Schedule | tuple[int, ...], shapes: tuple[BlockShape, ...]) -> tuple[int, ...] | None:
+    """Return the counts a user gave, or None where a schedule is to be chosen.
+
+    Raises ScheduleError where they don't fit the model's blocks.
+    """
     if isinstance(schedule, str):
         return None
     if isinstance(schedule, Schedule):
@@ -171,61 +193,69 @@ def _asked(schedule: str | Schedule | tuple[int, ...], shapes: tuple[BlockShape,
     counts = tuple(schedule)
     if len(counts) != len(shapes):
         raise ScheduleError(
-            f"the schedule has {len(counts)} entries and the model {len(shapes)} attention blocks; give one count for each"
+            f"the schedule has {len(counts)} entries and the model {len(shapes)} attention blocks; "
+            f"give one count for each"
         )
     return counts
 
 
-def _nothing_to_remove(asked: tuple[int, ...] | None, options: Options, ratio: float) -> bool:
-    if asked is not None:
-        return not any(asked)
+def _nothing_to_remove(given: tuple[int, ...] | None, options: Options, ratio: float) -> bool:
+    """Return whether all counts are 0, or the exact passes alone (`ratio` of the original's FLOPs) meet the budget."""
+    if given is not None:
+        return not any(given)
     return options.flops_budget is not None and ratio <= options.flops_budget
 
 
 def _split(
-    asked: tuple[int, ...], blocks: Sequence[AttentionBlock], model: CostModel, options: Options
+    given: tuple[int, ...], blocks: Sequence[AttentionBlock], model: CostModel, options: Options
 ) -> tuple[int, ...]:
-    """A user's counts by site, refused where they can't be had."""
-    left = Counter[object]()
+    """Return a user's counts, one per site.
+
+    Raises ScheduleError where a block can't remove its count or a stream would lose every patch, and BudgetError where
+    a FLOPs budget was set as well and the counts are over it.
+    """
+    removed = Counter[object]()
     sites = {site.block for site in model.sites}
-    for block, count in zip(blocks, asked, strict=True):
+    for block, count in zip(blocks, given, strict=True):
         if count and block.refusal is not None and block.branch is None and not block.dead:
-            raise ScheduleError(f"block {block.index} can't propagate {count} tokens: {block.refusal}")
+            raise ScheduleError(f"block {block.index} can't remove {count} tokens: {block.refusal}")
         if count and block.refusal is None and not block.dead and block.index not in sites:
             raise ScheduleError(
-                f"block {block.index} can't lose {count} tokens: strategy {options.strategy.name!r} takes them at blocks "
-                f"{', '.join(map(str, sorted(sites)))} alone"
+                f"block {block.index} can't remove {count} tokens: strategy {options.strategy.name!r} "
+                f"takes them at blocks {', '.join(map(str, sorted(sites)))} alone"
             )
+        # Count along each stream, or on a branch's own block: a schedule has to keep one patch of each.
         stream = block.axis.domain.grid if block.branch is None else block.index
-        left[stream] += 0 if block.dead else count
-        if left[stream] >= block.axis.domain.whole_count:
+        removed[stream] += 0 if block.dead else count
+        whole = block.axis.domain.whole_count
+        if removed[stream] >= whole:
             raise ScheduleError(
-                f"the schedule removes {left[stream]} patch tokens by block {block.index}, of {block.axis.domain.whole_count}; "
+                f"the schedule removes {removed[stream]} patch tokens by block {block.index}, of {whole}; "
                 f"at least one has to stay"
             )
-    by_site = tuple(asked[site.block] for site in model.sites)
+    by_site = tuple(given[site.block] for site in model.sites)
     ratio = model.ratio(by_site)
     if options.flops_budget is not None and ratio > options.flops_budget:
         raise BudgetError(
-            f"this schedule costs {ratio:.4f} of the original's FLOPs, over flops_budget={options.flops_budget:g}: remove more "
-            f"tokens, or leave the budget out"
+            f"this schedule costs {ratio:.4f} of the original's FLOPs, over flops_budget={options.flops_budget:g}: "
+            f"remove more tokens, or leave the budget out"
         )
     return by_site
 
 
 def _no_blocks(graph: fx.Graph) -> str:
-    """Name what the graph has instead of self-attention over patches."""
+    """Return the message for a graph without blocks: which operators it has instead of self-attention over patches."""
     counts = Counter(operator_name(n) for n in graph.nodes if n.op == "call_function")
     attention = sum(n for name, n in counts.items() if "attention" in name)
     softmax = sum(n for name, n in counts.items() if "softmax" in name)
     convolutions = sum(n for name, n in counts.items() if "conv" in name)
     return (
-        f"no self-attention over patch tokens was found in this model's graph ({attention} attention operators, {softmax} "
-        f"softmax, {convolutions} convolutions): gtp_fx shortens the token stream of vision transformers, and finds none "
-        f"here"
+        f"no self-attention over patch tokens was found in this model's graph ({attention} attention operators, "
+        f"{softmax} softmax, {convolutions} convolutions): gtp_fx shortens the token stream of vision transformers, "
+        f"and finds none here"
     )
 
 
 def _round_up(ratio: float) -> float:
-    """To three digits, so that the number named can be asked for."""
+    """Round up to three digits, so that asking for the number in the message succeeds."""
     return -(-ratio * 1000 // 1) / 1000

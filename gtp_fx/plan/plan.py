@@ -1,4 +1,4 @@
-"""A plan: the decision that the rewriting passes carry out."""
+"""A plan: the schedule, sites and strategy that the rewriting passes apply."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from gtp_fx.types.axes import Grid, TokenDomain
 
 @dataclass(frozen=True)
 class Plan:
-    """schedule: tokens that leave per block. sites: the places where some do, in graph order. strategy: how, settled for them."""
+    """The result of planning, complete enough to rewrite the graph by it.
+
+    schedule: how many tokens are removed (or skip a branch) at each block.
+    sites: the sites at which some are, in graph order, with levels counted over these sites alone.
+    strategy: the strategy, settled for the counts of this schedule.
+    """
 
     schedule: Schedule
     sites: tuple[Site, ...]
@@ -22,41 +27,51 @@ class Plan:
 
     @classmethod
     def of(cls, sites: Sequence[Site], counts: Sequence[int], blocks: Sequence[BlockShape], strategy: Strategy) -> Plan:
-        """From the tokens that leave at each of all possible sites. blocks: every attention block's shape."""
-        propagated = [0] * len(blocks)
+        """Make a plan from a count for every possible site; sites with a count of 0 are dropped.
+
+        sites, counts: every possible site, and how many tokens are removed there.
+        blocks: the shape of every attention block.
+        """
+        removed = [0] * len(blocks)
         for site, count in zip(sites, counts, strict=True):
-            propagated[site.block] = count
-        used = _numbered(site for site in sites if propagated[site.block])
-        settled = strategy.settled(leaving_by_stream(used, [propagated[site.block] for site in used]))
-        return cls(Schedule(tuple(propagated), tuple(blocks)), used, settled)
+            removed[site.block] = count
+        used = _numbered(site for site in sites if removed[site.block])
+        settled = strategy.settled(leaving_by_stream(used, [removed[site.block] for site in used]))
+        return cls(Schedule(tuple(removed), tuple(blocks)), used, settled)
 
     @property
     def propagated(self) -> dict[int, int]:
-        """Tokens that leave, by block, for the blocks where any do."""
+        """Tokens removed, by block number; blocks that remove none have no entry."""
         return {site.block: self.schedule.propagated[site.block] for site in self.sites if site.branch is None}
 
     @property
     def skipping(self) -> dict[int, int]:
-        """Tokens of each window that skip a branch, by block, for the blocks where any do."""
+        """Tokens of each window that skip a branch, by block number; blocks without any have no entry."""
         return {site.block: self.schedule.propagated[site.block] for site in self.sites if site.branch is not None}
 
     def count(self, domain: TokenDomain) -> int:
-        """Patch tokens of `domain`: of the whole grid, less what left at its first `level` sites."""
+        """Return the patch tokens in `domain`: the whole grid less what its first `domain.level` sites remove."""
         passed = [s for s in self.sites if s.domain.grid == domain.grid and s.branch is None][: domain.level]
         return domain.whole_count - sum(self.schedule.propagated[site.block] for site in passed)
 
 
 def leaving_by_stream(sites: Sequence[Site], counts: Sequence[int]) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Of each stream that tokens leave: its grid, and how many do, site by site."""
+    """Return, for each shortened stream, the shape of its grid and the tokens removed at each of its sites, in order.
+
+    Sites where tokens skip a branch shorten no stream and are left out.
+    """
     streams: dict[Grid, list[int]] = {}
     for site, count in zip(sites, counts, strict=True):
         if site.branch is None:
             streams.setdefault(site.domain.grid, []).append(count)
-    return [(tuple(grid.shape), leaving) for grid, leaving in streams.items()]
+    return [(tuple(grid.shape), removed) for grid, removed in streams.items()]
 
 
 def _numbered(sites: Iterable[Site]) -> tuple[Site, ...]:
-    """Sites with the level of their domain counted over these sites alone: only they shorten the stream."""
+    """Return the sites with the level of their domain counted over these sites alone.
+
+    Candidates number every possible site of a stream. Once some are dropped, only those that are kept shorten it.
+    """
     levels = Counter[Grid]()
     numbered = []
     for site in sites:

@@ -1,12 +1,12 @@
 """The best schedule under a budget: the path of least damage through token counts whose cost stays within it.
 
-A chain's schedule is a path from its whole token count downwards, a step a site; costs and damages add up over steps. Least
-damage under a bound on cost is a constrained shortest path, solved exactly in two moves:
+A chain's schedule is a path from its whole token count downwards, one step per site, and costs and damages add up over
+the steps. Least damage under a bound on cost is a constrained shortest path. It is solved exactly in two parts:
 
-  1. Lagrange: with a price on cost the constraint is gone, and dynamic programming finds the best path of every chain. The
-     price that makes the budget just hold gives a schedule, and a proof how far from the best one it can be at most.
-  2. Where that is too far: labels (damage and cost so far) are carried along all paths, and dropped where another label
-     beats them in both, or where the first move's bound shows that nothing good comes of them.
+  1. Lagrange: a price on cost replaces the constraint, and dynamic programming finds the best path of every chain. The
+     price at which the budget just holds gives a schedule, and a proof of how far from the best it can be at most.
+  2. Where that is too far: labels (damage and cost so far) are carried along all paths. A label is dropped where
+     another beats it in both, or where the bound from part 1 shows that it can't lead to a better path.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from numpy.typing import NDArray
 Numbers = NDArray[np.float64]
 
 _MOST_LABELS, _STRETCHES = 20_000, 48
-"""Of more labels, only the best of each stretch of cost at each level goes on, and the result is no longer proven best."""
+"""Above _MOST_LABELS labels, only the best label survives in each of _STRETCHES intervals of cost at each level.
+
+The result is then no longer proven to be the best."""
 
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """One chain. levels: token counts to choose from, the whole count first, descending.
+    """The steps of one chain, with K sites and L levels.
 
-    cost, damage [K, L, L]: of the step at each site from one level to another; only entries with to >= from are read.
+    levels [L]: the token counts to choose from, descending from the whole count.
+    cost [K, L, L]: cost of the step at each site from one level to another; only entries with to >= from are read.
+    damage [K, L, L]: the same for damage.
     """
 
     levels: NDArray[np.int64]
@@ -38,7 +42,13 @@ class Steps:
 
 @dataclass(frozen=True)
 class Path:
-    """left: for each chain, the tokens behind each of its sites. bound: no schedule within the budget does less damage."""
+    """One path for each chain, with their costs and damages summed.
+
+    left: for each chain, the tokens that remain after each of its sites.
+    cost: total cost, in the currency of the steps.
+    damage: total damage.
+    bound: a lower bound on the damage of every schedule within the budget.
+    """
 
     left: tuple[tuple[int, ...], ...]
     cost: float
@@ -47,7 +57,7 @@ class Path:
 
 
 class OverBudget(Exception):
-    """Even the cheapest schedule costs more; `cost` is what it costs."""
+    """No schedule is within the budget. cost: what the cheapest one costs."""
 
     def __init__(self, cost: float) -> None:
         super().__init__(f"the cheapest schedule costs {cost}")
@@ -55,9 +65,11 @@ class OverBudget(Exception):
 
 
 def solve(chains: Sequence[Steps], budget: float, tolerance: float = 1e-3) -> Path:
-    """The path of least damage whose cost is at most `budget`, to within `tolerance` of its damage (0: the very best).
+    """Return the path of least damage whose cost is at most `budget`.
 
-    Raises OverBudget.
+    tolerance: how far its damage may be from the least, as a share of it; 0 asks for the very best.
+
+    Raises OverBudget where even the cheapest path costs more.
     """
     cheapest = _best(chains, damage_weight=0.0, price=1.0)
     if _cost(chains, cheapest) > budget:
@@ -66,6 +78,7 @@ def solve(chains: Sequence[Steps], budget: float, tolerance: float = 1e-3) -> Pa
     if _cost(chains, gentle) <= budget:
         damage = _damage(chains, gentle)
         return _path(chains, gentle, damage)
+    # Two paths bracket the budget. The price at which both weigh the same gives a new path, which replaces one of them.
     over, within = gentle, cheapest
     price, bound = 0.0, _damage(chains, gentle)
     best = within
@@ -75,7 +88,7 @@ def solve(chains: Sequence[Steps], budget: float, tolerance: float = 1e-3) -> Pa
         found = _best(chains, damage_weight=1.0, price=price)
         value = _damage(chains, found) + price * _cost(chains, found)
         bound = max(bound, value - price * budget)
-        # No path is better at this price than the two that it was made of: it is the best price.
+        # No path weighs less at this price than the two that define it: the price is the best one.
         if value >= _damage(chains, within) + price * _cost(chains, within) - 1e-12 * max(1.0, abs(value)):
             break
         if _cost(chains, found) <= budget:
@@ -91,11 +104,11 @@ def solve(chains: Sequence[Steps], budget: float, tolerance: float = 1e-3) -> Pa
 
 
 Chosen = list[list[int]]
-"""For each chain, the position among its levels behind each site."""
+"""For each chain, the position among its levels after each site."""
 
 
 def _best(chains: Sequence[Steps], damage_weight: float, price: float) -> Chosen:
-    """The path of least damage * weight + cost * price, each chain on its own."""
+    """Return the path of least damage * damage_weight + cost * price, each chain on its own."""
     chosen: Chosen = []
     for chain in chains:
         to_go = _to_go(chain, damage_weight, price)
@@ -110,7 +123,7 @@ def _best(chains: Sequence[Steps], damage_weight: float, price: float) -> Chosen
 
 
 def _to_go(chain: Steps, damage_weight: float, price: float) -> Numbers:
-    """[K + 1, L]: the least weighted sum of the steps from each site on, by the level that it is reached at."""
+    """Return [K + 1, L]: the least weighted sum of the steps from each site on, by the level before that site."""
     sites, levels = len(chain.cost), len(chain.levels)
     upward = np.tril(np.full((levels, levels), np.inf), -1)
     to_go = np.zeros((sites + 1, levels))
@@ -121,19 +134,21 @@ def _to_go(chain: Steps, damage_weight: float, price: float) -> Numbers:
 
 
 def _by_labels(chains: Sequence[Steps], budget: float, price: float, under: float) -> Chosen | None:
-    """The path of least damage within the budget, if it does less than `under`; None where none does.
+    """Return the path of least damage within the budget if its damage is below `under`, else None.
 
-    price: of cost, whose bound tells which labels can't lead to such a path.
+    price: the price on cost found in part 1; its bound shows which labels can't lead to such a path.
     """
     prices = [_to_go(chain, 1.0, price) for chain in chains]
     costs = [_to_go(chain, 0.0, 1.0) for chain in chains]
+    # A label is (at, damage, cost), one entry in each of three arrays. trail remembers which label each one extends.
     at, damage, cost = np.zeros(1, np.int64), np.zeros(1), np.zeros(1)
     trail: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     for number, chain in enumerate(chains):
         later = sum(float(p[0, 0]) for p in prices[number + 1 :])
         later_cost = sum(float(c[0, 0]) for c in costs[number + 1 :])
-        at = np.zeros_like(at)
+        at = np.zeros_like(at)  # every chain begins at its whole count
         for site in range(len(chain.cost)):
+            # Every label is extended to every level; those kept descend, fit the budget and can still beat `under`.
             to = np.arange(len(chain.levels))
             damages = damage[:, None] + chain.damage[site][at]
             sums = cost[:, None] + chain.cost[site][at]
@@ -146,6 +161,7 @@ def _by_labels(chains: Sequence[Steps], budget: float, price: float, under: floa
             trail.append((origin, at))
             if not len(at):
                 return None
+    # Walk the trail back from the best label, then cut the levels into one list per chain.
     label = int(np.argmin(damage))
     flat: list[int] = []
     for origin, reached in reversed(trail):
@@ -157,7 +173,7 @@ def _by_labels(chains: Sequence[Steps], budget: float, price: float, under: floa
 
 
 def _undominated(at: NDArray[np.int64], damage: Numbers, cost: Numbers) -> NDArray[np.int64]:
-    """Labels that no other at the same level beats in damage and cost; of too many, the best of each stretch of cost."""
+    """Return the labels that none at the same level beats in both; of too many, the best in each interval of cost."""
     if len(at) > _MOST_LABELS:
         width = max(float(np.ptp(cost)) / _STRETCHES, 1e-300)
         stretch = ((cost - cost.min()) / width).astype(np.int64)
@@ -166,9 +182,10 @@ def _undominated(at: NDArray[np.int64], damage: Numbers, cost: Numbers) -> NDArr
         order = order[new]
     else:
         order = np.lexsort((damage, cost, at))
-    # Along a level, costs ascend: who does not lower the least damage so far is beaten. Levels are kept apart by an offset.
-    apart = at[order] * -(float(np.ptp(damage)) + 1.0) * 2
-    lowered = damage[order] + apart
+    # Costs ascend within a level, so a label is beaten unless it lowers the least damage so far. An offset per level
+    # keeps the running minimum of one level from carrying over into the next.
+    offset = at[order] * -(float(np.ptp(damage)) + 1.0) * 2
+    lowered = damage[order] + offset
     least = np.minimum.accumulate(np.concatenate(([np.inf], lowered[:-1])))
     kept: NDArray[np.int64] = order[lowered < least]
     return kept
@@ -193,5 +210,5 @@ def _damage(chains: Sequence[Steps], chosen: Chosen) -> float:
 
 
 def _path(chains: Sequence[Steps], chosen: Chosen, bound: float) -> Path:
-    left = tuple(tuple(int(chain.levels[at]) for at in path) for chain, path in zip(chains, chosen, strict=True))
-    return Path(left, _cost(chains, chosen), _damage(chains, chosen), bound)
+    remaining = tuple(tuple(int(chain.levels[at]) for at in path) for chain, path in zip(chains, chosen, strict=True))
+    return Path(remaining, _cost(chains, chosen), _damage(chains, chosen), bound)

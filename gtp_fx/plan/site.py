@@ -1,4 +1,4 @@
-"""Places where tokens may leave, or skip a branch, as pricing sees them."""
+"""Sites: places where tokens may be removed, or may skip a branch, with the sizes that pricing needs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from gtp_fx.types.axes import TokenAxis, TokenDomain
 
 @dataclass(frozen=True)
 class Site:
-    """A place where tokens may leave: block number, the tokens of its stream, channels and heads.
+    """A place where tokens may be removed from their stream, or may skip a branch.
 
-    axis: at the level that they leave from; of a branch, a window's.
-    images: how many images one run of the graph takes; 1 where the batch is symbolic, and priced as one.
-    branch: where tokens don't leave but skip a branch of the block, what that costs.
-    dtype: of the stream, as torch names it.
-    key_features: of one key of one head.
-    patches_read: whether what follows the last block reads the patches (pooled, returned) and not prefix tokens alone.
-    depth: the share of the model's attention blocks that lie before this one, in [0, 1).
+    block: number of the attention block, from 0.
+    axis: the tokens before the site, at the level they are removed from; for a branch, those of one window.
+    channels: features of a token in the residual stream.
+    heads: attention heads.
+    images: images in one run of the graph; 1 where the batch is symbolic.
+    branch: the cost of the branch that tokens skip; None where tokens are removed.
+    dtype: dtype of the stream, as torch names it.
+    depth: the share of the model's attention blocks that come before this one, in [0, 1).
+    patches_read: whether patches are read after the last block (pooled, returned), not only prefix tokens.
+    key_features: features of one key of one head.
     """
 
     block: int
@@ -33,31 +36,36 @@ class Site:
 
     @property
     def domain(self) -> TokenDomain:
-        """The patches that tokens leave from."""
+        """The patch tokens before the site."""
         return self.axis.domain
 
     @property
     def others(self) -> int:
-        """Tokens that are no patches and never leave."""
+        """The number of tokens that are not patches (prefix and suffix); they are never removed."""
         return self.axis.prefix + self.axis.suffix
 
     @property
     def stream(self) -> object:
-        """What shrinks from site to site: the tokens of a grid, or those of one branch alone."""
+        """Key of what shrinks from site to site: the grid of a stream, or the block number of a branch."""
         return self.domain.grid if self.branch is None else self.block
 
     @property
     def whole(self) -> int:
-        """Patches before any left; of a branch, the tokens of each window."""
+        """The number of patches before any is removed; for a branch, the tokens of each window."""
         return self.domain.whole_count if self.branch is None else self.branch.tokens
 
 
 @dataclass(frozen=True)
 class BranchCost:
-    """FLOPs of a branch, of one run of the graph.
+    """FLOPs of a branch, for one run of the graph.
 
-    whole: with every token. per_token: of one. images: of one run; 1 where the batch is symbolic. windows, tokens: of an image,
-    and in each. features: of its result. scoring: what ranking the tokens by this block's own attention adds to it.
+    whole: FLOPs where every token goes through it.
+    per_token: FLOPs for one token.
+    images: images in one run; 1 where the batch is symbolic.
+    windows: windows of one image.
+    tokens: tokens of one window.
+    features: features of the branch's result.
+    scoring: FLOPs that ranking the tokens adds to this block's own attention.
     """
 
     whole: int
@@ -69,7 +77,10 @@ class BranchCost:
     scoring: int
 
     def change(self, skipping: int) -> int:
-        """What is spent more when `skipping` tokens of each window go around it (less is negative)."""
+        """Return the change in FLOPs when `skipping` tokens of each window skip the branch; negative where that saves.
+
+        The last product recovers the skipped tokens' results from those of the tokens kept.
+        """
         if not skipping:
             return 0
         kept = self.tokens - skipping

@@ -1,1 +1,1 @@
-"""What was planned and done, in numbers and pictures."""
+"""Reports on what was planned and done, in numbers and pictures."""

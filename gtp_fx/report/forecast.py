@@ -1,4 +1,4 @@
-"""What a plan is expected to cost, block by block, before anything is compiled: what `gtp-fx plan` prints."""
+"""Forecast of what a plan costs, block by block, before anything is compiled; `gtp-fx plan` prints it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from gtp_fx.options.schedule import Schedule
 
 @dataclass(frozen=True)
 class Cost:
-    """flops: per image. seconds: of a run of the batch."""
+    """FLOPs and predicted time of some work.
+
+    flops: per image.
+    seconds: predicted time of one run of the batch.
+    """
 
     flops: int
     seconds: float
@@ -23,15 +27,24 @@ class Cost:
 
 
 def ratio(part: float, whole: float) -> float:
-    """Divide; 1 where nothing is left to compare with: a graph may do no work that is counted (a head that only takes the class token)."""
+    """Return part / whole, and 1 where `whole` is 0.
+
+    A graph may do no work that is counted, such as a head that only takes the class token.
+    """
     return part / whole if whole else 1.0
 
 
 @dataclass(frozen=True)
 class BlockForecast:
-    """One attention block, up to the next one's start; what lies before the first has block -1.
+    """Costs from the start of one attention block to the start of the next.
 
-    tokens_in, leaving: patch tokens, of each window where windows is not 0. before, after: with all its tokens, and with the plan.
+    block: the block's number; -1 for what runs before the first block.
+    layer: the layer that holds its attention.
+    tokens_in: patch tokens that enter; per window where `windows` isn't 0.
+    leaving: patch tokens that the plan removes; per window where `windows` isn't 0.
+    windows: windows per image where tokens only skip the block's branch; 0 where they are removed from the stream.
+    before: cost with all tokens.
+    after: cost with the plan.
     """
 
     block: int
@@ -45,8 +58,19 @@ class BlockForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """original: the model as it came. blocks: behind the exact passes. measured: of what machine the target's curves are, or empty. refusals: what
-    was left as it was, and why."""
+    """Predicted cost of a plan, as a whole and by block.
+
+    budget: the budget that was given, in words.
+    target: the target's name.
+    measured: the machine that the target's curves were measured on; empty where they come from its table.
+    batch: images in a run.
+    strategy: the strategy in words.
+    damage_from: source of the expected damage that schedule="auto" minimised; empty where it had nothing to choose.
+    schedule: patch tokens that each block removes, and the blocks' shapes.
+    original: cost of the model as it was captured.
+    blocks: costs by block, after the exact passes.
+    refusals: what stays unchanged, and why.
+    """
 
     budget: str
     target: str
@@ -61,43 +85,48 @@ class Forecast:
 
     @property
     def after(self) -> Cost:
+        """Total cost with the plan."""
         return sum((row.after for row in self.blocks), Cost(0, 0.0))
 
     def tokens_gone(self, block: int) -> int:
-        """Patch tokens that the later half of a block works without."""
+        """Return how many patch tokens have been removed by the later half (the MLP) of a block."""
         row = next(row for row in self.blocks if row.block == block)
         whole = self.schedule.tokens[block]
         return whole - (row.tokens_in - row.leaving)
 
     @property
     def flops_ratio(self) -> float:
+        """FLOPs with the plan, relative to the original's."""
         return ratio(self.after.flops, self.original.flops)
 
     @property
     def speed_up(self) -> float:
+        """Predicted time of the original, relative to that with the plan."""
         return ratio(self.original.seconds, self.after.seconds)
 
     @property
     def slower(self) -> str:
-        """A sentence where the plan is predicted to lose time; empty where it gains some."""
+        """Warning where the plan is predicted to lose time; empty where it isn't."""
         if self.speed_up >= 1:
             return ""
         return (
-            f"predicted slower than the original on target {self.target!r} for a batch of {self.batch}, {self.speed_up:.3f}×: a larger batch, image or "
-            f"model has more to win; latency_budget= keeps to what is predicted to pay, and flops_budget=1.0 to the exact passes"
+            f"predicted slower than the original on target {self.target!r} for a batch of {self.batch}, "
+            f"{self.speed_up:.3f}×: a larger batch, image or model has more to gain; latency_budget= removes tokens "
+            f"only where that is predicted to save time, and flops_budget=1.0 runs the exact passes alone"
         )
 
     @property
     def share_of_limit(self) -> float:
-        """Of what the FLOPs alone would give."""
+        """Predicted speed-up, relative to the limit: what the saved FLOPs alone would give."""
         return self.speed_up * self.flops_ratio
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the fields and the derived figures as JSON-able values."""
         found = {**asdict(self), "after": asdict(self.after), "flops_ratio": self.flops_ratio}
         return {**found, "speed_up": self.speed_up, "share_of_limit": self.share_of_limit}
 
     def __str__(self) -> str:
+        """Return the table that `gtp-fx plan` prints."""
         rows = [_row(row) for row in self.blocks]
         total = ["", "together", "", "", "", *_costs(sum((r.before for r in self.blocks), Cost(0, 0.0)), self.after)]
         headers = ["block", "layer", "patches in", "leave", "out", "GFLOPs", "then", "ms", "then", "of limit"]
@@ -123,6 +152,7 @@ class Forecast:
 
 
 def _row(row: BlockForecast) -> list[str]:
+    """Return a block's cells in the table."""
     number = str(row.block) if row.block >= 0 else ""
     tokens = ["", "", ""] if row.block < 0 else [str(row.tokens_in), str(row.leaving), str(row.tokens_in - row.leaving)]
     if row.windows:
@@ -131,7 +161,10 @@ def _row(row: BlockForecast) -> list[str]:
 
 
 def _costs(before: Cost, after: Cost) -> list[str]:
-    """Share of the limit: the speed-up over what the FLOPs alone would give; of what loses none, nothing."""
+    """Return GFLOPs before and after, milliseconds before and after, and the share of the limit.
+
+    The share is the speed-up relative to what the saved FLOPs alone would give. It is empty where no FLOPs are saved.
+    """
     share = ""
     if after.flops < before.flops and after.seconds > 0:
         share = f"{before.seconds / after.seconds * after.flops / before.flops:.0%}"

@@ -1,4 +1,4 @@
-"""Forecasting a plan: each term of the cost model, with every token and with those that the plan leaves, by block."""
+"""Forecasts from plans: each term of the cost model, by block, with every token and with those that the plan keeps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from gtp_fx.types.axes import whole_count
 
 
 def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: Options) -> Forecast:
-    """Of a plan for `gm`, which is behind the exact passes."""
+    """Return the forecast of a plan for `gm`, whose exact passes have run.
+
+    original: the graph before the exact passes.
+    planned: the plan, with the sites it was made from.
+    """
     typed, target, batch = typed_graph(gm.graph), options.target, options.batch
     options = replace(options, strategy=planned.plan.strategy)
     blocks = typed.blocks
@@ -33,12 +37,14 @@ def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: 
     weigh = lambda works: total_seconds(works, target)  # noqa: E731
     seconds = _by_block(found, counts, owner, options, weigh, batch, target.has_kernels)
     skipped = branch_seconds(typed.graph, found.sites, options.strategy, target, batch, found.branches)
+    # Branches have no terms: what their skipped tokens save is added to the plan's side of their block.
     for site, count in zip(found.sites, counts, strict=True):
         if site.branch is not None:
             flops[site.block][1] += site.branch.change(count)
             seconds[site.block][1] += skipped[site.block][site.branch.tokens - count]
+    # Walk the blocks in order and count down the tokens that remain in each stream.
     rows = []
-    left = {site.stream: site.whole for site in found.sites}
+    remaining = {site.stream: site.whole for site in found.sites}
     by_block = {site.block: (site, count) for site, count in zip(found.sites, counts, strict=True)}
     for number in range(-1, len(blocks)):
         before, after = (Cost(int(flops[number][i]), float(seconds[number][i])) for i in (0, 1))
@@ -46,11 +52,11 @@ def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: 
             rows.append(BlockForecast(number, "before the blocks", 0, 0, 0, before, after))
             continue
         axis = blocks[number].axis
-        tokens, count, windows = left.get(axis.domain.grid, axis.domain.whole_count), 0, 0
+        tokens, count, windows = remaining.get(axis.domain.grid, axis.domain.whole_count), 0, 0
         if number in by_block:
             site, count = by_block[number]
-            tokens, windows = left[site.stream], site.branch.windows if site.branch is not None else 0
-            left[site.stream] -= count
+            tokens, windows = remaining[site.stream], site.branch.windows if site.branch is not None else 0
+            remaining[site.stream] -= count
         rows.append(BlockForecast(number, blocks[number].layer, tokens, count, windows, before, after))
     return Forecast(
         budget=options.budget,
@@ -75,23 +81,31 @@ def _by_block(
     batch: int,
     kernels: bool = False,
 ) -> dict[int, list[Any]]:
-    """[with every token, with the plan] by block; branches are left out."""
-    behind = counts_behind(found.sites, counts)
+    """Return, by block, [cost with every token, cost with the plan]; branches aren't counted.
+
+    counts: tokens removed at each site.
+    owner: the block of a term that belongs to no site.
+    weigh: turns a term's works into a cost.
+    kernels: whether the work is that of the Triton kernels.
+    """
+    after = counts_behind(found.sites, counts)
     spent: dict[int, list[Any]] = defaultdict(lambda: [0, 0])
     for term in terms_of(found.typing, found.sites, options.strategy, batch, kernels):
         row = spent[owner(term) if term.site is None else found.sites[term.site].block]
+        # A site's own work exists only with the plan: where it removes something and, for what a stream computes once,
+        # at the first site that does.
         if term.site is None:
             row[0] += weigh(term.works(whole_count))
         elif not counts[term.site] or (
-            term.first and behind(found.sites[term.site].domain) < found.sites[term.site].whole
+            term.first and after(found.sites[term.site].domain) < found.sites[term.site].whole
         ):
             continue
-        row[1] += weigh(term.works(behind))
+        row[1] += weigh(term.works(after))
     return spent
 
 
 def _owners(typed: TypedGraph) -> Callable[[Term], int]:
-    """Which block a term belongs to: the last one whose stream is there already."""
+    """Return a function from a term to its block: the last one whose stream exists before the term; -1 for none."""
     order = {node: position for position, node in enumerate(typed.graph.nodes)}
     starts = [order[block.stream if block.stream is not None else block.attention] for block in typed.blocks]
 

@@ -1,4 +1,4 @@
-"""Pictures of plans: tokens per block for several budgets and targets, and one model's tokens and times, before and after."""
+"""Plots of plans: tokens per block for several budgets and targets; tokens and times per block of one plan."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from gtp_fx.report.forecast import Forecast
 
 
 def plot_tokens(forecasts: Sequence[Forecast], title: str, file: Path) -> None:
-    """Draw the share of its tokens that each block's later half (its MLP) works on, a line a forecast, to a PNG.
+    """Plot the share of tokens that each block's later half (its MLP) works on, one line per forecast.
 
-    Raises OptionError where matplotlib isn't installed or the file's kind is none that it writes.
+    The file's suffix gives its format. Raises OptionError where matplotlib isn't installed or can't write that format.
     """
     pyplot = matplotlib_pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
+    # Colour tells budgets apart, line style tells targets apart.
     targets = list(dict.fromkeys(found.target for found in forecasts))
     styles = ["-", "--", ":", "-."]
     budgets = list(dict.fromkeys(found.budget for found in forecasts))
@@ -35,20 +36,22 @@ def plot_tokens(forecasts: Sequence[Forecast], title: str, file: Path) -> None:
 
 
 def plot_blocks(found: Forecast, file: Path) -> None:
-    """Draw one plan: the share of tokens that each block's later half works on, and each block's predicted time before and after.
+    """Plot one plan: each block's share of tokens in its later half, and its predicted time before and after.
 
-    Raises OptionError as `plot_tokens` does.
+    Raises OptionError where matplotlib isn't installed or can't write files of this suffix.
     """
     pyplot = matplotlib_pyplot()
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 6.4), sharex=True, layout="constrained")
     figure.suptitle(
-        f"{found.budget}: {found.flops_ratio:.3f} of the FLOPs, {found.speed_up:.2f}× predicted on {found.target} for {found.batch} images"
+        f"{found.budget}: {found.flops_ratio:.3f} of the FLOPs, {found.speed_up:.2f}× predicted on {found.target} "
+        f"for {found.batch} images"
     )
     blocks, kept = _kept(found)
     if blocks:
         above.bar(blocks, [1.0] * len(blocks), color="0.88", label="every token")
         above.bar(blocks, kept, color="C0", label="as planned")
     above.set(ylabel="share of patch tokens\nthat go on", ylim=(0, 1.05))
+    # Below: predicted times, in pairs of bars beside each block's number.
     numbers = [row.block for row in found.blocks]
     half = 0.4
     below.bar(
@@ -65,7 +68,7 @@ def plot_blocks(found: Forecast, file: Path) -> None:
         color="C0",
         label="as planned",
     )
-    below.set(ylabel="predicted ms", xlabel="attention block (first: what lies before; the last has the head in it)")
+    below.set(ylabel="predicted ms", xlabel="attention block (first: what runs before; the last includes the head)")
     below.set_xticks(numbers, ["…" if number < 0 else str(number) for number in numbers])
     for axes in (above, below):
         axes.grid(alpha=0.3, axis="y")
@@ -75,7 +78,7 @@ def plot_blocks(found: Forecast, file: Path) -> None:
 
 
 def matplotlib_pyplot() -> Any:
-    """Drawing to files alone. Raises OptionError where matplotlib isn't installed."""
+    """Import matplotlib.pyplot, set to draw to files alone. Raises OptionError where matplotlib isn't installed."""
     try:
         import matplotlib
 
@@ -89,7 +92,10 @@ def matplotlib_pyplot() -> Any:
 
 
 def must_draw(file: Path | None) -> None:
-    """To be asked before the work. Raises OptionError as drawing to `file` would; None is no picture."""
+    """Check, before any work is done, that a plot can be written to `file`; None stands for no plot.
+
+    Raises OptionError where matplotlib isn't installed, can't write that suffix, or the folder doesn't exist.
+    """
     if file is None:
         return
     must_have_folder(file)
@@ -98,18 +104,19 @@ def must_draw(file: Path | None) -> None:
     matplotlib_pyplot().close(figure)
     if file.suffix.removeprefix(".").lower() not in kinds:
         raise OptionError(
-            f"plot {file}: Format {file.suffix.removeprefix('.')!r} is not supported; give x.png, or {', '.join(sorted(kinds))}"
+            f"plot {file}: Format {file.suffix.removeprefix('.')!r} is not supported; "
+            f"give x.png, or {', '.join(sorted(kinds))}"
         )
 
 
 def must_have_folder(file: Path | None) -> None:
-    """Raises OptionError where nothing can be written to `file`."""
+    """Check that the folder of `file` exists. Raises OptionError where it doesn't."""
     if file is not None and not file.parent.is_dir():
         raise OptionError(f"{file}: {file.parent} is no directory; make it first")
 
 
 def save(figure: Any, file: Path) -> None:
-    """And close it. Raises OptionError where matplotlib can't write such a file."""
+    """Write a figure to `file` and close it. Raises OptionError where matplotlib can't write such a file."""
     try:
         figure.savefig(file, dpi=150)
     except ValueError as error:
@@ -119,7 +126,7 @@ def save(figure: Any, file: Path) -> None:
 
 
 def _kept(found: Forecast) -> tuple[list[int], list[float]]:
-    """Block by block, the share of its tokens that its later half works on."""
+    """Return the blocks' numbers, and for each the share of tokens that its later half works on."""
     rows = [row.block for row in found.blocks if row.block >= 0]
     pairs = zip(rows, found.schedule.tokens, strict=True)
     return rows, [1 - found.tokens_gone(block) / max(whole, 1) for block, whole in pairs]

@@ -1,8 +1,9 @@
-"""Which original patches each remaining token stands for, and by how much.
+"""Provenance: which original patches each remaining token stands for, and by how much.
 
-What a site does is linear in the tokens: with GTP x_kept + alpha * Â[kept, propagated] x_propagated. Carried out on the identity
-instead of features, it gives a matrix: entry (k, g) is the weight of patch g in token k. With GTP row sums are the token scales.
-With it, whatever belongs to patches (labels, masks, distillation targets) can be carried along: `matrix @ labels`.
+A site is linear in the tokens. With GTP it computes x_kept + alpha * Â[kept, propagated] x_propagated. Applied to the
+identity matrix instead of features, it gives a matrix whose entry (k, g) is the weight of patch g in token k; with GTP
+its row sums are the token scales. The matrix carries over whatever belongs to patches (labels, masks, distillation
+targets): `matrix @ labels`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from gtp_fx.types.axes import Grid
 
 @dataclass(frozen=True, eq=False)
 class Provenance:
-    """Of one stream of tokens: patches of a grid (row-major), after the last site.
+    """Origin of one stream's tokens after its last site.
 
-    matrix [B, K, G]: weight of each of the grid's G patches in each of the K tokens left. index [B, K]: where on the grid
-    those tokens stood, ascending.
+    grid: sides of the grid that the stream's patches stand on.
+    matrix: [B, K, G], weight of each of the grid's G patches (row-major) in each of the K remaining tokens.
+    index: [B, K], the remaining tokens' places on the grid (row-major), ascending.
     """
 
     grid: tuple[int, ...]
@@ -38,8 +40,19 @@ class Provenance:
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """What one site did to the stream of a grid, as numbers of calls in a graph, counted from 0: those stay what they are when a
-    graph is copied, saved and loaded. place: the stream behind it. The rest as in `Removal`."""
+    """One site's nodes, as numbers of calls in their graph.
+
+    Calls are counted from 0 (`calls_of`). The numbers stay valid when the graph is copied, saved and loaded.
+
+    grid: the grid of the stream.
+    place: the stream after the site.
+    kept: [B, K], indices of the tokens that remain.
+    propagated: [B, P], indices of the tokens that are removed; None where the site passes nothing on.
+    weights: [B, K, P], how much of each removed token each kept one receives; None where the site passes nothing on.
+    own: [B, K], how much of itself each kept token keeps; None where that is all.
+    alpha: factor of `weights`.
+    of_whole: whether `kept` and `propagated` index the whole grid instead of the tokens that the site had.
+    """
 
     grid: Grid
     place: int
@@ -52,7 +65,7 @@ class SiteRecord:
 
 
 def record_sites(gm: fx.GraphModule) -> tuple[SiteRecord, ...]:
-    """Of a graph that passes have just rewritten, in order."""
+    """Return the sites of a graph that the passes have just rewritten, in graph order."""
     number = {node: i for i, node in enumerate(calls_of(gm.graph))}
     records = []
     for node in number:
@@ -60,7 +73,7 @@ def record_sites(gm: fx.GraphModule) -> tuple[SiteRecord, ...]:
             grid, state = node.meta[SITE]
             removal: Removal = state.removal
             propagated, weights, own = None, removal.weights, removal.own
-            if weights is not None:  # else nothing asks who left, and that may be gone from the graph
+            if weights is not None:  # else nothing reads the removed tokens' indices, and the node may not exist
                 propagated = number[removal.propagated]
             records.append(
                 SiteRecord(
@@ -80,9 +93,10 @@ def record_sites(gm: fx.GraphModule) -> tuple[SiteRecord, ...]:
 def provenance_runner(
     gm: fx.GraphModule, records: Sequence[SiteRecord], device: torch.device
 ) -> Callable[..., tuple[Provenance, ...]]:
-    """A function of the model's inputs: one `Provenance` for each stream of `gm` that tokens leave.
+    """Return a function of the model's inputs that gives one `Provenance` per stream of `gm` that loses tokens.
 
-    records: of `gm`, or of the graph that it is a copy of. device: where the model is.
+    records: the sites of `gm`, or of the graph that it is a copy of.
+    device: the model's device.
     """
     streams = _by_stream(records)
 
@@ -101,7 +115,10 @@ def provenance_runner(
 def output_and_provenance_runner(
     gm: fx.GraphModule, records: Sequence[SiteRecord], device: torch.device
 ) -> Callable[..., tuple[Any, tuple[Provenance, ...]]]:
-    """The same, with what the graph returns, in one run."""
+    """Return a function of the model's inputs that gives the graph's outputs and the provenance, from one run.
+
+    records, device: see `provenance_runner`.
+    """
     streams = _by_stream(records)
     count = len(gm.graph.output_node().all_input_nodes)
     returned: list[Any] = pytree.tree_leaves(gm.graph.output_node().args[0])
@@ -123,6 +140,7 @@ def output_and_provenance_runner(
 
 
 def _by_stream(records: Sequence[SiteRecord]) -> dict[Grid, list[SiteRecord]]:
+    """Group sites by the grid of their stream, in order."""
     streams: dict[Grid, list[SiteRecord]] = {}
     for record in records:
         streams.setdefault(record.grid, []).append(record)
@@ -130,46 +148,47 @@ def _by_stream(records: Sequence[SiteRecord]) -> dict[Grid, list[SiteRecord]]:
 
 
 def _provenances(streams: dict[Grid, list[SiteRecord]], flat: Sequence[Tensor]) -> tuple[Provenance, ...]:
+    """Pair streams with their results. flat: matrix and index of each stream, in turn."""
     return tuple(Provenance(grid.shape, flat[2 * i], flat[2 * i + 1]) for i, grid in enumerate(streams))
 
 
 def calls_of(graph: fx.Graph) -> list[fx.Node]:
-    """By which `SiteRecord` numbers them."""
+    """Return the graph's calls in order; `SiteRecord` refers to them by their position in this list."""
     return [node for node in graph.nodes if node.op == "call_function"]
 
 
 def _carried(sites: list[SiteRecord], calls: list[fx.Node], device: torch.device) -> tuple[fx.Node, fx.Node]:
-    """What the sites did to a stream, from the first to the last, done to the identity: the matrix, and the index."""
+    """Insert what a stream's sites do, applied to the identity; return the nodes of the matrix and the index."""
     patches = math.prod(sites[0].grid.shape)
     matrix = identity = _identity(patches, calls[sites[0].place], calls[sites[0].kept], device)
     index = None
     for site in sites:
         place, kept = calls[site.place], calls[site.kept]
-        if site.of_whole:
+        if site.of_whole:  # its indices are into the whole grid, so it doesn't build on earlier sites
             matrix, index = identity, None
 
-        def then(target: Any, *args: Any, place: fx.Node = place) -> fx.Node:
+        def insert(target: Any, *args: Any, place: fx.Node = place) -> fx.Node:
             with place.graph.inserting_before(place):
                 return call(place.graph, target, *args, like=place)
 
         if site.weights is None:
-            matrix = then(gtp_fx.take_tokens.default, matrix, kept, 0, 1, 0, 0)
+            matrix = insert(gtp_fx.take_tokens.default, matrix, kept, 0, 1, 0, 0)
         else:
             own = None if site.own is None else calls[site.own]
             assert site.propagated is not None
             received = (calls[site.weights], kept, calls[site.propagated])
-            matrix = then(gtp_fx.propagate.default, matrix, *received, site.alpha, 0, own)
-        index = kept if index is None else then(aten.gather.default, index, 1, kept)
+            matrix = insert(gtp_fx.propagate.default, matrix, *received, site.alpha, 0, own)
+        index = kept if index is None else insert(aten.gather.default, index, 1, kept)
     assert index is not None
     return matrix, index
 
 
 def _identity(patches: int, first: fx.Node, like: fx.Node, device: torch.device) -> fx.Node:
-    """[B, G, G] before the node `first`, of as many images as `like` has."""
+    """Insert the identity matrix [B, G, G] before the node `first`. like: a node whose first dimension is B."""
     graph = first.graph
     with graph.inserting_before(first):
         identity = call(graph, aten.eye.default, patches, like=first)
         identity.kwargs = {"device": device}
         images = call(graph, aten.sym_size.int, like, 0, like=first)
-        alone = call(graph, aten.unsqueeze.default, identity, 0, like=first)
-        return call(graph, aten.expand.default, alone, [images, -1, -1], like=first)
+        single = call(graph, aten.unsqueeze.default, identity, 0, like=first)
+        return call(graph, aten.expand.default, single, [images, -1, -1], like=first)

@@ -1,4 +1,4 @@
-"""What was done to a model: FLOPs, sites, passes, refusals. Printing it gives tables."""
+"""Report on what was done to a model: FLOPs, sites, passes, refusals. It prints as tables."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from gtp_fx.report.forecast import Forecast, ratio
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One site: block number, layer, tokens (prefix included) before and after, how many were propagated.
+    """One site.
 
-    windows: 0 where they leave the stream; else they only skip the block's branch, so many in each of so many windows of an
-    image.
+    block: the block's number.
+    layer: the layer that holds the block's attention.
+    tokens_in: tokens before the site, prefix tokens included; per window where `windows` isn't 0.
+    propagated: tokens that the site removes, or that skip the branch; per window where `windows` isn't 0.
+    tokens_out: tokens after the site, or through the branch; per window where `windows` isn't 0.
+    windows: 0 where tokens are removed from the stream; else windows per image, in each of which tokens skip the
+        block's branch and remain in the stream.
     """
 
     block: int
@@ -31,14 +36,26 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class Report:
-    """FLOPs are per image, 2 per multiply-add, as torch.utils.flop_counter counts them.
+    """Everything that was done to a model. FLOPs are per image, 2 per multiply-add, as torch.utils.flop_counter counts.
 
-    flops_budget: what was asked, or None. refusals: what was left as it was, and why.
-    recovered: readers for which tokens that had left were put back.
-    damage_from: where the expected damage comes from that schedule="auto" minimised; empty where nothing was chosen.
-    latency_budget: what was asked, or None. seconds: predicted, of a run of `batch` images through the original and the result.
-    forecast: FLOPs and predicted time of every block, before and after, as `gtp-fx plan` prints them.
-    moved: how far outputs moved on calibration's images, as `gtp_fx.plan.damage.divergence` has it; None where nobody looked.
+    flops_before: FLOPs of the original.
+    flops_after: FLOPs of the result.
+    flops_budget: the FLOPs budget that was given, or None.
+    strategy: the strategy in words.
+    target: the target's name.
+    blocks: how many attention blocks the model has.
+    passes: the passes that ran, in order.
+    sites: the blocks at which tokens are removed or skip a branch.
+    refusals: what stays unchanged, and why.
+    recovered: readers for which removed tokens are put back.
+    damage_from: source of the expected damage that schedule="auto" minimised; empty where it had nothing to choose.
+    latency_budget: the latency budget that was given, or None.
+    seconds: predicted time of a run of `batch` images through the original and through the result; None without a
+        latency budget.
+    batch: images in a run.
+    forecast: FLOPs and predicted time of every block, before and after.
+    moved: how far the outputs moved on the calibration images (`gtp_fx.plan.damage.divergence`); None where that
+        wasn't measured.
     """
 
     flops_before: int
@@ -60,19 +77,21 @@ class Report:
 
     @property
     def flops_ratio(self) -> float:
+        """FLOPs of the result, relative to the original's."""
         return self._ratio(self.flops_after)
 
     def _ratio(self, flops: int) -> float:
+        """Return FLOPs relative to the original's."""
         return ratio(flops, self.flops_before)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the fields and the FLOPs ratio as JSON-able values."""
         return {**asdict(self), "flops_ratio": self.flops_ratio}
 
     def plot(self, file: str | Path) -> None:
-        """Draw tokens and predicted time of every block, before and after, to a PNG (or whatever matplotlib writes by that suffix).
+        """Plot tokens and predicted time of every block, before and after. The file's suffix gives its format.
 
-        Raises OptionError where matplotlib isn't installed or doesn't write such files.
+        Raises OptionError where matplotlib isn't installed or can't write that format.
         """
         from gtp_fx.report.plots import plot_blocks
 
@@ -80,28 +99,30 @@ class Report:
         plot_blocks(self.forecast, Path(file))
 
     def _placements(self) -> str:
+        """Say at how many blocks tokens are removed, and at how many they skip a branch."""
         skipping = sum(bool(site.windows) for site in self.sites)
-        leaving = f"tokens leave at {len(self.sites) - skipping}"
+        removed = f"tokens are removed at {len(self.sites) - skipping}"
         if not skipping:
-            return leaving
+            return removed
         return (
-            f"{leaving} and skip a branch at {skipping}"
+            f"{removed} and skip a branch at {skipping}"
             if skipping < len(self.sites)
             else f"tokens skip a branch at {skipping}"
         )
 
     def __str__(self) -> str:
-        asked = f" (budget {self.flops_budget:g})" if self.flops_budget is not None else ""
+        """Return the report as text: a summary, tables of passes and sites, then what was put back or refused."""
+        budget = f" (budget {self.flops_budget:g})" if self.flops_budget is not None else ""
         lines = [
             f"{self.flops_before / 1e9:.3f} GFLOPs per image before, {self.flops_after / 1e9:.3f} after: "
-            f"{self.flops_ratio:.4f} of the original's{asked}",
+            f"{self.flops_ratio:.4f} of the original's{budget}",
             f"strategy {self.strategy}; target {self.target}; {self._placements()} of {self.blocks} attention blocks",
         ]
         if self.seconds is not None:
             before, after = (seconds * 1e3 for seconds in self.seconds)
             lines.append(
-                f"predicted for {self.batch} images, compiled: {before:.3g} ms before, {after:.3g} ms after, {ratio(after, before):.4f} of it "
-                f"(budget {self.latency_budget})"
+                f"predicted for {self.batch} images, compiled: {before:.3g} ms before, {after:.3g} ms after, "
+                f"{ratio(after, before):.4f} of it (budget {self.latency_budget})"
             )
         if self.forecast is not None and self.forecast.slower:
             lines.append(self.forecast.slower)
@@ -128,4 +149,5 @@ class Report:
 
 
 def _where(site: SiteRow) -> str:
+    """Say whether a site works on the stream or on a branch."""
     return f"branch, in each of {site.windows} windows" if site.windows else "stream"

@@ -1,7 +1,8 @@
-"""Where an image's tokens went: at each site, which patches are left, which leave, who receives those and what each then stands for; or,
-where the grid has to stay whole, which skip the site's branch.
+"""Token flow: what happens to one image's tokens, site by site.
 
-`Provenance` says what the last tokens are made of; this is how it came to that, site by site, for a picture.
+At a site that removes tokens: which patches are kept, which are removed, which tokens receive those, and how many
+patches each kept token then stands for. Where the grid has to stay whole: which patches skip the site's branch.
+`Provenance` has the result after the last site; this has the steps in between, for a picture.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ from gtp_fx.report.report import SiteRow
 
 @dataclass(frozen=True, eq=False)
 class SiteView:
-    """One site, of one image. grid: of its stream, row-major. kept [K], left [P]: patches of the grid, ascending, left just now.
+    """One image's tokens at a site that removes some.
 
-    shares [K, P]: how much of each that left a kept one receives, 0 where nothing; None where those are dropped. scale [K]: how many
-    patches each kept token stands for now: its token scale; where tokens become averages, in which shares say nothing of numbers, those
-    that are in it, each counted once over all.
+    layer: the site's layer.
+    grid: sides of the stream's grid; patches are numbered row-major.
+    kept: [K], the patches that remain, ascending.
+    left: [P], the patches that this site removes, ascending.
+    shares: [K, P], how much of each removed token each kept one receives; None where removed tokens are dropped.
+    scale: [K], how many patches each kept token stands for after the site. That is its token scale; where kept tokens
+        become averages, whose shares aren't counts, it is the number of patches in the average, each removed token
+        counting as one in total.
     """
 
     layer: str
@@ -39,7 +45,7 @@ class SiteView:
     scale: Tensor
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; of the shares who receives them, by number of patch."""
+        """Return JSON-able values; `received_by` lists, for each removed patch, the patches that receive some of it."""
         found = {"layer": self.layer, "grid": list(self.grid), "kept": self.kept.tolist(), "left": self.left.tolist()}
         to = None
         if self.shares is not None:
@@ -49,15 +55,19 @@ class SiteView:
 
 @dataclass(frozen=True, eq=False)
 class SkipView:
-    """One site, of one image, that all tokens stay in. skipped [P]: patches of the grid, ascending, that its branch is spared.
-    Padding that skips is nobody's patch."""
+    """One image's tokens at a site where all tokens stay in the stream and some skip the branch.
+
+    layer: the site's layer.
+    grid: sides of the image's grid; patches are numbered row-major.
+    skipped: [P], the patches that skip the branch, ascending. Padding that skips is not among them.
+    """
 
     layer: str
     grid: tuple[int, ...]
     skipped: Tensor
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         return {"layer": self.layer, "grid": list(self.grid), "skipped": self.skipped.tolist()}
 
 
@@ -68,11 +78,13 @@ View = SiteView | SkipView
 def token_flow(
     gm: fx.GraphModule, records: Sequence[SiteRecord], rows: Sequence[SiteRow], image: Tensor
 ) -> tuple[View, ...]:
-    """Follow one image's tokens through an optimised graph, run eagerly: a view a site, in the order of the graph.
+    """Run an optimised graph eagerly on one image; return one view per site, in graph order.
 
-    records, rows: the graph's sites, as provenance and the report know them. image: [1, …] as the model takes it.
+    records: the graph's sites that remove tokens.
+    rows: all of the report's sites.
+    image: [1, …], as the model takes it.
 
-    Raises OptionError where nothing happens to any token at this budget.
+    Raises OptionError where the graph has no site.
     """
     if not rows:
         raise OptionError("no token leaves at this budget, so there is nothing to draw: give a lower one")
@@ -81,10 +93,11 @@ def token_flow(
 
     def wanted(copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
         calls = [copies[node] for node in nodes]
-        return [*_values(records, calls), *(value for number in skips for value in _places_and_left(calls[number]))]
+        return [*_values(records, calls), *(value for number in skips for value in _places_and_skipped(calls[number]))]
 
+    # One run gives all values; the sites that remove tokens take theirs first, then those with branches.
     found = iter(returning(gm, wanted)(image))
-    views = dict(_leaving(records, nodes, found, image.device))
+    views = dict(_removing_views(records, nodes, found, image.device))
     skipping = (row for row in rows if row.windows)
     for number, row in zip(skips, skipping, strict=True):
         skipped = _patches(next(found), next(found), shape := _grid_of(nodes[number]))
@@ -92,35 +105,40 @@ def token_flow(
     return tuple(views[place] for place in sorted(views))
 
 
-def _leaving(
+def _removing_views(
     records: Sequence[SiteRecord], nodes: Sequence[fx.Node], found: Iterator[Tensor], device: torch.device
 ) -> Iterator[tuple[int, View]]:
-    """Sites that tokens leave their stream at, by their places. found: what `_values` has asked for."""
+    """Yield the views of sites that remove tokens, each with its call's number.
+
+    found: the values of the nodes that `_values` returns, in that order.
+    """
     streams: dict[Any, tuple[Tensor, Tensor]] = {}
     for record in records:
         count = math.prod(record.grid.shape)
+        # The tokens that remain after the stream's earlier sites: their places on the grid [n] and their scales [n].
         everything = torch.arange(count, device=device), torch.ones(count, device=device)
         index, scale = everything if record.of_whole else streams.get(record.grid, everything)
         kept = next(found)[0]
-        left = torch.ones_like(index, dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
-        shares, then = None, scale[kept]
+        removed = torch.ones_like(index, dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
+        # Kept tokens gain the scales of what they receive. The site's own order of removed tokens becomes ascending.
+        shares, new_scale = None, scale[kept]
         if record.weights is not None:
             received, weights = next(found)[0], next(found)[0].float()
             shares = record.alpha * weights
-            then = then + (shares if record.own is None else _split(shares)) @ scale[received]
+            new_scale = new_scale + (shares if record.own is None else _split(shares)) @ scale[received]
             shares = shares[:, received.argsort()]
-        streams[record.grid] = index[kept], then
+        streams[record.grid] = index[kept], new_scale
         layer = layer_name(nodes[record.place])
-        yield record.place, SiteView(layer, record.grid.shape, index[kept], index[left], shares, then)
+        yield record.place, SiteView(layer, record.grid.shape, index[kept], index[removed], shares, new_scale)
 
 
 def _split(shares_KP: Tensor) -> Tensor:
-    """Of each that left, one in all, in the proportions of its shares."""
+    """Scale each removed token's shares [K, P] so that they sum to one."""
     return shares_KP / shares_KP.sum(dim=0).clamp_min(1e-12)
 
 
 def _values(records: Sequence[SiteRecord], calls: Sequence[fx.Node]) -> list[fx.Node]:
-    """What the sites have computed, flat: kept, and where something is passed on, who leaves and by what weights."""
+    """Return the sites' nodes as one list: kept, and where a site passes tokens on, propagated and weights."""
     wanted: list[int | None] = []
     for record in records:
         wanted.append(record.kept)
@@ -129,14 +147,14 @@ def _values(records: Sequence[SiteRecord], calls: Sequence[fx.Node]) -> list[fx.
     return [calls[number] for number in wanted if number is not None]
 
 
-def _places_and_left(shares: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Of a call of `region_shares`: where a window's tokens stand on the image, and which of them skip."""
-    places, _, left = shares.all_input_nodes
-    return places, left
+def _places_and_skipped(shares: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Return two operands of a `region_shares` call: the places of each window's tokens, and which of them skip."""
+    places, _, skipped = shares.all_input_nodes
+    return places, skipped
 
 
 def _grid_of(shares: fx.Node) -> tuple[int, ...]:
-    """Rows and columns of the image whose places a call of `region_shares` is given."""
+    """Return the sides of the image grid whose places a `region_shares` call reads."""
     node = shares
     while node.target is not gtp_fx.grid_places.default:
         node = node.all_input_nodes[0]
@@ -144,10 +162,13 @@ def _grid_of(shares: fx.Node) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _patches(places_WnR: Tensor, removed_WP: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[P]: by number on the grid, row-major, ascending; of the tokens of one image's windows that aren't padding, which stands at
-    negative places."""
-    index_WPR = removed_WP[..., None].expand(*removed_WP.shape, len(shape))
+def _patches(places_WnR: Tensor, skipped_WP: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the patches of one image that skip, as row-major numbers on its grid, ascending: [P].
+
+    places_WnR: coordinates of each window's tokens; padding has negative ones and is dropped.
+    skipped_WP: indices of the tokens of each window that skip.
+    """
+    index_WPR = skipped_WP[..., None].expand(*skipped_WP.shape, len(shape))
     places_PR = places_WnR.gather(1, index_WPR).flatten(0, 1)
     inside_PR = places_PR[(places_PR >= 0).all(dim=1)]
     number_P = torch.zeros(len(inside_PR), dtype=torch.int64, device=inside_PR.device)

@@ -1,17 +1,20 @@
-"""How tokens are chosen and what becomes of them: `protocol` says what a strategy is, each other file is one.
+"""Strategies: which tokens a site removes, and what becomes of them.
 
-    gtp         tokens that leave are propagated to their neighbours             arXiv 2311.03035
-    tome        every second token may join the one it is most like              arXiv 2210.09461
-    topk        what CLS attends to stays, the rest becomes one token            arXiv 2202.07800
-    ppt         tokens are pruned or pooled, image by image                       arXiv 2310.01812
-    mergence    what isn't crucial joins the crucial token most like it          arXiv 2306.04897
-    cluster     once, around peaks of density                                    arXiv 2311.01197
-    idle        tokens that aren't chosen sit blocks out, and may come back      arXiv 2310.05654
-    halting     by a halting score that adds up over blocks                      arXiv 2112.07658
-    saliency    a map of the image decides before the first block                arXiv 2305.09924
-    random      by chance
+`protocol` defines what a strategy is. Each of these files is one:
 
-All but `gtp` are a function from tokens to groups (`grouping`, `tokens`); a user's own are registered in the same way.
+    gtp         removed tokens are propagated to their neighbours               arXiv 2311.03035
+    tome        every second token may merge into the one most similar to it    arXiv 2210.09461
+    topk        tokens that CLS attends to are kept, the rest fused into one    arXiv 2202.07800
+    ppt         tokens are pruned or pooled, decided for each image             arXiv 2310.01812
+    mergence    other tokens merge into the most similar crucial token          arXiv 2306.04897
+    cluster     tokens are clustered once, around density peaks                 arXiv 2311.01197
+    idle        tokens that aren't chosen skip blocks, and may come back        arXiv 2310.05654
+    halting     tokens with the largest accumulated halting score are removed   arXiv 2112.07658
+    saliency    a saliency map of the image decides before the first block      arXiv 2305.09924
+    random      tokens are removed at random
+
+All but `gtp` are one function from tokens to groups (`grouping`, `tokens`). A user's own strategies are registered in
+the same way.
 """
 
 from gtp_fx.strategies.cluster import Cluster

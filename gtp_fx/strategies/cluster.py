@@ -1,4 +1,4 @@
-"""AiluRus (arXiv 2311.01197): once, early, the tokens are clustered around peaks of their density, with an eye to where they are."""
+"""AiluRus (arXiv 2311.01197): cluster the tokens once, early, by features and position, around density peaks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,24 @@ from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 @register_strategy
 @dataclass(frozen=True)
 class Cluster(Grouping):
-    """Density peaks: a token is an anchor where many are near it, and denser ones are far. The others join the nearest anchor.
+    """Density-peak clustering: the peaks are kept, and every other token joins the nearest one.
 
-    With d_ij the distance of two tokens (of features, in units of its mean, plus `spatial` times that of places, in units of the grid's
-    diagonal): density rho_i = exp(-mean of d_ij² over the `neighbors` nearest); delta_i = the least d_ij to a denser one, for
-    the densest the largest of all; anchors are those of largest rho_i * delta_i. A cluster is its members' mean, at its anchor's place.
-    Where the model returns every patch (a dense output), each gets back what became of its cluster.
+    A token is a peak (an anchor) if many tokens are near it and all denser ones are far away. The distance d_ij of two
+    tokens is that of their features in units of its mean, plus `spatial` times that of their positions in units of the
+    grid's diagonal. With it:
 
-    after: how many blocks run before on all tokens. token_scale: tell attention how many patches a cluster is, which the
-    publication doesn't. The publication's clusters are made in this way; its weight of places isn't known to be this one.
+        rho_i    exp(-mean of d_ij² over the `neighbors` nearest tokens), the density
+        delta_i  the smallest d_ij to a denser token; for the densest token, the largest d_ij
+        anchors  the tokens of largest rho_i * delta_i
+
+    A cluster becomes its members' mean, at its anchor's position. Where the model returns every patch (dense output),
+    each patch gets back the result of its cluster. Clusters are made as in the publication, but the weight that it
+    gives to positions isn't known to be the default of `spatial`.
+
+    token_scale: adds the log of a cluster's patch count to attention's logits, which the publication doesn't do.
+    after: number of blocks that run on all tokens first.
+    neighbors: nearest tokens that the density is measured by.
+    spatial: weight of positions against features.
     """
 
     name: ClassVar[str] = "cluster"
@@ -48,37 +57,37 @@ class Cluster(Grouping):
         return [min(self.after, blocks - 1)]
 
     def group(self, tokens: Tokens) -> Groups:
-        apart_Bnn = self._distances(tokens)
-        count = apart_Bnn.shape[1]
-        # Itself is at distance 0 and no neighbour: left out as the nearest of all.
-        nearest_Bnk = apart_Bnn.topk(min(self.neighbors + 1, count), dim=-1, largest=False).values[..., 1:]
+        distance_Bnn = self._distances(tokens)
+        count = distance_Bnn.shape[1]
+        # The nearest of all is the token itself, at distance 0: skip it.
+        nearest_Bnk = distance_Bnn.topk(min(self.neighbors + 1, count), dim=-1, largest=False).values[..., 1:]
         density_Bn = torch.exp(-nearest_Bnk.square().mean(dim=-1))
-        # Of equally dense ones the earlier counts as denser, so that one alone has none above it.
+        # Among equally dense tokens the earlier counts as denser, so that exactly one token has none above it.
         place_n = torch.arange(count, device=density_Bn.device)
         earlier_nn = place_n[None, :] < place_n[:, None]
         mine_Bn1, theirs_B1n = density_Bn[:, :, None], density_Bn[:, None, :]
         denser_Bnn = (theirs_B1n > mine_Bn1) | ((theirs_B1n == mine_Bn1) & earlier_nn)
-        above_Bn = torch.where(denser_Bnn, apart_Bnn, float("inf")).amin(dim=-1)
-        delta_Bn = torch.where(above_Bn.isinf(), apart_Bnn.amax(dim=-1), above_Bn)
+        above_Bn = torch.where(denser_Bnn, distance_Bnn, float("inf")).amin(dim=-1)
+        delta_Bn = torch.where(above_Bn.isinf(), distance_Bnn.amax(dim=-1), above_Bn)
         kept_BK, removed_BP = split(density_Bn * delta_Bn, tokens.leaving)
-        to_anchors_BnK = apart_Bnn.gather(2, kept_BK[:, None, :].expand(-1, count, -1))
+        to_anchors_BnK = distance_Bnn.gather(2, kept_BK[:, None, :].expand(-1, count, -1))
         nearest_Bn = to_anchors_BnK.argmin(dim=-1)
         return averaged(tokens, kept_BK, removed_BP, nearest_Bn.gather(1, removed_BP))
 
     def _distances(self, tokens: Tokens) -> Tensor:
-        """[B, n, n] in float32."""
+        """Return the distances of all pairs of patches, [B, n, n] float32."""
         x_BnC = tokens.patches_BnC.float()
         square_Bn = x_BnC.square().sum(dim=-1)
         inner_Bnn = torch.matmul(x_BnC, x_BnC.transpose(-2, -1))
         features_Bnn = (square_Bn[:, :, None] + square_Bn[:, None, :] - 2 * inner_Bnn).clamp(min=0).sqrt()
         itself_nn = torch.eye(x_BnC.shape[1], dtype=torch.bool, device=x_BnC.device)
-        features_Bnn = features_Bnn.masked_fill(itself_nn, 0.0)  # rounding leaves a little
+        features_Bnn = features_Bnn.masked_fill(itself_nn, 0.0)  # rounding makes them slightly more than 0
         mean_B11 = features_Bnn.mean(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         here_BnR = coordinates(list(tokens.grid), x_BnC.device)[tokens.index_Bn].float()
         diagonal = sum(side**2 for side in tokens.grid) ** 0.5
         places_Bnn = (here_BnR[:, :, None] - here_BnR[:, None, :]).square().sum(dim=-1).sqrt() / diagonal
-        apart_Bnn: Tensor = features_Bnn / mean_B11 + self.spatial * places_Bnn
-        return apart_Bnn
+        distance_Bnn: Tensor = features_Bnn / mean_B11 + self.spatial * places_Bnn
+        return distance_Bnn
 
     def group_flops(self, site: SiteShape) -> Any:
         return 2 * site.images * site.patches_in * site.patches_in * site.channels

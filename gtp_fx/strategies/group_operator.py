@@ -1,8 +1,9 @@
-"""A strategy's `group` as an operator of the graph, `torch.ops.gtp_fx.group`.
+"""The graph operator `torch.ops.gtp_fx.group`, which runs a strategy's `group`.
 
-Composite, like every operator of the package: any batch, any device, and the compiler sees through it. The strategy travels with it as
-JSON, its class by a key that no two classes ever share (`keys`): a graph holds nothing but operators and plain values, and
-keeps its class when another one takes the name. A `strategy` here is a `grouping.Grouping`, which stands on this file.
+It is composite, like every operator of the package: it takes any batch and any device, and the compiler sees through
+it. The strategy travels with the operator as JSON, and its class as a key that no two classes share (`keys`). So a
+graph holds only operators and plain values, and keeps its class when another class takes the name. A `strategy` here is
+a `grouping.Grouping`; that file imports this one.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from gtp_fx.strategies.tokens import Groups, Tokens
 
 
 def key_of(cls: Any) -> str:
-    """The key that graphs name a class by. Raises OptionError where it isn't registered."""
+    """Return the key by which graphs name a class. Raises OptionError where the class isn't registered."""
     if "_key" not in vars(cls):  # a base's is no key of its own
         raise OptionError(f"{cls.__name__} isn't registered: put @gtp_fx.strategies.register_strategy over it")
     return str(cls._key)
 
 
 def written(strategy: Any) -> str:
-    """The strategy as JSON. Raises OptionError where its class isn't registered, or its fields aren't plain values."""
+    """Return the strategy as JSON. Raises OptionError for an unregistered class or a field that isn't a plain value."""
     key = key_of(type(strategy))
     try:
         text = json.dumps([key, {field.name: getattr(strategy, field.name) for field in fields(strategy)}])
@@ -43,39 +44,41 @@ def written(strategy: Any) -> str:
     except (TypeError, ValueError) as error:
         why = str(error)
     raise OptionError(
-        f"{strategy!r}: fields travel with the graph as JSON: numbers, strings, None, and tuples of those, all given to the "
-        f"constructor ({why})"
+        f"{strategy!r}: fields travel with the graph as JSON: numbers, strings, None, and tuples of those, "
+        f"all given to the constructor ({why})"
     )
 
 
 @functools.cache
 def read(text: str) -> Any:
-    """The strategy that `written` has written. Raises OptionError where this process knows no such class."""
+    """Return the strategy that `written` serialised. Raises OptionError where this process has no class of that key."""
     key, given = json.loads(text)
     return entered(key)(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 @contextlib.contextmanager
 def faults_named(strategy: Any) -> Iterator[None]:
-    """Raises OptionError, with the class and what to do, for what its `group` raises."""
+    """Turn what the strategy's `group` raises into an OptionError that names the class and says what to do."""
     try:
         yield
     except GtpError:
         raise
     except Exception as error:
         raise OptionError(
-            f"{type(strategy).__name__}.group() failed: {error}. It is run on random numbers and, by a compiler, without numbers: no "
-            f".item() or branches on a tensor's values, and new tensors on the device of those given (tokens.x_BNC.new_zeros)"
+            f"{type(strategy).__name__}.group() failed: {error}. It is run on random numbers and, by a compiler, "
+            f"without numbers: no .item() or branches on a tensor's values, and new tensors on the device of those "
+            f"given (tokens.x_BNC.new_zeros)"
         ) from error
 
 
 def promised(strategy: Any, count: Any, leaving: Any) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
-    """An image's shape, and the dtype, of each result that the strategy's class says that it gives."""
+    """Return the shape for one image, and the dtype, of each result that the strategy's class promises."""
     kept = count - leaving
-    shapes = {"kept": (kept,), "left": (leaving,), "weights": (kept, leaving), "own": (kept,), "size": (kept,)}
+    shapes = {"kept": (kept,), "removed": (leaving,), "weights": (kept, leaving), "own": (kept,), "size": (kept,)}
     shapes["carried"] = (count,)
     return {
-        name: (shapes[name], torch.int64 if name in ("kept", "left") else torch.float32) for name in strategy.results()
+        name: (shapes[name], torch.int64 if name in ("kept", "removed") else torch.float32)
+        for name in strategy.results()
     }
 
 
@@ -86,7 +89,7 @@ def _shapes(x, k, v, score, size, index, carried, grid, around, strategy):  # ty
 
 
 def _flops(*args: Any) -> int:
-    """By running it without numbers, since it is somebody else's to write."""
+    """Count by running the operator on meta tensors: a user writes `group`, so no formula knows its FLOPs."""
     with faults_named(read(args[-1])), FlopCounterMode(display=False) as counter:
         group(*args)
     return int(counter.get_total_flops())
@@ -105,21 +108,26 @@ def group(
     around: list[int],
     strategy: str,
 ) -> list[Tensor]:
-    """What `strategy` (as `written`) makes of a site's tokens: of `Groups`, what its class says that it gives, in that order.
+    """Run the strategy's `group` at a site.
 
-    around: how many patches leave, prefix tokens, suffix tokens, the block's number. The other arguments are those of `Tokens`.
+    strategy: what `written` returned.
+    around: number of patches to remove, prefix tokens, suffix tokens, the block's number.
+
+    The other arguments are the fields of `Tokens`. Returns those fields of `Groups` that the strategy's class promises,
+    in the order of `Grouping.results`. Raises OptionError where `group` returned anything else.
     """
     its, (leaving, prefix, suffix, block) = read(strategy), around
     batch, count = x_BNC.shape[0], x_BNC.shape[1] - prefix - suffix
     if index_Bn is None:
         index_Bn = torch.arange(count, device=x_BNC.device).expand(batch, count)
     seen = (x_BNC, k_BHND, v_BHND, score_Bn, size_Bn, index_Bn, carried_Bn)
-    # What ranks and matches is float32 whatever the model's products are under autocast.
+    # Ranking and matching run in float32, whatever dtype autocast gives the model's products.
     with without_autocast(x_BNC):
         groups = its.group(Tokens(*seen, tuple(grid), leaving, prefix, suffix, block))
     owner = type(its).__name__
     if not isinstance(groups, Groups):
         raise OptionError(f"{owner}.group() returned {type(groups).__name__}: return gtp_fx.strategies.Groups")
+    # What the operator returns has to be what the class promises: the graph was built by that.
     found: dict[str, Tensor | None] = {f.name.rpartition("_")[0]: getattr(groups, f.name) for f in fields(groups)}
     if groups.weights_BKP is not None and groups.own_BK is None:
         found["own"] = torch.ones_like(groups.kept_BK, dtype=torch.float32)
@@ -138,6 +146,7 @@ def group(
         value, wanted = given[name], (batch, *shape)
         if tuple(value.shape) != wanted or value.dtype is not dtype:
             raise OptionError(
-                f"{owner}.group() gave {name} of {tuple(value.shape)} in {value.dtype}, and it has to be {wanted} in {dtype}"
+                f"{owner}.group() gave {name} of {tuple(value.shape)} in {value.dtype}, "
+                f"and it has to be {wanted} in {dtype}"
             )
     return list(given.values())

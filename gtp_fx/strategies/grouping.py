@@ -5,16 +5,16 @@
     @register_strategy
     @dataclass(frozen=True)
     class Norm(Grouping):
-        '''Tokens of small norm leave.'''
+        '''Tokens of small norm are removed.'''
 
         name: ClassVar[str] = "norm"
 
         def group(self, tokens: Tokens) -> Groups:
             return dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
 
-An operator of the graph (`torch.ops.gtp_fx.group`) calls the function, composite like the others: any batch, any device,
-and the compiler sees through it. Fields are the method's numbers, plain values all of them: they travel with the operator.
-Autocast is off inside: ranking and matching are float32's.
+A graph operator (`torch.ops.gtp_fx.group`) calls the function. It is composite like the others: it takes any batch and
+any device, and the compiler sees through it. Fields are the method's parameters; they are plain values, since they
+travel with the operator. Autocast is off inside, so ranking and matching run in float32.
 """
 
 from __future__ import annotations
@@ -39,13 +39,20 @@ from gtp_fx.types.axes import TokenAxis
 
 @dataclass(frozen=True)
 class Grouping:
-    """A strategy whose `group` says at each site who leaves and what becomes of those. Subclasses are frozen dataclasses.
+    """A strategy whose `group` decides at each site which tokens are removed, and what becomes of them.
 
-    score: what attention is asked to rank tokens by, a name in `gtp_fx.ops.attention.SCORES`; "none" where the class's default is,
-        since its `group` then reads no scores.
-    merges: whether `group` gives weights. sized: whether it gives sizes. token_scale: whether later attention is told them.
-    carries: whether it leaves itself numbers for its next site. before_attention: sites stand at a block's input.
-    skips_branches: where a grid has to stay whole, tokens may skip branches by `score`, with their neighbours' results.
+    Subclasses are frozen dataclasses.
+
+    merges: `group` returns weights.
+    sized: `group` returns sizes.
+    carries: `group` returns numbers for its own next site.
+    before_attention: sites are at a block's input.
+    skips_branches: where a grid has to stay whole, tokens may skip branches by `score`, and get their neighbours'
+        results.
+    returns: removed tokens may be chosen again, and are back in place after the last block.
+    score: what attention ranks tokens by, a name in `gtp_fx.ops.attention.SCORES`; "none" where that is the class's
+        default, because its `group` reads no scores.
+    token_scale: later attention reads the sizes.
     """
 
     name: ClassVar[str]
@@ -82,13 +89,14 @@ class Grouping:
         return key_of(type(self))
 
     def group(self, tokens: Tokens) -> Groups:
-        """Who leaves at a site, and what becomes of them."""
+        """Decide which tokens a site removes, and what becomes of them."""
         raise NotImplementedError(f"{type(self).__name__} has no group()")
 
     def group_flops(self, site: SiteShape) -> Any:
-        """FLOPs of `group`'s matrix products, of all images, 2 per multiply-add, as torch counts them: a budget is strict.
+        """Return the FLOPs of `group`'s matrix products for all images; 0 where it multiplies no matrices.
 
-        From numbers or arrays of them. 0 where it multiplies no matrices.
+        A multiply-add counts 2. They have to be those that torch counts, because a budget is strict. `site` holds
+        numbers, or arrays of them.
         """
         return 0
 
@@ -96,14 +104,14 @@ class Grouping:
         return self
 
     def positions(self, blocks: int) -> Collection[int]:
-        """At which of a stream's blocks, counted from 0, tokens may leave."""
+        """Return the blocks of a stream, counted from 0, at which tokens may be removed."""
         return range(blocks)
 
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
         if skipping and not self.skips_branches:
             return (
-                f"{self.name} shortens a stream, and here the grid has to stay whole, so that tokens can only skip branches: "
-                f"strategies 'gtp', 'idle' and 'topk' do that"
+                f"{self.name} shortens a stream, and here the grid has to stay whole, so that tokens can only skip "
+                f"branches: strategies 'gtp', 'idle' and 'topk' do that"
             )
         if self.score.startswith("cls") and (axis.prefix == 0 or skipping):
             return (
@@ -130,32 +138,33 @@ class Grouping:
 
     def reduce(self, emit: Emit, site: AtSite, state: StreamState) -> tuple[fx.Node, StreamState]:
         found = self._grouped(emit, site, state)
-        kept, left, weights = found["kept"], found["left"], found.get("weights")
+        kept, removed, weights = found["kept"], found["removed"], found.get("weights")
         prefix, suffix = site.axis.prefix, site.axis.suffix
         if weights is None:
             shorter = emit(gtp_fx.take_tokens.default, site.stream, kept, 0, 1, prefix, suffix)
         else:
-            shorter = emit(gtp_fx.propagate.default, site.stream, weights, kept, left, 1.0, prefix, found["own"])
-        kept_index, left_index = kept, left
+            shorter = emit(gtp_fx.propagate.default, site.stream, weights, kept, removed, 1.0, prefix, found["own"])
+        # From the second site on, indices into this site's patches differ from positions on the whole grid.
+        kept_index, removed_index = kept, removed
         if state.index is not None:
-            kept_index, left_index = (emit(aten.gather.default, state.index, 1, part) for part in (kept, left))
+            kept_index, removed_index = (emit(aten.gather.default, state.index, 1, part) for part in (kept, removed))
         carried = [emit(aten.gather.default, found["carried"], 1, kept)] if self.carries else []
         if self.sized:
             carried.append(found["size"])
-        removal = Removal(kept, left, kept_index, left_index, weights, 1.0, found.get("own"))
+        removal = Removal(kept, removed, kept_index, removed_index, weights, 1.0, found.get("own"))
         return shorter, StreamState(kept_index, found["size"] if self.reads_scales else None, tuple(carried), removal)
 
     @property
     def reads_scales(self) -> bool:
-        """Whether attention is told sizes."""
+        """Return whether attention reads the sizes."""
         return self.sized and self.token_scale
 
     def ranking(self, emit: Emit, site: AtSite) -> fx.Node | None:
-        """What `Tokens.score_Bn` will be: attention's scores, where they were asked for."""
+        """Return the node of `Tokens.score_Bn`: attention's scores, where the strategy reads them."""
         return site.scores
 
     def _grouped(self, emit: Emit, site: AtSite, state: StreamState) -> dict[str, fx.Node]:
-        """The operator's results, by what they are."""
+        """Insert the operator and return its results by name."""
         attention = site.attention
         listed = emit(
             gtp_fx.group.default,
@@ -173,9 +182,9 @@ class Grouping:
         return {name: emit(operator.getitem, listed, i) for i, name in enumerate(self.results())}
 
     def results(self) -> list[str]:
-        """What `group` gives, of what `Groups` holds, in the operator's order."""
+        """Return the names of those fields of `Groups` that `group` returns, in the operator's order."""
         given = {"weights": self.merges, "own": self.merges, "size": self.sized, "carried": self.carries}
-        return ["kept", "left", *(name for name, is_given in given.items() if is_given)]
+        return ["kept", "removed", *(name for name, is_given in given.items() if is_given)]
 
     def put_back(self, emit: Emit, stream: fx.Node, state: StreamState, axis: TokenAxis) -> fx.Node:
         raise AssertionError(f"tokens that {self.name!r} takes away don't return")

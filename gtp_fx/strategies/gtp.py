@@ -1,4 +1,4 @@
-"""GTP, graph-based token propagation (arXiv 2311.03035): tokens that leave give their features to their neighbours."""
+"""GTP, graph-based token propagation (arXiv 2311.03035): removed tokens pass their features on to their neighbours."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from gtp_fx.types.axes import TokenAxis
 
 BRANCHES = {
     "idle": "a token that skips gets nothing, and stays what it was (IdleViT)",
-    "recover": "it gets what its neighbours' branch made",
+    "recover": "it gets its neighbours' branch results",
 }
 
 RECOVERIES = {
-    "update": "a token that left is what it was, plus the mean change of those that received it",
+    "update": "a removed token is what it was, plus the mean change of those that received it",
     "mean": "it is the mean of those that received it",
 }
 
@@ -36,19 +36,23 @@ RECOVERIES = {
 class GTP:
     """The paper's method and its options.
 
+    `branch` and `recovery` go beyond the paper, which neither skips branches nor returns removed tokens.
+
     score: how tokens are ranked, a name in `gtp_fx.ops.attention.SCORES`.
-    graph: who receives from whom, a name in `gtp_fx.ops.token_graph.GRAPHS`.
-    neighbors: M, semantic neighbours of a token. alpha: how much of a propagated token is passed on.
-    token_scale: tell attention how many tokens a key stands for; "auto" where that can make a difference
-        (`gtp_fx.strategies.token_scale`), which the plan's counts decide: with alpha = 0.1 it can't.
-    weighted_pooling: let a token count in average pooling for as many as it stands for, whether attention is told that or not; the
-        paper takes the plain mean.
-    branch: where tokens skip a branch of a block instead of leaving (windows, maps), which the paper doesn't speak of: "idle" gives
-        them nothing, and they stay what they were; "recover" gives them their neighbours' results, along the spatial graph.
-    recovery: what comes back for a token that left, where the model returns or reads every patch, which the paper doesn't speak of:
-        "update" adds to the token as it left what has changed since in those that received it; "mean" takes those themselves.
-    attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves
-        no FLOPs and needs the map in memory.
+    graph: which tokens receive from which, a name in `gtp_fx.ops.token_graph.GRAPHS`.
+    neighbors: M, the semantic neighbours of a token.
+    alpha: the share of a propagated token that is passed on.
+    token_scale: adds the log token scale of a key to attention's logits; "auto" does so where the plan's counts let it
+        make a difference (`gtp_fx.strategies.token_scale`), which with alpha = 0.1 they never do.
+    attention_sparsity: theta in (0, 1]; below 1 the smallest entries of every attention map are dropped, which saves no
+        FLOPs and needs the map in memory.
+    weighted_pooling: average pooling weighs a token by its scale, whatever attention reads; the paper takes the plain
+        mean.
+    branch: result for tokens that skip a block's branch, where they can't be removed (windows, maps); "idle" gives them
+        nothing, so they stay what they were; "recover" gives them their neighbours' results along the spatial graph.
+    recovery: how removed tokens come back where the model returns or reads every patch; "update" adds to the token, as
+        it was when removed, what has changed since in those that received it; "mean" takes the mean of those
+        themselves.
     """
 
     score: str = "mixed-max"
@@ -88,7 +92,9 @@ class GTP:
 
     @classmethod
     def paper(cls, alpha: float = 0.1, attention_sparsity: float = 1.0) -> GTP:
-        """The method as published, whatever the defaults here are: for its own schedule give schedule="uniform".
+        """Return the method as published, whatever the defaults here are.
+
+        For the published schedule, pass schedule="uniform" too.
 
         alpha, attention_sparsity: the publication tunes both for each model and count.
         """
@@ -120,7 +126,10 @@ class GTP:
 
     @property
     def reads_scales(self) -> bool:
-        """Also while that isn't settled, so that what is priced before is never too cheap."""
+        """Return whether attention reads token scales; also True while "auto" isn't settled.
+
+        So the price before a plan is known is never too low.
+        """
         return self.token_scale is not False
 
     def settled(self, streams: Sequence[tuple[Sequence[int], Sequence[int]]]) -> GTP:
@@ -180,31 +189,39 @@ class GTP:
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
 
     def reduce(self, emit: Emit, site: AtSite, state: StreamState) -> tuple[fx.Node, StreamState]:
-        """Indices are into the stream's own patches; the graph is asked by where those stand on the whole grid."""
+        """Remove the `site.leaving` lowest patches and propagate them.
+
+        `kept` and `removed` are indices into the stream's own patches. `kept_index` and `removed_index` are positions
+        on the whole grid, which is what the token graph is built over.
+        """
         near, inv_sqrt_degree = state.carried
         split = emit(gtp_fx.select.default, site.scores, site.leaving)
-        kept, leaving = emit(operator.getitem, split, 0), emit(operator.getitem, split, 1)
-        kept_index, leaving_index = kept, leaving
+        kept, removed = emit(operator.getitem, split, 0), emit(operator.getitem, split, 1)
+        kept_index, removed_index = kept, removed
         if state.index is not None:
             kept_index = emit(aten.gather.default, state.index, 1, kept)
-            leaving_index = emit(aten.gather.default, state.index, 1, leaving)
+            removed_index = emit(aten.gather.default, state.index, 1, removed)
         grid = list(site.axis.domain.grid.shape)
         weights = emit(
-            gtp_fx.propagation_weights.default, near, inv_sqrt_degree, kept_index, leaving_index, grid, self.graph
+            gtp_fx.propagation_weights.default, near, inv_sqrt_degree, kept_index, removed_index, grid, self.graph
         )
-        shorter = emit(gtp_fx.propagate.default, site.stream, weights, kept, leaving, self.alpha, site.axis.prefix)
+        shorter = emit(gtp_fx.propagate.default, site.stream, weights, kept, removed, self.alpha, site.axis.prefix)
         scale = None
         if self.reads_scales or self.weighted_pooling:
-            # A token's scale travels like its features: one channel, no prefix. Before the first site all are 1.
+            # A token's scale is propagated like its features: one channel, no prefix. Before the first site all are 1.
             before = state.scale or emit(aten.ones_like.default, site.scores)
             column = emit(aten.unsqueeze.default, before, 2)
-            moved = emit(gtp_fx.propagate.default, column, weights, kept, leaving, self.alpha, 0)
+            moved = emit(gtp_fx.propagate.default, column, weights, kept, removed, self.alpha, 0)
             scale = emit(aten.squeeze.dim, moved, 2)
-        removal = Removal(kept, leaving, kept_index, leaving_index, weights, self.alpha)
+        removal = Removal(kept, removed, kept_index, removed_index, weights, self.alpha)
         return shorter, StreamState(kept_index, scale, state.carried, removal)
 
     def variants(self) -> Sequence[GTP]:
-        """Other alphas, M, scores and (where there is one) thetas, one at a time: of the paper's tables, and column sums alone."""
+        """Return strategies that differ from this one in one number or in the score.
+
+        The values are those of the paper's tables, and column sums alone as a score. The sparsity theta is varied only
+        where this strategy has one.
+        """
         changes: list[dict[str, Any]] = [{"alpha": alpha} for alpha in (0.0, 0.05, 0.1, 0.2, 0.4)]
         if self.graph != "spatial":
             changes += [{"neighbors": count} for count in (4, 8, 16)]
@@ -217,12 +234,15 @@ class GTP:
         return [variant for variant in dict.fromkeys(varied) if variant != self]
 
     def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str, kernels: bool) -> list[Work]:
-        """Cosine similarity of every pair of patches and its largest entries; a spatial graph asks coordinates only."""
+        """Price the cosine similarity of every pair of patches and the search for its largest entries.
+
+        A spatial graph needs coordinates only.
+        """
         patches = math.prod(grid)
         if self.graph == "spatial":
             return [Work("stream", bytes=FLOAT * patches * patches)]
         pairs = images * patches * patches
-        if kernels:  # similarities are ranked in registers
+        if kernels:  # similarities are ranked in registers, and never written
             read = getattr(torch, dtype).itemsize * images * patches * channels
             product = Work("product", 2 * pairs * channels, read, patches, patches, images, dtype=dtype, launches=0)
             return [product, Work("neighbors", bytes=FLOAT * pairs * self.neighbors)]
@@ -245,13 +265,17 @@ class GTP:
         ]
 
     def _kernel_site_works(self, site: SiteShape) -> list[Work]:
-        """The residual add and the norm are in propagation's kernel, and counted where they are in the original's."""
+        """Price a site as GTP's kernels run it.
+
+        The propagation kernel also does the residual add and the norm. These are counted where the original graph has
+        them.
+        """
         tokens_out = site.others + site.patches_out
         candidates = (0 if self.graph == "semantic" else 9) + (0 if self.graph == "spatial" else self.neighbors)
         return [
             *kernel_scoring_works(self.score, site),
             Work("sort", bytes=site.images * FLOAT * site.patches_in),
-            # A row looks at each candidate's index, place and degree.
+            # A row reads each candidate's index, place and degree.
             Work("gather", bytes=site.images * tokens_out * candidates * 3 * FLOAT, launches=0),
         ]
 

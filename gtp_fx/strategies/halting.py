@@ -1,4 +1,4 @@
-"""A-ViT (arXiv 2112.07658): tokens whose halting scores have added up to most leave. Counts are the schedule's."""
+"""A-ViT (arXiv 2112.07658): remove the tokens with the largest accumulated halting score."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from gtp_fx.strategies.tokens import Groups, Tokens, dropped
 @register_strategy
 @dataclass(frozen=True)
 class Halting(Grouping):
-    """A token's halting score is sigmoid(gamma * t_e + beta) of one of its features, added up from site to site (section 3.1).
+    """Adaptive halting: a token's score sigmoid(gamma * t_e + beta) adds up from site to site (section 3.1).
 
-    gamma, beta: what a network was trained with, and it alone knows. feature: e, the first one in the publication. A network that was trained to halt
-    halts a token when its sum reaches 1, at another place in each image; here those of the largest sums leave, as many as the
-    schedule says (calibration= finds how many), and nothing of them stays. Any other network says nothing by that feature:
-    this is then a choice by chance that is the same in every run.
+    t_e is one of the token's features. A network that was trained to halt stops a token when its sum reaches 1, so that
+    the number of tokens differs from image to image. Here the tokens of largest sum are removed, as many as the
+    schedule says (calibration= finds how many), and nothing of them is kept. In any other network the feature means
+    nothing, so the choice is arbitrary, though the same in every run.
+
+    gamma, beta: the constants that the network was trained with.
+    feature: e, a channel; the first one in the publication.
     """
 
     name: ClassVar[str] = "halting"

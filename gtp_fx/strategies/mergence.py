@@ -1,4 +1,4 @@
-"""Token mergence (arXiv 2306.04897): tokens that aren't crucial join the crucial one that is most like them."""
+"""Token mergence (arXiv 2306.04897): tokens that aren't crucial merge into the crucial one most similar to them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 @register_strategy
 @dataclass(frozen=True)
 class Mergence(Grouping):
-    """Crucial are the patches of the highest scores; each other one is merged into the crucial one of largest cosine similarity.
+    """Merging by score: patches of the highest scores are crucial, and each other one merges into the most similar one.
 
-    score: CLS attention; "broadcast-mean" where there is no CLS. Of the publication this is the mergence, without its features
-    of several scales; a merged token is the mean of its members, each as often as it stands for patches.
-    token_scale: tell attention how many that is.
+    Similarity is the cosine. A merged token is the mean of its members, each weighted by the patches it stands for.
+    This is the publication's mergence alone, without its multi-scale features.
+
+    score: CLS attention; "broadcast-mean" where there is no CLS.
+    token_scale: adds the log of a token's patch count to attention's logits.
     """
 
     name: ClassVar[str] = "mergence"

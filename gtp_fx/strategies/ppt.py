@@ -1,4 +1,4 @@
-"""PPT, token pruning and pooling (arXiv 2310.01812): each image's tokens are pruned or pooled, as its scores are spread."""
+"""PPT, token pruning and pooling (arXiv 2310.01812): prune or pool an image's tokens, by the variance of its scores."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 @register_strategy
 @dataclass(frozen=True)
 class PPT(Grouping):
-    """A patch's score is the attention that CLS pays it, times the length of its value, as a share of all patches' (section 3).
+    """Pruning where an image's scores differ widely, pooling where they don't (section 3).
 
-    Where the variance of an image's scores is `threshold` or more, the lowest are pruned; else the most alike are pooled, as in ToMe.
-    threshold: of the variance; 7e-5 suits about 196 patches, whose mean share is 1/196, and fewer patches have larger shares.
-    blocks: at which of a stream's blocks, counted from 0, as far as it has them; at a quarter, a half and three quarters of its depth where None (3, 6 and 9 of 12).
-    The heads' attention is averaged before it is multiplied, and a value's length is that of all heads'.
+    A patch's score is the attention that CLS pays it times the length of its value, as a share of the sum over all
+    patches. Where the variance of an image's scores is `threshold` or more, the lowest are pruned. Otherwise the most
+    similar are pooled, as in ToMe. Attention is averaged over heads before it is multiplied; a value's length is over
+    all heads.
+
+    score: "cls-mean" in the publication; "broadcast-mean" where there is no CLS.
+    threshold: limit on the variance. 7e-5 suits about 196 patches, whose mean share is 1/196; with fewer patches,
+        shares are larger.
+    blocks: blocks of a stream, counted from 0, that may have a site; numbers beyond its last block are ignored. None
+        means those at a quarter, a half and three quarters of its depth (3, 6 and 9 of 12).
     """
 
     name: ClassVar[str] = "ppt"

@@ -1,4 +1,4 @@
-"""What scoring costs, whichever strategy asks for scores."""
+"""Work of scoring, which every strategy that reads scores has in common."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from gtp_fx.strategies.protocol import SiteShape
 from gtp_fx.targets.work import Work
 
 FLOAT = 4
-"""Bytes of what is computed in float32 whatever the stream's dtype: maps, scores, weights."""
+"""Bytes of a value that is float32 whatever the stream's dtype: maps, scores, weights."""
 
 
 def scoring_works(score: str, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:
-    """What attention by `score`, a name in `SCORES` or "none", adds to one attention.
+    """Return what scoring adds to one attention.
 
-    Column sums of the map are a product; its diagonal and its first row are read off. Either way the map is made.
+    Column sums of the map are a product; its diagonal and its first row are only read. Both need the map in memory.
+
+    score: a name in `gtp_fx.ops.attention.SCORES`, or "none".
     """
     if score == "none":
         return []
@@ -26,12 +28,15 @@ def scoring_works(score: str, heads: int, queries: Any, keys: Any, images: int, 
 
 
 _SCORE_TILE = 64
-"""Queries and keys that the score kernel looks at together."""
+"""Queries and keys of one tile of the score kernel."""
 
 
 def kernel_scoring_works(score: str, site: SiteShape) -> list[Work]:
-    """The same as `gtp_fx.kernels.scores` does it, behind attention that returns its log-sum-exp: the map's entries are made again in
-    registers, in whole tiles, and a number a head and key is written."""
+    """Return what scoring adds to one attention where `gtp_fx.kernels.scores` does it.
+
+    The kernel runs after attention that returns its log-sum-exp. It recomputes the map's entries in registers, in whole
+    tiles, and writes one number for each head and key.
+    """
     if score == "none":
         return []
     tokens = site.others + site.patches_in
@@ -40,12 +45,15 @@ def kernel_scoring_works(score: str, site: SiteShape) -> list[Work]:
     sums = site.images * site.heads * tokens
     return [
         Work("scores", 2 * padded * site.key_features, FLOAT * padded, dtype=site.dtype),
-        Work("stream", bytes=3 * FLOAT * sums),  # over heads: two factors written, then read
+        Work("stream", bytes=3 * FLOAT * sums),  # the reduction over heads: two factors are written, then read
     ]
 
 
 def rows_moved(site: SiteShape) -> Any:
-    """Bytes of a site that stands, in operators of its own, between a residual add and the norm that would else run as one kernel: the
-    sum is written out, then read to be shortened, and the shorter stream written."""
+    """Return the bytes that a site moves where it is made of operators of its own.
+
+    It then separates a residual add from the norm that would otherwise share its kernel. The sum is written, read to be
+    shortened, and the shorter stream is written.
+    """
     tokens_in, tokens_out = site.others + site.patches_in, site.others + site.patches_out
     return getattr(torch, site.dtype).itemsize * site.images * (2 * tokens_in + tokens_out) * site.channels

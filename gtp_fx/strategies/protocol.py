@@ -1,7 +1,7 @@
-"""What a strategy is: how it scores tokens, what it does with those that leave, what it tells attention.
+"""The protocol of a strategy: how it scores tokens, what becomes of removed ones, and what attention reads of them.
 
-The passes decide where and how many; a strategy inserts its operators there, through an `Emit` that places them. It
-also prices them, so that a budget holds with the strategy's own work counted.
+The passes decide where tokens are removed and how many. A strategy inserts its operators there, through an `Emit` that
+places them. It also prices them, so that a budget includes the strategy's own work.
 """
 
 from __future__ import annotations
@@ -24,9 +24,18 @@ class Emit(Protocol):
 
 @dataclass(frozen=True)
 class SiteShape:
-    """A site's sizes for pricing: patches in and out (numbers, or arrays of candidates), tokens that are none, channels,
-    heads and features of a key; images of a run, the stream's dtype as torch names it; prefix: tokens before the patches.
-    kernels: the work as GTP's kernels do it, where there are some; else as the operators do."""
+    """The sizes of a site, for pricing.
+
+    patches_in, patches_out: patches before and after the site; numbers, or arrays of candidates.
+    others: tokens of the stream that are no patches.
+    channels: features of a token.
+    heads: heads of the block's attention.
+    images: images of a run.
+    dtype: the stream's dtype by torch's name of it.
+    key_features: features of a key in one head.
+    prefix: tokens before the patches.
+    kernels: price the work of GTP's kernels where there are some, instead of the operators'.
+    """
 
     patches_in: Any
     patches_out: Any
@@ -42,11 +51,16 @@ class SiteShape:
 
 @dataclass(frozen=True)
 class Removal:
-    """What one site did, as nodes.
+    """Record of one site's removal, as nodes.
 
-    kept [B, K], propagated [B, P]: indices into the patches that the site had. kept_index, propagated_index: the same into
-    the whole grid. weights [B, K, P]: how much of each propagated token went to each kept one, times `alpha`; None where
-    nothing did. own [B, K]: what of itself a kept one kept; all where None. of_whole: kept and propagated are into the whole grid.
+    kept: [B, K] indices of the kept patches among those that the site had.
+    propagated: [B, P] indices of the removed patches among them.
+    kept_index, propagated_index: the same patches as indices into the whole grid.
+    weights: [B, K, P] how much of each removed token each kept one received, to be multiplied by `alpha`; None where
+        they received nothing.
+    alpha: factor of `weights`.
+    own: [B, K] factor of a kept token itself; 1 where None.
+    of_whole: `kept` and `propagated`, too, are indices into the whole grid.
     """
 
     kept: fx.Node
@@ -61,11 +75,11 @@ class Removal:
 
 @dataclass(frozen=True)
 class StreamState:
-    """What a strategy carries along one stream, as nodes; one state for each level of it.
+    """State that a strategy carries along one stream, as nodes; each level of the stream has its own.
 
-    index: [B, n] where on the whole grid the remaining patches stand, ascending; None while all are there.
-    scale: [B, n] how many original tokens each stands for; None where the strategy doesn't say.
-    carried: whatever else it needs at every site.
+    index: [B, n] positions of the remaining patches on the whole grid, ascending; None while all are there.
+    scale: [B, n] how many original tokens each one stands for; None where the strategy doesn't track it.
+    carried: whatever else the strategy needs at every site.
     removal: the site that led to this level; None at level 0.
     """
 
@@ -77,7 +91,7 @@ class StreamState:
 
 @dataclass(frozen=True)
 class Attention:
-    """The operands of a scaled dot-product attention node; bias and scale may be None."""
+    """The operands of a scaled dot-product attention node; `bias` and `scale` may be None."""
 
     q: fx.Node
     k: fx.Node
@@ -87,7 +101,7 @@ class Attention:
 
     @classmethod
     def of(cls, node: fx.Node) -> Attention:
-        """The operands of aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, *, scale)."""
+        """Return the operands of scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, *, scale)."""
         q, k, v, *rest = node.args
         bias = rest[0] if rest else node.kwargs.get("attn_mask")
         return cls(q, k, v, bias, node.kwargs.get("scale"))  # type: ignore[arg-type]
@@ -95,11 +109,15 @@ class Attention:
 
 @dataclass(frozen=True)
 class AtSite:
-    """Where tokens are about to leave.
+    """A place where tokens are about to be removed.
 
-    stream [B, prefix + n + suffix, C]. axis: the tokens of its whole grid. leaving: how many of the n patches. block: the
-    attention block's number, from 0. scores [B, n]: by that block's attention, None where it wasn't asked. attention: its
-    operands; None where the site stands before it. count: n.
+    stream: [B, prefix + n + suffix, C].
+    axis: the tokens of the stream's whole grid.
+    count: n, the patches that the site has.
+    leaving: how many of them to remove.
+    block: number of the attention block, from 0.
+    scores: [B, n] scores of the patches by that block's attention; None where the strategy reads none.
+    attention: operands of that attention; None where the site stands before it.
     """
 
     stream: fx.Node
@@ -119,82 +137,96 @@ class Strategy(Protocol):
 
     @property
     def code(self) -> str:
-        """What tells this strategy's code from another's of the same name, where a user may write it: for what caches measure."""
+        """Return what distinguishes this strategy's code from another's of the same name, for caches of measurements.
+
+        Empty where no user may write such a strategy.
+        """
 
     @property
     def score(self) -> str:
-        """What attention ranks tokens by at a site, a name in `gtp_fx.ops.attention.SCORES`; "none" where it needn't."""
+        """Return what attention ranks tokens by at a site: a name in `gtp_fx.ops.attention.SCORES`, or "none"."""
 
     @property
     def before_attention(self) -> bool:
-        """True where tokens leave at a block's input; else behind its attention."""
+        """Return whether tokens are removed at a block's input, instead of after its attention."""
 
     @property
     def restores_tokens(self) -> bool:
-        """True where tokens that left may be chosen again, and are back in their places behind the last block."""
+        """Return whether removed tokens may be chosen again, and are back in place after the last block."""
 
     def positions(self, blocks: int) -> Collection[int]:
-        """At which of a stream's blocks, counted from 0, tokens may leave."""
+        """Return the blocks of a stream, counted from 0, at which tokens may be removed."""
 
     @property
     def needs_full_maps(self) -> bool:
-        """True where the whole attention map decides something, so that no query is dead."""
+        """Return whether the whole attention map decides something, so that no query is dead."""
 
     @property
     def rewrites_every_attention(self) -> bool:
-        """True where attention differs from the original's even in blocks without a site."""
+        """Return whether attention differs from the original's even in blocks without a site."""
 
     @property
     def reads_scales(self) -> bool:
-        """True where attention over a shortened stream is told how many tokens each key stands for."""
+        """Return whether attention over a shortened stream reads how many tokens each key stands for."""
 
     def settled(self, streams: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Strategy:
-        """The same strategy with what the plan decides decided, once it is known: of each stream its grid and the counts that leave."""
+        """Return the strategy with every "auto" decided by the plan.
+
+        streams: for each stream, its grid and the number of tokens removed at each of its sites.
+        """
 
     @property
     def weighted_pooling(self) -> bool:
-        """True where average pooling weighs tokens by their scale."""
+        """Return whether average pooling weighs tokens by their scale."""
 
     @property
     def recovers_branches(self) -> bool:
-        """True where a token that skips a branch gets its neighbours' results; else it gets none."""
+        """Return whether a token that skips a branch gets its neighbours' results, instead of nothing."""
 
     @property
     def recovers_updates(self) -> bool:
-        """True where a token that left is recovered in its residual stream, as what it was plus what its neighbours became; else as
-        the mean of those."""
+        """Return whether a removed token is recovered in its residual stream.
+
+        There it is what it was plus the mean change of its neighbours. Otherwise it is its neighbours' mean.
+        """
 
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
-        """Why this strategy can't work on such tokens; empty where it can. skipping: they only skip a branch."""
+        """Return why this strategy can't work on such tokens; empty where it can.
+
+        skipping: tokens are not removed; they only skip a branch.
+        """
 
     def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
-        """At the input of a stream's first block: stream [B, prefix + G + suffix, C]."""
+        """Insert what a stream needs at the input of its first block, [B, prefix + G + suffix, C]; return its state."""
 
     def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
-        """Replace self-attention: its output, and the scores [B, n] of the patch tokens ([B, 0] unless `scored`)."""
+        """Replace self-attention; return its output and the patches' scores, [B, n], or [B, 0] unless `scored`."""
 
     def attend_cells(
         self, emit: Emit, attention: Attention, grid: Sequence[int], cells: Sequence[int]
     ) -> tuple[fx.Node, fx.Node]:
-        """Replace attention whose keys are cells of the patches' grid: its output, and the scores [B, n] of the patches."""
+        """Replace attention whose keys are cells of the patches' grid; return its output and the scores [B, n]."""
 
     def reduce(self, emit: Emit, site: AtSite, state: StreamState) -> tuple[fx.Node, StreamState]:
-        """At a site: the shorter stream and its state."""
+        """Remove tokens at a site; return the shorter stream and its state."""
 
     def put_back(self, emit: Emit, stream: fx.Node, state: StreamState, axis: TokenAxis) -> fx.Node:
-        """Behind the last block, where the strategy `returns` tokens: the stream with every token in its place."""
+        """Return the stream with every token in its place after the last block, where the strategy `returns` tokens."""
 
     def variants(self) -> Sequence[Strategy]:
-        """The same strategy with other numbers or another score: what calibration may choose among."""
+        """Return the same strategy with other numbers or another score: what calibration may choose among."""
 
     def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str, kernels: bool) -> list[Work]:
-        """The work of `start`. kernels: as `SiteShape` has it."""
+        """Price `start`.
+
+        kernels: as in `SiteShape`.
+        """
 
     def scoring_works(self, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:
-        """What scoring adds to one attention."""
+        """Price what scoring adds to one attention."""
 
     def site_works(self, site: SiteShape, told: bool) -> list[Work]:
-        """The work of a site where tokens leave: `reduce`, and what scoring adds to the attention.
+        """Price a site: `reduce`, and what scoring adds to the attention.
 
         told: a later attention reads the token scales.
         """

@@ -1,4 +1,4 @@
-"""Chance: what any other strategy has to beat."""
+"""Random choice: the baseline that any other strategy has to beat."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.tokens import Groups, Tokens, dropped
 
 _MIX, _FOLD, _MASK = 0x45D9F3B, 16, 0xFFFFFFFF
-"""Of an integer hash (two rounds of multiply and fold, in 32 of an int64's bits): a graph draws no random numbers, so that
-an image's result is the same compiled and eager, alone and in a batch."""
+"""Constants of an integer hash: two rounds of multiply and fold, in the lower 32 bits of an int64.
+
+A hash replaces random numbers, so that an image's result is the same compiled and eager, alone and in a batch.
+"""
 
 
 @register_strategy
 @dataclass(frozen=True)
 class Random(Grouping):
-    """Tokens leave by chance and nothing of them stays: at each block others, for every image the same places.
+    """Removal at random, of which nothing is kept. Each block removes other places, the same ones in every image.
 
-    seed: another choice.
+    seed: number of the choice.
     """
 
     name: ClassVar[str] = "random"
@@ -40,7 +42,7 @@ class Random(Grouping):
 
 
 def _hash(x: Tensor) -> Tensor:
-    """24 bits that look drawn, of each integer: as many as a float32 tells apart."""
+    """Hash each integer to 24 bits, as many as a float32 can tell apart."""
     for _ in range(2):
         x = ((x ^ (x >> _FOLD)) * _MIX) & _MASK
     return torch.bitwise_right_shift(x ^ (x >> _FOLD), 8)

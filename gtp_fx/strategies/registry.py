@@ -13,7 +13,7 @@ from gtp_fx.strategies.keys import enter
 from gtp_fx.strategies.protocol import Strategy
 
 STRATEGIES: dict[str, type] = {GTP.name: GTP}
-"""Each name's class, whose defaults `strategy="name"` means."""
+"""The class of each name. `strategy="name"` means its defaults."""
 
 C = TypeVar("C", bound=type[Grouping])
 
@@ -21,8 +21,8 @@ C = TypeVar("C", bound=type[Grouping])
 def register_strategy(cls: C) -> C:
     """Make `strategy="<cls.name>"` and values of `cls` work everywhere. A decorator over a frozen dataclass.
 
-    Raises OptionError where the class can't be one. A class of the same name takes the place of the one before, as
-    notebooks want it, but for this package's own.
+    A class replaces an earlier one of the same name, as notebooks need it, but never one of this package's. Raises
+    OptionError where the class can't be a strategy.
     """
     name = getattr(cls, "name", None)
     if not isinstance(name, str) or not (name.isidentifier() and name.isascii()):
@@ -35,12 +35,14 @@ def register_strategy(cls: C) -> C:
     if before is not None and is_own(before) and before is not cls:
         own = ", ".join(name for name, known in STRATEGIES.items() if is_own(known))
         raise OptionError(f"{cls.__name__}.name={name!r} is one of gtp_fx's own: {own}; give another")
+    # A class with a `reduce` of its own may do without both methods.
     for method, where in (("group", True), ("put_back", cls.restores_tokens)):
         if where and getattr(cls, method) is getattr(Grouping, method) and cls.reduce is Grouping.reduce:
             raise OptionError(f"{cls.__name__} has no {method}(): {_WANTED[method]}")
     if cls.before_attention and cls.score != "none":
         raise OptionError(
-            f"{cls.__name__}.score={cls.score!r}: before_attention = True lets tokens leave before there are scores; leave one out"
+            f"{cls.__name__}.score={cls.score!r}: before_attention = True lets tokens leave before there are scores; "
+            f"leave one out"
         )
     cls._key = enter(name, cls, sys._getframe(1))
     STRATEGIES[name] = cls
@@ -49,17 +51,20 @@ def register_strategy(cls: C) -> C:
 
 _WANTED = {
     "group": "write what it makes of gtp_fx.strategies.Tokens, a gtp_fx.strategies.Groups",
-    "put_back": "with restores_tokens = True it has to say how tokens come back; leave restores_tokens out where they are gone for good",
+    "put_back": "with restores_tokens = True it has to say how tokens come back; leave restores_tokens out where they never do",
 }
 
 
 def is_own(cls: type) -> bool:
-    """Whether it is this package's."""
+    """Return whether the class is this package's."""
     return cls.__module__.startswith(__package__)
 
 
 def strategy_named(strategy: str | Strategy) -> Strategy:
-    """A strategy from its name, or the value itself. Raises OptionError for what is neither, or can't travel with a graph."""
+    """Return a strategy by its name, or the value itself.
+
+    Raises OptionError for anything else, and for a strategy that can't travel with a graph.
+    """
     if isinstance(strategy, str):
         strategy = _of_defaults(strategy)
     if isinstance(strategy, type) or not hasattr(strategy, "site_works"):

@@ -25,23 +25,26 @@ from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 from gtp_fx.types.axes import TokenAxis
 
 SaliencyMap = Callable[[Tensor], Tensor]
-"""Images [B, channels, *sides] to [B, *any sides]: how much each place matters."""
+"""A function from images [B, channels, *sides] to [B, *any sides]: how much each place matters."""
 
 MAPS: dict[str, str] = {}
-"""Each name's key."""
+"""The key of each map's name."""
 
 _ONTO_GRID: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+"""Pooling onto a grid, by its number of sides."""
 _MEANS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d}
-"""By the sides of an image."""
+"""Moving averages, by the number of sides."""
 _FLAT = 2
+"""Sides of a flat image."""
 _AROUND = 7
-"""Pixels."""
+"""Side of the neighbourhood that contrast is measured against, in pixels."""
 
 
 def register_saliency(name: str) -> Callable[[SaliencyMap], SaliencyMap]:
-    """Make `Saliency(map=name)` ask the function below. A function of the same name takes the place of the one before.
+    """Make `Saliency(map=name)` call the decorated function, which replaces an earlier one of the same name.
 
-    The function is plain PyTorch of its images alone: a network's weights belong into the model, which a graph shares.
+    The function is plain PyTorch of its images alone. A network's weights have to be part of the model, which shares
+    them with its graph. Raises OptionError where `name` is no string.
     """
     if not isinstance(name, str) or not name:
         raise OptionError(f"register_saliency({name!r}): give a name, such as 'edges'")
@@ -60,9 +63,9 @@ def _shapes(images, grid, key):  # type: ignore[no-untyped-def]
 
 @operator(_shapes)
 def saliency(images: Tensor, grid: list[int], key: str) -> Tensor:
-    """The registered map of that key, averaged over each patch: [B, channels, *sides] to [B, patches], float32.
+    """Average the registered map of a key over each patch: images [B, channels, *sides] to [B, patches], float32.
 
-    Raises OptionError where the map isn't registered, or gives something else than a map.
+    Raises OptionError where no map has that key, or it returns anything but [B, *sides].
     """
     with without_autocast(images):
         found = entered(key)(images)
@@ -76,23 +79,26 @@ def saliency(images: Tensor, grid: list[int], key: str) -> Tensor:
 
 @register_saliency("contrast")
 def contrast(images: Tensor) -> Tensor:
-    """How far each pixel is from the mean of those around it, in the last two dimensions: flat regions are minor."""
+    """Return each pixel's squared distance from the mean around it, in the last two dimensions; 0 where it is flat."""
     sides = min(images.ndim - 2, _FLAT)
-    flat = images.float().flatten(0, -2 - sides)  # a video's frames each for themselves
+    flat = images.float().flatten(0, -2 - sides)  # a video's frames are treated one by one
     around = _MEANS[sides](flat, _AROUND, stride=1, padding=_AROUND // 2, count_include_pad=False).reshape(images.shape)
-    apart: Tensor = (images - around).square().sum(dim=1)
-    return apart
+    difference: Tensor = (images - around).square().sum(dim=1)
+    return difference
 
 
 @register_strategy
 @dataclass(frozen=True)
 class Saliency(Grouping):
-    """Of the patches that enter the first block, those of the highest saliency are major and stay; the minor ones are fused.
+    """Selection before the first block: the most salient patches are kept, and the minor ones are fused.
 
-    map: a name given to `register_saliency`; "contrast" needs nothing. The publication takes a convolutional net's activations.
-    fused: how many tokens the minor ones become, groups of neighbours in the order of their saliency, each its members' mean
-    (the publication learns how to fuse them); each stands where its most salient member stood.
-    token_scale: tell attention how many patches a fused token is.
+    The minor patches, in the order of their saliency, are cut into groups. Each group becomes its members' mean, in the
+    place of its most salient member. The publication learns how to fuse them.
+
+    token_scale: adds the log of a fused token's patch count to attention's logits.
+    map: a name passed to `register_saliency`. "contrast" needs nothing; the publication takes a convolutional network's
+        activations.
+    fused: number of tokens that the minor ones become.
     """
 
     name: ClassVar[str] = "saliency"
@@ -107,8 +113,8 @@ class Saliency(Grouping):
         super().__post_init__()
         if self.map not in MAPS:
             raise OptionError(
-                f"Saliency(map={self.map!r}) is unknown; give one of {', '.join(map(repr, MAPS))}, or register your own with "
-                f"@gtp_fx.strategies.register_saliency({self.map!r})"
+                f"Saliency(map={self.map!r}) is unknown; give one of {', '.join(map(repr, MAPS))}, or register your "
+                f"own with @gtp_fx.strategies.register_saliency({self.map!r})"
             )
         if isinstance(self.fused, bool) or not isinstance(self.fused, int) or self.fused < 1:
             raise OptionError(f"Saliency(fused={self.fused!r}): give an integer of 1 or more")
@@ -130,7 +136,7 @@ class Saliency(Grouping):
         assert score_Bn is not None
         kept_BK, removed_BP = split(score_Bn, tokens.leaving)
         fused = min(self.fused, kept_BK.shape[1], tokens.leaving)
-        # The least salient of those that stay carry the groups, the most salient carrier the most salient group.
+        # The least salient kept patches carry the groups: the most salient carrier gets the most salient group.
         carriers_BF = score_Bn.gather(1, kept_BK).argsort(dim=1, descending=True, stable=True)[:, -fused:]
         order_BP = score_Bn.gather(1, removed_BP).argsort(dim=1, descending=True, stable=True)
         rank_BP = order_BP.argsort(dim=1)
@@ -139,9 +145,10 @@ class Saliency(Grouping):
 
 
 def images_of(stream: fx.Node, axis: TokenAxis) -> fx.Node:
-    """The images [B, channels, *sides] that a stream's patches were cut from. Raises UnsupportedModelError where it can't be told.
+    """Return the images [B, channels, *sides] that a stream's patches were cut from.
 
-    What the first convolution reads, whatever the layout of the model's input; of a model without one, the input itself.
+    They are what the first convolution reads, whatever the layout of the model's input; in a model without one, the
+    input itself. Raises UnsupportedModelError where no value, or more than one, could be them.
     """
     grid, batch = axis.domain.grid.shape, stream.meta["val"].shape[0]
     before = ancestors(stream)

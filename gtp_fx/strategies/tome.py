@@ -1,4 +1,4 @@
-"""ToMe, token merging (arXiv 2210.09461): the tokens of every second place join the one they are most like."""
+"""ToMe, token merging (arXiv 2210.09461): every second token may merge into the one that is most similar to it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from gtp_fx.strategies.tokens import Groups, Tokens, averaged
 @register_strategy
 @dataclass(frozen=True)
 class ToMe(Grouping):
-    """Bipartite soft matching on the mean of the heads' keys, means weighted by size, and proportional attention (section 3).
+    """Bipartite soft matching on the heads' mean keys, size-weighted means and proportional attention (section 3).
 
-    As the publication has it, but for two things that a graph asks: tokens keep the order of the grid, so which ones take
-    turns differs from the second site on; and a site may take more than half of the tokens, in rounds of halves.
+    It follows the publication except where a graph needs otherwise. Tokens keep the grid's order, so from the second
+    site on other tokens are in set A. And a site may remove more than half of the tokens, in several rounds of at most
+    half.
     """
 
     name: ClassVar[str] = "tome"

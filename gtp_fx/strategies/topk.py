@@ -1,4 +1,4 @@
-"""EViT (arXiv 2202.07800): the tokens that CLS attends to stay, the rest become one."""
+"""EViT (arXiv 2202.07800): the tokens that CLS attends to are kept, and the rest become one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from gtp_fx.strategies.tokens import Groups, Tokens, joins, split
 @register_strategy
 @dataclass(frozen=True)
 class TopK(Grouping):
-    """Attentive tokens stay, inattentive ones are fused into one, weighted by that attention (sections 3.2 and 3.3).
+    """Attentive tokens are kept, and inattentive ones are fused into one, weighted by attention (sections 3.2 and 3.3).
 
-    score: CLS attention, mean over heads, in the publication; "broadcast-mean", what all tokens pay, where there is no CLS.
-    normalised: weights of the fused token add up to 1; they are the attention itself in the publication.
-    The fused token stands where the most attentive of its members stood, and is ranked like any other at the next site.
+    The fused token takes the place of its most attentive member, and is ranked like any other at the next site.
+
+    score: CLS attention, averaged over heads, in the publication; "broadcast-mean", the attention that all tokens pay,
+        where there is no CLS.
+    normalised: the fused token's weights add up to 1; in the publication they are the attention itself.
     """
 
     name: ClassVar[str] = "topk"
@@ -33,9 +35,9 @@ class TopK(Grouping):
         assert score_Bn is not None
         kept_BK, removed_BP = split(score_Bn, tokens.leaving)
         if self.score.startswith("broadcast"):
-            score_Bn = score_Bn / tokens.x_BNC.shape[1]  # of column sums, what a token pays on average
+            score_Bn = score_Bn / tokens.x_BNC.shape[1]  # from column sums to the mean over queries
         score_BK, score_BP = score_Bn.gather(1, kept_BK), score_Bn.gather(1, removed_BP)
-        # Ties as in `split`: of the lowest the last one is the next to leave, and it is the one that carries the rest.
+        # The lowest kept token carries the removed ones. Ties as in `split`: the last of the lowest is the next to go.
         carrier_B1 = score_BK.shape[1] - 1 - score_BK.flip(1).argmin(dim=1, keepdim=True)
         carries_BK = joins(carrier_B1, score_BK.shape[1])[..., 0] > 0
         share_BP, share_B1 = score_BP, score_BK.gather(1, carrier_B1)

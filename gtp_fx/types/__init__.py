@@ -1,1 +1,1 @@
-"""Which dimension of each value runs over which tokens."""
+"""Types: which dimension of each value runs over which tokens."""

@@ -2,18 +2,18 @@
 
 The nouns, from small to large:
 
-    Grid         the patch grid that a convolution makes, e.g. 14x14, known by the node that made it; or one made of it:
-                 rolled, padded, or a region (a window) of it
-    TokenDomain  the patch tokens of one grid that are still in the stream: level 0 is all of them, level k is what
-                 the k-th propagation site left
-    Factor       what a dimension is made of: Plain (channels, heads, batch), GridAxis (one side of a grid, or a part of
-                 one: which window, or where in it), or TokenAxis (prefix tokens, then the patches of a domain, then
-                 suffix tokens)
+    Grid         a patch grid that a convolution makes, e.g. 14x14, known by the node that made it; or a grid derived
+                 from one: rolled, padded, or a region (a window) of it
+    TokenDomain  the patch tokens of one grid that remain in the stream: all of them at level 0; at level k, those
+                 that remain after the k-th propagation site
+    Factor       what a dimension is made of: Plain (channels, heads, batch), GridAxis (one side of a grid, or a part
+                 of one: which window, or where in it), or TokenAxis (prefix tokens, then the patches of a domain,
+                 then suffix tokens)
     Dim          a product of factors, outermost first: the 1576 of a [B*N, C] tensor is (Plain(8), TokenAxis(...))
-    TensorType   one Dim per dimension
+    TensorType   one Dim for each dimension
 
-A type knows the *original* size of each of its factors, so a shape in the graph can be matched against it, and it
-knows the domain, so the size that the shape must have after tokens have left can be computed instead of guessed.
+A type knows the *original* size of each of its factors, so a shape in the graph can be matched against it. It also
+knows the domain, so the size that a shape must have after tokens are removed is computed instead of guessed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ from gtp_fx.graph.symbols import is_symbolic
 
 @dataclass(frozen=True)
 class Grid:
-    """A patch grid: `birth` is the name of the node that made it, `shape` its sides, row-major (any rank).
+    """A patch grid.
 
-    shift: by how much each side was rolled, () where none was. inside: of a padded grid, the one that its leading rows and
-    columns are. parts: of a region, its sides as parts of another grid's; regions of all places are one Grid, as the
-    windows of a shifted-window transformer are alike.
+    birth: name of the node that made it.
+    shape: its sides in patches, row-major, of any rank.
+    shift: how far each side was rolled; () where none was.
+    inside: for a padded grid, the grid that its leading rows and columns are.
+    parts: for a region, its sides as parts of another grid's sides. Regions at all places are one Grid, since the
+        windows of a shifted-window transformer are alike.
     """
 
     birth: str
@@ -41,38 +44,40 @@ class Grid:
     parts: tuple[GridAxis, ...] = ()
 
     def rolled(self, by: Sequence[int]) -> Grid:
-        """The same patches, those at i now at i + by; rolled back, it is the grid that it was."""
+        """Return the same patches with those at i now at i + by. Rolled back, it is the original grid."""
         before = self.shift or (0,) * len(self.shape)
         shift = tuple((a + b) % size for a, b, size in zip(before, by, self.shape, strict=True))
         return replace(self, shift=shift if any(shift) else ())
 
     def resized(self, side: int, size: int) -> Grid:
-        """Of a padded grid, with one side cut shorter; cut to what is inside on every side, it is that."""
+        """Crop one side of a padded grid. Cropping every side back to the unpadded shape gives that grid itself."""
         shape = (*self.shape[:side], size, *self.shape[side + 1 :])
         return self.inside if self.inside is not None and shape == self.inside.shape else replace(self, shape=shape)
 
 
 @dataclass(frozen=True)
 class TokenDomain:
-    """The patch tokens of `grid` that `level` propagation sites have left in the stream."""
+    """The patch tokens of `grid` that remain in the stream after `level` propagation sites."""
 
     grid: Grid
     level: int = 0
 
     @property
     def whole_count(self) -> int:
-        """Patch tokens at level 0, before any left."""
+        """Return the number of patch tokens at level 0, before any is removed."""
         return math.prod(self.grid.shape)
 
     def at(self, level: int) -> TokenDomain:
+        """Return the same grid's domain at another level."""
         return replace(self, level=level)
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A dimension, or a part of one, that doesn't run over tokens. A symbolic size is held as a prime (see `sizes`).
+    """A dimension, or a part of one, that doesn't run over tokens.
 
-    images: it is known to be the batch that a grid was born with, so that no other size like it is taken for that.
+    size: number of entries; a symbolic size is a prime (see `symbols`).
+    images: it is known to be the batch that a grid was born with, so no other dimension of that size is taken for it.
     """
 
     size: int
@@ -80,14 +85,20 @@ class Plain:
 
     @property
     def whole_size(self) -> int:
+        """Return the size."""
         return self.size
 
 
 @dataclass(frozen=True)
 class GridAxis:
-    """Side number `side` of a patch grid that has not been flattened yet, or a part of it: `count` places, `stride` apart.
+    """A side of a patch grid that has not been flattened yet, or a part of one.
 
-    A side of 56 in windows of 7 is which window, 8 places 7 apart, and where in it, 7 places 1 apart. count 0: the whole side.
+    A side of 56 in windows of 7 has two parts: which window (8 places, 7 apart) and where in it (7 places, 1 apart).
+
+    grid: the patch grid.
+    side: number of the side.
+    count: number of places; 0 for the whole side.
+    stride: distance from one place to the next.
     """
 
     grid: Grid
@@ -97,21 +108,22 @@ class GridAxis:
 
     @property
     def whole_size(self) -> int:
+        """Return the number of places."""
         return self.count or self.grid.shape[self.side]
 
     def split(self, outer: int) -> tuple[GridAxis, GridAxis]:
-        """As `outer` places far apart and what is between them; `outer` divides the size."""
+        """Split it into `outer` places far apart and the places between them; `outer` divides the size."""
         inner = self.whole_size // outer
         far = replace(self, count=outer, stride=self.stride * inner)
         return far.canonical(), replace(self, count=inner).canonical()
 
     def canonical(self) -> GridAxis:
-        """All places of a side, one apart, are the side."""
+        """Return the whole side for all its places, one apart; anything else as it is."""
         whole = self.count == self.grid.shape[self.side] and self.stride == 1
         return replace(self, count=0) if whole else self
 
     def joined(self, inner: GridAxis) -> GridAxis | None:
-        """This part and one further in as one, where they are parts of one side that follow each other."""
+        """Join this part and a part further in, where they are adjacent parts of one side; None where they aren't."""
         same = (self.grid, self.side) == (inner.grid, inner.side)
         if not same or self.stride != inner.stride * inner.whole_size:
             return None
@@ -120,7 +132,12 @@ class GridAxis:
 
 @dataclass(frozen=True)
 class TokenAxis:
-    """`prefix` tokens that never leave (CLS, registers), the patches of `domain`, `suffix` tokens that never leave."""
+    """A dimension of tokens.
+
+    domain: the patches.
+    prefix: tokens before the patches that are never removed (CLS, registers).
+    suffix: tokens after the patches that are never removed.
+    """
 
     domain: TokenDomain
     prefix: int = 0
@@ -128,13 +145,15 @@ class TokenAxis:
 
     @property
     def whole_size(self) -> int:
+        """Return the number of tokens in the original graph."""
         return self.prefix + self.domain.whole_count + self.suffix
 
     def at(self, level: int) -> TokenAxis:
+        """Return the same axis at another level."""
         return replace(self, domain=self.domain.at(level))
 
     def pairs_with(self, other: TokenAxis) -> bool:
-        """True where the two, whole, run over the same places index by index: one grid, or two of the same shape."""
+        """Return whether both, whole, run over the same places index by index: one grid, or two of the same shape."""
         shapes = self.domain.grid.shape == other.domain.grid.shape
         return shapes and (self.prefix, self.suffix) == (other.prefix, other.suffix)
 
@@ -143,71 +162,71 @@ Factor = Plain | GridAxis | TokenAxis
 Dim = tuple[Factor, ...]
 TensorType = tuple[Dim, ...]
 CountOf = Callable[[TokenDomain], int]
-"""Patch tokens in a domain, as the plan has them; `whole_count` for the original graph."""
+"""A function from a domain to its number of patch tokens in the plan; `whole_count` for the original graph."""
 
 
 def whole_count(domain: TokenDomain) -> int:
-    """The `CountOf` of the original graph: nothing has left."""
+    """Return the number of patches in the original graph, where nothing is removed: its `CountOf`."""
     return domain.whole_count
 
 
 def plain(*sizes: int) -> TensorType:
-    """The type of a tensor that no dimension of which runs over tokens."""
+    """Return the type of a tensor of these sizes, none of whose dimensions runs over tokens."""
     return tuple((Plain(size),) for size in sizes)
 
 
 def whole_size(dim: Dim) -> int:
-    """The size of `dim` in the original graph."""
+    """Return the size of `dim` in the original graph."""
     return math.prod(factor.whole_size for factor in dim)
 
 
 def size(dim: Dim, count: CountOf) -> int:
-    """The size of `dim` when each domain holds `count(domain)` patches."""
+    """Return the size of `dim` where each domain holds `count(domain)` patches."""
     return math.prod(f.prefix + count(f.domain) + f.suffix if isinstance(f, TokenAxis) else f.whole_size for f in dim)
 
 
 def token_axis(dim: Dim) -> TokenAxis | None:
-    """The token axis that `dim` *is*, or None where it isn't one (a merged dimension is not one)."""
+    """Return the token axis that `dim` *is*; None where it isn't one (a merged dimension isn't)."""
     return dim[0] if len(dim) == 1 and isinstance(dim[0], TokenAxis) else None
 
 
 def holds_images(dim: Dim) -> bool:
-    """True where the batch that a grid was born with is a factor of `dim`."""
+    """Return whether the batch that a grid was born with is a factor of `dim`."""
     return any(isinstance(factor, Plain) and factor.images for factor in dim)
 
 
 def images_dims(tensor_type: TensorType, images: int) -> list[int]:
-    """The dimensions that are the batch of `images`: known to be, or, where none is known, as long."""
+    """Return the dimensions that are the batch of `images`: those known to be, or, failing that, those of that size."""
     fitting = [d for d, dim in enumerate(tensor_type) if is_plain(dim) and whole_size(dim) == images]
     return [d for d in fitting if holds_images(tensor_type[d])] or fitting
 
 
 def token_axes(tensor_type: TensorType) -> list[TokenAxis]:
-    """Every token axis in a type, those inside merged dimensions too."""
+    """Return every token axis in a type, including those inside merged dimensions."""
     return [factor for dim in tensor_type for factor in dim if isinstance(factor, TokenAxis)]
 
 
 def is_plain(dim: Dim) -> bool:
-    """True where nothing in `dim` runs over tokens or over a side of a grid."""
+    """Return whether nothing in `dim` runs over tokens or over a side of a grid."""
     return all(isinstance(factor, Plain) for factor in dim)
 
 
 def product(factors: Sequence[Factor]) -> Dim:
-    """The dimension that these factors make up; factors of size one say nothing and are left out."""
+    """Return the dimension that these factors make up, without factors of size one, which carry no information."""
     return tuple(merge_plain([factor for factor in factors if factor.whole_size != 1])) or (Plain(1),)
 
 
-def _stays_apart(factor: Plain) -> bool:
-    """Images, and other sizes that only a run tells."""
+def _is_fixed(factor: Plain) -> bool:
+    """Return whether a factor is never merged: images, and other sizes known only when the graph runs."""
     return factor.images or is_symbolic(factor.size)
 
 
 def merge_plain(factors: Sequence[Factor]) -> list[Factor]:
-    """Plain factors beside each other as one: 4·6 is 6·4."""
+    """Merge adjacent plain factors into one: 4·6 and 6·4 are the same."""
     merged: list[Factor] = []
     for factor in factors:
         last = merged[-1] if merged else None
-        if isinstance(factor, Plain) and isinstance(last, Plain) and not (_stays_apart(factor) or _stays_apart(last)):
+        if isinstance(factor, Plain) and isinstance(last, Plain) and not (_is_fixed(factor) or _is_fixed(last)):
             merged[-1] = Plain(last.size * factor.size)
         else:
             merged.append(factor)
@@ -215,16 +234,17 @@ def merge_plain(factors: Sequence[Factor]) -> list[Factor]:
 
 
 def merge_grids(dim: Dim) -> Dim:
-    """`dim` with parts of a side joined, and each full row-major run of one grid's sides replaced by the token axis it is.
+    """Join parts of a side, and replace each full row-major run of a grid's sides by the token axis that it is.
 
-    This is where a domain is born: (GridAxis(g, 0), GridAxis(g, 1)) is the patch tokens of g. A dimension that is parts of
-    every side is the tokens of a region; beside anything else (images) its parts stay as they are.
+    This is where a domain is born: (GridAxis(g, 0), GridAxis(g, 1)) is the patch tokens of g. A dimension made of parts
+    of every side is the tokens of a region. Where it holds anything else (images), its parts stay as they are.
     """
     merged: list[Factor] = []
     for factor in dim:
         last = merged[-1] if merged else None
         joined = last.joined(factor) if isinstance(last, GridAxis) and isinstance(factor, GridAxis) else None
         merged[-1:] = [joined] if joined is not None else [*merged[-1:], factor]
+    # Adjacent parts are joined by now, so a run of whole sides is one axis.
     i = 0
     while i < len(merged):
         factor = merged[i]
@@ -237,7 +257,7 @@ def merge_grids(dim: Dim) -> Dim:
 
 
 def _region(dim: Dim) -> Dim:
-    """The token axis of a region, where `dim` is parts of every side of a grid, in whatever order they are."""
+    """Return the token axis of a region where `dim` is parts of every side of a grid, in any order; else `dim`."""
     parts = tuple(factor for factor in dim if isinstance(factor, GridAxis))
     if not parts or len(parts) != len(dim) or len({part.grid for part in parts}) > 1:
         return dim
@@ -251,11 +271,12 @@ def _region(dim: Dim) -> Dim:
 
 
 def split_tokens(dim: Dim) -> Dim:
-    """The inverse of `merge_grids`, where a whole token axis without prefix can be seen as its grid again."""
+    """Undo `merge_grids` where a whole token axis without prefix can be seen as its grid again."""
     return tuple(part for factor in dim for part in _sides(factor))
 
 
 def _sides(factor: Factor) -> Sequence[Factor]:
+    """Return a factor as the sides of its grid, where it is a whole token axis of patches alone."""
     if not isinstance(factor, TokenAxis) or factor.prefix or factor.suffix or factor.domain.level:
         return [factor]
     grid = factor.domain.grid

@@ -1,9 +1,10 @@
-"""Where levels meet: what has to be done to a value so that it comes in the type that its reader asks for.
+"""Coercions: what brings a value to the level that its reader requires, where levels meet.
 
-    older meets newer     a rotary table, a relative-position bias, a long skip: take what it holds for the tokens left
-    newer must be older   a map that is returned, an operator that needs the whole grid: recover the tokens that left
+    older meets newer     a rotary table, a relative-position bias, a long skip: take its part for the remaining tokens
+    newer must be older   a map that is returned, an operator that needs the whole grid: recover the removed tokens
 
-A type checker's coercions, found on the typed graph. `remove_tokens` inserts them, the cost model prices them.
+They work like a type checker's coercions, and are found on the typed graph. `remove_tokens` inserts them, and the cost
+model prices them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from gtp_fx.types.rules.registry import RuleResult
 
 @dataclass(frozen=True)
 class Step:
-    """One dimension from one level of its stream to another. axis: the tokens it runs over, at the level it comes in.
+    """The change of one dimension from one level of its stream to another.
 
-    dim: which dimension. level: the one to reach; newer (taking) or older (recovering).
+    dim: number of the dimension.
+    axis: the tokens that it runs over, at the level that it comes in.
+    level: the one to reach, newer (taking) or older (recovering).
     """
 
     dim: int
@@ -33,17 +36,22 @@ class Step:
 
     @property
     def recovers(self) -> bool:
+        """Return whether the step recovers removed tokens."""
         return self.level < self.axis.domain.level
 
 
 @dataclass(frozen=True)
 class Coercion:
-    """What `node` needs done to `operand`.
+    """A change to `operand` before `node` reads it.
 
+    node: the reader.
+    operand: the value.
     lead: dimensions of size 1 to put before the operand's own, where its reader broadcasts over them.
-    kind: the operand's type with those. images: its dimension that holds images: size B, or 1 where all share the value.
-    reason: why its reader wants other tokens. updates: the operand is a residual stream, whose tokens come back as what they
-    were, changed as their neighbours were.
+    kind: the operand's type, including those.
+    images: the operand's dimension that holds images, of size B, or 1 where all images share the value.
+    steps: the changes of level.
+    reason: why the reader needs other tokens.
+    updates: the operand is a residual stream; a removed token becomes what it was plus its neighbours' mean change.
     """
 
     node: fx.Node
@@ -64,6 +72,7 @@ class Coercions:
     refused: tuple[Refusal, ...]
 
     def by_node(self) -> dict[fx.Node, list[Coercion]]:
+        """Return the coercions of each reader."""
         found: dict[fx.Node, list[Coercion]] = {}
         for coercion in self.found:
             found.setdefault(coercion.node, []).append(coercion)
@@ -71,11 +80,11 @@ class Coercions:
 
 
 class _CannotCoerce(Exception):
-    """The message is the reason a user reads."""
+    """A coercion is not possible; the message is the reason that a user reads."""
 
 
 def find_coercions(typing: SiteTyping) -> Coercions:
-    """Compare the type of every operand with the one its reader asks for."""
+    """Compare the type of every operand with the one that its reader requires."""
     found, refused = [], []
     for node, answer in typing.answers.items():
         for operand, wanted in answer.operands.items():
@@ -90,7 +99,10 @@ def find_coercions(typing: SiteTyping) -> Coercions:
 
 
 def _fits(own: Dim, wanted: Dim) -> bool:
-    """Whole beside whole fits as it is, whatever it is; beside a shortened axis only the very same does."""
+    """Return whether a dimension needs no coercion.
+
+    Two whole dimensions fit whatever they are. Where either is shortened, only equal ones do.
+    """
     return own == wanted or not any(axis.domain.level for axis in token_axes((own, wanted)))
 
 
@@ -123,7 +135,8 @@ def _steps(own: TensorType, wanted: TensorType, operand: fx.Node) -> Iterator[St
         to = token_axis(theirs)
         if to is None or (token_axes((mine,)) and token_axis(mine) is None):
             raise _CannotCoerce(f"tokens of {operand.name} are merged with another dimension")
-        # A plain dimension as long as all tokens, and a whole grid of the same shape, pair with them index by index.
+        # Two other things pair with all tokens index by index: a plain dimension of their number, and a whole grid of
+        # the same shape.
         at = token_axis(mine) or to.at(0)
         level = at.domain.level
         if not at.pairs_with(to) or (level and at.domain.grid != to.domain.grid):
@@ -132,9 +145,14 @@ def _steps(own: TensorType, wanted: TensorType, operand: fx.Node) -> Iterator[St
 
 
 def _images_dim(own: TensorType, answer: RuleResult, images: int, operand: fx.Node) -> tuple[int, int]:
-    """How many leading dimensions to add to an operand (where its reader broadcasts), and which one then holds images."""
+    """Return how many leading dimensions an operand needs, and which of its dimensions then holds images.
+
+    Leading dimensions are added where the reader broadcasts. Raises _CannotCoerce where no dimension, or more than one,
+    could hold images.
+    """
     output = answer.output
     if answer.broadcasts and isinstance(output, tuple):
+        # A broadcast operand is right-aligned with the output, which tells where its images are.
         places = images_dims(output, images)
         if len(places) > 1:
             raise _CannotCoerce(

@@ -1,9 +1,9 @@
-"""The forward walk: a type for every value of a graph.
+"""The forward walk, which gives every value of a graph a type.
 
-`infer_types(graph)` runs each node's rule in graph order, with every token in place. `infer_with_sites(graph, sites)`
-does so where tokens leave. A site is a node after which the residual stream is shorter: everything that is computed from it has
-a newer domain, and where an older value meets it the rule asks for the older one in the newer type. Nothing is rewritten
-here; the result says what a rewrite has to do.
+`infer_types(graph)` runs each node's rule in graph order, with every token in place; `infer_with_sites(graph, sites)`
+does so where tokens are removed. A site is a node after which the residual stream is shorter: everything computed from
+it has a newer domain. Where an older value meets it, the rule requires the older one in the newer type. Nothing is
+rewritten here; the result says what a rewrite has to do.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Edge = tuple[fx.Node, fx.Node]
 
 @dataclass(frozen=True)
 class Typing:
-    """What the walk found: a `WholeTyping` or a `SiteTyping`; this base is for readers to whom both are the same.
+    """Result of the walk: a `WholeTyping` or a `SiteTyping`. This base is for readers to whom both are the same.
 
-    types: the type of each node's value as its users see it (after the site, at a site).
+    types: the type of each node's value as its users see it; for a site, that after it.
     answers: each rule's answer, for the nodes that have tensors.
     """
 
@@ -39,13 +39,14 @@ class Typing:
     answers: Mapping[fx.Node, RuleResult]
 
     def type(self, node: fx.Node) -> TensorType:
-        """The type of a node that is a single tensor."""
+        """Return the type of a node that is a single tensor. Raises TypeError where it isn't one."""
         found = self.types.get(node)
         if not isinstance(found, tuple):
             raise TypeError(f"{node.name} is not a single tensor")
         return found
 
     def is_tensor(self, node: fx.Node) -> bool:
+        """Return whether a node is a single tensor."""
         return isinstance(self.types.get(node), tuple)
 
 
@@ -91,21 +92,23 @@ def _walk(
     ends: frozenset[fx.Node] = frozenset(),
     whole_edges: frozenset[Edge] = frozenset(),
 ) -> tuple[dict[fx.Node, Output], dict[fx.Node, RuleResult], dict[Grid, int]]:
-    """types, answers and images, as `Typing` and `SiteTyping` have them."""
-    asks: dict[fx.Node, list[fx.Node]] = {}
+    """Return types, answers and images, as `Typing` and `SiteTyping` have them."""
+    read_whole: dict[fx.Node, list[fx.Node]] = {}
     for reader, operand in whole_edges:
-        asks.setdefault(reader, []).append(operand)
+        read_whole.setdefault(reader, []).append(operand)
     types: dict[fx.Node, Output] = {}
     answers: dict[fx.Node, RuleResult] = {}
     images: dict[Grid, int] = {}
     for node in graph.nodes:
-        wanted = {operand: whole(types[operand]) for operand in asks.get(node, ())}  # type: ignore[arg-type]
+        # A reader of whole edges gets its answer as if those operands had all tokens.
+        wanted = {operand: whole(types[operand]) for operand in read_whole.get(node, ())}  # type: ignore[arg-type]
         answer = _answer(node, {**types, **wanted} if wanted else types)
         if answer is None:
             types[node] = None
             continue
         answers[node] = answer
         types[node] = answer.output
+        # The rule answers for the value itself; its users see it after the site.
         if node in sites:
             assert isinstance(answer.output, tuple)
             types[node] = tuple(_one_shorter(dim) for dim in answer.output)
@@ -117,11 +120,12 @@ def _walk(
 
 
 def whole(tensor_type: TensorType) -> TensorType:
-    """The type with every token back in place."""
+    """Return the type with every token back in place."""
     return tuple(_map_axes(dim, lambda axis: axis.at(0)) for dim in tensor_type)
 
 
 def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> RuleResult | None:
+    """Return a node's answer: its rule's, or a barrier's where it has none; None for a value without tensors."""
     value = node.meta.get("val")
     if node.op == "output":
         tensors = [n for n in node.all_input_nodes if isinstance(types.get(n), tuple)]
@@ -144,7 +148,10 @@ def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> RuleResult | None:
 
 
 def _with_everything_back(call: Call, reason: str) -> RuleResult:
-    """The answer where the rule gave none: its own for whole inputs, if tokens had left, else a barrier's."""
+    """Answer for a node whose rule couldn't.
+
+    With whole inputs the rule may answer, where tokens had been removed from them. Otherwise the node is a barrier.
+    """
     whole_operands = _whole_operands(call)
     if all(call.types[node] == kind for node, kind in whole_operands.items()):
         return _barrier(call, reason)
@@ -158,18 +165,20 @@ def _with_everything_back(call: Call, reason: str) -> RuleResult:
 
 
 def _barrier(call: Call, reason: str) -> RuleResult:
-    """The answer for what can't be followed: whole inputs, and an output about which nothing is claimed."""
+    """Answer for what can't be followed: inputs must be whole, and nothing is claimed about the output."""
     return RuleResult(
         _plain_value(call.node.meta["val"]), _whole_operands(call), prefix_operands=NEEDS_ALL, barrier=reason
     )
 
 
 def _whole_operands(call: Call) -> dict[fx.Node, TensorType]:
+    """Return the whole type of each operand that is a tensor."""
     found = {node: call.types[node] for node in call.node.all_input_nodes}
     return {node: whole(kind) for node, kind in found.items() if isinstance(kind, tuple)}
 
 
 def _plain_value(value: object) -> Output:
+    """Return the type of a value without any token axis."""
     if isinstance(value, torch.Tensor):
         return plain(*value.shape)
     if isinstance(value, list | tuple):
@@ -186,5 +195,5 @@ def _map_axes(dim: Dim, change) -> Dim:  # type: ignore[no-untyped-def]
 
 
 def levels(tensor_type: TensorType) -> set[int]:
-    """The levels of the token axes in a type."""
+    """Return the levels of the token axes in a type."""
     return {axis.domain.level for axis in token_axes(tensor_type)}

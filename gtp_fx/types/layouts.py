@@ -1,8 +1,8 @@
-"""From one layout of the same tokens to another, read off their types: into windows and out of them.
+"""Conversion between two layouts of the same tokens, read off their types: into windows and out of them.
 
-A type says which places of a grid each dimension runs over, so the operators that lead from [B, H, W, C] to
-[B·windows, tokens, C] needn't be found in the model and repeated: both types are cut into the same atoms, and what is
-left is a reshape, a permutation and a reshape, with the rolling and padding between that the grids tell of.
+A type says which places of a grid each dimension runs over. So the operators that lead from [B, H, W, C] to [B·windows,
+tokens, C] needn't be found in the model and repeated. Both types are cut into the same atoms; a reshape, a permutation
+and a reshape then convert one into the other, with the rolling and padding between that the grids record.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from gtp_fx.graph.symbols import is_symbolic
 from gtp_fx.types.axes import Dim, Factor, Grid, GridAxis, Plain, TensorType, split_tokens
 
 Call = Callable[..., Any]
-"""Inserts an operator call and returns its node: Call(target, *args)."""
+"""A function that inserts an operator call and returns its node: Call(target, *args)."""
 
 
 class NoLayout(NotApplicable):
-    """These types don't hold the same tokens; the message says what differs."""
+    """The types don't hold the same tokens; the message says what differs."""
 
 
 def sides_layout(kind: TensorType, grid: Grid) -> TensorType:
-    """[images, side 0, side 1, …, features] of `grid`: what lies between the layouts."""
+    """Return the layout between all others, [images, side 0, side 1, …, features] of `grid`."""
     images = tuple(factor for factor in kind[0] if isinstance(factor, Plain))
     return (images or (Plain(1),), *((GridAxis(grid, side),) for side in range(len(grid.shape))), kind[-1])
 
 
 def image_layout(region: TensorType) -> TensorType:
-    """[1, side 0, side 1, …] of the tokens that a layout by window holds, before any rolling or padding.
+    """Return [1, side 0, side 1, …] of the tokens that a layout by window holds, before any rolling or padding.
 
-    A grid that was pooled in place (mask units) holds every other place of its sides, or fewer.
+    A grid that was pooled in place (mask units) holds every second place of its sides, or fewer.
     """
     grid = grid_of(region)
     base = base_of(grid)
@@ -50,19 +50,22 @@ def image_layout(region: TensorType) -> TensorType:
 
 
 def by_window(region: TensorType, features: Dim) -> TensorType:
-    """[windows, tokens, features]: a layout by window of what all images share."""
+    """Return the layout by window of a value that all images share: [windows, tokens, features]."""
     windows = tuple(f for f in split_tokens(region[0]) if isinstance(f, GridAxis))
     return (windows or (Plain(1),), region[1], features)
 
 
 def convert(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
-    """`value`, of type `own`, as `wanted`, whose grid may be `own`'s rolled or padded, or the other way around.
+    """Insert what brings `value` from the type `own` to the type `wanted`; return its node.
 
-    Raises NoLayout. Both have one grid, whole, and the same images and features.
+    Each type has one grid, whole, and both have the same images and features. One grid may be the other, rolled or
+    padded. Raises NoLayout where they hold other tokens.
     """
     from_grid, to_grid = grid_of(own), grid_of(wanted)
+    # One grid, cut alike: no step between is needed.
     if from_grid == to_grid and not _overlap(own, wanted):
         return _arrange(call, value, own, wanted)
+    # Otherwise go by the grid's own order, in which it is rolled and padded.
     steps = list(_steps(from_grid, to_grid))
     between, arrived = sides_layout(wanted, from_grid), sides_layout(wanted, to_grid)
     value = _arrange(call, value, own, between)
@@ -72,7 +75,7 @@ def convert(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
 
 
 def grid_of(kind: TensorType) -> Grid:
-    """The one grid that a type runs over."""
+    """Return the one grid that a type runs over. Raises NoLayout where there is none, or several."""
     grids = {f.grid for dim in kind for f in split_tokens(dim) if isinstance(f, GridAxis)}
     if len(grids) != 1:
         raise NoLayout("it runs over no grid, or over several")
@@ -80,7 +83,7 @@ def grid_of(kind: TensorType) -> Grid:
 
 
 def made_from(grid: Grid) -> list[Grid]:
-    """The grid, what it was rolled or padded from, what that was, and so on."""
+    """Return the grid, the one that it was rolled or padded from, that one's, and so on."""
     chain = [grid]
     while grid.shift or grid.inside is not None:
         grid = grid.rolled([-by for by in grid.shift]) if grid.shift else grid.inside or grid
@@ -89,12 +92,13 @@ def made_from(grid: Grid) -> list[Grid]:
 
 
 def base_of(grid: Grid) -> Grid:
-    """The grid that a region, a rolled or a padded grid comes from."""
+    """Return the grid that a region, a rolled or a padded grid comes from."""
     return made_from(grid.parts[0].grid if grid.parts else grid)[-1]
 
 
 def _steps(start: Grid, end: Grid) -> Iterator[tuple[Any, ...]]:
-    """Operators on [images, sides…, features] that lead from one grid to the other."""
+    """Yield the operators on [images, sides…, features] that lead from one grid to the other."""
+    # Undo rolling and padding down to a grid that both are made from, then redo the other's.
     down, up = made_from(start), made_from(end)
     common = next((grid for grid in down if grid in up), None)
     if common is None:
@@ -109,16 +113,18 @@ def _steps(start: Grid, end: Grid) -> Iterator[tuple[Any, ...]]:
 
 
 def _done(grid: Grid, below: Grid) -> Iterator[tuple[Any, ...]]:
+    """Yield the operator that makes `grid` from the one `below`."""
     sides = list(range(1, len(grid.shape) + 1))
     if grid.shift:
         yield aten.roll.default, list(grid.shift), sides
         return
     more = [big - small for big, small in zip(grid.shape, below.shape, strict=True)]
-    # aten.pad counts from the last dimension, here features, in pairs of before and behind.
+    # aten.pad counts from the last dimension, here features, in pairs of before and after.
     yield aten.constant_pad_nd.default, [0, 0, *(n for by in reversed(more) for n in (0, by))]
 
 
 def _undone(grid: Grid, below: Grid) -> Iterator[tuple[Any, ...]]:
+    """Yield the operators that make the grid `below` from `grid`."""
     if grid.shift:
         yield aten.roll.default, [-by for by in grid.shift], list(range(1, len(grid.shape) + 1))
         return
@@ -127,10 +133,11 @@ def _undone(grid: Grid, below: Grid) -> Iterator[tuple[Any, ...]]:
 
 
 def _arrange(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
-    """The same grid in another order: reshape to atoms, permute, reshape."""
+    """Insert what brings the same grid into another order: reshape to atoms, permute, reshape."""
     cuts = _cuts([*own, *wanted])
     mine = [_atoms(dim, cuts) for dim in own]
     theirs = [_atoms(dim, cuts) for dim in wanted]
+    # The same atoms have to be on both sides, each once; then a permutation leads from one order to the other.
     flat, order = [a for dim in mine for a in dim], [a for dim in theirs for a in dim]
     names, wanted_names = list(map(_name, flat)), list(map(_name, order))
     if sorted(names) != sorted(wanted_names) or len(set(names)) != len(names):
@@ -146,7 +153,10 @@ def _arrange(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any
 
 
 def _overlap(own: TensorType, wanted: TensorType) -> bool:
-    """Windows of neighbours on one side, places far apart on the other: the grid's own order lies between."""
+    """Return whether windows of the two layouts overlap: neighbours on one side, places far apart on the other.
+
+    The grid's own order then has to come between.
+    """
     cuts = _cuts([*own, *wanted])
     try:
         for dim in (*own, *wanted):
@@ -160,7 +170,7 @@ _Cuts = dict[tuple[Grid, int], set[int]]
 
 
 def _cuts(dims: Sequence[Dim]) -> _Cuts:
-    """For each side of each grid, the strides at which any factor begins or ends."""
+    """Return, for each side of each grid, the strides at which any factor begins or ends."""
     cuts: _Cuts = {}
     for factor in (f for dim in dims for f in split_tokens(dim) if isinstance(f, GridAxis)):
         cuts.setdefault((factor.grid, factor.side), set()).update({factor.stride, factor.stride * factor.whole_size})
@@ -168,7 +178,7 @@ def _cuts(dims: Sequence[Dim]) -> _Cuts:
 
 
 def _atoms(dim: Dim, cuts: _Cuts) -> list[Factor]:
-    """The factors of `dim`, cut wherever any other factor of their side is."""
+    """Return the factors of `dim`, cut wherever any other factor of their side is cut."""
     atoms: list[Factor] = []
     for factor in split_tokens(dim):
         if not isinstance(factor, GridAxis):
@@ -189,12 +199,12 @@ def _atoms(dim: Dim, cuts: _Cuts) -> list[Factor]:
 
 
 def _name(atom: Factor) -> str:
-    """Tells atoms apart: images from features as many."""
+    """Return a name that is different for each atom of a dimension, and for images and as many features."""
     return "images" if isinstance(atom, Plain) and atom.images else repr(atom)
 
 
 def _shape(dims: Sequence[Sequence[Factor]]) -> list[int]:
-    """Sizes, the one that follows the batch as -1."""
+    """Return the sizes, with -1 for the one that depends on the batch."""
     sizes = []
     for dim in dims:
         size = 1

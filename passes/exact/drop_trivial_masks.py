@@ -1,8 +1,8 @@
-"""Exact: what depends on no input is worked out now, and where that shows a mask to hide nothing, the mask goes.
+"""Exact: remove attention masks that hide nothing, and added zeros.
 
-Libraries build an all-true mask out of `arange` for every model and hand it to each attention. It costs memory and,
-worse, fused attention: kernels without a mask are the fast ones. A value is known here when nothing that a user gives leads to
-it (no argument, parameter or buffer); the batch may, since a value that was expanded over images is the same for each.
+Libraries build an all-true mask from `arange` and pass it to every attention. It costs memory and, worse, the fast
+kernels, which take no mask. To recognise such masks, values that depend on no argument, parameter or buffer are
+computed here. They may depend on the batch size, since a value that is expanded over images is the same for each.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from gtp_fx.graph.operators import CONSTANTS, MASK_ARITHMETIC
 from gtp_fx.graph.symbols import per_image, shape_of
 
 _LARGEST = 1 << 24
-"""Elements; a larger value is not worth holding to find out that it hides nothing."""
+"""Most elements of a value that is computed here; larger ones aren't worth the memory."""
 
 
 def drop_trivial_masks(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `gm` without masks that hide nothing; `gm` itself where it makes no value of its own."""
+    """Return a copy of `gm` without masks that hide nothing; `gm` itself where it creates no constants."""
     if not nodes.count_nodes(gm.graph, CONSTANTS):
         return gm
     gm = edit.copy_of(gm)
@@ -45,7 +45,7 @@ def drop_trivial_masks(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def known_values(graph: fx.Graph) -> dict[Any, Tensor]:
-    """What depends on no input, for one image: a dimension whose size is the batch's has size 1."""
+    """Compute the values that depend on no input, for one image: a dimension that is the batch has size 1."""
     known: dict[Any, Tensor] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
@@ -60,29 +60,32 @@ def known_values(graph: fx.Graph) -> dict[Any, Tensor]:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: known.get(n, _for_one_image(n)))
         if any(isinstance(leaf, fx.Node) for leaf in torch.utils._pytree.tree_leaves((args, kwargs))):
             continue
+        # Compute on the default device, the CPU, wherever the model is.
         here = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory", "layout")}
         known[node] = node.target(*args, **here)
     return known
 
 
 def _for_one_image(node: fx.Node) -> Any:
-    """The batch's size as 1; any other value that isn't known stays a node."""
+    """Return a size for a batch of one; other values that aren't known stay nodes."""
     value = node.meta.get("val")
     return per_image(value) if isinstance(value, int) and not isinstance(value, bool) else node
 
 
 def _hides_nothing(mask: Tensor | None) -> bool:
+    """Tell whether a mask is known and lets attention see everything."""
     if mask is None:
         return False
     return bool(mask.all()) if mask.dtype == torch.bool else _is_zero(mask)
 
 
 def _is_zero(value: Tensor | None) -> bool:
+    """Tell whether a value is known and all zeros."""
     return value is not None and value.dtype != torch.bool and not bool(value.any())
 
 
 def _same_value(x: Any, total: fx.Node) -> bool:
-    """Adding zero neither broadcasts nor promotes `x`."""
+    """Tell whether `x` has the shape and dtype of the sum `total`, so that adding zero changes neither."""
     if not isinstance(x, fx.Node):
         return False
     return shape_of(x) == shape_of(total) and x.meta["val"].dtype == total.meta["val"].dtype

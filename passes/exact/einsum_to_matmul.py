@@ -2,7 +2,7 @@
 
     einsum("bhid,bhjd->bhij", q, k)   ->   matmul(q, kᵀ)
 
-so that later passes know attention in whichever of the two it was written. Others (more free labels, three operands) stay.
+so that later passes recognise attention in either spelling. Other einsums (more free labels, three operands) are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gtp_fx.types.rules.einsum import Equation
 
 
 def einsum_to_matmul(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `gm` in which matrix products are `aten.matmul`; `gm` itself where it has no einsum."""
+    """Return a copy of `gm` in which einsums that are matrix products are `aten.matmul`; `gm` itself if it has none."""
     if not nodes.count_nodes(gm.graph, (aten.einsum.default,)):
         return gm
     gm = edit.copy_of(gm)
@@ -29,10 +29,12 @@ def einsum_to_matmul(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
+    """Replace an einsum by a matrix product with permutes around it, where it is one."""
     arguments: tuple[Any, ...] = node.args
     equation = Equation.parse(arguments[0])
     if equation is None or len(equation.terms) != 2:
         return
+    # A matrix product has batch labels, and one each of row, column and summed labels.
     (a, b), operands, result = equation.terms, arguments[1], equation.result
     batch = [label for label in result if label in a and label in b]
     rows = [label for label in a if label not in b]
@@ -42,7 +44,7 @@ def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
         return
     sizes = [dict(zip(term, shape_of(operand), strict=True)) for term, operand in zip((a, b), operands, strict=True)]
     if any(sizes[0][label] != sizes[1][label] for label in (*batch, *summed)):
-        return  # one of the two is broadcast
+        return  # an operand is broadcast along this label
     with graph.inserting_before(node):
         left = _permuted(graph, operands[0], a, [*batch, *rows, *summed], node)
         right = _permuted(graph, operands[1], b, [*batch, *summed, *columns], node)
@@ -53,7 +55,7 @@ def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _permuted(graph: fx.Graph, x: fx.Node, labels: str, wanted: list[str], like: fx.Node) -> fx.Node:
-    """`x`, whose dimensions are `labels`, in the order `wanted`; exchanging the last two has an operator of its own."""
+    """Permute `x` from dimensions `labels` to the order `wanted`; by a transpose where that swaps the last two."""
     order = [labels.index(label) for label in wanted]
     if order == list(range(len(order))):
         return x

@@ -2,9 +2,9 @@
 
     q, k, v = x·Wqᵀ, x·Wkᵀ, x·Wvᵀ   ->   split(x·[Wq; Wk; Wv]ᵀ)
 
-as libraries with separate query, key and value projections have them, and gated MLPs. One large product fills a processor better
-than three. The weights are put together at every call, so that they stay the model's own (`load_state_dict`, training);
-that costs a copy of them, which many tokens outweigh and few do not.
+Separate query, key and value projections are such layers, and so are those of gated MLPs. One large product uses a
+processor better than three. The weights are concatenated at every call, so that they remain the model's own parameters
+(`load_state_dict`, training). That costs a copy of them, which pays for many tokens but not for few.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from gtp_fx.graph import edit, nodes
 from gtp_fx.graph.symbols import per_image, shape_of
 
 _FEWEST = 32
-"""Tokens of an image; behind `drop_dead_tokens` some layers compute a single one, whose product is no larger than the copy."""
+"""Fewest tokens per image for which layers are fused.
+
+After `drop_dead_tokens` some layers compute a single token; their product is no larger than the copy of the weights.
+"""
 
 
 def fuse_projections(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `gm` in which linear layers with one input are one; `gm` itself where each has its own."""
+    """Return a copy of `gm` in which linear layers that share an input are one; `gm` itself where none do."""
     if not _groups(gm.graph):
         return gm
     gm = edit.copy_of(gm)
@@ -34,7 +37,7 @@ def fuse_projections(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
-    """Linear layers that read the same value, where several do."""
+    """Return groups of two or more linear layers that read the same value."""
     by_input: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.target is aten.linear.default and _fusable(node):
@@ -43,7 +46,7 @@ def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 def _fusable(linear: fx.Node) -> bool:
-    """Enough tokens, and parameters that are there from the start."""
+    """Tell whether a layer has enough tokens, and parameters that are inputs of the graph."""
     x, *parameters = linear.all_input_nodes
     rows = 1
     for size in shape_of(x)[:-1]:
@@ -52,6 +55,7 @@ def _fusable(linear: fx.Node) -> bool:
 
 
 def _fuse(graph: fx.Graph, linears: Sequence[fx.Node]) -> None:
+    """Replace linear layers by one product whose result is split among their readers."""
     first = linears[0]
     widths = [shape_of(linear)[-1] for linear in linears]
     weights: list[Any] = [linear.args[1] for linear in linears]
@@ -60,6 +64,7 @@ def _fuse(graph: fx.Graph, linears: Sequence[fx.Node]) -> None:
         call = edit.Emitter(graph, like=first)
 
         weight = call(aten.cat.default, weights)
+        # Layers without a bias get zeros where others have one.
         bias = None
         if any(bias is not None for bias in biases):
             filled = [

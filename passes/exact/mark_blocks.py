@@ -1,14 +1,14 @@
-"""Find the attention blocks: self-attention over tokens, and the residual add that closes its half of the block.
+"""Exact: mark the attention blocks: self-attention over tokens, and the residual add that ends its half of the block.
 
     x ──┬─ norm ─ q, k, v ─ attention ─ projection ─ (scale) ─ add ── site
         └──────────────────────────────────────────────────────┘
 
-Nothing here knows a class or a layer's name. Attention is an operator whose queries and keys run over the same token
-axis; the residual add is the first addition after it whose other side the attention itself depends on. That holds for
-pre-norm, post-norm, LayerScale and parallel blocks alike, and tells a residual apart from a bias or a mask.
+No class or layer names are used. Attention is an operator whose queries and keys run over the same token
+axis; the residual add is the first addition after it whose other operand the attention itself depends on. That holds
+for pre-norm, post-norm, LayerScale and parallel blocks alike, and distinguishes a residual from a bias or a mask.
 
-The pass marks nodes (`meta["gtp_block"]`, a `Mark`) and changes nothing, so that later passes can rewrite
-around the marks; `read_blocks` reads them back. Blocks are counted in graph order: that order is the schedule's.
+The pass only marks nodes (`meta["gtp_block"]`, a `Mark`), so that later passes can rewrite around the marks;
+`gtp_fx.analysis.blocks` reads them. Blocks are numbered in graph order, which is the schedule's order.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from gtp_fx.graph.operators import ATTENTION
 
 
 def mark_blocks(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `gm` with its blocks marked."""
+    """Return a copy of `gm` with its blocks marked."""
     gm = copy_of(gm)
-    typing = typed_graph(gm.graph).whole  # a mark changes no type, so that these stay good for what comes behind
+    typing = typed_graph(gm.graph).whole  # marks change no type, so these types remain valid
     index = 0
     for node in gm.graph.nodes:
         axis = self_attention_axis(node, typing) if node.target in ATTENTION else None

@@ -1,7 +1,7 @@
-"""Exact: strip what says nothing, so that every later pass sees one spelling.
+"""Exact: remove operators that change nothing, so that every later pass sees one spelling.
 
-Asserts about metadata, dropouts of a frozen evaluation graph, copies and slices that take everything. Views become
-reshapes, which don't depend on how their input happens to lie in memory, so a later pass may replace what makes it.
+These are asserts about metadata, dropouts that are off, copies, and slices that take everything. Views become reshapes,
+which don't depend on the strides of their input, so that a later pass may replace the node that computes it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ASSERTS = (aten._assert_tensor_metadata.default,)
 
 
 def normalise(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `gm` without operators that change nothing."""
+    """Return a copy of `gm` without operators that change nothing."""
     gm = edit.copy_of(gm)
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
@@ -35,13 +35,17 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _as_reshape(node: fx.Node) -> None:
-    """What torch.export leaves whole and Dynamo's graph doesn't; a view as well where at most one size is symbolic."""
+    """Turn a flatten or unflatten into a reshape, where at most one size is symbolic.
+
+    torch.export keeps these operators; Dynamo's graph has views in their place.
+    """
     sizes = [-1 if is_symbolic(size) else size for size in shape_of(node)]
     if sizes.count(-1) <= 1:
         node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], sizes), {}
 
 
 def _changes_nothing(node: fx.Node) -> bool:
+    """Tell whether a call returns its first argument unchanged."""
     if node.target is aten.dropout.default:
         _, probability, training = node.args
         return not training or probability in (0, 0.0)
@@ -49,16 +53,18 @@ def _changes_nothing(node: fx.Node) -> bool:
         return _same_shape(node) and node.args[4:] in ((), (1,))
     if node.target in (*VIEWS, *SQUEEZES, aten.expand.default):
         return _same_shape(node)
-    # A copy of what the graph itself computed can't be told from it: the graph is functional. A copy of an argument
-    # could be returned to the caller, who may write to it.
+    # The graph is functional, so a copy of a value that it computed is as good as the value. A copy of an argument
+    # isn't: the graph may return it, and the caller may write to it.
     return node.target in COPIES and not nodes.is_input(_source(node))
 
 
 def _same_shape(node: fx.Node) -> bool:
+    """Tell whether a node has the shape of its first argument."""
     return tuple(node.meta["val"].shape) == tuple(_source(node).meta["val"].shape)
 
 
 def _source(node: fx.Node) -> fx.Node:
+    """Return a node's first argument."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return source

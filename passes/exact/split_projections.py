@@ -1,4 +1,4 @@
-"""Exact: split a fused projection whose parts are not alive for the same tokens.
+"""Exact: split a fused projection whose parts are live for different tokens.
 
     linear [B, N, 3C] ─ view [B, N, 3, H, D] ─ permute ─ unbind ─ q (1 token live), k, v (all)
 becomes
@@ -27,9 +27,14 @@ from gtp_fx.types.rules.layout import is_view
 
 @dataclass(frozen=True)
 class FusedProjection:
-    """linear → view → (permute) → unbind, whose view splits the features into `parts` of equal width first.
+    """Nodes linear → view → (permute) → unbind, where the view's outermost split of the features is into equal parts.
 
-    part_dim: the view's dimension that counts the parts. users: for each part, what reads it.
+    linear: the projection.
+    view: splits its features.
+    permute: None where there is none.
+    unbind: takes the parts.
+    part_dim: the view's dimension that counts the parts.
+    parts: how many parts there are.
     """
 
     linear: fx.Node
@@ -41,9 +46,11 @@ class FusedProjection:
 
 
 def split_projections(gm: fx.GraphModule, needs_full_maps: bool = False) -> fx.GraphModule:
-    """A copy of `gm` in which parts of a fused projection with different liveness are projections of their own.
+    """Return a copy of `gm` in which parts of a fused projection with different liveness are separate projections.
 
-    `gm` itself where the parts of each are alive for the same tokens.
+    `gm` itself where the parts of each projection are live for the same tokens.
+
+    needs_full_maps: keep every query of the marked blocks' attention live, for a strategy that reads whole maps.
     """
     needed = typed_graph(gm.graph).live(needs_full_maps).needed
     differing = {}
@@ -65,12 +72,12 @@ def split_projections(gm: fx.GraphModule, needs_full_maps: bool = False) -> fx.G
 
 
 def _items(unbind: fx.Node) -> dict[int, fx.Node]:
-    """What reads each part."""
+    """Return the node that takes each part, by the part's number."""
     return {user.args[1]: user for user in unbind.users}  # type: ignore[misc]
 
 
 def match_fused(unbind: fx.Node) -> FusedProjection | None:
-    """The fused projection that ends in this node, or None."""
+    """Return the fused projection that ends in this unbind; None where it ends none."""
     if unbind.target is not aten.unbind.int or any(user.target is not operator.getitem for user in unbind.users):
         return None
     source = unbind.args[0]
@@ -82,20 +89,19 @@ def match_fused(unbind: fx.Node) -> FusedProjection | None:
     linear = view.args[0]
     if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default:
         return None
+    # Nothing else may read the whole projection, and the parts have to be runs of rows of its weight.
     if any(len(node.users) != 1 for node in (linear, view, *([permute] if permute else []))):
         return None
     dim = (unbind.args[1] if len(unbind.args) > 1 else 0) % len(shape_of(source))  # type: ignore[operator]
     part_dim: Any = permute.args[1][dim] if permute is not None else dim  # type: ignore[index]
     shape = shape_of(view)
-    if (
-        math.prod(list(shape[part_dim:])) != shape_of(linear)[-1]
-    ):  # the parts are not the outermost split of the features
+    if math.prod(list(shape[part_dim:])) != shape_of(linear)[-1]:
         return None
     return FusedProjection(linear, view, permute, unbind, part_dim, shape[part_dim])
 
 
 def _split(graph: fx.Graph, fused: FusedProjection, needs: list[int], items: dict[int, fx.Node]) -> None:
-    """Replace the fused projection by one for each run of parts that are alive for the same tokens."""
+    """Replace the fused projection by one for each run of parts that are live for the same tokens."""
     x, weight, *rest = fused.linear.args
     bias = rest[0] if rest else None
     width = shape_of(fused.linear)[-1] // fused.parts
@@ -107,6 +113,7 @@ def _split(graph: fx.Graph, fused: FusedProjection, needs: list[int], items: dic
             new: Any = edit.call(graph, aten.slice.Tensor, weight, 0, *rows, like=like)
             new_bias = bias and edit.call(graph, aten.slice.Tensor, bias, 0, *rows, like=like)
             new = edit.call(graph, aten.linear.default, x, new, new_bias, like=like)
+            # The same view, permute and unbind as before, on fewer parts.
             sizes: list[Any] = list(fused.view.args[1])  # type: ignore[arg-type]
             sizes[fused.part_dim] = len(parts)
             new = edit.call(graph, fused.view.target, new, sizes, like=fused.view)

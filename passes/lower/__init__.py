@@ -1,1 +1,1 @@
-"""Rewrites of what is about to be compiled: GTP's operators as the kernels that a processor has."""
+"""Passes on graphs about to be compiled or run: GTP's operators become the kernels that a processor has."""

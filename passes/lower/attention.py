@@ -1,4 +1,4 @@
-"""Attention that scores its tokens, or is told their scales: as stock attention where that can be, else as a kernel."""
+"""Lowering of attention that scores tokens or reads token scales: to stock attention if possible, else to a kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from gtp_fx.passes.lower.lowering import Lowering
 
 
 def lower_attention(low: Lowering, node: fx.Node) -> None:
-    """Stock attention, which keeps its kernel where it is told no scales, or takes them as its mask at speed."""
+    """Lower attention that makes no scores.
+
+    It remains stock attention where it reads no token scales, or can take them as its mask at full speed.
+    """
     options = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:], strict=False)) | dict(node.kwargs)
     if any(options.get(option) for option in ("dropout_p", "is_causal", "enable_gqa")):
         return
@@ -23,7 +26,10 @@ def lower_attention(low: Lowering, node: fx.Node) -> None:
 
 
 def lower_scored_attention(low: Lowering, node: fx.Node) -> None:
-    """All but theta below 1, which ranks whole maps: they have to be in memory, so it stays plain ATen."""
+    """Lower attention that scores its tokens.
+
+    With theta below 1 it stays plain ATen, because theta ranks whole attention maps, which have to be in memory.
+    """
     _, _, _, bias, scale, sparsity, score, prefix, suffix = node.args
     if sparsity != 1.0:
         return

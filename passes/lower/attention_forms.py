@@ -1,10 +1,10 @@
-"""The forms that attention takes on a GPU: which of them a call can take, and the nodes of each.
+"""Forms of attention on a GPU: which of them a call can take, and the nodes of each.
 
-    mask      stock attention, told scales as its additive mask; without one where it is told none
-    channel   stock attention, told scales in channels of its heads, which its product adds up
+    mask      stock attention; token scales, if any, are its additive mask
+    channel   stock attention; token scales are in additional channels of its heads, which its product sums up
     kernel    attend, for what stock attention can't take
 
-Where attention scores, stock attention also returns its log-sum-exp, and `attention_scores` makes the scores of that.
+Where tokens are scored, stock attention also returns its log-sum-exp; `attention_scores` computes the scores from it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,21 @@ from gtp_fx.targets.target import TOLD
 
 _HEADS, _TOKENS, _FEATURES = 1, 2, 3
 _MOST_SINGLE = 256
-"""Keys that `attend` takes in float32, whose products it makes without tensor cores: above, torch's may have TF32 and are larger."""
+"""Most keys that `attend` takes in float32.
+
+It computes float32 products without tensor cores. With more keys these are larger, and torch's own may use TF32.
+"""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One attention, by either operator: its first operands are q, k and v.
+    """One attention, by either operator.
 
-    bias: its mask, or what tells it scales. score: None where the operator makes none. around: prefix and suffix tokens.
+    node: the call; its first operands are q, k and v.
+    bias: its mask, or a `key_bias` call that holds token scales.
+    scale: the number that multiplies the logits; None for the default.
+    score: the kind of score; None where the operator computes none.
+    around: numbers of prefix and suffix tokens.
     """
 
     node: fx.Node
@@ -41,50 +48,54 @@ class Call:
 
     @property
     def operands(self) -> tuple[Any, ...]:
+        """q, k and v."""
         return self.node.args[:3]
 
     @property
     def told(self) -> tuple[Any, ...] | None:
-        """Scales [B, n], prefix, suffix, and the mask beside them; None where no scales are told."""
+        """Token scales [B, n], prefix, suffix, and the mask beside them; None where attention gets no scales."""
         is_told = isinstance(self.bias, fx.Node) and self.bias.target is gtp_fx.key_bias.default
         return self.bias.args[:4] if is_told else None
 
     @property
     def mask(self) -> Any:
-        """What else is added to its logits."""
+        """The mask that is added to the logits beside token scales."""
         return self.bias if self.told is None else self.told[3]
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Keys, features of queries and keys, features of values."""
+        """Numbers of keys, of features of queries and keys, and of features of values."""
         _, k, v = map(shape_of, self.operands)
         return k[_TOKENS], k[_FEATURES], v[_FEATURES]
 
     @property
     def dtype(self) -> torch.dtype:
+        """The operands' dtype."""
         dtype: torch.dtype = self.operands[0].meta["val"].dtype
         return dtype
 
 
 def form_of(low: Lowering, call: Call) -> str | None:
-    """The form that the target asks for where `call` can take it, else the first in `TOLD`'s order; None where it can take none."""
+    """Return the target's form where `call` can take it, else the first possible one in `TOLD`'s order, else None."""
     shapes = [shape_of(x) for x in call.operands]
     if any(len(shape) != 4 for shape in shapes) or len({shape[_HEADS] for shape in shapes}) > 1:
         return None
     forms = TOLD if low.told == "auto" or call.told is None else (low.told, *TOLD)
     if forms[0] == low.told == "mask" and call.score is None:
-        return "mask"  # which torch's attention always takes, at whatever speed
+        return "mask"  # torch's attention always takes a mask, at whatever speed
     return next((form for form in forms if _takes(low, call, form)), None)
 
 
 def emit_form(low: Lowering, call: Call, form: str) -> tuple[fx.Node, fx.Node | None]:
-    """`call` in a form that it can take: its output, and its scores where it makes some."""
+    """Insert `call` in a form that it can take; return its output, and its scores or None."""
     node, (q, k, v) = call.node, call.operands
     scales, *around = (None, *call.around) if call.told is None else call.told[:3]
     if form == "kernel":
-        told = (call.mask, scales, call.scale, call.score or "none", *around, [])
-        made = low.call(node, low.kernels.attend, q, k, v, *told)
+        options = (call.mask, scales, call.scale, call.score or "none", *around, [])
+        made = low.call(node, low.kernels.attend, q, k, v, *options)
         return low.item(made, 0), low.item(made, 1)
+    # Stock attention. Additional channels of queries and keys hold the scales, and values may be padded to the same
+    # width, which some kernels need.
     _, head, values = call.sizes
     kernel, taken = _stock(low, call, form)  # type: ignore[misc]
     bias, scale = call.bias, head**-0.5 if call.scale is None else call.scale
@@ -108,21 +119,25 @@ def emit_form(low: Lowering, call: Call, form: str) -> tuple[fx.Node, fx.Node | 
 
 
 def _takes(low: Lowering, call: Call, form: str) -> bool:
+    """Tell whether `call` can take a form."""
     if form != "kernel":
         return _stock(low, call, form) is not None
     keys, *sizes = call.sizes
     least, most = low.kernels.heads
-    # float32 is for cores without tensors there: beside torch's own it holds for few keys only.
+    # attend has no tensor cores for float32, so it keeps up with torch's kernels for few keys only.
     many = call.dtype == torch.float32 and keys > _MOST_SINGLE
     return least <= min(sizes) and max(sizes) <= most and not many and (call.scale is None or call.scale > 0)
 
 
 def _stock(low: Lowering, call: Call, form: str) -> tuple[str, int] | None:
-    """The kernel of torch's that computes `call` in one of its two forms, and how many features of values it wants for that."""
+    """Return torch's kernel for `call` in one of the two stock forms, and the features of values that it needs.
+
+    None where torch has no fast kernel for it.
+    """
     q, k, _ = map(shape_of, call.operands)
     keys, head, values = call.sizes
     least, most = low.kernels.heads
-    # Scores are those of self-attention, by a kernel that is made for such heads.
+    # attention_scores is made for self-attention with heads of these sizes.
     scored = call.score is None or (call.score != "none" and q == k and least <= head <= most)
     if low.stock is None or call.mask is not None or not scored:
         return None

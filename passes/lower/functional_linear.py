@@ -1,8 +1,8 @@
-"""Exact: linear layers as calls of `torch.nn.functional.linear`, for graphs that a module runs.
+"""Exact: linear layers become calls of `torch.nn.functional.linear`, for graphs that a module runs.
 
-A weight may be replaced by a tensor of a class of its own, a quantised one. Such classes answer `torch.nn.functional.linear`; of
-aten.linear, which autograd takes apart before it asks them, they see only the parts. And few of them can be put together with
-others: where `fuse_projections` does that with weights, it is decided when the graph runs whether they are.
+A weight may be replaced by a tensor of another class, a quantised one. Such classes override
+`torch.nn.functional.linear`. They never see aten.linear, which autograd decomposes first. Few of them can be
+concatenated: where `fuse_projections` concatenates weights, that is decided when the graph runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gtp_fx.graph import edit
 
 
 def functional_linear(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of `gm`, to be run and not rewritten any more."""
+    """Return a copy of `gm` with functional linear layers, which is to be run and not rewritten further."""
     gm = edit.copy_of(gm)
     for node in gm.graph.nodes:
         if node.target is aten.linear.default:
@@ -32,7 +32,10 @@ def functional_linear(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def joined_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> Tensor:
-    """Several linear layers of one input, side by side [..., sum of widths]: one product, unless weights are of a class of their own."""
+    """Apply several linear layers to one input; return their outputs side by side, [..., sum of widths].
+
+    That is one product, unless a weight has a class other than Tensor and Parameter.
+    """
     if all(type(weight) in (Tensor, Parameter) for weight in weights):
         return F.linear(x, torch.cat(list(weights)), None if biases is None else torch.cat(list(biases)))
     each = [None] * len(weights) if biases is None else biases
@@ -40,5 +43,5 @@ def joined_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 
 
 def _joined(value: object) -> bool:
-    """Put together end to end, by `fuse_projections` say."""
+    """Tell whether a value is a concatenation along the first dimension, as `fuse_projections` inserts."""
     return isinstance(value, fx.Node) and value.target is aten.cat.default and len(value.args) == 1

@@ -1,4 +1,4 @@
-"""The walk's state while operators become kernels, and the questions that several of its steps ask."""
+"""State of the walk in which operators become kernels, and helpers that several of its steps share."""
 
 from __future__ import annotations
 
@@ -17,9 +17,16 @@ from gtp_fx.kernels.stock_attention import StockAttention
 
 @dataclass
 class Lowering:
-    """The walk's state. stock: what torch's own attention would do there; None where that isn't known. told: how attention is told scales,
-    `Target.told`. instead: new nodes that have taken old ones' places. maps: by the index of a level's tokens into the grid, the map
-    that `select` left, and the grid's cells."""
+    """State of the walk.
+
+    graph: the graph that is rewritten.
+    kernels: the Triton kernels.
+    stock: torch's own choice of attention kernels on the device; None where it isn't known.
+    told: how attention gets token scales, `Target.told`.
+    instead: new nodes that have replaced others.
+    maps: by the node of the remaining tokens' places on the grid, the map that `select` returned and the number of the
+        grid's cells.
+    """
 
     graph: fx.Graph
     kernels: Kernels
@@ -29,13 +36,15 @@ class Lowering:
     maps: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)
 
     def call(self, before: fx.Node, target: Any, *args: Any) -> fx.Node:
+        """Insert a call before a node."""
         return edit.Emitter(self.graph, like=before, before=before)(target, *args)
 
     def item(self, of: fx.Node, index: int) -> fx.Node:
-        """One of several results."""
+        """Insert a node that takes one of several results of `of`."""
         return self.call(of.next, operator.getitem, of, index)
 
     def swap(self, old: fx.Node, new: fx.Node) -> fx.Node:
+        """Give `new` to all readers of `old`, and return it."""
         new.meta["val"] = old.meta["val"]
         self.instead.append(new)
         old.replace_all_uses_with(new)
@@ -43,13 +52,13 @@ class Lowering:
 
 
 def only(values: Iterable[Any]) -> Any:
-    """The only one; None where there are none or several."""
+    """Return the only value; None where there are none or several."""
     found = list(values)
     return found[0] if len(found) == 1 else None
 
 
 def summands(add: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two values of one shape and dtype whose plain sum `add` is; None where it is something else."""
+    """Return the two operands of a plain sum of values with equal shapes and dtypes; None for anything else."""
     if add.target is not aten.add.Tensor or add.kwargs or not all(isinstance(value, fx.Node) for value in add.args):
         return None
     one, other = add.args

@@ -1,4 +1,4 @@
-"""The token graph as one kernel, where it asks for similar tokens."""
+"""Lowering of the token graph to one kernel, where it needs similar tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MOST_SIDES, _DTYPES = 3, (torch.float32, torch.bfloat16, torch.float16)
 
 
 def lower_token_graph(low: Lowering, node: fx.Node) -> None:
-    """A spatial graph compares no tokens, only coordinates: the operator does as well."""
+    """Lower `token_graph`, except for spatial graphs: these compare only coordinates, and the operator does as well."""
     x, grid, _, kind, neighbors = node.args  # type: ignore[misc]
     if kind == "spatial" or len(grid) > _MOST_SIDES or not 1 <= neighbors <= low.kernels.most_neighbors:  # type: ignore[arg-type,operator]
         return

@@ -1,16 +1,16 @@
-"""Exact: GTP's operators as the Triton kernels of `gtp_fx.kernels`, for graphs that run on a GPU.
+"""Exact: GTP's operators become the Triton kernels of `gtp_fx.kernels`, for graphs that run on a GPU.
 
-Run last, on what is about to be compiled; plain ATen stays what users see, export and run elsewhere. Operators that belong together
-become one kernel:
+This runs last, on graphs about to be compiled; users see, export and run elsewhere the plain ATen before it. Operators
+that belong together become one kernel:
 
-    token_graph                                     token_graph, where similar tokens are asked for (indices in int32)
+    token_graph                                     token_graph, where it needs similar tokens (indices in int32)
     key_bias and attention                          stock attention or attend (`attention_forms`)
     attention_with_scores                           the same, and attention_scores
     select and where its tokens are on the grid     select
     an add (LayerScale too), propagate and a norm   propagate, of tokens and of scales
     region_shares, recover and a residual add       recover
 
-What a kernel isn't made for (another rank, theta < 1, heads of 256, merging) stays as it is: composite operators run everywhere.
+Calls that no kernel takes (another rank, theta < 1, heads of 256, merging) are kept; composite operators run anywhere.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ from gtp_fx.passes.lower.token_graph import lower_token_graph
 def lowered(
     gm: fx.GraphModule, device: torch.device, disabled: Sequence[str] = (), told: str = "auto"
 ) -> fx.GraphModule:
-    """`gm` in Triton kernels where `device` is a GPU that they are made for, and `gm` itself elsewhere or where that pass is disabled.
+    """Return `gm` with Triton kernels where `device` is a GPU that has them; else, or where the pass is disabled, `gm`.
 
-    told: how attention is told token scales, `Target.told`. Export and eager runs take `gm`, which is plain ATen.
+    Export and eager runs take `gm`, which is plain ATen.
+
+    disabled: names of passes that don't run.
+    told: how attention gets token scales, `Target.told`.
     """
     if not has_kernels(device) or "triton_kernels" in disabled:
         return gm
@@ -45,16 +48,17 @@ def lowered(
 
 
 def triton_kernels(gm: fx.GraphModule, stock: StockAttention | None = None, told: str = "auto") -> fx.GraphModule:
-    """A copy of `gm` that calls kernels. Raises ImportError where Triton isn't installed.
+    """Return a copy of `gm` that calls Triton kernels. Raises ImportError where Triton isn't installed.
 
-    stock: what torch's own attention does on the graph's device; None leaves it out, so that `attend` takes what it can.
+    stock: torch's choice of attention kernels on the graph's device; None uses `attend` wherever it can.
+    told: how attention gets token scales, `Target.told`.
     """
     gm = edit.copy_of(gm)
     lowering = Lowering(gm.graph, load_kernels(), stock, told)
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target in _LOWERINGS:
             _LOWERINGS[node.target](lowering, node)
-    for node in lowering.instead:  # so far they had the shapes of what they stand for
+    for node in lowering.instead:  # they had the shapes of what they replace; recompute
         node.meta.pop("val", None)
     gm = edit.finish(gm)
     propagate_shapes(gm, after="triton_kernels")

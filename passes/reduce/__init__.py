@@ -1,1 +1,1 @@
-"""Passes that carry out a plan: tokens leave, or skip a branch."""
+"""Passes that carry out a plan: they remove tokens, or let them skip a branch."""

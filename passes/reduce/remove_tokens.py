@@ -1,12 +1,14 @@
-"""Approximate: let tokens leave. The strategy's operators go in at each site, what follows is repaired from types.
+"""Approximate: remove tokens. The strategy's operators are inserted at sites, and later nodes are repaired from types.
 
 The graph is typed with the plan's sites, then walked once in order. At each node:
-  1. an operand that comes at another level than the node asks for is coerced (`gtp_fx.types.coercions`): older values are taken
-     for the tokens left, newer ones are recovered;
-  2. arguments that hold sizes are recomputed from the types and the plan's token counts;
-  3. attention over shortened keys is told their token scales, and where its block has a site it is replaced by one that
-     also scores its tokens;
-  4. behind a site, the shortened stream takes the place of the whole one for every later reader.
+  1. An operand at another level than the node needs is coerced (`gtp_fx.types.coercions`): of older values the
+     remaining tokens are taken, and in newer ones the removed tokens are recovered.
+  2. Arguments that are sizes are recomputed from the types and the plan's token counts.
+  3. Attention over shortened keys gets their token scales. Where its block has a site, it is replaced by an attention
+     that also scores its tokens.
+  4. After a site, every later reader gets the shortened stream instead of the whole one.
+
+The level of a stream is the number of its sites so far; at level 0 it has all tokens.
 """
 
 from __future__ import annotations
@@ -29,18 +31,18 @@ from gtp_fx.types.coercions import Coercion, Step, find_coercions
 from gtp_fx.types.infer import SiteTyping, infer_with_sites
 
 SITE = "gtp_site"
-"""Meta key of a node behind which tokens have left: the grid that they left from, and the state of what remains."""
-
+"""Meta key of a node after which tokens have been removed: the grid they were on, and the state of what remains."""
 
 RECOVERED = "gtp_recovered"
-"""Meta key of a value in which tokens that had left are back for a reader."""
+"""Meta key of a value in which removed tokens have been put back for a reader."""
 
 
 def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """A copy of `gm`, whose blocks are marked, in which the plan's tokens leave at the plan's sites.
+    """Return a copy of `gm`, whose blocks are marked, in which the plan's tokens are removed at the plan's sites.
 
-    Every coercion that the plan's sites call for must be possible; `make_plan` has seen to that.
+    Every coercion that the plan's sites need has to be possible, as `make_plan` ensures.
     """
+    # The original's analyses are cached, so they are read there and carried over to the copy.
     typed = typed_graph(gm.graph)
     ends_before = ends_of(typed, plan.strategy)
     edges_before = updated_edges(typed, plan.strategy, ends_before)
@@ -49,12 +51,14 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     sites = {cut_of(block, plan.strategy): block for block in blocks if block.index in plan.propagated}
     ends = {copies[node]: grid for node, grid in ends_before.items()}
     edges = frozenset((copies[reader], copies[stream]) for reader, stream in edges_before)
+    # Types say at which level each operand comes and is needed; coercions are the differences.
     typing = infer_with_sites(gm.graph, frozenset(filter(None, sites)), frozenset(ends), edges)
     found = find_coercions(typing)
     assert not found.refused, found.refused
     coercions = found.by_node()
     args = {node: node.args for node in gm.graph.nodes}
     walk = _Walk(gm.graph, plan, typing, {block.attention: block for block in blocks}, args)
+    # The nodes as they are now: the walk inserts others, which need no repair.
     for node in list(gm.graph.nodes):
         answer = typing.answers.get(node)
         if answer is None:
@@ -68,17 +72,28 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         if node.target is aten.mean.dim and plan.strategy.weighted_pooling:
             walk.rewrite_pooling(node)
         if node in sites:
-            walk.shorten_behind(node, sites[node])
+            walk.shorten_after(node, sites[node])
         if node in ends:
-            walk.put_back_behind(node, ends[node])
+            walk.put_back_after(node, ends[node])
     return edit.finish(gm)
 
 
 @dataclass
 class _Walk:
-    """The walk's state. args: each node's as they were, which types speak of.
+    """State of the walk.
 
-    states: the strategy's, by stream and level. attention, scores: of each block with a site. instead: what has taken a node's place. shares: how each site's tokens are recovered. entered: the stream as each level of it came to the next one's site. coerced: values by operand and what was done to it.
+    graph: the graph that is rewritten.
+    plan: the plan.
+    typing: types with the plan's sites.
+    blocks: blocks by their attention.
+    args: each node's arguments before the walk, which the types refer to.
+    states: the strategy's states of each stream, by level.
+    attention: each block's attention, by the block's number.
+    scores: the scores of each block that has some, by the block's number.
+    replacement: nodes that have been replaced, and by what.
+    shares: the weights that recover each site's removed tokens, by stream and the level before the site.
+    coerced: coerced values, by operand and what was done to it.
+    stream_at_site: each stream as it entered a site, by stream and the level before the site.
     """
 
     graph: fx.Graph
@@ -95,12 +110,13 @@ class _Walk:
     stream_at_site: dict[tuple[Grid, int], fx.Node] = field(default_factory=dict)
 
     def coerce(self, coercion: Coercion) -> None:
-        """Give the coercion's node its operand in the type that it asks for."""
+        """Give the coercion's node its operand in the type that it needs."""
         node, operand = coercion.node, coercion.operand
         emit = edit.Emitter(self.graph, like=node, before=node)
-        came = value = self.current(operand)
+        given = value = self.current(operand)
         for dims in range(coercion.lead):
             value = self._once((operand, dims), emit, aten.unsqueeze.default, value, 0)
+        # One operator per level and dimension; the key says what was done so far, so that equal work is shared.
         for i, step in enumerate(coercion.steps):
             for level in _levels_between(step):
                 key = (operand, coercion.lead, coercion.steps[:i], step.dim, level, coercion.updates)
@@ -110,27 +126,30 @@ class _Walk:
                     value = self._once(key, emit, *self._move(emit, value, coercion.images, step, level))
         if any(step.recovers for step in coercion.steps):
             value.meta[RECOVERED] = True
-        node.replace_input_with(came, value)
+        node.replace_input_with(given, value)
         node.meta.pop("val", None)
 
     def _updated(self, key: Any, emit: edit.Emitter, value: fx.Node, images: int, step: Step, level: int) -> fx.Node:
-        """A stream at `level`: as it entered the site behind that, plus what has changed since, which is what is recovered."""
+        """Return a later stream brought back to `level`.
+
+        That is the stream as it entered the site after that level, plus the recovered change since then.
+        """
         grid, around = step.axis.domain.grid, (images, step.dim, step.axis.prefix, step.axis.suffix)
         before, removal = self.stream_at_site[grid, level], self.states[grid][level + 1].removal
         assert removal is not None
-        then = self._once((key, "then"), emit, gtp_fx.take_tokens.default, before, removal.kept, *around)
-        change = self._once((key, "change"), emit, aten.sub.Tensor, value, then)
+        kept_before = self._once((key, "then"), emit, gtp_fx.take_tokens.default, before, removal.kept, *around)
+        change = self._once((key, "change"), emit, aten.sub.Tensor, value, kept_before)
         back = self._once((key, "back"), emit, *self._move(emit, change, images, step, level))
         return self._once(key, emit, aten.add.Tensor, back, before)
 
     def _once(self, key: Any, emit: edit.Emitter, target: Any, *args: Any) -> fx.Node:
-        """A rotary table is read by every block: take from it once for each level."""
+        """Emit a call once per key: a rotary table is read by every block, and should be taken from once per level."""
         if key not in self.coerced:
             self.coerced[key] = emit(target, *args)
         return self.coerced[key]
 
     def _move(self, emit: edit.Emitter, value: fx.Node, images: int, step: Step, level: int) -> tuple[Any, ...]:
-        """The operator call that brings `value` to `level` along one dimension."""
+        """Return the operator and arguments that bring `value` to `level` along one dimension."""
         grid, around = step.axis.domain.grid, (images, step.dim, step.axis.prefix, step.axis.suffix)
         states = self.states[grid]
         if not step.recovers:
@@ -153,12 +172,13 @@ class _Walk:
         )
 
     def rewrite_attention(self, node: fx.Node) -> None:
-        """Tell `node` the token scales of its keys; make it score its tokens where its block needs that."""
+        """Give attention the token scales of its keys, and let it score its tokens where its block has a site."""
         attention = Attention.of(node)
         keys = token_axis(self.wanted(node, 1)[-2])
         block = self.blocks.get(node)
         emit = edit.Emitter(self.graph, like=node, before=node)
         state = self.states[keys.domain.grid][keys.domain.level] if keys is not None and keys.domain.level else None
+        # Scales enter as a bias on the keys' logits: log of the scale.
         bias = attention.bias
         strategy = self.plan.strategy
         if keys is not None and state is not None and strategy.reads_scales:
@@ -171,12 +191,12 @@ class _Walk:
             output, self.scores[block.index] = strategy.attend(emit, operands, block.axis, scored)
             node.replace_all_uses_with(output)
             self.replacement[node] = output
-            self.graph.erase_node(node)  # dead code elimination leaves it: attention may draw random numbers
+            self.graph.erase_node(node)  # dead code elimination keeps attention, which may draw random numbers
         elif bias is not attention.bias:
             edit.set_args(node, (*node.args[:3], bias, *node.args[4:]))
 
     def rewrite_pooling(self, node: fx.Node) -> None:
-        """Weigh a mean over shortened tokens by their scales."""
+        """Weight a mean over shortened tokens by their scales."""
         kind = self.wanted(node, 0)
         arguments: tuple[Any, ...] = node.args
         x, reduced, *keepdim = arguments
@@ -192,32 +212,32 @@ class _Walk:
         node.replace_all_uses_with(self.replacement[node])
 
     def wanted(self, node: fx.Node, position: int) -> TensorType:
-        """The type in which `node` asks for the operand that it had at `position` before the walk."""
+        """Return the type in which `node` needs the operand that it had at `position` before the walk."""
         return self.typing.answers[node].operands[self.args[node][position]]
 
     def current(self, node: Any) -> fx.Node:
-        """What stands in a node's place."""
+        """Return the node's replacement, or the node itself."""
         found: fx.Node = self.replacement.get(node, node)
         return found
 
-    def shorten_behind(self, cut: fx.Node, block: AttentionBlock) -> None:
-        """Insert the site of `block` behind the node `cut`, and give its result to every later reader."""
+    def shorten_after(self, cut: fx.Node, block: AttentionBlock) -> None:
+        """Insert the site of `block` after the node `cut`, and give its result to every later reader."""
         grid, place = block.axis.domain.grid, block.index
         if grid not in self.states:
             self.states[grid] = [self._start(grid)]
         emit = edit.Emitter(self.graph, like=cut, before=cut.next)
         state = self.states[grid][-1]
         count = self.plan.count(block.axis.domain.at(len(self.states[grid]) - 1))
-        leaving, attention = self.plan.propagated[place], self.attention.get(place)
-        site = AtSite(cut, block.axis, count, leaving, place, self.scores.get(place), attention)
-        shorter, behind = self.plan.strategy.reduce(emit, site, state)
-        shorter.meta[SITE] = (grid, behind)
+        removed, attention = self.plan.propagated[place], self.attention.get(place)
+        site = AtSite(cut, block.axis, count, removed, place, self.scores.get(place), attention)
+        shorter, new_state = self.plan.strategy.reduce(emit, site, state)
+        shorter.meta[SITE] = (grid, new_state)
         self.stream_at_site[grid, len(self.states[grid]) - 1] = cut
-        self.states[grid].append(behind)
+        self.states[grid].append(new_state)
         self._replace(cut, shorter, emit)
 
-    def put_back_behind(self, end: fx.Node, grid: Grid) -> None:
-        """Behind the last block of a stream: every token in its place, where the strategy has it so."""
+    def put_back_after(self, end: fx.Node, grid: Grid) -> None:
+        """Put every token back in its place after the last block of a stream, where it has had a site."""
         if grid in self.states:
             emit = edit.Emitter(self.graph, like=end, before=end.next)
             block = next(b for b in self.blocks.values() if b.axis.domain.grid == grid)
@@ -225,11 +245,12 @@ class _Walk:
             self._replace(end, whole, emit)
 
     def _replace(self, old: fx.Node, new: fx.Node, emit: edit.Emitter) -> None:
+        """Give `new` to all readers of `old` but the nodes that `emit` has inserted."""
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in emit.inserted)
         self.replacement[old] = new
 
     def _start(self, grid: Grid) -> StreamState:
-        """The strategy's state of a stream, from what enters its first block, wherever its first site is."""
+        """Return the strategy's initial state of a stream, from what enters its first block, with a site or without."""
         streams = [
             block for block in self.blocks.values() if block.axis.domain.grid == grid and block.stream is not None
         ]
@@ -240,7 +261,7 @@ class _Walk:
 
 
 def _levels_between(step: Step) -> list[int]:
-    """The levels to pass through, the last one included. From the whole grid to any level is one step."""
+    """Return the levels to pass through, the last one included. From the whole grid, any level is one step away."""
     here = step.axis.domain.level
     if step.recovers:
         return list(range(here - 1, step.level - 1, -1))

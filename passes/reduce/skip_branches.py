@@ -1,10 +1,10 @@
-"""Approximate: let tokens skip a branch. The stream keeps its grid; some tokens of each window go through the branch alone.
+"""Approximate: let tokens skip a branch. The stream keeps its grid, and only some tokens of each window run the branch.
 
-For each block of the plan that is placed so:
-  1. its attention also scores its tokens, window by window;
-  2. the branch's entries are arranged by window, and the kept tokens taken out of each, as many everywhere;
-  3. the branch's nodes run on those;
-  4. the others get their neighbours' results (or, as the strategy says, none), and all is arranged as it was.
+For each block whose site in the plan is on a branch:
+  1. Its attention also scores its tokens, window by window.
+  2. The branch's entries are arranged by window, and the kept tokens are taken from each window, equally many in all.
+  3. The branch's nodes run on these tokens.
+  4. Skipped tokens get their neighbours' results, or none if the strategy says so. All tokens return to their places.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from gtp_fx.types.infer import WholeTyping, infer_types
 from gtp_fx.types.layouts import by_window, convert, grid_of, image_layout, made_from
 
 _ROWS, _IMAGES = 1, 0
-"""In the layout by window, [images and windows, tokens, features]."""
+"""Dimensions of the layout by window, [images and windows, tokens, features]."""
 _FAR = 1 << 20
-"""Farther than any two patches are apart."""
+"""Distance larger than that of any two patches."""
 
 
 def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """A copy of `gm`, whose blocks are marked, in which the plan's tokens skip the plan's branches."""
+    """Return a copy of `gm`, whose blocks are marked, in which the plan's tokens skip the plan's branches."""
     blocks = typed_graph(gm.graph).blocks
     gm, copies = edit.copy_with_nodes(gm)
     typing = infer_types(gm.graph)
@@ -50,9 +50,13 @@ def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 def _choose(
     graph: fx.Graph, scores: fx.Node, branch: Branch, skipping: int, strategy: Strategy
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """kept [R, K] and left [R, P] of each of R images and windows, and shares [R, P, K], after the branch.
+    """Choose the tokens that skip the branch, by lowest score; return the nodes kept, skipped and shares.
 
-    scores: of type `branch.scores`.
+    kept [R, K] and skipped [R, P] are indices into the tokens of each of R windows of all images. shares [R, P, K] says
+    how much of each kept token's result a skipped one gets. The nodes are inserted after the branch.
+
+    scores: scores of type `branch.scores`.
+    skipping: P, how many tokens of each window skip.
     """
 
     call = edit.Emitter(graph, like=branch.result)
@@ -62,51 +66,60 @@ def _choose(
         if _is_padded(branch):
             scores = _padding_first(call, scores, branch)
         split = call(gtp_fx.select.default, scores, skipping)
-        kept, left = call(operator.getitem, split, 0), call(operator.getitem, split, 1)
-        return kept, left, _shares(call, kept, left, branch, strategy, like=scores)
+        kept, skipped = call(operator.getitem, split, 0), call(operator.getitem, split, 1)
+        return kept, skipped, _shares(call, kept, skipped, branch, strategy, like=scores)
 
 
 def _insert(graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.Node], typing: WholeTyping) -> None:
-    """Put the branch of the kept tokens in the place of the whole, after what was `chosen`."""
-    kept, left, shares = chosen
-    before = next(node for node in graph.nodes if node in branch.inside)
-    after = branch.result
+    """Replace the branch by one that runs on the kept tokens alone, inserted after it.
 
-    call = edit.Emitter(graph, like=before)
+    chosen: the results of `_choose`.
+    """
+    kept, skipped, shares = chosen
+    first = next(node for node in graph.nodes if node in branch.inside)
+    result = branch.result
+
+    call = edit.Emitter(graph, like=first)
 
     with graph.inserting_before(shares.next):
-        instead: dict[fx.Node, fx.Node] = {}
+        # Arrange what enters the branch by window, and take the kept tokens.
+        replacement: dict[fx.Node, fx.Node] = {}
         for entry in branch.entries:
             kind = typing.type(entry)
             rows = convert(call, entry, kind, (*branch.region, kind[-1]))
-            instead[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, 0, 0)
+            replacement[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, 0, 0)
+        # The branch is token-wise, so its nodes run on these as they are.
         for node in branch.inside:
-            copy = graph.node_copy(node, lambda n: instead.get(n, n))
+            copy = graph.node_copy(node, lambda n: replacement.get(n, n))
             copy.meta = {key: node.meta[key] for key in edit.META_KEYS if key in node.meta}
-            instead[node] = copy
-        result = call(gtp_fx.recover.default, instead[after], shares, kept, left, _IMAGES, _ROWS, 0, 0)
-        kind = typing.type(after)
-        arranged = convert(call, result, (*branch.region, kind[-1]), kind)
-    after.replace_all_uses_with(arranged)
+            replacement[node] = copy
+        # Fill in the skipped tokens, and return to the layout of the stream.
+        filled = call(gtp_fx.recover.default, replacement[result], shares, kept, skipped, _IMAGES, _ROWS, 0, 0)
+        kind = typing.type(result)
+        arranged = convert(call, filled, (*branch.region, kind[-1]), kind)
+    result.replace_all_uses_with(arranged)
 
 
 def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: Strategy, typing: WholeTyping) -> fx.Node:
-    """Replace the block's attention by one that scores its tokens: [images and windows, tokens] in its own order."""
+    """Replace the block's attention by one that scores its tokens; return the scores.
+
+    The scores are [images and windows, tokens], in the attention's own order.
+    """
     attention = block.attention
-    was = Attention.of(attention)
+    original = Attention.of(attention)
 
     call = edit.Emitter(graph, like=attention)
 
     order = list(branch.order)
     plain = order == [0, 1, 2, 3]
     with graph.inserting_before(attention):
-        q, k, v = (_heads_first(call, x, branch, typing) for x in (was.q, was.k, was.v))
-        operands = replace(was, q=q, k=k, v=v)
+        q, k, v = (_heads_first(call, x, branch, typing) for x in (original.q, original.k, original.v))
+        operands = replace(original, q=q, k=k, v=v)
         if branch.cells:
             output, scores = strategy.attend_cells(call, operands, block.axis.domain.grid.shape, branch.cells)
         else:
             output, scores = strategy.attend(call, operands, block.axis, True)
-        if not plain:
+        if not plain:  # undo what `_heads_first` did
             shape = shape_of(attention)
             sizes = [-1 if is_symbolic(shape[d]) else shape[d] for d in order]
             output = call(aten.reshape.default, output, sizes)
@@ -117,7 +130,7 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
 
 
 def _heads_first(call: Emit, x: fx.Node, branch: Branch, typing: WholeTyping) -> fx.Node:
-    """[images, windows, heads, tokens, features] in any order -> [images * windows, heads, tokens, features]."""
+    """Bring a query, key or value to [images * windows, heads, tokens, features] from any order of its dimensions."""
     order = branch.order
     if order == (0, 1, 2, 3):
         return x
@@ -126,7 +139,7 @@ def _heads_first(call: Emit, x: fx.Node, branch: Branch, typing: WholeTyping) ->
 
 
 def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
-    """`scores`, of type `branch.scores`, in the region's layout: row by row in each window."""
+    """Bring scores of type `branch.scores` to the region's layout, in which each window's tokens go row by row."""
     feature = (Plain(1),)
     if branch.scores == branch.region:
         return scores
@@ -136,7 +149,7 @@ def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
 
 
 def _padding_first(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
-    """Scores are 0 or more; what a window has of padding gets -1, and skips before any patch does."""
+    """Give padding the score -1, so that it skips before any patch does; scores of patches are 0 or more."""
     inside = call(aten.ge.Scalar, call(aten.select.int, _places(call, branch, scores), 2, 0), 0)
     by_image = call(aten.reshape.default, scores, [-1, branch.windows, branch.tokens])
     least = call(aten.sub.Scalar, call(aten.zeros_like.default, by_image), 1.0)
@@ -145,24 +158,27 @@ def _padding_first(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
 
 
 def _places(call: Emit, branch: Branch, like: fx.Node) -> fx.Node:
-    """Rows and columns of an image's tokens by window, [windows, tokens, R]; of padding, far off and negative."""
+    """Return coordinates of an image's tokens by window, [windows, tokens, R]; padding has far-off, negative ones."""
     image = image_layout(branch.region)
     features = (Plain(len(image) - 1),)
     places = call(gtp_fx.grid_places.default, [whole_size(dim) for dim in image[1:]], like)
     padded = _is_padded(branch)
     if padded:
-        places = call(aten.add.Scalar, places, _FAR)  # padding is 0 then
+        places = call(
+            aten.add.Scalar, places, _FAR
+        )  # so that padding, which is filled with 0, differs from every patch
     places = convert(call, places, (*image, features), by_window(branch.region, features))
     return call(aten.sub.Scalar, places, _FAR) if padded else places
 
 
 def _is_padded(branch: Branch) -> bool:
+    """Tell whether the branch's windows contain padding."""
     return any(grid.inside is not None for grid in made_from(grid_of(branch.region)))
 
 
-def _shares(call: Emit, kept: fx.Node, left: fx.Node, branch: Branch, strategy: Strategy, like: fx.Node) -> fx.Node:
-    """[images and windows, P, K]: of whom each token that skips gets its result."""
-    shares = call(gtp_fx.region_shares.default, _places(call, branch, like), kept, left)
+def _shares(call: Emit, kept: fx.Node, skipped: fx.Node, branch: Branch, strategy: Strategy, like: fx.Node) -> fx.Node:
+    """Return how much of each kept token's result a skipped one gets: [images and windows, P, K]."""
+    shares = call(gtp_fx.region_shares.default, _places(call, branch, like), kept, skipped)
     if not strategy.recovers_branches:
         shares = call(aten.zeros_like.default, shares)
     return shares

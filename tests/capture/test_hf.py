@@ -22,6 +22,9 @@ from support.zoo import in_groups
 GUESSED = {"videomae", "vivit", "ast"}
 """Whose configuration doesn't tell a call: example_inputs are given."""
 
+SHORTENED, THROUGH_BOTH = ("vit", "beit", "dinov3", "yolos", "ast"), ("vit", "yolos")
+"""What is tried by default; the others nightly."""
+
 
 @pytest.fixture(autouse=True)
 def _forget() -> None:
@@ -51,9 +54,7 @@ class Named:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name", [in_groups(name, f"HF {name}", by_default=("vit", "beit", "dinov3", "yolos", "ast")) for name in MODELS]
-)
+@pytest.mark.parametrize("name", [in_groups(name, f"HF {name}", nightly=name not in SHORTENED) for name in MODELS])
 def test_exact_at_one_and_shorter_below(name: str) -> None:
     model, call = shared_model(Named(name)), inputs(name)
     exact, found = (optimised(Named(name), flops_budget=budget).graph_module(**call) for budget in (1.0, 0.6))
@@ -65,7 +66,7 @@ def test_exact_at_one_and_shorter_below(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [in_groups(name, f"HF {name}", by_default=("vit", "yolos")) for name in MODELS])
+@pytest.mark.parametrize("name", [in_groups(name, f"HF {name}", nightly=name not in THROUGH_BOTH) for name in MODELS])
 def test_one_schedule_through_both_doors(name: str) -> None:
     model, call = shared_model(Named(name)), inputs(name)
     door = Door(flops_budget=0.6)

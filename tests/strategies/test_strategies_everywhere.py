@@ -179,7 +179,7 @@ def test_a_strategy_that_tells_less_than_it_does_is_named() -> None:
     with pytest.raises(gtp_fx.OptionError, match=r"Alike\.group_flops has to give those of the matrix products"):
         optimized(model, Alike(told=False), flops_budget=0.7)
     with pytest.raises(
-        gtp_fx.OptionError, match=r"Alike.group\(\) gave kept, left, size, and its class says kept, left"
+        gtp_fx.OptionError, match=r"Alike.group\(\) gave kept, removed, size, and its class says kept, removed"
     ):
         optimized(model, Alike(lies="sizes"), flops_budget=0.7)
     with pytest.raises(gtp_fx.OptionError, match=r"returned Tensor: return gtp_fx\.strategies\.Groups"):

@@ -241,8 +241,9 @@ FAMILIES = (
 
 def families(*chosen: Family, by_default: Sequence[Family] | None = None) -> pytest.MarkDecorator:
     """Parametrises a test by `family`; all tests of a family run in one process. by_default: as `support.zoo.rows` has it."""
-    names = None if by_default is None else [family.name for family in by_default]
-    return pytest.mark.parametrize("family", [in_groups(family, family.name, names) for family in chosen])
+    by_default = chosen if by_default is None else by_default
+    params = [in_groups(family, family.name, nightly=family not in by_default) for family in chosen]
+    return pytest.mark.parametrize("family", params)
 
 
 QUICK = tuple(

@@ -7,7 +7,7 @@ trained model, so that attention is selective, scores are apart, and no LayerSca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -86,19 +86,19 @@ ZOO = (
 BY_NAME = {row.name: row for row in ZOO}
 
 
-def rows(*names: str, by_default: Sequence[str] | None = None) -> pytest.MarkDecorator:
+def rows(*names: str, by_default: Collection[str] | None = None) -> pytest.MarkDecorator:
     """Parametrises a test by `row`: those named, or all; all tests of a row run in one process.
 
     by_default: the rows that are not left to the nightly tier; None for all.
     """
-    return pytest.mark.parametrize("row", [in_groups(BY_NAME[name], name, by_default) for name in names or BY_NAME])
+    by_default = BY_NAME if by_default is None else by_default
+    params = [in_groups(BY_NAME[name], name, nightly=name not in by_default) for name in names or BY_NAME]
+    return pytest.mark.parametrize("row", params)
 
 
-def in_groups(value: Any, name: str, by_default: Sequence[str] | None = None) -> Any:
-    """A parameter whose tests run in one process; nightly where `by_default` doesn't name it."""
-    marks = [pytest.mark.xdist_group(name)]
-    if by_default is not None and name not in by_default:
-        marks.append(pytest.mark.nightly)
+def in_groups(value: Any, name: str, *, nightly: bool = False) -> Any:
+    """A parameter whose tests run in one process, in the default tier or the nightly one."""
+    marks = [pytest.mark.xdist_group(name), *([pytest.mark.nightly] if nightly else [])]
     return pytest.param(value, id=name, marks=marks)
 
 

@@ -1,4 +1,4 @@
-"""Taking an optimised model out of Python: a torch.export program, an AOTInductor package, ONNX."""
+"""Exports of an optimised model: a torch.export program, an AOTInductor package, ONNX."""
 
 from gtp_fx.model.exporting.files import FORMATS, Exported, export
 from gtp_fx.model.exporting.program import ExportError, exported_program

@@ -1,4 +1,4 @@
-"""`gtp_fx.export`: an optimised model as a file, read back and held against the model before it is called done."""
+"""Files for `gtp_fx.export`: an optimised model is written, read back, and compared with the model before it counts."""
 
 from __future__ import annotations
 
@@ -21,16 +21,25 @@ from gtp_fx.model.optimized_model import OptimizedModel
 
 FORMATS = {
     "torch": "a torch.export program, .pt2: torch.export.load(file).module()",
-    "aoti": "an AOTInductor package, .pt2, compiled for the device the model is on: torch._inductor.aoti_load_package(file)",
+    "aoti": (
+        "an AOTInductor package, .pt2, compiled for the device the model is on: torch._inductor.aoti_load_package(file)"
+    ),
     "onnx": "ONNX, .onnx: standard operators alone",
 }
+"""Formats by name, each with what it is and how it is loaded."""
 _SUFFIX = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """bytes: of the file (large ONNX models keep their weights in a second one beside it). error: how far its outputs are from the
-    model's on noise, |file - model| / |model|; None where nothing here can run it, and unrun says why."""
+    """A file that `export` has written.
+
+    file: its path.
+    format: its format, a name in `FORMATS`.
+    bytes: its size; large ONNX models keep their weights in a second file beside it.
+    error: distance of its outputs from the model's on noise, |file - model| / |model|; None where it couldn't be run.
+    unrun: why it couldn't be run; empty where it was.
+    """
 
     file: str
     format: str
@@ -39,7 +48,7 @@ class Exported:
     unrun: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-able values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -48,15 +57,19 @@ class Exported:
 
 
 def export(model: OptimizedModel, file: str | Path, format: str | None = None) -> Exported:
-    """Write an optimised model in evaluation mode, for any batch, in plain ATen or ONNX: whoever reads it needs no gtp_fx.
+    """Write an optimised model to a file that can be loaded without gtp_fx.
 
-    format: a name in `FORMATS`; by the file's suffix where None, and .pt2 is then "torch". An AOTInductor package is in ATen's
-    operators on a GPU, too: gtp_fx's kernels stay with `torch.compile`.
+    The file has the evaluation graph for any batch, in plain ATen or ONNX operators. That holds for an AOTInductor
+    package on a GPU as well: gtp_fx's kernels are used under `torch.compile` only.
 
-    The file is read back and run. Raises ExportError where it can't be made or computes something else, and leaves no file then.
+    format: a name in `FORMATS`; None takes it from the file's suffix, where .pt2 stands for "torch".
+
+    The file is read back and run. Raises ExportError where it can't be written or computes something else; nothing is
+    written in that case.
     """
     path, chosen = Path(file), format_of(file, format)
     made = program_of(model)
+    # Work in a scratch folder on the same file system, and move the files into place only after the check.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         draft = Path(scratch) / path.name
         _WRITE[chosen](made, draft)
@@ -68,17 +81,21 @@ def export(model: OptimizedModel, file: str | Path, format: str | None = None) -
 
 
 def format_of(file: str | Path, format: str | None) -> str:
-    """As `export` will have it, to be asked before the work. Raises ExportError where it can't write such a file."""
+    """Return the format in which `export` would write `file`; cheap, for checks before any work is done.
+
+    Raises ExportError where the format is unknown or doesn't match the suffix, the folder doesn't exist, or a package
+    that ONNX needs is missing.
+    """
     path = Path(file)
     if format is None:
         format = {suffix: name for name, suffix in reversed(_SUFFIX.items())}.get(path.suffix)
         if format is None:
             raise ExportError(
-                f"{path}: what its suffix stands for is unknown; give .pt2 or .onnx, or format= one of {', '.join(FORMATS)}"
+                f"{path}: no format has this suffix; give .pt2 or .onnx, or format= one of {', '.join(FORMATS)}"
             )
     if format not in FORMATS:
-        told = "\n".join(f"  {name!r}: {meaning}" for name, meaning in FORMATS.items())
-        raise ExportError(f"format={format!r} is unknown; give one of\n{told}")
+        known = "\n".join(f"  {name!r}: {meaning}" for name, meaning in FORMATS.items())
+        raise ExportError(f"format={format!r} is unknown; give one of\n{known}")
     if path.suffix != _SUFFIX[format]:
         raise ExportError(f"{path}: a file of format {format!r} ends in {_SUFFIX[format]}")
     if not path.parent.is_dir():
@@ -89,11 +106,15 @@ def format_of(file: str | Path, format: str | None) -> str:
 
 
 def _error(found: list[Tensor], made: Program) -> float:
-    """The largest over outputs. Raises ExportError where it is more than rounding."""
+    """Return the largest relative error over outputs, |file - model| / |model|.
+
+    Raises ExportError where shapes differ or the error is more than rounding.
+    """
     expected = made.results()
     if [tuple(a.shape) for a in found] != [tuple(b.shape) for b in expected]:
         raise ExportError(
-            f"what was written gives {[tuple(a.shape) for a in found]}, the model {[tuple(b.shape) for b in expected]}"
+            f"the written file returns shapes {[tuple(a.shape) for a in found]}, "
+            f"and the model {[tuple(b.shape) for b in expected]}"
         )
     worst = 0.0
     for got, want in zip(found, expected, strict=True):
@@ -102,26 +123,31 @@ def _error(found: list[Tensor], made: Program) -> float:
     limit = rounding_tolerance(expected[0].dtype)
     if not worst <= limit or math.isnan(worst):
         raise ExportError(
-            f"what was written is {worst:.2g} (relative) from the model on noise, more than rounding ({limit:.2g})"
+            f"the written file differs from the model by {worst:.2g} (relative) on noise, "
+            f"more than rounding ({limit:.2g})"
         )
     return worst
 
 
 def _write_torch(made: Program, file: Path) -> None:
+    """Write a torch.export program."""
     torch.export.save(made.program, file)
 
 
 def _run_torch(file: Path, made: Program) -> list[Tensor]:
+    """Load a torch.export program and run it on the example."""
     with torch.no_grad():
         return tensors_in(torch.export.load(file).module()(*made.args, **made.kwargs))
 
 
 def _write_aoti(made: Program, file: Path) -> None:
+    """Compile and write an AOTInductor package."""
     with torch.no_grad():
         package_aoti(made.program, str(file))
 
 
 def _run_aoti(file: Path, made: Program) -> list[Tensor]:
+    """Load an AOTInductor package and run it on the example."""
     return tensors_in(load_aoti(str(file))(*made.args, **made.kwargs))
 
 
@@ -131,4 +157,4 @@ _RUN: dict[str, Callable[[Path, Program], list[Tensor] | str]] = {
     "aoti": _run_aoti,
     "onnx": run_onnx,
 }
-"""The outputs for the example, or why there are none."""
+"""By format: run a file on the program's example; return its outputs, or the reason why it can't be run."""

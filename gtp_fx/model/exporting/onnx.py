@@ -1,4 +1,4 @@
-"""ONNX, by torch's dynamo exporter: standard operators alone, and any batch."""
+"""ONNX export by torch's dynamo exporter: standard operators alone, for any batch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import torch
 from gtp_fx.model.exporting.program import ExportError, Program, required
 
 _SLOW = ("ScatterElements", "ScatterND")
-"""With a reduction: runtimes do them slowly, or not at all."""
+"""Operators that runtimes run slowly, or not at all, when they have a reduction."""
 
 
 def must_have_packages() -> None:
-    """Raises ExportError where one is missing."""
+    """Check that the packages for ONNX can be imported. Raises ExportError where one can't."""
     for package in ("onnx", "onnxscript"):
         required(package, "ONNX", "onnx onnxscript onnxruntime")
 
 
 def write_onnx(made: Program, file: Path) -> None:
-    """Raises ExportError where a package is missing, or an operator of the model has no counterpart in ONNX."""
+    """Write a program as ONNX.
+
+    Raises ExportError where a package is missing, or where an operator has no counterpart among ONNX's standard ones.
+    """
     must_have_packages()
     inputs, outputs = made.names()
     try:
@@ -38,25 +41,29 @@ def write_onnx(made: Program, file: Path) -> None:
         )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"ONNX: {_cause(error)}; the other formats write any operator of ATen") from error
+    # The exporter may fall back on operators of its own domain, which runtimes lack.
     graph = written.model.graph
     foreign = {f"{node.domain}::{node.op_type}" for node in graph if node.domain not in ("", "ai.onnx")}
     foreign |= {node.op_type for node in graph if node.op_type in _SLOW and _reduces(node)}
     if foreign:
         raise ExportError(
-            f"ONNX: torch's exporter made {', '.join(sorted(foreign))}, which runtimes don't have or do slowly"
+            f"ONNX: torch's exporter wrote {', '.join(sorted(foreign))}, which runtimes lack or run slowly"
         )
     _name_batch(written.model, made.program)
     written.save(str(file))
 
 
 def run_onnx(file: Path, made: Program) -> list[torch.Tensor] | str:
-    """The outputs for `made`'s example, by onnxruntime on the CPU; why not where it isn't installed or lacks the model's dtype."""
+    """Run a file in onnxruntime on the CPU, on the program's example; return the outputs.
+
+    Returns the reason instead where onnxruntime isn't installed or lacks kernels for the model's dtype.
+    """
     try:
         runtime = importlib.import_module("onnxruntime")
     except ImportError:
         return "onnxruntime isn't installed"
     if low := {value.dtype for value in made.tensors() if value.dtype in (torch.bfloat16, torch.float16)}:
-        return f"onnxruntime has no whole set of kernels for {', '.join(map(str, low))} on the CPU"
+        return f"onnxruntime lacks some kernels for {', '.join(map(str, low))} on the CPU"
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     takes = [value.name for value in session.get_inputs()]
     given = dict(zip(made.names()[0], made.tensors(), strict=True))
@@ -65,7 +72,10 @@ def run_onnx(file: Path, made: Program) -> list[torch.Tensor] | str:
 
 
 def _stable_sort() -> Any:
-    """aten.sort.stable, which torch's exporter doesn't know. ONNX's TopK is stable: of equal entries the first comes first."""
+    """Return a translation of aten.sort.stable, which torch's exporter lacks.
+
+    It is TopK over all entries, which ONNX defines as stable: among equal entries the first comes first.
+    """
     op = importlib.import_module("onnxscript").opset18
 
     def sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
@@ -76,12 +86,13 @@ def _stable_sort() -> Any:
 
 
 def _reduces(node: Any) -> bool:
+    """Tell whether an ONNX node has a reduction."""
     reduction = node.attributes.get("reduction")
     return reduction is not None and reduction.value not in ("none", b"none")
 
 
 def _name_batch(model: Any, program: torch.export.ExportedProgram) -> None:
-    """torch calls the open side "s77"; a person reads it in every viewer."""
+    """Rename the open dimension, which torch calls "s77" or the like and every viewer shows, to "batch"."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         for side, size in enumerate(value.shape or ()):
             if str(size) in map(str, program.range_constraints):
@@ -89,7 +100,7 @@ def _name_batch(model: Any, program: torch.export.ExportedProgram) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason, in a line: the exporter's own message begins with advice on how to report it."""
+    """Return the innermost cause in one line; the exporter's own message begins with advice on reporting it."""
     while error.__cause__ is not None:
         error = error.__cause__
     return inspect.cleandoc(str(error)).splitlines()[0]

@@ -1,4 +1,4 @@
-"""An optimised model as torch.export has one: in ATen alone, so that whoever reads the file needs nothing of this package."""
+"""An optimised model as a torch.export program in plain ATen, which can be loaded without this package."""
 
 from __future__ import annotations
 
@@ -21,16 +21,21 @@ from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.ops.register import written_in_aten
 
 _IMAGES = 3
-"""Of an example: neither one, which is special to broadcasting, nor the two that the model was captured with."""
+"""Batch of the example: not one, which broadcasts, and not two, which the model was captured with."""
 
 
 class ExportError(GtpError):
-    """The model can't be written in the form that was asked for."""
+    """The model can't be written in the requested format."""
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """program: with any batch. args, kwargs: an example of its inputs, noise. outputs: the optimised model's, for those, eager."""
+    """A program with an example to check by.
+
+    program: the exported program, for any batch.
+    args, kwargs: an example of its inputs, noise.
+    outputs: what the optimised model returns for the example, run eagerly.
+    """
 
     program: torch.export.ExportedProgram
     args: tuple[Any, ...]
@@ -38,14 +43,15 @@ class Program:
     outputs: Any
 
     def tensors(self) -> list[Tensor]:
-        """Of the example, in the program's order."""
+        """Return the example's tensors in the program's order."""
         return tensors_in((self.args, self.kwargs))
 
     def results(self) -> list[Tensor]:
+        """Return the tensors in the example's outputs."""
         return tensors_in(self.outputs)
 
     def names(self) -> tuple[list[str], list[str]]:
-        """Of inputs and outputs as people know them: forward's parameters, the keys of a mapping ("logits")."""
+        """Return readable names of inputs and outputs: forward's parameters, and the keys of a mapping ("logits")."""
         specs = self.program.graph_signature.input_specs
         inputs = [spec.arg.name for spec in specs if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT]
         given = [
@@ -57,15 +63,16 @@ class Program:
 
 
 def exported_program(model: OptimizedModel) -> torch.export.ExportedProgram:
-    """The evaluation graph with every `gtp_fx` operator written out: any batch, inputs and parameters under the original's names.
+    """Export the evaluation graph, for any batch, with every `gtp_fx` operator decomposed into ATen.
 
-    Raises ExportError for what isn't a model that `gtp_fx.optimize` has made, or has no weights (on the meta device).
+    Inputs and parameters have the original's names. Raises ExportError where `model` isn't what `gtp_fx.optimize`
+    returns or is on the meta device, and CaptureError where torch.export can't trace the graph.
     """
     return program_of(model).program
 
 
 def program_of(model: OptimizedModel) -> Program:
-    """The same with an example of its inputs and outputs, to check by what is made of it."""
+    """Export as `exported_program` does, with an example of inputs and outputs to check files by."""
     if not isinstance(model, OptimizedModel):
         raise ExportError(f"export takes what gtp_fx.optimize returned, and got a {type(model).__name__}")
     device = device_of(model)
@@ -85,7 +92,9 @@ def program_of(model: OptimizedModel) -> Program:
     with tracing_lock(), torch.no_grad():
         try:
             program, _ = export_batched(spelled, like_it, torch.export.Dim("batch"))
-        except Exception:  # a model that wants an even batch, or none below some size, has no such dimension
+        # A named dimension reaches down to one image. A model that needs an even batch, or at least some size, has
+        # none; the second try lets torch.export find the range.
+        except Exception:
             try:
                 program, _ = export_batched(spelled, CallSignature(call.parameters, call.args, call.kwargs))
             except Exception as error:
@@ -94,7 +103,11 @@ def program_of(model: OptimizedModel) -> Program:
 
 
 def required(package: str, what: str, packages: str) -> Any:
-    """The package, imported. Raises ExportError where it can't be."""
+    """Import a package and return it. Raises ExportError where it can't be imported.
+
+    what: what needs it.
+    packages: what to install, in pip's words.
+    """
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -104,6 +117,7 @@ def required(package: str, what: str, packages: str) -> Any:
 
 
 def _output_names(outputs: Any) -> list[str]:
+    """Name the tensors of `outputs`: by key where it is a mapping, else by number."""
     if isinstance(outputs, Tensor):
         return ["output"]
     if not isinstance(outputs, Mapping):
@@ -116,7 +130,7 @@ def _output_names(outputs: Any) -> list[str]:
 
 
 def _written_out(gm: fx.GraphModule) -> Callable[..., Any]:
-    """The graph's forward, which runs no operator of this package."""
+    """Return the graph's forward with every operator of this package decomposed into ATen."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         with _WrittenOut():
@@ -126,11 +140,14 @@ def _written_out(gm: fx.GraphModule) -> Callable[..., Any]:
 
 
 class _WrittenOut(TorchFunctionMode):
-    """Runs this package's composite operators as the functions that they are, which tracing sees through; whoever calls them."""
+    """Mode that runs this package's composite operators as plain functions, which tracing sees through.
+
+    It also reaches operators that are called inside others.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         function = written_in_aten(getattr(func, "default", func))
         if function is None:
             return func(*args, **(kwargs or {}))
-        with self:  # inside, there may be more of them
+        with self:  # the function may call further ones
             return function(*args, **(kwargs or {}))

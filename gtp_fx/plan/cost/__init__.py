@@ -1,1 +1,1 @@
-"""What a graph costs: `formulas` per operator, `count` for a graph as it stands, `closed_form` for every schedule of it."""
+"""Cost of a graph: `formulas` for one operator, `count` for one graph, `closed_form` for all schedules of a graph."""

@@ -1,11 +1,11 @@
-"""What every schedule of a graph costs, in one currency: a sum along chains of token counts.
+"""The cost of every schedule of a graph in one currency, as a sum along chains of token counts.
 
     tokens     whole ── site 0 ── n_0 ── site 1 ── n_1 ── …
     costs             at[0](whole, n_0)  behind[0][n_0]   at[1](n_0, n_1)  behind[1][n_1]
 
-What runs behind a site and before the next depends on the tokens left there alone; what a site does itself, and what puts its
-tokens back later, depends on how many there were and how many are left. So a schedule is priced by looking up a few
-numbers, and the best one is a shortest path (`gtp_fx.plan.shortest_path`). Streams beside each other, and branches, are chains of
+What runs between a site and the next depends only on the tokens that remain there. What a site itself costs, and what
+recovering its tokens later costs, depends on the counts before and after it. So pricing a schedule is a few lookups,
+and the best schedule is a shortest path (`gtp_fx.plan.shortest_path`). Parallel streams, and branches, are chains of
 their own.
 """
 
@@ -25,17 +25,22 @@ from gtp_fx.types.axes import Grid, TokenDomain
 Numbers = NDArray[Any]
 """int64 FLOPs, or float64 seconds."""
 Crossing = Callable[[Sequence[int]], Any]
+"""Return a cost that depends on several chains, from the tokens removed at each site."""
 Transition = Callable[[Any, Any], Any]
-"""From tokens before and behind a site, numbers or arrays that broadcast, to what that costs: the site itself only where some
-leave, and what runs across it whether they do or not."""
+"""Return a cost from the token counts before and after a site, numbers or arrays that broadcast.
+
+A site's own work costs something only where tokens are removed; what runs across the site costs something either
+way."""
 
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """One stream's sites in order, or one branch.
+    """The sites of one stream in order, or the one site of a branch; K sites in all.
 
-    places: their positions among all sites. whole: tokens before the first (of a branch: in each window). behind [K, whole + 1]:
-    what runs over the tokens left behind each site, by how many they are. at: what each site costs itself.
+    places: positions of the chain's sites among all sites.
+    whole: tokens before the first site; for a branch, in each window.
+    behind [K, whole + 1]: cost of what runs after each site, by the number of tokens that remain.
+    at: cost of each site itself.
     """
 
     places: tuple[int, ...]
@@ -43,10 +48,10 @@ class Chain:
     behind: Numbers
     at: tuple[Transition, ...]
 
-    def cost(self, left: Sequence[int]) -> Any:
-        """left: tokens behind each site."""
+    def cost(self, remaining: Sequence[int]) -> Any:
+        """Return the cost of a schedule. remaining: the tokens after each site."""
         total, before = 0, self.whole
-        for after, behind, at in zip(left, self.behind, self.at, strict=True):
+        for after, behind, at in zip(remaining, self.behind, self.at, strict=True):
             total += behind[after] + at(before, after)
             before = after
         return total
@@ -54,10 +59,14 @@ class Chain:
 
 @dataclass(frozen=True, eq=False)
 class CostModel:
-    """The cost of each schedule: of the graph with its tokens leaving, and of the original, which ratios are taken of.
+    """The cost of every schedule over some sites, in FLOPs or seconds.
 
-    fixed: what no token count changes. crossing: what depends on several chains at once, from the tokens that leave at each site;
-    it is priced, but the solver, which goes along one chain, sees it only through the budget that it leaves.
+    sites: in graph order.
+    chains: every stream, and every branch.
+    fixed: cost of what no token count changes.
+    crossing: costs that depend on several chains at once. They are part of every price. The solver works chain by chain
+        and sees them only as budget that is already spent.
+    original: cost of the original graph, which ratios refer to.
     """
 
     sites: tuple[Site, ...]
@@ -67,24 +76,27 @@ class CostModel:
     original: Any
 
     def cost(self, propagated: Sequence[int]) -> Any:
-        """When `propagated[i]` patches leave (or skip) at site i."""
+        """Return the cost when `propagated[i]` patches are removed (or skip a branch) at site i."""
         total = self.fixed + self.crossing_cost(propagated)
         total += sum(chain.cost(remaining_tokens(chain, propagated)) for chain in self.chains)
         return total.item() if isinstance(total, np.generic) else total
 
     def crossing_cost(self, propagated: Sequence[int]) -> Any:
+        """Return the part of the cost that depends on several chains at once."""
         return sum(term(propagated) for term in self.crossing)
 
     def ratio(self, propagated: Sequence[int]) -> float:
+        """Return the cost as a share of the original's."""
         return float(self.cost(propagated) / self.original)
 
 
 def remaining_tokens(chain: Chain, propagated: Sequence[int]) -> list[int]:
-    left, now = [], chain.whole
+    """Return the tokens that remain after each site of a chain. propagated: the tokens removed at each of all sites."""
+    remaining, now = [], chain.whole
     for place in chain.places:
         now -= propagated[place]
-        left.append(now)
-    return left
+        remaining.append(now)
+    return remaining
 
 
 def cost_model(
@@ -95,10 +107,17 @@ def cost_model(
     original: Any,
     dtype: type,
 ) -> CostModel:
-    """Terms sorted into chains. weigh: a term's works, as a number or an array. change: of a branch, by tokens kept [tokens + 1]."""
+    """Sort terms into chains and price them.
+
+    weigh: returns the cost of a term's works, a number or an array as their amounts are.
+    change: returns [tokens + 1] the change in cost of a branch, by the tokens of each window that go through it.
+    original: cost of the original graph.
+    dtype: of the costs, int64 or float64.
+    """
     chains: list[Chain] = []
     fixed: Any = 0
-    beside: list[Crossing] = []
+    crossing: list[Crossing] = []
+    # Every branch is a chain with one site, and the sites of one grid are a stream.
     streams: dict[Grid, list[int]] = {}
     for place, site in enumerate(sites):
         if site.branch is not None:
@@ -110,47 +129,51 @@ def cost_model(
         grid: np.zeros((len(places), grid_count(grid) + 1), dtype) for grid, places in streams.items()
     }
     at: dict[Grid, list[list[Transition]]] = {grid: [[] for _ in places] for grid, places in streams.items()}
+    # A term goes to the place in its chain that knows every token count it needs.
     for term in terms:
         grids, levels = {d.grid for d in term.domains}, sorted(d.level for d in term.domains)
         grid = next(iter(grids), None)
-        if term.site is not None:
+        if term.site is not None:  # work of the site itself, or done for it
             site = sites[term.site]
             level = site.domain.level
             at[site.domain.grid][level].append(_transition(term, site.domain, weigh))
-        elif not levels:
+        elif not levels:  # no shortened tokens
             fixed += weigh(term.works(_only_whole))
-        elif len(grids) == 1 and len(levels) == 1 and grid in behind:
+        elif len(grids) == 1 and len(levels) == 1 and grid in behind:  # between two sites
             counts = np.arange(behind[grid].shape[1])
             behind[grid][levels[0] - 1] += weigh(term.works(_counting({TokenDomain(grid, levels[0]): counts})))
-        elif len(grids) == 1 and len(levels) == 2 and levels[1] == levels[0] + 1:
+        elif len(grids) == 1 and len(levels) == 2 and levels[1] == levels[0] + 1:  # across one site
             assert grid is not None
             at[grid][levels[0]].append(_transition(term, TokenDomain(grid, levels[0]), weigh))
-        else:
-            beside.append(_across(term, sites, weigh))
+        else:  # several streams, or counts further apart
+            crossing.append(_across(term, sites, weigh))
     for grid, places in streams.items():
         transitions = tuple(_summed(parts) for parts in at[grid])
         chains.append(Chain(tuple(places), grid_count(grid), behind[grid], transitions))
-    return CostModel(sites, tuple(chains), fixed, tuple(beside), original)
+    return CostModel(sites, tuple(chains), fixed, tuple(crossing), original)
 
 
 def grid_count(grid: Grid) -> int:
+    """Return the number of patches of a whole grid."""
     return TokenDomain(grid).whole_count
 
 
 def counts_behind(sites: Sequence[Site], propagated: Sequence[int]) -> Counts:
-    """The patches of every domain when `propagated[i]` leave at site i."""
-    left: dict[TokenDomain, int] = {}
+    """Return the patches of every domain when `propagated[i]` are removed at site i."""
+    remaining: dict[TokenDomain, int] = {}
     for site, count in zip(sites, propagated, strict=True):
         if site.branch is None:
-            left[site.domain.at(site.domain.level + 1)] = _counting(left)(site.domain) - count
-    return _counting(left)
+            remaining[site.domain.at(site.domain.level + 1)] = _counting(remaining)(site.domain) - count
+    return _counting(remaining)
 
 
-def _counting(left: dict[TokenDomain, Any]) -> Counts:
-    return lambda domain: domain.whole_count if domain.level == 0 else left[domain]
+def _counting(remaining: dict[TokenDomain, Any]) -> Counts:
+    """Look up counts of shortened domains in a dictionary; level 0 is the whole grid."""
+    return lambda domain: domain.whole_count if domain.level == 0 else remaining[domain]
 
 
 def _across(term: Term, sites: Sequence[Site], weigh: Callable[[Any], Any]) -> Crossing:
+    """Make a cost that needs the counts of several chains."""
     return lambda propagated: weigh(term.works(counts_behind(sites, propagated)))
 
 
@@ -160,17 +183,17 @@ def _only_whole(domain: TokenDomain) -> int:
 
 
 def _transition(term: Term, domain: TokenDomain, weigh: Callable[[Any], Any]) -> Transition:
-    """domain: the tokens before."""
+    """Make the cost of a term from the counts before and after a site. domain: the tokens before it."""
     first, of_site = term.first, term.site is not None
 
     def cost(before: Any, after: Any) -> Any:
         works = term.works(_counting({domain: before, domain.at(domain.level + 1): after}))
-        if not of_site:  # an add and a norm that run as one, before and behind the place where tokens may leave
+        if not of_site:  # an add and a norm that run as one kernel, one before and one after the site
             return weigh(works)
-        leaves = np.asarray(after < before)
+        removes = np.asarray(after < before)
         if first:
-            leaves = leaves & np.asarray(before == domain.whole_count)
-        return weigh(works) * leaves
+            removes = removes & np.asarray(before == domain.whole_count)
+        return weigh(works) * removes
 
     return cost
 

@@ -1,8 +1,8 @@
-"""FLOPs of every schedule of a graph, without building its graph.
+"""FLOPs of every schedule of a graph, without building any rewritten graph.
 
-The graph is typed with a site after every block that may have one; each operator's formula, applied to sizes in which the
-patches left are arrays of every possible count, gives all its costs at once. A schedule is then priced by looking up
-a number a site (`gtp_fx.plan.cost.chains`), in microseconds.
+The graph is typed with a site after every block that can have one. Each operator's formula is applied to sizes in which
+a token count is an array of every possible count, so one evaluation gives all its costs. Pricing a schedule then takes
+one lookup per site (`gtp_fx.plan.cost.chains`), which is a matter of microseconds.
 """
 
 from __future__ import annotations
@@ -26,24 +26,32 @@ from gtp_fx.types.infer import SiteTyping, WholeTyping
 
 
 def flops_model(typing: SiteTyping, sites: tuple[Site, ...], strategy: Strategy, original: int) -> CostModel:
-    """The closed form of a graph, typed with a site after each of those at which tokens leave, per image where the batch is
-    symbolic. original: FLOPs of what ratios are taken of."""
+    """Return the FLOPs of every schedule over `sites`, per image where the batch is symbolic.
+
+    typing: types of the graph with a site after each of `sites` at which tokens are removed.
+    original: FLOPs of the original graph, which ratios refer to.
+    """
     terms = terms_of(typing, sites, strategy, batch=1)
     return cost_model(sites, terms, flops_of, _branch_flops, original, np.int64)
 
 
 def flops_of(works: list[Work]) -> Any:
+    """Return the summed FLOPs of some works, an int or an array as their amounts are."""
     return sum(work.flops for work in works)
 
 
 def _branch_flops(site: Site) -> Numbers:
+    """Return [tokens + 1] the change in FLOPs by the number of tokens kept in each window."""
     assert site.branch is not None
     tokens = site.branch.tokens
     return np.array([site.branch.change(tokens - kept) for kept in range(tokens + 1)], np.int64)
 
 
 def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strategy) -> BranchCost:
-    """FLOPs of a branch from its nodes' formulas: each is so many times the tokens."""
+    """Return the FLOPs of a branch, from its nodes' formulas; each is proportional to the number of tokens.
+
+    typing: types with every token in place. heads: of the attention whose scores rank the tokens.
+    """
     images = per_image(math.prod(f.whole_size for f in branch.region[0] if isinstance(f, Plain)))
     features = whole_size(typing.type(branch.result)[-1])
     parts = [_token_wise_flops(node, typing) for node in branch.inside]
@@ -54,7 +62,10 @@ def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strat
 
 
 def _token_wise_flops(node: fx.Node, typing: WholeTyping) -> tuple[int, int]:
-    """Of all tokens, and of one: all dimensions but the last are tokens (and images)."""
+    """Return the FLOPs of a token-wise node for all tokens, and for one.
+
+    All dimensions of its result but the last are tokens or images.
+    """
     if find(node.target) is None:
         return 0, 0
     flops = int(node_work(node, typing, whole_count, batch=1).flops)

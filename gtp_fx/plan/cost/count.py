@@ -1,4 +1,4 @@
-"""FLOPs of a graph as it stands, per image."""
+"""FLOPs of one graph as it stands, per image."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gtp_fx.plan.cost.formulas import Sizes, find
 
 
 def count_flops(graph: fx.Graph) -> int:
-    """FLOPs of one image through `graph`, whose nodes carry `meta["val"]`. A symbolic batch counts as 1."""
+    """Return the FLOPs of one image through `graph`, whose nodes carry `meta["val"]`; a symbolic batch counts as 1."""
     return sum(node_flops(node) for node in graph.nodes if node.op == "call_function")
 
 
 def node_flops(node: fx.Node) -> int:
-    """FLOPs of one node for one image."""
+    """Return the FLOPs of one node for one image."""
     formula = find(node.target)
     if formula is None:
         return _run(node)
@@ -26,7 +26,10 @@ def node_flops(node: fx.Node) -> int:
 
 
 def _run(node: fx.Node) -> int:
-    """Of an operator that no formula knows: what its inside says, run without numbers."""
+    """Count an operator without a formula by running it on meta tensors and counting what it calls.
+
+    Returns 0 where it isn't one of this package's operators, whose inside can be counted.
+    """
     counted = flops_of(node.target)
     if counted is None:
         return 0

@@ -1,7 +1,8 @@
 """FLOPs of one operator from the sizes of its operands: 2 per multiply-add, as torch.utils.flop_counter counts.
 
-A formula only multiplies and adds, so sizes may be integers (`count`) or arrays of them, an entry a candidate count of tokens (`closed_form`).
-Operators without a formula count nothing, as there: only products and convolutions do.
+A formula only multiplies and adds. So its sizes may be integers (for `count`), or arrays with an entry for each
+candidate token count (for `closed_form`). Operators without a formula count as 0, as they do in torch: only products
+and convolutions have one.
 """
 
 from __future__ import annotations
@@ -21,18 +22,24 @@ from gtp_fx.types.rules.einsum import Equation
 assert ops
 
 Size = Any
-"""An int, or an array of candidates."""
+"""An int, or an array with an entry for each candidate token count."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The shapes around one node. operands: by node, in the type that the node needs; output: of its (first) result."""
+    """The shapes that go into and come out of one node.
+
+    node: the node itself, for arguments that are no tensors.
+    operands: the shape of each operand, in the type that the node needs.
+    output: the shape of the (first) result.
+    """
 
     node: fx.Node
     operands: Mapping[fx.Node, Sequence[Size]]
     output: Sequence[Size]
 
     def __call__(self, position: int) -> Sequence[Size]:
+        """Return the shape of the operand at an argument position."""
         return self.operands[self.node.args[position]]  # type: ignore[index]
 
 
@@ -41,6 +48,8 @@ _formulas: dict[Any, Formula] = {}
 
 
 def formula(*operators: Any) -> Callable[[Formula], Formula]:
+    """Register the decorated function as the formula of some operators."""
+
     def register(function: Formula) -> Formula:
         _formulas.update(dict.fromkeys(operators, function))
         return function
@@ -49,6 +58,7 @@ def formula(*operators: Any) -> Callable[[Formula], Formula]:
 
 
 def find(operator: Any) -> Formula | None:
+    """Return the formula of an operator, or None where it has none."""
     return _formulas.get(operator)
 
 
@@ -69,13 +79,13 @@ def addmm(sizes: Sizes) -> Size:
 
 @formula(*CONVOLUTIONS)
 def convolution(sizes: Sizes) -> Size:
-    """The weight [C', C/groups, *kernel] is applied once at every output position."""
+    """Count the weight [C', C/groups, *kernel] once for every output position."""
     return 2 * math.prod(sizes.output) * math.prod(sizes(1)[1:])
 
 
 @formula(aten.einsum.default)
 def einsum(sizes: Sizes) -> Size:
-    """Operands are joined from left to right; what no later one asks for is summed over on the way."""
+    """Count operands joined from left to right, each label summed over once nothing later has it."""
     arguments: tuple[Any, ...] = sizes.node.args
     equation = Equation.parse(arguments[0])
     if equation is None:
@@ -95,7 +105,7 @@ def einsum(sizes: Sizes) -> Size:
 
 @formula(aten.scaled_dot_product_attention.default)
 def attention(sizes: Sizes) -> Size:
-    """q·kᵀ and its product with v."""
+    """Count q·kᵀ and its product with v."""
     *batch, queries, features = sizes(0)
     keys, width = sizes(2)[-2:]
     return 2 * math.prod(batch) * queries * keys * (features + width)
@@ -103,7 +113,7 @@ def attention(sizes: Sizes) -> Size:
 
 @formula(gtp_fx.attention_with_scores.default)
 def attention_with_scores(sizes: Sizes) -> Size:
-    """Attention, and the column sums of its map where the score asks for them."""
+    """Count attention, and the column sums of its map where the score needs them."""
     *batch, tokens, _ = sizes(0)
     column_sums = sizes.node.args[6].startswith(("mixed", "broadcast"))  # type: ignore[union-attr]
     return attention(sizes) + (2 * math.prod(batch) * tokens * tokens if column_sums else 0)
@@ -111,7 +121,7 @@ def attention_with_scores(sizes: Sizes) -> Size:
 
 @formula(gtp_fx.attention_with_cell_scores.default)
 def attention_with_cell_scores(sizes: Sizes) -> Size:
-    """Attention, and what each cell receives where the score asks for it."""
+    """Count attention, and what each cell receives where the score needs it."""
     column_sums = sizes.node.args[5].startswith(("mixed", "broadcast"))  # type: ignore[union-attr]
     *batch, queries, _ = sizes(0)
     return attention(sizes) + (2 * math.prod(batch) * queries * sizes(1)[-2] if column_sums else 0)
@@ -119,7 +129,7 @@ def attention_with_cell_scores(sizes: Sizes) -> Size:
 
 @formula(gtp_fx.token_graph.default)
 def token_graph(sizes: Sizes) -> Size:
-    """Cosine similarity of every pair of patches; a spatial graph asks coordinates only."""
+    """Count the cosine similarity of every pair of patches; a spatial graph reads coordinates only."""
     arguments: tuple[Any, ...] = sizes.node.args
     _, grid, _, kind, _ = arguments
     batch, _, channels = sizes(0)
@@ -128,7 +138,7 @@ def token_graph(sizes: Sizes) -> Size:
 
 @formula(gtp_fx.recover.default)
 def recover(sizes: Sizes) -> Size:
-    """Every token that comes back, times every patch that had stayed."""
+    """Count the product of every recovered token with every patch that was kept."""
     arguments: tuple[Any, ...] = sizes.node.args
     batch, back, kept = sizes(1)
     images, tokens = arguments[4], arguments[5]
@@ -138,6 +148,6 @@ def recover(sizes: Sizes) -> Size:
 
 @formula(gtp_fx.propagate.default)
 def propagate(sizes: Sizes) -> Size:
-    """Every token that stays, prefix tokens too, times every one that leaves."""
-    batch, _, leaving = sizes(1)
-    return 2 * batch * sizes.output[1] * leaving * sizes.output[2]
+    """Count the product of every token that is kept, prefix tokens included, with every one that is removed."""
+    batch, _, removed = sizes(1)
+    return 2 * batch * sizes.output[1] * removed * sizes.output[2]

@@ -1,7 +1,8 @@
 """Which operators run as one kernel: element-wise neighbours, as Inductor fuses them.
 
-Between two products a value passes through norms, activations and residual adds of the same size; compiled, they read what
-enters them and write what leaves them, once. So traffic is counted a group, not an operator.
+Between two products a value passes through norms, activations and residual adds of the same size. Compiled, these run
+as one kernel that reads its inputs and writes its outputs once. So memory traffic is counted per group, not per
+operator.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from gtp_fx.types.rules.layout import is_view
 
 @dataclass(frozen=True)
 class Group:
-    """Nodes that run as one kernel. reads: values that enter, by node and the type that they come in; writes: that leave."""
+    """Nodes that run as one kernel.
+
+    nodes: its members, in no particular order.
+    reads: the values it reads, each with the type it is read in.
+    writes: the members whose values are used outside it.
+    """
 
     nodes: tuple[fx.Node, ...]
     reads: tuple[tuple[fx.Node, TensorType], ...]
@@ -29,34 +35,41 @@ class Group:
 
 
 def fused_groups(typing: Typing) -> Iterator[Group]:
-    """Every node that is neither a product nor a view, in groups; a node that nothing else fits is a group alone."""
+    """Yield the groups of a graph; every node that is neither a product nor a view is in exactly one."""
     depth: dict[fx.Node, int] = {}
     leader: dict[fx.Node, fx.Node] = {}
     members: dict[fx.Node, list[fx.Node]] = {}
     for node in typing.graph.nodes:
         sources = [_memory_of(n) for n in node.all_input_nodes]
-        # How many products lie before: a residual add and the one before it are apart, though the one reads the other.
+        # depth counts the products before a node. Two residual adds with a product between them run as separate
+        # kernels, though one reads the other.
         depth[node] = max((depth.get(n, 0) + bool(_is_product(n)) for n in sources), default=0)
         if not _is_fusable(node, typing):
             continue
+        # Begin a group with the node, and merge it into the group of each operand that it fuses with.
         leader[node] = node
         members[node] = [node]
         for source in sources:
             if source in leader and _fuses(source, node, depth, typing) and leader[source] is not leader[node]:
-                into, gone = leader[source], leader[node]
-                members[into] += members[gone]
-                for member in members.pop(gone):
+                into, merged = leader[source], leader[node]
+                members[into] += members[merged]
+                for member in members.pop(merged):
                     leader[member] = into
     for nodes in members.values():
         yield _group(nodes, typing)
 
 
 def _fuses(source: fx.Node, node: fx.Node, depth: dict[fx.Node, int], typing: Typing) -> bool:
-    """Also across a place where tokens may leave: none need, and what it costs where some do is the site's."""
+    """Return whether a node fuses with an operand: equally many products before both, and equally many elements.
+
+    Sizes are those with every token in place, so groups reach across sites: at a site that removes nothing they do run
+    as one kernel, and where tokens are removed, the site's own work covers the difference.
+    """
     return depth[source] == depth[node] and _elements(source, typing) == _elements(node, typing)
 
 
 def _group(nodes: list[fx.Node], typing: Typing) -> Group:
+    """Make the group of some nodes, counting each piece of memory that it reads once."""
     inside = set(nodes)
     reads: dict[fx.Node, tuple[fx.Node, TensorType]] = {}
     for node in nodes:
@@ -70,7 +83,7 @@ def _group(nodes: list[fx.Node], typing: Typing) -> Group:
 
 
 def _memory_of(node: fx.Node) -> fx.Node:
-    """The node that wrote the memory which `node` shows."""
+    """Return the node that wrote the memory which `node` is a view of."""
     while (is_view(node) or node.target in WITHOUT_COPY) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node

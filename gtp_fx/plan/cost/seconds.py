@@ -1,9 +1,11 @@
 """Seconds that work takes on a target: a roofline with an efficiency curve for each kind of work.
 
-products, convolutions   FLOPs over the dense rate, whole tiles and whole waves of tiles, or traffic over bandwidth: the larger
-attention                the same, in tiles of queries and keys
-everything else          traffic over bandwidth, or FLOPs over the dense rate: the larger
-and each kernel          what launching it costs
+A kernel takes the larger of compute time and memory time, plus the time of its launch:
+
+kind                     compute                                                        memory
+products, convolutions   FLOPs in whole tiles and whole waves of tiles, / dense rate    traffic / bandwidth
+attention                FLOPs in whole tiles of queries and keys, / dense rate         traffic / bandwidth
+everything else          FLOPs / dense rate                                             traffic / bandwidth
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from gtp_fx.types.infer import SiteTyping
 
 
 def seconds(work: Work, target: Target) -> Any:
-    """Of one kernel; an array where the work's amounts are."""
+    """Return the seconds of one work: a number, or an array where the work's amounts are arrays."""
     rate = target.rate(work.dtype)
     if work.kind in DENSE:
         amount = work.tokens if work.kind == "attention" else work.flops
@@ -46,7 +48,7 @@ def seconds(work: Work, target: Target) -> Any:
 
 
 def _padding(work: Work, target: Target) -> Any:
-    """By how much whole tiles, and whole waves of them over the units, are more than the work itself."""
+    """Return the factor by which whole tiles, and whole waves of them over the processor's units, exceed the work."""
     if work.kind == "attention":
         queries, keys = target.attention_tile
         return _whole(work.rows, queries) * _whole(work.tokens, keys)
@@ -56,27 +58,32 @@ def _padding(work: Work, target: Target) -> Any:
 
 
 def _in_tiles(work: Work, tile: Tile, units: int) -> Any:
-    """The last wave takes as long as a full one, however few tiles it has."""
+    """Return that factor for one tile shape; the last wave takes as long as a full one, however few tiles it has."""
     tiles = work.batch * _up(work.rows, tile.rows) * _up(work.columns, tile.columns)
     made = _up(tiles, units) * units * tile.rows * tile.columns
-    return made / (np.maximum(work.batch * work.rows * work.columns, 1) * tile.share)  # of no rows nothing is made
+    return made / (np.maximum(work.batch * work.rows * work.columns, 1) * tile.share)  # max: no rows, no division by 0
 
 
 def _whole(amount: Any, tile: int) -> Any:
-    """By how much whole tiles are more; of nothing, nothing."""
+    """Return the factor by which whole tiles exceed `amount`; 0 where the amount is 0."""
     return _up(amount, tile) * tile / np.maximum(amount, 1)
 
 
 def _up(amount: Any, tile: int) -> Any:
+    """Return the number of tiles that hold `amount`."""
     return np.ceil(np.asarray(amount) / tile)
 
 
 def total_seconds(works: list[Work], target: Target) -> Any:
+    """Return the summed seconds of some works."""
     return sum(seconds(work, target) for work in works)
 
 
 def graph_seconds(graph: fx.Graph, target: Target, batch: int) -> float:
-    """A graph as it stands, all its tokens in place, `batch` images a run where the batch is symbolic."""
+    """Return the seconds of one run of a graph as it stands, with every token in place.
+
+    batch: images of a run where the batch is symbolic.
+    """
     terms = graph_terms(typed_graph(graph).whole, batch)
     return float(sum(total_seconds(term.works(whole_count), target) for term in terms))
 
@@ -90,7 +97,13 @@ def seconds_model(
     original: float,
     branches: Mapping[int, Branch],
 ) -> CostModel:
-    """Seconds of every schedule. original: of what ratios are taken of. branches: that tokens may skip, by block."""
+    """Return the seconds of every schedule over `sites`.
+
+    typing: types of the graph with a site after each of `sites` at which tokens are removed.
+    batch: images of a run where the batch is symbolic.
+    original: seconds of the original graph, which ratios refer to.
+    branches: the branches that tokens may skip, by block number.
+    """
     skipped = branch_seconds(typing.graph, sites, strategy, target, batch, branches)
     terms = terms_of(typing, sites, strategy, batch, target.has_kernels)
     weigh = lambda works: total_seconds(works, target)  # noqa: E731
@@ -105,7 +118,10 @@ def branch_seconds(
     batch: int,
     branches: Mapping[int, Branch],
 ) -> dict[int, Numbers]:
-    """For the block of each site where tokens skip a branch: what is spent more, by tokens kept, [tokens + 1]."""
+    """Return the change in seconds by the tokens kept, [tokens + 1], for each block at which tokens may skip a branch.
+
+    batch: images of a run where the batch is symbolic. branches: by block number.
+    """
     if not branches:
         return {}
     whole = typed_graph(graph).whole
@@ -114,6 +130,7 @@ def branch_seconds(
     for site in sites:
         if site.branch is not None:
             branch = branches[site.block]
+            # The branch's work is its products, and the fused groups that lie inside it.
             inside = set(branch.inside)
             nodes = [node for node in inside if find(node.target) is not None]
             works = [node_work(node, whole, whole_count, batch) for node in nodes]
@@ -127,24 +144,29 @@ def branch_seconds(
 def _branch_change(
     site: Site, branch: Branch, works: list[Work], strategy: Strategy, target: Target, batch: int
 ) -> Numbers:
-    """[tokens + 1]: what is spent more when so many tokens of each window are kept; 0 where all are. works: the branch's, whole."""
+    """Return [tokens + 1] the change in seconds by the tokens kept in each window; 0 where all are.
+
+    works: the branch's works with every token.
+    """
     assert site.branch is not None
     tokens, windows = branch.tokens, branch.windows * site.branch.images * batch
     kept = np.arange(tokens + 1)
     share = kept / tokens
+    # The branch itself, over the tokens kept instead of all.
     spent: Any = 0.0
     for work in works:
         rows = np.maximum(work.rows * share, 1)
         fewer = replace(work, flops=work.flops * share, bytes=work.bytes * share, rows=rows)
         spent = spent + seconds(fewer, target) - seconds(work, target)
+    # What is new: scoring and sorting the tokens, the shares [skipped, kept], and taking and recovering rows.
     size = getattr(torch, site.dtype).itemsize
     values = windows * tokens * site.channels * size
     keys = math.prod(branch.cells) or tokens
-    more = [
+    added = [
         *strategy.scoring_works(site.heads, tokens, keys, windows, site.dtype),
         Work("sort", bytes=windows * tokens * size),
         Work("stream", bytes=windows * (tokens - kept) * kept * size * 3, launches=2),
         Work("gather", 2 * windows * (tokens - kept) * kept * site.channels, values * (2 + 2 * share), launches=3),
     ]
-    changed = spent + sum(seconds(work, target) for work in more)
+    changed = spent + sum(seconds(work, target) for work in added)
     return np.where(kept == tokens, 0.0, changed)

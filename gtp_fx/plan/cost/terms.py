@@ -1,6 +1,6 @@
-"""A typed graph as terms: pieces of work, each told as a function of the tokens that are left.
+"""A typed graph as terms: pieces of work, each a function of the numbers of tokens that remain.
 
-One list serves both currencies, FLOPs and seconds: a term says what is done (`Work`), not what that costs.
+The same terms serve both currencies, FLOPs and seconds: a term says what is done (`Work`), not what that costs.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from gtp_fx.types.coercions import Coercions, find_coercions
 from gtp_fx.types.infer import SiteTyping, Typing
 
 Counts = Callable[[TokenDomain], Any]
-"""Patches in a domain: a number, or an array of candidates."""
+"""Return the number of patches in a domain: an int, or an array of candidate counts."""
 
 _ATTENTION = aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
 class Term:
-    """works: from token counts. domains: the shortened ones whose counts it asks for.
+    """A piece of work that depends on some token counts.
 
-    site: where it costs nothing unless tokens leave there, that site's position. first: and only if none has left before.
-    node: the one that it is the work of, or is done for; None of a site's own.
+    domains: the shortened domains whose counts `works` reads.
+    works: returns the works, from token counts.
+    site: position of the site that the work belongs to, where it is done only if tokens are removed there; else None.
+    first: the work is done only at the first site of the stream that removes tokens.
+    node: the node whose work it is, or for which it is done; None for a site's own work.
     """
 
     domains: frozenset[TokenDomain]
@@ -48,29 +51,31 @@ class Term:
 def terms_of(
     typing: SiteTyping, sites: tuple[Site, ...], strategy: Strategy, batch: int, kernels: bool = False
 ) -> list[Term]:
-    """All work of a graph, typed with the sites at which tokens leave; branches are priced separately.
+    """Return all work of a graph typed with sites at which tokens are removed; branches are priced separately.
 
-    batch: images of a run. kernels: as GTP's kernels do it, where there are some; FLOPs are always the operators'.
+    batch: images of a run where the batch is symbolic.
+    kernels: price sites as GTP's Triton kernels run, where there are some. FLOPs always count the plain operators.
     """
     at = {(site.domain.grid, site.domain.level): place for place, site in enumerate(sites) if site.branch is None}
     terms = [*graph_terms(typing, batch)]
     terms += _recovery_terms(find_coercions(typing), at, batch)
+    # A site whose token scales nothing reads later doesn't compute them.
     readers = _key_types(typing) if strategy.reads_scales else []
     readers += _pooled_types(typing) if strategy.weighted_pooling else []
     read = {axis.domain for kind in readers for axis in token_axes(kind)}
     for (grid, level), place in at.items():
         site = sites[place]
-        told = any(d.grid == grid and d.level > level for d in read)
-        terms.append(_site_term(site, place, strategy, told, batch, kernels))
+        scales_read = any(d.grid == grid and d.level > level for d in read)
+        terms.append(_site_term(site, place, strategy, scales_read, batch, kernels))
         works = strategy.start_works(grid.shape, site.channels, site.images * batch, site.dtype, kernels)
         terms.append(Term(frozenset(), lambda _, works=works: works, place, first=True))  # type: ignore[misc]
     if kernels and strategy.reads_scales:
-        terms += _told_terms(typing, batch)
+        terms += _scale_terms(typing, batch)
     return terms
 
 
 def graph_terms(typing: Typing, batch: int) -> Iterator[Term]:
-    """The graph's own operators: a term for each product, one for each group that the compiler fuses."""
+    """Yield the work of the graph's own operators: a term for each product, and one for each group that is fused."""
     for node in typing.graph.nodes:
         formula = find(node.target) if node.op == "call_function" else None
         if formula is not None:
@@ -84,7 +89,7 @@ def graph_terms(typing: Typing, batch: int) -> Iterator[Term]:
 
 
 def node_work(node: fx.Node, typing: Typing, count: Counts, batch: int) -> Work:
-    """The work of an operator that has a formula."""
+    """Return the work of an operator that has a formula."""
     sizes = _node_sizes(node, typing, count, batch)
     formula = find(node.target)
     assert formula is not None
@@ -95,7 +100,7 @@ def node_work(node: fx.Node, typing: Typing, count: Counts, batch: int) -> Work:
         return replace(work, kind="attention", rows=sizes(0)[-2], tokens=sizes(1)[-2], batch=math.prod(sizes(0)[:-2]))
     if node.target in CONVOLUTIONS:
         channels, per_group = sizes(1)[0], sizes(1)[1]
-        if per_group == 1:  # depthwise: no product to speak of
+        if per_group == 1:  # depthwise: bound by memory
             return replace(work, kind="stream")
         return replace(work, kind="convolution", rows=math.prod(sizes.output) // channels, columns=channels)
     if node.target is aten.linear.default:
@@ -106,7 +111,7 @@ def node_work(node: fx.Node, typing: Typing, count: Counts, batch: int) -> Work:
 
 
 def group_work(group: Group, typing: Typing, count: Counts, batch: int) -> Work:
-    """What a fused group reads and writes."""
+    """Return the work of a fused group: the memory that it reads and writes."""
     moved: Any = 0
     for node, kind in group.reads:
         moved = moved + math.prod(sizes_of(kind, count, batch)) * node.meta["val"].dtype.itemsize
@@ -116,6 +121,7 @@ def group_work(group: Group, typing: Typing, count: Counts, batch: int) -> Work:
 
 
 def sizes_of(kind: TensorType, count: Counts, batch: int) -> list[Any]:
+    """Return the size of every dimension of a type, ints or arrays as `count` returns."""
     return [_size(dim, count, batch) for dim in kind]
 
 
@@ -139,26 +145,30 @@ def _node_sizes(node: fx.Node, typing: Typing, count: Counts, batch: int) -> Siz
 
 
 def _domains(kinds: list[Any]) -> frozenset[TokenDomain]:
+    """Return the shortened domains that some types run over."""
     found = (axis.domain for kind in kinds if isinstance(kind, tuple) for axis in token_axes(kind))
     return frozenset(domain for domain in found if domain.level)
 
 
-def _site_term(site: Site, place: int, strategy: Strategy, told: bool, batch: int, kernels: bool) -> Term:
-    behind = site.domain.at(site.domain.level + 1)
+def _site_term(site: Site, place: int, strategy: Strategy, scales_read: bool, batch: int, kernels: bool) -> Term:
+    """Make the term of a site's own work. scales_read: a later attention or pooling reads the token scales."""
+    after = site.domain.at(site.domain.level + 1)
 
     def works(count: Counts) -> list[Work]:
         images = site.images * batch
-        sizes = (count(site.domain), count(behind), site.others, site.channels, site.heads, images, site.dtype)
+        sizes = (count(site.domain), count(after), site.others, site.channels, site.heads, images, site.dtype)
         shape = SiteShape(*sizes, site.key_features, site.axis.prefix, kernels)
-        return strategy.site_works(shape, told)
+        return strategy.site_works(shape, scales_read)
 
-    return Term(frozenset(d for d in (site.domain, behind) if d.level), works, place)
+    return Term(frozenset(d for d in (site.domain, after) if d.level), works, place)
 
 
 def _recovery_terms(coercions: Coercions, at: Mapping[tuple[Grid, int], int], batch: int) -> list[Term]:
-    """Putting tokens back costs a product at each site passed: [P, K] shares by K rows. Equal ones are done once.
+    """Return the work of recovering tokens, where a node needs tokens that were removed.
 
-    Taking what an older value holds for the tokens left costs no FLOPs, and little traffic: it is left out.
+    Recovering costs one product for each site passed: shares [P, K] times K rows. Equal recoveries are done once.
+    Taking the rows of the remaining tokens from an older value costs no FLOPs and little traffic, and isn't counted.
+    at: position of each site, by its grid and level.
     """
     terms: dict[Any, Term] = {}
     for coercion in coercions.found:
@@ -167,6 +177,7 @@ def _recovery_terms(coercions: Coercions, at: Mapping[tuple[Grid, int], int], ba
         for i, step in enumerate(coercion.steps):
             domain = step.axis.domain
             if step.recovers:
+                # One term for each level climbed; `kind` holds the operand's type with the steps before this one done.
                 others = tuple(d for dim, d in enumerate(kind) if dim not in (step.dim, coercion.images))
                 for level in range(domain.level, step.level, -1):
                     key = (coercion.operand, coercion.lead, coercion.steps[:i], step.dim, level)
@@ -179,10 +190,15 @@ def _recovery_terms(coercions: Coercions, at: Mapping[tuple[Grid, int], int], ba
 
 
 def _recovery_works(
-    left: TokenDomain, before: TokenDomain, images: Dim, others: TensorType, itemsize: int, batch: int
+    after: TokenDomain, before: TokenDomain, images: Dim, others: TensorType, itemsize: int, batch: int
 ) -> Callable[[Counts], list[Work]]:
+    """Make the work of recovering the tokens of `before` from those of `after`, the counts before and after one site.
+
+    images: the dimension of images. others: all dimensions but tokens and images.
+    """
+
     def works(count: Counts) -> list[Work]:
-        kept, all_ = count(left), count(before)
+        kept, all_ = count(after), count(before)
         each = math.prod(sizes_of(others, count, batch))
         number = _size(images, count, batch)
         flops = 2 * number * (all_ - kept) * kept * each
@@ -191,26 +207,31 @@ def _recovery_works(
     return works
 
 
-def _told_terms(typing: SiteTyping, batch: int) -> Iterator[Term]:
-    """What attention over a shortened stream costs more where it is told token scales: queries and keys with a feature more."""
+def _scale_terms(typing: SiteTyping, batch: int) -> Iterator[Term]:
+    """Yield what token scales add to attention over a shortened stream.
+
+    Queries and keys are copied with one more feature, which carries the scale.
+    """
     for node in typing.graph.nodes:
         if node.target is _ATTENTION:
-            asked = [typing.answers[node].operands[node.args[i]] for i in (0, 1)]
-            if _domains(asked[1:]):
+            kinds = [typing.answers[node].operands[node.args[i]] for i in (0, 1)]
+            if _domains(kinds[1:]):
                 size = node.meta["val"].dtype.itemsize
 
-                def works(count: Counts, asked: list[TensorType] = asked, size: int = size) -> list[Work]:
-                    moved: Any = sum(math.prod(sizes_of(kind, count, batch)) for kind in asked)
+                def works(count: Counts, kinds: list[TensorType] = kinds, size: int = size) -> list[Work]:
+                    moved: Any = sum(math.prod(sizes_of(kind, count, batch)) for kind in kinds)
                     return [Work("stream", bytes=2 * size * moved, launches=2)]
 
-                yield Term(_domains(asked), works, node=node)
+                yield Term(_domains(kinds), works, node=node)
 
 
 def _pooled_types(typing: SiteTyping) -> list[TensorType]:
+    """Return the types that average pooling runs over."""
     means = [n for n in typing.graph.nodes if n.target is aten.mean.dim]
     return [typing.answers[n].operands[n.args[0]] for n in means]
 
 
 def _key_types(typing: SiteTyping) -> list[TensorType]:
+    """Return the types of the token dimensions of every attention's keys."""
     attentions = [n for n in typing.graph.nodes if n.target is _ATTENTION]
     return [typing.answers[n].operands[n.args[1]][-2:-1] for n in attentions]

@@ -1,1 +1,1 @@
-"""What is lost when tokens leave: `tables` holds it, `prior` guesses it, `calibration` measures it, `refinement` improves on it."""
+"""Damage, in `tables`: guessed by `prior`, measured by `sensitivity` (in `divergence`), improved by `refinement`."""

@@ -1,4 +1,4 @@
-"""How far a model's output has moved, without labels."""
+"""Divergence: how far a model's outputs have moved, without labels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch.utils import _pytree as pytree
 
 
 def divergence(found: Any, wanted: Any) -> float:
-    """Between two outputs of one model on the same images, mean over images; 0 where they are equal.
+    """Return how far `found` is from `wanted`, outputs on the same images: a mean over images, 0 where they are equal.
 
-    Class scores [B, V] (a tensor, or what an output names "logits"): Kullback-Leibler's, of the original's distribution from the
-    other's, in nats. Anything else (features, maps): |found - wanted|² / |wanted|², each output tensor alike.
+    Class scores [B, V] (a tensor, or what an output names "logits"): the Kullback-Leibler divergence of the original's
+    distribution from the other's, in nats. Anything else (features, maps): |found - wanted|² / |wanted|², averaged over
+    the output tensors.
     """
     mine, theirs = scores_of(found), scores_of(wanted)
     if mine is not None and theirs is not None:
@@ -26,7 +27,7 @@ def divergence(found: Any, wanted: Any) -> float:
 
 
 def scores_of(output: Any) -> Tensor | None:
-    """The class scores [B, V] among a model's outputs, or None where there are none."""
+    """Return the class scores [B, V] among a model's outputs, or None where there are none."""
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     return output if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1 else None
@@ -37,5 +38,6 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
+    """Return |found - wanted|² / |wanted|² of two tensors [B, ...], as a mean over images."""
     a, b = found.double().flatten(1), wanted.double().flatten(1)
     return float(((a - b).square().sum(1) / b.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)).mean())

@@ -1,4 +1,4 @@
-"""Unlabelled images, and how a model's outputs on them move when tokens leave."""
+"""Judging a rewritten graph by how far its outputs on unlabelled images are from the original's."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from gtp_fx.plan.damage.divergence import divergence
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """Says how far a graph's outputs are from the original's. calls: the images; wanted: the original's outputs on them."""
+    """Measures how far a graph's outputs are from the original's.
+
+    calls: the images, as arguments of one call each.
+    wanted: the original's outputs on them.
+    """
 
     calls: tuple[Call, ...]
     wanted: tuple[Any, ...]
 
     @classmethod
     def of(cls, model: Callable[..., Any], calls: Sequence[Call]) -> Judge:
+        """Make a judge by running the original once on every call."""
         with torch.no_grad():
             return cls(tuple(calls), tuple(model(*args, **kwargs) for args, kwargs in calls))
 
     def __call__(self, model: Callable[..., Any]) -> float:
-        """Mean over images of `divergence`; 0 for the original itself."""
+        """Return the mean of `divergence` over images; 0 for the original itself."""
         total = images = 0.0
         with torch.no_grad():
             for (args, kwargs), wanted in zip(self.calls, self.wanted, strict=True):
@@ -37,4 +42,5 @@ class Judge:
 
 
 def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the batch size of a call, which is that of its first tensor."""
     return next(t.shape[0] for t in (*args, *kwargs.values()) if isinstance(t, Tensor))

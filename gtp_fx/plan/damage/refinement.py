@@ -1,8 +1,9 @@
-"""Choosing by looking at whole schedules: sums over blocks are a model, the outputs themselves are not.
+"""Choosing by the outputs of whole schedules, since a sum of damage over blocks is only a model of them.
 
-Of a few ways to spend the budget (tables measured and guessed, the paper's even counts) the one that moves outputs least is taken;
-then, for as many evaluations as were asked for, the measured tables are weighed anew at random, block by block, and the
-schedule that the solver makes of them is kept where it is better. The budget holds throughout, since the solver keeps it.
+First, a few ways to spend the budget are tried (by measured damage, by the prior, by the paper's rules), and the one
+that moves outputs least is taken. Then the measured tables are weighted at random, block by block, and solved again; a
+schedule that does better becomes the new best. The number of these evaluations is `Calibration.refine`. Every schedule
+is within the budget, because the solver returns no other.
 """
 
 from __future__ import annotations
@@ -22,16 +23,26 @@ Counts = tuple[int, ...]
 _WIDEST, _NARROWEST = 0.8, 0.15
 """Standard deviation of the logarithm of a block's weight, at the first and the last evaluation."""
 _TOGETHER = 0.5
-"""How far neighbouring blocks are weighed alike."""
+"""Correlation between the weights of neighbouring blocks."""
 _TURNS = 4
-"""Of changing a strategy that was changed before."""
+"""Rounds of coordinate search over strategy variants."""
 _BETTER = 0.98
-"""What a change of strategy has to lower the divergence to: the same images judge many of them."""
+"""A variant is taken where it lowers the divergence to below this share of the best.
+
+The margin is there because the same images judge many variants."""
 
 
 @dataclass
 class Search:
-    """judge: how far outputs move under a schedule and a strategy. Remembers what it has seen, and the best of it."""
+    """A search over schedules and strategies that remembers every schedule it tried.
+
+    judge: returns how far outputs move under a schedule and a strategy.
+    strategy: the strategy at present; `vary_strategy` may change it.
+    total: number of evaluations planned, for the progress bar.
+    progress: called before each evaluation, or None.
+    seen: divergence of each schedule tried, under the first strategy.
+    done: evaluations so far.
+    """
 
     judge: Callable[[Counts, Strategy], float]
     strategy: Strategy
@@ -42,33 +53,43 @@ class Search:
     _least: float | None = None
 
     def try_out(self, counts: Counts) -> float:
+        """Return the divergence under a schedule, evaluated once."""
         if counts not in self.seen:
             self.seen[counts] = self._judged(counts, self.strategy)
         return self.seen[counts]
 
     @property
     def best(self) -> Counts:
+        """The schedule of least divergence so far."""
         return min(self.seen, key=lambda counts: self.seen[counts])
 
     @property
     def least(self) -> float:
-        """Of the best, with the strategy at hand."""
+        """The divergence of the best schedule under the present strategy."""
         return self._least if self._least is not None else self.seen[self.best]
 
     def weigh_anew(self, damage: Damage, solve: Callable[[Damage], Counts], evaluations: int) -> None:
-        """Look for better ones around the best so far. The same each time."""
+        """Search around the best schedule so far, by solving with tables weighted at random; the seed is fixed.
+
+        The width of the weights shrinks geometrically over the evaluations.
+        """
         random = np.random.default_rng(0)
         weights = np.zeros(len(damage.tables))
         least = self.seen[self.best]
         for turn in range(evaluations):
             width = _WIDEST * (_NARROWEST / _WIDEST) ** (turn / max(evaluations - 1, 1))
             found = weights + width * _smooth(random.standard_normal(len(weights)))
-            value = self.try_out(solve(_weighed(damage, found)))
+            value = self.try_out(solve(_weighted(damage, found)))
             if value < least:
                 least, weights = value, found
 
     def vary_strategy(self, variants_of: Callable[[Strategy], Iterable[Strategy]]) -> int:
-        """Change the strategy, one thing at a time, as long as the best schedule moves outputs less for it. How many it tried."""
+        """Change the strategy one field at a time while that lowers the divergence of the best schedule.
+
+        variants_of: returns the variants of a strategy to try.
+
+        Returns how many were tried.
+        """
         counts = self.best
         least = self.seen[counts]
         tried = {self.strategy}
@@ -93,13 +114,14 @@ class Search:
 
 
 def _smooth(noise: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Noise in which each entry is partly the one before; of the same spread."""
+    """Correlate each entry of some noise with the one before it, keeping its variance."""
     smooth = noise.copy()
     for i in range(1, len(noise)):
         smooth[i] = _TOGETHER * smooth[i - 1] + np.sqrt(1 - _TOGETHER**2) * noise[i]
     return smooth
 
 
-def _weighed(damage: Damage, log_weights: Sequence[float] | NDArray[np.float64]) -> Damage:
+def _weighted(damage: Damage, log_weights: Sequence[float] | NDArray[np.float64]) -> Damage:
+    """Scale each table by exp of its weight."""
     tables = tuple(np.exp(w) * table for w, table in zip(log_weights, damage.tables, strict=True))
     return Damage(tables, damage.origin)

@@ -1,4 +1,4 @@
-"""Damage measured: how far the outputs move when one block alone loses tokens."""
+"""Measured damage: how far the outputs move when one block alone removes tokens."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from gtp_fx.targets.cache import cache_folder, keep_json
 
 _VERSION = 1
 _UNCERTAINTY = 0.4
-"""Measured block by block, expected damage lay a factor of 1.15 to 1.65 off the divergence of whole schedules on unseen images (one standard
-deviation; a geometric mean of 1.4, `bench/results/expected_damage.json`)."""
+"""How far measured damage is off, as `Damage.uncertainty`.
+
+Damage measured block by block was a factor of 1.15 to 1.65 (one standard deviation; geometric mean 1.4) off the
+divergence of whole schedules on unseen images (`bench/results/expected_damage.json`)."""
 
 
 def measured_damage(
@@ -36,10 +38,11 @@ def measured_damage(
     judged: Callable[[tuple[int, ...], Strategy], float],
     progress: Progress | None = None,
 ) -> Damage:
-    """Tables from `calibration.points` measurements at each site, monotone, interpolated between.
+    """Measure the damage of each site at `calibration.points` counts; in between, it is interpolated.
 
-    gm: behind the exact passes, with its parameters. judged: how far outputs move, from the tokens that leave at each site.
-    calibration: bound to the model's calls.
+    gm: the graph after the exact passes, with its parameters.
+    calibration: bound to the model's calls. With `cache`, measurements are read from and written to the cache folder.
+    judged: returns how far outputs move, from the tokens removed at each site and the strategy.
     """
     calls = calibration.images
     file = cache_folder() / "sensitivity" / f"{_key(gm, sites, shapes, strategy, calibration)}.json"
@@ -54,7 +57,7 @@ def measured_damage(
 
 
 def counts_to_measure(whole: int, points: int) -> list[int]:
-    """Of `whole` tokens, how many to take away: closer together where few are left."""
+    """Return how many of `whole` tokens to remove in each measurement, with closer counts where few tokens remain."""
     shares = 1 - np.linspace(1, 0, points + 1)[1:] ** 1.5
     return sorted({max(1, min(whole - 1, round(float(share) * (whole - 1)))) for share in shares})
 
@@ -65,15 +68,15 @@ def _measure(
     judged: Callable[[tuple[int, ...]], float],
     progress: Progress | None,
 ) -> list[list[tuple[int, float]]]:
-    """For each site, (tokens gone, how far the outputs moved)."""
-    asked = [counts_to_measure(site.whole, points) for site in sites]
-    total, done = sum(map(len, asked)), 0
+    """Return (tokens removed, how far the outputs moved) pairs for each site, which removes them alone."""
+    planned = [counts_to_measure(site.whole, points) for site in sites]
+    total, done = sum(map(len, planned)), 0
     found: list[list[tuple[int, float]]] = []
-    for place, counts in enumerate(asked):
+    for place, counts in enumerate(planned):
         found.append([])
         for count in counts:
             if progress is not None:
-                progress(f"block {sites[place].block}: {count} tokens away", done, total)
+                progress(f"block {sites[place].block}: {count} tokens removed", done, total)
             only = tuple(count if i == place else 0 for i in range(len(sites)))
             found[-1].append((count, judged(only)))
             done += 1
@@ -81,10 +84,10 @@ def _measure(
 
 
 def _table(whole: int, points: Sequence[tuple[int, float]]) -> Table:
-    """[whole]: damage by tokens gone. Measured values are made to ascend by the largest before each."""
-    gone = [0, *(count for count, _ in points)]
+    """Return [whole] the damage by tokens removed, made to ascend by a running maximum over the measured values."""
+    removed = [0, *(count for count, _ in points)]
     values = np.maximum.accumulate([0.0, *(value for _, value in points)])
-    return np.interp(np.arange(whole), gone, values)
+    return np.interp(np.arange(whole), removed, values)
 
 
 def _key(
@@ -94,11 +97,12 @@ def _key(
     strategy: Strategy,
     calibration: Calibration,
 ) -> str:
-    """Of everything that a measurement depends on: the graph, its weights, the images, the strategy."""
+    """Return a hash of what a measurement depends on: the graph, its weights, the images and the strategy."""
     digest = hashlib.sha256()
-    said = (_VERSION, calibration.points, str(strategy), strategy.code, tuple(shapes), [site.block for site in sites])
-    digest.update(repr(said).encode())
+    parts = (_VERSION, calibration.points, str(strategy), strategy.code, tuple(shapes), [site.block for site in sites])
+    digest.update(repr(parts).encode())
     digest.update(gm.code.encode())
+    # Hashing every element of a large model would take long: each tensor gives its sum and some of its elements.
     for tensor in [*gm.state_dict().values(), *pytree.tree_leaves(calibration.images)]:
         if isinstance(tensor, Tensor):
             digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -108,11 +112,13 @@ def _key(
 
 
 def _some(tensor: Tensor, most: int = 4096) -> Tensor:
+    """Return about `most` elements of a tensor, evenly spaced."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // most)]
 
 
 def _cached(file: Path) -> list[list[tuple[int, float]]] | None:
+    """Read measurements from a cache file; None where it is missing or unreadable."""
     try:
         data: Any = json.loads(file.read_text())
         return [[(int(count), float(value)) for count, value in site] for site in data["points"]]

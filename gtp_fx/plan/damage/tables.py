@@ -1,4 +1,4 @@
-"""Expected damage of a schedule, as a sum over its sites: what the solver minimises."""
+"""Expected damage of a schedule as a sum over its sites, which the solver minimises."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Damage:
-    """tables[i][m]: how far the output moves when m of all its tokens leave at site i alone, the lowest of its ranking; ascends from 0.
+    """The damage that each site is expected to do, and from that the damage of a schedule.
 
-    A step from `before` tokens to `after`, of `whole`, costs the sum of two answers, each a half of the truth:
+    tables: tables[i][m] is how far the output moves when site i alone removes m of all tokens, the lowest in its
+        ranking. Ascends from 0.
+    origin: where the tables come from.
+    per_site: damage charged for using a site at all, however many tokens it removes.
+    uncertainty: schedules whose damage exceeds the least by no more than this share count as equally good
+        (`python -m bench.expected_damage`).
 
-        tables[i][gone behind] - tables[i][gone before]   one ranking: the next tokens in order leave, dearer ones each time
-        tables[i][the same share of all]                  a ranking of each site's own: a bad place for choosing stays bad
+    A step from `before` tokens to `after`, of `whole`, does the sum of two damages, each of which is half the truth:
 
-    On small nets trained on digits the sum ranked schedules more nearly as the divergence of their outputs does than either half.
-    origin: where the tables come from. per_site: what a site costs besides, however many leave there. uncertainty: by what share a
-    schedule's damage may lie above the least and it is as good for all that is known (`python -m bench.expected_damage`).
+        tables[i][removed after] - tables[i][removed before]   the sites share one ranking: each removes the next
+        tables[i][the same share of all]                       each site ranks anew: a site that ranks badly still does
+
+    On small nets trained on digits, the sum ranks schedules closer to the divergence of their outputs than either part.
     """
 
     tables: tuple[Table, ...]
@@ -40,13 +45,13 @@ class Damage:
                 raise ValueError("damage ascends from 0")
 
     def step(self, site: int, whole: int, before: Any, after: Any) -> Any:
-        """What is lost at a site, from the tokens before and behind it, numbers or arrays."""
+        """Return the damage of one step at a site, from the token counts before and after it, numbers or arrays."""
         table = self.tables[site]
         ordered = table[whole - after] - table[whole - before]
         alone = np.interp((before - after) / before * whole, np.arange(len(table)), table)
         return ordered + alone + self.per_site * (after < before)
 
-    def of(self, chain: Chain, left: Sequence[int]) -> float:
-        """Of one chain's schedule. left: tokens behind each of its sites."""
-        steps = zip(chain.places, pairwise((chain.whole, *left)), strict=True)
+    def of(self, chain: Chain, remaining: Sequence[int]) -> float:
+        """Return the damage of one chain's schedule. remaining: the tokens after each of its sites."""
+        steps = zip(chain.places, pairwise((chain.whole, *remaining)), strict=True)
         return float(sum(self.step(place, chain.whole, before, after) for place, (before, after) in steps))

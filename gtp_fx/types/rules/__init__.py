@@ -1,16 +1,16 @@
 """The rules by family of operators; importing this package registers them all.
 
 registry     what a rule is, and how types join
-pointwise    element by element, broadcasting
+pointwise    element-wise operators, with broadcasting
 contraction  linear, matmul, attention
 layout       views, permutations, expand
-unfold       patches cut out by views: where grids are born too
-ranges       select, slice, cat, unbind, split: what moves tokens along an axis
+unfold       patches cut out by views, where grids are born too
+ranges       select, slice, cat, unbind, split: operators that move tokens along an axis
 reduction    means over tokens, norms over channels
 grids        rolling, padding and sampling a whole grid, folding it into channels
-spatial      convolutions and pooling: where grids are born
+spatial      convolutions and pooling, where grids are born
 einsum       products whose dimensions have names
-random       dropout, and the coins that stochastic depth draws
+random       dropout, and the random numbers of stochastic depth
 """
 
 from gtp_fx.types.rules import contraction, einsum, grids, layout, pointwise, random, ranges, reduction, spatial

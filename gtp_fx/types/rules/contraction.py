@@ -1,4 +1,4 @@
-"""What sums over a dimension with weights: linear, matrix products, attention."""
+"""Rules for weighted sums over a dimension: linear, matrix products, attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, joi
 
 @rule(aten.linear.default)
 def linear(call: Call) -> RuleResult:
-    """x[..., in] -> [..., out]: token-wise, as long as the features are no tokens (an MLP-Mixer's are)."""
+    """Type x[..., in] -> [..., out]: token-wise, unless the features are tokens (as in an MLP-Mixer)."""
     x = call.type(0)
     require_plain(x[-1:], "the features that a linear layer mixes")
     for parameter in call.tensors()[1:]:
@@ -23,7 +23,10 @@ def linear(call: Call) -> RuleResult:
 
 @rule(*MATRIX_PRODUCTS)
 def matmul(call: Call) -> RuleResult:
-    """a[..., m, k] @ b[..., k, n]. A sum over tokens depends on how many are left, unless its weights are a softmax over them."""
+    """Type a[..., m, k] @ b[..., k, n].
+
+    A sum over tokens depends on how many remain, unless its weights are a softmax over them.
+    """
     a, b = call.type(0), call.type(1)
     if len(a) < 2 or len(b) < 2:
         raise NoRule("a product with a vector is not followed")
@@ -36,7 +39,8 @@ def matmul(call: Call) -> RuleResult:
     wanted_a = (*broadcast_to(a[:-2], batch), a[-2], inner)
     wanted_b = (*broadcast_to(b[:-2], batch), inner, b[-1])
     node_a, node_b = call.operand(0), call.operand(1)
-    # Rows follow rows; where the other operand holds tokens as well, both have two token axes: followed whole.
+    # The output's rows need a's rows alone. But where b's columns are tokens too, or tokens are summed over, both
+    # operands are needed whole.
     return RuleResult(
         (*batch, a[-2], b[-1]),
         operands=wanting([(node_a, wanted_a), (node_b, wanted_b)]),
@@ -47,9 +51,9 @@ def matmul(call: Call) -> RuleResult:
 
 @rule(aten.scaled_dot_product_attention.default)
 def attention(call: Call) -> RuleResult:
-    """q[..., L, E], k[..., S, E], v[..., S, D], mask[..., L, S] -> [..., L, D].
+    """Type q[..., L, E], k[..., S, E], v[..., S, D], mask[..., L, S] -> [..., L, D].
 
-    Keys and values must have left together; an output token needs its own query, and every key and value.
+    Keys and values must be at the same level. An output token needs its own query, and every key and value.
     """
     q, k, v = call.type(0), call.type(1), call.type(2)
     if not all(map(is_plain, (q[-1], k[-1]))):
@@ -70,13 +74,14 @@ def attention(call: Call) -> RuleResult:
     if mask is not None:
         logits: TensorType = (*batch, q[-2], keys)
         wanted.append((mask, broadcast_to(call.type(3), logits)))
+    # A mask with a row for each query has two token axes, so it can't follow the output's tokens: all is needed.
     a_row_per_query = mask is not None and whole_size(call.type(3)[-2]) != 1
     follows = NEEDS_ALL if a_row_per_query else frozenset({call.operand(0)})
     return RuleResult((*batch, q[-2], v[-1]), operands=wanting(wanted), prefix_operands=follows, broadcasts=True)
 
 
 def _is_softmax(node: fx.Node) -> bool:
-    """Attention weights, through what moves or copies them."""
+    """Return whether the values are attention weights, possibly moved or copied since."""
     while node.target in (*VIEWS, *REARRANGED, *CASTS, *DROPOUTS, aten.expand.default):
         node = node.all_input_nodes[0]
     return node.target in SOFTMAXES and node.args[1] in (-1, node.meta["val"].ndim - 1)

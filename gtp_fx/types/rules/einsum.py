@@ -1,4 +1,4 @@
-"""einsum: every dimension has a name, so its type is read off the equation."""
+"""The rule for einsum, where every dimension has a name: the type is read off the equation."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, joi
 
 @dataclass(frozen=True)
 class Equation:
-    """terms: the labels of each operand's dimensions. result: those of the output."""
+    """An einsum's equation.
+
+    terms: the labels of each operand's dimensions.
+    result: the labels of the output's dimensions.
+    """
 
     terms: tuple[str, ...]
     result: str
 
     @classmethod
     def parse(cls, text: str) -> Equation | None:
-        """None for an ellipsis, a diagonal, or an output that isn't stated."""
+        """Parse an equation; None for an ellipsis, a diagonal, or an output that isn't stated."""
         terms, arrow, result = text.replace(" ", "").partition("->")
         if "..." in text or not arrow or any(len(set(term)) != len(term) for term in (*terms.split(","), result)):
             return None
@@ -28,11 +32,12 @@ class Equation:
 
 @rule(aten.einsum.default)
 def einsum(call: Call) -> RuleResult:
-    """A label that isn't in the output is summed over, and must be plain; the others keep their type."""
+    """Keep the type of every label in the output. The other labels are summed over, and must be plain."""
     equation = Equation.parse(call.arg(0))
     if equation is None:
         raise NoRule("an einsum with an ellipsis, a diagonal or no stated output")
     operands = call.arg(1)
+    # A label is one dimension for all operands that have it: their joined type.
     labels: dict[str, Dim] = {}
     for term, operand in zip(equation.terms, operands, strict=True):
         for label, dim in zip(term, call.type_of(operand), strict=True):

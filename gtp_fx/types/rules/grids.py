@@ -1,7 +1,7 @@
-"""What works on the sides of a whole grid: rolling, padding, sampling, and folding neighbours into channels.
+"""Rules for operators on the sides of a whole grid: rolling, padding, sampling, and folding neighbours into channels.
 
-Windowed transformers roll and pad a grid before they divide it and undo both behind; pyramids sample every other patch, or fold
-2 x 2 patches into the channels of one, which makes a new and smaller grid.
+Windowed transformers roll and pad a grid before they divide it, and undo both afterwards. Pyramids sample every second
+patch, or fold 2 x 2 patches into the channels of one, which makes a new, smaller grid.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, rul
 
 @rule(aten.roll.default)
 def roll(call: Call) -> RuleResult:
-    """The patches of a grid, moved: another grid, until they are moved back."""
+    """Make another grid of the same patches, moved; moving them back gives the first one."""
     x, shifts = call.type(0), list(call.arg(1))
     dims = [dim % len(x) for dim in call.arg(2, ())]
     if not dims:
@@ -32,7 +32,10 @@ def roll(call: Call) -> RuleResult:
 
 
 def padded(call: Call, x: TensorType, amounts: list[int]) -> RuleResult:
-    """A grid with more rows and columns behind its own. amounts: as aten.pad has them, the last dimension first."""
+    """Make a grid with more rows and columns after its own.
+
+    amounts: as in aten.pad, the last dimension first.
+    """
     ends = {len(x) - 1 - i // 2: amount for i, amount in enumerate(amounts) if amount and i % 2}
     if any(amount for amount in amounts[::2]) or any(amount < 0 for amount in amounts):
         raise NoRule("it pads a grid in front, or cuts it")
@@ -45,7 +48,7 @@ def padded(call: Call, x: TensorType, amounts: list[int]) -> RuleResult:
 
 
 def sampled(call: Call, x: TensorType, dim: int, start: int, stop: int, step: int) -> RuleResult:
-    """Along one side of a grid: the padding cut off again, or every step-th place, which makes a smaller grid."""
+    """Take part of one side of a grid: crop the padding, or take every step-th place, which makes a smaller grid."""
     grid = whole_sides(x, [dim])
     side = side_of(x[dim]).side
     size = grid.shape[side]
@@ -53,7 +56,7 @@ def sampled(call: Call, x: TensorType, dim: int, start: int, stop: int, step: in
         smaller = grid.resized(side, stop)
     elif 0 <= start < step and stop == size:
         shape = (*grid.shape[:side], len(range(start, size, step)), *grid.shape[side + 1 :])
-        # Samples that begin elsewhere pair with these place by place: they are the cells of one grid.
+        # Samples that begin at another place pair with these one by one, so both run over the cells of one grid.
         smaller = Grid(f"{grid.birth}_{side}every{step}", shape)
     else:
         raise NoRule(f"places {start} to {stop} of a grid are taken by their position")
@@ -61,9 +64,11 @@ def sampled(call: Call, x: TensorType, dim: int, start: int, stop: int, step: in
 
 
 def folded(output: TensorType, birth: str) -> TensorType:
-    """`output`, or, where the inner parts of a grid's sides are merged with channels, what it is then: a smaller grid.
+    """Replace a grid by the smaller one of its cells, where a view merges the inner parts of its sides with channels.
 
-    [B, h/2, w/2, 2·2·C]: a token is a cell of 2 x 2 patches from here on.
+    In [B, h/2, w/2, 2·2·C], a token is a cell of 2 x 2 patches from then on. Any other `output` is returned as it is.
+
+    birth: the view's name, which names the new grid.
     """
     mixed = [dim for dim in output if not is_plain(dim) and any(isinstance(f, Plain) and not f.images for f in dim)]
     if len(mixed) != 1:
@@ -77,6 +82,7 @@ def folded(output: TensorType, birth: str) -> TensorType:
     sides = range(len(grid.shape))
     if sorted(outer) != list(sides):
         return output
+    # Outer and inner parts together have to be each side of the grid, once.
     whole = {side: outer[side].joined(inner[side]) if side in inner else outer[side] for side in sides}
     if any(part != GridAxis(grid, side) for side, part in whole.items()):
         return output
@@ -91,7 +97,7 @@ def folded(output: TensorType, birth: str) -> TensorType:
 
 
 def whole_sides(x: TensorType, dims: Iterable[int]) -> Grid:
-    """The grid whose whole sides `dims` are, each in a dimension of its own. Raises NoRule where they aren't."""
+    """Return the grid whose whole sides `dims` are, each in a dimension of its own. Raises NoRule where they aren't."""
     found = [x[dim] for dim in dims]
     if not all(len(dim) == 1 and isinstance(dim[0], GridAxis) and not dim[0].count for dim in found):
         raise NoRule("the sides of a grid aren't whole here, or tokens are merged with something")
@@ -102,17 +108,19 @@ def whole_sides(x: TensorType, dims: Iterable[int]) -> Grid:
 
 
 def side_of(dim: Dim) -> GridAxis:
+    """Return the one side of a grid that a dimension is."""
     (factor,) = dim
     assert isinstance(factor, GridAxis)
     return factor
 
 
 def is_side(dim: Dim) -> bool:
+    """Return whether a dimension is one side of a grid, or a part of one."""
     return len(dim) == 1 and isinstance(dim[0], GridAxis)
 
 
 def _with_grid(x: TensorType, old: Grid, new: Grid) -> TensorType:
-    """`x` with every side of `old` one of `new`."""
+    """Replace every side of `old` in `x` by that of `new`. Raises NoRule where parts of a side are among them."""
     if any(isinstance(f, GridAxis) and f.grid == old and f.count for dim in x for f in dim):
         raise NoRule("parts of a grid stand beside its whole sides")
 

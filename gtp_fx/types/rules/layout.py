@@ -1,4 +1,4 @@
-"""What moves dimensions about without touching values: permutations, views, expand."""
+"""Rules for operators that rearrange dimensions without changing values: permutations, views, expand."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ from gtp_fx.types.rules.unfold import unfolded
 
 @rule(aten.permute.default)
 def permute(call: Call) -> RuleResult:
+    """Reorder the dimensions."""
     x = call.type(0)
     return RuleResult(tuple(x[d] for d in call.arg(1)), operands={call.operand(0): x})
 
 
 @rule(aten.transpose.int)
 def transpose(call: Call) -> RuleResult:
+    """Swap two dimensions."""
     x = list(call.type(0))
     a, b = call.arg(1), call.arg(2)
     x[a], x[b] = x[b], x[a]
@@ -48,11 +50,13 @@ def transpose(call: Call) -> RuleResult:
 
 @rule(aten.t.default, aten.numpy_T.default)
 def reverse(call: Call) -> RuleResult:
+    """Reverse the dimensions."""
     return RuleResult(tuple(reversed(call.type(0))), operands={call.operand(0): call.type(0)})
 
 
 @rule(aten.unsqueeze.default)
 def unsqueeze(call: Call) -> RuleResult:
+    """Insert a dimension of size one."""
     x = list(call.type(0))
     position = call.arg(1)
     x.insert(position if position >= 0 else len(x) + 1 + position, (Plain(1),))
@@ -61,18 +65,19 @@ def unsqueeze(call: Call) -> RuleResult:
 
 @rule(*SQUEEZES)
 def squeeze(call: Call) -> RuleResult:
+    """Remove dimensions of size one."""
     x = call.type(0)
     wanted = call.arg(1)
     dims = {d % len(x) for d in ([wanted] if isinstance(wanted, int) else wanted)}
     kept = tuple(dim for i, dim in enumerate(x) if i not in dims or whole_size(dim) != 1)
-    # Tokens stay as they are; of a single one, the dimension would go.
+    # All tokens are needed: if only one were computed, its dimension would be removed too.
     tokens = not all(is_plain(x[d]) for d in dims)
     return RuleResult(kept, operands={call.operand(0): x}, prefix_operands=NEEDS_ALL if tokens else None)
 
 
 @rule(aten.expand.default)
 def expand(call: Call) -> RuleResult:
-    """Sizes of broadcast dimensions are plain; the others keep their type and their size follows the tokens."""
+    """Give broadcast dimensions plain sizes. The others keep their type, and their sizes follow the tokens."""
     x, shape = call.type(0), call.output_shape()
     padded: TensorType = ((Plain(1),),) * (len(shape) - len(x)) + x
     output = tuple(
@@ -83,7 +88,7 @@ def expand(call: Call) -> RuleResult:
 
 @rule(aten.repeat_interleave.self_int)
 def repeat_each(call: Call) -> RuleResult:
-    """Each entry of one dimension several times in a row, as grouped queries share their keys: nothing that runs over tokens."""
+    """Repeat each entry of a plain dimension several times in a row, as grouped queries share their keys."""
     x, dim = list(call.type(0)), call.arg(2)
     if dim is None:
         raise NoRule("it flattens what it repeats")
@@ -96,7 +101,7 @@ def repeat_each(call: Call) -> RuleResult:
 
 @rule(*VIEWS)
 def view(call: Call) -> RuleResult:
-    """Each output dimension is a product of input factors, found by walking both shapes from the outside in."""
+    """Make each output dimension a product of input factors, found by walking both shapes from the outside in."""
     x = call.type(0)
     born = unfolded(call.node) if all(map(is_plain, x)) else None
     output = regroup(born or [factor for dim in x for factor in split_tokens(dim)], call.output_shape())
@@ -106,7 +111,10 @@ def view(call: Call) -> RuleResult:
 
 @rule(*FLATTENINGS)
 def flatten(call: Call) -> RuleResult:
-    """A view that works out its sizes itself; one that names them (unflatten) must not name a token count."""
+    """Regroup like a view that works out its sizes itself.
+
+    An operator that names sizes (unflatten) must not name a token count.
+    """
     x = call.type(0)
     output = regroup([factor for dim in x for factor in split_tokens(dim)], call.output_shape())
     if call.node.target is aten.unflatten.int:
@@ -118,7 +126,10 @@ def flatten(call: Call) -> RuleResult:
 
 @rule(aten.reshape_as.default, aten.view_as.default)
 def view_as(call: Call) -> RuleResult:
-    """Good at every level where both run over the same tokens; otherwise one's size says nothing about the other's."""
+    """Accept two tensors that run over the same tokens, at every level.
+
+    Otherwise the size of one says nothing about the size of the other.
+    """
     x, other = call.type(0), call.type(1)
     output = regroup([factor for dim in x for factor in split_tokens(dim)], call.output_shape())
     if output != other and token_axes((*output, *other)):
@@ -127,15 +138,16 @@ def view_as(call: Call) -> RuleResult:
 
 
 def regroup(factors: Sequence[Factor], shape: Sequence[int]) -> TensorType:
-    """Distribute `factors`, outermost first, over the dimensions of `shape`.
+    """Distribute `factors`, outermost first, over the dimensions of `shape`. Raises NoRule where they don't fit.
 
-    A plain factor may be split (1152 = 3x6x64), and a side of a grid into parts (windows); a token axis that has lost tokens,
-    or has others beside them, may not: it has no meaning in parts.
+    A plain factor may be split (1152 = 3x6x64), and so may a side of a grid, into parts (windows). A token axis may
+    not, once tokens are removed from it or others are beside them: its parts would have no meaning.
     """
     if 0 in shape:
         raise NoRule("it holds nothing")
     pending = [factor for factor in reversed(merge_plain(factors)) if factor.whole_size != 1]
     dims: list[Dim] = []
+    # Fill each dimension from the outermost pending factor; the remainder of a split factor is pending again.
     for wanted in shape:
         taken: list[Factor] = []
         rest = wanted
@@ -163,7 +175,7 @@ def regroup(factors: Sequence[Factor], shape: Sequence[int]) -> TensorType:
 
 
 def resize(call: Call, position: int, output: TensorType) -> Repair | None:
-    """A repair of the list of sizes at `position`, for the dimensions whose size follows the tokens."""
+    """Return a repair of the sizes at `position` for dimensions whose size follows the tokens; None without any."""
     following = [d for d, dim in enumerate(output) if token_axes((dim,))]
     if not following:
         return None
@@ -176,10 +188,11 @@ def resize(call: Call, position: int, output: TensorType) -> Repair | None:
         for d in following:
             if new[d - leading] == -1:
                 continue  # the operator works it out itself
-            # A symbolic product such as batch*tokens would need arithmetic in the graph; -1 says the same.
+            # A symbolic product such as batch*tokens would need arithmetic in the graph; -1 does without.
             new[d - leading] = -1 if is_symbolic(shape[d]) else size(output[d], count)
         if call.node.target is aten.expand.default:
-            return call.replace({position: new})  # where every -1 is a size that stays
+            return call.replace({position: new})  # for expand, -1 keeps the size, so several are allowed
+        # A view may have one -1 only: give a number wherever it doesn't depend on a symbol.
         for d in range(leading, len(output)):
             if new.count(-1) > 1 and new[d - leading] == -1 and not is_symbolic(shape[d]):
                 new[d - leading] = size(output[d], count)
@@ -191,4 +204,5 @@ def resize(call: Call, position: int, output: TensorType) -> Repair | None:
 
 
 def is_view(node: fx.Node) -> bool:
+    """Return whether a node is a view."""
     return node.target in VIEWS

@@ -1,4 +1,4 @@
-"""Element by element: the output has the joined type of the inputs, and each input must come in it."""
+"""Rules for element-wise operators: the output has the joined type of the inputs, and each input must come in it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from gtp_fx.types.rules.registry import Call, RuleResult, join, rule, wanting
 
 @rule(*BINARY, *UNARY)
 def pointwise(call: Call) -> RuleResult:
+    """Join the types of all tensors."""
     tensors = call.tensors()
     joined = call.type_of(tensors[0])
     for tensor in tensors[1:]:
@@ -19,12 +20,12 @@ def pointwise(call: Call) -> RuleResult:
 
 @rule(*CASTS_LIKE)
 def cast_like(call: Call) -> RuleResult:
-    """The second tensor only lends its dtype, at whatever level it comes."""
+    """Keep the type. Only the dtype of the second tensor is read, so its level doesn't matter."""
     return RuleResult(call.type(0), operands={call.operand(0): call.type(0)})
 
 
 def broadcast_to(own: TensorType, joined: TensorType) -> TensorType:
-    """The type an operand must come in: `joined`'s dimensions where it has them, size one where it broadcasts."""
+    """Return the type that an operand must come in: dimensions of `joined`, or size one where it broadcasts."""
     tail = joined[len(joined) - len(own) :]
     return tuple(
         (Plain(1),) if whole_size(mine) == 1 and whole_size(wanted) != 1 else wanted

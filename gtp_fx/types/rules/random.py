@@ -1,4 +1,4 @@
-"""What training adds: dropout, and the fresh tensors that stochastic depth draws its coins in."""
+"""Rules for what training adds: dropout, and the new tensors that stochastic depth draws random numbers in."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from gtp_fx.types.rules.registry import Call, NoRule, RuleResult, TypeList, rule
 
 @rule(aten.native_dropout.default)
 def dropout(call: Call) -> RuleResult:
-    """The dropped values and the mask, both shaped like the input."""
+    """Type the dropped values and the mask, both shaped like the input."""
     x = call.type(0)
     return RuleResult(TypeList((x, x)), operands={call.operand(0): x})
 
 
 @rule(aten.bernoulli.p, aten.bernoulli.default)
 def coins(call: Call) -> RuleResult:
+    """Keep the type."""
     x = call.type(0)
     return RuleResult(x, operands={call.operand(0): x})
 
 
 @rule(aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
 def fresh(call: Call) -> RuleResult:
-    """A tensor of stated sizes; its first argument gives only type and device, so it may come in any level."""
+    """Make a plain tensor of the stated sizes.
+
+    Only type and device of its first argument are read, which may therefore come at any level.
+    """
     x = call.type(0)
     token_sizes = {whole_size(dim) for dim in x if token_axes((dim,))}
     if token_sizes & set(call.output_shape()):

@@ -1,7 +1,7 @@
-"""What picks, cuts and joins along an axis: select, slice, cat, unbind, split.
+"""Rules for operators that pick, cut and join along an axis: select, slice, cat, unbind, split.
 
-Prefix tokens come first on an axis and never leave, so an index into them is good at every level. That is what makes
-`x[:, 0]` readable after tokens have left, and what lets `drop_dead_tokens` see that only they are read.
+Prefix tokens come first on an axis and are never removed, so an index into them is valid at every level. That is why
+`x[:, 0]` can be read after tokens are removed, and how `drop_dead_tokens` finds that nothing else is read.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, Typ
 
 @rule(operator.getitem)
 def getitem(call: Call) -> RuleResult:
+    """Take one item of a list of tensors."""
     source = call.node.args[0]
     found = call.types.get(source)  # type: ignore[arg-type]
     if not isinstance(found, TypeList):
@@ -29,6 +30,7 @@ def getitem(call: Call) -> RuleResult:
 
 @rule(aten.unbind.int)
 def unbind(call: Call) -> RuleResult:
+    """Remove a plain dimension, one item for each of its entries."""
     x = call.type(0)
     dim = call.arg(1, 0) % len(x)
     if not is_plain(x[dim]):
@@ -39,6 +41,7 @@ def unbind(call: Call) -> RuleResult:
 
 @rule(*SPLITS)
 def split(call: Call) -> RuleResult:
+    """Split a plain dimension, or prefix and suffix tokens from patches."""
     x = call.type(0)
     dim = call.arg(2, 0) % len(x)
     if not is_plain(x[dim]):
@@ -49,12 +52,13 @@ def split(call: Call) -> RuleResult:
 
 
 def _split_tokens(call: Call, x: TensorType, dim: int) -> RuleResult:
-    """Prefix tokens, patches and suffix tokens taken apart, as rotary embeddings do; only the patches' part changes size."""
+    """Split prefix tokens, patches and suffix tokens, as rotary embeddings do. Only the patches' part changes size."""
     axis, sizes = token_axis(x[dim]), call.arg(1)
     if axis is None or call.node.target is not aten.split_with_sizes.default or not all(map(_is_number, sizes)):
         raise NoRule("splitting cuts through a token axis")
     parts: list[Dim] = []
     start, patches_end = 0, axis.whole_size - axis.suffix
+    # Each part holds all patches or none; whatever lies outside them is plain.
     for part in sizes:
         stop = start + part
         if stop <= axis.prefix or start >= patches_end:
@@ -74,6 +78,7 @@ def _split_tokens(call: Call, x: TensorType, dim: int) -> RuleResult:
 
 @rule(aten.select.int)
 def select(call: Call) -> RuleResult:
+    """Take one index along a dimension: of a token axis, only a prefix or a suffix token."""
     x = call.type(0)
     node = call.operand(0)
     dim, index = call.arg(1) % len(x), call.arg(2)
@@ -99,6 +104,7 @@ def select(call: Call) -> RuleResult:
 
 @rule(aten.slice.Tensor)
 def slice_(call: Call) -> RuleResult:
+    """Slice a dimension: of a token axis, prefix tokens, suffix tokens, or all patches with what is around them."""
     x = call.type(0)
     node = call.operand(0)
     dim = call.arg(1, 0) % len(x)
@@ -122,7 +128,7 @@ def slice_(call: Call) -> RuleResult:
         return (*x[:dim], new, *x[dim + 1 :])
 
     if stop <= axis.prefix:
-        # A bound may be counted from an end that moves; from the start it stays.
+        # Prefix tokens. A bound may be counted from the end, which moves; counted from the start it doesn't.
         return RuleResult(
             along((Plain(stop - start),)),
             {node: x},
@@ -130,14 +136,14 @@ def slice_(call: Call) -> RuleResult:
             prefix_operands=NEEDS_ALL,
             prefix_needed={node: stop},
         )
-    if start >= patches_end:
+    if start >= patches_end:  # suffix tokens, which move forward as patches are removed
 
         def move(count: CountOf) -> tuple[Any, ...]:
             shift = size(x[dim], count) - whole
             return call.replace({2: start + shift, 3: stop + shift})
 
         return RuleResult(along((Plain(stop - start),)), {node: x}, repair=move, prefix_operands=NEEDS_ALL)
-    if start <= axis.prefix and stop >= patches_end:
+    if start <= axis.prefix and stop >= patches_end:  # all patches
         cut = replace(axis, prefix=axis.prefix - start, suffix=axis.suffix - (whole - stop))
 
         def shorten(count: CountOf) -> tuple[Any, ...]:
@@ -149,6 +155,7 @@ def slice_(call: Call) -> RuleResult:
 
 @rule(aten.cat.default)
 def cat(call: Call) -> RuleResult:
+    """Concatenate: parts beside a token axis become its prefix and suffix."""
     # An empty tensor of one dimension is skipped, whatever the others' rank.
     parts = [part for part in call.arg(0) if call.type_of(part) != plain(0)]
     types = [call.type_of(part) for part in parts]
@@ -167,6 +174,7 @@ def cat(call: Call) -> RuleResult:
 
 @rule(aten.stack.default)
 def stack(call: Call) -> RuleResult:
+    """Stack tensors of one joined type along a new, plain dimension."""
     parts = call.arg(0)
     types = [call.type_of(part) for part in parts]
     joined = types[0]
@@ -179,7 +187,7 @@ def stack(call: Call) -> RuleResult:
 
 @rule(*PADDINGS)
 def pad(call: Call) -> RuleResult:
-    """Around plain dimensions; new tokens at an end would have no place on the grid."""
+    """Pad plain dimensions, or a grid at its ends. New tokens on a token axis would have no place on the grid."""
     x, amounts = call.type(0), list(call.arg(1))
     dims = [len(x) - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
     if any(is_side(x[dim]) for dim in dims):
@@ -192,7 +200,7 @@ def pad(call: Call) -> RuleResult:
 
 
 def _concatenate(dims: list[Dim]) -> Dim:
-    """The joined dimension: plain parts before and after a token axis are its prefix and its suffix."""
+    """Return the concatenated dimension: plain parts before and after a token axis become its prefix and suffix."""
     axes = [i for i, dim in enumerate(dims) if not is_plain(dim)]
     if not axes:
         return (Plain(sum(map(whole_size, dims))),)
@@ -204,6 +212,7 @@ def _concatenate(dims: list[Dim]) -> Dim:
 
 
 def _without(x: TensorType, dim: int) -> TensorType:
+    """Return the type with a dimension of size 1 in place of one of its own."""
     return (*x[:dim], (Plain(1),), *x[dim + 1 :])
 
 
@@ -212,7 +221,7 @@ def _is_number(value: object) -> bool:
 
 
 def _bound(value: object, default: int, whole: int) -> int:
-    """A slice's bound as an index from the start, clamped."""
+    """Return a slice's bound as an index from the start, clamped."""
     if value is None:
         return default
     if not isinstance(value, int):

@@ -1,4 +1,4 @@
-"""Norms over channels, and pooling over tokens."""
+"""Rules for norms over channels, and for pooling over tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, req
 
 @rule(*FEATURE_NORMS)
 def norm(call: Call) -> RuleResult:
+    """Keep the type: only features are mixed."""
     x = call.type(0)
     require_plain(x[len(x) - len(call.arg(1)) :], "the features that a norm averages")
     for parameter in call.tensors()[1:]:
@@ -20,10 +21,10 @@ def norm(call: Call) -> RuleResult:
 
 @rule(*SOFTMAXES)
 def softmax(call: Call) -> RuleResult:
-    """Over tokens it mixes them: each output then needs every input along that axis.
+    """Keep the type. Over tokens, each output needs every input along that axis.
 
-    Plain attention is an operator of its own by now (`fuse_attention`), which is told how many tokens a key stands for. Any
-    other softmax can't be told, so it gets all tokens back.
+    Plain attention is an operator of its own by now (`fuse_attention`), which reads how many tokens a key stands for.
+    No other softmax can, so it gets all tokens back.
     """
     x = call.type(0)
     dim = call.arg(1) % len(x)
@@ -35,20 +36,24 @@ def softmax(call: Call) -> RuleResult:
 
 @rule(aten.mean.dim, aten.amax.default, aten.amin.default)
 def pool(call: Call) -> RuleResult:
-    """A mean over the tokens that are left is the method's pooling; a maximum over them needs no weight either."""
+    """Reduce over features or tokens.
+
+    A mean over the remaining tokens is the method's own pooling, and a maximum over them needs no weights either.
+    """
     return _reduce(call, over_tokens=True)
 
 
 @rule(aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.var.correction)
 def total(call: Call) -> RuleResult:
-    """Over channels only: a sum over tokens counts them, and would shrink with every token that leaves."""
+    """Reduce over channels only. A sum over tokens counts them, so it would shrink with every token removed."""
     return _reduce(call, over_tokens=False)
 
 
 def _reduce(call: Call, over_tokens: bool) -> RuleResult:
+    """Reduce over the dimensions that a node names, which may be tokens where `over_tokens`."""
     x = call.type(0)
     node = call.operand(0)
-    # linalg_vector_norm(x, ord, dim, keepdim) has its order in between.
+    # linalg_vector_norm(x, ord, dim, keepdim) has its order before the dimensions.
     at = 2 if call.node.target is aten.linalg_vector_norm.default else 1
     wanted = call.arg(at)
     keepdim = call.arg(3 if call.node.target is aten.var.correction else at + 1, False)

@@ -1,7 +1,7 @@
-"""What a rule is, and where rules are kept.
+"""The form of a rule, and the registry that keeps them.
 
-A rule answers, for one operator: given the types of the inputs, which type has the output, in which type must each
-input come, and which arguments hold sizes that change when tokens leave? The same answer serves four readers:
+A rule answers, for one operator and the types of its inputs: which type does the output have, in which type must each
+input come, and which arguments hold sizes that change when tokens are removed? The same answer serves four readers:
 `infer_types` walks the graph with it, `liveness` follows it backwards, `remove_tokens` repairs the graph by it, and
 `cost.terms` reads off it what the operator costs for every count of tokens.
 
@@ -12,8 +12,8 @@ input come, and which arguments hold sizes that change when tokens leave? The sa
         return RuleResult((*x[:-1], (Plain(call.output_shape()[-1]),)), operands={call.operand(0): x})
 
 A rule that can't answer raises `NoRule` with the reason. The operator is then a *barrier*, exactly like one that has no
-rule at all: its inputs must be whole and nothing is claimed about its output. So a missing rule costs speed or a named
-refusal, and never a wrong answer.
+rule at all: its inputs must be whole, and nothing is claimed about its output. So a missing rule costs speed or a named
+refusal, but never gives a wrong answer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from gtp_fx.types.axes import (
 )
 
 NEEDS_ALL: frozenset[fx.Node] = frozenset()
-"""`prefix_operands` of an operator whose every output token needs every input token."""
+"""The `prefix_operands` of an operator whose every output token needs every input token."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class TypeList:
 
 
 Output = TensorType | TypeList | None
-"""A tensor's type, the types of several, or None for what is no tensor."""
+"""A tensor's type, the types of several, or None for a value that is no tensor."""
 
 Repair = Callable[[CountOf], tuple[Any, ...]]
-"""New positional arguments for the node, from the token counts of the plan."""
+"""A function from the plan's token counts to new positional arguments for the node."""
 
 
 class NoRule(NotApplicable):
-    """This operator can't be followed with these inputs; the message is the reason a user reads."""
+    """The operator can't be followed with these inputs; the message is the reason that a user reads."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class RuleResult:
     """A rule's answer.
 
     output: the type of what the node returns.
-    operands: the type in which a tensor argument must come, where that isn't simply its own.
+    operands: the type in which a tensor argument must come; an argument not named comes in its own.
     repair: recomputes the arguments that hold sizes; None where there are none.
-    prefix_operands: the operands whose first n tokens are all that the output's first n tokens need. None for a token-wise
+    prefix_operands: the operands of which the first n output tokens need only the first n tokens. None for a token-wise
         operator, where that holds for every operand; the empty set where the output needs all of everything.
-    prefix_needed: for an operand that doesn't follow, how many leading tokens the node reads; every token where unnamed.
+    prefix_needed: for an operand that doesn't follow, how many leading tokens the node reads; all of them where not named.
     barrier: the reason why the inputs must be whole; empty where the operator is followed.
     broadcasts: operands are right-aligned with the output and may lack its leading dimensions.
     """
@@ -86,13 +86,13 @@ class RuleResult:
 
 @dataclass(frozen=True)
 class Call:
-    """One node as a rule sees it: arguments by the schema's position, types of the tensors among them."""
+    """A node as a rule sees it: arguments by the schema's position, and the types of the tensors among them."""
 
     node: fx.Node
     types: dict[fx.Node, Output]
 
     def arg(self, position: int, default: Any = None) -> Any:
-        """Positional argument, found among the keyword arguments too (by the schema's name), else `default`."""
+        """Return a positional argument, also where it was passed by the schema's name; else `default`."""
         args = self.node.args
         if position < len(args):
             return args[position]
@@ -102,33 +102,37 @@ class Call:
         return default
 
     def operand(self, position: int) -> fx.Node:
+        """Return an argument that is a tensor. Raises NoRule where it isn't one."""
         value = self.arg(position)
         if not isinstance(value, fx.Node):
             raise NoRule(f"argument {position} is not a tensor")
         return value
 
     def type(self, position: int) -> TensorType:
+        """Return the type of an argument that is a single tensor. Raises NoRule where it isn't one."""
         return self.type_of(self.operand(position))
 
     def type_of(self, node: fx.Node) -> TensorType:
+        """Return the type of an operand that is a single tensor. Raises NoRule where it isn't one."""
         found = self.types.get(node)
         if not isinstance(found, tuple):
             raise NoRule(f"{node.name} is not a single tensor")
         return found
 
     def tensors(self) -> list[fx.Node]:
-        """The arguments that are tensors, in order."""
+        """Return the arguments that are tensors, in order."""
         return [node for node in self.node.all_input_nodes if self.types.get(node) is not None]
 
     def output_shape(self) -> tuple[int, ...]:
-        """The node's shape in the original graph, symbols as primes."""
+        """Return the node's shape in the original graph, symbols as primes."""
         return shape_of(self.node)
 
     def plain_output(self) -> TensorType:
+        """Return the type of the output without any token axis."""
         return plain(*self.output_shape())
 
     def replace(self, changes: dict[int, Any]) -> tuple[Any, ...]:
-        """The node's positional arguments with some replaced."""
+        """Return the node's positional arguments with some replaced."""
         return tuple(changes.get(i, arg) for i, arg in enumerate(self.node.args))
 
 
@@ -150,11 +154,12 @@ def rule(*operators: Any) -> Callable[[Rule], Rule]:
 
 
 def find(operator: Any) -> Rule | None:
+    """Return an operator's rule; None where it has none."""
     return _rules.get(operator)
 
 
 def wanting(pairs: Iterable[tuple[fx.Node, TensorType]]) -> dict[fx.Node, TensorType]:
-    """The types in which operands must come. One that is read twice can't come in two."""
+    """Return the types in which operands must come. Raises NoRule where one operand would have to come in two."""
     wanted: dict[fx.Node, TensorType] = {}
     for node, kind in pairs:
         if wanted.setdefault(node, kind) != kind:
@@ -163,16 +168,19 @@ def wanting(pairs: Iterable[tuple[fx.Node, TensorType]]) -> dict[fx.Node, Tensor
 
 
 def require_plain(dims: Sequence[Dim], what: str) -> None:
-    """Refuse a token axis where an operator mixes all of a dimension."""
+    """Refuse a token axis where an operator mixes all of a dimension.
+
+    Raises NoRule, which says that `what` runs over tokens.
+    """
     if not all(is_plain(dim) for dim in dims):
         raise NoRule(f"{what} run over tokens")
 
 
 def join(first: TensorType, second: TensorType) -> TensorType:
-    """The type of two tensors broadcast together: the newer of two levels wins, a plain size takes the token axis.
+    """Return the type of two tensors broadcast together: the newer of two levels, and a token axis over a plain size.
 
-    A plain dimension as long as a whole token axis pairs with it index by index (a position embedding), so it is
-    that axis at level 0; whoever rewrites must gather from it.
+    A plain dimension as long as a whole token axis pairs with it index by index (a position embedding). So it is that
+    axis at level 0, and whoever rewrites the graph must gather from it. Raises NoRule where the types don't join.
     """
     rank = max(len(first), len(second))
     pad: Dim = (Plain(1),)
@@ -182,7 +190,7 @@ def join(first: TensorType, second: TensorType) -> TensorType:
 
 
 def _sides_of_one_shape(a: Dim, b: Dim) -> bool:
-    """The same whole side of two grids of one shape: a convolution and a pooling beside it, say."""
+    """Return whether both are the same whole side of two grids of one shape: of a convolution and a pooling, say."""
     if len(a) != 1 or len(b) != 1 or not isinstance(a[0], GridAxis) or not isinstance(b[0], GridAxis):
         return False
     return (a[0].grid.shape, a[0].side, a[0].count, b[0].count) == (b[0].grid.shape, b[0].side, 0, 0)
@@ -204,7 +212,8 @@ def _join_dims(a: Dim, b: Dim) -> Dim:
         return a
     axis_a, axis_b = token_axis(a), token_axis(b)
     if axis_a and axis_b and axis_a.pairs_with(axis_b):
-        # Another grid of the same shape (a resampled position table, a convolved copy) pairs with this one while whole.
+        # Another grid of the same shape (a resampled position table, a convolved copy) pairs with this one while it is
+        # whole.
         older = min(axis_a.domain.level, axis_b.domain.level)
         if older == 0 or axis_a.domain.grid == axis_b.domain.grid:
             return a if axis_a.domain.level >= axis_b.domain.level else b

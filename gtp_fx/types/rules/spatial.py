@@ -1,4 +1,4 @@
-"""What works on a grid, convolutions and pooling: where a patch grid is born."""
+"""Rules for convolutions and pooling, which work on a grid: where a patch grid is born."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from gtp_fx.types.rules.registry import Call, NoRule, RuleResult, TypeList, requ
 
 @rule(*GRID_MAKERS)
 def convolution(call: Call) -> RuleResult:
-    """[B, C, *sides] -> [B, C', *sides']: a new grid, whose flattening makes a token domain.
+    """Type [B, C, *sides] -> [B, C', *sides']: a new grid, which becomes a token domain when flattened.
 
-    Its input may be an image or an older grid, whole in either case: a convolution needs every neighbour in place. Where
-    it leaves a grid's sides as they are (a position encoding by convolution, a depthwise branch), the grid is still that one.
+    The input may be an image or an older grid, whole in either case, because a convolution needs every neighbour in
+    place. Where it keeps a grid's sides (a position encoding by convolution, a depthwise branch), the grid is still the
+    same one.
     """
     x = call.type(0)
     shape = call.output_shape()
@@ -22,6 +23,7 @@ def convolution(call: Call) -> RuleResult:
         raise NoRule("a grid without a batch")
     if not is_plain(x[0]):
         raise NoRule("a convolution over tokens that were moved into the batch")
+    # Where a whole older grid comes in and keeps its shape, it is still that grid.
     before = {factor.grid for dim in x[2:] for factor in dim if isinstance(factor, GridAxis)}
     grid = Grid(call.node.name, shape[2:])
     if len(before) == 1 and x[2:] == tuple((GridAxis(next(iter(before)), side),) for side in range(len(x) - 2)):
@@ -34,7 +36,7 @@ def convolution(call: Call) -> RuleResult:
 
 @rule(aten.im2col.default)
 def columns(call: Call) -> RuleResult:
-    """F.unfold, [B, C, h, w] -> [B, C·k·k, rows·columns]: patches in a row, of a new grid."""
+    """Type F.unfold, [B, C, h, w] -> [B, C·k·k, rows·columns]: the patches of a new grid, in a row."""
     x = call.type(0)
     if len(x) != 4 or not is_plain(x[0]):
         raise NoRule("a grid without a batch")
@@ -53,7 +55,7 @@ def columns(call: Call) -> RuleResult:
 
 @rule(*RESIZINGS)
 def resample(call: Call) -> RuleResult:
-    """A grid of another size, of images; a table that all images share (a position embedding) is no grid of patches."""
+    """Make a grid of another size. A table that all images share (a position embedding) is no grid of patches."""
     if whole_size(call.type(0)[0]) == 1:
         raise NoRule("it resamples a table")
     return convolution(call)
@@ -61,7 +63,7 @@ def resample(call: Call) -> RuleResult:
 
 @rule(*CHANNEL_NORMS)
 def channel_norm(call: Call) -> RuleResult:
-    """Statistics are over the grid (group norm) or fixed (batch norm in eval); either way the layout stays."""
+    """Keep the type, whether statistics are over the grid (group norm) or fixed (batch norm in eval)."""
     x = call.type(0)
     tokens = [dim for dim in x if token_axes((dim,))]
     if call.node.target is aten.group_norm.default:
@@ -78,11 +80,11 @@ def channel_norm(call: Call) -> RuleResult:
 
 
 def _rank(operator: object) -> int:
-    """Of a batch of images, by the operator's name: 4 for conv2d."""
+    """Return the rank of a batch of images, by the operator's name: 4 for conv2d."""
     name = str(operator)
     return next((int(n) + 2 for n in "123" if f"{n}d" in name), 0)
 
 
 def _own_statistics(call: Call) -> bool:
-    """batch_norm(x, weight, bias, mean, var, training, …) over what it is given, instead of what it has stored."""
+    """Return whether batch_norm(x, weight, bias, mean, var, training, …) averages its input, without stored values."""
     return call.node.target is aten.batch_norm.default and (bool(call.arg(5)) or call.arg(3) is None)

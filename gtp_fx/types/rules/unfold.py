@@ -1,4 +1,4 @@
-"""Patches cut out of an image by views alone, without a convolution: where a grid is born too.
+"""Patches cut out of an image by views alone, without a convolution: another place where a grid is born.
 
 [B, C, h·p, w·p] -> view [B, C, h, p, w, p] -> permute [B, h, w, p, p, C] -> view [B, h·w, p·p·C]
 """
@@ -24,10 +24,11 @@ _LAYERS = (
 
 
 def unfolded(view: fx.Node) -> list[Factor] | None:
-    """The factors of what `view` regroups, outermost first, if it puts an image's patches in a row; None otherwise.
+    """Return the factors of what `view` regroups, outermost first, if it puts an image's patches in a row; else None.
 
-    Two or more dimensions of one value must have been split in two, and their outer halves brought side by side, the batch
-    apart from them. Features that are regrouped so are windows or heads: an image is what no layer has computed.
+    Two or more dimensions of one value must have been split in two, and their outer halves put side by side, with the
+    batch before them. Features regrouped in this way would be windows or heads, so no layer may have computed the
+    value.
     """
     permute: Any = view.args[0]
     split: Any = permute.args[0] if permute.target is aten.permute.default else None
@@ -46,7 +47,7 @@ def unfolded(view: fx.Node) -> list[Factor] | None:
 
 
 def _outer_halves(before: tuple[int, ...], after: tuple[int, ...]) -> list[int]:
-    """Which dimensions of `after` are the outer of two that one dimension of `before` was split into."""
+    """Return which dimensions of `after` are the outer of two that one dimension of `before` was split into."""
     halves, dim = [], 0
     for size in before:
         first, product = dim, 1

@@ -146,7 +146,7 @@ NIGHTLY = (
 every_family = pytest.mark.parametrize("family", [in_groups(family, family.name) for family in FAMILIES])
 families_in_tiers = pytest.mark.parametrize(
     "family",
-    [in_groups(family, family.name, [f.name for f in FAMILIES if f.name not in NIGHTLY]) for family in FAMILIES],
+    [in_groups(family, family.name, nightly=family.name in NIGHTLY) for family in FAMILIES],
 )
 
 
