@@ -178,7 +178,7 @@ def _dropping_is_masking(model: RandomViT, case: Case, limit: float) -> None:
     x = arch.images(1, seed=1)
     masked = torch.zeros(arch.prefix + arch.patches + arch.suffix, dtype=torch.bool)
     removed = {
-        view.layer: view.left
+        view.layer: view.removed
         for view in token_flow(fast.graph_module, fast.sites, fast.report.sites, x)
         if isinstance(view, SiteView)
     }

@@ -182,11 +182,11 @@ def _ties(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator
     cells = side * side
     values = torch.tensor([float("-inf"), -0.0, 0.0, 1.0, float("nan")], device=random(1).device)
     score = values[(random(images, cells, whole=True) * 1.5 + 2).round().clamp(0, 4).long()]
-    for leaving in sorted({1, cells // 4, cells // 2, cells - 1}):
+    for count in sorted({1, cells // 4, cells // 2, cells - 1}):
         with poisoned():
-            *chosen, _ = gtp_fx_kernels.select(score, None, leaving, cells)
-        kept, removed = gtp_fx.select(score, leaving)
-        yield _selected(f"{(images, cells, leaving)}, ties", chosen, (kept, removed, kept, removed))
+            *chosen, _ = gtp_fx_kernels.select(score, None, count, cells)
+        kept, removed = gtp_fx.select(score, count)
+        yield _selected(f"{(images, cells, count)}, ties", chosen, (kept, removed, kept, removed))
 
 
 def _selected(case: str, chosen: list[Tensor], wanted: tuple[Tensor, ...]) -> Check:
@@ -197,7 +197,7 @@ def _selected(case: str, chosen: list[Tensor], wanted: tuple[Tensor, ...]) -> Ch
 
 def _site(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
     """Check two sites in a row. The second runs on the first one's result, with LayerScale and int32 neighbours."""
-    images, side, channels, leaving = size
+    images, side, channels, count = size
     cells, grid = side * side, [side, side]
     x, weight, bias = random(images, 1 + cells, channels), random(channels), random(channels)
     near, degree = gtp_fx.token_graph(x, grid, 1, "mixed", _NEIGHBORS)
@@ -207,8 +207,8 @@ def _site(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator
         score = random(images, index.shape[1], whole=True)
         score[:, ::3] = score[:, :1]  # ties
         with poisoned():
-            *chosen, place = gtp_fx_kernels.select(score, place, leaving, cells)
-        kept, removed = gtp_fx.select(score, leaving)
+            *chosen, place = gtp_fx_kernels.select(score, place, count, cells)
+        kept, removed = gtp_fx.select(score, count)
         wanted = (kept, removed, index.gather(1, kept), index.gather(1, removed))
         yield _selected(str(size), chosen, wanted)
         branch = random(*x.shape)
@@ -236,13 +236,13 @@ def _site(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator
 
 def _windows(random: Random, dtype: torch.dtype, size: tuple[int, ...]) -> Iterator[Check]:
     """Check recovery within windows."""
-    images, across, side, channels, leaving = size
+    images, across, side, channels, fewer = size
     places = gtp_fx.grid_places([across * side, across * side], random(1))[0]
     places = places.reshape(across, side, across, side, 2).transpose(1, 2).reshape(across**2, side**2, 2)
     count = images * across**2
     with poisoned():
-        kept, removed, *_ = gtp_fx_kernels.select(random(count, side**2, whole=True), None, leaving, side**2)
-    x = random(count, side**2 - leaving, channels)
+        kept, removed, *_ = gtp_fx_kernels.select(random(count, side**2, whole=True), None, fewer, side**2)
+    x = random(count, side**2 - fewer, channels)
     with poisoned():
         found = gtp_fx_kernels.recover(x, None, places, None, kept, removed, 0, 0)
     wanted = gtp_fx.recover(x.float(), gtp_fx.region_shares(places, kept, removed), kept, removed, 0, 1, 0, 0)

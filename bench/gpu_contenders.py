@@ -26,7 +26,7 @@ from gtp_fx.measure.timing import Run
 from gtp_fx.model.backend import gtp
 from gtp_fx.options.inductor import check_target, inductor_options
 from gtp_fx.targets import Target
-from gtp_fx.targets.target import TOLD
+from gtp_fx.targets.target import SCALE_FORMS
 
 ATTENTION: Mapping[str, list[SDPBackend]] = {
     "cudnn": [
@@ -42,7 +42,7 @@ ATTENTION: Mapping[str, list[SDPBackend]] = {
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "spatial": {"strategy": GTP(graph="spatial")},
     "untold": {"strategy": GTP(token_scale=False)},
-    **{f"told{form}": {"strategy": GTP(token_scale=True), "told": form} for form in TOLD},
+    **{f"told{form}": {"strategy": GTP(token_scale=True), "told": form} for form in SCALE_FORMS},
     "nokernels": {"disabled_passes": ("triton_kernels",)},
     "border": {},
     "all": {"strategy": GTP(graph="spatial", token_scale=False)},

@@ -204,22 +204,22 @@ def _propagate(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) 
 
     Each reads the stream and the branch, and writes the sum and its norm.
     """
-    images, patches, channels, leaving = size
+    images, patches, channels, removed = size
     x = torch.randn(images, patches, channels, device=device).to(dtype)
-    function, *arguments = propagation(x, leaving)
+    function, *arguments = propagation(x, removed)
     plain, *operands = stream_pass(x)
     fused: Any = torch.compile(plain, dynamic=False)
-    moved = dtype.itemsize * channels * images * (4 * patches - 2 * leaving)
+    moved = dtype.itemsize * channels * images * (4 * patches - 2 * removed)
     passed = dtype.itemsize * channels * images * 4 * patches
     runs = {"propagate": lambda: function(*arguments), "add and norm": lambda: fused(*operands)}
     return {**runs}, {"propagate": moved, "add and norm": passed}
 
 
 def _select(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
-    images, patches, _, leaving = size
+    images, patches, _, removed = size
     scores = torch.rand(images, patches, device=device)
     ranked = scores.numel() * (4 + 4 + 2 * 8)  # read; the map, and both pairs of lists
-    return {"select": lambda: gtp_fx_kernels.select(scores, None, leaving, patches)}, {"select": ranked}
+    return {"select": lambda: gtp_fx_kernels.select(scores, None, removed, patches)}, {"select": ranked}
 
 
 def _embedding(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:

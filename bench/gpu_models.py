@@ -213,8 +213,8 @@ def prepare(
 
 def _options(variant: str, subject: Subject, schedule: Sequence[int]) -> dict[str, Any]:
     """Return the backend's options of a variant. The schedule is fixed, so that a variant differs in one thing only."""
-    block, leaving = subject.border
-    border = [leaving if place == block else 0 for place in range(len(schedule))]
+    block, removed = subject.border
+    border = [removed if place == block else 0 for place in range(len(schedule))]
     return {"schedule": border if variant in AT_BORDER else list(schedule), **VARIANTS.get(variant, {})}
 
 

@@ -115,7 +115,7 @@ def first(dry: bool) -> Plan:
 
 
 def sanitize(kernel: str, dry: bool) -> Plan:
-    """Return the plan for a wrong kernel: its memory accesses, its result with fewer warps, and models without kernels."""
+    """Return the plan for a wrong kernel: its memory accesses, its result with fewer warps, models without kernels."""
     nets: Iterable[tuple[str, int]] = [("T", 2)] if dry else SIZES
     names = [*(f"sanitize-{kernel}-{tool}" for tool in TOOLS), f"warps-{kernel}"]
     names += [f"plain-{net}-{batch}" for net, batch in nets]

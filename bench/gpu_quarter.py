@@ -128,7 +128,7 @@ class Quarter:
         write_whole(self.out / "log.txt", "\n".join(log)[-MOST_BYTES // 2 :])
 
     def pack(self) -> list[str]:
-        """Write archives of the generated code and of one net's timelines. Return the names of those too large to keep."""
+        """Write archives of the generated code and of one net's timelines. Return the names of those too large."""
         code = sorted((self.folder / "code").glob("*/*.py"))
         timelines = sorted((self.folder / "traces").glob("*.json.gz"))
         chosen = [file for file in timelines if file.name.startswith("B-256")] or timelines

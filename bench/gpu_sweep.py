@@ -106,6 +106,6 @@ def _repeated(run: Run) -> Run:
 
 
 def steps(tokens: Sequence[int], seconds: Sequence[float], above: float = 0.04) -> list[int]:
-    """Return the counts where time steps: it grows by over `above` more, relative to the last count, than the tokens."""
+    """Return the counts where time steps: it grows by over `above` more than the tokens, relative to the last count."""
     pairs = zip(tokens, tokens[1:], seconds, seconds[1:], strict=False)
     return [after for before, after, low, high in pairs if high / low > (1 + above) * after / before]

@@ -73,10 +73,10 @@ def _attention(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) 
 
 
 def _stream(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Made:
-    images, patches, channels, leaving = size
+    images, patches, channels, removed = size
     x = torch.randn(images, patches, channels, device=device).to(dtype)
     runs = {}
     for tile in STREAM:
-        function, *arguments = propagation(x, leaving, tile)
+        function, *arguments = propagation(x, removed, tile)
         runs[str(tile)] = partial(function, *arguments)
     return {**runs}, {}

@@ -30,7 +30,7 @@ _SINGLE_TILE = Tile(128, 128)
 
 @dataclass(frozen=True)
 class GpuModel:
-    """Figures of the model, each with its source. Rates are per second and for the whole GPU unless stated otherwise."""
+    """Figures of the model, each with its source. Rates are per second and for the whole GPU unless stated."""
 
     units: int = H100.units
     """Multiprocessors: device property."""
@@ -75,8 +75,8 @@ class GpuModel:
     graph_share: float = 0.65
     """Share of `dense` that the graph kernel's product reaches. Assumed: as other products of a few hundred terms."""
     graph_select: float = 11.0
-    """Instructions per thread, entry and neighbour, for one round that finds the largest. Assumed, with as many rounds as
-    neighbours in every tile. A kernel that skips entries too small to be selected needs fewer."""
+    """Instructions per thread, entry and neighbour, for one round that finds the largest. Assumed, with as many rounds
+    as neighbours in every tile. A kernel that skips entries too small to be selected needs fewer."""
     digits: int = 17
     pass_cycles: float = 1000.0
     """Passes of aten.topk in float32, and cycles per pass with its barriers. There are 16 passes of two bits over a row

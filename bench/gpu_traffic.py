@@ -228,8 +228,8 @@ def report(found: Sequence[Traffic], model: GpuModel) -> str:
         amount, row = x.amounts(model), x.to_dict(model)
         parts = [f"{amount[name].seconds * 1e3:.2f} ({amount[name].launches})" for name in amount]
         gains = (row[key] for key in ("speed_up_without_operators", "speed_up", "speed_up_planned"))
-        leaving = ", ".join(f"{count}@{block}" for block, count in enumerate(x.schedule) if count)
-        totals.append([_short(x), leaving, f"{x.flops_ratio:.3f}", *parts, *(f"{gain:.3f}" for gain in gains)])
+        removed = ", ".join(f"{count}@{block}" for block, count in enumerate(x.schedule) if count)
+        totals.append([_short(x), removed, f"{x.flops_ratio:.3f}", *parts, *(f"{gain:.3f}" for gain in gains)])
     names = ["model", "leave", "FLOPs", "original, ms (launches)", "without GTP's operators", "optimised"]
     names += ["speed-up without them", "speed-up", "as planned"]
     parts = [

@@ -1,11 +1,11 @@
 """Stages as processes, which prepare in parallel and then take turns alone on the GPU, within a time limit.
 
-Most of the time on a GPU's machine goes into compiling on the host. So a stage compiles first, signals that it is ready,
-and waits for its turn. During a turn nothing else runs: stages that still prepare are halted. A stage that crashes, hangs
-or is late costs no other stage its result.
+Most of the time on a GPU's machine goes into compiling on the host. So a stage compiles first, signals that it is
+ready, and waits for its turn. During a turn nothing else runs: stages that still prepare are halted. A stage that
+crashes, hangs or is late costs no other stage its result.
 
-`Turn` is a stage's side; `bench.gpu_rounds` is the side that starts the stages. They communicate by files in one folder,
-and neither imports torch:
+`Turn` is a stage's side; `bench.gpu_rounds` is the side that starts the stages. They communicate by files in one
+folder, and neither imports torch:
 
     found/NAME.json    a stage's results so far, rewritten after every row
     turns/NAME.ready   it is ready
@@ -72,7 +72,7 @@ class Turn:
     """A stage's side of taking turns. Results are kept at once, so that a stage can be stopped at any time."""
 
     def __init__(self, folder: Path, name: str, alone: bool = False) -> None:
-        """Make the turn of stage `name`. Where `alone`, no process gives turns: `wait` returns at once, without limit."""
+        """Make the turn of stage `name`. Where `alone`, nothing gives turns: `wait` returns at once, without limit."""
         self._found = folder / "found" / f"{name}.json"
         self._ready, self._go = (folder / "turns" / f"{name}.{end}" for end in ("ready", "go"))
         self._alone = alone

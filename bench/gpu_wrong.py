@@ -80,7 +80,7 @@ NO_TOOL = "no compute-sanitizer here"
 
 
 def by_warps(kernel: str, folder: Path, small: bool) -> dict[str, Any]:
-    """Run the failing case with 1, 2 and 4 warps, without pipelining. A race or miscompiled loop shows as a difference."""
+    """Run the failing case with 1, 2 and 4 warps, not pipelined. A race or miscompiled loop shows as a difference."""
     failing = _failing(kernel, "warps", folder, small)
     found = {}
     for warps in WARPS:

@@ -3,8 +3,8 @@
     python -m bench.imagenet --model deit_small_patch16_224 --pretrained --data imagenet/val --flops-budget 0.74
     torchrun --nproc-per-node 8 -m bench.imagenet --model … --data … --flops-budget 0.74 --device cuda
 
-timm's own transforms for the model, bfloat16, compiled. With --state FILE a run that was cut off goes on where it was. Under
-torchrun processes share the images; the counts are the same as one process finds.
+timm's own transforms for the model, bfloat16, compiled. With --state FILE an interrupted run continues where it
+stopped. Under torchrun processes share the images; the counts are the same as one process finds.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def _publish(
     rows = [["original", *scores[:2], told[0]], ["optimised", *scores[2:], told[1]]]
     table = tabulate(rows, ["", "top-1", "top-5", "images/s a process"], disable_numparse=True)
     told_below = (
-        f"{images} images, {ratio:.4f} of the FLOPs; same class for {same / max(images, 1):.2%}; right before alone {lost}, "
-        f"since alone {won}; 95 % intervals; {processes} processes, batch {batch}"
+        f"{images} images, {ratio:.4f} of the FLOPs; same class for {same / max(images, 1):.2%}; "
+        f"right before alone {lost}, since alone {won}; 95 % intervals; {processes} processes, batch {batch}"
     )
     typer.echo(f"{table}\n{told_below}", err=out is None)
     names = ("images", "original_1", "original_5", "optimised_1", "optimised_5", "same", "lost", "won")

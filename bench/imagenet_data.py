@@ -1,6 +1,6 @@
 """An image set on disk as a list of images with labels: folders of classes, or webdataset shards.
 
-    DIR/n01440764/*.JPEG, DIR/n01443537/*.JPEG, …     a label is a folder's place among the sorted names, or in a class map
+    DIR/n01440764/*.JPEG, DIR/n01443537/*.JPEG, …     the label is the folder's index by name, or in a class map
     DIR/*.tar                                          members KEY.jpg and KEY.cls, whose text is the label
 
 Images are opened when they are asked for; a shard is indexed once and read by offset.
@@ -77,8 +77,11 @@ class Transformed(Dataset[tuple[Tensor, int, int]]):
 
 
 def read_set(root: Path, outputs: int, class_map: Path | None = None) -> ImageSet:
-    """The images under `root`. outputs: how many classes the model tells apart. class_map: a file of folder names, one a line, in the
-    order of the outputs. Raises DataError."""
+    """Return the images under `root`. Raises DataError where they can't be read as a set of labelled images.
+
+    outputs: the number of the model's classes.
+    class_map: a file of folder names, one a line, in the order of the outputs.
+    """
     if not root.is_dir():
         raise DataError(f"data {str(root)!r} is no folder: give one with a folder for each class, or with .tar shards")
     shards = sorted(root.glob("*.tar"))
@@ -95,8 +98,8 @@ def _of_folders(root: Path, outputs: int, class_map: Path | None) -> list[Item]:
     if class_map is None:
         if len(folders) != outputs:
             raise DataError(
-                f"data {str(root)!r} has {len(folders)} folders and the model {outputs} outputs: give --class-map FILE, a folder's "
-                f"name a line in the order of the outputs, or a model with {len(folders)} classes"
+                f"data {str(root)!r} has {len(folders)} folders and the model {outputs} outputs: give --class-map "
+                f"FILE, a folder's name a line in the order of the outputs, or a model with {len(folders)} classes"
             )
         labels = {folder.name: label for label, folder in enumerate(folders)}
     else:

@@ -1,7 +1,8 @@
-"""What was found for each image so far, in files that a run can be resumed from: no image is evaluated, or counted, twice.
+"""Results for each image so far, in files that a run can be resumed from: none is evaluated, or counted, twice.
 
-The first line of a file says which run it is of; a run with other settings is refused. Under torchrun each process appends to a
-file of its own, FILE.rankR; all of them are read when a run begins, so that it may go on with another number of processes.
+The first line of a file identifies its run; a run with other settings is refused. Under torchrun each process appends
+to a file of its own, FILE.rankR. All of them are read when a run begins, so it may continue with another number of
+processes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ class StateError(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """One image, `place` in its set: whether the original's and the optimised model's best class is the label, whether their
-    best five hold it, and whether both say the same class."""
+    """One image, `place` in its set: whether the original's and the optimised model's best class is the label, whether
+    their best five hold it, and whether both predict the same class."""
 
     place: int
     original_1: bool
@@ -71,8 +72,8 @@ def _read(file: Path, run: Mapping[str, object]) -> dict[int, Found]:
     if other := [name for name in {*run, *before} if before.get(name) != run.get(name)]:
         name = sorted(other)[0]
         raise StateError(
-            f"{file} is of a run with {name}={before.get(name)!r}, and this one has {name}={run.get(name)!r}: give --state "
-            f"another name, or the settings of that run"
+            f"{file} is of a run with {name}={before.get(name)!r}, and this one has {name}={run.get(name)!r}: "
+            f"give --state another name, or the settings of that run"
         )
     found = {}
     for line in lines:

@@ -48,8 +48,10 @@ _WARMUP = 1
 class Row:
     """What one option did.
 
-    gains: times faster with it than without, in the same round. speed_up: of the optimised model over the original,
-    both with it; ratio: that over the speed-up without. first_call: seconds of the original's and the optimised model's.
+    gains: times faster with it than without, in the same round.
+    speed_up: of the optimised model over the original, both with the option.
+    ratio: `speed_up` over the speed-up without the option.
+    first_call: seconds of the original's and the optimised model's.
     """
 
     option: str

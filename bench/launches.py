@@ -212,8 +212,8 @@ def _own(node: Any, name: str) -> Launch:
 def _left_unread(kernel: str, key: str, value: Any, shapes: dict[str, Shape]) -> int:
     """Return the bytes of an operand that a kernel doesn't read.
 
-    `propagate` reads the neighbours of kept tokens only, [B, K, M] of [B, G, M]. It reads nearly all of the stream: each
-    kept token's row, and that of each removed token with a kept neighbour (from the cache, where it has several).
+    `propagate` reads the neighbours of kept tokens only, [B, K, M] of [B, G, M]. It reads nearly all of the stream:
+    each kept token's row, and that of each removed token with a kept neighbour (from the cache, where it has several).
     """
     if kernel == "propagate_kernel" and key == "near_ptr" and value.get_numel():
         (_, cells, _), (_, kept) = shapes[key], shapes["kept_ptr"]

@@ -1,7 +1,7 @@
 """Photographs that nobody made for this project, and a net that somebody else trained on them.
 
-CIFAR-10 (Krizhevsky 2009) as JPEGs in train/CLASS/ and test/CLASS/, from a folder or a tar of it; neither is part of this repository.
-The net is a post-norm transformer over patches of 4 x 4, whose weights' names say how it is built.
+CIFAR-10 (Krizhevsky 2009) as JPEGs in train/CLASS/ and test/CLASS/, from a folder or a tar of it; neither is part of
+this repository. The net is a post-norm transformer over patches of 4 x 4, built from the names of its weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A harder task from the same digits: several stand about on patches of texture, and the texture tells which one is meant.
+"""A harder task from the same digits: several stand on patches of texture, and the texture marks the one to classify.
 
-A canvas is cells of a raster. Some cells hold a digit on a square of texture (stripes, checks or dots, of any phase); exactly one
-of those is striped, and its digit is the label. So texture, shape and what belongs together all count, and no part of the canvas
-tells the label alone. Strokes and noise as in `bench.digits`; splits share no digit image.
+A canvas is cells of a raster. Some cells hold a digit on a square of texture (stripes, checks or dots, of any phase);
+exactly one of those is striped, and its digit is the label. So texture, shape and grouping all count, and no part of
+the canvas gives the label alone. Strokes and noise as in `bench.digits`; splits share no digit image.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Is the chosen schedule truly faster than uniform counts? Compiled against compiled at one FLOPs budget, all in one run.
+"""Is the chosen schedule truly faster than uniform counts? Both compiled, at one FLOPs budget, all in one run.
 
     python -m bench.schedule_times --model deit_small_patch16_224 --budget 0.74 --out bench/results/x.json
 
-A constant count comes in steps of some per cent of the FLOPs, so uniform counts undercut the budget; the others get what the
-last one takes as theirs, so that all have equal FLOPs.
+Uniform counts change FLOPs in steps of some per cent, so they undercut the budget. The other schedules get the FLOPs
+of the last one as their budget, so that all have equal FLOPs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Which schedule keeps most? Nets trained on digits, at equal FLOPs: uniform, even, chosen by the prior, chosen by calibration.
+"""Which schedule keeps most accuracy at equal FLOPs? On nets trained on digits: uniform, even, prior, calibrated.
 
     python -m bench.schedules --out bench/results/schedules_digits.json --plot bench/results/schedules_digits.png
 
-Accuracy on canvases of digits that no net has seen, with the spread over seeds; calibration sees unlabelled canvases apart from
-both. Nets are trained where the cache has none, some minutes each. The KL divergence from the original's outputs is told
-beside accuracy, since it tells schedules apart where accuracy is within noise.
+Accuracy is on canvases of digits that no net has seen, with the spread over seeds; calibration sees unlabelled
+canvases separate from both. Nets are trained where the cache has none, some minutes each. The KL divergence from the
+original's outputs is reported beside accuracy, since it separates schedules where accuracy is within noise.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _optimised(model: nn.Module, way: str, ratio: float, unlabelled: Tensor) -> 
 
 @dataclass(frozen=True)
 class Summary:
-    """Over seeds: mean and standard deviation of the points of accuracy lost against the original, and the mean divergence."""
+    """Mean and standard deviation over seeds of the accuracy lost against the original, in points; mean divergence."""
 
     net: str
     budget: float
@@ -159,7 +159,8 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(
         [
             tabulate(lines, ["net", "FLOPs", *WAYS], tablefmt="github", disable_numparse=True),
-            f"points of accuracy against the original ({told}), mean ± deviation over seeds; in brackets the KL divergence",
+            f"points of accuracy against the original ({told}), mean ± deviation over seeds; "
+            f"in brackets the KL divergence",
         ]
     )
 

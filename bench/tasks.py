@@ -18,7 +18,8 @@ from bench.digits import CLASSES, Look, Split, canvases, patch_labels
 from bench.scenes import CELL, scenes
 
 Draw = Callable[[Split, int, int, Look, int], tuple[Tensor, Tensor]]
-"""From a split, a seed, how many, their look and a patch's side: canvases [n, 1, side, side] and labels [n] or [n, patches]."""
+"""Function of a split, a seed, how many canvases, their look and a patch's side. It returns canvases [n, 1, side, side]
+and labels [n] or [n, patches]."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class Task:
     draw: Draw
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy, of [n, classes] or [n, patches, classes]; of patches, those with a digit count for as much as the rest."""
+        """Return the cross entropy of [n, classes] or [n, patches, classes].
+
+        Of patches, those with a digit together weigh as much as all others.
+        """
         if not self.per_patch:
             return F.cross_entropy(outputs, labels)
         weights = outputs.new_ones(self.classes)

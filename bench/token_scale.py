@@ -1,11 +1,11 @@
-"""Does attention have to be told how many tokens a key stands for? How far outputs move with and without, on trained nets.
+"""Does attention need to know how many tokens a key stands for? Outputs with and without, on trained nets.
 
     python -m bench.token_scale --out bench/results/token_scale.json
 
-For each net, alpha and budget one schedule, carried out twice: with log s on the logits of every later attention (arXiv 2311.03035,
-proportional attention) and without. Told beside it: the bound on log s that the plan knows (`gtp_fx.strategies.token_scale`), how
-far the reduction itself moves the outputs, and how far the two ways are apart as a share of that. With --data and --net a net
-trained on photographs is measured too.
+For each net, alpha and budget one schedule runs twice: with log s on the logits of every later attention (arXiv
+2311.03035, proportional attention) and without. Reported beside it: the bound on log s that the plan knows
+(`gtp_fx.strategies.token_scale`), how far the reduction itself moves the outputs, and the difference of the two runs
+as a share of that. With --data and --net a net trained on photographs is measured too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gtp_fx.model.pipeline import Optimised, run_passes
 from gtp_fx.options.options import Options
 from gtp_fx.options.progress import progress_bar
 from gtp_fx.plan.damage.divergence import divergence
-from gtp_fx.strategies.token_scale import TOLD_FROM, log_scale_bound
+from gtp_fx.strategies.token_scale import SCALES_READ_FROM, log_scale_bound
 
 ALPHAS = (0.05, 0.1, 0.2, 0.4, 1.0)
 BUDGETS = (0.74, 0.55)
@@ -41,8 +41,13 @@ BUDGETS = (0.74, 0.55)
 
 @dataclass(frozen=True)
 class Row:
-    """One net, alpha and budget. bound: of log s. told, untold, base: scores in [0, 1]. moved: divergence of the told outputs from the
-    original's; apart: of the untold ones from the told."""
+    """One net, alpha and budget.
+
+    bound: of log s.
+    told, untold, base: scores in [0, 1] with token scales, without, and of the original.
+    moved: divergence of the outputs with token scales from the original's.
+    apart: divergence of the outputs without token scales from those with them.
+    """
 
     net: str
     alpha: float
@@ -74,7 +79,7 @@ def main(
     for name, model, images, labels in _subjects(net or ["digits-cls", "digits-pooled"], data, weights, test_images):
         rows += measure(name, model, images, labels)
         typer.echo(table(rows), err=True)
-    found = {"bench": "token_scale", "told_from": TOLD_FROM, "test_images": test_images}
+    found = {"bench": "token_scale", "told_from": SCALES_READ_FROM, "test_images": test_images}
     here = {"environment": asdict(Environment.here("cpu"))}
     publish({**found, **here, "rows": [{**asdict(row), "share": row.share} for row in rows]}, out)
 

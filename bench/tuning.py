@@ -5,7 +5,7 @@
 default    GTP as it comes, on the schedule that the prior chooses
 agreement  the same with M and alpha as the agreement of graph neighbours proposes (`bench.agreement`)
 grid       the best of alpha x M x score by the labels of calibration canvases, on the prior's schedule
-unlabelled `gtp_fx.Calibration(refine=16, strategy=True)` on the same canvases without their labels: schedule, alpha, M, score
+unlabelled `gtp_fx.Calibration(refine=16, strategy=True)` on the same canvases without labels: schedule, alpha, M, score
 refined    the better of that and of the same begun at the agreement's proposal
 
 Scores are of canvases whose digits none of them has seen.
@@ -47,7 +47,11 @@ WAYS = ("default", "agreement", "grid", "unlabelled", "refined")
 
 @dataclass(frozen=True)
 class Row:
-    """One net and seed at one budget by one way. score and base in [0, 1]; moved: how far the outputs did on the test canvases."""
+    """One net and seed at one budget by one way.
+
+    score, base: in [0, 1].
+    moved: divergence of the outputs from the original's on the test canvases.
+    """
 
     net: str
     seed: int

@@ -4,8 +4,8 @@
     python -m bench.zoo --only swin --only beit --reduced
 
 FLOPs and sites are the full model's, on the meta device: no weights, no arithmetic. What needs numbers runs at reduced
-depth with live weights: exactness at budget 1.0, and that both doors make one schedule and one result. The command fails
-where a row is wrong.
+depth with live weights: exactness at budget 1.0, and that both entry points make one schedule and one result. The
+command fails where a row is wrong.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _on_meta(entry: ZooModel) -> dict[str, Tensor] | None:
 
 
 def difference(found: Any, wanted: Any) -> float:
-    """The largest difference of two outputs of any kind, over the largest value of each tensor; inf where shapes differ."""
+    """Return the largest difference of two outputs over the largest value of each tensor; inf where shapes differ."""
     mine, theirs = (
         [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)] for output in (found, wanted)
     )

@@ -212,7 +212,7 @@ HIERARCHICAL = (
     timm_model("hiera_tiny_224", "Hiera"),
     timm_model("mvitv2_tiny", "MViT V2"),
     timm_model("pvt_v2_b0", "PVT V2"),
-    timm_model("twins_svt_small", "ModuleMap", **_STAGES),
+    timm_model("twins_svt_small", "Twins", **_STAGES),
     timm_model("davit_tiny", "DaViT", **_STAGES),
     timm_model("nest_tiny", "NesT"),
     timm_model("samvit_base_patch16", "SAM", **_THREE, img_size=224, global_attn_indexes=(1, 2)),

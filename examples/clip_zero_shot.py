@@ -30,8 +30,8 @@ def main(
     given = processor(text=labels, images=Image.open(picture).convert("RGB"), return_tensors="pt", padding=True)
     before = clip(**given).logits_per_image
 
-    # Whatever holds a tower may hold the optimised one instead: it is called the same and returns the same. The example is a call
-    # as the owner makes it, flags and all, since a graph is good for calls of that form.
+    # Whatever holds a tower may hold the optimised one instead: it is called the same and returns the same. The example
+    # is a call as the owner makes it, flags and all, since a graph is good for calls of that form.
     call = {"pixel_values": given["pixel_values"], "return_dict": True}
     clip.vision_model = gtp_fx.optimize(clip.vision_model, flops_budget=flops_budget, example_inputs=call)
     after = clip(**given).logits_per_image

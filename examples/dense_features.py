@@ -1,6 +1,6 @@
 """Patch features, full resolution, before and after: three principal components as red, green and blue.
 
-    python examples/dense_features.py photo.jpg --model vit_small_patch14_dinov2 --pretrained --flops-budget 0.6 --out features.png
+    python examples/dense_features.py photo.jpg --model vit_small_patch14_dinov2 --pretrained --flops-budget 0.6
 
 Tokens that left come back in the map where a reader wants all of them, so what reads dense features needs no change.
 """
@@ -39,7 +39,8 @@ def main(
     Image.fromarray(torch.cat(views, dim=1).numpy()).resize((1024, 512), Image.Resampling.NEAREST).save(out)
     print(f"{loaded.name}, weights: {loaded.weights_origin}; {fast.report.flops_ratio:.3f} of its FLOPs")
     print(
-        f"cosine of each patch's features with the original's: {alike.mean():.4f} (least {alike.min():.4f}); written: {out}"
+        f"cosine of each patch's features with the original's: {alike.mean():.4f} (least {alike.min():.4f}); "
+        f"written: {out}"
     )
 
 

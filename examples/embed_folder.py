@@ -1,9 +1,9 @@
 """A large folder of pictures to embeddings, on as many processes as there are.
 
-    torchrun --nproc-per-node 8 examples/embed_folder.py pictures/ embeddings/ --model vit_base_patch16_clip_224 --pretrained
+    torchrun --nproc-per-node 8 examples/embed_folder.py pictures embeddings --pretrained
 
-Every process takes each n-th picture and writes part_<rank>.safetensors: `embeddings` [n, C], and the files' names beside it, a line
-each. A part that is there already is left, so a run that was stopped goes on. One process alone needs no torchrun.
+Every process takes each n-th picture and writes part_<rank>.safetensors: `embeddings` [n, C], and beside it the files'
+names, one a line. Existing parts are skipped, so an interrupted run continues. One process alone needs no torchrun.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def main() -> None:
     try:
         gtp_fx.optimize(model, flops_budget=0.05, example_inputs=images)
     except gtp_fx.BudgetError as error:
-        print(f"and what can't be had is refused: {error}")
+        print(f"and what can't be done is refused: {error}")
 
 
 if __name__ == "__main__":

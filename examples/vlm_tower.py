@@ -2,8 +2,9 @@
 
     python examples/vlm_tower.py photo.jpg --model openai/clip-vit-large-patch14-336 --flops-budget 0.5
 
-The tower's contract is its full map; `with_provenance` says beside it which of those tokens were left, so that a projector takes these
-alone. The language model's prefill shrinks by as much: with LLaVA's 576 patches and a budget of 0.5, some 250 stay.
+The tower's contract is its full map. `with_provenance` also returns which of those tokens were kept, so that a
+projector takes these alone. The language model's prefill shrinks by as much: with LLaVA's 576 patches and a budget of
+0.5, some 250 stay.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Tile:
             raise OptionError(f"a tile has rows, columns and a share in (0, 1], got {self}")
 
 
-TOLD = ("mask", "channel", "kernel")
+SCALE_FORMS = ("mask", "channel", "kernel")
 """Ways for attention to read token scales on a GPU (`gtp_fx.passes.lower.attention_forms`), in the order of "auto"."""
 
 
@@ -84,8 +84,8 @@ class Target:
     tiles: tiles of products, of which a library takes the fastest; () where the curve includes them.
     attention_tile: queries and keys of attention's tile.
     devices: the driver's names of it, to the letter: a slice or a laptop's part has other rates and a longer name.
-    told: how attention reads token scales, a name in `TOLD`; "auto" for the first of them that is possible, where a
-        mask counts only if attention keeps the kernel that it has without.
+    told: how attention reads token scales, a name in `SCALE_FORMS`; "auto" for the first that is possible, where a mask
+        counts only if attention keeps the kernel that it has without.
     inductor: options for Inductor that were measured to pay there (`bench.inductor_options`); a mode that the user
         passes wins over them.
     measured: when and by what the curves were measured; empty where they weren't.
@@ -115,8 +115,8 @@ class Target:
             raise OptionError(
                 f"target {self.name!r}: launch={self.launch!r}, dense={dict(self.dense)!r}: give seconds and rates"
             )
-        if self.told not in ("auto", *TOLD):
-            names = ", ".join(map(repr, ("auto", *TOLD)))
+        if self.told not in ("auto", *SCALE_FORMS):
+            names = ", ".join(map(repr, ("auto", *SCALE_FORMS)))
             raise OptionError(f"target {self.name!r}: told={self.told!r} is unknown; give one of {names}")
         if missing := sorted(set(KINDS) - set(self.curves)):
             raise OptionError(f"target {self.name!r} has no curve for {', '.join(missing)}; KINDS names what is needed")

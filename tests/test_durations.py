@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 LIMIT = 8.0
-"""Processor seconds of a case, those of processes that it started among them: other work on the machine doesn't count."""
+"""Processor seconds of a case, including the processes that it started: other work on the machine doesn't count."""
 
 
 @pytest.mark.nightly

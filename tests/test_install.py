@@ -1,4 +1,4 @@
-"""As it is installed: what a wheel holds, what importing costs, and what works without the libraries that models come from."""
+"""The installed package: what a wheel holds, what importing costs, what works without the libraries of models."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def test_importing_takes_less_than_a_second_beside_torchs_own() -> None:
 
 
 def test_importing_brings_no_library_of_models_and_no_compiler() -> None:
-    code = "import gtp_fx, gtp_fx.cli.app, sys; print([m for m in ('timm', 'transformers', 'matplotlib', 'onnx', 'torch._inductor.compile_fx') if m in sys.modules])"
+    modules = ("timm", "transformers", "matplotlib", "onnx", "torch._inductor.compile_fx")
+    code = f"import gtp_fx, gtp_fx.cli.app, sys; print([m for m in {modules} if m in sys.modules])"
     assert run(code).strip() == "[]"
 
 
@@ -77,7 +78,10 @@ def test_a_model_of_ones_own_needs_neither_timm_nor_transformers(tmp_path: Path)
 )
 def test_what_needs_one_says_so(arguments: list[str], told: str, tmp_path: Path) -> None:
     (tmp_path / "own_model.py").write_text((ROOT / "examples" / "own_model.py").read_text())
-    code = f"{WITHOUT}import gtp_fx.cli.app\ntry: gtp_fx.cli.app.main({arguments!r})\nexcept SystemExit as end: assert end.code == 2"
+    code = (
+        f"{WITHOUT}import gtp_fx.cli.app\n"
+        f"try: gtp_fx.cli.app.main({arguments!r})\nexcept SystemExit as end: assert end.code == 2"
+    )
     done = subprocess.run((sys.executable, "-c", code), cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and done.stderr.startswith("gtp-fx: ") and told in done.stderr, done.stderr
     assert "Traceback" not in done.stderr

@@ -156,7 +156,8 @@ def test_the_backend_names_the_options_it_knows() -> None:
     graph = torch.fx.symbolic_trace(nn.Identity())
     with pytest.raises(
         gtp_fx.OptionError,
-        match=r"'flops_budgett'; did you mean 'flops_budget'\? The backend knows flops_budget, latency_budget, batch, schedule, strategy",
+        match=r"'flops_budgett'; did you mean 'flops_budget'\? "
+        r"The backend knows flops_budget, latency_budget, batch, schedule, strategy",
     ):
         gtp(graph, [], options={"flops_budgett": 0.7})
     with pytest.raises(gtp_fx.OptionError, match="mode='fastest'"):

@@ -163,7 +163,7 @@ def self_attention_axis(node: fx.Node, typing: WholeTyping) -> TokenAxis | None:
     return axis if same or pooled_to(typing.type(query), typing.type(key)) else None
 
 
-def _residual_add(attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
+def residual_add(attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
     """Return the residual add after `attention`, or None.
 
     It is the first addition after the attention whose other operand the attention was computed from.
@@ -200,7 +200,7 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> R
             "tokens attend within windows here, and the grid has to stay whole for the windows of the next block"
         )
     # A site needs a residual add, live patches, and values laid out as the operators at a site take them.
-    if site is None and (shared := _residual_add(attention, typing)) is not None and MARK in shared.meta:
+    if site is None and (shared := residual_add(attention, typing)) is not None and MARK in shared.meta:
         return refuse(
             "it shares its residual add with a parallel attention, whose scores decide which tokens are removed there"
         )

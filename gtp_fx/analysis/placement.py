@@ -23,7 +23,7 @@ def cut_of(block: AttentionBlock, strategy: Strategy) -> fx.Node | None:
     return block.stream if strategy.before_attention else block.site
 
 
-def leaving_blocks(blocks: Sequence[AttentionBlock], strategy: Strategy) -> list[AttentionBlock]:
+def removing_blocks(blocks: Sequence[AttentionBlock], strategy: Strategy) -> list[AttentionBlock]:
     """Return the blocks at which the strategy removes tokens, among those at which that is possible.
 
     Raises OptionError where the strategy names a block that its stream doesn't have.
@@ -72,7 +72,7 @@ def updated_edges(typed: TypedGraph, strategy: Strategy, ends: Collection[fx.Nod
     if not strategy.recovers_updates:
         return frozenset()
     blocks, ends = typed.blocks, frozenset(ends)
-    sites = frozenset(filter(None, (cut_of(block, strategy) for block in leaving_blocks(blocks, strategy))))
+    sites = frozenset(filter(None, (cut_of(block, strategy) for block in removing_blocks(blocks, strategy))))
     # Type the graph a second time with these edges: a refusal there means that they can't be used.
     edges = _edges_recovered(typed.with_sites(sites, ends), blocks)
     return frozenset() if find_coercions(typed.with_sites(sites, ends, edges)).refused else edges

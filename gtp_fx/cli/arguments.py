@@ -138,7 +138,7 @@ def budgets(
     return found or [(None, None)]
 
 
-def asked(
+def option_values(
     flops: float | None,
     latency: str | None,
     schedule: str,

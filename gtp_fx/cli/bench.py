@@ -24,10 +24,10 @@ from gtp_fx.cli.arguments import (
     Strategies,
     Target,
     Weights,
-    asked,
     budgets,
     explaining,
     load,
+    option_values,
 )
 from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS
@@ -61,7 +61,9 @@ def bench(
         if mode is not None and eager:
             raise OptionError(f"--mode {mode} is how to compile, but --eager compiles nothing: leave one of them out")
         wanted = itertools.product(strategy or ["gtp"], budgets(flops_budget, latency_budget, schedule))
-        options = {_named(how, *budget): asked(*budget, schedule, how, target, batch, mode) for how, budget in wanted}
+        options = {
+            _named(how, *budget): option_values(*budget, schedule, how, target, batch, mode) for how, budget in wanted
+        }
         loaded = load(model, pretrained, weights, dtype, device)
         made = {name: gtp_fx.optimize(loaded.model, **chosen) for name, chosen in options.items()}
         images = photo_batch(loaded.model, batch)

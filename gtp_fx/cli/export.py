@@ -22,9 +22,9 @@ from gtp_fx.cli.arguments import (
     Strategy,
     Target,
     Weights,
-    asked,
     explaining,
     load,
+    option_values,
 )
 from gtp_fx.errors import OptionError
 from gtp_fx.model.exporting import FORMATS
@@ -65,7 +65,7 @@ def export(
     with explaining(model):
         if format is not None and format not in FORMATS:
             raise OptionError(f"--format {format}: give {', '.join(FORMATS)}")
-        options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
+        options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch)
         format_of(file, format)
         must_have_folder(save_schedule)
         loaded = load(model, pretrained, weights, dtype, device)

@@ -25,9 +25,9 @@ from gtp_fx.cli.arguments import (
     Strategy,
     Target,
     Weights,
-    asked,
     explaining,
     load,
+    option_values,
 )
 from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS
@@ -72,7 +72,7 @@ def optimize(
             raise OptionError(f"--rounds {rounds}: give at least one")
         if mode is not None and no_time:
             raise OptionError(f"--mode {mode} is how to compile, but --no-time compiles nothing: leave one of them out")
-        options = asked(flops_budget, latency_budget, schedule, strategy, target, batch, mode)
+        options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch, mode)
         must_draw(plot)
         loaded = load(model, pretrained, weights, dtype, device)
         say(f"{loaded.name}, weights: {loaded.weights_origin}; {dtype.value} on {device.value}\n")

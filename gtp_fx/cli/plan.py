@@ -19,9 +19,9 @@ from gtp_fx.cli.arguments import (
     ScheduleText,
     Strategy,
     Targets,
-    asked,
     budgets,
     explaining,
+    option_values,
 )
 from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS, Options
@@ -55,7 +55,9 @@ def plan(
 
     with explaining():
         wanted = itertools.product(target or ["auto"], budgets(flops_budget, latency_budget, schedule))
-        options = [Options.of(**asked(*budget, schedule, strategy, processor, batch)) for processor, budget in wanted]
+        options = [
+            Options.of(**option_values(*budget, schedule, strategy, processor, batch)) for processor, budget in wanted
+        ]
         if save is not None and len(options) != 1:
             raise OptionError(
                 f"--save keeps one schedule, but {len(options)} were asked for: give one budget and one target"

@@ -22,9 +22,9 @@ from gtp_fx.cli.arguments import (
     Strategy,
     Target,
     Weights,
-    asked,
     explaining,
     load,
+    option_values,
 )
 from gtp_fx.options.options import DEFAULTS
 
@@ -54,7 +54,7 @@ def show(
     from gtp_fx.report.token_flow import token_flow
 
     with explaining(model):
-        options = asked(flops_budget, latency_budget, schedule, strategy, target, batch)
+        options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch)
         must_draw(out)
         picture = load_photo() if image is None else read_picture(image)
         loaded = load(model, pretrained, weights, Dtype.float32, Device.cpu)

@@ -1,7 +1,8 @@
-"""Attention with scores on a GPU: one kernel where a row of keys fits a tile, else a flash-style one and `scores_kernel`.
+"""Attention with scores on a GPU.
 
-The map is never in memory. Token scales and biases are added inside, so that a shortened stream keeps the speed of attention
-without a mask.
+Where a row of keys fits a tile, one kernel does both; else a flash-style one is followed by `scores_kernel`. The map is
+never in memory. The kernel itself adds token scales and biases, so that attention on a shortened stream needs no mask,
+which would slow it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from gtp_fx.ops.attention import attention_map, key_bias, over_heads
 from gtp_fx.ops.register import shaped
 
 HEADS = (16, 128)
-"""Sizes of a head, least and most, that a tile is made for."""
+"""Smallest and largest head size that the tiles are made for."""
 
 
 def _shapes(q, k, v, bias, scales, scale, score, prefix, suffix, tile):  # type: ignore[no-untyped-def]
@@ -46,30 +47,39 @@ def attend(
     suffix: int,
     tile: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """As `torch.ops.gtp_fx.attention_with_scores` behind `key_bias`, and lies in memory as [B, N, H, D] does.
+    """Return the output [B, H, N, E] and scores [B, n] of `torch.ops.gtp_fx.attention_with_scores`, after `key_bias`.
 
-    q [B, H, N, D], k [B, H, N, D], v [B, H, N, E] of float32, bfloat16 or float16, any strides; D and E from 16 to 128.
-    bias: as SDPA's mask, boolean (True: attend) or additive. scales: token scales [B, n] of the n patches, or None.
+    q, k: [B, H, N, D] of float32, bfloat16 or float16, any strides, D from 16 to 128.
+    v: [B, H, N, E] of the same dtype, any strides, E from 16 to 128.
+    bias: as SDPA's mask, boolean (True: attend) or additive; None for none.
+    scales: token scales [B, n] of the n patches between prefix and suffix; None where all are 1.
+    scale: factor of the logits, positive; None for D**-0.5.
+    score: a name in `gtp_fx.ops.attention.SCORES`, or "none" for no scores, [B, 0].
+    prefix, suffix: how many of the keys come before and after the patches.
     tile: `AttentionTile.arguments`, or [] for the best that is known.
-    For score "none" there may be more keys than queries, or fewer; prefix and suffix are the keys'.
 
-    Tolerance: like fused attention it rounds exponentials, not the map, to v's dtype before the second product, and adds in
-    float32. In float32 products are IEEE, so it differs from the reference by the order of sums (some 1e-6 relative); in
-    bfloat16 each output is a weighted mean whose weights were rounded to 2^-9 on either side, so it is within
-    2^-8 of the largest |v| beside the rounding of the output. Scores never pass through the lower dtype: those differ by 1e-5.
+    For score "none" the numbers of keys and queries may differ. The output lies in memory as [B, N, H, E] does.
+
+    Tolerance: like fused attention it rounds exponentials, not the map, to v's dtype before the second product, and
+    adds in float32. In float32 products are IEEE, so it differs from the reference by the order of sums (some 1e-6
+    relative). In bfloat16 each output is a weighted mean whose weights were rounded to 2^-9 on either side, so it is
+    within 2^-8 of the largest |v|, in addition to the output's own rounding. Scores are never in the lower dtype: they
+    differ by 1e-5.
     """
     batch, heads, queries, features = q.shape
     keys, values = v.shape[-2:]
     scale = features**-0.5 if scale is None else scale
-    assert scale > 0, "the largest logit is that of the largest product"
+    assert scale > 0, "the kernel takes the largest product for the largest logit"
     assert queries == keys or score == "none", "scores are those of self-attention"
+    # One tile may hold all keys of a row: then the kernel has the map's entries, and finds the scores as well.
     cut = AttentionTile(*tile) if tile else best_tile(keys, max(features, values), q.dtype, q.device)
     fits = cut.columns >= keys
     parts = triton.cdiv(queries, cut.rows)
     scored = score != "none"
+    columns = triton.cdiv(keys, cut.columns) * cut.columns
     kind, _, how = score.partition("-")
     bias_BHMN = None if bias is None else bias.expand(batch, heads, queries, keys)
-    nothing = q.new_empty(1, dtype=torch.float32)  # in the place of what isn't read or written
+    nothing = q.new_empty(1, dtype=torch.float32)  # stands for operands that are neither read nor written
     out_BNHD = v.new_empty(batch, queries, heads, values)
     rows = q.new_empty(2, batch, heads, queries, dtype=torch.float32) if scored and not fits else None
     lse, top = (nothing, nothing) if rows is None else rows
@@ -77,7 +87,7 @@ def attend(
     own = q.new_empty(batch, heads, keys, dtype=torch.float32) if scored and fits else nothing
     launcher(attend_kernel)[(parts * batch * heads,)](
         q, k, v, nothing if bias_BHMN is None else bias_BHMN,
-        nothing if scales is None else _log_scales(scales, prefix, suffix, triton.cdiv(keys, cut.columns) * cut.columns),
+        nothing if scales is None else _log_scales(scales, prefix, suffix, columns),
         out_BNHD, lse, top, received, own,
         *q.stride(), *k.stride(), *v.stride(), *((0, 0, 0, 0) if bias_BHMN is None else bias_BHMN.stride()),
         out_BNHD.stride(0), out_BNHD.stride(2), out_BNHD.stride(1),
@@ -90,8 +100,9 @@ def attend(
     out = out_BNHD.transpose(1, 2)
     if not scored:
         return out, q.new_empty(batch, 0, dtype=torch.float32)
-    if not fits:
+    if not fits:  # a second kernel makes the map's entries again, from each row's log-sum-exp
         return out, score_patches(q, k, bias_BHMN, lse, top, scales, scale, score, prefix, suffix)
+    # Scores are products of the diagonal (regeneration) and of column sums (broadcasting), whose parts are added here.
     stop = keys - suffix
     factors = []
     if kind in ("regenerate", "mixed"):
@@ -102,7 +113,7 @@ def attend(
 
 
 def _reference(q, k, v, bias, scales, scale, score, prefix, suffix, tile):  # type: ignore[no-untyped-def]
-    """The output in plain ATen, which backward differentiates. Scores rank, and have no gradient."""
+    """Return the output in plain ATen, which backward differentiates. Scores only rank, and have no gradient."""
     if scales is not None:
         bias = key_bias(scales, prefix, suffix, bias, q)
     exp_BHMN, inverse_BHM1 = attention_map(q, k, bias, scale)
@@ -114,8 +125,11 @@ differentiable(attend, _reference)
 
 
 def _log_scales(scales: Tensor, prefix: int, suffix: int, columns: int) -> Tensor:
-    """log2 s as [B, columns]: of patches, 0 for other tokens, -inf behind the last key. The kernel has no cases then."""
+    """Return log2 s as [B, columns]: 0 for tokens that are no patches, -inf after the last key.
+
+    Padded so, the kernel needs no special cases.
+    """
     batch, patches = scales.shape
-    ahead, behind = (scales.new_zeros(batch, count, dtype=torch.float32) for count in (prefix, suffix))
+    ahead, following = (scales.new_zeros(batch, count, dtype=torch.float32) for count in (prefix, suffix))
     beyond = ahead.new_full((batch, columns - prefix - patches - suffix), float("-inf"))
-    return torch.cat([ahead, scales.float().log2(), behind, beyond], dim=1)
+    return torch.cat([ahead, scales.float().log2(), following, beyond], dim=1)

@@ -1,7 +1,7 @@
-"""Attention in tiles, told token scales and biases (arXiv 2311.03035).
+"""Attention in tiles, with token scales and biases (arXiv 2311.03035, proportional attention).
 
-Letters: M queries and N keys of a tile, D features of a head. Each program owns what it stores, so nothing is added by atomics and
-results are the same every time. Softmax is in powers of two, and is told the logarithms of token scales.
+Letters: M queries and N keys of a tile, D features of a head. Each program owns what it stores: there are no atomics,
+and results are reproducible. Softmax is in powers of two; token scales enter it as logarithms.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     ROW_FITS: tl.constexpr, SCORED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """`ROWS` queries of a head: their output, and what scores are made from.
+    """Compute the output of `ROWS` queries of a head, and what their scores are made from.
 
-    Where a row fits the tile: received [B, H, parts, N], column sums over this program's queries among the first `counted`, and
-    own [B, H, N], the diagonal. Else lse [B, H, N], the natural logarithm of its sum of exponentials, from which
-    `scores_kernel` makes both; with a bias that of what is above top [B, H, N], its largest logit, beside which it might be lost.
+    Where a row of keys fits the tile (ROW_FITS), scores are made from two results:
+    received: [B, H, parts, N], sums of the map's columns over this program's queries among the first `counted`.
+    own: [B, H, N], the map's diagonal.
+
+    Else `scores_kernel` makes both of these from:
+    lse: [B, H, N], natural logarithm of each row's sum of exponentials; with a bias, of the logits minus `top`.
+    top: [B, H, N], with a bias each row's largest logit. It is separate since the sum's logarithm might be lost
+        in rounding beside a logit of large magnitude.
     """
     parts = tl.cdiv(queries, ROWS)
     part = tl.program_id(0) % parts
@@ -41,9 +46,9 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     of_head, of_value = tl.arange(0, FEATURES), tl.arange(0, VALUES)
     q_MD = load_tile(q_ptr, rows, of_head, q_row, q_column, queries, features)
     exponent = softmax_scale if HAS_BIAS else softmax_scale * LOG2_E
-    # By which logits are still to be multiplied, behind their largest.
+    # Factor of a logit's distance from the largest one that is not yet in the logits themselves.
     unit = LOG2_E if HAS_BIAS else (1.0 if HAS_SCALES else exponent)
-    if ROW_FITS:
+    if ROW_FITS:  # the whole row at once: the map's entries are final, and so are their sums
         columns = tl.arange(0, COLUMNS)
         k_ND = keys_tile(k_ptr, columns, of_head, k_row, k_column, keys, features, True)
         logits_MN = logits_tile(
@@ -62,7 +67,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             received_N = tl.sum(tl.where((rows < counted)[:, None], map_MN, 0.0), 0)
             tl.store(received_ptr + (image_head * parts + part) * keys + columns, received_N, mask=columns < keys)
     else:
-        # The tile that may have fewer keys is by itself behind the loop, if registers are left for that.
+        # Flash attention: the softmax is corrected tile by tile. The last tile, which may have fewer keys, follows the
+        # loop, which then needs no mask. Large heads and float32 have no registers for such a second copy of the step.
         peeled: tl.constexpr = FEATURES <= 64 and VALUES <= 64 and q_ptr.dtype.element_ty != tl.float32
         last = (tl.cdiv(keys, COLUMNS) - 1) * COLUMNS if peeled else keys
         top_M = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -80,7 +86,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
                 k_ptr, k_row, k_column, v_ptr, v_row, v_column, bias_ptr, bias_row, bias_column, log_scales_ptr,
                 queries, keys, features, value_features, HAS_BIAS, BOOLEAN, HAS_SCALES, True, COLUMNS,
             )  # fmt: skip
-        safe_M = tl.where(total_M == 0.0, 1.0, total_M)  # 0: it sees no key
+        safe_M = tl.where(total_M == 0.0, 1.0, total_M)  # 0: the row sees no key
         out_MD = out_MD / safe_M[:, None]
         if SCORED:
             at = image_head * queries + rows
@@ -103,7 +109,10 @@ def _softmax_step(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr,
     LAST: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`COLUMNS` more keys: each row's largest logit, sum of exponentials and weighted sum of values."""
+    """Add `COLUMNS` keys to each row's largest logit, sum of exponentials and weighted sum of values; return the three.
+
+    LAST: some of the keys may be after the last one.
+    """
     columns = start + tl.arange(0, COLUMNS)
     k_ND = keys_tile(k_ptr, columns, of_head, k_row, k_column, keys, features, LAST)
     logits_MN = logits_tile(
@@ -113,7 +122,7 @@ def _softmax_step(  # type: ignore[no-untyped-def]
     higher_M = tl.maximum(top_M, tl.max(logits_MN, 1))
     base_M = _finite(higher_M)
     exp_MN = _powers(logits_MN, base_M, unit, HAS_BIAS)
-    # Exactly 1 where the largest is the same: a rounding would add up over tiles.
+    # Exactly 1 where the largest logit stays the same: a rounding would accumulate over tiles.
     shrink_M = tl.exp2((top_M - base_M) * unit)
     total_M = total_M * shrink_M + tl.sum(exp_MN, 1)
     v_ND = keys_tile(v_ptr, columns, of_value, v_row, v_column, keys, value_features, LAST)
@@ -123,11 +132,14 @@ def _softmax_step(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _powers(logits_MN, base_M, unit, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """exp of how far logits are from their row's base. With a bias either may overflow as a multiple of `unit`."""
+    """Return 2 to the power of (logits - base) * unit, [M, N].
+
+    With a bias logits and base may be so large that multiplied by `unit` they overflow, so they are subtracted first.
+    """
     return tl.exp2((logits_MN - base_M[:, None]) * unit if HAS_BIAS else logits_MN * unit - (base_M * unit)[:, None])
 
 
 @triton.jit
 def _finite(top_M):  # type: ignore[no-untyped-def]
-    """The largest logit of a row, 0 where it sees no key: infinite minus infinite is no number."""
+    """Return each row's largest logit, 0 where the row sees no key: infinity minus infinity would be NaN."""
     return tl.where(top_M == float("-inf"), 0.0, top_M)

@@ -1,4 +1,4 @@
-"""Where GTP's kernels run, and what they are made for. Imports no Triton until it is asked to."""
+"""Devices on which GTP's kernels run, and the sizes they are made for. Triton is imported by `load_kernels` only."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 _LEAST_CAPABILITY = (8, 0)
-"""Ampere: the kernels' tiles want its shared memory, and bfloat16 its tensor cores."""
+"""Ampere: the kernels' tiles need its shared memory, and bfloat16 its tensor cores."""
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether GTP's kernels run on `device`: an NVIDIA GPU of Ampere's generation or later, with Triton installed."""
+    """Return whether GTP's kernels run on `device`: an NVIDIA GPU, Ampere or later, with Triton installed."""
     return (
         device.type == "cuda"
         and torch.version.hip is None
@@ -25,7 +25,14 @@ def has_kernels(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a lowering has to choose from: operators, and what they are made for."""
+    """Kernels that a lowering may insert, and their limits.
+
+    token_graph, attend, attention_scores, select, propagate, recover: overloads of `torch.ops.gtp_fx_kernels`.
+    most_neighbors: largest M of `token_graph`.
+    heads: smallest and largest head size of `attend` and `attention_scores`.
+    most_cells: largest grid of `select`.
+    most_channels: largest C of `propagate`.
+    """
 
     token_graph: Any
     attend: Any
@@ -40,7 +47,7 @@ class Kernels:
 
 
 def load_kernels() -> Kernels:
-    """Registers them. Raises ImportError where Triton isn't installed."""
+    """Register the kernels and return them. Raises ImportError where Triton isn't installed."""
     modules = {
         name: importlib.import_module(f"gtp_fx.kernels.{name}")
         for name in ("token_graph", "attention", "scores", "select", "propagate", "recover")

@@ -1,4 +1,7 @@
-"""Gradients of kernels: the same computed again in plain ATen, and that differentiated. Nothing but the inputs is kept."""
+"""Gradients of kernels: backward computes a reference in plain ATen again and differentiates it.
+
+Only the inputs are saved for that.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from torch import Tensor
 
 
 def differentiable(operator: Any, reference: Callable[..., Any]) -> None:
-    """Let `operator`, one of `torch.library`'s, have the gradients of `reference`.
+    """Give `operator`, one of `torch.library`'s, the gradients of `reference`.
 
-    reference: takes the operator's arguments and returns a tuple of its first outputs; those behind them have no gradient.
+    reference: takes the operator's arguments and returns a tuple of its first outputs. Outputs after those have no
+        gradient.
     """
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -27,6 +31,7 @@ def differentiable(operator: Any, reference: Callable[..., Any]) -> None:
             for place, value in zip(ctx.places, ctx.saved_tensors, strict=True):
                 arguments[place] = value.detach().requires_grad_(place in wanted)
             outputs = reference(*arguments)
+        # Outputs that nothing reads have no gradient, and those made from no tensor with one can't be differentiated.
         pairs = [
             (out, grad) for out, grad in zip(outputs, grads, strict=False) if grad is not None and out.requires_grad
         ]
@@ -43,12 +48,12 @@ def differentiable(operator: Any, reference: Callable[..., Any]) -> None:
 
 
 def not_differentiable(operator: Any) -> None:
-    """Let what `operator` returns have no gradients: whoever reads it then computes none for it."""
+    """Mark the outputs of `operator` as not differentiable, so that autograd computes no gradients for them."""
 
     def mark(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise AssertionError("nothing that it returns asks for gradients")
+        raise AssertionError("its outputs are marked as not differentiable")
 
     operator.register_autograd(backward, setup_context=mark)

@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: so that a compiler sees it, or as plain Python in Triton's interpreter."""
+"""Launching of a Triton kernel: visible to a compiler, or as plain Python in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from triton.runtime.jit import JITFunction
 
 
 def launcher(kernel: Any) -> Any:
-    """`kernel` for use inside a triton_op. With TRITON_INTERPRET=1 it is a Python function, which runs on a CPU."""
+    """Return `kernel` for use inside a triton_op: with TRITON_INTERPRET=1 a Python function, which runs on a CPU."""
     return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel

@@ -1,8 +1,11 @@
-"""Scores from each row's log-sum-exp, by which any entry of the map is one dot product away (arXiv 2311.03035, token selection).
+"""Scores from each row's log-sum-exp (arXiv 2311.03035, token selection).
 
-A program owns some keys of a head and looks at all queries. Sums over queries stay with the thread that made their entries until the
-end, so nothing is reduced in the loop; the diagonal is one dot product a row, made outside it. Nothing N x N is in memory, nothing is
-added by atomics, and results are the same every time. Letters: N keys and M queries of a tile, D features of a head.
+With a row's log-sum-exp any entry of the attention map takes one dot product. A program owns some keys of a head and
+reads all queries. Sums over queries stay with the thread that made their entries until the end, so the loop has no
+reduction. The diagonal is one dot product a row, outside the loop. Nothing of size N x N is in memory; there are no
+atomics, and results are reproducible.
+
+Letters: N keys and M queries of a tile, D features of a head.
 """
 
 from __future__ import annotations
@@ -31,8 +34,13 @@ def scores_kernel(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr,
     RECEIVED: tl.constexpr, OWN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """`ROWS` patches of a head, as keys: received [B, H, n], the sums of their columns over the first `counted` queries, and
-    own [B, H, n], their entries on the diagonal. lse: of logits, with a bias of what they are above `top`, the row's largest."""
+    """Compute what the scores of `ROWS` patches of a head, as keys, are made from.
+
+    received: [B, H, n], sums of the map's columns over the first `counted` queries, with RECEIVED.
+    own: [B, H, n], the map's diagonal, with OWN.
+    lse: log-sum-exp of each row's logits, [B, H, N]; with a bias, of the logits minus `top`.
+    top: each row's largest logit, [B, H, N]; read with a bias only.
+    """
     blocks = tl.cdiv(patches, ROWS)
     image_head = (tl.program_id(0) // blocks).to(tl.int64)
     image, head = image_head // heads, image_head % heads
@@ -46,6 +54,7 @@ def scores_kernel(  # type: ignore[no-untyped-def]
     of_head = tl.arange(0, FEATURES)
     k_ND = load_tile(k_ptr, rows, of_head, k_row, k_column, prefix + patches, features)
     exponent = softmax_scale if HAS_BIAS else softmax_scale * LOG2_E
+    # Logits are in units of log 2, but with a bias in natural units until `top` is subtracted, so log s is as well.
     log_s_N = tl.zeros((ROWS,), tl.float32)
     if HAS_SCALES:
         log_s_N = tl.log2(tl.load(scales_ptr + image * patches + patch, mask=inside, other=1.0).to(tl.float32))
@@ -57,7 +66,9 @@ def scores_kernel(  # type: ignore[no-untyped-def]
         for start in range(0, counted, COLUMNS):
             asking = start + tl.arange(0, COLUMNS)
             q_DM = load_tile(q_ptr, of_head, asking, q_column, q_row, features, queries)
-            lse_M = tl.load(lse_ptr + asking * lse_row, mask=asking < counted, other=float("inf"))  # 0 behind the last
+            lse_M = tl.load(
+                lse_ptr + asking * lse_row, mask=asking < counted, other=float("inf")
+            )  # entries 0 after the last
             logits_NM = product(k_ND, q_DM) * exponent
             if HAS_BIAS:
                 seen = inside[:, None] & (asking < queries)[None, :]
@@ -98,25 +109,35 @@ def score_patches(
     prefix: int,
     suffix: int,
 ) -> Tensor:
-    """Launches the kernel, for use inside a triton_op: scores [B, n]. bias: boolean or additive, [B, H, N, N] in any strides. With one, lse is
-    that of how far logits are above `top`, their row's largest, in the same strides; without one nothing reads `top`."""
+    """Launch the kernel, inside a triton_op, and return the scores [B, n].
+
+    q, k: [B, H, N, D], any strides.
+    bias: boolean or additive, [B, H, N, N], any strides, or None.
+    lse: log-sum-exp of the logits, [B, H, N], any strides; with a bias, of the logits minus `top`.
+    top: each row's largest logit, in lse's strides; not read without a bias.
+    scales: token scales [B, n], or None.
+    scale: factor of the logits; None for D**-0.5.
+    """
     batch, heads, tokens, features = q.shape
     assert k.shape == q.shape, "the diagonal is that of self-attention"
     kind, _, how = score.partition("-")
     patches = tokens - prefix - suffix
     cut = score_tile(features, q.dtype)
     receives, owns = kind != "regenerate", kind in ("regenerate", "mixed")
-    nothing = q.new_empty(1, dtype=torch.float32)  # in the place of what isn't read or written
+    nothing = q.new_empty(1, dtype=torch.float32)  # stands for operands that are neither read nor written
     received, own = (
         q.new_empty(batch, heads, patches, dtype=torch.float32) if wanted else nothing for wanted in (receives, owns)
     )
     launcher(scores_kernel)[(triton.cdiv(patches, cut.rows) * batch * heads,)](
-        q, k, nothing if bias is None else bias, lse, top, nothing if scales is None else scales.contiguous(), received, own,
+        q, k, nothing if bias is None else bias, lse, top, nothing if scales is None else scales.contiguous(),
+        received, own,
         *q.stride(), *k.stride(), *((0, 0, 0, 0) if bias is None else bias.stride()), *lse.stride(),
-        heads, tokens, features, features**-0.5 if scale is None else scale, 1 if kind == "cls" else tokens, prefix, patches,
+        heads, tokens, features, features**-0.5 if scale is None else scale, 1 if kind == "cls" else tokens,
+        prefix, patches,
         HAS_BIAS=bias is not None, BOOLEAN=bias is not None and bias.dtype == torch.bool,
         HAS_SCALES=scales is not None, RECEIVED=receives, OWN=owns,
-        ROWS=cut.rows, COLUMNS=cut.columns, FEATURES=power_of_two(features), num_warps=cut.warps, num_stages=cut.stages,
+        ROWS=cut.rows, COLUMNS=cut.columns, FEATURES=power_of_two(features),
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     factors = [over_heads(part, how) for part, wanted in ((own, owns), (received, receives)) if wanted]
     return math.prod(factors[1:], start=factors[0])
@@ -138,15 +159,19 @@ def attention_scores(
     suffix: int,
     scales: Tensor | None,
 ) -> Tensor:
-    """The scores of `torch.ops.gtp_fx.attention_with_scores`, [B, n] float32, for the n patches between prefix and suffix.
+    """Return the scores of `torch.ops.gtp_fx.attention_with_scores`, [B, n] float32, of the patches. No gradient.
 
-    q, k: [B, H, N, D] of float32, bfloat16 or float16, any strides, D from 16 to 128. lse: [B, H, N] float32, any strides, the natural
-    logarithm of the sum of exponentials of each query's logits, those of told scales included. scale: None for D**-0.5.
-    score: a name in `SCORES`. scales: token scales [B, n] where attention was told them, or None. They rank, and have no gradient.
+    q, k: [B, H, N, D] of float32, bfloat16 or float16, any strides, D from 16 to 128.
+    lse: [B, H, N] float32, any strides, the natural logarithm of the sum of exponentials of each query's logits, with
+        log s added where attention had token scales.
+    scale: factor of the logits; None for D**-0.5.
+    score: a name in `gtp_fx.ops.attention.SCORES`.
+    prefix, suffix: how many of the N tokens come before and after the n patches.
+    scales: token scales [B, n] where attention had them, or None.
 
-    Tolerance: products of halves are exact in float32, in which they are added; an entry exp(x - lse) is as far off as x and lse
-    are, some 1e-6 of either's size. Where attention was told log s in a lower dtype, lse knows that and `scales` don't: an
-    entry is off by that rounding, 2^-9 of |log s| in bfloat16.
+    Tolerance: products of half-precision numbers are exact in float32, in which they are added. An entry exp(x - lse)
+    is as far off as x and lse are, some 1e-6 of either's size. Where attention rounded log s to a lower dtype, that is
+    in lse but not in `scales`: an entry is off by that rounding, 2^-9 of |log s| in bfloat16.
     """
     return score_patches(q, k, None, lse, lse, scales, scale, score, prefix, suffix)
 

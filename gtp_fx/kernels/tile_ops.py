@@ -1,4 +1,7 @@
-"""What kernels do with a tile: load it, multiply two, make attention's logits, which are made again rather than kept."""
+"""Operations on tiles that kernels share: load, multiply, and make attention's logits.
+
+Logits are made again where they are needed rather than kept in memory.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,19 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Triton's interpreter has no bfloat16 products; there operands are widened, which changes no product."""
+"""Whether Triton's interpreter runs. It has no bfloat16 products, so operands are widened there, which is exact."""
 
 
 @triton.jit
 def load_tile(pointer, rows, columns, row_stride, column_stride, row_count, column_count):  # type: ignore[no-untyped-def]
-    """[rows, columns] of a matrix, 0 outside it."""
+    """Load [rows, columns] of a matrix, 0 outside it."""
     inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     return tl.load(pointer + rows[:, None] * row_stride + columns[None, :] * column_stride, mask=inside, other=0.0)
 
 
 @triton.jit
 def product(a_MK, b_KN):  # type: ignore[no-untyped-def]
-    """[M, N] float32: no TF32, sums in float32."""
+    """Multiply [M, K] by [K, N] to [M, N] float32: no TF32, sums in float32."""
     if INTERPRETED:
         a_MK, b_KN = a_MK.to(tl.float32), b_KN.to(tl.float32)
     return tl.dot(a_MK, b_KN, input_precision="ieee")
@@ -27,7 +30,7 @@ def product(a_MK, b_KN):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def keys_tile(pointer, keys_N, of_head, key_stride, feature_stride, keys, features, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[N, D] of keys or values, 0 outside. LAST: some of `keys_N` may be behind the last one."""
+    """Load [N, D] of keys or values, 0 outside. LAST: some of `keys_N` may be after the last key."""
     inside = (of_head < features)[None, :]
     if LAST:
         inside &= (keys_N < keys)[:, None]
@@ -39,8 +42,13 @@ def logits_tile(  # type: ignore[no-untyped-def]
     q_MD, k_ND, rows, columns, queries, keys, exponent, bias_ptr, bias_row_stride, bias_column_stride, log_scales_ptr,
     HAS_BIAS: tl.constexpr, BOOLEAN: tl.constexpr, HAS_SCALES: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Logits [M, N] float32, -inf behind the last key. With a bias q·kᵀ·exponent + bias + log s; with scales alone the same in units of
-    log 2; else q·kᵀ, which is still to be multiplied by `exponent`. log_scales: log2 s, which has -inf behind the last key.
+    """Return logits [M, N] float32, -inf after the last key.
+
+    With a bias: q·kᵀ·exponent + bias + log s. With scales alone: q·kᵀ·exponent + log2 s, in units of log 2. With
+    neither: q·kᵀ, which the caller multiplies by `exponent` later.
+
+    log_scales: log2 s for each key, -inf after the last one.
+    LAST: some of `columns` may be after the last key.
     """
     logits_MN = product(q_MD, tl.trans(k_ND))
     if HAS_BIAS or HAS_SCALES:
@@ -59,7 +67,10 @@ def logits_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def biased(logits, bias, BOOLEAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Logits with a bias, which may be as low as numbers go: in units of log 2 it would be -inf. BOOLEAN: -inf where it is False."""
+    """Return logits plus a bias, or with BOOLEAN logits that are -inf where the bias is False.
+
+    Both are in natural units: a bias may be the lowest number there is, which in units of log 2 would be -inf.
+    """
     if BOOLEAN:
         logits = tl.where(bias != 0, logits, float("-inf"))
     else:

@@ -1,4 +1,4 @@
-"""How a kernel's work is cut: tiles of rows and columns, and the warps that share one."""
+"""Tiles that a kernel's work is cut into: rows and columns of a program, and the warps that share it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import torch
 from gtp_fx.errors import OptionError
 
 ROW_FITS = 128
-"""Keys that one tile may hold: 64 queries, as many as Hopper's tensor cores want, x 256 keys would spill registers."""
+"""Largest number of keys in one tile. Hopper's tensor cores need 64 queries, and with 256 keys registers spill."""
 
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """rows: queries of a program. columns: keys that it looks at once; where they are all keys it looks once.
+    """Tile of an attention kernel. Raises OptionError for sizes that the kernels don't support.
 
-    warps, stages: Triton's. `AttentionTile(*tile.arguments)` is the tile again.
+    rows: queries of a program.
+    columns: keys that it reads at once. With all keys in one tile no loop is needed.
+    warps: Triton's number of warps.
+    stages: Triton's number of pipeline stages.
     """
 
     rows: int
@@ -26,24 +29,25 @@ class AttentionTile:
 
     def __post_init__(self) -> None:
         if any(size < 16 or size & (size - 1) for size in (self.rows, self.columns)):
-            raise OptionError(f"{self}: rows and columns are powers of two of at least 16")
+            raise OptionError(f"{self}: rows and columns must be powers of two of at least 16")
         if self.warps not in (1, 2, 4, 8, 16) or self.stages < 1:
-            raise OptionError(f"{self}: warps are 1, 2, 4, 8 or 16, stages at least 1")
+            raise OptionError(f"{self}: warps must be 1, 2, 4, 8 or 16, and stages at least 1")
 
     @property
     def arguments(self) -> list[int]:
+        """Return the fields as an operator's `tile`: `AttentionTile(*tile.arguments)` equals the tile."""
         return list(astuple(self))
 
 
 def attention_tiles(keys: int, head: int, dtype: torch.dtype) -> tuple[AttentionTile, ...]:
-    """What is worth timing for so many keys and such a head size; the one that is taken untimed first.
+    """Return the tiles worth timing for a number of keys and a head size, first the one to take untimed.
 
-    All are compiled without spilling registers and in less shared memory than any GPU from Ampere on has (99 KiB).
+    All compile without spilling registers and with less shared memory than any GPU from Ampere on has (99 KiB).
     """
     columns, wide = power_of_two(keys), head > 64
     if dtype == torch.float32:  # without TF32 there are no tensor cores, and operands are in registers
         return (AttentionTile(32, 32, 8, 1),) if wide else (AttentionTile(64, min(columns, 32), 8, 1),)
-    # Hopper's tensor cores want 64 rows, and three such tiles of 4 warps share a multiprocessor of its, by their registers.
+    # Hopper's tensor cores need 64 rows, and its registers hold three such tiles of 4 warps per multiprocessor.
     tiled = AttentionTile(64, 64, 4, 2)
     if keys > ROW_FITS:
         larger = AttentionTile(128, 64, 8, 2 if wide else 3)
@@ -56,7 +60,10 @@ def attention_tiles(keys: int, head: int, dtype: torch.dtype) -> tuple[Attention
 
 
 def score_tile(head: int, dtype: torch.dtype) -> AttentionTile:
-    """Keys that a program scores, as rows, and queries that it looks at once: both operands and the sums stay in registers."""
+    """Return the tile of `scores_kernel`: keys that a program scores, as rows, and queries that it reads at once.
+
+    Both operands and the sums stay in registers.
+    """
     if dtype == torch.float32:
         return AttentionTile(16, 32, 4, 1)
     return AttentionTile(64, 64, 4, 2)
@@ -68,9 +75,10 @@ _MOST_WARPS = 8
 
 @dataclass(frozen=True)
 class PropagationTile:
-    """rows: of the shorter stream, which a program makes whole. warps: Triton's, which share them.
+    """Tile of the propagation kernel. Raises OptionError for sizes that it doesn't support.
 
-    `PropagationTile(*tile.arguments)` is the tile again.
+    rows: rows of the shorter stream that a program makes, each with all channels.
+    warps: Triton's number of warps, which share the rows.
     """
 
     rows: int
@@ -78,18 +86,20 @@ class PropagationTile:
 
     def __post_init__(self) -> None:
         if self.rows not in (1, 2, 4, 8, 16) or self.warps not in (1, 2, 4, _MOST_WARPS):
-            raise OptionError(f"{self}: rows are 1, 2, 4, 8 or 16, warps 1, 2, 4 or {_MOST_WARPS}")
+            raise OptionError(f"{self}: rows must be 1, 2, 4, 8 or 16, and warps 1, 2, 4 or {_MOST_WARPS}")
 
     @property
     def arguments(self) -> list[int]:
+        """Return the fields as an operator's `tile`: `PropagationTile(*tile.arguments)` equals the tile."""
         return list(astuple(self))
 
 
 def propagation_tiles(channels: int) -> tuple[PropagationTile, ...]:
-    """What is worth timing for a stream of so many channels; the one that is taken untimed first.
+    """Return the tiles worth timing for a stream of `channels`, first the one to take untimed.
 
-    One warp a row needs no barrier: candidates, sums and norm stay within the warp. It holds 1024 channels of the stream and of
-    what they receive; two rows, even of few channels, spill with some compilers. None of these does in half precision.
+    One warp per row needs no barrier: candidates, sums and norm stay within the warp. It holds 1024 channels of the
+    stream and of what they receive. Two rows in one warp, even of few channels, spill with some compilers; none of
+    these tiles does in half precision.
     """
     warps = max(1, power_of_two(channels) // _CHANNELS_OF_A_WARP)
     if warps > 1:
@@ -98,15 +108,19 @@ def propagation_tiles(channels: int) -> tuple[PropagationTile, ...]:
 
 
 def power_of_two(size: int) -> int:
-    """The least one that is at least `size`, and at least 16: tensor cores take no smaller operand."""
+    """Return the least power of two from `size` on, at least 16: tensor cores take no smaller operand."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class GraphTile:
-    """rows: cells whose neighbours a program finds. columns: cells that it compares them with at once, `channels` at a time.
+    """Tile of the token graph's kernel.
 
-    warps, stages: Triton's.
+    rows: cells whose neighbours a program finds.
+    columns: cells that it compares them with at once.
+    channels: channels that it reads at once.
+    warps: Triton's number of warps.
+    stages: Triton's number of pipeline stages.
     """
 
     rows: int
@@ -118,17 +132,20 @@ class GraphTile:
 
 _GRAPH = GraphTile(64, 64, 64, 4, 3)
 _GRAPH_LARGE = GraphTile(128, 64, 64, 8, 3)
-"""Reads a quarter less, and is worth its unused rows where cells are many."""
+"""Tile for many cells: reads a quarter less, which is worth its unused rows then."""
 _GRAPH_OF_FEW = GraphTile(16, 256, 32, 8, 5)
-"""More programs, which are done sooner: for where they would leave a large GPU's multiprocessors with one each, or none."""
+"""Tile for few cells: more and shorter programs, where a large GPU's multiprocessors would have at most one each."""
 _GRAPH_SINGLE = GraphTile(64, 64, 16, 8, 1)
 
 
 def graph_tile(images: int, cells: int, dtype: torch.dtype) -> GraphTile:
-    """What finds the neighbours of so many cells. images: may be a symbol, of which nothing is asked.
+    """Return the tile for `cells` cells in each of `images` images.
 
-    All are compiled in less than 99 KiB of shared memory; and without spilling registers, but for channels that are no multiple of
-    16, which can't be read 16 bytes at a time, and for more than 16 neighbours, where a register or two are put away outside loops.
+    images: may be a symbolic size, which is not looked at, so that no guard is added.
+
+    All compile with less than 99 KiB of shared memory. Registers spill in two cases only: for channels that are no
+    multiple of 16, which can't be read 16 bytes at a time, and for more than 16 neighbours, where a register or two are
+    spilled outside loops.
     """
     tile = _GRAPH if cells <= 512 else _GRAPH_LARGE
     if isinstance(images, int) and images * cells <= 128 * _GRAPH.rows:

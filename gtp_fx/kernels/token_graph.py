@@ -1,8 +1,8 @@
-"""The token graph in one kernel (arXiv 2311.03035, sparse graph construction): similarities, the M best of each row, degrees.
+"""The token graph in one kernel (arXiv 2311.03035, sparse graph construction).
 
-A program owns some rows of the similarity matrix, makes it a tile of columns at a time, and keeps the best that it has seen in
-registers. Nothing of size G x G is in memory, and nothing is sorted: from a tile it takes the largest entry, as often as that may
-still enter a list, which soon is seldom.
+A program owns some rows of the similarity matrix. It makes a tile of columns at a time, and holds each row's M best
+entries so far in registers. Nothing of size G x G is in memory, and nothing is sorted: from each tile the largest entry
+is taken as often as one may still enter a list, which is soon seldom. The degrees follow from the neighbours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gtp_fx.kernels.tiles import graph_tile
 from gtp_fx.ops.register import shaped
 
 MOST_NEIGHBORS = 32
-"""A row's list is held in registers."""
+"""Largest M: a program holds each row's list in registers."""
 
 _NOTHING, _ABOVE_ALL = tl.constexpr(float("-inf")), tl.constexpr(float("inf"))
 _LEAST, _FAR = tl.constexpr(torch.finfo(torch.float32).min), tl.constexpr(2**31 - 1)
@@ -34,7 +34,12 @@ def token_graph_kernel(  # type: ignore[no-untyped-def]
     SPATIAL: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """`ROWS` cells of an image: near [B, G, M] and degree [B, G], which is D^-1/2. inverse: one over each token's norm, [B, N]."""
+    """Find the neighbours of `ROWS` cells of an image, and their degrees.
+
+    inverse: one over each token's norm, [B, N].
+    near: each cell's M most similar cells, [B, G, M].
+    degree: D^-1/2, [B, G].
+    """
     cells = depth * height * width
     blocks = tl.cdiv(cells, ROWS)
     image = (tl.program_id(0) // blocks).to(tl.int64)
@@ -43,9 +48,10 @@ def token_graph_kernel(  # type: ignore[no-untyped-def]
     slot = tl.arange(0, SLOTS)
     x_ptr += image * x_image + prefix * x_row
     inverse_ptr += image * tokens + prefix
-    # Rows and columns behind the last cell are its own again, and left out where it counts: loads without a mask are cheaper.
+    # Rows and columns after the last cell repeat it, since loads without a mask are cheaper; they are excluded later.
     rows_ptr = x_ptr + tl.minimum(row, cells - 1)[:, None] * x_row + channel[None, :] * x_channel
-    # A slot that is empty takes anything; one behind the last neighbour takes nothing. Names tell them apart.
+    # Empty slots accept anything (-inf); slots after the M-th accept nothing (inf). Distinct negative indices identify
+    # the slots that are still empty.
     best = tl.zeros((ROWS, SLOTS), tl.float32) + tl.where(slot < neighbors, _NOTHING, _ABOVE_ALL)[None, :]
     near = tl.zeros((ROWS, SLOTS), tl.int32) - 1 - slot[None, :]
     for start in range(0, cells, COLUMNS):
@@ -63,10 +69,11 @@ def token_graph_kernel(  # type: ignore[no-untyped-def]
             dots += product(rows, columns)
         inverse = tl.load(inverse_ptr + column, mask=column < cells, other=0.0)
         alike = dots * inverse[None, :]
-        # What isn't there is below every number, and NaN above, so that whatever tokens hold there are M to be found.
+        # Pairs that don't exist are below every number, and NaN is above, so any tokens have M neighbours.
         another = (column < cells)[None, :] & (row[:, None] != column[None, :])
         alike = tl.where(another, tl.where(alike != alike, _ABOVE_ALL, tl.maximum(alike, _LEAST)), _NOTHING)
-        # The largest goes in for the list's least, among equals the first for the last, while a row has any that may.
+        # The tile's largest entry replaces the list's least, while any row has an entry that may. Among equal entries
+        # the first replaces the last.
         better = tl.sum((alike > tl.min(best, 1)[:, None]).to(tl.int32), 1)
         for _ in range(tl.minimum(tl.max(better), neighbors)):
             most = tl.max(alike, 1)
@@ -81,7 +88,7 @@ def token_graph_kernel(  # type: ignore[no-untyped-def]
     stored = edge & (row < cells)[:, None]
     tl.store(near_ptr + (image * cells + row)[:, None] * neighbors + slot[None, :], near, mask=stored)
     around = row * 0
-    if SPATIAL:  # in the union an edge counts once
+    if SPATIAL:  # an edge of both graphs counts once in their union
         here_z, here_y, here_x = row // (height * width), (row // width) % height, row % width
         far_z = tl.abs(near // (height * width) - here_z[:, None])
         far_y = tl.abs((near // width) % height - here_y[:, None])
@@ -94,7 +101,7 @@ def token_graph_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _within_one(here, side):  # type: ignore[no-untyped-def]
-    """How many places of `side` there are at most one away from `here`, itself among them."""
+    """Return how many places of `side` are at most one away from `here`, including itself."""
     return tl.minimum(here + 1, side - 1) - tl.maximum(here - 1, 0) + 1
 
 
@@ -107,24 +114,28 @@ def _shapes(x_BNC, grid, prefix, kind, neighbors):  # type: ignore[no-untyped-de
 @shaped("token_graph", _shapes)
 @torch.library.triton_op("gtp_fx_kernels::token_graph", mutates_args={})
 def token_graph(x_BNC: Tensor, grid: list[int], prefix: int, kind: str, neighbors: int) -> tuple[Tensor, Tensor]:
-    """As `torch.ops.gtp_fx.token_graph` of kind "semantic" or "mixed", with indices in int32.
+    """Return the neighbours and degrees of `torch.ops.gtp_fx.token_graph` of kind "semantic" or "mixed".
 
-    x_BNC: [B, prefix + G (+ suffix), C] of float32, bfloat16 or float16, any strides. grid: one to three sides. neighbors: M, at least
-    1, at most `MOST_NEIGHBORS` and less than G. Returns near [B, G, M], in no order, and D^-1/2 [B, G] (float32), where every degree
-    is at least M. No gradients, as the operator has none.
+    x_BNC: [B, prefix + G (+ suffix), C] of float32, bfloat16 or float16, any strides.
+    grid: one to three sides, of G cells.
+    kind: "semantic" or "mixed".
+    neighbors: M, at least 1, at most `MOST_NEIGHBORS` and less than G.
 
-    Of equal similarities the lower index goes first, where topk leaves it open; NaN is above all, as in topk. Whatever the tokens hold,
-    a cell's indices are M different ones of other cells.
+    Returns near [B, G, M], int32 and in no order, and D^-1/2 [B, G], float32, where every degree is at least M. No
+    gradients, as the operator has none.
 
-    Tolerance: products of bfloat16 or float16 numbers are exact in float32, and those of float32 tokens IEEE (no TF32); sums are in
-    float32. A row isn't divided by its own norm, which doesn't change its order. So neighbours are those of the operator in float32,
-    but for the order of sums: tensor cores round C / 16 times, by 2^-23 at most, so two similarities less than 1e-5 apart may change
-    places where C is 1280.
+    Of equal similarities the lower index comes first, which topk leaves open. NaN is above all, as in topk. Whatever
+    the tokens hold, a cell's M indices are different ones of other cells.
+
+    Tolerance: products of bfloat16 or float16 numbers are exact in float32, and those of float32 tokens are IEEE (no
+    TF32); sums are in float32. A row isn't divided by its own norm, which doesn't change its order. So neighbours are
+    those of the operator in float32, except for the order of sums: tensor cores round C / 16 times, by 2^-23 at most.
+    So two similarities that differ by less than 1e-5 may change places where C is 1280.
     """
     batch, tokens, channels = x_BNC.shape
     cells = math.prod(grid)
     x_BNC = x_BNC.detach()
-    # Of all tokens, so that a compiler can do it in its pass over the same rows for the first norm.
+    # For all tokens, so that a compiler can fuse it with the first norm's pass over the same rows.
     inverse_BN = x_BNC.float().square().sum(dim=-1).clamp(min=1e-24).rsqrt().contiguous()
     near_BGM = x_BNC.new_empty(batch, cells, neighbors, dtype=torch.int32)
     degree_BG = x_BNC.new_empty(batch, cells, dtype=torch.float32)

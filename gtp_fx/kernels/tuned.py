@@ -1,4 +1,7 @@
-"""Tiles that were timed on this machine's GPU, in the user's cache: written by `gtp-fx tune`, read whenever attention is traced."""
+"""Tiles timed on this machine's GPU, in the user's cache.
+
+`gtp-fx tune` writes them, and they are read whenever attention is traced.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ _VERSION = 2
 
 
 def best_tile(keys: int, head: int, dtype: torch.dtype, device: torch.device) -> AttentionTile:
-    """What was measured for this GPU and such a size, or else what is usually good."""
+    """Return the tile measured for this GPU and size, or else the one that is usually good.
+
+    head: the larger of the head sizes of queries and values.
+    """
     usual = attention_tiles(keys, head, dtype)[0]
     if device.type != "cuda" or not torch.cuda.is_available():
         return usual
@@ -29,7 +35,7 @@ def best_tile(keys: int, head: int, dtype: torch.dtype, device: torch.device) ->
 
 @functools.cache
 def measured_tiles(gpu: str) -> Mapping[str, AttentionTile]:
-    """By size; empty where none were measured. A file that can't be read counts as none."""
+    """Return a GPU's measured tiles by `tile_key`, empty where there are none. An unreadable file counts as none."""
     try:
         found = json.loads(_file(gpu).read_text())
         if found["version"] != _VERSION:
@@ -40,7 +46,7 @@ def measured_tiles(gpu: str) -> Mapping[str, AttentionTile]:
 
 
 def save_tiles(gpu: str, tiles: Mapping[str, AttentionTile]) -> Path:
-    """Keep them for this GPU, beside those of other sizes; returns the file."""
+    """Save tiles, by `tile_key`, for a GPU, beside those of other sizes. Return the file."""
     file = _file(gpu)
     merged = {**measured_tiles(gpu), **tiles}
     value: dict[str, Any] = {"version": _VERSION, "gpu": gpu, "triton": triton.__version__}
@@ -50,10 +56,11 @@ def save_tiles(gpu: str, tiles: Mapping[str, AttentionTile]) -> Path:
 
 
 def tile_key(keys: int, head: int, dtype: torch.dtype) -> str:
-    """What a tile is kept by: sizes whose next powers of two are the same share one."""
+    """Return the key under which a tile is saved: sizes with the same next powers of two share one."""
     return f"{power_of_two(keys)} {power_of_two(head)} {dtype}"
 
 
 def _file(gpu: str) -> Path:
+    """Return the file of a GPU's tiles: another Triton version has another file."""
     digest = hashlib.sha256(f"{gpu}, triton {triton.__version__}".encode()).hexdigest()[:16]
     return cache_folder() / "tiles" / f"{digest}.json"

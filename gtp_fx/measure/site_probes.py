@@ -52,17 +52,17 @@ def similar_tokens(x_BNC: Tensor, grid: list[int]) -> Call:
     return lambda x: gtp_fx_kernels.token_graph(x, grid, 0, "mixed", _NEIGHBORS), x_BNC
 
 
-def selection(scores_BN: Tensor, leaving: int) -> Call:
-    """Return the selection of the `leaving` tokens to remove from each image, by `scores_BN`."""
+def selection(scores_BN: Tensor, removed: int) -> Call:
+    """Return the selection of the `removed` tokens to remove from each image, by `scores_BN`."""
     if _load_kernels(scores_BN.device):
-        return lambda s: gtp_fx_kernels.select(s, None, leaving, s.shape[1]), scores_BN
-    return lambda s: gtp_fx.select(s, leaving), scores_BN
+        return lambda s: gtp_fx_kernels.select(s, None, removed, s.shape[1]), scores_BN
+    return lambda s: gtp_fx.select(s, removed), scores_BN
 
 
-def propagation(x_BNC: Tensor, leaving: int, tile: Sequence[int] = ()) -> Call:
+def propagation(x_BNC: Tensor, count: int, tile: Sequence[int] = ()) -> Call:
     """Return a site's work on the stream: add the attention's branch, propagate the removed tokens and normalise.
 
-    `leaving` randomly chosen tokens are propagated along the mixed graph, together with the token scales. The function
+    `count` randomly chosen tokens are propagated along the mixed graph, together with the token scales. The function
     returns the shorter stream, its layer norm and its token scales.
 
     x_BNC: patches without prefix tokens.
@@ -75,7 +75,7 @@ def propagation(x_BNC: Tensor, leaving: int, tile: Sequence[int] = ()) -> Call:
     scores = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(0)).to(x_BNC.device)
     scales, weight, bias = torch.ones_like(scores), x_BNC[0, 0], x_BNC[0, 1]
     if not _load_kernels(x_BNC.device):
-        kept, removed = gtp_fx.select(scores, leaving)
+        kept, removed = gtp_fx.select(scores, count)
         weights = gtp_fx.propagation_weights(near, degree, kept, removed, grid, "mixed")
 
         def composite(x, r, w, k, g, s, weight, bias):  # type: ignore[no-untyped-def]
@@ -84,7 +84,7 @@ def propagation(x_BNC: Tensor, leaving: int, tile: Sequence[int] = ()) -> Call:
             return shorter, F.layer_norm(shorter, shorter.shape[-1:], weight, bias, _EPS), moved
 
         return composite, x_BNC, residual, weights, kept, removed, scales, weight, bias
-    *chosen, place = gtp_fx_kernels.select(scores, None, leaving, tokens)
+    *chosen, place = gtp_fx_kernels.select(scores, None, count, tokens)
 
     def kernels(x, r, s, weight, bias, *site):  # type: ignore[no-untyped-def]
         fixed = (s, weight, bias, grid, "mixed", _ALPHA, 0, _EPS, True, list(tile))

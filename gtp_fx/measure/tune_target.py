@@ -201,14 +201,14 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
     # A site: propagation and the selection of the tokens.
     for tokens in (98, 392):
         x = random(big, tokens, _WIDTH)
-        leaving = tokens // 12
+        removed = tokens // 12
         # The cost model prices a site's add and norm as any block's, so they are timed without a site and subtracted.
         plain, passed = f"stream of {tokens}", 4 * x.numel() * size
         whole = _compiled(*stream_pass(x))
         yield Probe(plain, "stream", passed, Work("stream", bytes=passed), whole, (CALL,))
-        shape = SiteShape(tokens, tokens - leaving, 0, _WIDTH, 6, big, name, _HEAD, kernels=kernels)
+        shape = SiteShape(tokens, tokens - removed, 0, _WIDTH, 6, big, name, _HEAD, kernels=kernels)
         work = _of_kind("gather", GTP().site_works(shape, told=True))
-        propagated = _compiled(*propagation(x, leaving))
+        propagated = _compiled(*propagation(x, removed))
         yield Probe(f"gather {tokens}", "gather", work.bytes, work, propagated, (plain,))
         scores = random(big, tokens).float()
         ranked = 4 * scores.numel()
@@ -217,7 +217,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
             "sort",
             ranked,
             Work("sort", bytes=ranked),
-            _compiled(*selection(scores, leaving)),
+            _compiled(*selection(scores, removed)),
             (CALL,),
         )
     # The token graph: one kernel where there are kernels, else a ranking of all pairs.

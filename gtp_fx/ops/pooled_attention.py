@@ -1,4 +1,4 @@
-"""Attention with pooled keys, which scores its queries: SegFormer's, PVT's, ModuleMap'."""
+"""Attention with pooled keys, which scores its queries: SegFormer's, PVT's, Twins'."""
 
 from __future__ import annotations
 

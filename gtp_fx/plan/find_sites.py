@@ -10,7 +10,7 @@ from torch import fx
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.branches import Branch
 from gtp_fx.analysis.liveness import ALL
-from gtp_fx.analysis.placement import cut_of, ends_of, leaving_blocks, updated_edges
+from gtp_fx.analysis.placement import cut_of, ends_of, removing_blocks, updated_edges
 from gtp_fx.analysis.typed_graph import TypedGraph
 from gtp_fx.errors import Refusal, UnsupportedModelError
 from gtp_fx.graph.nodes import layer_name, operator_name
@@ -45,7 +45,7 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
     tokens.
     """
     blocks = typed.blocks
-    removing = leaving_blocks(blocks, strategy)
+    removing = removing_blocks(blocks, strategy)
     branched = [(block, block.branch) for block in blocks if block.branch is not None]
     _refuse_unfit(removing, [block for block, _ in branched], strategy)
     if not removing and not branched:

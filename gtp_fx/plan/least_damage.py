@@ -118,7 +118,7 @@ def damage_steps(chain: Chain, levels: NDArray[np.int64], damage: Damage) -> Ste
 
 
 def _sites(chain: Chain):  # type: ignore[no-untyped-def]
-    return zip(chain.behind, chain.at, strict=True)
+    return zip(chain.after, chain.at, strict=True)
 
 
 def around(chain: Chain, counts: Sequence[int], coarse: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -137,7 +137,7 @@ def around(chain: Chain, counts: Sequence[int], coarse: NDArray[np.int64]) -> ND
 def chosen_counts(model: CostModel, path: Path) -> tuple[int, ...]:
     """Return the tokens removed at each site along a path of the solver, over all chains."""
     counts = [0] * len(model.sites)
-    for chain, remaining in zip(model.chains, path.left, strict=True):
+    for chain, remaining in zip(model.chains, path.remaining, strict=True):
         before = chain.whole
         for place, after in zip(chain.places, remaining, strict=True):
             counts[place], before = before - after, after

@@ -24,7 +24,7 @@ from gtp_fx.plan.damage.tables import Damage
 from gtp_fx.plan.fastest import fastest_alike
 from gtp_fx.plan.find_sites import Candidates, block_shape, find_sites
 from gtp_fx.plan.least_damage import least_damage, least_damage_few_sites
-from gtp_fx.plan.plan import Plan, leaving_by_stream
+from gtp_fx.plan.plan import Plan, removed_by_stream
 from gtp_fx.plan.shortest_path import OverBudget
 from gtp_fx.plan.uniform import SCHEDULE_FAMILIES, mildest_within
 from gtp_fx.strategies import Strategy
@@ -118,7 +118,7 @@ def _settled_early(strategy: Strategy, found: Candidates) -> Strategy:
 
     Where token scales would be too small to matter even if every site removed all but one token, they are never read.
     """
-    worst = strategy.settled(leaving_by_stream(found.sites, [site.whole - 1 for site in found.sites]))
+    worst = strategy.settled(removed_by_stream(found.sites, [site.whole - 1 for site in found.sites]))
     return strategy if worst.reads_scales else worst
 
 

@@ -36,7 +36,7 @@ class Plan:
         for site, count in zip(sites, counts, strict=True):
             removed[site.block] = count
         used = _numbered(site for site in sites if removed[site.block])
-        settled = strategy.settled(leaving_by_stream(used, [removed[site.block] for site in used]))
+        settled = strategy.settled(removed_by_stream(used, [removed[site.block] for site in used]))
         return cls(Schedule(tuple(removed), tuple(blocks)), used, settled)
 
     @property
@@ -55,7 +55,7 @@ class Plan:
         return domain.whole_count - sum(self.schedule.propagated[site.block] for site in passed)
 
 
-def leaving_by_stream(sites: Sequence[Site], counts: Sequence[int]) -> list[tuple[tuple[int, ...], list[int]]]:
+def removed_by_stream(sites: Sequence[Site], counts: Sequence[int]) -> list[tuple[tuple[int, ...], list[int]]]:
     """Return, for each shortened stream, the shape of its grid and the tokens removed at each of its sites, in order.
 
     Sites where tokens skip a branch shorten no stream and are left out.

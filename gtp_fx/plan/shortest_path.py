@@ -44,13 +44,13 @@ class Steps:
 class Path:
     """One path for each chain, with their costs and damages summed.
 
-    left: for each chain, the tokens that remain after each of its sites.
+    remaining: for each chain, the tokens that remain after each of its sites.
     cost: total cost, in the currency of the steps.
     damage: total damage.
     bound: a lower bound on the damage of every schedule within the budget.
     """
 
-    left: tuple[tuple[int, ...], ...]
+    remaining: tuple[tuple[int, ...], ...]
     cost: float
     damage: float
     bound: float

@@ -91,15 +91,15 @@ def _site(axes: Any, view: SiteView, picture: Tensor) -> None:
     from matplotlib.collections import LineCollection
 
     passed = "dropped" if view.shares is None else "passed on"
-    _panel(axes, picture, f"{view.layer}: {len(view.left)} {passed}, {len(view.kept)} kept")
+    _panel(axes, picture, f"{view.layer}: {len(view.removed)} {passed}, {len(view.kept)} kept")
     veil = np.tile(np.array(_REMOVED_EARLIER), (math.prod(view.grid), 1))
     veil[view.kept.cpu().numpy()] = 0
-    veil[view.left.cpu().numpy()] = _REMOVED_HERE
+    veil[view.removed.cpu().numpy()] = _REMOVED_HERE
     _over(axes, veil, view, picture)
     if view.shares is None:
         return
     places = _centres(view.grid, picture)
-    sources, sinks = places[view.left.cpu().numpy()], places[view.kept.cpu().numpy()]
+    sources, sinks = places[view.removed.cpu().numpy()], places[view.kept.cpu().numpy()]
     # [P, K], relative to each removed token's largest share, so that a line's opacity compares its receivers.
     shares = (view.shares / view.shares.amax(dim=0).clamp_min(1e-12)).T.cpu().numpy()
     lines, colours = [], []

@@ -41,7 +41,7 @@ class BlockForecast:
     block: the block's number; -1 for what runs before the first block.
     layer: the layer that holds its attention.
     tokens_in: patch tokens that enter; per window where `windows` isn't 0.
-    leaving: patch tokens that the plan removes; per window where `windows` isn't 0.
+    removed: patch tokens that the plan removes; per window where `windows` isn't 0.
     windows: windows per image where tokens only skip the block's branch; 0 where they are removed from the stream.
     before: cost with all tokens.
     after: cost with the plan.
@@ -50,7 +50,7 @@ class BlockForecast:
     block: int
     layer: str
     tokens_in: int
-    leaving: int
+    removed: int
     windows: int
     before: Cost
     after: Cost
@@ -88,11 +88,11 @@ class Forecast:
         """Total cost with the plan."""
         return sum((row.after for row in self.blocks), Cost(0, 0.0))
 
-    def tokens_gone(self, block: int) -> int:
+    def tokens_removed(self, block: int) -> int:
         """Return how many patch tokens have been removed by the later half (the MLP) of a block."""
         row = next(row for row in self.blocks if row.block == block)
         whole = self.schedule.tokens[block]
-        return whole - (row.tokens_in - row.leaving)
+        return whole - (row.tokens_in - row.removed)
 
     @property
     def flops_ratio(self) -> float:
@@ -154,9 +154,9 @@ class Forecast:
 def _row(row: BlockForecast) -> list[str]:
     """Return a block's cells in the table."""
     number = str(row.block) if row.block >= 0 else ""
-    tokens = ["", "", ""] if row.block < 0 else [str(row.tokens_in), str(row.leaving), str(row.tokens_in - row.leaving)]
+    tokens = ["", "", ""] if row.block < 0 else [str(row.tokens_in), str(row.removed), str(row.tokens_in - row.removed)]
     if row.windows:
-        tokens = [f"{row.windows}×{row.tokens_in}", str(row.leaving), f"{row.windows}×{row.tokens_in - row.leaving}"]
+        tokens = [f"{row.windows}×{row.tokens_in}", str(row.removed), f"{row.windows}×{row.tokens_in - row.removed}"]
     return [number, row.layer, *tokens, *_costs(row.before, row.after)]
 
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from gtp_fx.analysis.typed_graph import TypedGraph, typed_graph
 from gtp_fx.options.options import Options
-from gtp_fx.plan.cost.chains import counts_behind
+from gtp_fx.plan.cost.chains import counts_after
 from gtp_fx.plan.cost.closed_form import flops_of
 from gtp_fx.plan.cost.seconds import branch_seconds, graph_seconds, total_seconds
 from gtp_fx.plan.cost.terms import Term, terms_of
@@ -88,7 +88,7 @@ def _by_block(
     weigh: turns a term's works into a cost.
     kernels: whether the work is that of the Triton kernels.
     """
-    after = counts_behind(found.sites, counts)
+    after = counts_after(found.sites, counts)
     spent: dict[int, list[Any]] = defaultdict(lambda: [0, 0])
     for term in terms_of(found.typing, found.sites, options.strategy, batch, kernels):
         row = spent[owner(term) if term.site is None else found.sites[term.site].block]

@@ -129,4 +129,4 @@ def _kept(found: Forecast) -> tuple[list[int], list[float]]:
     """Return the blocks' numbers, and for each the share of tokens that its later half works on."""
     rows = [row.block for row in found.blocks if row.block >= 0]
     pairs = zip(rows, found.schedule.tokens, strict=True)
-    return rows, [1 - found.tokens_gone(block) / max(whole, 1) for block, whole in pairs]
+    return rows, [1 - found.tokens_removed(block) / max(whole, 1) for block, whole in pairs]

@@ -30,7 +30,7 @@ class SiteView:
     layer: the site's layer.
     grid: sides of the stream's grid; patches are numbered row-major.
     kept: [K], the patches that remain, ascending.
-    left: [P], the patches that this site removes, ascending.
+    removed: [P], the patches that this site removes, ascending.
     shares: [K, P], how much of each removed token each kept one receives; None where removed tokens are dropped.
     scale: [K], how many patches each kept token stands for after the site. That is its token scale; where kept tokens
         become averages, whose shares aren't counts, it is the number of patches in the average, each removed token
@@ -40,13 +40,18 @@ class SiteView:
     layer: str
     grid: tuple[int, ...]
     kept: Tensor
-    left: Tensor
+    removed: Tensor
     shares: Tensor | None
     scale: Tensor
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values; `received_by` lists, for each removed patch, the patches that receive some of it."""
-        found = {"layer": self.layer, "grid": list(self.grid), "kept": self.kept.tolist(), "left": self.left.tolist()}
+        found = {
+            "layer": self.layer,
+            "grid": list(self.grid),
+            "kept": self.kept.tolist(),
+            "removed": self.removed.tolist(),
+        }
         to = None
         if self.shares is not None:
             to = [self.kept[column > 0].tolist() for column in self.shares.T]

@@ -69,7 +69,7 @@ class Cluster(Grouping):
         denser_Bnn = (theirs_B1n > mine_Bn1) | ((theirs_B1n == mine_Bn1) & earlier_nn)
         above_Bn = torch.where(denser_Bnn, distance_Bnn, float("inf")).amin(dim=-1)
         delta_Bn = torch.where(above_Bn.isinf(), distance_Bnn.amax(dim=-1), above_Bn)
-        kept_BK, removed_BP = split(density_Bn * delta_Bn, tokens.leaving)
+        kept_BK, removed_BP = split(density_Bn * delta_Bn, tokens.removed)
         to_anchors_BnK = distance_Bnn.gather(2, kept_BK[:, None, :].expand(-1, count, -1))
         nearest_Bn = to_anchors_BnK.argmin(dim=-1)
         return averaged(tokens, kept_BK, removed_BP, nearest_Bn.gather(1, removed_BP))

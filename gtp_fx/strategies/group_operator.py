@@ -71,10 +71,10 @@ def faults_named(strategy: Any) -> Iterator[None]:
         ) from error
 
 
-def promised(strategy: Any, count: Any, leaving: Any) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
+def promised(strategy: Any, count: Any, removed: Any) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
     """Return the shape for one image, and the dtype, of each result that the strategy's class promises."""
-    kept = count - leaving
-    shapes = {"kept": (kept,), "removed": (leaving,), "weights": (kept, leaving), "own": (kept,), "size": (kept,)}
+    kept = count - removed
+    shapes = {"kept": (kept,), "removed": (removed,), "weights": (kept, removed), "own": (kept,), "size": (kept,)}
     shapes["carried"] = (count,)
     return {
         name: (shapes[name], torch.int64 if name in ("kept", "removed") else torch.float32)
@@ -83,8 +83,8 @@ def promised(strategy: Any, count: Any, leaving: Any) -> dict[str, tuple[tuple[A
 
 
 def _shapes(x, k, v, score, size, index, carried, grid, around, strategy):  # type: ignore[no-untyped-def]
-    leaving, prefix, suffix, _ = around
-    known = promised(read(strategy), x.shape[1] - prefix - suffix, leaving)
+    removed, prefix, suffix, _ = around
+    known = promised(read(strategy), x.shape[1] - prefix - suffix, removed)
     return [x.new_empty(x.shape[0], *shape, dtype=dtype) for shape, dtype in known.values()]
 
 
@@ -116,14 +116,14 @@ def group(
     The other arguments are the fields of `Tokens`. Returns those fields of `Groups` that the strategy's class promises,
     in the order of `Grouping.results`. Raises OptionError where `group` returned anything else.
     """
-    its, (leaving, prefix, suffix, block) = read(strategy), around
+    its, (removed, prefix, suffix, block) = read(strategy), around
     batch, count = x_BNC.shape[0], x_BNC.shape[1] - prefix - suffix
     if index_Bn is None:
         index_Bn = torch.arange(count, device=x_BNC.device).expand(batch, count)
     seen = (x_BNC, k_BHND, v_BHND, score_Bn, size_Bn, index_Bn, carried_Bn)
     # Ranking and matching run in float32, whatever dtype autocast gives the model's products.
     with without_autocast(x_BNC):
-        groups = its.group(Tokens(*seen, tuple(grid), leaving, prefix, suffix, block))
+        groups = its.group(Tokens(*seen, tuple(grid), removed, prefix, suffix, block))
     owner = type(its).__name__
     if not isinstance(groups, Groups):
         raise OptionError(f"{owner}.group() returned {type(groups).__name__}: return gtp_fx.strategies.Groups")
@@ -136,7 +136,7 @@ def group(
         for name, value in found.items()
         if value is not None
     }
-    known = promised(its, count, leaving)
+    known = promised(its, count, removed)
     if given.keys() != known.keys():
         raise OptionError(
             f"{owner}.group() gave {', '.join(given)}, and its class says {', '.join(known)}: merges= for weights and "

@@ -10,7 +10,7 @@
         name: ClassVar[str] = "norm"
 
         def group(self, tokens: Tokens) -> Groups:
-            return dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
+            return dropped(tokens.patches_BnC.norm(dim=-1), tokens.removed)
 
 A graph operator (`torch.ops.gtp_fx.group`) calls the function. It is composite like the others: it takes any batch and
 any device, and the compiler sees through it. Fields are the method's parameters; they are plain values, since they
@@ -176,7 +176,7 @@ class Grouping:
             state.index,
             state.carried[0] if state.carried and self.carries else None,
             list(site.axis.domain.grid.shape),
-            [site.leaving, site.axis.prefix, site.axis.suffix, site.block],
+            [site.removed, site.axis.prefix, site.axis.suffix, site.block],
             written(self),
         )
         return {name: emit(operator.getitem, listed, i) for i, name in enumerate(self.results())}
@@ -199,9 +199,9 @@ class Grouping:
         return scoring_works(self.score, heads, queries, keys, images, dtype)
 
     def site_works(self, site: SiteShape, told: bool) -> list[Work]:
-        leaving = site.patches_in - site.patches_out
+        removed = site.patches_in - site.patches_out
         tokens_in, tokens_out = site.others + site.patches_in, site.others + site.patches_out
-        summed = 2 * site.images * tokens_out * leaving * site.channels if self.merges else 0
+        summed = 2 * site.images * tokens_out * removed * site.channels if self.merges else 0
         ranked = site.images * FLOAT * site.patches_in
         scoring = self.scoring_works(site.heads, tokens_in, tokens_in, site.images, site.dtype)
         if site.kernels:

@@ -17,7 +17,7 @@ from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.token_graph import GRAPHS
 from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
 from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, StreamState
-from gtp_fx.strategies.token_scale import AUTO, TOLD_FROM, log_scale_bound
+from gtp_fx.strategies.token_scale import AUTO, SCALES_READ_FROM, log_scale_bound
 from gtp_fx.targets.work import Work
 from gtp_fx.types.axes import TokenAxis
 
@@ -139,7 +139,7 @@ class GTP:
             (log_scale_bound(grid, self.graph, self.neighbors, self.alpha, counts) for grid, counts in streams),
             default=0,
         )
-        return replace(self, token_scale=most > TOLD_FROM)
+        return replace(self, token_scale=most > SCALES_READ_FROM)
 
     def positions(self, blocks: int) -> range:
         return range(blocks)
@@ -189,13 +189,13 @@ class GTP:
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
 
     def reduce(self, emit: Emit, site: AtSite, state: StreamState) -> tuple[fx.Node, StreamState]:
-        """Remove the `site.leaving` lowest patches and propagate them.
+        """Remove the `site.removed` lowest patches and propagate them.
 
         `kept` and `removed` are indices into the stream's own patches. `kept_index` and `removed_index` are positions
         on the whole grid, which is what the token graph is built over.
         """
         near, inv_sqrt_degree = state.carried
-        split = emit(gtp_fx.select.default, site.scores, site.leaving)
+        split = emit(gtp_fx.select.default, site.scores, site.removed)
         kept, removed = emit(operator.getitem, split, 0), emit(operator.getitem, split, 1)
         kept_index, removed_index = kept, removed
         if state.index is not None:
@@ -250,13 +250,13 @@ class GTP:
         return [similarity, Work("sort", bytes=FLOAT * pairs), Work("stream", bytes=2 * FLOAT * pairs)]
 
     def site_works(self, site: SiteShape, told: bool) -> list[Work]:
-        leaving = site.patches_in - site.patches_out
+        removed = site.patches_in - site.patches_out
         if site.kernels:
             return self._kernel_site_works(site)
         tokens_in, tokens_out = site.others + site.patches_in, site.others + site.patches_out
-        features = 2 * tokens_out * leaving * site.channels
-        scales = 2 * site.patches_out * leaving if told else 0
-        edges = site.patches_out * leaving * (1 if self.graph == "spatial" else self.neighbors)
+        features = 2 * tokens_out * removed * site.channels
+        scales = 2 * site.patches_out * removed if told else 0
+        edges = site.patches_out * removed * (1 if self.graph == "spatial" else self.neighbors)
         return [
             *self.scoring_works(site.heads, tokens_in, tokens_in, site.images, site.dtype),
             Work("sort", bytes=site.images * FLOAT * site.patches_in),

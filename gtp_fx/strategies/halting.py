@@ -49,4 +49,4 @@ class Halting(Grouping):
         sum_Bn = torch.sigmoid(self.gamma * feature_Bn + self.beta)
         if tokens.carried_Bn is not None:
             sum_Bn = sum_Bn + tokens.carried_Bn
-        return dropped(-sum_Bn, tokens.leaving, carried_Bn=sum_Bn)
+        return dropped(-sum_Bn, tokens.removed, carried_Bn=sum_Bn)

@@ -45,7 +45,7 @@ class Idle(Grouping):
             assert scores is not None
             whole = emit(gtp_fx.put_back.default, state.carried[0], site.stream, state.index, prefix, suffix)
             scores = emit(aten.scatter.src, state.carried[1], 1, state.index, scores)
-        idle = site.axis.domain.whole_count - site.count + site.leaving
+        idle = site.axis.domain.whole_count - site.count + site.removed
         chosen = emit(gtp_fx.select.default, scores, idle)
         kept, removed = emit(operator.getitem, chosen, 0), emit(operator.getitem, chosen, 1)
         shorter = emit(gtp_fx.take_tokens.default, whole, kept, 0, 1, prefix, suffix)

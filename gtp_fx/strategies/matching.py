@@ -12,11 +12,11 @@ from torch import Tensor
 from gtp_fx.strategies.tokens import joins, ranks_among, split
 
 
-def bipartite_matching(metric_BnD: Tensor, size_Bn: Tensor, leaving: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Match the `leaving` tokens of set A that are most similar to one of set B, and remove them.
+def bipartite_matching(metric_BnD: Tensor, size_Bn: Tensor, removed: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Match the `removed` tokens of set A that are most similar to one of set B, and remove them.
 
     Tokens are in set A and set B alternately, counting the prefix tokens; the first of those is in A. Each patch in A
-    has an edge to the patch in B that is most similar to it by cosine, and the `leaving` strongest edges are followed.
+    has an edge to the patch in B that is most similar to it by cosine, and the `removed` strongest edges are followed.
     Prefix tokens are never matched. A holds half of the tokens, so removing more takes several rounds; later rounds
     match means.
 
@@ -27,11 +27,11 @@ def bipartite_matching(metric_BnD: Tensor, size_Bn: Tensor, leaving: int, prefix
     """
     count = metric_BnD.shape[1]
     most = set_a_size(count, prefix)
-    kept_BK, removed_BP, into_BP = _round(metric_BnD, min(leaving, most), prefix)
-    if leaving <= most:
+    kept_BK, removed_BP, into_BP = _round(metric_BnD, min(removed, most), prefix)
+    if removed <= most:
         return kept_BK, removed_BP, into_BP
     mean_BKD, size_BK = _means(metric_BnD, size_Bn, kept_BK, removed_BP, into_BP)
-    later_kept, later_removed, later_into = bipartite_matching(mean_BKD, size_BK, leaving - most, prefix)
+    later_kept, later_removed, later_into = bipartite_matching(mean_BKD, size_BK, removed - most, prefix)
     # Where the tokens kept by the first round are now: each is still kept, or has joined another.
     places_BK = torch.arange(later_kept.shape[1], device=kept_BK.device).expand_as(later_kept)
     now_BK = torch.zeros_like(kept_BK).scatter(1, later_kept, places_BK).scatter(1, later_removed, later_into)
@@ -42,12 +42,12 @@ def bipartite_matching(metric_BnD: Tensor, size_Bn: Tensor, leaving: int, prefix
     return kept_BK.gather(1, later_kept), removed_BP.gather(1, ascending), into_BP.gather(1, ascending)
 
 
-def matching_flops(patches: Any, leaving: Any, features: Any, prefix: int) -> Any:
+def matching_flops(patches: Any, removed: Any, features: Any, prefix: int) -> Any:
     """Return the FLOPs for one image: similarities of A and B in each round, and the means between rounds.
 
     Arguments may be numbers or arrays of them.
     """
-    count, pending = np.asarray(patches), np.asarray(leaving)
+    count, pending = np.asarray(patches), np.asarray(removed)
     total: Any = 0
     while np.any(pending > 0):
         in_a = set_a_size(count, prefix)
@@ -63,7 +63,7 @@ def set_a_size(count: Any, prefix: int) -> Any:
     return (count + 1 - prefix % 2) // 2
 
 
-def _round(metric_BnD: Tensor, leaving: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def _round(metric_BnD: Tensor, removed: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """Match once, removing at most all of A. Results as in `bipartite_matching`."""
     first, count = prefix % 2, metric_BnD.shape[1]
     unit_BnD = F.normalize(metric_BnD.float(), dim=-1)
@@ -72,7 +72,7 @@ def _round(metric_BnD: Tensor, leaving: int, prefix: int) -> tuple[Tensor, Tenso
     # Interleave both sets again: the most similar of A get the lowest scores, and B is never removed.
     never_Bb = torch.full_like(b_BbD[..., 0], float("inf"))
     scores = [-similarity_Ba, never_Bb] if first == 0 else [never_Bb, -similarity_Ba]
-    kept_BK, removed_BP = split(_interleaved(*scores)[:, :count], leaving)
+    kept_BK, removed_BP = split(_interleaved(*scores)[:, :count], removed)
     partner_BP = partner_Ba.gather(1, (removed_BP - first) // 2)
     return kept_BK, removed_BP, ranks_among(kept_BK, 2 * partner_BP + 1 - first)
 

@@ -34,7 +34,7 @@ class Mergence(Grouping):
 
     def group(self, tokens: Tokens) -> Groups:
         assert tokens.score_Bn is not None
-        kept_BK, removed_BP = split(tokens.score_Bn, tokens.leaving)
+        kept_BK, removed_BP = split(tokens.score_Bn, tokens.removed)
         unit_BnC = F.normalize(tokens.patches_BnC.float(), dim=-1)
         crucial_BKC, other_BPC = (
             unit_BnC.gather(1, index[..., None].expand(-1, -1, unit_BnC.shape[-1])) for index in (kept_BK, removed_BP)

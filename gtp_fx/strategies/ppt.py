@@ -57,8 +57,8 @@ class PPT(Grouping):
         shares_Bn = score_Bn * tokens.values_BHnD.float().square().sum(dim=(1, 3)).sqrt()
         shares_Bn = shares_Bn / shares_Bn.sum(dim=1, keepdim=True)
         prunes_B1 = shares_Bn.var(dim=1, keepdim=True) >= self.threshold
-        kept_BK, removed_BP = split(shares_Bn, tokens.leaving)
-        pooled = averaged(tokens, *bipartite_matching(tokens.keys_BnD, tokens.sizes_Bn, tokens.leaving, tokens.prefix))
+        kept_BK, removed_BP = split(shares_Bn, tokens.removed)
+        pooled = averaged(tokens, *bipartite_matching(tokens.keys_BnD, tokens.sizes_Bn, tokens.removed, tokens.prefix))
         assert pooled.weights_BKP is not None and pooled.own_BK is not None and pooled.size_BK is not None
 
         def either(pruned: Any, pooled: Tensor) -> Tensor:
@@ -73,8 +73,8 @@ class PPT(Grouping):
         )
 
     def group_flops(self, site: SiteShape) -> Any:
-        leaving = site.patches_in - site.patches_out
-        return site.images * matching_flops(site.patches_in, leaving, site.key_features, site.prefix)
+        removed = site.patches_in - site.patches_out
+        return site.images * matching_flops(site.patches_in, removed, site.key_features, site.prefix)
 
     def variants(self) -> list[PPT]:
         thresholds = (0.0, 1e-5, 7e-5, 5e-4, 4e-3, float("inf"))

@@ -114,7 +114,7 @@ class AtSite:
     stream: [B, prefix + n + suffix, C].
     axis: the tokens of the stream's whole grid.
     count: n, the patches that the site has.
-    leaving: how many of them to remove.
+    removed: how many of them to remove.
     block: number of the attention block, from 0.
     scores: [B, n] scores of the patches by that block's attention; None where the strategy reads none.
     attention: operands of that attention; None where the site stands before it.
@@ -123,7 +123,7 @@ class AtSite:
     stream: fx.Node
     axis: TokenAxis
     count: int
-    leaving: int
+    removed: int
     block: int
     scores: fx.Node | None
     attention: Attention | None

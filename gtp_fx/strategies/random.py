@@ -38,7 +38,7 @@ class Random(Grouping):
 
     def group(self, tokens: Tokens) -> Groups:
         start = ((self.seed * 1_000_003 + tokens.block + 1) << 16) & _MASK
-        return dropped(_hash(tokens.index_Bn + start).float(), tokens.leaving)
+        return dropped(_hash(tokens.index_Bn + start).float(), tokens.removed)
 
 
 def _hash(x: Tensor) -> Tensor:

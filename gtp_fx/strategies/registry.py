@@ -51,7 +51,8 @@ def register_strategy(cls: C) -> C:
 
 _WANTED = {
     "group": "write what it makes of gtp_fx.strategies.Tokens, a gtp_fx.strategies.Groups",
-    "put_back": "with restores_tokens = True it has to say how tokens come back; leave restores_tokens out where they never do",
+    "put_back": "with restores_tokens = True it has to say how tokens come back; leave restores_tokens out "
+    "where they never do",
 }
 
 

@@ -134,13 +134,13 @@ class Saliency(Grouping):
     def group(self, tokens: Tokens) -> Groups:
         score_Bn = tokens.score_Bn
         assert score_Bn is not None
-        kept_BK, removed_BP = split(score_Bn, tokens.leaving)
-        fused = min(self.fused, kept_BK.shape[1], tokens.leaving)
+        kept_BK, removed_BP = split(score_Bn, tokens.removed)
+        fused = min(self.fused, kept_BK.shape[1], tokens.removed)
         # The least salient kept patches carry the groups: the most salient carrier gets the most salient group.
         carriers_BF = score_Bn.gather(1, kept_BK).argsort(dim=1, descending=True, stable=True)[:, -fused:]
         order_BP = score_Bn.gather(1, removed_BP).argsort(dim=1, descending=True, stable=True)
         rank_BP = order_BP.argsort(dim=1)
-        into_BP = carriers_BF.gather(1, rank_BP * fused // tokens.leaving)
+        into_BP = carriers_BF.gather(1, rank_BP * fused // tokens.removed)
         return averaged(tokens, kept_BK, removed_BP, into_BP)
 
 

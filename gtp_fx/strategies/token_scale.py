@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 AUTO = "auto"
-TOLD_FROM = 0.2
+SCALES_READ_FROM = 0.2
 """The log s from which attention reads token scales where GTP's `token_scale` is "auto".
 
 Measured on a network trained on photographs and one trained on digits, at two budgets each

@@ -22,7 +22,7 @@ class Tokens:
     index_Bn: positions of the patches on `grid`, ascending.
     carried_Bn: what the strategy returned for itself at the site before; None at the first one.
     grid: the grid's sides in patches.
-    leaving: how many patches to remove.
+    removed: how many patches to remove.
     prefix, suffix: tokens before and after the patches.
     block: number of the attention block, from 0.
     """
@@ -35,7 +35,7 @@ class Tokens:
     index_Bn: Tensor
     carried_Bn: Tensor | None
     grid: tuple[int, ...]
-    leaving: int
+    removed: int
     prefix: int
     suffix: int
     block: int
@@ -98,15 +98,15 @@ class Groups:
     carried_Bn: Tensor | None = None
 
 
-def split(score_Bn: Tensor, leaving: int) -> tuple[Tensor, Tensor]:
-    """Remove the `leaving` lowest; of equal scores, the last ones. Returns kept_BK and removed_BP."""
-    kept_BK, removed_BP = gtp_fx.select(score_Bn, leaving)
+def split(score_Bn: Tensor, removed: int) -> tuple[Tensor, Tensor]:
+    """Remove the `removed` lowest; of equal scores, the last ones. Returns kept_BK and removed_BP."""
+    kept_BK, removed_BP = gtp_fx.select(score_Bn, removed)
     return kept_BK, removed_BP
 
 
-def dropped(score_Bn: Tensor, leaving: int, carried_Bn: Tensor | None = None) -> Groups:
+def dropped(score_Bn: Tensor, removed: int, carried_Bn: Tensor | None = None) -> Groups:
     """Remove the lowest, and keep nothing of them."""
-    return Groups(*split(score_Bn, leaving), carried_Bn=carried_Bn)
+    return Groups(*split(score_Bn, removed), carried_Bn=carried_Bn)
 
 
 def averaged(tokens: Tokens, kept_BK: Tensor, removed_BP: Tensor, into_BP: Tensor) -> Groups:

@@ -27,8 +27,8 @@ class ToMe(Grouping):
     sized: ClassVar[bool] = True
 
     def group(self, tokens: Tokens) -> Groups:
-        return averaged(tokens, *bipartite_matching(tokens.keys_BnD, tokens.sizes_Bn, tokens.leaving, tokens.prefix))
+        return averaged(tokens, *bipartite_matching(tokens.keys_BnD, tokens.sizes_Bn, tokens.removed, tokens.prefix))
 
     def group_flops(self, site: SiteShape) -> Any:
-        leaving = site.patches_in - site.patches_out
-        return site.images * matching_flops(site.patches_in, leaving, site.key_features, site.prefix)
+        removed = site.patches_in - site.patches_out
+        return site.images * matching_flops(site.patches_in, removed, site.key_features, site.prefix)

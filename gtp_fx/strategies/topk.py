@@ -33,7 +33,7 @@ class TopK(Grouping):
     def group(self, tokens: Tokens) -> Groups:
         score_Bn = tokens.score_Bn
         assert score_Bn is not None
-        kept_BK, removed_BP = split(score_Bn, tokens.leaving)
+        kept_BK, removed_BP = split(score_Bn, tokens.removed)
         if self.score.startswith("broadcast"):
             score_Bn = score_Bn / tokens.x_BNC.shape[1]  # from column sums to the mean over queries
         score_BK, score_BP = score_Bn.gather(1, kept_BK), score_Bn.gather(1, removed_BP)

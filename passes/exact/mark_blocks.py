@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from gtp_fx.analysis.blocks import MARK, Mark, _residual_add, self_attention_axis
+from gtp_fx.analysis.blocks import MARK, Mark, residual_add, self_attention_axis
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.edit import copy_of
 from gtp_fx.graph.operators import ATTENTION
@@ -31,7 +31,7 @@ def mark_blocks(gm: fx.GraphModule) -> fx.GraphModule:
         if axis is None:
             continue
         node.meta[MARK] = Mark(index, "attention", axis)
-        site = _residual_add(node, typing)
+        site = residual_add(node, typing)
         if site is not None and MARK not in site.meta:
             site.meta[MARK] = Mark(index, "site", axis)
         index += 1

@@ -19,7 +19,7 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.ops.stock_attention import CHANNELS
 from gtp_fx.passes.lower.lowering import Lowering
-from gtp_fx.targets.target import TOLD
+from gtp_fx.targets.target import SCALE_FORMS
 
 _HEADS, _TOKENS, _FEATURES = 1, 2, 3
 _MOST_SINGLE = 256
@@ -76,11 +76,11 @@ class Call:
 
 
 def form_of(low: Lowering, call: Call) -> str | None:
-    """Return the target's form where `call` can take it, else the first possible one in `TOLD`'s order, else None."""
+    """Return the target's form where `call` can take it, else the first possible of `SCALE_FORMS`, else None."""
     shapes = [shape_of(x) for x in call.operands]
     if any(len(shape) != 4 for shape in shapes) or len({shape[_HEADS] for shape in shapes}) > 1:
         return None
-    forms = TOLD if low.told == "auto" or call.told is None else (low.told, *TOLD)
+    forms = SCALE_FORMS if low.told == "auto" or call.told is None else (low.told, *SCALE_FORMS)
     if forms[0] == low.told == "mask" and call.score is None:
         return "mask"  # torch's attention always takes a mask, at whatever speed
     return next((form for form in forms if _takes(low, call, form)), None)

@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import timm
 import torch
-from graphs_by_hand import node, patches, traced
 from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.ops import aten
@@ -25,6 +24,8 @@ from gtp_fx.passes.exact.mark_blocks import mark_blocks
 from gtp_fx.passes.exact.normalise import normalise
 from gtp_fx.passes.exact.split_projections import split_projections
 from gtp_fx.types.infer import SiteTyping, WholeTyping
+
+from support.graphs_by_hand import node, patches, traced
 
 INPUTS = (torch.randn(2, 3, 8, 6), torch.randn(8, 3, 2, 2), torch.randn(24, 8))
 

@@ -1,4 +1,4 @@
-"""bench.accuracy and bench.tuning: rows of a small run are right and are kept; tables and pictures say what rows say."""
+"""bench.accuracy and bench.tuning: a small run's rows are right and are kept; tables and pictures say what rows say."""
 
 from __future__ import annotations
 

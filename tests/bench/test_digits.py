@@ -1,4 +1,4 @@
-"""The small nets' benches: canvases are the same each time and share no digit between splits, nets train and come back from the cache."""
+"""Benches of small nets: canvases are deterministic, splits share no digit, nets train and reload from the cache."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def test_nets_that_were_trained_before_keep_their_names() -> None:
 
 
 def test_one_digit_of_a_scene_stands_on_stripes() -> None:
-    """Without noise a texture is told by its rows: stripes move by one column a row, checks repeat or turn over, dots are rare."""
+    """Identify a texture, without noise, by its rows: stripes move one column a row, checks repeat or flip, dots are
+    rare."""
     bare = replace(NETS["scenes-cls"].look, noise=0, strokes=0)
     images, labels = scenes(Split.test, 5, 12, bare)
     assert torch.equal(images, scenes(Split.test, 5, 12, bare)[0]) and labels.shape == (12,)
@@ -121,7 +122,10 @@ def test_one_digit_of_a_scene_stands_on_stripes() -> None:
 
 
 def _is_striped(cell: torch.Tensor) -> torch.Tensor:
-    """By its first or last two rows, one pair of which no digit reaches: the same but for a shift of one column, and not the same."""
+    """Return whether a cell is striped, by its first or its last two rows, one pair of which no digit reaches.
+
+    Stripes: the two rows differ, and are the same after a shift of one column.
+    """
     return torch.tensor(any(_one_step_apart(*cell[rows]) for rows in (slice(0, 2), slice(-2, None))))
 
 

@@ -1,4 +1,4 @@
-"""Self-distillation through an optimised graph: it learns, two processes stay equal, per-token labels are the patches' mean."""
+"""Self-distillation through an optimised graph: it learns, two processes stay equal, patch labels average."""
 
 from __future__ import annotations
 

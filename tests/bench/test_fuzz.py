@@ -69,7 +69,7 @@ def cases() -> list[Case]:
 
 
 def chunks() -> list[Any]:
-    """The numbers of the cases of each test: one by default, since each takes seconds; four where outcomes are looked at together."""
+    """Return each test's case numbers: one by default, since each takes seconds; four together in nightly runs."""
     few = [pytest.param(range(n, n + 1), id=str(n)) for n in range(BY_DEFAULT)]
     many = range(BY_DEFAULT, CASES, TOGETHER)
     return few + [pytest.param(range(n, n + TOGETHER), id=str(n), marks=pytest.mark.nightly) for n in many]

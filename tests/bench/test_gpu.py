@@ -28,7 +28,7 @@ from bench.gpu_turns import Turn
 from gtp_fx.kernels.available import load_kernels
 from gtp_fx.options.options import Options
 from gtp_fx.targets import detect
-from gtp_fx.targets.target import TOLD
+from gtp_fx.targets.target import SCALE_FORMS
 
 CPU = torch.device("cpu")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run wants Triton's interpreter")
@@ -116,7 +116,7 @@ def test_every_variant_and_option_is_one_that_the_backend_takes(monkeypatch: pyt
         compiled(one, torch.nn.Linear(2, 2), torch.ones(1, 2), options, target).run()
     assert list(seen) == given
     assert sum(seen[Contender(True, variant="border")].schedule) == 69  # type: ignore[arg-type]
-    assert [seen[Contender(True, variant=f"told{form}")].target.told for form in TOLD] == list(TOLD)
+    assert [seen[Contender(True, variant=f"told{form}")].target.told for form in SCALE_FORMS] == list(SCALE_FORMS)
     assert all(seen[one].target.inductor == OPTIONS[one.option] for one in given if one.option)
 
 

@@ -1,4 +1,4 @@
-"""bench.imagenet on a small set that the test makes: right counts, the same by two processes, resumed, and from shards."""
+"""bench.imagenet on a small set that the test makes: right counts, the same by two processes, resumed, from shards."""
 
 from __future__ import annotations
 

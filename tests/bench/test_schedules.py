@@ -1,4 +1,4 @@
-"""The benches of schedules and of the cost model, on made-up rows and a net of seconds: what they print, draw and write."""
+"""Benches of schedules and of the cost model, on made-up rows and a tiny net: what they print, draw and write."""
 
 from __future__ import annotations
 

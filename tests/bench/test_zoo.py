@@ -1,4 +1,4 @@
-"""The zoo's bench: a handful of rows run here at reduced depth; the committed result covers every model, none of them wrong."""
+"""The zoo's bench: some rows run here at reduced depth; the committed result covers every model, none of them wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No library is special: torchvision, open_clip, and a ViT from scratch go through both doors like timm's and HuggingFace's."""
+"""No library is special: torchvision, open_clip and a ViT from scratch enter both ways, like timm and HuggingFace."""
 
 from __future__ import annotations
 

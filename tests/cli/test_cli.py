@@ -109,7 +109,7 @@ def test_the_benchmark_fails_by_name(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.nightly
 def test_a_checkout_runs_without_being_installed(tmp_path: Path) -> None:
-    """As on a machine where nothing can be installed. A copy, so that what is found can't be this environment's install."""
+    """Run from a copy, as where nothing can be installed, so that this environment's install isn't found."""
     for folder in ("gtp_fx", "passes", "targets", "bench"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     modules = ("gtp_fx", "gtp_fx.passes.exact.mark_blocks", "gtp_fx.targets.cpu", "bench.eager_vs_compiled")

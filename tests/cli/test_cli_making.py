@@ -94,7 +94,7 @@ def test_show_draws_and_says_who_received_whom(tmp_path: Path) -> None:
     assert Image.open(out).width > 1000
     before = set(range(100))
     for site in sites:
-        kept, left = set(site["kept"]), set(site["left"])
+        kept, left = set(site["kept"]), set(site["removed"])
         assert kept | left == before and not kept & left
         assert all(set(to) <= kept for to in site["received_by"]) and len(site["received_by"]) == len(left)
         before = kept

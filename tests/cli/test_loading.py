@@ -125,7 +125,7 @@ def test_pretrained_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) 
         raise OSError("no route to host\nlong trace")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(LoadError, match="can't be had: no route to host;"):
+    with pytest.raises(LoadError, match="can't be loaded: no route to host;"):
         load_model("deit_small_patch16_224", pretrained=True)
     with pytest.raises(LoadError, match="no pretrained weights"):
         load_model("vit_giant_patch14_224", pretrained=True)

@@ -1,4 +1,4 @@
-"""Models by whatever a person may call them: timm's name, Hugging Face's directory or class, a function of one's own."""
+"""Models by every kind of name: timm's, Hugging Face's directory or class, a function of the user's."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def test_a_directory_of_a_configuration_alone_has_random_weights(saved: Path) ->
 
 def test_a_class_and_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_here.py").write_text(
-        "import timm\ndef tiny():\n    return timm.create_model('test_vit', num_classes=5)\nnumber = 3\ndef none():\n    return 1\ndef needs(depth):\n    return depth\n"
+        "import timm\ndef tiny():\n    return timm.create_model('test_vit', num_classes=5)\n"
+        "number = 3\ndef none():\n    return 1\ndef needs(depth):\n    return depth\n"
     )
     monkeypatch.chdir(tmp_path)
     assert load_named("mine_here:tiny").model.num_classes == 5

@@ -1,7 +1,7 @@
 """Every kernel against the operator it stands for, in Triton's interpreter where there is no GPU.
 
-Tolerances are the kernels' own, argued in their docstrings. Outputs' memory is poisoned before a kernel runs, so that what it
-doesn't write is no number.
+Tolerances are the kernels' own, argued in their docstrings. Outputs' memory is filled with NaN before a kernel runs, so
+that what it doesn't write shows.
 """
 
 from __future__ import annotations
@@ -118,7 +118,10 @@ def test_attention_of_fewer_queries_and_of_a_row_that_sees_nothing(tile: list[in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("told", [False, True], ids=["", "told"])
 def test_a_row_that_a_mask_hides_by_the_least_number_is_a_mean(told: bool, dtype: torch.dtype, tile: list[int]) -> None:
-    """Beside that no logit is left, so all keys are equal, as to the operator and to torch's attention; other rows see some keys."""
+    """All keys of such a row are equal, in the operator and in torch's attention: no logit shows beside the mask.
+
+    Other rows see some keys.
+    """
     q, k, v = operands(21, 16, 24, dtype)
     mask = torch.zeros(B, 1, 21, 21, dtype=dtype, device=DEVICE)
     mask[:, :, 4:7, :17] = mask[0, :, 9] = torch.finfo(dtype).min
@@ -137,8 +140,8 @@ def test_a_row_that_a_mask_hides_by_the_least_number_is_a_mean(told: bool, dtype
 @pytest.mark.parametrize(("tokens", "plain"), [(17, True), (48, True), (17, False), (32, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_last_tile_of_keys_may_be_whole_or_of_one(dtype: torch.dtype, tokens: int, plain: bool) -> None:
-    """In tiles of 16 keys; zeros of either sign, tokens that tie. Not plain: one tile is what some queries don't see, and one query
-    sees none, beside scales."""
+    """Tiles of 16 keys; zeros of either sign; tokens that tie. Not plain: some queries don't see one tile, one query
+    sees no key, and there are scales."""
     q, k, v = (x.contiguous() for x in operands(tokens, 16, 24, dtype))
     q[:, :, 3], k[:, :, 5] = -0.0, -0.0
     for x in (q, k):
@@ -163,8 +166,11 @@ def test_the_last_tile_of_keys_may_be_whole_or_of_one(dtype: torch.dtype, tokens
     ("dtype", "tile"), [*((dtype, tile) for dtype in WITHIN for tile in (FITS, TILED)), (torch.bfloat16, [])], ids=str
 )
 def test_attention_is_told_scales_however_far_apart(dtype: torch.dtype, tile: list[int]) -> None:
-    """2^-80 to 2^80 on logits that make up for it, by which no exponential may be multiplied before all are of one size; and 0 where
-    the logit is by far the largest, which leaves nothing of it. Logits up to 64 are rounded to 2^-19, and few roundings add up."""
+    """Scales from 2^-80 to 2^80, on logits that compensate them, and scale 0 on by far the largest logit.
+
+    No exponential may be multiplied by its scale before all have one size, and nothing of the scale of 0 may remain.
+    Logits up to 64 are rounded to 2^-19, and few roundings add up.
+    """
     tokens = 21 if tile else 130
     q, k, v = (x.contiguous() for x in operands(tokens, 16, 16, dtype))
     scales = 2.0 ** (torch.arange(tokens - 3, device=DEVICE).remainder(5) - 2.0).mul(40).expand(B, -1).contiguous()
@@ -203,7 +209,7 @@ def test_attention_has_the_gradients_of_the_operator() -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_scores_of_a_log_sum_exp_are_the_operators(score: str) -> None:
-    """Of 40 tokens, one before and two behind the patches, told scales or not: more than a tile of keys and of queries."""
+    """40 tokens, one before and two after the patches, with and without scales: over a tile of keys and of queries."""
     q, k, v = operands(40, 24, 16, torch.float32)
     scales = random(B, 37, seed=1).exp()
     for told in (None, scales):
@@ -230,8 +236,8 @@ def test_scores_in_half_precision_are_those_of_the_same_operands_in_float32(dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", ["mask", "channel"])
 def test_stock_attention_told_scales_ranks_as_the_operator_does(form: str, dtype: torch.dtype) -> None:
-    """log s, of at most 3 here, is rounded in bfloat16, to 2^-9 in a mask and 2^-16 in two channels: so far off is an entry, and twice
-    as far a product of two."""
+    """Rounding of log s, at most 3 here, in bfloat16: to 2^-9 in a mask and to 2^-16 in two channels. An entry is as
+    far off, and a product of two entries twice as far."""
     q, k, v = operands(40, 16, 16, dtype)
     scales = random(B, 39, seed=1).clamp(-3, 3).exp()
     if form == "mask":
@@ -256,8 +262,8 @@ def test_select_takes_the_same_tokens_whatever_the_scores(propagated: int) -> No
     score = random(B, 2, 23)[:, 1]
     score[0] = torch.tensor(SCORES_THAT_TIE, device=DEVICE).repeat(3)[:23]
     score[1, ::2] = score[1, 0]
-    kept, leaving, *_ = kernels.select(score, None, propagated, 23)
-    for found, wanted in zip((kept, leaving), ops.select(score, propagated), strict=True):
+    kept, removed, *_ = kernels.select(score, None, propagated, 23)
+    for found, wanted in zip((kept, removed), ops.select(score, propagated), strict=True):
         assert torch.equal(found, wanted)
 
 
@@ -267,7 +273,7 @@ def test_select_takes_the_same_tokens_whatever_the_scores(propagated: int) -> No
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sites_in_a_row(grid: tuple[int, ...], kind: str, prefix: int, suffix: int, dtype: torch.dtype) -> None:
-    """Three sites, each on what the one before left: selection, where it is on the grid, propagation, scales, norm, recovery."""
+    """Three sites, each on the output of the one before: selection with cells, propagation, scales, norm, recovery."""
     side, cells, channels = list(grid), torch.Size(grid).numel(), 20
     near, degree = ops.token_graph(random(B, prefix + cells + suffix, channels), side, prefix, kind, 4)
     x = random(B, prefix + cells + suffix, channels, dtype=dtype)
@@ -277,29 +283,29 @@ def test_sites_in_a_row(grid: tuple[int, ...], kind: str, prefix: int, suffix: i
         left = cells if index is None else index.shape[1]
         score = random(B, left, seed=site)
         found = kernels.select(score, place, propagated, cells)
-        kept, leaving = ops.select(score, propagated)
-        on_grid = [part if index is None else index.gather(1, part) for part in (kept, leaving)]
-        for one, other in zip(found[:4], (kept, leaving, *on_grid), strict=True):
+        kept, removed = ops.select(score, propagated)
+        on_grid = [part if index is None else index.gather(1, part) for part in (kept, removed)]
+        for one, other in zip(found[:4], (kept, removed, *on_grid), strict=True):
             assert torch.equal(one, other)
         *indices, place = found
         norm = (weight, bias) if site else (None, None)
         told = (near, degree, *indices, place, scales, *norm, side, kind, 0.3, prefix, 1e-6, True, [])
         shorter, moved, normed = kernels.propagate(x, None, *told)
         weights = ops.propagation_weights(near, degree, *on_grid, side, kind)
-        wanted = ops.propagate(x.float(), weights, kept, leaving, 0.3, prefix)
+        wanted = ops.propagate(x.float(), weights, kept, removed, 0.3, prefix)
         before = torch.ones(B, left, device=DEVICE) if scales is None else scales
         close(shorter, wanted, dtype)
-        close(moved, ops.propagate(before[..., None], weights, kept, leaving, 0.3, 0)[..., 0])
+        close(moved, ops.propagate(before[..., None], weights, kept, removed, 0.3, 0)[..., 0])
         close(
             normed,
             F.layer_norm(shorter.float(), (channels,), *(n if n is None else n.float() for n in norm), 1e-6),
             dtype,
         )
-        assert not torch.equal(shorter.float(), ops.propagate(x.float(), weights, kept, leaving, 0.0, prefix))
+        assert not torch.equal(shorter.float(), ops.propagate(x.float(), weights, kept, removed, 0.0, prefix))
         shares = ops.recovery_weights(weights, *on_grid, side)
         residual = random(*x.shape, seed=9, dtype=dtype)
-        whole = kernels.recover(shorter, shares, None, residual, kept, leaving, prefix, suffix)
-        back = ops.recover(shorter.float(), shares, kept, leaving, 0, 1, prefix, suffix)
+        whole = kernels.recover(shorter, shares, None, residual, kept, removed, prefix, suffix)
+        back = ops.recover(shorter.float(), shares, kept, removed, 0, 1, prefix, suffix)
         close(whole, back + residual.float(), dtype)
         x, index, scales = shorter, on_grid[0], moved
 
@@ -314,7 +320,7 @@ def test_propagation_without_norm_or_scales_leaves_theirs_out() -> None:
 
 @pytest.mark.parametrize("dtype", list(WITHIN), ids=str)
 def test_propagation_adds_the_residual_as_the_operators_do(dtype: torch.dtype) -> None:
-    """The same bits as of a stream that was added before, but where float32 is scaled as well; so for LayerScale, and in any tile."""
+    """The same bits as of a stream that was added before, in any tile and with LayerScale; not in float32 scaled."""
     x, residual = random(B, 13, 20, dtype=dtype), random(B, 20, 13, seed=1, dtype=dtype).transpose(1, 2)
     gain, weight = (random(20, seed=seed, dtype=dtype) for seed in (2, 3))
     near, degree = ops.token_graph(x, [3, 4], 1, "mixed", 3)
@@ -377,7 +383,8 @@ def test_the_token_graph_with_the_tiles_that_it_chooses() -> None:
 
 @pytest.mark.usefixtures("_small_tiles")
 def test_of_equally_similar_tokens_the_first_are_neighbors() -> None:
-    """Similarities of 1, 0 and -1 without rounding: each token is plus or minus one of four directions, of some length, or zero."""
+    """Similarities of 1, 0 and -1 without rounding: each token is zero, or plus or minus one of four directions, of
+    some length."""
     kinds = torch.randint(9, (B, 36), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     length = 2.0 ** (torch.arange(36, device=DEVICE) % 3)
     directions = torch.cat([torch.eye(4), -torch.eye(4), torch.zeros(1, 4)]).to(DEVICE)
@@ -410,11 +417,11 @@ def rolled_windows() -> Tensor:
     return places.reshape(2, 4, 2, 4, 2).transpose(1, 2).reshape(4, 16, 2).to(DEVICE)
 
 
-@pytest.mark.parametrize("leaving", [3, 12, 15])
-def test_recovery_within_windows(leaving: int) -> None:
+@pytest.mark.parametrize("removed", [3, 12, 15])
+def test_recovery_within_windows(removed: int) -> None:
     """Shares from coordinates, in the kernel; where most have left, from the nearest that stayed."""
-    places, x = rolled_windows(), random(3 * 4, 16 - leaving, 24)
-    kept, left, *_ = kernels.select(random(3 * 4, 16), None, leaving, 16)
+    places, x = rolled_windows(), random(3 * 4, 16 - removed, 24)
+    kept, left, *_ = kernels.select(random(3 * 4, 16), None, removed, 16)
     shares = ops.region_shares(places, kept, left)
     wanted = ops.recover(x, shares, kept, left, 0, 1, 0, 0)
     close(kernels.recover(x, None, places, None, kept, left, 0, 0), wanted)
@@ -425,15 +432,15 @@ def test_propagation_and_recovery_have_the_gradients_of_the_operators() -> None:
     branch = random(B, 31, 20, seed=5).requires_grad_()
     scales = random(B, 30, seed=2).exp().requires_grad_()
     near, degree = ops.token_graph(x.detach(), [5, 6], 1, "mixed", 3)
-    kept, leaving, *rest = kernels.select(random(B, 30), None, 8, 30)
-    weights = ops.propagation_weights(near, degree, kept, leaving, [5, 6], "mixed")
-    shares = ops.recovery_weights(weights, kept, leaving, [5, 6])
-    told = (kept, leaving, *rest, scales, weight, None, [5, 6], "mixed", 0.3, 1, 1e-6, True, [], gain)
+    kept, removed, *rest = kernels.select(random(B, 30), None, 8, 30)
+    weights = ops.propagation_weights(near, degree, kept, removed, [5, 6], "mixed")
+    shares = ops.recovery_weights(weights, kept, removed, [5, 6])
+    told = (kept, removed, *rest, scales, weight, None, [5, 6], "mixed", 0.3, 1, 1e-6, True, [], gain)
     _, moved, normed = kernels.propagate(x, branch, near, degree, *told)
-    found = kernels.recover(normed, shares, None, x, kept, leaving, 1, 0)
-    wanted = ops.propagate(x + branch * gain, weights, kept, leaving, 0.3, 1)
-    wanted = ops.recover(F.layer_norm(wanted, (20,), weight, None, 1e-6), shares, kept, leaving, 0, 1, 1, 0) + x
-    scaled = ops.propagate(scales[..., None], weights, kept, leaving, 0.3, 0)[..., 0]
+    found = kernels.recover(normed, shares, None, x, kept, removed, 1, 0)
+    wanted = ops.propagate(x + branch * gain, weights, kept, removed, 0.3, 1)
+    wanted = ops.recover(F.layer_norm(wanted, (20,), weight, None, 1e-6), shares, kept, removed, 0, 1, 1, 0) + x
+    scaled = ops.propagate(scales[..., None], weights, kept, removed, 0.3, 0)[..., 0]
     inputs = [x, branch, gain, weight, scales]
     upstream = [random(*found.shape, seed=3), random(*moved.shape, seed=4)]
     mine = torch.autograd.grad([found, moved], inputs, upstream)
@@ -452,7 +459,8 @@ def test_tiles_hold_a_row_where_it_fits(keys: int) -> None:
 
 
 RESIDENT = {
-    # A tile of 4 warps fits a multiprocessor three times with at most 168 registers, else twice. Hopper's products read shared memory.
+    # A tile of 4 warps fits a multiprocessor three times with at most 168 registers, else twice. Hopper's products read
+    # shared memory.
     "attend 127-scored": (2, 2, 2),
     "attend 127-told": (2, 2, 3),
     "attend 127-both": (2, 2, 2),
@@ -462,7 +470,8 @@ RESIDENT = {
     "attend 577-scored": (2, 2, 3),
     "attend 577-told": (2, 2, 3),
     "attend 577-both": (2, 2, 3),
-    # Sums stay with the thread that made their entries: 4 warps, at most 168 registers, and at most 128 on Hopper. Scales take some more.
+    # Sums stay with the thread that made their entries: 4 warps, at most 168 registers, and at most 128 on Hopper.
+    # Scales take some more.
     "scores 197-scored": (3, 3, 4),
     "scores 197-both": (2, 2, 4),
     "scores 577-scored": (3, 3, 4),
@@ -479,9 +488,9 @@ RESIDENT = {
     "select 196": (3, 3, 3),
     "select 576": (3, 3, 3),
     "select 1369": (2, 2, 2),
-    # A row is a warp, which waits for some five loads one behind the other, two of them of rows. An H100 brings a multiprocessor
-    # 25 bytes/ns; if that takes 0.7 us, 18 KB are under way: 12 rows of 2 x 768 bytes or 6 of twice that, and as two loads of
-    # five are rows, 30 or 15 warps. Ada has room for 24 blocks.
+    # A row is a warp, which waits for some five loads one after the other, two of them of rows. An H100 brings a
+    # multiprocessor 25 bytes/ns; if that takes 0.7 us, 18 KB are under way: 12 rows of 2 x 768 bytes or 6 of twice
+    # that, and as two loads of five are rows, 30 or 15 warps. Ada has room for 24 blocks.
     "propagate 384-mixed": (24, 24, 24),
     "propagate 384-spatial": (24, 24, 24),
     "propagate 384-gain": (24, 24, 24),
@@ -491,12 +500,17 @@ RESIDENT = {
     # 4 warps, at most 168 registers.
     "recover image": (3, 3, 3),
 }
-"""Blocks of the nets' launches that a multiprocessor of compute capability 8.0, 8.9 and 9.0 holds at least; with either of the
-Tritons that are tested. Fewer wait more, and a compiler that takes more registers, or a change that does, is found by it."""
+"""Least number of resident blocks per multiprocessor of compute capability 8.0, 8.9 and 9.0, for the nets' launches.
+
+Holds with both tested Triton versions. Fewer blocks wait more, so this finds a compiler or a change that takes more
+registers."""
 
 
 def compiled_elsewhere(family: str) -> tuple[list[Compiled], list[dict[str, Any]]]:
-    """Kernels for GPUs that aren't here, none of which asks for more than there is or spills registers in half precision; the rest."""
+    """Return kernels compiled for GPUs that aren't here, and the remaining rows.
+
+    Fails where a kernel needs more than the GPU has, or spills registers in half precision.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     done = subprocess.run(
@@ -531,7 +545,7 @@ def test_every_launch_of_the_nets_compiles_and_fills_gpus_that_are_not_here() ->
         "attend_kernel": {"out_ptr", "lse_ptr"},
         "scores_kernel": {"received_ptr", "own_ptr"},
         "token_graph_kernel": {"near_ptr", "degree_ptr"},
-        "select_kernel": {"kept_ptr", "leaving_ptr", "kept_cell_ptr", "leaving_cell_ptr", "place_ptr"},
+        "select_kernel": {"kept_ptr", "removed_ptr", "kept_cell_ptr", "removed_cell_ptr", "place_ptr"},
         "propagate_kernel": {"out_ptr", "moved_ptr", "normed_ptr"},
         "recover_kernel": {"out_ptr"},
     }

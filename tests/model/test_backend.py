@@ -1,4 +1,4 @@
-"""The Dynamo door: the same schedule and numbers as `optimize`, one graph, any batch. Compiled tests are few: they cost seconds."""
+"""The Dynamo backend: the schedule and numbers of `optimize`, one graph, any batch. Compiled tests are few and slow."""
 
 from __future__ import annotations
 

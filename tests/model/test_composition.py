@@ -35,7 +35,7 @@ from support.zoo import BY_NAME, build, enliven, images
 @pytest.mark.parametrize("family", ["timm", "hf"])
 @torch.no_grad()
 def test_torchao_quantises_what_was_optimised(config: str, family: str) -> None:
-    """Every linear layer, those that run on a part of their weight (dead tokens) or joined with others (q, k, v) too."""
+    """Every linear layer, including those on a part of their weight (dead tokens) or joined with others (q, k, v)."""
     quantization = pytest.importorskip("torchao.quantization")
     fast = small() if family == "timm" else gtp_fx.optimize(hf_models.build("vit"), flops_budget=0.7, compile=False)
     call: dict[str, Tensor] = {"x": noise()} if family == "timm" else hf_models.inputs("vit")
@@ -145,7 +145,7 @@ def test_timms_data_pipeline() -> None:
     "arch", ["deit3", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("reg4-gap", "siglip-map"))]
 )
 def test_timms_forward_in_two_parts(arch: str) -> None:
-    """`forward_features` is reduced as well and gives every token; a head on it gives what forward gives, where it reads CLS alone."""
+    """`forward_features` is reduced and returns every token; a head on it equals forward where it reads CLS alone."""
     row = BY_NAME[arch]
     model, x = build(row), images(row, 3)
     fast = gtp_fx.optimize(model, flops_budget=0.7, compile=False)

@@ -1,4 +1,4 @@
-"""What stands in for a model goes along with it: its methods, its mode, its dtype, what is put in its weights' place; copies do too."""
+"""The optimised model stands in for the original: methods, mode, dtype, replaced weights, and copies follow."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_copies_read_their_own_weights(how: str, change: Callable[[Any], None]) 
     "family", ["timm", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("dinov2", "clip"))]
 )
 def test_another_dtype_has_graphs_of_its_own(family: str, dtype: torch.dtype) -> None:
-    """Models write dtypes into their graphs: positions that are resampled in float32, images cast to that of the weights."""
+    """Dtypes are written into graphs: positions resampled in float32, images cast to the dtype of the weights."""
     model = enliven(timm.create_model(NAME, depth=2)).eval() if family == "timm" else hf_models.build(family)
     call = {"x": noise()} if family == "timm" else hf_models.inputs(family)
     fast = gtp_fx.optimize(model, flops_budget=1.0, compile=False, example_inputs=call)

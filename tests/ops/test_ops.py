@@ -177,7 +177,7 @@ def test_taking_tokens_keeps_prefix_and_suffix() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scales_in_channels_are_the_mask_on_the_logits(dtype: torch.dtype) -> None:
-    """In half precision to 2^-16 of log s, which the mask itself is rounded to 2^-9 of; of scale 0 a key is not seen."""
+    """Half precision holds log s to 2^-16, where the mask itself is rounded to 2^-9; a key of scale 0 is not seen."""
     q, k, v = (x.to(dtype) for x in qkv())
     scale_BN = random(2, 11).mul(3).exp()
     scale_BN[0, 4] = 0.0

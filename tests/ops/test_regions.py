@@ -34,7 +34,7 @@ def share_by_hand(places: list[tuple[int, int]], kept: list[int], left: int) -> 
 
 
 def test_shares_along_edges_on_the_image() -> None:
-    """Two windows of 2 x 3, the second rolled over the border: its halves are far apart on the image, and share nothing."""
+    """Two windows of 2 x 3, the second rolled over the border: its halves are far apart on the image and share none."""
     first = [(row, column) for row in (0, 1) for column in (0, 1, 2)]
     second = [(row, column) for row in (0, 1) for column in (9, 0, 1)]
     kept = torch.tensor([[0, 2, 4], [1, 2, 5], [0, 1, 2], [0, 3, 5]])
@@ -108,7 +108,7 @@ def test_flops_of_branches_are_the_counters(schedule: list[int]) -> None:
 
 @torch.no_grad()
 def test_tokens_leave_a_stream_or_skip_a_branch_by_what_the_graph_needs() -> None:
-    """With a convolution behind each block, tokens come back for it (leaving is possible); in windows they can't leave."""
+    """Tokens are restored for the convolution after each block, so they can be removed; in windows they can't."""
     model, x = enliven(Map()).eval(), noise(2, 3, 64, 64)
     fast = gtp_fx.optimize(model, schedule=[20, 0], example_inputs=x, compile=False)
     assert fast(x).shape == model(x).shape

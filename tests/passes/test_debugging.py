@@ -62,7 +62,7 @@ def test_a_pass_can_be_left_out_by_name() -> None:
 def test_the_log_tells_what_each_pass_did(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="gtp_fx"):
         gtp_fx.optimize(model(), flops_budget=0.7, compile=False, disabled_passes=["fuse_projections"])
-    assert "remove_tokens: new" in caplog.text and "gtp_fx.select.default" in caplog.text
+    assert "remove_tokens: added" in caplog.text and "gtp_fx.select.default" in caplog.text
     assert "fuse_projections: disabled" in caplog.text
     assert "of the FLOPs" in caplog.text and "tokens out" in caplog.text
 
@@ -74,7 +74,7 @@ def test_torchs_own_switches_reach_it(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCH_LOGS": "+gtp_fx", "TORCH_TRACE": str(tmp_path)}
     done = subprocess.run((sys.executable, "-c", code), env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "remove_tokens (approximate)" in done.stderr and "remove_tokens: new" in done.stderr
+    assert "remove_tokens (approximate)" in done.stderr and "remove_tokens: added" in done.stderr
     (trace,) = tmp_path.glob("*.log")
     found = [line for line in trace.read_text().splitlines() if '"gtp_fx_' in line]
     assert any("gtp_fx_00_captured" in line for line in found) and any("gtp_fx_schedule" in line for line in found)

@@ -1,4 +1,4 @@
-"""Damage measured on unlabelled images: what is asked, that it ascends, that it is kept, that the choice is no worse."""
+"""Damage measured on unlabelled images: what is measured, that it ascends and is kept, that the choice is no worse."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_search_finds_the_weights_that_matter() -> None:
 
 
 def test_neighbours_agree_as_their_features_do() -> None:
-    """With the identity for blocks the stream keeps what entered: nearest neighbours agree most, and more than chance."""
+    """Identity blocks keep the stream as it entered: nearest neighbours agree most, and more than chance."""
     model, x = build(ROW), images(ROW, 3)
     with torch.no_grad():
         for block in model.blocks:

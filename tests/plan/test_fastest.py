@@ -1,4 +1,4 @@
-"""On a GPU target the fastest of schedules whose damage can't be told from the least; what is slower is said, and refused where asked."""
+"""On a GPU target: the fastest of the schedules with indistinguishable damage. Slower ones are reported, or refused."""
 
 from __future__ import annotations
 

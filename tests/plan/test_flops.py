@@ -1,4 +1,4 @@
-"""FLOPs: counted as torch counts them, priced before the graph exists, kept under the budget, and the paper's figures."""
+"""FLOPs: counted as torch does, priced before the graph exists, kept under the budget, and equal to the paper's."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def test_the_papers_counts() -> None:
     """Uniform P = 8 does not meet 0.74 on its own; P = 7 does once dead tokens are gone.
 
     The paper's ratios leave GTP's own work out, which is half a percent: the cosine similarities above all. A spatial
-    graph has none of those, and P = 7 stays within a strict 0.74 with everything counted; the mixed graph misses it by 3e-4.
+    graph has none of those, and P = 7 stays within a strict 0.74 with everything counted; the mixed graph misses it by
+    3e-4.
     """
     for count, published in ((8, 0.743), (9, 0.712)):
         own_work = (

@@ -1,4 +1,4 @@
-"""The solver finds the best schedule there is: brute force over every one agrees, on made-up costs and on real models."""
+"""The solver finds the best schedule: brute force over every one agrees, on made-up costs and on real models."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_brute_force_agrees(seed: int) -> None:
 
 def test_nothing_leaves_where_the_budget_allows_everything() -> None:
     steps = chain(np.random.default_rng(0), 3, [10, 5, 1])
-    assert solve([steps], float(steps.cost[:, 0, 0].sum())).left == ((10, 10, 10),)
+    assert solve([steps], float(steps.cost[:, 0, 0].sum())).remaining == ((10, 10, 10),)
 
 
 @cache
@@ -136,7 +136,7 @@ def test_few_sites_for_little_more_damage(name: str, budget: float) -> None:
 
 
 def test_few_sites_of_twelve_blocks() -> None:
-    """With so many blocks some don't earn their place, and the damage that a chain tells of itself is the sum of its steps."""
+    """With so many blocks some are not worth a site, and the damage that a chain reports is the sum of its steps."""
     chain_model = made_up_chain(blocks=12, whole=64)
     damage = Damage(tuple(np.arange(64.0) ** 2 for _ in range(12)), "a test")
     many, few = least_damage(chain_model, damage, 500.0), least_damage_few_sites(chain_model, damage, 500.0)

@@ -85,7 +85,7 @@ def test_blocks_add_up_to_the_model(name: str, budget: dict[str, float], request
     assert found.original.flops == fast.report.flops_before
     if fast.report.seconds is not None:
         assert (found.original.seconds, found.after.seconds) == pytest.approx(fast.report.seconds)
-    assert sum(row.leaving for row in found.blocks) == sum(fast.schedule)
+    assert sum(row.removed for row in found.blocks) == sum(fast.schedule)
 
 
 def test_fewer_tokens_take_less_time(planner: Planner) -> None:
@@ -200,7 +200,7 @@ def test_tune_keeps_what_it_measured(cache: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_graph_without_work_has_a_forecast() -> None:
-    """A head that only takes the class token, as timm's `forward_head(pre_logits=True)` does: nothing to gain, and nothing to divide by."""
+    """A head that takes the class token alone, as timm's `forward_head(pre_logits=True)`: no gain, no division by 0."""
     none = BlockForecast(-1, "", 0, 0, 0, Cost(0, 0.0), Cost(0, 0.0))
     found = Forecast("no budget", "cpu", "", 8, "GTP()", "", gtp_fx.Schedule((), ()), none.before, (none,))
     assert (found.flops_ratio, found.speed_up, found.share_of_limit, found.slower) == (1.0, 1.0, 1.0, "")

@@ -1,7 +1,8 @@
 """Every strategy is what its publication says: equal to an eager reference written from it, on live weights.
 
-Tolerances: the reference is float64 and the graph float32; over four blocks that was up to 2e-6 of the largest logit. Where
-the two chose other tokens the difference is more than 1e-3, so a tie that rounding decides would show, and seeds are fixed.
+Tolerances: the reference is float64 and the graph float32; over four blocks that was up to 2e-6 of the largest logit.
+Where the two chose other tokens the difference is more than 1e-3, so a tie that rounding decides would show. Seeds are
+fixed.
 """
 
 from __future__ import annotations
@@ -97,10 +98,10 @@ def test_saliency_equals_the_reference() -> None:
     """Before the first block, by the built-in map; two sizes of groups."""
     row = BY_NAME["deit"]
     model, x = build(row, depth=DEPTH), images(row, 3)
-    for fused, leaving in ((4, 60), (30, 7)):
+    for fused, removed in ((4, 60), (30, 7)):
         heat = _contrast(x, 16)
         how = Told(lambda seen, heat=heat, fused=fused: by_hand.saliency(seen, heat, fused), before=True)
-        schedule = (leaving, 0, 0, 0)
+        schedule = (removed, 0, 0, 0)
         strategy = gtp_fx.strategies.Saliency(fused=fused)
         fast = gtp_fx.optimize(
             model, schedule=list(schedule), strategy=strategy, compile=False, disabled_passes=WITH_DEAD_TOKENS

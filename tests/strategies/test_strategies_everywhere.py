@@ -1,4 +1,4 @@
-"""What every strategy owes its user: budgets met, tokens back for dense outputs, both doors, any batch, a name for what it can't."""
+"""Duties of every strategy: budgets, tokens restored for dense outputs, both entry points, any batch, refusals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def optimized(model: torch.nn.Module, strategy: Any, **options: Any) -> gtp_fx.O
 
 
 def changed(row: Row, strategy: Any, **options: Any) -> gtp_fx.OptimizedModel:
-    """Optimised, its outputs finite, of the original's shape and others than the original's; an image's alone as in a batch."""
+    """Return the optimised model; its outputs are finite, of the original's shape, different, and batch independent."""
     model, x = build(row), images(row, 3)
     fast = optimized(model, strategy, **options)
     wanted, found = model(x), fast(x)
@@ -135,7 +135,7 @@ class Norm(gtp_fx.strategies.Grouping):
     name: ClassVar[str] = "norm"
 
     def group(self, tokens: gtp_fx.strategies.Tokens) -> gtp_fx.strategies.Groups:
-        return gtp_fx.strategies.dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
+        return gtp_fx.strategies.dropped(tokens.patches_BnC.norm(dim=-1), tokens.removed)
 
 
 def test_a_users_own_strategy_works_like_any_other() -> None:
@@ -164,7 +164,7 @@ class Alike(gtp_fx.strategies.Grouping):
 
     def group(self, tokens: gtp_fx.strategies.Tokens) -> gtp_fx.strategies.Groups:
         unit_BnC = F.normalize(tokens.patches_BnC, dim=-1)
-        groups = gtp_fx.strategies.dropped((unit_BnC @ unit_BnC.transpose(1, 2)).mean(dim=2).neg(), tokens.leaving)
+        groups = gtp_fx.strategies.dropped((unit_BnC @ unit_BnC.transpose(1, 2)).mean(dim=2).neg(), tokens.removed)
         if self.lies == "sizes":
             return gtp_fx.strategies.Groups(groups.kept_BK, groups.removed_BP, size_BK=groups.kept_BK.float())
         return groups.kept_BK if self.lies == "type" else groups  # type: ignore[return-value]
@@ -176,7 +176,7 @@ class Alike(gtp_fx.strategies.Grouping):
 def test_a_strategy_that_tells_less_than_it_does_is_named() -> None:
     model = build(BY_NAME["clip"])
     assert optimized(model, Alike(), flops_budget=0.7).report.flops_ratio <= 0.7
-    with pytest.raises(gtp_fx.OptionError, match=r"Alike\.group_flops has to give those of the matrix products"):
+    with pytest.raises(gtp_fx.OptionError, match=r"Alike\.group_flops has to return the FLOPs of the matrix products"):
         optimized(model, Alike(told=False), flops_budget=0.7)
     with pytest.raises(
         gtp_fx.OptionError, match=r"Alike.group\(\) gave kept, removed, size, and its class says kept, removed"

@@ -1,4 +1,4 @@
-"""A strategy that a user got wrong is named, with the class and what to do, when a model is optimised; and code that was edited is other code."""
+"""A user's faulty strategies are refused, naming class and remedy, when a model is optimised; edits are noticed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Wrong(gtp_fx.strategies.Grouping):
 
     def group(self, tokens: gtp_fx.strategies.Tokens) -> gtp_fx.strategies.Groups:
         score = tokens.patches_BnC.float().norm(dim=-1)
-        groups = gtp_fx.strategies.dropped(score, tokens.leaving)
+        groups = gtp_fx.strategies.dropped(score, tokens.removed)
         kept, left = groups.kept_BK, groups.removed_BP
         if self.way == "unsorted":
             return gtp_fx.strategies.Groups(kept.flip(1), left)
@@ -52,11 +52,11 @@ class Wrong(gtp_fx.strategies.Grouping):
         if self.way == "prefix":
             return gtp_fx.strategies.Groups(kept + tokens.prefix, left + tokens.prefix)
         if self.way == "item":
-            return gtp_fx.strategies.dropped(score * score.max().item(), tokens.leaving)
+            return gtp_fx.strategies.dropped(score * score.max().item(), tokens.removed)
         if self.way == "in place":
             tokens.x_BNC.mul_(1.0)
         if self.way == "by chance":
-            return gtp_fx.strategies.dropped(torch.rand_like(score), tokens.leaving)
+            return gtp_fx.strategies.dropped(torch.rand_like(score), tokens.removed)
         return groups
 
 
@@ -114,7 +114,7 @@ class Places(gtp_fx.strategies.Grouping):
         return self.at
 
     def group(self, tokens: gtp_fx.strategies.Tokens) -> gtp_fx.strategies.Groups:
-        return gtp_fx.strategies.dropped(tokens.patches_BnC.norm(dim=-1), tokens.leaving)
+        return gtp_fx.strategies.dropped(tokens.patches_BnC.norm(dim=-1), tokens.removed)
 
 
 def test_places_that_are_none_and_fields_that_can_not_travel() -> None:
@@ -158,7 +158,7 @@ def test_classes_that_can_not_be_registered() -> None:
 
 def edited(reverse: bool) -> type[gtp_fx.strategies.Grouping]:
     """The same class with another body, as a user edits it in a notebook."""
-    body = f"return gtp_fx.strategies.dropped({'-' if reverse else ''}tokens.patches_BnC.norm(dim=-1), tokens.leaving)"
+    body = f"return gtp_fx.strategies.dropped({'-' if reverse else ''}tokens.patches_BnC.norm(dim=-1), tokens.removed)"
     source = f"""
 @gtp_fx.strategies.register_strategy
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Edited(gtp_fx.strategies.Grouping):
 
 @torch.no_grad()
 def test_code_that_was_edited_is_other_code() -> None:
-    """A model that was optimised keeps the code that it was optimised with; a new one, compiled or not, has the new one."""
+    """An optimised model keeps the code that it was optimised with; a new one, compiled or not, has the new code."""
     x = images(CLIP)
     edited(reverse=False)
     first = gtp_fx.optimize(build(CLIP), strategy="edited", schedule=[20, 0, 0])

@@ -10,7 +10,7 @@ import torch
 
 import gtp_fx
 from gtp_fx.model.pipeline import Optimised
-from gtp_fx.strategies.token_scale import TOLD_FROM, log_scale_bound
+from gtp_fx.strategies.token_scale import SCALES_READ_FROM, log_scale_bound
 
 from support.captured import optimised, provenance
 from support.zoo import BY_NAME, images
@@ -53,13 +53,13 @@ def test_fewer_tokens_give_less() -> None:
 @pytest.mark.xdist_group("deit")
 @pytest.mark.parametrize(("alpha", "told"), [(0.1, False), (0.4, True)])
 def test_scales_are_told_where_they_matter(alpha: float, told: bool) -> None:
-    """The paper's alphas on either side: the report names what was decided, and the graph is that of the choice by hand."""
+    """The paper's alphas on either side: the report names the decision, and the graph is that of the choice by hand."""
     fast, by_hand = optimized("deit", alpha=alpha), optimized("deit", alpha=alpha, token_scale=told)
     assert tells(fast) is told is fast.strategy.token_scale
     assert fast.graph_module.code == by_hand.graph_module.code
     assert fast.report.flops_after == by_hand.report.flops_after
     bound = log_scale_bound(fast.sites[0].grid.shape, "mixed", 8, alpha, SCHEDULE)
-    assert (bound > TOLD_FROM) is told
+    assert (bound > SCALES_READ_FROM) is told
 
 
 @pytest.mark.xdist_group("deit")

@@ -1,7 +1,7 @@
 """Models built and captured once a process, for tests that need a graph and change neither.
 
-Capturing is most of what `optimize` takes. The door itself is tested in model/ and test_refusals.py; whoever only wants what the passes
-make of a model asks here. Cases on one model share an `xdist_group`, so that one process has them all.
+Capturing is most of what `optimize` takes. The entry point itself is tested in model/ and test_refusals.py; tests that
+need only the passes' result use these. Cases on one model share an `xdist_group`, so that one process has them all.
 """
 
 from __future__ import annotations

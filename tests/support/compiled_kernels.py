@@ -1,7 +1,8 @@
-"""Compiles the launches of `kernel_launches` for GPUs that aren't there: run as a program by test_kernels, with "nets" or "awkward".
+"""Compile the launches of `kernel_launches` for absent GPUs. test_kernels runs this as a program, "nets" or "awkward".
 
-Prints a line of JSON for each kernel of each launch and compute capability, a `Compiled`; behind those of the nets, for each launch of
-a model traced as a compiler does, its kernel and the arguments that the compiler takes for written: {"kernel": …, "written": […]}.
+Prints a line of JSON for each kernel of each launch and compute capability, a `Compiled`. For the nets follows a line
+for each launch of a model traced as a compiler does: the kernel and the arguments that the compiler takes for written,
+{"kernel": …, "written": […]}.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from support.kernel_launches import AWKWARD, NETS, Launch
 
 CAPABILITIES = (80, 89, 90)
 MULTIPROCESSOR = {80: (164, 32, 64), 89: (100, 24, 48), 90: (228, 32, 64)}
-"""By compute capability, from the CUDA C++ Programming Guide: KiB of shared memory, blocks and warps that may be resident."""
+"""Shared memory in KiB, resident blocks and warps, by compute capability, from the CUDA C++ Programming Guide."""
 _REGISTERS = 65_536
 """Of a multiprocessor of any of them; a warp gets them by 256. Every block takes 1 KiB of shared memory for itself."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel asks of a GPU: registers and stack bytes (spilled registers) a thread, shared bytes and warps a block.
+    """Resources that a kernel needs: registers and stack bytes (spills) a thread, shared bytes and warps a block.
 
     name: the kernel's, and of what launch.
     """

@@ -1,7 +1,7 @@
 """Every launch that the kernels' operators make: what the nets ask for, and what is awkward. Tensors are never filled.
 
-A family is a function that yields launches: what is special about one, and what makes it with whatever `launcher` the kernels'
-modules have then.
+A family is a function that yields launches: what is special about one, and what makes it with whatever `launcher` the
+kernels' modules have then.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def awkward_token_graph_launches() -> Iterator[Launch]:
 
 
 def awkward_site_launches() -> Iterator[Launch]:
-    """Volumes, windows, no prefix, no norm; where one token is all there is; other widths, and the tiles that are taken when timed."""
+    """Yield volumes, windows, no prefix, no norm, a single token, other widths, and the tiles that tuning times."""
     from gtp_fx.kernels.propagate import propagate
     from gtp_fx.kernels.recover import recover
     from gtp_fx.kernels.select import select

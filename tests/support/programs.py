@@ -1,4 +1,4 @@
-"""Programs run as a reader runs them, each in a fork of one process that has torch and the libraries of models loaded."""
+"""Programs run as a reader runs them, each in a fork of one process that has torch and the model libraries loaded."""
 
 from __future__ import annotations
 

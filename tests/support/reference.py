@@ -29,7 +29,11 @@ SCORES = tuple(f"{kind}-{over}" for kind in ("mixed", "cls", "broadcast", "regen
 
 @dataclass(frozen=True, eq=False)
 class Entered:
-    """The stream as it came to a site, of L patches: kept_BK and removed_BP are indices into those, where_BL says where each is on the grid."""
+    """The stream of L patches at a site.
+
+    kept_BK, removed_BP: indices into the patches.
+    where_BL: each patch's place on the grid.
+    """
 
     stream_BNC: Tensor
     kept_BK: Tensor
@@ -53,8 +57,8 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What GTP computes: outputs, one Site for each block that propagates, the last token scales, the stream behind the last
-    block and those tokens behind the norm; the graph's weights and the grid."""
+    """What GTP computes: outputs, one Site for each block that propagates, the last token scales, the stream after the
+    last block and those tokens after the norm; the graph's weights and the grid."""
 
     logits_BV: Tensor
     sites: tuple[Site, ...]
@@ -121,8 +125,11 @@ def gtp_reference(
 
 @torch.no_grad()
 def with_everyone_back(made: Reference, prefix: int) -> Tensor:
-    """[B, prefix + G, C]: each token that left as it was, plus the change since of those that received it, by how much they did; of the
-    nearest that stayed, where nobody received it. Site by site, the last one first, in loops."""
+    """Restore every token, [B, prefix + G, C], site by site from the last one, in loops.
+
+    A removed token is as it was at the site, plus the change since then of those that received it, weighted by how much
+    they received; where nobody received it, the change of the nearest kept token.
+    """
     whole_BNC = made.stream_BNC
     for site in reversed(made.sites):
         then = site.entered

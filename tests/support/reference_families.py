@@ -1,10 +1,10 @@
 """GTP by hand on each family's own modules: what every compiled model that isn't timm's plain ViT is compared with.
 
 One function a family: `walk(model, inputs, schedule)` runs the model's own layers in the order of its own forward,
-attention spelled out, and lets schedule[i] patches leave behind the i-th attention's residual add, before the MLP (arXiv
-2311.03035). It returns the model's outputs by name. What a family knows by position goes along: rotary tables and
-relative-position biases are gathered by the patches present (`Stream.rows`, `Stream.pairs`), maps that the model returns
-come back at full length (`Stream.recovered`). Module names are timm 1.0's and transformers 5's.
+attention spelled out, and removes schedule[i] patches after the i-th attention's residual add, before the MLP (arXiv
+2311.03035). It returns the model's outputs by name. Whatever a family indexes by position follows: rotary tables and
+relative-position biases are gathered by the patches present (`Stream.rows`, `Stream.pairs`), maps that the model
+returns come back at full length (`Stream.recovered`). Module names are timm 1.0's and transformers 5's.
 
 Letters in tensor names are those of `reference`.
 """
@@ -25,10 +25,10 @@ Walk = Callable[[Any, Tensor, Sequence[int]], Outputs]
 
 
 def eva(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
-    """EVA-02, RoPE-ViT (axial: one table; mixed: one for each block and head), DINOv3. Rotary, absolute positions or none."""
+    """EVA-02, RoPE-ViT (axial: one table; mixed: one per block and head), DINOv3. Rotary, absolute or no positions."""
     x_BNC, rope = model._pos_embed(model.patch_embed(images_BCHW))
     stream = Stream(model.norm_pre(x_BNC), grid_of(model, images_BCHW), model.num_prefix_tokens)
-    for index, (block, leaving) in enumerate(zip(model.blocks, schedule, strict=True)):
+    for index, (block, removed) in enumerate(zip(model.blocks, schedule, strict=True)):
         layer = block.attn
         assert layer.gate is None
         q_BHND, k_BHND, v_BHND = eva_projections(layer, block.norm1(stream.x_BNC))
@@ -37,7 +37,7 @@ def eva(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
         q_BHND, k_BHND = rotated(layer.q_norm(q_BHND), *turn), rotated(layer.k_norm(k_BHND), *turn)
         branch_BNC = layer.proj(layer.norm(stream.attend(q_BHND, k_BHND, v_BHND)))
         stream.x_BNC = stream.x_BNC + scaled(block.gamma_1, branch_BNC)
-        stream.leave(leaving)
+        stream.leave(removed)
         stream.x_BNC = stream.x_BNC + scaled(block.gamma_2, block.mlp(block.norm2(stream.x_BNC)))
     return {"logits": model.forward_head(model.norm(stream.x_BNC))}
 
@@ -57,13 +57,13 @@ def beit(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
     patch_BGC = model.patch_embed(images_BCHW)
     x_BNC = torch.cat([model.cls_token.expand(len(patch_BGC), -1, -1), patch_BGC], dim=1)
     stream = Stream(x_BNC, grid_of(model, images_BCHW), prefix=1)
-    for block, leaving in zip(model.blocks, schedule, strict=True):
+    for block, removed in zip(model.blocks, schedule, strict=True):
         layer = block.attn
         bias_HNN = layer.relative_position_bias_table[layer.relative_position_index].permute(2, 0, 1)
         qkv = eva_projections(layer, block.norm1(stream.x_BNC))
         branch_BNC = layer.proj(stream.attend(*qkv, stream.pairs(bias_HNN)))
         stream.x_BNC = stream.x_BNC + scaled(block.gamma_1, branch_BNC)
-        stream.leave(leaving)
+        stream.leave(removed)
         stream.x_BNC = stream.x_BNC + scaled(block.gamma_2, block.mlp(block.norm2(stream.x_BNC)))
     return {"logits": model.forward_head(model.norm(stream.x_BNC))}
 
@@ -71,14 +71,14 @@ def beit(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
 def relpos(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
     """ViT with a bias that an MLP makes of log-coordinates: of each block, or one that all share. No class token."""
     stream = Stream(model.patch_embed(images_BCHW), grid_of(model, images_BCHW), prefix=0)
-    for block, leaving in zip(model.blocks, schedule, strict=True):
+    for block, removed in zip(model.blocks, schedule, strict=True):
         layer = block.attn
         (bias_HNN,) = (model.shared_rel_pos or layer.rel_pos).get_bias()
         qkv = layer.qkv(block.norm1(stream.x_BNC)).chunk(3, dim=-1)
         q_BHND, k_BHND, v_BHND = split(qkv, layer.num_heads)
         branch_BNC = stream.attend(layer.q_norm(q_BHND), layer.k_norm(k_BHND), v_BHND, stream.pairs(bias_HNN))
         stream.x_BNC = stream.x_BNC + block.ls1(layer.proj(branch_BNC))
-        stream.leave(leaving)
+        stream.leave(removed)
         stream.x_BNC = stream.x_BNC + block.ls2(block.mlp(block.norm2(stream.x_BNC)))
     return {"logits": model.forward_head(model.norm(stream.x_BNC))}
 
@@ -114,7 +114,7 @@ def crossvit(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Output
 
 
 def pit(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
-    """PiT: a strided convolution between stages needs the whole map, so tokens come back; its grid is a new one, scales are 1."""
+    """PiT: strided convolutions between stages need the whole map, so tokens are restored: new grid, scales of 1."""
     counts = iter(schedule)
     patch_BChw = model.patch_embed(images_BCHW) + model.pos_embed
     class_BNC = model.cls_token.expand(len(images_BCHW), -1, -1)
@@ -133,12 +133,12 @@ def pit(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
     return {"logits": model.forward_head(model.norm(class_BNC))}
 
 
-def plain_block(stream: Stream, block: Any, leaving: int) -> None:
+def plain_block(stream: Stream, block: Any, removed: int) -> None:
     """timm's `Block`, as `reference` has it."""
     normed_BNC = block.norm1(stream.x_BNC)
     branch_BNC, stream.attn_BHNN = timm_attention(block.attn, normed_BNC, stream.key_bias_BN, sparsity=1.0)
     stream.x_BNC = stream.x_BNC + block.ls1(branch_BNC)
-    stream.leave(leaving)
+    stream.leave(removed)
     stream.x_BNC = stream.x_BNC + block.ls2(block.mlp(block.norm2(stream.x_BNC)))
 
 

@@ -16,8 +16,8 @@ def vit(model: Any, inputs: Tensor, schedule: Sequence[int]) -> Outputs:
     """ViT, MSN, DeiT, ViViT (tubelets), which read the class token alone; I-JEPA, which has none and takes the mean."""
     base = model.base_model
     stream = stream_of(base.embeddings(inputs), grid_of(base, inputs))
-    for layer, leaving in zip(base.layers, schedule, strict=True):
-        vit_layer(stream, layer, leaving)
+    for layer, removed in zip(base.layers, schedule, strict=True):
+        vit_layer(stream, layer, removed)
     x_BNC = base.layernorm(stream.x_BNC)
     return {"logits": model.classifier(x_BNC[:, 0] if stream.prefix else x_BNC.mean(dim=1))}
 
@@ -26,8 +26,8 @@ def ast(model: Any, sounds_BTF: Tensor, schedule: Sequence[int]) -> Outputs:
     """AST: overlapping patches on frequency x time, two prefix tokens that are averaged."""
     base = model.audio_spectrogram_transformer
     stream = Stream(base.embeddings(sounds_BTF), tuple(base.embeddings.get_shape(model.config)), prefix=2)
-    for layer, leaving in zip(base.layers, schedule, strict=True):
-        vit_layer(stream, layer, leaving)
+    for layer, removed in zip(base.layers, schedule, strict=True):
+        vit_layer(stream, layer, removed)
     return {"logits": model.classifier(base.layernorm(stream.x_BNC)[:, :2].mean(dim=1))}
 
 
@@ -36,9 +36,9 @@ def beit(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
     base = model.beit
     grid = grid_of(base, images_BCHW)
     stream = Stream(base.embeddings(images_BCHW), grid, prefix=1)
-    for layer, leaving in zip(base.layers, schedule, strict=True):
+    for layer, removed in zip(base.layers, schedule, strict=True):
         (bias_HNN,) = layer.relative_position_bias(grid)
-        vit_layer(stream, layer, leaving, stream.pairs(bias_HNN), layer.lambda_1, layer.lambda_2)
+        vit_layer(stream, layer, removed, stream.pairs(bias_HNN), layer.lambda_1, layer.lambda_2)
     return {"logits": model.classifier(base.pooler.layernorm(base.layernorm(stream.x_BNC)[:, 1:].mean(dim=1)))}
 
 
@@ -48,8 +48,8 @@ def data2vec(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Output
     x_BNC, grid = base.embeddings(images_BCHW)
     stream = Stream(x_BNC, tuple(grid), prefix=1)
     (bias_HNN,) = base.encoder.relative_position_bias(grid)
-    for layer, leaving in zip(base.encoder.layer, schedule, strict=True):
-        older_layer(stream, layer, leaving, stream.pairs(bias_HNN), layer.lambda_1, layer.lambda_2)
+    for layer, removed in zip(base.encoder.layer, schedule, strict=True):
+        older_layer(stream, layer, removed, stream.pairs(bias_HNN), layer.lambda_1, layer.lambda_2)
     return {"logits": model.classifier(base.pooler.layernorm(stream.x_BNC[:, 1:].mean(dim=1)))}
 
 
@@ -57,8 +57,8 @@ def videomae(model: Any, videos_BTCHW: Tensor, schedule: Sequence[int]) -> Outpu
     """VideoMAE: tubelets on time x height x width, each with up to 26 neighbours; no prefix, average pooling."""
     base = model.videomae
     stream = Stream(base.embeddings(videos_BTCHW, None), grid_of(base, videos_BTCHW), prefix=0)
-    for layer, leaving in zip(base.encoder.layer, schedule, strict=True):
-        older_layer(stream, layer, leaving)
+    for layer, removed in zip(base.encoder.layer, schedule, strict=True):
+        older_layer(stream, layer, removed)
     return {"logits": model.classifier(model.fc_norm(stream.x_BNC.mean(dim=1)))}
 
 
@@ -67,8 +67,8 @@ def yolos(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
     base = model.vit
     stream = Stream(base.embeddings(images_BCHW), grid_of(base, images_BCHW), prefix=1)
     again_ENC = base.encoder.interpolation(images_BCHW.shape[-2:])[:, 0]
-    for index, (layer, leaving) in enumerate(zip(base.encoder.layer, schedule, strict=True)):
-        older_layer(stream, layer, leaving)
+    for index, (layer, removed) in enumerate(zip(base.encoder.layer, schedule, strict=True)):
+        older_layer(stream, layer, removed)
         if index < len(again_ENC):
             stream.x_BNC = stream.x_BNC + stream.tokens(again_ENC[index])
     x_BNC = base.layernorm(stream.x_BNC)
@@ -83,8 +83,8 @@ def clip(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
     base = model.vision_model
     x_BNC = base.pre_layrnorm(base.embeddings(images_BCHW))
     stream = stream_of(x_BNC, map_of(base.embeddings.patch_embedding, images_BCHW))
-    for layer, leaving in zip(base.encoder.layers, schedule, strict=True):
-        clip_layer(stream, layer, leaving)
+    for layer, removed in zip(base.encoder.layers, schedule, strict=True):
+        clip_layer(stream, layer, removed)
     embeds_BC = model.visual_projection(base.post_layernorm(stream.x_BNC[:, 0]))
     return {"image_embeds": embeds_BC, "last_hidden_state": stream.recovered(stream.x_BNC)}
 
@@ -92,8 +92,8 @@ def clip(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
 def siglip(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
     """SigLIP's vision tower: no prefix; the head's probe attends over the short stream, so it is told the scales."""
     stream = stream_of(model.embeddings(images_BCHW), map_of(model.embeddings.patch_embedding, images_BCHW))
-    for layer, leaving in zip(model.encoder.layers, schedule, strict=True):
-        clip_layer(stream, layer, leaving)
+    for layer, removed in zip(model.encoder.layers, schedule, strict=True):
+        clip_layer(stream, layer, removed)
     x_BNC = model.post_layernorm(stream.x_BNC)
 
     pool = model.head.attention
@@ -108,10 +108,10 @@ def siglip(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
 def dinov2(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
     """DINOv2, with registers or without: LayerScale; the normalised map of all tokens."""
     stream = stream_of(model.embeddings(images_BCHW), grid_of(model, images_BCHW))
-    for layer, leaving in zip(model.encoder.layer, schedule, strict=True):
+    for layer, removed in zip(model.encoder.layer, schedule, strict=True):
         qkv = projections(layer.attention, layer.norm1(stream.x_BNC))
         stream.x_BNC = stream.x_BNC + layer.layer_scale1(layer.attention.o_proj(stream.attend(*qkv)))
-        stream.leave(leaving)
+        stream.leave(removed)
         stream.x_BNC = stream.x_BNC + layer.layer_scale2(layer.mlp(layer.norm2(stream.x_BNC)))
     x_BNC = model.layernorm(stream.x_BNC)
     return {"pooler_output": x_BNC[:, 0], "last_hidden_state": stream.recovered(x_BNC)}
@@ -121,12 +121,12 @@ def dinov3(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
     """DINOv3: rotary positions of the patches, in halves; a class token and registers without; the normalised map."""
     stream = stream_of(model.embeddings(images_BCHW), map_of(model.embeddings.patch_embeddings, images_BCHW))
     cos_GD, sin_GD = model.rope_embeddings(images_BCHW)
-    for layer, leaving in zip(model.model.layer, schedule, strict=True):
+    for layer, removed in zip(model.model.layer, schedule, strict=True):
         q_BHND, k_BHND, v_BHND = projections(layer.attention, layer.norm1(stream.x_BNC))
         turn = (stream.rows(sin_GD[None]), stream.rows(cos_GD[None]), stream.prefix, True)
         out_BNC = stream.attend(rotated(q_BHND, *turn), rotated(k_BHND, *turn), v_BHND)
         stream.x_BNC = stream.x_BNC + layer.layer_scale1(layer.attention.o_proj(out_BNC))
-        stream.leave(leaving)
+        stream.leave(removed)
         stream.x_BNC = stream.x_BNC + layer.layer_scale2(layer.mlp(layer.norm2(stream.x_BNC)))
     x_BNC = model.norm(stream.x_BNC)
     return {"pooler_output": x_BNC[:, 0], "last_hidden_state": stream.recovered(x_BNC)}
@@ -135,7 +135,7 @@ def dinov3(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
 def vit_layer(
     stream: Stream,
     layer: Any,
-    leaving: int,
+    removed: int,
     bias: Tensor | float = 0.0,
     gamma_1: Tensor | None = None,
     gamma_2: Tensor | None = None,
@@ -143,32 +143,32 @@ def vit_layer(
     """The layer of ViT, AST and BEiT."""
     qkv = projections(layer.attention, layer.layernorm_before(stream.x_BNC))
     stream.x_BNC = stream.x_BNC + scaled(gamma_1, layer.attention.o_proj(stream.attend(*qkv, bias)))
-    stream.leave(leaving)
+    stream.leave(removed)
     stream.x_BNC = stream.x_BNC + scaled(gamma_2, layer.mlp(layer.layernorm_after(stream.x_BNC)))
 
 
 def older_layer(
     stream: Stream,
     layer: Any,
-    leaving: int,
+    removed: int,
     bias: Tensor | float = 0.0,
     gamma_1: Tensor | None = None,
     gamma_2: Tensor | None = None,
 ) -> None:
-    """The layer of VideoMAE, YOLOS and Data2Vec: transformers' older modules, whose MLP is `intermediate` and `output`."""
+    """Run a layer of VideoMAE, YOLOS or Data2Vec: older modules, whose MLP is `intermediate` and `output`."""
     inner, x_BNC = layer.attention.attention, layer.layernorm_before(stream.x_BNC)
     qkv = split((inner.query(x_BNC), inner.key(x_BNC), inner.value(x_BNC)), inner.num_attention_heads)
     stream.x_BNC = stream.x_BNC + scaled(gamma_1, layer.attention.output.dense(stream.attend(*qkv, bias)))
-    stream.leave(leaving)
+    stream.leave(removed)
     hidden_BNC = layer.intermediate(layer.layernorm_after(stream.x_BNC))
     stream.x_BNC = stream.x_BNC + scaled(gamma_2, layer.output.dense(hidden_BNC))
 
 
-def clip_layer(stream: Stream, layer: Any, leaving: int) -> None:
+def clip_layer(stream: Stream, layer: Any, removed: int) -> None:
     """The layer of CLIP and SigLIP."""
     qkv = projections(layer.self_attn, layer.layer_norm1(stream.x_BNC))
     stream.x_BNC = stream.x_BNC + layer.self_attn.out_proj(stream.attend(*qkv))
-    stream.leave(leaving)
+    stream.leave(removed)
     stream.x_BNC = stream.x_BNC + layer.mlp(layer.layer_norm2(stream.x_BNC))
 
 

@@ -1,7 +1,7 @@
 """Every strategy but GTP by hand on a timm VisionTransformer, image by image and token by token, in float64.
 
-Written from the publications, sharing nothing with the product: a site is a Python loop over tokens. A `Choice` says which
-tokens stay and what each becomes. Letters as in `reference`; a tensor of one image has no B.
+Written from the publications, sharing nothing with the product: a site is a Python loop over tokens. A `Choice` says
+which tokens stay and what each becomes. Letters as in `reference`; a tensor of one image has no B.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Seen:
     sizes: list[float]
     places: list[tuple[int, int]]
     prefix: int
-    leaving: int
+    removed: int
     memory: list[float] | None
 
     @property
@@ -61,7 +61,7 @@ def lowest(scores: Sequence[float], count: int) -> list[int]:
 
 
 def drop(seen: Seen, scores: Sequence[float], memory: list[float] | None = None) -> Choice:
-    gone = set(lowest(scores, seen.leaving))
+    gone = set(lowest(scores, seen.removed))
     return Choice([(i, {i: 1.0}) for i in range(len(scores)) if i not in gone], memory=memory)
 
 
@@ -81,13 +81,13 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def matched(seen: Seen) -> dict[int, list[int]]:
-    """ToMe, section 3.2: A and B by turns over all tokens (prefix tokens among them), the r strongest edges from A to B.
+    """ToMe, section 3.2: A and B alternate over all tokens (prefix tokens included), the r strongest edges from A to B.
 
     Rounds where r is more than A holds, each on the means of the one before.
     """
     groups = [[i] for i in range(len(seen.sizes))]
     metric = seen.k_HnD.mean(0)
-    left = seen.leaving
+    left = seen.removed
     while left:
         features = [
             sum(seen.sizes[i] * metric[i] for i in group) / sum(seen.sizes[i] for i in group)  # type: ignore[operator]
@@ -115,9 +115,9 @@ def tome(seen: Seen) -> Choice:
 
 
 def topk(seen: Seen, scores: Callable[[Seen], list[float]] = lambda s: s.cls, normalised: bool = False) -> Choice:
-    """EViT, section 3.3: the inattentive ones as one token, sum of a_i x_i, in the place of the most attentive of them."""
+    """EViT, section 3.3: the inattentive tokens as one, sum of a_i x_i, in the place of the most attentive of them."""
     a = scores(seen)
-    inattentive = lowest(a, seen.leaving + 1)
+    inattentive = lowest(a, seen.removed + 1)
     carrier = max(inattentive, key=lambda i: (a[i], -i))
     whole = sum(a[i] for i in inattentive) if normalised else 1.0
     fused = {i: a[i] / whole for i in inattentive}
@@ -139,7 +139,7 @@ def ppt(seen: Seen, threshold: float) -> Choice:
 
 
 def mergence(seen: Seen) -> Choice:
-    others = lowest(seen.cls, seen.leaving)
+    others = lowest(seen.cls, seen.removed)
     crucial = [i for i in range(len(seen.sizes)) if i not in others]
     members: dict[int, list[int]] = {i: [] for i in crucial}
     for j in others:
@@ -165,7 +165,7 @@ def cluster(seen: Seen, neighbors: int = 5, spatial: float = 1.0, sides: tuple[i
     for i in range(n):
         denser = [apart[i][j] for j in range(n) if density[j] > density[i]]
         peaks.append(density[i] * (min(denser) if denser else max(apart[i])))
-    others = lowest(peaks, seen.leaving)
+    others = lowest(peaks, seen.removed)
     anchors = [i for i in range(n) if i not in others]
     members: dict[int, list[int]] = {i: [] for i in anchors}
     for j in others:
@@ -184,7 +184,7 @@ def saliency(seen: Seen, heat: Callable[[], list[float]], fused: int) -> Choice:
     """CageViT: major tokens stay, minor ones become `fused`, neighbours in the order of their heat together."""
     scores = heat()
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    staying = len(scores) - seen.leaving
+    staying = len(scores) - seen.removed
     minor = order[staying:]
     fused = min(fused, staying, len(minor))
     carriers = order[staying - fused : staying]
@@ -196,7 +196,7 @@ def saliency(seen: Seen, heat: Callable[[], list[float]], fused: int) -> Choice:
 
 @dataclass
 class Told:
-    """How the walk treats what a chooser says: whether attention is told sizes, where it chooses, whether tokens come back."""
+    """How the walk uses a chooser: whether attention gets sizes, where it chooses, whether tokens are restored."""
 
     choose: Chooser
     told: bool = False
@@ -222,10 +222,10 @@ def _one_image(model: VisionTransformer, image: Tensor, schedule: Sequence[int],
     places = [(r, c) for r in range(rows) for c in range(columns)]
     sizes, memory = [1.0] * len(places), None
     waiting_GC, waiting_scores, chosen = None, [0.0] * len(places), list(range(len(places)))
-    for block, leaving in zip(model.blocks, schedule, strict=True):
-        if how.before and leaving:
+    for block, removed in zip(model.blocks, schedule, strict=True):
+        if how.before and removed:
             nothing = torch.zeros(0)
-            seen = Seen(x_NC[prefix:], nothing, nothing, nothing, sizes, places, prefix, leaving, memory)
+            seen = Seen(x_NC[prefix:], nothing, nothing, nothing, sizes, places, prefix, removed, memory)
             x_NC, sizes, places, memory = _carried_out(x_NC, how.choose(seen), seen)
         attention = block.attn
         y_NC = block.norm1(x_NC)
@@ -238,8 +238,8 @@ def _one_image(model: VisionTransformer, image: Tensor, schedule: Sequence[int],
         map_HNN = logits.softmax(-1)
         out_NC = attention.proj((map_HNN @ v).transpose(0, 1).reshape(count, -1))
         x_NC = x_NC + block.ls1(out_NC)
-        if leaving and not how.before:
-            seen = Seen(x_NC[prefix:], map_HNN, k[:, prefix:], v[:, prefix:], sizes, places, prefix, leaving, memory)
+        if removed and not how.before:
+            seen = Seen(x_NC[prefix:], map_HNN, k[:, prefix:], v[:, prefix:], sizes, places, prefix, removed, memory)
             if how.idles is None:
                 x_NC, sizes, places, memory = _carried_out(x_NC, how.choose(seen), seen)
             else:
@@ -247,7 +247,7 @@ def _one_image(model: VisionTransformer, image: Tensor, schedule: Sequence[int],
                     waiting_GC = x_NC[prefix:].clone()
                 for row, i in enumerate(chosen):
                     waiting_GC[i], waiting_scores[i] = x_NC[prefix + row], how.idles(seen)[row]
-                staying = len(chosen) - leaving
+                staying = len(chosen) - removed
                 gone = set(lowest(waiting_scores, len(waiting_scores) - staying))
                 chosen = [i for i in range(len(waiting_scores)) if i not in gone]
                 x_NC = torch.cat([x_NC[:prefix], waiting_GC[chosen]])

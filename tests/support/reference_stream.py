@@ -1,8 +1,8 @@
 """A residual stream from which tokens leave, by hand: what the walks of `reference_families` have in common.
 
-Token selection, token summarisation and proportional attention (arXiv 2311.03035) are `reference`'s; here they work on a stream
-of any model, on a grid of any rank, and what a family indexes by position comes along: rotary tables, biases between pairs of
-tokens. Everything is gathered image by image. Nothing of the product is used.
+Token selection, token summarisation and proportional attention (arXiv 2311.03035) are `reference`'s; here they work on
+a stream of any model, on a grid of any rank, and what a family indexes by position comes along: rotary tables, biases
+between pairs of tokens. Everything is gathered image by image. Nothing of the product is used.
 
 Letters in tensor names are those of `reference`: B images, H heads, D channels of a head, C channels, N tokens present
 (prefix first, suffix last), L patches present, G patches of the whole grid, K kept, P propagated; R sides of the grid.
@@ -107,7 +107,7 @@ class Stream:
         return x_BNC
 
     def _put_back(self, x_NC: Tensor, removal: Removal, image: int) -> Tensor:
-        """A token that left is the mean of those that received it, each as much as it did: Â[kept, it], divided by its sum.
+        """Restore a removed token as the mean of its receivers, each weighted by Â[kept, it] divided by their sum.
 
         One that nobody received is the kept token nearest on the grid, the first of several.
         """
@@ -150,7 +150,7 @@ def split(qkv: Sequence[Tensor], heads: int) -> Heads:
 def rotated(x_BHND: Tensor, sin: Tensor, cos: Tensor, prefix: int, halves: bool) -> Tensor:
     """Rotary position embedding of the patches; prefix tokens have no position.
 
-    Channels turn in pairs, of neighbours (0, 1), (2, 3), … or, with `halves`, of the two halves (0, D/2), (1, D/2 + 1), …
+    Channels turn in pairs: of neighbours (0, 1), (2, 3), … or, with `halves`, of halves (0, D/2), (1, D/2 + 1), …
     sin, cos: of each channel's angle, broadcast to [B, H, L, D].
     """
     patch_BHLD = x_BHND[:, :, prefix:]

@@ -1,10 +1,11 @@
 """Branch placement by hand: blocks whose stream keeps its grid, while some tokens of each window skip the MLP.
 
 For each family of models a function takes a block's own modules as far as the branch: the residual stream, a score for
-each token of each window, and what the branch computes. `by_hand` does the rest in loops over images and windows. Nothing here is the product's.
+each token of each window, and what the branch computes. `by_hand` does the rest in loops over images and windows.
+Nothing here is the product's.
 
-Letters in tensor names: B images, N tokens of the stream in the block's own order, W windows, n tokens in each, H heads,
-D channels of a head, C channels, K kept, P propagated, R coordinates. Windows are index lists, -1 for padding.
+Letters in tensor names: B images, N tokens of the stream in the block's own order, W windows, n tokens in each,
+H heads, D channels of a head, C channels, K kept, P propagated, R coordinates. Windows are index lists, -1 for padding.
 """
 
 from __future__ import annotations
@@ -44,8 +45,12 @@ class Windows:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A block by hand as far as its branch. stream_BNC: after the attention's residual add. enters_BNC: what the token-wise part of
-    the branch begins with, the stream itself where None. branch: on any tokens. whole: [B, N, C] as the block returns it.
+    """A block by hand as far as its branch.
+
+    stream_BNC: after the attention's residual add.
+    enters_BNC: input of the branch's token-wise part; the stream itself where None.
+    branch: on any tokens.
+    whole: [B, N, C] as the block returns it.
     """
 
     stream_BNC: Tensor
@@ -57,7 +62,7 @@ class Parts:
 
 
 def by_hand(parts: Parts, propagated: int, idle: bool = False) -> Any:
-    """The block's output, with `propagated` tokens of each window skipping the branch. idle: they get nothing instead."""
+    """Return the block's output where `propagated` tokens a window skip the branch. idle: they get nothing."""
     enters_BNC = parts.stream_BNC if parts.enters_BNC is None else parts.enters_BNC
     added_BNC = skipped(
         parts.windows, parts.score_BWn, propagated, lambda i, index: parts.branch(enters_BNC[i, index]), idle
@@ -68,7 +73,7 @@ def by_hand(parts: Parts, propagated: int, idle: bool = False) -> Any:
 def skipped(
     windows: Windows, score_BWn: Tensor, propagated: int, made: Callable[[int, Tensor], Tensor], idle: bool
 ) -> Tensor:
-    """[B, N, C]: what `made` says of an image's kept tokens [K] for those, and for the others their neighbours' mean of it."""
+    """Return [B, N, C]: `made` of an image's kept tokens [K]; for the others, the mean over their neighbours."""
     places_NR = windows.places_NR
     touch_NN = (places_NR[:, None] - places_NR[None]).abs().amax(dim=-1) == 1
     added_BNC: list[Tensor] = []
@@ -112,7 +117,8 @@ def cut(canvas: Tensor, window: Sequence[int]) -> Tensor:
 
 
 def canvas(grid: Sequence[int], window: Sequence[int], shift: Sequence[int], pad_first: bool) -> Tensor:
-    """The tokens of a grid as indices, padded behind with -1 to whole windows, and rolled back by `shift`, in either order."""
+    """Return a grid's tokens as indices, padded at the end with -1 to whole windows and rolled by -`shift`, in either
+    order."""
     index = torch.arange(grid[0] * grid[1]).reshape(grid[0], grid[1])
     back = [-by for by in shift]
     if not pad_first:
@@ -326,7 +332,7 @@ def twins(block: Any, x_BNC: Tensor, grid: Sequence[int]) -> Parts:
 
 
 def cells(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, grid: Sequence[int], ratio: int) -> tuple[Tensor, Tensor]:
-    """Keys are cells of ratio² tokens. A token scores what it pays its own cell, times what that cell receives of all."""
+    """Attend to cells of ratio² tokens. A token's score is what it pays its own cell, times what that cell receives."""
     q, k, v = (part.transpose(1, 2) for part in (q_BNHD, k_BMHD, v_BMHD))
     map_BHNM = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
     places = plane(grid) // ratio
@@ -371,7 +377,7 @@ Oracle = Callable[..., Parts]
 
 
 class ByHand:
-    """Runs a model with some blocks' outputs replaced by those computed by hand. seen: the parts of each, by its name."""
+    """Runs a model with some blocks' outputs replaced by those computed by hand. seen: each block's parts, by name."""
 
     def __init__(
         self,

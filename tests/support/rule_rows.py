@@ -20,8 +20,8 @@ from torch.ops import aten
 STREAM = "B, 2+n1, 8"
 """The type of x behind its site: images; CLS, register and the patches at level 1; channels.
 
-The sides of the patches' grid are g0 and g1; those of another one h0, h1, and its patches m0. g0/2by2 is a part of a side:
-2 places, 2 apart.
+The sides of the patches' grid are g0 and g1. Those of another grid are h0 and h1, and its patches m0. g0/2by2 is a part
+of a side: 2 places, 2 apart.
 """
 
 

@@ -1,7 +1,7 @@
 """Small models whose blocks attend within windows, or to pooled keys, each with its walk by hand.
 
-Grids are no squares wherever the library takes that. Every block of a model that can has tokens skip its branch, so that
-a block sees what those before it made of theirs.
+Grids are no squares wherever the library takes that. Every block that can has tokens skip its branch, so that a block
+sees what those before it made of theirs.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ FAMILIES = (
 
 
 def families(*chosen: Family, by_default: Sequence[Family] | None = None) -> pytest.MarkDecorator:
-    """Parametrises a test by `family`; all tests of a family run in one process. by_default: as `support.zoo.rows` has it."""
+    """Parametrise a test by `family`; one process runs all tests of a family. by_default: as in `support.zoo.rows`."""
     by_default = chosen if by_default is None else by_default
     params = [in_groups(family, family.name, nightly=family not in by_default) for family in chosen]
     return pytest.mark.parametrize("family", params)

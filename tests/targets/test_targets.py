@@ -1,4 +1,4 @@
-"""Targets are sane values with sources; predicted seconds follow roofs, tiles and traffic; measured curves come back."""
+"""Targets are sane values with sources; predicted seconds follow roofs, tiles and traffic; measured curves are kept."""
 
 from __future__ import annotations
 

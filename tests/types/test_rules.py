@@ -78,7 +78,11 @@ GIVEN = {"table": random(14, 8, seed=4), "bias": random(2, 14, 14, seed=5), "w":
 
 
 def rows(test: str) -> Any:
-    """Every row; those with a defect that shows in this test must fail. `prefix_needed` would draw other random numbers."""
+    """Return every row; those with a defect that shows in this test must fail.
+
+    "leading" has no rows of operators in `DRAWS`: `prefix_needed` would draw other random numbers.
+    """
+
     chosen = [row for row in ROWS if test != "leading" or row.operator not in DRAWS]
     marks = [defect(row.wrong if test in row.shows.split() else "") for row in chosen]
     params = [

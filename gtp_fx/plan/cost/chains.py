@@ -39,20 +39,20 @@ class Chain:
 
     places: positions of the chain's sites among all sites.
     whole: tokens before the first site; for a branch, in each window.
-    behind [K, whole + 1]: cost of what runs after each site, by the number of tokens that remain.
+    after [K, whole + 1]: cost of what runs after each site, by the number of tokens that remain.
     at: cost of each site itself.
     """
 
     places: tuple[int, ...]
     whole: int
-    behind: Numbers
+    after: Numbers
     at: tuple[Transition, ...]
 
     def cost(self, remaining: Sequence[int]) -> Any:
         """Return the cost of a schedule. remaining: the tokens after each site."""
         total, before = 0, self.whole
-        for after, behind, at in zip(remaining, self.behind, self.at, strict=True):
-            total += behind[after] + at(before, after)
+        for after, cost_after, at in zip(remaining, self.after, self.at, strict=True):
+            total += cost_after[after] + at(before, after)
             before = after
         return total
 
@@ -158,7 +158,7 @@ def grid_count(grid: Grid) -> int:
     return TokenDomain(grid).whole_count
 
 
-def counts_behind(sites: Sequence[Site], propagated: Sequence[int]) -> Counts:
+def counts_after(sites: Sequence[Site], propagated: Sequence[int]) -> Counts:
     """Return the patches of every domain when `propagated[i]` are removed at site i."""
     remaining: dict[TokenDomain, int] = {}
     for site, count in zip(sites, propagated, strict=True):
@@ -174,7 +174,7 @@ def _counting(remaining: dict[TokenDomain, Any]) -> Counts:
 
 def _across(term: Term, sites: Sequence[Site], weigh: Callable[[Any], Any]) -> Crossing:
     """Make a cost that needs the counts of several chains."""
-    return lambda propagated: weigh(term.works(counts_behind(sites, propagated)))
+    return lambda propagated: weigh(term.works(counts_after(sites, propagated)))
 
 
 def _only_whole(domain: TokenDomain) -> int:

@@ -70,7 +70,7 @@ class RuleResult:
     repair: recomputes the arguments that hold sizes; None where there are none.
     prefix_operands: the operands of which the first n output tokens need only the first n tokens. None for a token-wise
         operator, where that holds for every operand; the empty set where the output needs all of everything.
-    prefix_needed: for an operand that doesn't follow, how many leading tokens the node reads; all of them where not named.
+    prefix_needed: for an operand not in `prefix_operands`, how many leading tokens the node reads; all if not named.
     barrier: the reason why the inputs must be whole; empty where the operator is followed.
     broadcasts: operands are right-aligned with the output and may lack its leading dimensions.
     """

@@ -226,7 +226,7 @@ def test_dead_tokens_are_dropped_exactly() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("live", [1, 2])
 def test_few_live_tokens_are_projected_as_one_matrix(live: int) -> None:
-    """As Inductor gets it: a product with a bias for each linear layer, and none for each image with a copy of the weight."""
+    """The graph that Inductor gets: one product with a bias for each linear layer, no copy of the weight per image."""
     weight, bias = torch.randn(8, 8, generator=torch.Generator().manual_seed(4)), torch.linspace(-1, 1, 8)
 
     def model(image: Tensor, embed: Tensor, weight: Tensor, bias: Tensor, cls: Tensor) -> Tensor:

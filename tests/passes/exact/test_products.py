@@ -1,4 +1,4 @@
-"""Products spelled in one way: einsum as matmul, projections of the same tokens as one; and graphs that stay as they are."""
+"""Products in one form: einsum as matmul, projections of the same tokens as one; and graphs that stay as they are."""
 
 from __future__ import annotations
 

@@ -43,7 +43,10 @@ def calls(gm: fx.GraphModule) -> Counter[str]:
 def check(
     model: nn.Module, x: torch.Tensor, strategy: Strategy | str = "gtp", told: str = "kernel", **budget: Any
 ) -> Counter[str]:
-    """Kernels that took operators' places, where the result is the same. told: how scales are; "kernel" leaves stock attention out."""
+    """Return the kernels that replaced operators; the result has to be the same.
+
+    told: how attention receives token scales; "kernel" leaves stock attention out.
+    """
     fast = gtp_fx.optimize(model.to(DEVICE), strategy=strategy, compile=False, **budget)
     plain = fast.graph_module
     before = calls(plain)
@@ -98,7 +101,10 @@ def test_stock_attention_scores_and_is_told_scales(strategy: Strategy, told: str
 
 
 def kernels_in(gm: fx.GraphModule) -> list[str]:
-    """Which kernel of torch's returns a log-sum-exp, and how scales are told, in the graph's order; "composite": what no kernel is for."""
+    """Return, in the graph's order, which of torch's kernels returns a log-sum-exp and how it receives token scales.
+
+    "composite" where no kernel applies.
+    """
     found = []
     for node in gm.graph.nodes:
         if node.target is torch.ops.gtp_fx.attention_with_scores.default:
@@ -113,7 +119,7 @@ def kernels_in(gm: fx.GraphModule) -> list[str]:
 
 
 def test_the_form_is_what_the_device_has_at_speed() -> None:
-    """cuDNN takes a mask; flash attention doesn't, and is told scales in channels; what neither computes is a kernel."""
+    """cuDNN takes a mask; flash attention doesn't, and gets scales in channels; a kernel computes what neither does."""
     row = BY_NAME["deit"]
     paper = gtp_fx.GTP.paper()
     fast = gtp_fx.optimize(build(row).bfloat16(), schedule=[30, 20, 0], strategy=paper, compile=False).graph_module
@@ -145,8 +151,10 @@ def attention_of(
 
 
 def test_what_stock_attention_does_not_take_is_a_kernel_or_stays() -> None:
-    """float32, which stays above 256 keys; a bias; heads that are no multiple of 8, or too large for any kernel of ours; and our kernel
-    finds the largest logit before it scales, which must be by more than 0."""
+    """float32, which stays above 256 keys; a bias; heads that are no multiple of 8, or too large for our kernels.
+
+    Our kernel finds the largest logit before it scales, so its scale must be above 0.
+    """
     half, single = torch.bfloat16, torch.float32
     assert kernels_in(triton_kernels(attention_of(40, 64, half), None)) == ["attend"] * 3
     for taken in (

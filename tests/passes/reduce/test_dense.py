@@ -1,4 +1,4 @@
-"""Models that return token maps get them at full resolution, by `recover`; and the tokens that stayed are untouched by it."""
+"""Models that return token maps get them at full resolution, by `recover`, which leaves kept tokens as they are."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Families of models against GTP by hand on their own modules: numbers, not only shapes.
 
-Grids are no squares wherever the library takes that, so that rows and columns can't change places unseen. α is 0.4, the largest
-in the authors' settings, so that what propagation does is far above the tolerance.
+Grids are no squares wherever the library takes that, so that swapped rows and columns show. α is 0.4, the largest in
+the authors' settings, so that what propagation does is far above the tolerance.
 
-Tolerance: walk and graph do the same float32 arithmetic in another order; over these blocks that was 1.5e-7 to 1.3e-6 of
-the largest value. What is no rounding is far larger: positions of other patches move outputs by 1e-2 to 7e-1 (tested
-below), forgotten token scales by 8e-3 and more. Selection is no matter of luck: a walk fails where scores around its cut
-are within 1e-5 of each other.
+Tolerance: walk and graph do the same float32 arithmetic in another order; over these blocks that was 1.5e-7 to 1.3e-6
+of the largest value. Anything but rounding is far larger: positions of other patches move outputs by 1e-2 to 7e-1
+(tested below), forgotten token scales by 8e-3 and more. Selection is no matter of luck: a walk fails where scores
+around its cut are within 1e-5 of each other.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ NARROW = {"depth": 3, "embed_dim": 96, "num_heads": 3}
 class Family:
     """One architecture.
 
-    positions: "added" to what enters the first block, or known in the blocks, by something that has to follow what is left.
-    shape: of one input. schedule: a count for each attention block, in graph order.
+    positions: "added" to the first block's input, or known in the blocks, by something that has to follow the removal.
+    shape: of one input.
+    schedule: a count for each attention block, in graph order.
     """
 
     name: str
@@ -234,7 +235,8 @@ def test_neighbours_on_grids_of_any_rank() -> None:
 
 
 def test_recovered_by_hand() -> None:
-    """A row of five patches between a class token and a suffix: degrees 1, 2, 2, 2, 1, so Â is 2^-½ at the ends, else ½."""
+    """A row of five patches between a class token and a suffix: degrees 1, 2, 2, 2, 1, so Â is 2^-½ at the ends,
+    else ½."""
     stream = Stream(torch.zeros(1, 7, 1), (1, 5), prefix=1)
     stream.weights_BGG = normalise(touching(stream.places_GR)[None], torch.float32)
     everyone_BL = torch.arange(5)[None]

@@ -1,7 +1,7 @@
 """Branch placement against the same by hand, on families whose blocks attend within windows, or to pooled keys.
 
-Grids are no squares wherever the library takes that. Every block of a model that can has tokens skip its branch, so that
-a block sees what those before it made of theirs. Tolerance: the two do the same float32 arithmetic in another order.
+Grids are no squares wherever the library takes that. Every block that can has tokens skip its branch, so that a block
+sees what those before it made of theirs. Tolerance: the two do the same float32 arithmetic in another order.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class Copies(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("block", [0, 1])
 def test_places_in_the_tokens_come_out_where_they_went_in(block: int) -> None:
-    """Two blocks of Swin on 14 x 21, the second rolled. A branch gives each token its own place; one that skips, its neighbours'."""
+    """Two blocks of Swin on 14 x 21, the second rolled. A branch returns each token its own place as output; a skipping
+    token gets its neighbours'."""
     swin = timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=(56, 84), depths=(2,), num_heads=(2,), embed_dim=32
     )
