@@ -14,7 +14,7 @@ import gtp_fx
 from gtp_fx.model.backend import gtp
 
 from support.captured import optimised
-from support.zoo import BY_NAME, build
+from support.zoo import BY_NAME, build, in_tiers
 
 ROW = BY_NAME["vit"]
 
@@ -94,7 +94,7 @@ def test_cls_scores_need_a_cls_token() -> None:
         gtp_fx.optimize(build(BY_NAME["vit-gap"]), flops_budget=0.7, strategy=gtp_fx.GTP(score="cls-max"))
 
 
-@pytest.mark.parametrize("budget", [0.74, 1.0])
+@pytest.mark.parametrize("budget", in_tiers([0.74, 1.0], 0.74))
 def test_a_convnet_is_refused(budget: float) -> None:
     model = timm.create_model("resnet10t").eval()
     with pytest.raises(gtp_fx.UnsupportedModelError, match=r"no self-attention over patch tokens .* convolutions"):

@@ -40,7 +40,12 @@ SEGFORMER = from_hf("SegformerForImageClassification", depths=[1] * 4, num_label
         (COATNET, (3, 128, 128), "isn't laid out as tokens with features last"),
         # Convolutions with stride 8, 4 and 2 over 50, 25 and 13 rows: the keys' cells are not all alike.
         (SEGFORMER, (3, 200, 200), "segformer.stages.0.blocks.0.attention: .*queries and keys run over different"),
-        (HIERA.model, (3, 64, 96), "blocks.2.attn: .*queries and keys run over different patch tokens"),
+        pytest.param(
+            HIERA.model,
+            (3, 64, 96),
+            "blocks.2.attn: .*queries and keys run over different patch tokens",
+            marks=pytest.mark.nightly,
+        ),
     ],
     ids=["channels first", "cells that don't divide", "queries that are pooled"],
 )

@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run wants Triton's interpreter")
 
 
+@pytest.mark.nightly
 @needs_no_gpu
 def test_kernels_are_right_and_each_is_checked() -> None:
     load_kernels()
@@ -82,6 +83,7 @@ def test_a_question_is_answered_by_whoever_is_there() -> None:
     ).seconds.keys()
 
 
+@pytest.mark.nightly
 @needs_no_gpu
 def test_a_model_row_says_what_ran_and_claims_no_more(tmp_path: Path) -> None:
     contenders = [Contender(False), Contender(False, attention="flash"), Contender(True), Contender(True, option="no")]

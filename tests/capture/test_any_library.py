@@ -47,7 +47,7 @@ def scratch() -> nn.Module:
         (torchvision_vit, 64),
         pytest.param(torchvision_swin, 112, marks=pytest.mark.nightly),
         pytest.param(open_clip_visual, 224, marks=pytest.mark.nightly),
-        (scratch, 64),
+        pytest.param(scratch, 64, marks=pytest.mark.nightly),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )

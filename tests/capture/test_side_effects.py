@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gtp_fx
 
-from support.zoo import BY_NAME, build, images
+from support.zoo import BY_NAME, build, images, in_tiers
 
 ROW = BY_NAME["vit"]
 INNER = build(ROW)
@@ -102,7 +102,9 @@ def correct(model: Any, x: Tensor) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("event", [make_ready, cache, correct], ids=lambda value: value.__name__)
+@pytest.mark.parametrize(
+    "event", in_tiers([make_ready, cache, correct], make_ready, cache), ids=lambda value: value.__name__
+)
 def test_what_is_done_once_is_no_side_effect(event: Callable[..., Any]) -> None:
     model, x = Eventful(event).eval(), images(ROW)
     fast = gtp_fx.optimize(model, flops_budget=1.0, example_inputs=x, compile=False)
@@ -133,6 +135,7 @@ class CountsItsBatch(nn.Module):
         return self.inner(x + torch.zeros(len(x), 1, 1, 1))
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_len_of_a_batch_stays_open() -> None:
     model = CountsItsBatch().eval()

@@ -35,6 +35,7 @@ def test_both_doors_agree_at_any_batch(family: Family, batches: tuple[int, ...])
     assert not door.refused
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_windows_are_counted_per_image_through_both_doors() -> None:
     torch._dynamo.reset()

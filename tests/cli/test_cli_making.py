@@ -19,7 +19,7 @@ from gtp_fx.cli import app as cli
 from gtp_fx.cli.photo import as_seen, load_photo, prepared
 from gtp_fx.report.token_flow import token_flow
 
-from support.zoo import BY_NAME, build, images
+from support.zoo import BY_NAME, build, images, in_tiers
 
 NAME = "test_vit"
 
@@ -101,7 +101,7 @@ def test_show_draws_and_says_who_received_whom(tmp_path: Path) -> None:
     assert len(sites[-1]["scale"]) == len(before)
 
 
-@pytest.mark.parametrize("strategy", ["gtp", "tome", "topk"])
+@pytest.mark.parametrize("strategy", in_tiers(["gtp", "tome", "topk"], "gtp", "tome"))
 def test_a_journeys_end_is_its_provenance(strategy: str) -> None:
     row = BY_NAME["deit"]
     fast = gtp_fx.optimize(build(row), schedule=[60, 40, 0], strategy=strategy, compile=False)
@@ -170,8 +170,8 @@ def test_a_plan_names_what_it_leaves_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("gtp-fx pl", "plan"),
-        ("gtp-fx plan deit_small_patch16_2", "deit_small_patch16_224"),
+        pytest.param("gtp-fx pl", "plan", marks=pytest.mark.nightly),
+        pytest.param("gtp-fx plan deit_small_patch16_2", "deit_small_patch16_224", marks=pytest.mark.nightly),
         ("gtp-fx optimize x --strategy to", "tome"),
     ],
 )

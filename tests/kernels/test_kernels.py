@@ -30,6 +30,7 @@ from gtp_fx.ops.attention import SCORES
 
 from support.checkout import ROOT
 from support.compiled_kernels import CAPABILITIES, Compiled
+from support.zoo import in_tiers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 load_kernels()
@@ -73,7 +74,7 @@ def dense_map(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     return (logits if bias is None else logits + bias.float()).softmax(-1)
 
 
-@pytest.mark.parametrize("tile", [FITS, TILED], ids=["row-fits", "tiled"])
+@pytest.mark.parametrize("tile", in_tiers([FITS, TILED], TILED), ids=["row-fits", "tiled"])
 @pytest.mark.parametrize("score", [*SCORES, "none"])
 def test_attention_ranks_as_the_operator_does(score: str, tile: list[int]) -> None:
     """Of 21 tokens, one before and two behind the patches, under token scales and a bias a head."""
@@ -115,7 +116,7 @@ def test_attention_of_fewer_queries_and_of_a_row_that_sees_nothing(tile: list[in
 
 @pytest.mark.filterwarnings("ignore:overflow")  # a hidden key beside one that is seen
 @pytest.mark.parametrize("tile", [FITS, TILED], ids=["row-fits", "tiled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", in_tiers([torch.float32, torch.bfloat16], torch.bfloat16), ids=str)
 @pytest.mark.parametrize("told", [False, True], ids=["", "told"])
 def test_a_row_that_a_mask_hides_by_the_least_number_is_a_mean(told: bool, dtype: torch.dtype, tile: list[int]) -> None:
     """All keys of such a row are equal, in the operator and in torch's attention: no logit shows beside the mask.
@@ -138,7 +139,7 @@ def test_a_row_that_a_mask_hides_by_the_least_number_is_a_mean(told: bool, dtype
 
 
 @pytest.mark.parametrize(("tokens", "plain"), [(17, True), (48, True), (17, False), (32, False)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", in_tiers([torch.float32, torch.bfloat16], torch.bfloat16), ids=str)
 def test_the_last_tile_of_keys_may_be_whole_or_of_one(dtype: torch.dtype, tokens: int, plain: bool) -> None:
     """Tiles of 16 keys; zeros of either sign; tokens that tie. Not plain: some queries don't see one tile, one query
     sees no key, and there are scales."""
@@ -207,7 +208,7 @@ def test_attention_has_the_gradients_of_the_operator() -> None:
         close(found, expected)
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", in_tiers(SCORES, *(score for score in SCORES if score.endswith("max"))))
 def test_scores_of_a_log_sum_exp_are_the_operators(score: str) -> None:
     """40 tokens, one before and two after the patches, with and without scales: over a tile of keys and of queries."""
     q, k, v = operands(40, 24, 16, torch.float32)
@@ -271,7 +272,7 @@ def test_select_takes_the_same_tokens_whatever_the_scores(propagated: int) -> No
     ("grid", "kind", "prefix", "suffix"),
     [((5, 6), "mixed", 1, 0), ((5, 6), "spatial", 1, 2), ((29,), "semantic", 0, 0), ((2, 3, 4), "mixed", 2, 1)],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", in_tiers([torch.float32, torch.bfloat16], torch.bfloat16), ids=str)
 def test_sites_in_a_row(grid: tuple[int, ...], kind: str, prefix: int, suffix: int, dtype: torch.dtype) -> None:
     """Three sites, each on the output of the one before: selection with cells, propagation, scales, norm, recovery."""
     side, cells, channels = list(grid), torch.Size(grid).numel(), 20
@@ -318,7 +319,7 @@ def test_propagation_without_norm_or_scales_leaves_theirs_out() -> None:
     assert (shorter.shape, moved.numel(), normed.numel()) == ((B, 7, 16), 0, 0)
 
 
-@pytest.mark.parametrize("dtype", list(WITHIN), ids=str)
+@pytest.mark.parametrize("dtype", in_tiers(WITHIN, torch.float16), ids=str)
 def test_propagation_adds_the_residual_as_the_operators_do(dtype: torch.dtype) -> None:
     """The same bits as of a stream that was added before, in any tile and with LayerScale; not in float32 scaled."""
     x, residual = random(B, 13, 20, dtype=dtype), random(B, 20, 13, seed=1, dtype=dtype).transpose(1, 2)
@@ -417,7 +418,7 @@ def rolled_windows() -> Tensor:
     return places.reshape(2, 4, 2, 4, 2).transpose(1, 2).reshape(4, 16, 2).to(DEVICE)
 
 
-@pytest.mark.parametrize("removed", [3, 12, 15])
+@pytest.mark.parametrize("removed", in_tiers([3, 12, 15], 12))
 def test_recovery_within_windows(removed: int) -> None:
     """Shares from coordinates, in the kernel; where most have left, from the nearest that stayed."""
     places, x = rolled_windows(), random(3 * 4, 16 - removed, 24)

@@ -18,7 +18,7 @@ from gtp_fx.model.pipeline import Optimised, run_passes
 from gtp_fx.options.options import Options
 
 from support.captured import optimised, shared_model
-from support.zoo import Row, enliven, images, rows
+from support.zoo import Row, enliven, images, in_tiers, rows
 
 TINY = Row("tiny", "vit_tiny_patch16_224", (8, 8), 1, img_size=(32, 32))
 
@@ -38,7 +38,7 @@ def tiny() -> nn.Module:
 
 
 @torch.no_grad()
-@rows(by_default=("dinov2-reg4", "reg4-map", "non-square"))
+@rows(by_default=("non-square",))
 def test_both_doors_lead_to_the_same_model(row: Row) -> None:
     model, x = shared_model(row), images(row)
     door = Door(flops_budget=0.6)
@@ -50,6 +50,7 @@ def test_both_doors_lead_to_the_same_model(row: Row) -> None:
     torch.testing.assert_close(through_dynamo, fast.graph_module(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_a_second_batch_size_makes_the_same_schedule() -> None:
     model = tiny()
@@ -66,7 +67,7 @@ def test_a_second_batch_size_makes_the_same_schedule() -> None:
 @pytest.mark.parametrize(
     "context",
     [
-        pytest.param(torch.no_grad, id="no_grad"),
+        pytest.param(torch.no_grad, id="no_grad", marks=pytest.mark.nightly),
         pytest.param(torch.inference_mode, id="inference_mode", marks=pytest.mark.nightly),
         pytest.param(torch.enable_grad, id="grad", marks=pytest.mark.nightly),
         pytest.param(lambda: torch.autocast("cpu", torch.bfloat16), id="autocast"),
@@ -130,6 +131,7 @@ class TwoTowers(nn.Module):
         return self.image(x) @ self.project(self.text(self.words(ids)).mean(1)).T
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_a_model_inside_a_larger_one() -> None:
     whole = enliven(TwoTowers()).eval()
@@ -145,7 +147,7 @@ def test_a_model_inside_a_larger_one() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "door", ["backend", "optimize", pytest.param("optimize, one image", marks=pytest.mark.nightly)]
+    "door", in_tiers(["backend", "optimize", "optimize, one image"], "optimize", "optimize, one image")
 )
 def test_compiled_by_name(door: str) -> None:
     """The entry point, Inductor, and both doors' compiled forms against eager: float32 in another order, 1e-6 or so."""

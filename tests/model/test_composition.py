@@ -18,7 +18,7 @@ from gtp_fx.cli.photo import load_photo
 from support import hf_models
 from support.distributed_worker import work
 from support.small_models import NAME, apart, noise, small
-from support.zoo import BY_NAME, build, enliven, images
+from support.zoo import BY_NAME, build, enliven, images, in_tiers
 
 # ---- quantisation
 
@@ -32,7 +32,7 @@ from support.zoo import BY_NAME, build, enliven, images
         pytest.param("Float8WeightOnlyConfig", marks=pytest.mark.nightly),
     ],
 )
-@pytest.mark.parametrize("family", ["timm", "hf"])
+@pytest.mark.parametrize("family", in_tiers(["timm", "hf"], "hf"))
 @torch.no_grad()
 def test_torchao_quantises_what_was_optimised(config: str, family: str) -> None:
     """Every linear layer, including those on a part of their weight (dead tokens) or joined with others (q, k, v)."""
@@ -62,6 +62,7 @@ def test_quantised_weights_compile() -> None:
 # ---- autocast, and torch.compile's modes
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_autocast() -> None:
     """The same classes and nearly the same logits, in bfloat16, eager; scores and ranks stay float32."""
@@ -140,6 +141,7 @@ def test_timms_data_pipeline() -> None:
     assert fast(batch).shape == (1, 1000)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 @pytest.mark.parametrize(
     "arch", ["deit3", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("reg4-gap", "siglip-map"))]
@@ -160,6 +162,7 @@ def test_timms_forward_in_two_parts(arch: str) -> None:
     assert apart(exact.forward_features(x), model.forward_features(x)) < 1e-5
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_timms_classifier_is_read_and_replaced() -> None:
     fast = small()

@@ -60,6 +60,7 @@ def test_gradients_flow_to_the_original() -> None:
     assert not without
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_loading_a_state_dict_reaches_the_graph() -> None:
     _, fast = made()
@@ -70,6 +71,7 @@ def test_loading_a_state_dict_reaches_the_graph() -> None:
     torch.testing.assert_close(fast(x), wanted)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_to_moves_graph_and_parameters_together() -> None:
     _, fast = made()

@@ -32,6 +32,7 @@ def noise(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 160, 160, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_threads_optimising_at_once() -> None:
     """The same models and others, in each thread; torch's tracing patches the whole process, so they take turns."""
@@ -76,6 +77,7 @@ def test_optimising_what_is_optimised_is_refused_and_the_original_is_not() -> No
     assert [p is q for p, q in zip(again.parameters(), fast.parameters(), strict=True)].count(False) == 0
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_a_copy_is_its_own_with_methods_and_all(tmp_path: Path) -> None:
     fast = gtp_fx.optimize(model(), flops_budget=0.7, compile=False)

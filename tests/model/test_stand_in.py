@@ -16,7 +16,7 @@ import gtp_fx
 
 from support import hf_models
 from support.small_models import NAME, apart, noise, small
-from support.zoo import enliven
+from support.zoo import enliven, in_tiers
 
 
 @torch.no_grad()
@@ -27,6 +27,7 @@ def test_a_method_with_other_blocks_is_refused() -> None:
         fast.forward_intermediates(noise(), indices=[1], stop_early=True)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_methods_follow_the_weights() -> None:
     """One set of parameters, in whatever dtype and of whatever checkpoint."""
@@ -164,6 +165,7 @@ def test_graphs_keep_their_constants_apart() -> None:
     assert set(fast.state_dict()) == names, "constants are no weights"
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 @pytest.mark.parametrize(
     "how", ["list", *(pytest.param(how, marks=pytest.mark.nightly) for how in ("dict", "function"))]
@@ -212,9 +214,11 @@ def renamed(copied: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        renamed,
+        pytest.param(renamed, marks=pytest.mark.nightly),
         lambda copied: setattr(copied, "cls_token", nn.Parameter(copied.cls_token + torch.linspace(-1, 1, 64))),
-        lambda copied: setattr(copied, "head", enliven(nn.Linear(64, 1000), seed=3)),
+        pytest.param(
+            lambda copied: setattr(copied, "head", enliven(nn.Linear(64, 1000), seed=3)), marks=pytest.mark.nightly
+        ),
     ],
     ids=["load_state_dict", "a parameter", "a head"],
 )
@@ -240,7 +244,7 @@ def test_copies_read_their_own_weights(how: str, change: Callable[[Any], None]) 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", in_tiers([torch.float64, torch.bfloat16], torch.float64))
 @pytest.mark.parametrize(
     "family", ["timm", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("dinov2", "clip"))]
 )
@@ -260,6 +264,7 @@ def test_another_dtype_has_graphs_of_its_own(family: str, dtype: torch.dtype) ->
     assert fast.report is report and fast.graph_module is not None
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_weights_that_are_assigned_are_the_originals_too() -> None:
     """Of another dtype: what is captured later fits, and getters read them."""
@@ -288,6 +293,7 @@ def test_weights_are_assigned_where_there_were_none() -> None:
     assert late(noise().double()).shape == (3, 10)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_methods_with_fewer_blocks_where_no_token_leaves() -> None:
     model = enliven(timm.create_model(NAME, depth=3)).eval()

@@ -13,6 +13,8 @@ import gtp_fx
 from bench.live_weights import enliven
 from bench.scratch_vit import Layer
 
+from support.zoo import in_tiers
+
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -90,7 +92,7 @@ class Map(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("schedule", [[10, 0], [0, 10], [20, 5]])
+@pytest.mark.parametrize("schedule", in_tiers([[10, 0], [0, 10], [20, 5]], [10, 0], [0, 10]))
 def test_flops_of_branches_are_the_counters(schedule: list[int]) -> None:
     model = timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), num_heads=(2, 4), embed_dim=32, num_classes=10

@@ -26,6 +26,7 @@ def model() -> nn.Module:
     return enliven(timm.create_model(NAME)).eval()
 
 
+@pytest.mark.nightly
 def test_every_graph_is_written_on_request(tmp_path: Path) -> None:
     fast = gtp_fx.optimize(model(), flops_budget=0.7, compile=False, dump_graphs=str(tmp_path / "graphs"))
     pages = sorted(file.name for file in (tmp_path / "graphs" / "graph_0").glob("*.py"))

@@ -55,6 +55,7 @@ def test_outputs_move_no_more_than_by_any_other_way_it_tried() -> None:
         assert own <= moved(other, x) + 1e-9
 
 
+@pytest.mark.nightly
 def test_refining_lowers_it_and_may_choose_the_strategy() -> None:
     x = images(ROW)
     plain, refined = calibrated(), calibrated(refine=3, strategy=True)
@@ -63,6 +64,7 @@ def test_refining_lowers_it_and_may_choose_the_strategy() -> None:
     assert "strategies" in refined.report.damage_from
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_reports_say_how_far_outputs_moved_so_that_strategies_can_be_compared() -> None:
     x = images(ROW, 4)
@@ -78,6 +80,7 @@ def test_reports_say_how_far_outputs_moved_so_that_strategies_can_be_compared() 
         optimised(ROW, flops_budget=0.6, strategy="topk", calibration=calibration)
 
 
+@pytest.mark.nightly
 def test_measurements_are_kept_by_weights_and_images(cache: Path) -> None:
     first = calibrated()
     (file,) = cache.rglob("*.json")
@@ -92,6 +95,7 @@ def test_measurements_are_kept_by_weights_and_images(cache: Path) -> None:
     assert len(list(cache.rglob("*.json"))) == 2
 
 
+@pytest.mark.nightly
 def test_other_weights_are_measured_anew(cache: Path) -> None:
     for seed in (0, 1):
         value = Calibration(images(ROW), points=2, progress=False)
@@ -99,6 +103,7 @@ def test_other_weights_are_measured_anew(cache: Path) -> None:
     assert len(list(cache.rglob("*.json"))) == 2
 
 
+@pytest.mark.nightly
 def test_batches_and_keyword_arguments() -> None:
     x = images(ROW)
     whole = calibrated()

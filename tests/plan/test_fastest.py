@@ -92,6 +92,7 @@ def test_a_gpus_schedule_has_fewer_sites_than_a_cpus() -> None:
     assert sites["h100", 1] < sites["cpu", 1]
 
 
+@pytest.mark.nightly
 def test_what_is_predicted_slower_is_said_before_anything_is_compiled() -> None:
     """A small net alone on a GPU is all launches."""
     model = build(BY_NAME["vit"])

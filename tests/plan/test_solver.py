@@ -28,7 +28,7 @@ from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
 
 from support.every_schedule import coarse, damage_of, every_schedule
 from support.window_families import SWIN
-from support.zoo import BY_NAME, build, images, in_groups
+from support.zoo import BY_NAME, build, images, in_groups, in_tiers
 
 
 def chain(random: np.random.Generator, sites: int, levels: list[int]) -> Steps:
@@ -94,12 +94,16 @@ def priced(name: str) -> CostModel:
 
 
 priced_models = pytest.mark.parametrize(
-    "name", [in_groups(name, f"{name} of four blocks") for name in ("vit", "vit-gap", "reg4-map", "swin")]
+    "name",
+    [
+        in_groups(name, f"{name} of four blocks", nightly=name not in ("vit-gap", "swin"))
+        for name in ("vit", "vit-gap", "reg4-map", "swin")
+    ],
 )
 
 
 @priced_models
-@pytest.mark.parametrize("budget", [0.9, 0.75, 0.6])
+@pytest.mark.parametrize("budget", in_tiers([0.9, 0.75, 0.6], 0.9, 0.6))
 def test_brute_force_agrees_on_real_models(name: str, budget: float) -> None:
     """Streams that shrink from block to block, and branches that are chains of their own."""
     model = priced(name)
@@ -117,7 +121,7 @@ def test_brute_force_agrees_on_real_models(name: str, budget: float) -> None:
 
 
 @priced_models
-@pytest.mark.parametrize("budget", [0.9, 0.75])
+@pytest.mark.parametrize("budget", in_tiers([0.9, 0.75], 0.9))
 def test_few_sites_for_little_more_damage(name: str, budget: float) -> None:
     """Each site left out saves `_WORTH` of the least damage, so what it costs is no more than that."""
     model = priced(name)
@@ -154,6 +158,7 @@ def made_up_chain(blocks: int, whole: int) -> CostModel:
     return CostModel(sites, (chain,), 0.0, (), float(blocks * whole))
 
 
+@pytest.mark.nightly
 def test_the_same_schedule_each_time() -> None:
     model = build(BY_NAME["vit"], depth=4)
     first, second = (gtp_fx.optimize(model, flops_budget=0.7, compile=False).schedule for _ in range(2))

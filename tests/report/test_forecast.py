@@ -74,7 +74,7 @@ def test_optimize_reports_what_was_predicted(vit: nn.Module) -> None:
     fast(images(ROW))
 
 
-@pytest.mark.parametrize("name", [in_groups("planner", "vit"), in_groups("swin", "swin")])
+@pytest.mark.parametrize("name", [in_groups("planner", "vit"), in_groups("swin", "swin", nightly=True)])
 @pytest.mark.parametrize("budget", [{"flops_budget": 0.8}, {"latency_budget": 0.85}])
 def test_blocks_add_up_to_the_model(name: str, budget: dict[str, float], request: pytest.FixtureRequest) -> None:
     """FLOPs to the last one, as `optimize` asserts of the graph itself; seconds as the solver had them."""
@@ -148,6 +148,7 @@ def test_plan_prints_blocks_draws_and_saves(tmp_path: Path) -> None:
         gtp_fx.optimize(build(ROW), schedule=schedule, compile=False)
 
 
+@pytest.mark.nightly
 def test_plan_compares_budgets_and_targets() -> None:
     done = run(
         "plan",

@@ -13,11 +13,11 @@ import gtp_fx
 from support import hf_models
 from support.captured import optimised, provenance, shared_model
 from support.reference import gtp_reference
-from support.zoo import BY_NAME, Row, build, images, rows
+from support.zoo import BY_NAME, Row, build, images, in_tiers, rows
 
 
 @torch.no_grad()
-@rows("deit", "dinov2-reg4", "vit-gap")
+@rows("deit", "dinov2-reg4", "vit-gap", by_default=("dinov2-reg4", "vit-gap"))
 def test_row_sums_are_the_token_scales_and_the_order_is_the_grids(row: Row) -> None:
     model, x = shared_model(row), images(row)
     schedule = [row.patches // 5, row.patches // 5, 0]
@@ -51,7 +51,7 @@ def test_nothing_removed_has_no_streams_to_tell_of() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strategy", ["gtp", "tome", "idle"])
+@pytest.mark.parametrize("strategy", in_tiers(["gtp", "tome", "idle"], "tome", "idle"))
 def test_a_copy_and_a_saved_model_tell_the_same(strategy: str) -> None:
     row = BY_NAME["deit"]
     x = images(row)

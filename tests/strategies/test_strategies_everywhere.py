@@ -19,7 +19,7 @@ from gtp_fx.strategies.protocol import SiteShape
 
 from support.captured import optimised
 from support.window_families import SWIN
-from support.zoo import BY_NAME, WITH_DEAD_TOKENS, Row, build, enliven, images
+from support.zoo import BY_NAME, WITH_DEAD_TOKENS, Row, build, enliven, images, in_tiers
 
 WITHOUT_CLS = {
     "topk": gtp_fx.TopK(score="broadcast-mean"),
@@ -28,7 +28,6 @@ WITHOUT_CLS = {
     "idle": gtp_fx.strategies.Idle(score="broadcast-mean"),
 }
 OWN = [name for name, cls in STRATEGIES.items() if cls.__module__.startswith("gtp_fx.")]
-FEW = [pytest.param(name, marks=() if name in ("gtp", "idle", "tome") else pytest.mark.nightly) for name in OWN]
 
 
 def optimized(model: torch.nn.Module, strategy: Any, **options: Any) -> gtp_fx.OptimizedModel:
@@ -46,7 +45,7 @@ def changed(row: Row, strategy: Any, **options: Any) -> gtp_fx.OptimizedModel:
     return fast
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", in_tiers(OWN, *(name for name in OWN if name != "idle")))
 @pytest.mark.parametrize("arch", ["deit", pytest.param("vit-gap", marks=pytest.mark.nightly)])
 def test_the_budget_is_met_as_torch_counts(name: str, arch: str) -> None:
     """With CLS and without; the FLOPs of the graph, the strategy's own work too, are what the report says."""
@@ -63,7 +62,7 @@ def test_the_budget_is_met_as_torch_counts(name: str, arch: str) -> None:
     assert counter.get_total_flops() == fast.report.flops_after <= 0.8 * fast.report.flops_before
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", in_tiers(OWN, *(name for name in OWN if name != "gtp")))
 def test_a_token_map_has_every_patch(name: str) -> None:
     """What leaves comes back at a dense output; at 1.0 nothing changes at all."""
     row = BY_NAME["dinov2"]
@@ -144,6 +143,7 @@ def test_a_users_own_strategy_works_like_any_other() -> None:
     assert gtp_fx.optimize(build(BY_NAME["deit"]), strategy=Norm(), schedule=[9, 0, 0], compile=False).schedule
 
 
+@pytest.mark.nightly
 def test_both_doors_take_any_strategy() -> None:
     row = BY_NAME["clip"]
     model, x = build(row), images(row)

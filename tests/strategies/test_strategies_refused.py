@@ -99,6 +99,7 @@ def test_options_that_mean_nothing_are_named(message: str) -> None:
         OPTIONS[message]()
 
 
+@pytest.mark.nightly
 def test_any_integer_is_a_seed() -> None:
     first, second = (optimized(gtp_fx.strategies.Random(seed=seed))(images(CLIP)) for seed in (10**30, -7))
     assert not torch.equal(first, second)
@@ -174,6 +175,7 @@ class Edited(gtp_fx.strategies.Grouping):
     return cls
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_code_that_was_edited_is_other_code() -> None:
     """An optimised model keeps the code that it was optimised with; a new one, compiled or not, has the new code."""
@@ -228,6 +230,7 @@ code = keys._code(sys._getframe())
     assert again.Keyed().code != first.Keyed().code, "two classes in one process, whose values aren't equal"
 
 
+@pytest.mark.nightly
 def test_a_cell_that_is_run_twice_registers_twice() -> None:
     """The same code is another class, of which a value isn't equal to the first one's."""
     for _ in range(2):
@@ -248,6 +251,7 @@ def test_a_graph_of_code_that_is_not_here_says_so() -> None:
         fast(images(CLIP))
 
 
+@pytest.mark.nightly
 def test_a_saved_map_is_told_from_another() -> None:
     @gtp_fx.strategies.register_saliency("upper")
     def upper(x_BCHW: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from gtp_fx.model.pipeline import Optimised
 from gtp_fx.strategies.token_scale import SCALES_READ_FROM, log_scale_bound
 
 from support.captured import optimised, provenance
-from support.zoo import BY_NAME, images
+from support.zoo import BY_NAME, images, in_tiers
 
 SCHEDULE = [30, 40, 20]
 
@@ -30,7 +30,7 @@ def tells(fast: Optimised) -> bool:
 @torch.no_grad()
 @pytest.mark.xdist_group("vit-gap")
 @pytest.mark.parametrize("graph", ["mixed", "spatial", "semantic"])
-@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("alpha", in_tiers([0.1, 0.5, 1.0], 0.1, 0.5))
 def test_no_scale_is_above_the_bound(graph: str, alpha: float) -> None:
     """On ill-matched tokens too: noise in place of images. Sums of provenance are the scales."""
     fast = optimized("vit-gap", graph=graph, alpha=alpha, neighbors=3)

@@ -7,7 +7,7 @@ trained model, so that attention is selective, scores are apart, and no LayerSca
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -100,6 +100,16 @@ def in_groups(value: Any, name: str, *, nightly: bool = False) -> Any:
     """A parameter whose tests run in one process, in the default tier or the nightly one."""
     marks = [pytest.mark.xdist_group(name), *([pytest.mark.nightly] if nightly else [])]
     return pytest.param(value, id=name, marks=marks)
+
+
+def in_tiers(values: Iterable[Any], *nightly: Any) -> list[Any]:
+    """Parameters of those values (tuples of several), of which those in `nightly` are like one of the default tier."""
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)), marks=[pytest.mark.nightly] if value in nightly else []
+        )
+        for value in values
+    ]
 
 
 def build(row: Row, *, seed: int = 0, depth: int = DEPTH) -> VisionTransformer:

@@ -77,17 +77,20 @@ IMAGE, EMBED, QKV, CLS = (random(*shape, seed=sum(shape)) for shape in ((5, 3, 8
 GIVEN = {"table": random(14, 8, seed=4), "bias": random(2, 14, 14, seed=5), "w": random(8, 8, seed=6)}
 
 
-def rows(test: str) -> Any:
+def rows(test: str, *, all_by_default: bool = False) -> Any:
     """Return every row; those with a defect that shows in this test must fail.
 
+    all_by_default: else an operator's rows beyond its first are left to the nightly tier.
     "leading" has no rows of operators in `DRAWS`: `prefix_needed` would draw other random numbers.
     """
 
     chosen = [row for row in ROWS if test != "leading" or row.operator not in DRAWS]
     marks = [defect(row.wrong if test in row.shows.split() else "") for row in chosen]
+    first = {row.operator: row for row in reversed(chosen)}
+    later = [[] if all_by_default or row is first[row.operator] else [pytest.mark.nightly] for row in chosen]
     params = [
-        pytest.param(row, marks=[*m, one_process(row)], id=str(row.operator))
-        for row, m in zip(chosen, marks, strict=True)
+        pytest.param(row, marks=[*m, *tier, one_process(row)], id=str(row.operator))
+        for row, m, tier in zip(chosen, marks, later, strict=True)
     ]
     return pytest.mark.parametrize("row", params)
 
@@ -199,7 +202,7 @@ def test_every_operator_with_a_rule_has_a_row() -> None:
     assert {row.operator for row in ROWS} == set(registry._rules)
 
 
-@rows("types")
+@rows("types", all_by_default=True)
 def test_types_behind_a_site(row: Row) -> None:
     gm = graph_of(row)
     typing, node = behind_the_site(gm), under_test(row.operator, gm)
@@ -235,6 +238,7 @@ def test_numbers_behind_a_site(row: Row) -> None:
     torch.testing.assert_close(run.env[result], by_hand(row, run.env), **tolerance)
 
 
+@pytest.mark.nightly
 @rows("unchanged")
 def test_unchanged_where_nothing_leaves(row: Row) -> None:
     gm = finish(copy_of(graph_of(row)))  # without what nothing reads

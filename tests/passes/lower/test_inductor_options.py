@@ -86,6 +86,7 @@ def test_a_target_that_is_elsewhere_tells_nothing() -> None:
         assert options.inductor(torch.device("cpu")) == expected
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_both_doors_and_the_original_beside_them_tell_the_same(told: Told) -> None:
     model = tiny()

@@ -25,7 +25,7 @@ from gtp_fx.passes.lower.triton_kernels import lowered, triton_kernels
 from gtp_fx.strategies import Strategy
 
 from support.graphs_by_hand import traced
-from support.zoo import BY_NAME, build, enliven, images
+from support.zoo import BY_NAME, build, enliven, images, in_tiers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = stock_attention(torch.device(DEVICE))
@@ -62,11 +62,16 @@ def check(
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("deit", {}, "kernel"),
-        ("siglip-map", {}, "mask"),
+        pytest.param("deit", {}, "kernel", marks=pytest.mark.nightly),
+        pytest.param("siglip-map", {}, "mask", marks=pytest.mark.nightly),
         ("dinov2-reg4", {"graph": "spatial"}, "channel"),
         ("clip", {"score": "cls-mean", "token_scale": False}, "kernel"),
-        ("eva", {"graph": "semantic", "weighted_pooling": True, "alpha": 0.3}, "kernel"),
+        pytest.param(
+            "eva",
+            {"graph": "semantic", "weighted_pooling": True, "alpha": 0.3},
+            "kernel",
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_a_plain_transformer(name: str, options: dict[str, Any], told: str) -> None:
@@ -86,7 +91,7 @@ def test_a_plain_transformer(name: str, options: dict[str, Any], told: str) -> N
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="stock attention takes no float32 on a GPU")
-@pytest.mark.parametrize("told", ["mask", "channel"])
+@pytest.mark.parametrize("told", in_tiers(["mask", "channel"], "channel"))
 @pytest.mark.parametrize(
     "strategy", [gtp_fx.ToMe(), gtp_fx.strategies.PPT(blocks=(0, 1))], ids=lambda strategy: strategy.name
 )
@@ -219,7 +224,9 @@ def test_a_compiler_traces_stock_attention_and_its_gradient(kernel: str) -> None
     assert named == [f"{operator}.default", f"{operator}_backward.default"]
 
 
-@pytest.mark.parametrize(("name", "fewer"), [("deit", (2, 2, 0)), ("dinov2-reg4", (2, 2, 2))])
+@pytest.mark.parametrize(
+    ("name", "fewer"), in_tiers([("deit", (2, 2, 0)), ("dinov2-reg4", (2, 2, 2))], ("deit", (2, 2, 0)))
+)
 def test_the_add_before_a_site_and_the_norm_behind_it_are_the_kernels(name: str, fewer: tuple[int, ...]) -> None:
     """Of two sites: norms, adds, and LayerScale's products where there are any."""
     fast = gtp_fx.optimize(build(BY_NAME[name]), schedule=[20, 20, 0], compile=False)
@@ -244,6 +251,7 @@ def test_an_add_that_others_read_stays() -> None:
     assert stream.target is aten.add.Tensor and residual is None and len(stream.users) > 1
 
 
+@pytest.mark.nightly
 def test_a_token_map_is_recovered_by_a_kernel() -> None:
     row = BY_NAME["no-classes"]
     model = timm.create_model(row.arch, depth=3, num_classes=0, global_pool="")
@@ -251,6 +259,7 @@ def test_a_token_map_is_recovered_by_a_kernel() -> None:
     assert left["gtp_fx_kernels.recover"] == 2 and left["gtp_fx.recover"] == 0
 
 
+@pytest.mark.nightly
 def test_windows_choose_and_recover_by_kernels() -> None:
     """Shifted windows of a small Swin: places on the image, no grid that all share."""
     torch.manual_seed(0)
@@ -261,6 +270,7 @@ def test_windows_choose_and_recover_by_kernels() -> None:
     assert left["gtp_fx.region_shares"] == left["gtp_fx.recover"] == 0
 
 
+@pytest.mark.nightly
 def test_what_no_kernel_is_made_for_stays() -> None:
     """theta needs whole maps in memory; so many neighbours, more registers. What reads them takes either's."""
     row = BY_NAME["vit"]
@@ -283,7 +293,15 @@ OTHERS: list[tuple[Strategy, list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("strategy", "schedule"), OTHERS, ids=lambda value: getattr(value, "name", ""))
+BY_DEFAULT = ("tome", "halting")
+"""One that merges, and one that drops by what isn't attention."""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "schedule"),
+    in_tiers(OTHERS, *(other for other in OTHERS if other[0].name not in BY_DEFAULT)),
+    ids=lambda value: getattr(value, "name", ""),
+)
 def test_other_strategies_have_what_kernels_they_can(strategy: Strategy, schedule: list[int]) -> None:
     """Attention that ranks is a kernel for any of them; what merges or drops by other weights stays as it is."""
     row = BY_NAME["deit"]
@@ -292,6 +310,7 @@ def test_other_strategies_have_what_kernels_they_can(strategy: Strategy, schedul
     assert left["gtp_fx_kernels.attend"] >= (strategy.score != "none") * sum(count > 0 for count in schedule)
 
 
+@pytest.mark.nightly
 def test_kernels_take_any_batch_and_gradients() -> None:
     row = BY_NAME["vit"]
     model, x = build(row).to(DEVICE), images(row, 3).to(DEVICE)

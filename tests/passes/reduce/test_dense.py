@@ -17,7 +17,7 @@ from support.captured import Built, optimised, shared_model
 from support.hf_models import COMMON
 from support.hf_models import enliven as enliven_hf
 from support.reference import gtp_reference, with_everyone_back
-from support.zoo import enliven
+from support.zoo import enliven, in_tiers
 
 SMALL = {"depth": 4, "embed_dim": 64, "num_heads": 4, "img_size": 64, "patch_size": 8}
 GRID = 8
@@ -96,7 +96,7 @@ def x() -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", in_tiers(MODELS, "head of convolutions", "dpt", "depth anything"))
 def test_full_resolution_and_exact_where_nothing_left(name: str, x: Tensor) -> None:
     source = Built(MODELS[name], (3, 64, 64))
     wanted = maps(shared_model(source)(x))
@@ -142,7 +142,7 @@ def test_tokens_that_stayed_are_where_they_were_and_the_others_are_made_of_them(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("class_token", in_tiers([True, False], True))
 def test_tokens_that_left_are_what_they_were_changed_as_their_neighbours_were(x: Tensor, class_token: bool) -> None:
     model = vit(num_classes=0, global_pool="", class_token=class_token)
     schedule = [10, 20, 0, 10]
@@ -157,6 +157,7 @@ def test_tokens_that_left_are_what_they_were_changed_as_their_neighbours_were(x:
     assert (found - other).abs().max() > 1e-2 * wanted.abs().max()
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_states_between_sites_are_recovered_as_streams_too(x: Tensor) -> None:
     """A hidden state behind the first block, and the last one: by hand on the model cut there."""
@@ -172,6 +173,7 @@ def test_states_between_sites_are_recovered_as_streams_too(x: Tensor) -> None:
         assert (state - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_a_map_tapped_before_the_first_site_is_the_originals(x: Tensor) -> None:
     model = MODELS["forward_intermediates"]()

@@ -69,6 +69,7 @@ def test_heads_see_maps_of_the_same_shape(make: Callable[[], nn.Module]) -> None
         assert ((c - b).abs().max() / b.abs().max()) > 1e-4
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_attention_dropout_in_windows_is_refused_by_name(fused: bool) -> None:
     """The scores' attention has no dropout: in training, a branch would lose it without a word."""

@@ -20,8 +20,19 @@ from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.passes.reduce.skip_branches import skip_branches
 
 from support.captured import optimised, shared_model
-from support.window_families import PADDED, SAM, SWIN, TORCHVISION, Family, every_family, families, families_in_tiers
+from support.window_families import (
+    FAMILIES,
+    PADDED,
+    SAM,
+    SWIN,
+    TORCHVISION,
+    Family,
+    every_family,
+    families,
+    families_in_tiers,
+)
 from support.window_graphs import RECOVER, Skips, error, marked, on, tensors
+from support.zoo import in_tiers
 
 
 @every_family
@@ -64,7 +75,7 @@ def test_padding_is_nobodys_neighbour(family: Family, blocks: dict[str, int]) ->
 
 
 @torch.no_grad()
-@families(SWIN, SAM)
+@families(SWIN, SAM, by_default=(SWIN,))
 def test_idle_tokens_keep_the_residual_alone(family: Family) -> None:
     model, x = shared_model(family), family.inputs()
     idle = optimised(family, schedule=family.schedule).graph_module
@@ -72,7 +83,7 @@ def test_idle_tokens_keep_the_residual_alone(family: Family) -> None:
     assert error(idle(x), on(family, model, family.blocks)(x)) > 1e-4
 
 
-@families_in_tiers
+@families(*FAMILIES, by_default=(SWIN,))
 @torch.no_grad()
 def test_recovering_nothing_everywhere_is_the_original(family: Family) -> None:
     """All that branch placement inserts, and no token skips: the numbers are the model's."""
@@ -112,7 +123,7 @@ class Copies(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("block", in_tiers([0, 1], 0))
 def test_places_in_the_tokens_come_out_where_they_went_in(block: int) -> None:
     """Two blocks of Swin on 14 x 21, the second rolled. A branch returns each token its own place as output; a skipping
     token gets its neighbours'."""
@@ -137,7 +148,7 @@ def test_places_in_the_tokens_come_out_where_they_went_in(block: int) -> None:
 
 
 @pytest.mark.xdist_group("swin")
-@pytest.mark.parametrize(("block", "count"), [(0, 49), (1, 60)])
+@pytest.mark.parametrize(("block", "count"), in_tiers([(0, 49), (1, 60)], (0, 49)))
 def test_a_window_keeps_a_token(block: int, count: int) -> None:
     schedule = [0, 0, 0]
     schedule[block] = count
