@@ -14,6 +14,9 @@ from gtp_fx.graph import edit
 from gtp_fx.kernels.available import Kernels
 from gtp_fx.kernels.stock_attention import StockAttention
 
+MOST_SIDES = 3
+"""Most sides of a grid that the kernels take."""
+
 
 @dataclass
 class Lowering:
