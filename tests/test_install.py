@@ -48,10 +48,10 @@ def test_its_metadata_name_the_command_the_backend_and_the_readme(wheel: zipfile
     assert "Description-Content-Type: text/markdown" in metadata and "Requires-Dist: torch>=2.11" in metadata
 
 
-def test_importing_takes_about_a_second_beside_torchs_own() -> None:
-    """The best of three, in processor time, of which a busy machine takes half as much again for the same work."""
+def test_importing_takes_less_than_a_second_beside_torchs_own() -> None:
+    """The best of three; processor time, since other processes may be running."""
     code = "import torch, time; start = time.process_time(); import gtp_fx; print(time.process_time() - start)"
-    assert min(float(run(code)) for _ in range(3)) < 1.5
+    assert min(float(run(code)) for _ in range(3)) < 1.0
 
 
 def test_importing_brings_no_library_of_models_and_no_compiler() -> None:

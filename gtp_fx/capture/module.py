@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from gtp_fx.capture.called_as import CalledAs
@@ -91,6 +90,8 @@ def _refuse_changes(model: str, changed: Sequence[str]) -> None:
 
 def _explained(error: Exception) -> str:
     """Return a message for an error of torch.export: what went wrong, where, and what to do about it."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # with sympy; a capture has it
+
     if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error):
         return (
             f"its forward decides by what a tensor holds (an `if`, a loop or a shape that depends on values), and a "

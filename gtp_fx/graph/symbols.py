@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -88,5 +87,7 @@ def fixed_symbols(graph: fx.Graph) -> list[fx.Node]:
 def _prime(symbol: str) -> int:
     """Return a symbol's prime: the next one not taken, where the symbol is new."""
     if symbol not in _prime_of:
+        import sympy  # takes half a second; by now a capture has imported it
+
         _prime_of[symbol] = int(sympy.nextprime(max(_prime_of.values(), default=1_000_000)))
     return _prime_of[symbol]
