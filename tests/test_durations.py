@@ -9,6 +9,9 @@ LIMIT = 8.0
 NOISE = 1.5
 """Two busy cores that share what a processor has take so much longer for the same work, and the first case of a process
 imports for all."""
+HEADER = 25.0
+"""Processor seconds more for one case: whichever is the first on a machine that Inductor builds C++ for also compiles the
+header that all later builds share."""
 
 
 @pytest.mark.nightly
@@ -17,5 +20,7 @@ def test_no_case_of_the_default_tier_takes_long(request: pytest.FixtureRequest) 
     taken: dict[str, float] = cache.get("gtp_fx/processor_seconds", {}) if cache is not None else {}
     if not taken:
         pytest.skip("run pytest first, without -m nightly: its durations are what is looked at")
-    slow = {name: seconds for name, seconds in taken.items() if seconds > LIMIT * NOISE}
+    slow = sorted((seconds, name) for name, seconds in taken.items() if seconds > LIMIT * NOISE)
+    if slow and slow[-1][0] <= LIMIT * NOISE + HEADER:
+        slow.pop()
     assert not slow, "nightly ones, or smaller models"
