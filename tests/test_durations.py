@@ -10,8 +10,8 @@ NOISE = 1.5
 """Two busy cores that share what a processor has take so much longer for the same work, and the first case of a process
 imports for all."""
 HEADER = 25.0
-"""Processor seconds more for one case: whichever is the first on a machine that Inductor builds C++ for also compiles the
-header that all later builds share."""
+"""Processor seconds more for one case: the first that Inductor builds C++ for also compiles the header that the later
+ones share."""
 
 
 @pytest.mark.nightly
