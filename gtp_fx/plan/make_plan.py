@@ -92,7 +92,7 @@ def make_plan(
     flops = flops_model(found.typing, found.sites, options.strategy, original.flops)
     timed = None if options.latency_budget is None else _seconds(found, options, original)
     if given is not None:
-        choice = Choice(_split(given, blocks, flops, options), options.strategy, "")
+        choice = Choice(_split(given, blocks, flops, found, options), options.strategy, "")
     else:
         choice = _choose(gm, found, shapes, flops if timed is None else timed, options, original, apply_plan)
     plan = Plan.of(found.sites, choice.counts, shapes, choice.strategy)
@@ -100,6 +100,7 @@ def make_plan(
         flops = flops_model(found.typing, found.sites, plan.strategy, original.flops)
     refusals = [
         *(block.refusal for block in blocks if block.refusal is not None and block.branch is None),
+        *found.left_out.values(),
         *others,
     ]
     return Planned(
@@ -171,8 +172,15 @@ def _choose(
         lowest = f" ({_round_up(over.cost * 1e3):.3f} ms)" if absolute else ""
         raise BudgetError(
             f"{options.budget}{on} can't be reached: the lowest ratio that schedule={options.schedule!r} gives "
-            f"on this model is {_round_up(over.cost / model.original):.3f}{lowest}{advice}"
+            f"on this model is {_round_up(over.cost / model.original):.3f}{lowest}{advice}{_left_out(found)}"
         ) from None
+
+
+def _left_out(found: Candidates) -> str:
+    """Return the end of a message about what a plan can't reach: the blocks that take no part in it, and why."""
+    if not found.left_out:
+        return ""
+    return "\n  - ".join(["; these blocks take no part in it", *map(str, found.left_out.values())])
 
 
 def _seconds(found: Candidates, options: Options, original: Original) -> CostModel:
@@ -207,7 +215,7 @@ def _nothing_to_remove(given: tuple[int, ...] | None, options: Options, ratio: f
 
 
 def _split(
-    given: tuple[int, ...], blocks: Sequence[AttentionBlock], model: CostModel, options: Options
+    given: tuple[int, ...], blocks: Sequence[AttentionBlock], model: CostModel, found: Candidates, options: Options
 ) -> tuple[int, ...]:
     """Return a user's counts, one per site.
 
@@ -219,6 +227,8 @@ def _split(
     for block, count in zip(blocks, given, strict=True):
         if count and block.refusal is not None and block.branch is None and not block.dead:
             raise ScheduleError(f"block {block.index} can't remove {count} tokens: {block.refusal}")
+        if count and block.index in found.left_out:
+            raise ScheduleError(f"block {block.index} can't remove {count} tokens: {found.left_out[block.index]}")
         if count and block.refusal is None and not block.dead and block.index not in sites:
             raise ScheduleError(
                 f"block {block.index} can't remove {count} tokens: strategy {options.strategy.name!r} "
