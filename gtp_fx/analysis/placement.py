@@ -36,9 +36,6 @@ def why_unfit(block: AttentionBlock, strategy: Strategy) -> str:
 
     Other blocks don't depend on it.
     """
-    tokens = block.axis.domain.whole_count if block.branch is None else block.branch.tokens
-    if tokens == 1:
-        return "there is one patch token, and one has to stay"
     reason = strategy.refuse(block.axis, block.branch is not None)
     cut = cut_of(block, strategy)
     return reason if reason or block.branch is not None or cut is None else strategy.refuse_stream(cut, block.axis)

@@ -11,14 +11,14 @@ from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.typed_graph import typed_graph
-from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError
+from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError, UnsupportedModelError
 from gtp_fx.graph.nodes import operator_name
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import AUTO, BlockShape, Schedule
 from gtp_fx.plan.choose import ApplyPlan, Choice, by_calibration, by_prior
 from gtp_fx.plan.cost.chains import CostModel
 from gtp_fx.plan.cost.closed_form import flops_model
-from gtp_fx.plan.cost.count import count_flops
+from gtp_fx.plan.cost.count import count_flops, uncounted
 from gtp_fx.plan.cost.seconds import graph_seconds, seconds_model
 from gtp_fx.plan.damage.tables import Damage
 from gtp_fx.plan.fastest import fastest_alike
@@ -76,7 +76,7 @@ def make_plan(
     """
     typed = typed_graph(gm.graph)
     blocks, others = typed.blocks, typed.unsupported_attention
-    flops_now = count_flops(gm.graph)
+    flops_now, unknown = count_flops(gm.graph), uncounted(gm.graph)
     # Return without sites where the model has no blocks, or where the counts or the budget leave nothing to remove.
     if not blocks and not blocks_needed:
         return Planned(Plan.of((), (), (), options.strategy), flops_now, others)
@@ -84,8 +84,15 @@ def make_plan(
         raise NoBlocksError(_no_blocks(gm.graph), others)
     shapes = tuple(map(block_shape, blocks))
     given = _given_counts(options.schedule, shapes)
+    if unknown and (options.latency_budget is not None or (options.flops_budget or 1.0) < 1.0):
+        raise UnsupportedModelError(
+            f"{options.budget} can't be kept, because some of this model's FLOPs aren't known: register a formula "
+            f"(torch.utils.flop_counter.register_flop_formula), or give the counts to remove (schedule=[…]) and no "
+            f"budget",
+            unknown,
+        )
     if _nothing_to_remove(given, options, flops_now / original.flops):
-        return Planned(Plan.of((), (), shapes, options.strategy), flops_now, others)
+        return Planned(Plan.of((), (), shapes, options.strategy), flops_now, (*others, *unknown))
     # Price every schedule over the candidate sites, then choose one.
     found = find_sites(typed, options.strategy)
     options = replace(options, strategy=_settled_early(options.strategy, found))
@@ -102,6 +109,7 @@ def make_plan(
         *(block.refusal for block in blocks if block.refusal is not None and block.branch is None),
         *found.left_out.values(),
         *others,
+        *unknown,
     ]
     return Planned(
         plan,
