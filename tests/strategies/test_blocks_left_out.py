@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gtp_fx
 
 from support.captured import optimised, shared_model
+from support.zoo import in_tiers
 
 
 class Block(nn.Module):
@@ -104,6 +105,7 @@ CASES = {
         "of which strategy 'idle' has only a part",
     ),
 }
+SLOW = ("fewer than neighbours, uniform", "no CLS", "no such feature")
 LATE = (3, 4)
 """The second stage's blocks."""
 
@@ -115,7 +117,7 @@ def counted(model: nn.Module, source: Source) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_tiers(CASES, *SLOW))
 def test_the_other_blocks_serve_the_budget(name: str) -> None:
     case = CASES[name]
     fast = optimised(case.source, strategy=case.strategy, flops_budget=0.8, schedule=case.schedule)
@@ -126,7 +128,7 @@ def test_the_other_blocks_serve_the_budget(name: str) -> None:
     assert case.reason in named and case.reason in str(fast.report)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_tiers(CASES, *SLOW))
 def test_who_asks_for_such_a_block_is_told(name: str) -> None:
     case = CASES[name]
     with pytest.raises(gtp_fx.ScheduleError, match=f"block 3 can't remove 1 tokens: .*{case.reason}"):
