@@ -28,6 +28,24 @@ def removing_blocks(blocks: Sequence[AttentionBlock], strategy: Strategy) -> lis
 
     Raises OptionError where the strategy names a block that its stream doesn't have.
     """
+    return [block for block in placed_blocks(blocks, strategy) if not why_unfit(block, strategy)]
+
+
+def why_unfit(block: AttentionBlock, strategy: Strategy) -> str:
+    """Return why the strategy can't work on a block's tokens, or on those that may skip its branch; empty where it can.
+
+    Other blocks don't depend on it.
+    """
+    reason = strategy.refuse(block.axis, block.branch is not None)
+    cut = cut_of(block, strategy)
+    return reason if reason or block.branch is not None or cut is None else strategy.refuse_stream(cut, block.axis)
+
+
+def placed_blocks(blocks: Sequence[AttentionBlock], strategy: Strategy) -> list[AttentionBlock]:
+    """Return the blocks that can lose tokens, at the positions that the strategy takes, whether or not it fits them.
+
+    Raises OptionError where the strategy names a block that its stream doesn't have.
+    """
     by_stream: dict[Grid, list[AttentionBlock]] = defaultdict(list)
     for block in blocks:
         by_stream[block.axis.domain.grid].append(block)

@@ -22,6 +22,37 @@ CONVOLUTIONS: Family = (
     aten.conv2d.padding,
     aten.conv3d.padding,
 )
+TRANSPOSED_CONVOLUTIONS: Family = (
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+)
+_WITHOUT_FORMULA = """
+    _addmm_activation _cdist_forward _cholesky_solve_helper _compute_linear_combination _conv_depthwise2d
+    _cslt_sparse_mm _cudnn_attention_forward _cudnn_rnn _dyn_quant_matmul_4bit _euclidean_dist
+    _flash_attention_forward_no_dropout_inplace _foreach_mm _grouped_mm _int_mm _linalg_det _linalg_eigh
+    _linalg_eigvals _linalg_slogdet _linalg_solve_ex _linalg_svd _lstm_mps _mixed_dtypes_linear _mps_convolution
+    _mps_convolution_transpose _native_multi_head_attention _nnpack_spatial_convolution
+    _scaled_dot_product_attention_math_for_mps _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_fused_attention_overrideable _scaled_grouped_mm _scaled_grouped_mm_v2 _scaled_mm_v2
+    _sparse_addmm _sparse_mm_reduce_impl _sparse_semi_structured_addmm _sparse_semi_structured_linear
+    _sparse_semi_structured_mm _sparse_sparse_matmul _spsolve _transformer_encoder_layer_fwd _trilinear
+    _triton_multi_head_attention _triton_scaled_dot_attention _weight_int4pack_mm _weight_int4pack_mm_for_cpu
+    _weight_int4pack_mm_with_scales_and_zeros _weight_int8pack_mm addbmm cholesky_inverse cholesky_solve
+    conv_depthwise3d conv_tbc cudnn_convolution_add_relu cudnn_convolution_relu cudnn_convolution_transpose
+    deform_conv2d geqrf hspmm linalg_cholesky_ex linalg_eig linalg_householder_product linalg_inv_ex
+    linalg_ldl_factor_ex linalg_ldl_solve linalg_lstsq linalg_lu linalg_lu_factor_ex linalg_lu_solve linalg_matrix_exp
+    linalg_matrix_sqrth linalg_pinv linalg_polar linalg_qr linalg_solve_triangular miopen_convolution
+    miopen_convolution_add_relu miopen_convolution_relu miopen_convolution_transpose miopen_depthwise_convolution
+    miopen_rnn mkldnn_convolution mkldnn_linear mkldnn_rnn_layer ormqr quantized_gru quantized_lstm
+    slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d slow_conv_transpose2d slow_conv_transpose3d
+    sparse_sampled_addmm triangular_solve
+    """
+PRODUCTS_WITHOUT_FORMULA: frozenset[str] = frozenset(_WITHOUT_FORMULA.split())
+"""Names of operators that multiply or factorise matrices, call no others, and have no formula in torch's registry.
+
+Products with a vector (mv, dot) aren't among them: they are sums like any reduction, and count as nothing there, too.
+"""
 POOLINGS: Family = (aten.avg_pool2d.default, aten.max_pool2d.default, aten.adaptive_avg_pool2d.default)
 GRID_MAKERS: Family = (*CONVOLUTIONS, *POOLINGS)
 """Operators at which a grid of patches may begin."""

@@ -18,6 +18,8 @@ from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import attention
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 # ---- graphs
 
@@ -106,6 +108,65 @@ def package_aoti(program: torch.export.ExportedProgram, file: str) -> None:
 def load_aoti(file: str) -> Callable[..., Any]:
     """Load an AOTInductor package as a function. Documented, under a private module's name."""
     return cast("Callable[..., Any]", importlib.import_module("torch._inductor").aoti_load_package(file))
+
+
+# ---- counting
+
+
+def is_operator(target: object) -> bool:
+    """Return whether a node's target is one overload of an operator, such as aten.mm.default."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def is_higher_order(target: object) -> bool:
+    """Return whether a node's target is an operator over graphs, such as cond or flex_attention."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def registered_formula(target: Any) -> Callable[..., int] | None:
+    """Return torch's formula for the FLOPs of an operator; None where it has none. Takes a call's arguments, `out_val`.
+
+    Public: `torch.utils.flop_counter.flop_registry`, by packets of overloads.
+    """
+    return cast("Callable[..., int] | None", flop_registry.get(getattr(target, "_overloadpacket", target)))
+
+
+def decomposes(target: Any) -> bool:
+    """Return whether an operator is written in others, so that `decompose` runs these. Public: `decompose` itself."""
+    return bool(target._can_decompose())
+
+
+def run_counted(target: Any, args: Any, kwargs: Any) -> tuple[int, list[Any]]:
+    """Run a call; return its FLOPs by torch's formulas, and the operators that it called last that have none.
+
+    Public: `FlopCounterMode`, which doesn't tell the operators, and takes a hundred times as long to enter.
+    """
+    mode = _Counting()
+    with mode:
+        target(*args, **kwargs)
+    return mode.flops, mode.called
+
+
+class _Counting(TorchDispatchMode):
+    """What `FlopCounterMode` does to a call: take it apart as far as it goes, and apply formulas to the pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self.called: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:
+            inside = func.decompose(*args, **(kwargs or {}))
+        if inside is not NotImplemented:
+            return inside
+        result = func(*args, **(kwargs or {}))
+        formula = registered_formula(func)
+        if formula is None:
+            self.called.append(func)
+        else:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+        return result
 
 
 # ---- attention

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from gtp_fx.analysis.placement import why_unfit
 from gtp_fx.options.calibration import Calibration
 from gtp_fx.options.progress import progress_bar
 from gtp_fx.options.schedule import BlockShape
@@ -111,8 +112,12 @@ def _by_rule(model: CostModel, limit: float) -> Iterator[Counts]:
 
 
 def _variants(strategy: Strategy, found: Candidates, calibration: Calibration) -> list[Strategy]:
-    """Return the variants of `strategy` that work on this model; none where calibration may not vary the strategy."""
+    """Return the variants of `strategy` that work at the same blocks; none where calibration may not vary it."""
     if not calibration.strategy:
         return []
-    axes = [(site.axis, site.branch is not None) for site in found.sites]
-    return [v for v in strategy.variants() if not any(v.refuse(axis, skips) for axis, skips in axes)]
+
+    def fits(how: Strategy) -> list[bool]:
+        return [not why_unfit(block, how) for block in found.placed]
+
+    # One that also fit a block that is left out would be carried out on other sites than were priced.
+    return [variant for variant in strategy.variants() if fits(variant) == fits(strategy)]

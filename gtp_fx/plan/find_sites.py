@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.branches import Branch
 from gtp_fx.analysis.liveness import ALL
-from gtp_fx.analysis.placement import cut_of, ends_of, removing_blocks, updated_edges
+from gtp_fx.analysis.placement import cut_of, ends_of, placed_blocks, removing_blocks, updated_edges, why_unfit
 from gtp_fx.analysis.typed_graph import TypedGraph
 from gtp_fx.errors import Refusal, UnsupportedModelError
 from gtp_fx.graph.nodes import layer_name, operator_name
@@ -31,33 +31,39 @@ class Candidates:
     sites: all of them, in graph order.
     typing: types of the graph with every site in use where tokens can be removed.
     branches: the branch that tokens can skip, by block number.
+    placed: the blocks at which the strategy would remove tokens or let them skip a branch, if it could.
+    left_out: why it can't, for some of these, by block number.
     """
 
     sites: tuple[Site, ...]
     typing: SiteTyping
     branches: Mapping[int, Branch]
+    placed: tuple[AttentionBlock, ...] = ()
+    left_out: Mapping[int, Refusal] = field(default_factory=dict)
 
 
 def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
     """Find every site at which `strategy` can remove tokens or let them skip a branch.
 
-    Raises UnsupportedModelError, with the reasons, where there is none or where later operators need the removed
-    tokens.
+    Blocks whose tokens it can't work on are left out, and so are streams whose removed tokens later operators need.
+    Raises UnsupportedModelError, with the reasons, where no block is left.
     """
     blocks = typed.blocks
-    removing = removing_blocks(blocks, strategy)
     branched = [(block, block.branch) for block in blocks if block.branch is not None]
-    _refuse_unfit(removing, [block for block, _ in branched], strategy)
+    placed = [*placed_blocks(blocks, strategy), *(block for block, _ in branched)]
+    left_out = {b.index: Refusal(b.layer, strategy.name, why) for b in placed if (why := why_unfit(b, strategy))}
+    branched = [(block, branch) for block, branch in branched if block.index not in left_out]
+    removing = removing_blocks(blocks, strategy)
     if not removing and not branched:
+        if left_out:
+            refusals = tuple(left_out[index] for index in sorted(left_out))
+            raise UnsupportedModelError(f"strategy {strategy.name!r} can't work on this model", refusals)
         reasons = tuple(block.refusal for block in blocks if block.refusal is not None)
         raise UnsupportedModelError("no attention block of this model can lose tokens", reasons)
-    cuts = {block.index: cut for block in removing if (cut := cut_of(block, strategy)) is not None}
-    ends = frozenset(ends_of(typed, strategy))
-    # RuleResult with every site in use: an operator that can't do without the removed tokens shows up as an obstacle.
-    typing = typed.with_sites(frozenset(cuts.values()), ends, updated_edges(typed, strategy, ends))
-    if obstacles := _obstacles(typing, strategy):
-        message = "tokens can't be removed from this model: what follows needs them (flops_budget=1.0 still works)"
-        raise UnsupportedModelError(message, obstacles)
+    typing, needed = _typed_with_sites(typed, removing, strategy, bool(branched))
+    left_out |= needed
+    removing = [block for block in removing if block.index not in needed]
+    cuts = _cuts(removing, strategy)
     # Blocks with a branch keep their grid whole, so they are typed without sites.
     sites = [_skip_site(block, branch, typed.whole, strategy, len(blocks)) for block, branch in branched]
     read = _grids_read(typed)
@@ -68,7 +74,13 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
         for block in removing
     ]
     in_order = tuple(sorted(sites, key=lambda site: site.block))
-    return Candidates(in_order, typing, {block.index: branch for block, branch in branched})
+    return Candidates(
+        in_order,
+        typing,
+        {block.index: branch for block, branch in branched},
+        tuple(placed),
+        dict(sorted(left_out.items())),
+    )
 
 
 def no_sites(typed: TypedGraph) -> Candidates:
@@ -76,16 +88,43 @@ def no_sites(typed: TypedGraph) -> Candidates:
     return Candidates((), typed.with_sites(frozenset()), {})
 
 
-def _refuse_unfit(removing: list[AttentionBlock], skipping: list[AttentionBlock], strategy: Strategy) -> None:
-    """Raise UnsupportedModelError where the strategy refuses the tokens of any candidate block."""
-    candidates = [*((block, False) for block in removing), *((block, True) for block in skipping)]
-    unfit = [
-        Refusal(block.layer, strategy.name, reason)
-        for block, skips in candidates
-        if (reason := strategy.refuse(block.axis, skips))
-    ]
-    if unfit:
-        raise UnsupportedModelError(f"strategy {strategy.name!r} can't work on this model", tuple(unfit))
+def _typed_with_sites(
+    typed: TypedGraph, removing: Sequence[AttentionBlock], strategy: Strategy, may_be_none: bool
+) -> tuple[SiteTyping, dict[int, Refusal]]:
+    """Type the graph with a site at each of `removing` that nothing speaks against.
+
+    Returns the types, and for the other blocks an operator that can't do without their tokens, by block number.
+    Raises UnsupportedModelError where no block is left, unless `may_be_none`.
+    """
+    ends = frozenset(ends_of(typed, strategy))
+    edges = updated_edges(typed, strategy, ends)
+
+    def with_sites(blocks: Sequence[AttentionBlock]) -> SiteTyping:
+        return typed.with_sites(frozenset(_cuts(blocks, strategy).values()), ends, edges)
+
+    # With every site in use, an operator that can't do without the removed tokens shows up as an obstacle.
+    typing = with_sites(removing)
+    every = _obstacles(typing, strategy)
+    if not every:
+        return typing, {}
+    # Take the streams one by one, in graph order, and leave out those with an obstacle beside the ones before them.
+    taken: list[AttentionBlock] = []
+    needed: dict[int, Refusal] = {}
+    for grid in dict.fromkeys(block.axis.domain.grid for block in removing):
+        stream = [block for block in removing if block.axis.domain.grid == grid]
+        if obstacles := _obstacles(with_sites([*taken, *stream]), strategy):
+            needed |= {block.index: obstacles[0] for block in stream}
+        else:
+            taken += stream
+    if not taken and not may_be_none:
+        message = "tokens can't be removed from this model: what follows needs them (flops_budget=1.0 still works)"
+        raise UnsupportedModelError(message, every)
+    return with_sites(taken), needed
+
+
+def _cuts(blocks: Sequence[AttentionBlock], strategy: Strategy) -> dict[int, fx.Node]:
+    """Return the node after which tokens are removed, by block number."""
+    return {block.index: cut for block in blocks if (cut := cut_of(block, strategy)) is not None}
 
 
 def _skip_site(block: AttentionBlock, branch: Branch, typing: WholeTyping, strategy: Strategy, blocks: int) -> Site:

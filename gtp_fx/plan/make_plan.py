@@ -11,14 +11,14 @@ from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.typed_graph import typed_graph
-from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError
+from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError, UnsupportedModelError
 from gtp_fx.graph.nodes import operator_name
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import AUTO, BlockShape, Schedule
 from gtp_fx.plan.choose import ApplyPlan, Choice, by_calibration, by_prior
 from gtp_fx.plan.cost.chains import CostModel
 from gtp_fx.plan.cost.closed_form import flops_model
-from gtp_fx.plan.cost.count import count_flops
+from gtp_fx.plan.cost.count import count_flops, uncounted
 from gtp_fx.plan.cost.seconds import graph_seconds, seconds_model
 from gtp_fx.plan.damage.tables import Damage
 from gtp_fx.plan.fastest import fastest_alike
@@ -76,7 +76,7 @@ def make_plan(
     """
     typed = typed_graph(gm.graph)
     blocks, others = typed.blocks, typed.unsupported_attention
-    flops_now = count_flops(gm.graph)
+    flops_now, unknown = count_flops(gm.graph), uncounted(gm.graph)
     # Return without sites where the model has no blocks, or where the counts or the budget leave nothing to remove.
     if not blocks and not blocks_needed:
         return Planned(Plan.of((), (), (), options.strategy), flops_now, others)
@@ -84,15 +84,22 @@ def make_plan(
         raise NoBlocksError(_no_blocks(gm.graph), others)
     shapes = tuple(map(block_shape, blocks))
     given = _given_counts(options.schedule, shapes)
+    if unknown and (options.latency_budget is not None or (options.flops_budget or 1.0) < 1.0):
+        raise UnsupportedModelError(
+            f"{options.budget} can't be kept, because some of this model's FLOPs aren't known: register a formula "
+            f"(torch.utils.flop_counter.register_flop_formula), or give the counts to remove (schedule=[…]) and no "
+            f"budget",
+            unknown,
+        )
     if _nothing_to_remove(given, options, flops_now / original.flops):
-        return Planned(Plan.of((), (), shapes, options.strategy), flops_now, others)
+        return Planned(Plan.of((), (), shapes, options.strategy), flops_now, (*others, *unknown))
     # Price every schedule over the candidate sites, then choose one.
     found = find_sites(typed, options.strategy)
     options = replace(options, strategy=_settled_early(options.strategy, found))
     flops = flops_model(found.typing, found.sites, options.strategy, original.flops)
     timed = None if options.latency_budget is None else _seconds(found, options, original)
     if given is not None:
-        choice = Choice(_split(given, blocks, flops, options), options.strategy, "")
+        choice = Choice(_split(given, blocks, flops, found, options), options.strategy, "")
     else:
         choice = _choose(gm, found, shapes, flops if timed is None else timed, options, original, apply_plan)
     plan = Plan.of(found.sites, choice.counts, shapes, choice.strategy)
@@ -100,7 +107,9 @@ def make_plan(
         flops = flops_model(found.typing, found.sites, plan.strategy, original.flops)
     refusals = [
         *(block.refusal for block in blocks if block.refusal is not None and block.branch is None),
+        *found.left_out.values(),
         *others,
+        *unknown,
     ]
     return Planned(
         plan,
@@ -171,8 +180,15 @@ def _choose(
         lowest = f" ({_round_up(over.cost * 1e3):.3f} ms)" if absolute else ""
         raise BudgetError(
             f"{options.budget}{on} can't be reached: the lowest ratio that schedule={options.schedule!r} gives "
-            f"on this model is {_round_up(over.cost / model.original):.3f}{lowest}{advice}"
+            f"on this model is {_round_up(over.cost / model.original):.3f}{lowest}{advice}{_left_out(found)}"
         ) from None
+
+
+def _left_out(found: Candidates) -> str:
+    """Return the end of a message about what a plan can't reach: the blocks that take no part in it, and why."""
+    if not found.left_out:
+        return ""
+    return "\n  - ".join(["; these blocks take no part in it", *map(str, found.left_out.values())])
 
 
 def _seconds(found: Candidates, options: Options, original: Original) -> CostModel:
@@ -207,7 +223,7 @@ def _nothing_to_remove(given: tuple[int, ...] | None, options: Options, ratio: f
 
 
 def _split(
-    given: tuple[int, ...], blocks: Sequence[AttentionBlock], model: CostModel, options: Options
+    given: tuple[int, ...], blocks: Sequence[AttentionBlock], model: CostModel, found: Candidates, options: Options
 ) -> tuple[int, ...]:
     """Return a user's counts, one per site.
 
@@ -219,6 +235,8 @@ def _split(
     for block, count in zip(blocks, given, strict=True):
         if count and block.refusal is not None and block.branch is None and not block.dead:
             raise ScheduleError(f"block {block.index} can't remove {count} tokens: {block.refusal}")
+        if count and block.index in found.left_out:
+            raise ScheduleError(f"block {block.index} can't remove {count} tokens: {found.left_out[block.index]}")
         if count and block.refusal is None and not block.dead and block.index not in sites:
             raise ScheduleError(
                 f"block {block.index} can't remove {count} tokens: strategy {options.strategy.name!r} "

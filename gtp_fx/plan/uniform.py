@@ -56,16 +56,23 @@ class Even:
 
 
 class Uniform:
-    """The paper's schedule: the same number P of tokens is removed at every block."""
+    """The paper's schedule: the same number P of tokens is removed at every block.
+
+    A stream with fewer tokens than that takes removes P until one patch is left, so that a small stage doesn't bound P.
+    """
 
     def steps(self, sites: Sequence[Site]) -> int:
         """Return the number of the harshest schedule, which is the count per block."""
         per_stream = _per_stream(sites)
-        return min((_most(site) // per_stream[site.stream] for site in sites), default=0)
+        return max((_most(site) // per_stream[site.stream] for site in sites), default=0)
 
     def at(self, sites: Sequence[Site], step: int) -> tuple[int, ...]:
-        """Return `step` tokens to remove at each site."""
-        return (step,) * len(sites)
+        """Return the tokens to remove at each site: `step`, or what its stream has left."""
+        counts, removed = [], Counter[object]()
+        for site in sites:
+            counts.append(min(step, _most(site) - removed[site.stream]))
+            removed[site.stream] += counts[-1]
+        return tuple(counts)
 
 
 ScheduleFamily = Even | Uniform

@@ -120,6 +120,9 @@ class Grouping:
             )
         return ""
 
+    def refuse_stream(self, stream: fx.Node, axis: TokenAxis) -> str:
+        return ""
+
     def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
         return StreamState()
 

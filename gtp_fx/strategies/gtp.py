@@ -155,6 +155,9 @@ class GTP:
             return f"neighbors={self.neighbors} needs more than {self.neighbors} patch tokens, and there are {patches}"
         return ""
 
+    def refuse_stream(self, stream: fx.Node, axis: TokenAxis) -> str:
+        return ""
+
     def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
         graph = emit(
             gtp_fx.token_graph.default,

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from gtp_fx.errors import OptionError
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.tokens import Groups, Tokens, dropped
+from gtp_fx.types.axes import TokenAxis
 
 
 @register_strategy
@@ -41,10 +43,13 @@ class Halting(Grouping):
         if isinstance(self.feature, bool) or not isinstance(self.feature, int) or self.feature < 0:
             raise OptionError(f"Halting(feature={self.feature!r}): give the number of a channel, from 0")
 
+    def refuse_stream(self, stream: fx.Node, axis: TokenAxis) -> str:
+        channels = stream.meta["val"].shape[-1]
+        if self.feature < channels:
+            return ""
+        return f"Halting(feature={self.feature}): tokens here have {channels} features, from 0"
+
     def group(self, tokens: Tokens) -> Groups:
-        channels = tokens.x_BNC.shape[-1]
-        if self.feature >= channels:
-            raise OptionError(f"Halting(feature={self.feature}): tokens here have {channels} features, from 0")
         feature_Bn = tokens.patches_BnC[..., self.feature].float()
         sum_Bn = torch.sigmoid(self.gamma * feature_Bn + self.beta)
         if tokens.carried_Bn is not None:

@@ -196,6 +196,12 @@ class Strategy(Protocol):
         skipping: tokens are not removed; they only skip a branch.
         """
 
+    def refuse_stream(self, stream: fx.Node, axis: TokenAxis) -> str:
+        """Return why tokens can't be removed from the stream at a node, [B, prefix + G + suffix, C]; empty if they can.
+
+        It depends on what the stream holds or is computed from; `refuse` knows its tokens' number and order alone.
+        """
+
     def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
         """Insert what a stream needs at the input of its first block, [B, prefix + G + suffix, C]; return its state."""
 

@@ -126,6 +126,13 @@ class Saliency(Grouping):
     def positions(self, blocks: int) -> Collection[int]:
         return [0]
 
+    def refuse_stream(self, stream: fx.Node, axis: TokenAxis) -> str:
+        try:
+            images_of(stream, axis)
+        except UnsupportedModelError as reason:
+            return str(reason)
+        return ""
+
     def ranking(self, emit: Emit, site: AtSite) -> fx.Node:
         grid = list(site.axis.domain.grid.shape)
         images = images_of(site.stream, site.axis)
@@ -159,8 +166,8 @@ def images_of(stream: fx.Node, axis: TokenAxis) -> fx.Node:
     found = [node for node in read if isinstance(node, fx.Node) and _could_be_images(node, grid, batch)]
     if len(found) != 1 or len(read) != 1:
         raise UnsupportedModelError(
-            f"strategy 'saliency' looks at the images, and {len(read)} values of this model could be a batch of "
-            f"them over a grid of {' x '.join(map(str, grid))} patches: another strategy ranks tokens by themselves"
+            f"saliency looks at the images, and {len(read)} values of this model could be a batch of them over a grid "
+            f"of {' x '.join(map(str, grid))} patches: another strategy ranks tokens by themselves"
         )
     return found[0]
 

@@ -95,7 +95,7 @@ OPTIONS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("message", OPTIONS)
 def test_options_that_mean_nothing_are_named(message: str) -> None:
-    with pytest.raises(gtp_fx.OptionError, match=message):
+    with pytest.raises(gtp_fx.GtpError, match=message):
         OPTIONS[message]()
 
 

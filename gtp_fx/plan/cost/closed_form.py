@@ -16,7 +16,7 @@ from torch import fx
 from gtp_fx.analysis.branches import Branch
 from gtp_fx.graph.symbols import per_image
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
-from gtp_fx.plan.cost.formulas import find
+from gtp_fx.plan.cost.formulas import formula_of
 from gtp_fx.plan.cost.terms import node_work, terms_of
 from gtp_fx.plan.site import BranchCost, Site
 from gtp_fx.strategies.protocol import Strategy
@@ -66,7 +66,7 @@ def _token_wise_flops(node: fx.Node, typing: WholeTyping) -> tuple[int, int]:
 
     All dimensions of its result but the last are tokens or images.
     """
-    if find(node.target) is None:
+    if formula_of(node) is None:
         return 0, 0
     flops = int(node_work(node, typing, whole_count, batch=1).flops)
     return flops, flops // math.prod(per_image(whole_size(dim)) for dim in typing.type(node)[:-1])

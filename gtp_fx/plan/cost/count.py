@@ -1,14 +1,16 @@
-"""FLOPs of one graph as it stands, per image."""
+"""FLOPs of one graph as it stands, per image, and what of it has none that are known."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-from gtp_fx.graph.nodes import tensors_of
+from gtp_fx.errors import Refusal
+from gtp_fx.graph.nodes import refusal, tensors_of
 from gtp_fx.graph.symbols import per_image
 from gtp_fx.ops.register import flops_of
-from gtp_fx.plan.cost.formulas import Sizes, find
+from gtp_fx.plan.cost.formulas import Sizes, by_running, formula_of
+from gtp_fx.plan.cost.opened import opened
 
 
 def count_flops(graph: fx.Graph) -> int:
@@ -18,11 +20,22 @@ def count_flops(graph: fx.Graph) -> int:
 
 def node_flops(node: fx.Node) -> int:
     """Return the FLOPs of one node for one image."""
-    formula = find(node.target)
+    formula = formula_of(node)
     if formula is None:
         return _run(node)
+    if formula is by_running:
+        return opened(node).flops
     operands = {n: _sizes(n) for n in node.all_input_nodes if tensors_of(n.meta.get("val"))}
     return int(formula(Sizes(node, operands, _sizes(node))))
+
+
+def uncounted(graph: fx.Graph) -> tuple[Refusal, ...]:
+    """Return the operators that multiply matrices, or may, and whose FLOPs aren't known: each reason once."""
+    found: dict[str, Refusal] = {}
+    for node in graph.nodes:
+        if reason := opened(node).uncounted:
+            found.setdefault(reason, refusal(node, f"{reason}, so it isn't counted"))
+    return tuple(found.values())
 
 
 def _run(node: fx.Node) -> int:

@@ -1,23 +1,25 @@
 """FLOPs of one operator from the sizes of its operands: 2 per multiply-add, as torch.utils.flop_counter counts.
 
 A formula only multiplies and adds. So its sizes may be integers (for `count`), or arrays with an entry for each
-candidate token count (for `closed_form`). Operators without a formula count as 0, as they do in torch: only products
-and convolutions have one.
+candidate token count (for `closed_form`). The operators that models are made of have one here. Any other is run on meta
+tensors, once for each candidate, and counted by torch's own formulas (`gtp_fx.plan.cost.opened`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx import ops
-from gtp_fx.graph.operators import CONVOLUTIONS, MATRIX_PRODUCTS, PRODUCTS_ADDED_TO
-from gtp_fx.types.rules.einsum import Equation
+from gtp_fx.graph.operators import CONVOLUTIONS, MATRIX_PRODUCTS, PRODUCTS_ADDED_TO, TRANSPOSED_CONVOLUTIONS
+from gtp_fx.plan.cost.opened import opened
 
 assert ops
 
@@ -57,9 +59,27 @@ def formula(*operators: Any) -> Callable[[Formula], Formula]:
     return register
 
 
-def find(operator: Any) -> Formula | None:
-    """Return the formula of an operator, or None where it has none."""
-    return _formulas.get(operator)
+def formula_of(node: fx.Node) -> Formula | None:
+    """Return the formula of a node's operator; None where it multiplies no matrices."""
+    known = _formulas.get(node.target)
+    if known is not None or node.op != "call_function":
+        return known
+    return by_running if opened(node).flops else None
+
+
+def by_running(sizes: Sizes) -> Size:
+    """Count by running the operator on meta tensors of each of the sizes."""
+    operands = list(sizes.operands)
+    ends = list(itertools.accumulate(len(sizes.operands[operand]) for operand in operands))
+
+    def at(*flat: int) -> int:
+        shapes = [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        return opened(sizes.node, dict(zip(operands, shapes, strict=True))).flops
+
+    flat = [size for operand in operands for size in sizes.operands[operand]]
+    if any(isinstance(size, np.ndarray) for size in flat):
+        return np.vectorize(at, otypes=[np.int64])(*flat)
+    return at(*flat)
 
 
 @formula(aten.linear.default)
@@ -69,6 +89,9 @@ def linear(sizes: Sizes) -> Size:
 
 @formula(*MATRIX_PRODUCTS, aten.mm.default)
 def matmul(sizes: Sizes) -> Size:
+    """Count a product of matrices; one with a vector behind is a sum, which torch counts as none."""
+    if len(sizes(1)) == 1:
+        return 0
     return 2 * math.prod(sizes.output) * sizes(0)[-1]
 
 
@@ -80,35 +103,26 @@ def addmm(sizes: Sizes) -> Size:
 @formula(*CONVOLUTIONS)
 def convolution(sizes: Sizes) -> Size:
     """Count the weight [C', C/groups, *kernel] once for every output position."""
-    return 2 * math.prod(sizes.output) * math.prod(sizes(1)[1:])
+    return 2 * _parts(sizes) * math.prod(sizes.output) * math.prod(sizes(1)[1:])
 
 
-@formula(aten.einsum.default)
-def einsum(sizes: Sizes) -> Size:
-    """Count operands joined from left to right, each label summed over once nothing later has it."""
-    arguments: tuple[Any, ...] = sizes.node.args
-    equation = Equation.parse(arguments[0])
-    if equation is None:
-        return 0
-    by_label: dict[str, Size] = {}
-    for term, operand in zip(equation.terms, arguments[1], strict=True):
-        for label, size in zip(term, sizes.operands[operand], strict=True):
-            known = by_label.get(label, 1)
-            by_label[label] = size if isinstance(known, int) and known == 1 else known
-    total, joined = 0, set(equation.terms[0])
-    for position, term in enumerate(equation.terms[1:], start=1):
-        joined |= set(term)
-        total += 2 * math.prod(by_label[label] for label in sorted(joined))
-        joined &= set(equation.result).union(*equation.terms[position + 1 :])
-    return total
+@formula(*TRANSPOSED_CONVOLUTIONS)
+def transposed_convolution(sizes: Sizes) -> Size:
+    """Count the weight [C, C'/groups, *kernel] once for every input position."""
+    return 2 * _parts(sizes) * math.prod(sizes(0)) * math.prod(sizes(1)[1:])
+
+
+def _parts(sizes: Sizes) -> int:
+    """Return the number of real convolutions that one is: three where it is complex."""
+    return 3 if sizes.node.meta["val"].is_complex() else 1
 
 
 @formula(aten.scaled_dot_product_attention.default)
 def attention(sizes: Sizes) -> Size:
-    """Count q·kᵀ and its product with v."""
-    *batch, queries, features = sizes(0)
+    """Count q·kᵀ and its product with v, for every head and image of the output: those of q or k may be broadcast."""
+    queries, features = sizes(0)[-2:]
     keys, width = sizes(2)[-2:]
-    return 2 * math.prod(batch) * queries * keys * (features + width)
+    return 2 * math.prod(sizes.output[:-2]) * queries * keys * (features + width)
 
 
 @formula(gtp_fx.attention_with_scores.default)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from gtp_fx.graph.operators import WITHOUT_COPY
-from gtp_fx.plan.cost.formulas import find
+from gtp_fx.plan.cost.formulas import formula_of
 from gtp_fx.types.axes import TensorType, whole_size
 from gtp_fx.types.infer import Typing
 from gtp_fx.types.rules.layout import is_view
@@ -90,7 +90,7 @@ def _memory_of(node: fx.Node) -> fx.Node:
 
 
 def _is_product(node: fx.Node) -> bool:
-    return node.op == "call_function" and find(node.target) is not None
+    return formula_of(node) is not None
 
 
 def _is_fusable(node: fx.Node, typing: Typing) -> bool:

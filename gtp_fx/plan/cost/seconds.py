@@ -22,7 +22,7 @@ from torch import fx
 from gtp_fx.analysis.branches import Branch
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
-from gtp_fx.plan.cost.formulas import find
+from gtp_fx.plan.cost.formulas import formula_of
 from gtp_fx.plan.cost.fusion import fused_groups
 from gtp_fx.plan.cost.terms import graph_terms, group_work, node_work, terms_of
 from gtp_fx.plan.site import Site
@@ -132,7 +132,7 @@ def branch_seconds(
             branch = branches[site.block]
             # The branch's work is its products, and the fused groups that lie inside it.
             inside = set(branch.inside)
-            nodes = [node for node in inside if find(node.target) is not None]
+            nodes = [node for node in inside if formula_of(node) is not None]
             works = [node_work(node, whole, whole_count, batch) for node in nodes]
             works += [
                 group_work(group, whole, whole_count, batch) for group in groups if inside.issuperset(group.nodes)

@@ -13,9 +13,10 @@ from typing import Any
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.graph.operators import CONVOLUTIONS
+from gtp_fx.graph.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from gtp_fx.graph.symbols import at_batch
-from gtp_fx.plan.cost.formulas import Sizes, find
+from gtp_fx.plan.cost.count import node_flops
+from gtp_fx.plan.cost.formulas import Sizes, formula_of
 from gtp_fx.plan.cost.fusion import Group, fused_groups
 from gtp_fx.plan.site import Site
 from gtp_fx.strategies.protocol import SiteShape, Strategy
@@ -77,11 +78,15 @@ def terms_of(
 def graph_terms(typing: Typing, batch: int) -> Iterator[Term]:
     """Yield the work of the graph's own operators: a term for each product, and one for each group that is fused."""
     for node in typing.graph.nodes:
-        formula = find(node.target) if node.op == "call_function" else None
-        if formula is not None:
-            kinds = [typing.answers[node].output, *typing.answers[node].operands.values()]
-            works = lambda count, node=node: [node_work(node, typing, count, batch)]  # noqa: E731
-            yield Term(_domains(kinds), works, node=node)
+        if formula_of(node) is None:
+            continue
+        if not typing.is_tensor(node):  # several results, or a graph of its own: nothing leaves its operands
+            work = Work("product", batch * node_flops(node))
+            yield Term(frozenset(), lambda _, work=work: [work], node=node)  # type: ignore[misc]
+            continue
+        kinds = [typing.answers[node].output, *typing.answers[node].operands.values()]
+        works = lambda count, node=node: [node_work(node, typing, count, batch)]  # noqa: E731
+        yield Term(_domains(kinds), works, node=node)
     for group in fused_groups(typing):
         kinds = [*(kind for _, kind in group.reads), *(typing.type(node) for node in group.writes)]
         works = lambda count, group=group: [group_work(group, typing, count, batch)]  # noqa: E731
@@ -91,9 +96,9 @@ def graph_terms(typing: Typing, batch: int) -> Iterator[Term]:
 def node_work(node: fx.Node, typing: Typing, count: Counts, batch: int) -> Work:
     """Return the work of an operator that has a formula."""
     sizes = _node_sizes(node, typing, count, batch)
-    formula = find(node.target)
+    formula = formula_of(node)
     assert formula is not None
-    value = node.meta["val"][0] if isinstance(node.meta["val"], list | tuple) else node.meta["val"]
+    value = node.meta["val"]
     moved = math.prod(sizes.output) + sum(math.prod(shape) for shape in sizes.operands.values())
     work = Work("product", formula(sizes), moved * value.dtype.itemsize, dtype=str(value.dtype).removeprefix("torch."))
     if node.target is _ATTENTION:
@@ -103,6 +108,9 @@ def node_work(node: fx.Node, typing: Typing, count: Counts, batch: int) -> Work:
         if per_group == 1:  # depthwise: bound by memory
             return replace(work, kind="stream")
         return replace(work, kind="convolution", rows=math.prod(sizes.output) // channels, columns=channels)
+    if node.target in TRANSPOSED_CONVOLUTIONS:
+        rows = math.prod(sizes(0)) // sizes(1)[0]
+        return replace(work, kind="convolution", rows=rows, columns=math.prod(sizes(1)[1:]))
     if node.target is aten.linear.default:
         return replace(work, rows=math.prod(sizes.output[:-1]), columns=sizes.output[-1])
     if len(sizes.output) < 2:
