@@ -16,7 +16,18 @@ from torch import fx
 
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import refusal
-from gtp_fx.types.axes import Dim, TensorType, TokenAxis, images_dims, plain, token_axes, token_axis, whole_size
+from gtp_fx.types.axes import (
+    Dim,
+    TensorType,
+    TokenAxis,
+    holds_images,
+    images_dims,
+    is_plain,
+    plain,
+    token_axes,
+    token_axis,
+    whole_size,
+)
 from gtp_fx.types.infer import SiteTyping
 from gtp_fx.types.rules.registry import RuleResult
 
@@ -150,6 +161,9 @@ def _images_dim(own: TensorType, answer: RuleResult, images: int, operand: fx.No
     Leading dimensions are added where the reader broadcasts. Raises _CannotCoerce where no dimension, or more than one,
     could hold images.
     """
+    known = [d for d, dim in enumerate(own) if holds_images(dim) and whole_size(dim) == images]
+    if len(known) == 1 and is_plain(own[known[0]]):
+        return 0, known[0]
     output = answer.output
     if answer.broadcasts and isinstance(output, tuple):
         # A broadcast operand is right-aligned with the output, which tells where its images are.

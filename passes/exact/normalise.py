@@ -41,8 +41,10 @@ def _as_reshape(node: fx.Node) -> None:
     """
     sizes = written(shape_of(node))
     if sizes.count(-1) <= 1:
+        value = node.meta["val"]
         node.target, node.kwargs = aten.reshape.default, {}
         edit.set_args(node, (node.args[0], sizes))
+        node.meta["val"] = value  # said in other words
 
 
 def _changes_nothing(node: fx.Node) -> bool:
