@@ -123,7 +123,10 @@ class _Primes:
         number, factors = sympy.factor_list(expression) if parts else (expression, [])
         if not number.is_Integer:
             number, factors = 1, [(expression, 1)]
-        return int(number) * math.prod(_value_of(factor, parts) ** int(power) for factor, power in factors)
+        value: int = int(number)
+        for factor, power in factors:
+            value *= _value_of(factor, parts) ** int(power)
+        return value
 
 
 def _value_of(expression: Any, parts: dict[Any, int]) -> int:
