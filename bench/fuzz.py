@@ -65,6 +65,8 @@ def architectures(draw: Any) -> Architecture:
         shift=draw(st.booleans()),
         pool=draw(st.sampled_from(pools)),
         dtype=draw(st.sampled_from(("float32", "float32", "float64", "bfloat16"))),
+        beside=draw(st.sampled_from(("", "", *models.BESIDE))),
+        parting=draw(st.sampled_from(models.PARTINGS)),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from bench.live_weights import enliven
 
@@ -44,6 +45,8 @@ class Architecture:
     shift: whether every other block's windows are shifted.
     pool: output, a name in `POOLS`.
     dtype: dtype of parameters and images.
+    beside: what goes along in a call's batch, a name in `BESIDE`, or "" for nothing.
+    parting: where the call's images and those are parted and added up, a name in `PARTINGS`.
     """
 
     grid: tuple[int, int] = (4, 5)
@@ -67,6 +70,8 @@ class Architecture:
     shift: bool = False
     pool: str = "token"
     dtype: str = "float32"
+    beside: str = ""
+    parting: str = "output"
 
     @property
     def width(self) -> int:
@@ -102,6 +107,8 @@ ORDERS = ("before", "behind", "both", "parallel")
 MLPS = ("gelu", "relu", "swiglu")
 NORMS = ("layer", "rms")
 POOLS = ("token", "mean", "mean of patches", "max", "attention", "all tokens", "map", "tokens and logits")
+BESIDE = ("mirror images", "a template")
+PARTINGS = ("output", "stream")
 
 
 class RandomViT(nn.Module):
@@ -131,10 +138,17 @@ class RandomViT(nn.Module):
         if arch.pool == "attention":
             self.query = nn.Parameter(torch.randn(1, 1, width))
             self.probe = nn.Linear(width, 2 * width)
+        if arch.beside == "a template":
+            self.register_buffer("template", torch.randn(1, 3, *(PATCH * side for side in arch.grid)))
         self.masked: list[Tensor] | None = None
 
     def forward(self, image: Tensor) -> Any:
-        arch, batch = self.arch, image.shape[0]
+        arch, images = self.arch, image.shape[0]
+        if arch.beside == "mirror images":
+            image = torch.cat([image, image.flip(-1)])
+        if arch.beside == "a template":
+            image = torch.cat([image, self.template])
+        batch = image.shape[0]
         x = self._patches(image)
         if arch.position == "learned":
             x = x + self.position
@@ -146,7 +160,12 @@ class RandomViT(nn.Module):
             x = torch.cat([x, self.behind.expand(batch, -1, -1)], dim=1)
         for number, block in enumerate(self.blocks):
             x = block(x, None if self.masked is None else self.masked[number])
-        return self._pooled(self.norm(x))
+        if arch.beside and arch.parting == "stream":
+            x = x[:images] + x[images:]
+        out = self._pooled(self.norm(x))
+        if arch.beside and arch.parting == "output":
+            return pytree.tree_map(lambda t: t[:images] + t[images:], out)
+        return out
 
     def _patches(self, image: Tensor) -> Tensor:
         if self.arch.embed == "conv":

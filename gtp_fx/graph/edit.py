@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from gtp_fx.graph.nodes import attention_dropout
+from gtp_fx.graph.symbols import names_a_symbol
 from gtp_fx.graph.torch_internals import return_flat, take_signature
 
 META_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
@@ -19,6 +20,7 @@ META_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 
 def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node) -> fx.Node:
     """Insert a call at the graph's insertion point, with the origin (layer, stack trace) of the node `like`."""
+    _name_no_symbol(target, args)
     node = graph.call_function(target, args)
     node.meta = {key: like.meta[key] for key in META_KEYS if key in like.meta}
     return node
@@ -49,8 +51,17 @@ class Emitter:
 def set_args(node: fx.Node, args: tuple[Any, ...]) -> None:
     """Change a node's arguments. The next `propagate_shapes` recomputes its value."""
     if args != node.args:
+        _name_no_symbol(node.target, args)
         node.args = args
         node.meta.pop("val", None)
+
+
+def _name_no_symbol(target: Any, arguments: Any) -> None:
+    """Refuse arguments that hold a symbol's prime: the graph would work for that one batch size, which nobody has.
+
+    Whatever writes a size into a graph does so by a function of this module.
+    """
+    assert not names_a_symbol(arguments), f"a batch size is written as a number: {target}{arguments}"
 
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:

@@ -62,6 +62,19 @@ def mode_of(fake: Tensor) -> AbstractContextManager[Any]:
     return cast("AbstractContextManager[Any]", cast(FakeTensor, fake).fake_mode)
 
 
+def floor_divided(size: Any) -> list[tuple[Any, int]]:
+    """Return each symbol that a symbolic size divides by a number, up or down, and the number: (B, 2) for B // 2.
+
+    Public: none.
+    """
+    from torch.utils._sympy.functions import FloorDiv  # with sympy; a capture has imported it
+
+    quotients = [quotient.args for quotient in size.atoms(FloorDiv) if quotient.args[1].is_Integer]
+    # A number is rounded up by adding the divisor less one before.
+    wholes = [(part, int(by)) for whole, by in quotients for part in (whole, whole - by + 1)]
+    return [(whole, by) for whole, by in wholes if whole.is_Symbol]
+
+
 # ---- tracing and compiling
 
 

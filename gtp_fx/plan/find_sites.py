@@ -14,7 +14,7 @@ from gtp_fx.analysis.placement import cut_of, ends_of, placed_blocks, removing_b
 from gtp_fx.analysis.typed_graph import TypedGraph
 from gtp_fx.errors import Refusal, UnsupportedModelError
 from gtp_fx.graph.nodes import layer_name, operator_name
-from gtp_fx.graph.symbols import per_image, shape_of
+from gtp_fx.graph.symbols import shape_of
 from gtp_fx.options.schedule import BlockShape
 from gtp_fx.plan.cost.closed_form import branch_cost
 from gtp_fx.plan.site import Site
@@ -166,7 +166,7 @@ def _removal_site(block: AttentionBlock, cut: fx.Node, typing: SiteTyping, block
         axis=axis,
         channels=whole_size(stream[2]),
         heads=whole_size(typing.type(block.attention)[1]),
-        images=per_image(whole_size(stream[0])),
+        images=whole_size(stream[0]),
         dtype=_dtype(cut),
         depth=block.index / blocks,
         key_features=whole_size(typing.type(block.attention.args[1])[-1]),  # type: ignore[arg-type]

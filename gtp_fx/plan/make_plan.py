@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -101,7 +101,10 @@ def make_plan(
     if given is not None:
         choice = Choice(_split(given, blocks, flops, found, options), options.strategy, "")
     else:
-        choice = _choose(gm, found, shapes, flops if timed is None else timed, options, original, apply_plan)
+        model = flops if timed is None else timed
+        choice = _choose_for_any_batch(
+            found, options, original, lambda asked: _choose(gm, found, shapes, model, asked, original, apply_plan)
+        )
     plan = Plan.of(found.sites, choice.counts, shapes, choice.strategy)
     if plan.strategy != options.strategy:  # the chosen strategy, settled for the counts, may cost something else
         flops = flops_model(found.typing, found.sites, plan.strategy, original.flops)
@@ -129,6 +132,34 @@ def _settled_early(strategy: Strategy, found: Candidates) -> Strategy:
     """
     worst = strategy.settled(removed_by_stream(found.sites, [site.whole - 1 for site in found.sites]))
     return strategy if worst.reads_scales else worst
+
+
+def _choose_for_any_batch(
+    found: Candidates, options: Options, original: Original, choose: Callable[[Options], Choice]
+) -> Choice:
+    """Choose counts that keep to a FLOPs budget with one image in a batch and with any number.
+
+    Where a batch holds images of the model's own beside those of the call (B + 1), each part of the graph grows by
+    another factor. If both totals are straight lines in the number of images, it suffices that the budget holds for one
+    image and for what each further image adds. A model that compares all images of a batch is held to it at one image.
+
+    choose: chooses within the budget of some options at one image. Raises BudgetError where it can't be reached.
+    """
+    one, two, three = (count_flops(original.graph, batch) for batch in (1, 2, 3))
+    asked, budget, rest = options, options.flops_budget, three - two
+    if budget is None or rest != two - one or rest in (0, one):  # of no image, or of each image alike
+        return choose(options)
+    while True:
+        choice = choose(asked)
+        costs = [
+            flops_model(found.typing, found.sites, choice.strategy, original.flops, batch).cost(choice.counts)
+            for batch in (1, 2)
+        ]
+        over = (costs[1] - costs[0]) / rest - budget
+        if over <= 0 or any(site.branch is not None for site in found.sites):
+            return choice
+        assert asked.flops_budget is not None
+        asked = replace(asked, flops_budget=asked.flops_budget - over)
 
 
 def _choose(

@@ -15,7 +15,7 @@ class Site:
     axis: the tokens before the site, at the level they are removed from; for a branch, those of one window.
     channels: features of a token in the residual stream.
     heads: attention heads.
-    images: images in one run of the graph; 1 where the batch is symbolic.
+    images: images in one run of the graph, symbols as primes (see `gtp_fx.graph.symbols`).
     branch: the cost of the branch that tokens skip; None where tokens are removed.
     dtype: dtype of the stream, as torch names it.
     depth: the share of the model's attention blocks that come before this one, in [0, 1).

@@ -49,6 +49,17 @@ class Grid:
         shift = tuple((a + b) % size for a, b, size in zip(before, by, self.shape, strict=True))
         return replace(self, shift=shift if any(shift) else ())
 
+    def of_other_images(self, where: str) -> Grid:
+        """Return the same grid of other images: a part of the batch, several batches joined, one in another order.
+
+        Places pair one by one, as long as all tokens are there; which of them are removed is decided anew.
+
+        where: the operator, which names the new grid.
+        """
+        inside = None if self.inside is None else self.inside.of_other_images(where)
+        parts = tuple(replace(part, grid=part.grid.of_other_images(where)) for part in self.parts)
+        return replace(self, birth=f"{self.birth}@{where}", inside=inside, parts=parts)
+
     def resized(self, side: int, size: int) -> Grid:
         """Crop one side of a padded grid. Cropping every side back to the unpadded shape gives that grid itself."""
         shape = (*self.shape[:side], size, *self.shape[side + 1 :])
@@ -193,6 +204,16 @@ def token_axis(dim: Dim) -> TokenAxis | None:
 def holds_images(dim: Dim) -> bool:
     """Return whether the batch that a grid was born with is a factor of `dim`."""
     return any(isinstance(factor, Plain) and factor.images for factor in dim)
+
+
+def images_in(tensor_type: TensorType) -> int:
+    """Return how many images a type is known to hold, over all its dimensions; 1 where none is known to."""
+    return math.prod(f.size for dim in tensor_type for f in dim if isinstance(f, Plain) and f.images)
+
+
+def as_images(dim: Dim) -> Dim:
+    """Return `dim`, each plain part of which is known to be images."""
+    return tuple(replace(factor, images=True) if isinstance(factor, Plain) else factor for factor in dim)
 
 
 def images_dims(tensor_type: TensorType, images: int) -> list[int]:

@@ -10,14 +10,27 @@ model prices them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import refusal
-from gtp_fx.types.axes import Dim, TensorType, TokenAxis, images_dims, plain, token_axes, token_axis, whole_size
-from gtp_fx.types.infer import SiteTyping
+from gtp_fx.graph.operators import FLATTENINGS, PERMUTATIONS, VIEWS
+from gtp_fx.types.axes import (
+    Dim,
+    TensorType,
+    TokenAxis,
+    holds_images,
+    images_dims,
+    is_plain,
+    plain,
+    token_axes,
+    token_axis,
+    whole_size,
+)
+from gtp_fx.types.infer import SiteTyping, whole
 from gtp_fx.types.rules.registry import RuleResult
 
 
@@ -52,6 +65,8 @@ class Coercion:
     steps: the changes of level.
     reason: why the reader needs other tokens.
     updates: the operand is a residual stream; a removed token becomes what it was plus its neighbours' mean change.
+    rearranged: where `node` reads a value in which images are spread over several dimensions, the views and
+        permutations that made it of `operand`, to be done again on what the steps give.
     """
 
     node: fx.Node
@@ -62,6 +77,7 @@ class Coercion:
     steps: tuple[Step, ...]
     reason: str
     updates: bool = False
+    rearranged: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,8 +110,37 @@ def find_coercions(typing: SiteTyping) -> Coercions:
             try:
                 found.append(_coercion(node, operand, own, wanted, answer, typing))
             except _CannotCoerce as reason:
-                refused.append(refusal(node, str(reason)))
+                before = _before_the_batch_was_spread(node, operand, own, wanted, answer, typing)
+                if before is None:
+                    refused.append(refusal(node, str(reason)))
+                else:
+                    found.append(before)
     return Coercions(tuple(found), tuple(refused))
+
+
+def _before_the_batch_was_spread(
+    node: fx.Node, operand: fx.Node, own: TensorType, wanted: TensorType, answer: RuleResult, typing: SiteTyping
+) -> Coercion | None:
+    """Return the recovery of what `operand` is a rearrangement of, where all tokens are wanted; None where none helps.
+
+    In [B, 2, K, C], two views of each image, tokens are those of [2B, K, C].
+    """
+    rearranged: list[fx.Node] = []
+    if wanted != whole(own):
+        return None
+    source = operand
+    while source.target in (*VIEWS, *FLATTENINGS, *PERMUTATIONS, aten.unsqueeze.default):
+        rearranged.insert(0, source)
+        source = source.all_input_nodes[0]
+        kind = typing.type(source)
+        if typing.answers[rearranged[0]].barrier or kind == whole(kind):
+            return None
+        try:
+            found = _coercion(node, source, kind, whole(kind), replace(answer, broadcasts=False), typing)
+        except _CannotCoerce:
+            continue
+        return replace(found, updates=False, rearranged=tuple(rearranged))
+    return None
 
 
 def _fits(own: Dim, wanted: Dim) -> bool:
@@ -150,6 +195,9 @@ def _images_dim(own: TensorType, answer: RuleResult, images: int, operand: fx.No
     Leading dimensions are added where the reader broadcasts. Raises _CannotCoerce where no dimension, or more than one,
     could hold images.
     """
+    known = [d for d, dim in enumerate(own) if holds_images(dim) and whole_size(dim) == images]
+    if len(known) == 1 and is_plain(own[known[0]]):
+        return 0, known[0]
     output = answer.output
     if answer.broadcasts and isinstance(output, tuple):
         # A broadcast operand is right-aligned with the output, which tells where its images are.

@@ -16,7 +16,8 @@ from torch import fx
 
 from gtp_fx.graph.nodes import is_input
 from gtp_fx.types import rules as _rules
-from gtp_fx.types.axes import Dim, Grid, TensorType, TokenAxis, plain, token_axes, whole_size
+from gtp_fx.types.axes import Dim, Grid, TensorType, TokenAxis, as_images, plain, token_axes, whole_size
+from gtp_fx.types.images import told_apart
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, Output, RuleResult, TypeList, find
 
 assert _rules
@@ -111,7 +112,8 @@ def _walk(
         # The rule answers for the value itself; its users see it after the site.
         if node in sites:
             assert isinstance(answer.output, tuple)
-            types[node] = tuple(_one_shorter(dim) for dim in answer.output)
+            batch, *others = map(_one_shorter, answer.output)
+            types[node] = (as_images(batch), *others)  # the dimension of what says which tokens each image keeps
             images |= {axis.domain.grid: whole_size(answer.output[0]) for axis in token_axes(answer.output)}
         if node in ends:
             assert isinstance(answer.output, tuple)
@@ -139,7 +141,7 @@ def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> RuleResult | None:
     if rule is None:
         return _barrier(call, "gtp_fx has no rule for this operator")
     try:
-        answer = rule(call)
+        answer = told_apart(rule(call), call)
     except NoRule as reason:
         return _with_everything_back(call, str(reason))
     if answer.barrier:
@@ -158,7 +160,8 @@ def _with_everything_back(call: Call, reason: str) -> RuleResult:
     rule = find(call.node.target)
     assert rule is not None
     try:
-        answer = rule(Call(call.node, {**call.types, **whole_operands}))
+        again = Call(call.node, {**call.types, **whole_operands})
+        answer = told_apart(rule(again), again)
     except NoRule as second:
         return _barrier(call, str(second))
     return replace(answer, operands=whole_operands, repair=None, prefix_operands=NEEDS_ALL, barrier=reason)

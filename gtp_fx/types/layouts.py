@@ -15,7 +15,7 @@ from typing import Any
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.errors import NotApplicable
-from gtp_fx.graph.symbols import is_symbolic
+from gtp_fx.graph.symbols import written
 from gtp_fx.types.axes import Dim, Factor, Grid, GridAxis, Plain, TensorType, split_tokens
 
 Call = Callable[..., Any]
@@ -205,10 +205,4 @@ def _name(atom: Factor) -> str:
 
 def _shape(dims: Sequence[Sequence[Factor]]) -> list[int]:
     """Return the sizes, with -1 for the one that depends on the batch."""
-    sizes = []
-    for dim in dims:
-        size = 1
-        for factor in dim:
-            size *= factor.whole_size
-        sizes.append(-1 if is_symbolic(size) else size)
-    return sizes
+    return written(math.prod(factor.whole_size for factor in dim) for dim in dims)

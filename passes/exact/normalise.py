@@ -11,7 +11,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit, nodes
 from gtp_fx.graph.operators import COPIES, FLATTENINGS, SQUEEZES, VIEWS
-from gtp_fx.graph.symbols import is_symbolic, shape_of
+from gtp_fx.graph.symbols import shape_of, written
 
 _ASSERTS = (aten._assert_tensor_metadata.default,)
 
@@ -39,9 +39,12 @@ def _as_reshape(node: fx.Node) -> None:
 
     torch.export keeps these operators; Dynamo's graph has views in their place.
     """
-    sizes = [-1 if is_symbolic(size) else size for size in shape_of(node)]
+    sizes = written(shape_of(node))
     if sizes.count(-1) <= 1:
-        node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], sizes), {}
+        value = node.meta["val"]
+        node.target, node.kwargs = aten.reshape.default, {}
+        edit.set_args(node, (node.args[0], sizes))
+        node.meta["val"] = value  # said in other words
 
 
 def _changes_nothing(node: fx.Node) -> bool:

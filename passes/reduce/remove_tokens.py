@@ -126,6 +126,9 @@ class _Walk:
                     value = self._once(key, emit, *self._move(emit, value, coercion.images, step, level))
         if any(step.recovers for step in coercion.steps):
             value.meta[RECOVERED] = True
+        for again in coercion.rearranged:  # with the sizes that the original has
+            given, whole = self.current(again), self.args[again][1:]
+            value = self._once((again, operand, "whole"), emit, again.target, value, *whole)
         node.replace_input_with(given, value)
         node.meta.pop("val", None)
 

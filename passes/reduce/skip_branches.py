@@ -19,7 +19,7 @@ from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.branches import Branch
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
-from gtp_fx.graph.symbols import is_symbolic, shape_of
+from gtp_fx.graph.symbols import shape_of, written
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import Attention, Emit, Strategy
 from gtp_fx.types.axes import Plain, whole_size
@@ -121,7 +121,7 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
             output, scores = strategy.attend(call, operands, block.axis, True)
         if not plain:  # undo what `_heads_first` did
             shape = shape_of(attention)
-            sizes = [-1 if is_symbolic(shape[d]) else shape[d] for d in order]
+            sizes = written(shape[d] for d in order)
             output = call(aten.reshape.default, output, sizes)
             output = call(aten.permute.default, output, [order.index(d) for d in range(len(order))])
     attention.replace_all_uses_with(output)

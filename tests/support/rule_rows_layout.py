@@ -26,6 +26,9 @@ def with_suffix(x: Tensor) -> Tensor:
 # ---- layout
 
 
+APART = "it takes a batch apart"
+
+
 def layout() -> Iterator[Row]:
     merged = "B*(2+n1), 8"
     cuts = "the view cuts through a token axis"
@@ -64,7 +67,7 @@ def layout() -> Iterator[Row]:
     yield Row(aten.permute.default, lambda x: x.permute(2, 0, -2), "8, B, 2+n1")
     yield Row(aten.transpose.int, lambda x: x.transpose(-1, 1), "B, 8, 2+n1")
     yield Row(aten.t.default, lambda x: flat(x).t().mean(1), "8, B*(2+n1)")
-    yield Row(aten.numpy_T.default, lambda x: x[0].T.mean(1), "8, 2+n1")
+    yield Row(aten.numpy_T.default, lambda x: x[0].T.mean(1), "8, 2+m0", APART)
     yield Row(aten.unsqueeze.default, lambda x: x.unsqueeze(1), "B, 1, 2+n1, 8")
     yield Row(aten.unsqueeze.default, lambda x: x.unsqueeze(-2), "B, 2+n1, 1, 8")
     yield Row(aten.squeeze.dim, lambda x: x.unsqueeze(1).squeeze(1), STREAM)
@@ -289,7 +292,46 @@ def spatial() -> Iterator[Row]:
     yield Row(aten.group_norm.default, lambda x: F.group_norm(x.transpose(1, 2), 2), "B, 8, 14", averages)
 
 
-ROWS = [*layout(), *ranges(), *grids(), *spatial()]
+def images() -> Iterator[Row]:
+    """Operators that take a batch apart, join two or mix one's images: each image has tokens of its own."""
+    yield Row(aten.select.int, lambda x: x[0] + 1.0, "2+m0, 8", APART)
+    yield Row(aten.slice.Tensor, lambda x: x[1:3], "2, 2+m0, 8", APART)
+    yield Row(aten.slice.Tensor, lambda x: x[: x.shape[0]], STREAM)
+    yield Row(
+        aten.split.Tensor, lambda x: x.repeat_interleave(2, 0).split(x.shape[0])[1], "B, 2+m0, 8 | B, 2+m0, 8", APART
+    )
+    yield Row(aten.split.Tensor, lambda x: x.split(x.shape[0])[0], STREAM)
+    yield Row(
+        aten.unbind.int,
+        lambda x: x.repeat_interleave(2, 0).unflatten(0, (-1, 2)).unbind(1)[1],
+        "B, 2+m0, 8 | B, 2+m0, 8",
+        APART,
+    )
+    yield Row(aten.repeat_interleave.self_int, lambda x: x.repeat_interleave(2, 0), "2B, 2+m0, 8", APART)
+    yield Row(aten.roll.default, lambda x: x.roll(1, 0), "B, 2+m0, 8", APART)
+    yield Row(aten.cat.default, lambda x, old: torch.cat([x, old]), "2B, 2+m0, 8", APART)
+    yield Row(aten.stack.default, lambda x, old: torch.stack([x, old], 1), "B, 2, 2+n1, 8")
+    yield Row(aten.mean.dim, lambda x: x.mean(0), "2+m0, 8", APART)
+    yield Row(aten.amax.default, lambda x: x.amax((0, 1)), "8")
+    yield Row(aten.softmax.int, lambda x: x.softmax(0), "B, 2+n0, 8", "the values of a softmax run over images")
+    pairs = "the rows or columns of a product run over images"
+    yield Row(aten.matmul.default, lambda x: x.transpose(0, 1) @ x.permute(1, 2, 0), "2+m0, B, B", pairs)
+    yield Row(aten.matmul.default, lambda x, w: x.transpose(0, 1) @ w, "2+n1, B, 8")
+    yield Row(
+        aten.scaled_dot_product_attention.default,
+        lambda x: F.scaled_dot_product_attention(*[heads(x).transpose(0, 2)] * 3),
+        "2+n0, 2, B, 4",
+        "the queries and keys of an attention run over images",
+    )
+    adds = "what an einsum adds up or pairs run over images"
+    yield Row(aten.einsum.default, lambda x: torch.einsum("bnc,anc->abn", x, x), "B, B, 2+m0", adds)
+    yield Row(aten.add.Tensor, lambda x: x[None] + x[:, None], "B, B, 2+m0, 8", APART)
+    grid_alone = "a grid without a batch"
+    yield Row(aten.conv1d.default, lambda x, w: F.conv1d(x[0].transpose(0, 1), kernel(w, 1)), "8, 14", grid_alone)
+    yield Row(aten.linear.default, lambda x: F.linear(x, x[0]), "B, 14, 14", "run over tokens")
+
+
+ROWS = [*layout(), *ranges(), *grids(), *spatial(), *images()]
 
 MERGED, SHARED = "merged with another dimension", "no dimension for the images"
 
@@ -306,17 +348,5 @@ REFUSED = [
         "a convolution over tokens that were moved into the batch",
         MERGED,
     ),
-    Refused(
-        aten.conv1d.default,
-        lambda x, w: F.conv1d(x[0].transpose(0, 1), kernel(w, 1)),
-        "a grid without a batch",
-        SHARED,
-    ),
     Refused(aten.einsum.default, lambda x, table: torch.einsum("bnc,nc->bnc", x, table), "", SHARED),
-    Refused(
-        aten.linear.default,
-        lambda x: F.linear(x, x[0]).mean(-1),
-        "run over tokens",
-        SHARED,
-    ),
 ]

@@ -25,13 +25,15 @@ from gtp_fx.types.axes import Plain, whole_count, whole_size
 from gtp_fx.types.infer import SiteTyping, WholeTyping
 
 
-def flops_model(typing: SiteTyping, sites: tuple[Site, ...], strategy: Strategy, original: int) -> CostModel:
-    """Return the FLOPs of every schedule over `sites`, per image where the batch is symbolic.
+def flops_model(
+    typing: SiteTyping, sites: tuple[Site, ...], strategy: Strategy, original: int, batch: int = 1
+) -> CostModel:
+    """Return the FLOPs of every schedule over `sites`, with `batch` images in each symbolic batch.
 
     typing: types of the graph with a site after each of `sites` at which tokens are removed.
     original: FLOPs of the original graph, which ratios refer to.
     """
-    terms = terms_of(typing, sites, strategy, batch=1)
+    terms = terms_of(typing, sites, strategy, batch)
     return cost_model(sites, terms, flops_of, _branch_flops, original, np.int64)
 
 

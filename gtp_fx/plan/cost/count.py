@@ -7,26 +7,26 @@ from torch import fx
 
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import refusal, tensors_of
-from gtp_fx.graph.symbols import per_image
+from gtp_fx.graph.symbols import at_batch
 from gtp_fx.ops.register import flops_of
 from gtp_fx.plan.cost.formulas import Sizes, by_running, formula_of
 from gtp_fx.plan.cost.opened import opened
 
 
-def count_flops(graph: fx.Graph) -> int:
-    """Return the FLOPs of one image through `graph`, whose nodes carry `meta["val"]`; a symbolic batch counts as 1."""
-    return sum(node_flops(node) for node in graph.nodes if node.op == "call_function")
+def count_flops(graph: fx.Graph, batch: int = 1) -> int:
+    """Return the FLOPs of `graph`, whose nodes carry `meta["val"]`, with `batch` images in each symbolic batch."""
+    return sum(node_flops(node, batch) for node in graph.nodes if node.op == "call_function")
 
 
-def node_flops(node: fx.Node) -> int:
-    """Return the FLOPs of one node for one image."""
+def node_flops(node: fx.Node, batch: int = 1) -> int:
+    """Return the FLOPs of one node, with `batch` images in each symbolic batch."""
     formula = formula_of(node)
     if formula is None:
-        return _run(node)
+        return _run(node, batch)
     if formula is by_running:
-        return opened(node).flops
-    operands = {n: _sizes(n) for n in node.all_input_nodes if tensors_of(n.meta.get("val"))}
-    return int(formula(Sizes(node, operands, _sizes(node))))
+        return opened(node, batch=batch).flops
+    operands = {n: _sizes(n, batch) for n in node.all_input_nodes if tensors_of(n.meta.get("val"))}
+    return int(formula(Sizes(node, operands, _sizes(node, batch))))
 
 
 def uncounted(graph: fx.Graph) -> tuple[Refusal, ...]:
@@ -38,7 +38,7 @@ def uncounted(graph: fx.Graph) -> tuple[Refusal, ...]:
     return tuple(found.values())
 
 
-def _run(node: fx.Node) -> int:
+def _run(node: fx.Node, batch: int) -> int:
     """Count an operator without a formula by running it on meta tensors and counting what it calls.
 
     Returns 0 where it isn't one of this package's operators, whose inside can be counted.
@@ -48,11 +48,11 @@ def _run(node: fx.Node) -> int:
         return 0
 
     def alone(operand: fx.Node) -> torch.Tensor:
-        return torch.empty(_sizes(operand), dtype=tensors_of(operand.meta["val"])[0].dtype, device="meta")
+        return torch.empty(_sizes(operand, batch), dtype=tensors_of(operand.meta["val"])[0].dtype, device="meta")
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), alone)  # type: ignore[misc]
     return counted(*args, **kwargs)
 
 
-def _sizes(node: fx.Node) -> tuple[int, ...]:
-    return tuple(map(per_image, tensors_of(node.meta["val"])[0].shape))
+def _sizes(node: fx.Node, batch: int) -> tuple[int, ...]:
+    return tuple(at_batch(size, batch) for size in tensors_of(node.meta["val"])[0].shape)

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from gtp_fx.graph import operators
 from gtp_fx.graph.nodes import tensors_of
-from gtp_fx.graph.symbols import per_image
+from gtp_fx.graph.symbols import at_batch
 from gtp_fx.graph.torch_internals import decomposes, is_higher_order, is_operator, registered_formula, run_counted
 
 _FREE = {
@@ -72,10 +72,11 @@ class _Like:
     dtype: torch.dtype
 
 
-def opened(node: fx.Node, shapes: Mapping[fx.Node, Sequence[int]] | None = None) -> Opened:
-    """Count one node for one image.
+def opened(node: fx.Node, shapes: Mapping[fx.Node, Sequence[int]] | None = None, batch: int = 1) -> Opened:
+    """Count one node.
 
     shapes: of operands, instead of those in the graph.
+    batch: images in each symbolic batch.
     """
     target = node.target
     if node.op != "call_function" or not _may_multiply(target, len(flop_registry)):
@@ -85,10 +86,10 @@ def opened(node: fx.Node, shapes: Mapping[fx.Node, Sequence[int]] | None = None)
         value = operand.meta.get("val")
         if isinstance(value, torch.Tensor):
             given = value.shape if shapes is None or operand not in shapes else shapes[operand]
-            return _Like(tuple(per_image(int(size)) for size in given), value.dtype)
+            return _Like(tuple(at_batch(int(size), batch) for size in given), value.dtype)
         if isinstance(value, list | tuple):
-            return [_Like(tuple(map(per_image, tensor.shape)), tensor.dtype) for tensor in tensors_of(value)]
-        return per_image(value) if isinstance(value, int) and not isinstance(value, bool) else value
+            return [_Like(tuple(at_batch(size, batch) for size in tensor.shape), tensor.dtype) for tensor in tensors_of(value)]
+        return at_batch(value, batch) if isinstance(value, int) and not isinstance(value, bool) else value
 
     result = None if shapes is not None else like(node)
     leaves, spec = pytree.tree_flatten((*fx.map_arg((node.args, node.kwargs), like), result))

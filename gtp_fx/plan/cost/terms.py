@@ -68,7 +68,7 @@ def terms_of(
         site = sites[place]
         scales_read = any(d.grid == grid and d.level > level for d in read)
         terms.append(_site_term(site, place, strategy, scales_read, batch, kernels))
-        works = strategy.start_works(grid.shape, site.channels, site.images * batch, site.dtype, kernels)
+        works = strategy.start_works(grid.shape, site.channels, at_batch(site.images, batch), site.dtype, kernels)
         terms.append(Term(frozenset(), lambda _, works=works: works, place, first=True))  # type: ignore[misc]
     if kernels and strategy.reads_scales:
         terms += _scale_terms(typing, batch)
@@ -163,7 +163,7 @@ def _site_term(site: Site, place: int, strategy: Strategy, scales_read: bool, ba
     after = site.domain.at(site.domain.level + 1)
 
     def works(count: Counts) -> list[Work]:
-        images = site.images * batch
+        images = at_batch(site.images, batch)
         sizes = (count(site.domain), count(after), site.others, site.channels, site.heads, images, site.dtype)
         shape = SiteShape(*sizes, site.key_features, site.axis.prefix, kernels)
         return strategy.site_works(shape, scales_read)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.types.axes import Dim, Plain, is_plain, whole_size
-from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, join, rule, wanting
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, join, require_own_images, rule, wanting
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ def einsum(call: Call) -> RuleResult:
             labels[label] = join((labels.get(label, (Plain(1),)),), (dim,))[0]
     if not all(is_plain(dim) for label, dim in labels.items() if label not in equation.result):
         raise NoRule("it adds up tokens, so its value depends on how many are left")
+    for term, operand in zip(equation.terms, operands, strict=True):
+        # A label that one operand has alone pairs each of its images with all of another operand's.
+        mixed = [label for label in labels if label not in equation.result or label not in term]
+        require_own_images(call.type_of(operand), [labels[label] for label in mixed], "what an einsum adds up or pairs")
     wanted = wanting(
         (
             operand,

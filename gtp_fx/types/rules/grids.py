@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.types.axes import Dim, Factor, Grid, GridAxis, Plain, TensorType, is_plain, whole_size
+from gtp_fx.types.axes import Dim, Factor, Grid, GridAxis, Plain, TensorType, holds_images, is_plain, whole_size
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, rule
 
 
@@ -21,14 +21,16 @@ def roll(call: Call) -> RuleResult:
     dims = [dim % len(x) for dim in call.arg(2, ())]
     if not dims:
         raise NoRule("it rolls all dimensions as one")
+    images = any(holds_images(x[dim]) for dim in dims)
     moved = {dim: shift for dim, shift in zip(dims, shifts, strict=True) if not is_plain(x[dim])}
     if not moved:
-        return RuleResult(x, operands={call.operand(0): x})
+        return RuleResult(x, operands={call.operand(0): x}, other_images=images)
     grid = whole_sides(x, moved)
     by = [0] * len(grid.shape)
     for dim, shift in moved.items():
         by[side_of(x[dim]).side] = shift
-    return RuleResult(_with_grid(x, grid, grid.rolled(by)), operands={call.operand(0): x}, prefix_operands=NEEDS_ALL)
+    output = _with_grid(x, grid, grid.rolled(by))
+    return RuleResult(output, operands={call.operand(0): x}, prefix_operands=NEEDS_ALL, other_images=images)
 
 
 def padded(call: Call, x: TensorType, amounts: list[int]) -> RuleResult:

@@ -9,7 +9,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.operators import FLATTENINGS, SQUEEZES, VIEWS
-from gtp_fx.graph.symbols import is_symbolic
+from gtp_fx.graph.symbols import divided, is_symbolic
 from gtp_fx.types.axes import (
     CountOf,
     Dim,
@@ -93,10 +93,9 @@ def repeat_each(call: Call) -> RuleResult:
     if dim is None:
         raise NoRule("it flattens what it repeats")
     require_plain([x[dim]], "what is repeated")
-    if holds_images(x[dim]):
-        raise NoRule("it repeats images")
-    x[dim] = (Plain(call.output_shape()[dim]),)
-    return RuleResult(tuple(x), operands={call.operand(0): call.type(0)})
+    images = holds_images(x[dim])
+    x[dim] = (Plain(call.output_shape()[dim], images),)
+    return RuleResult(tuple(x), operands={call.operand(0): call.type(0)}, other_images=images)
 
 
 @rule(*VIEWS)
@@ -155,17 +154,17 @@ def regroup(factors: Sequence[Factor], shape: Sequence[int]) -> TensorType:
             if not pending:
                 raise NoRule("the view's shape has no match in its input's")
             factor = pending.pop()
-            if rest % factor.whole_size == 0:
+            if (fewer := divided(rest, factor.whole_size)) is not None:
                 taken.append(factor)
-                rest //= factor.whole_size
-            elif isinstance(factor, Plain) and factor.size % rest == 0:
-                taken.append(Plain(rest))
-                pending.append(Plain(factor.size // rest))
+                rest = fewer
+            elif isinstance(factor, Plain) and (inner := divided(factor.size, rest)) is not None:
+                taken.append(Plain(rest, factor.images))
+                pending.append(Plain(inner, factor.images))
                 rest = 1
             elif isinstance(factor, GridAxis) and factor.whole_size % rest == 0:
-                outer, inner = factor.split(rest)
-                taken.append(outer)
-                pending.append(inner)
+                far, near = factor.split(rest)
+                taken.append(far)
+                pending.append(near)
                 rest = 1
             else:
                 grid = isinstance(factor, GridAxis)

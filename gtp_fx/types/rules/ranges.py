@@ -13,7 +13,19 @@ from typing import Any
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.operators import PADDINGS, SPLITS
-from gtp_fx.types.axes import CountOf, Dim, Plain, TensorType, is_plain, plain, size, token_axis, whole_size
+from gtp_fx.types.axes import (
+    CountOf,
+    Dim,
+    Plain,
+    TensorType,
+    holds_images,
+    is_plain,
+    plain,
+    size,
+    token_axes,
+    token_axis,
+    whole_size,
+)
 from gtp_fx.types.rules.grids import is_side, padded, sampled
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, TypeList, join, rule, wanting
 
@@ -36,7 +48,8 @@ def unbind(call: Call) -> RuleResult:
     if not is_plain(x[dim]):
         raise NoRule("unbinding takes tokens apart")
     item = x[:dim] + x[dim + 1 :]
-    return RuleResult(TypeList((item,) * whole_size(x[dim])), operands={call.operand(0): x})
+    items = TypeList((item,) * whole_size(x[dim]))
+    return RuleResult(items, operands={call.operand(0): x}, other_images=holds_images(x[dim]))
 
 
 @rule(*SPLITS)
@@ -47,8 +60,11 @@ def split(call: Call) -> RuleResult:
     if not is_plain(x[dim]):
         return _split_tokens(call, x, dim)
     parts = [value.shape[dim] for value in call.node.meta["val"]]
-    items = tuple((*x[:dim], (Plain(part),), *x[dim + 1 :]) for part in parts)
-    return RuleResult(TypeList(items), operands={call.operand(0): x})
+    if len(parts) == 1:
+        return RuleResult(TypeList((x,)), operands={call.operand(0): x})
+    images = holds_images(x[dim])
+    items = tuple((*x[:dim], (Plain(part, images),), *x[dim + 1 :]) for part in parts)
+    return RuleResult(TypeList(items), operands={call.operand(0): x}, other_images=images)
 
 
 def _split_tokens(call: Call, x: TensorType, dim: int) -> RuleResult:
@@ -86,7 +102,7 @@ def select(call: Call) -> RuleResult:
         raise NoRule("an index known only when it runs")
     output = x[:dim] + x[dim + 1 :]
     if is_plain(x[dim]):
-        return RuleResult(output, operands={node: x})
+        return RuleResult(output, operands={node: x}, other_images=holds_images(x[dim]))
     axis = token_axis(x[dim])
     if axis is None:
         raise NoRule("selecting from a merged token axis")
@@ -109,7 +125,12 @@ def slice_(call: Call) -> RuleResult:
     node = call.operand(0)
     dim = call.arg(1, 0) % len(x)
     if is_plain(x[dim]):
-        return RuleResult((*x[:dim], (Plain(call.output_shape()[dim]),), *x[dim + 1 :]), operands={node: x})
+        size_taken = call.output_shape()[dim]
+        if size_taken == whole_size(x[dim]):
+            return RuleResult(x, operands={node: x})
+        images = holds_images(x[dim])
+        output = (*x[:dim], (Plain(size_taken, images),), *x[dim + 1 :])
+        return RuleResult(output, operands={node: x}, other_images=images)
     whole = whole_size(x[dim])
     start, stop = _bound(call.arg(2), 0, whole), _bound(call.arg(3), whole, whole)
     step = call.arg(4, 1)
@@ -169,7 +190,8 @@ def cat(call: Call) -> RuleResult:
         (part, (*others[:dim], t[dim], *others[dim + 1 :])) for part, t in zip(parts, types, strict=True)
     )
     output = (*others[:dim], along, *others[dim + 1 :])
-    return RuleResult(output, operands=operands, prefix_operands=None if is_plain(along) else NEEDS_ALL)
+    follows = None if is_plain(along) else NEEDS_ALL
+    return RuleResult(output, operands=operands, prefix_operands=follows, other_images=holds_images(along))
 
 
 @rule(aten.stack.default)
@@ -181,8 +203,10 @@ def stack(call: Call) -> RuleResult:
     for other in types[1:]:
         joined = join(joined, other)
     dim = call.arg(1, 0) % (len(joined) + 1)
-    output = (*joined[:dim], (Plain(len(parts)),), *joined[dim:])
-    return RuleResult(output, operands=dict.fromkeys(parts, joined))
+    # Of two grids, tokens of different images lie side by side; layers of one stream are no more images than before.
+    several = len({axis.domain.grid for kind in types for axis in token_axes(kind)}) > 1
+    output = (*joined[:dim], (Plain(len(parts), several),), *joined[dim:])
+    return RuleResult(output, operands=dict.fromkeys(parts, joined), other_images=several)
 
 
 @rule(*PADDINGS)
@@ -203,7 +227,7 @@ def _concatenate(dims: list[Dim]) -> Dim:
     """Return the concatenated dimension: plain parts before and after a token axis become its prefix and suffix."""
     axes = [i for i, dim in enumerate(dims) if not is_plain(dim)]
     if not axes:
-        return (Plain(sum(map(whole_size, dims))),)
+        return (Plain(sum(map(whole_size, dims)), any(map(holds_images, dims))),)
     axis = token_axis(dims[axes[0]])
     if len(axes) > 1 or axis is None:
         raise NoRule("token axes are joined end to end")

@@ -6,14 +6,16 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.operators import FEATURE_NORMS, SOFTMAXES
 from gtp_fx.types.axes import Plain, TensorType, is_plain, token_axes
-from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, require_plain, rule
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, require_own_images, require_plain, rule
 
 
 @rule(*FEATURE_NORMS)
 def norm(call: Call) -> RuleResult:
     """Keep the type: only features are mixed."""
     x = call.type(0)
-    require_plain(x[len(x) - len(call.arg(1)) :], "the features that a norm averages")
+    averaged = x[len(x) - len(call.arg(1)) :]
+    require_plain(averaged, "the features that a norm averages")
+    require_own_images(x, averaged, "the features that a norm averages")
     for parameter in call.tensors()[1:]:
         require_plain(call.type_of(parameter), "the parameters of a norm")
     return RuleResult(x, operands={call.operand(0): x})
@@ -31,6 +33,7 @@ def softmax(call: Call) -> RuleResult:
     node = call.operand(0)
     if any(axis.domain.level for axis in token_axes((x[dim],))):
         raise NoRule("a softmax over tokens can't be told how many each stands for")
+    require_own_images(x, (x[dim],), "the values of a softmax")
     return RuleResult(x, operands={node: x}, prefix_operands=None if is_plain(x[dim]) else NEEDS_ALL)
 
 

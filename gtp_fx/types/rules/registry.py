@@ -33,8 +33,10 @@ from gtp_fx.types.axes import (
     Plain,
     TensorType,
     holds_images,
+    images_in,
     is_plain,
     plain,
+    token_axes,
     token_axis,
     whole_size,
 )
@@ -73,6 +75,7 @@ class RuleResult:
     prefix_needed: for an operand not in `prefix_operands`, how many leading tokens the node reads; all if not named.
     barrier: the reason why the inputs must be whole; empty where the operator is followed.
     broadcasts: operands are right-aligned with the output and may lack its leading dimensions.
+    other_images: the output's images aren't the operands': some of them, several batches joined, another order.
     """
 
     output: Output
@@ -82,6 +85,7 @@ class RuleResult:
     prefix_needed: dict[fx.Node, int] = field(default_factory=dict)
     barrier: str = ""
     broadcasts: bool = False
+    other_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,12 +180,23 @@ def require_plain(dims: Sequence[Dim], what: str) -> None:
         raise NoRule(f"{what} run over tokens")
 
 
+def require_own_images(tensor_type: TensorType, dims: Sequence[Dim], what: str) -> None:
+    """Refuse images where an operator mixes all of a dimension and tokens have been removed, of each image others.
+
+    Raises NoRule, which says that `what` runs over images.
+    """
+    if any(map(holds_images, dims)) and any(axis.domain.level for axis in token_axes(tensor_type)):
+        raise NoRule(f"{what} run over images, which keep different tokens each")
+
+
 def join(first: TensorType, second: TensorType) -> TensorType:
     """Return the type of two tensors broadcast together: the newer of two levels, and a token axis over a plain size.
 
     A plain dimension as long as a whole token axis pairs with it index by index (a position embedding). So it is that
     axis at level 0, and whoever rewrites the graph must gather from it. Raises NoRule where the types don't join.
     """
+    if images_in(second) > images_in(first):
+        first, second = second, first  # of two grids, that of the images and not that of what all of them share
     rank = max(len(first), len(second))
     pad: Dim = (Plain(1),)
     left = (pad,) * (rank - len(first)) + first
