@@ -1,7 +1,8 @@
 """The package's errors, and the refusals they report.
 
-Every `GtpError` is a ValueError whose message names the bad value, the accepted ones and the next step. None is raised
-after a model was modified, because `optimize` works on a captured copy of the graph.
+Every `GtpError` is a ValueError whose message names the bad value, the accepted ones and the next step; an
+`InternalError` names the place and how to report it. None is raised after a model was modified, because `optimize`
+works on a captured copy of the graph.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Refusal:
 
 
 class GtpError(ValueError):
-    """Base class of every error that the user can fix."""
+    """Base class of every error that the user can fix, and of `InternalError`."""
 
 
 class OptionError(GtpError):
@@ -67,6 +68,17 @@ class UnsupportedModelError(GtpError):
 
 class NoBlocksError(UnsupportedModelError):
     """The graph has no self-attention over patch tokens."""
+
+
+class InternalError(GtpError):
+    """gtp_fx met what it didn't foresee: a fault of its own, raised from the error itself (`__cause__`).
+
+    where: the step, the operator, the layer and the line of the model's source, as far as known.
+    """
+
+    def __init__(self, message: str, where: str = "") -> None:
+        self.where = where
+        super().__init__(message)
 
 
 class CheckError(RuntimeError):

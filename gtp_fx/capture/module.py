@@ -25,7 +25,7 @@ from gtp_fx.capture.inputs import CallSignature, describe
 from gtp_fx.capture.side_effects import changed_by_each_call, watched
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph.symbols import fix_symbols
-from gtp_fx.graph.torch_internals import tracing_lock
+from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, tracing_lock
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
                 attributes = changed_by_each_call(model, call)
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table: functionalise, decompose nothing
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:
             given = describe(signature.args, signature.kwargs)
             raise CaptureError(f"{model._get_name()} with {given} can't be captured: {_explained(error)}") from error
@@ -123,6 +125,8 @@ def export_batched(
             warnings.filterwarnings("ignore", message="The tensor attribute")  # a cache, or refused below by name
             program = export()
         return program, attributes
+    except OUT_OF_MEMORY:
+        raise
     except Exception:
         try:
             with warnings.catch_warnings(record=True) as caught:

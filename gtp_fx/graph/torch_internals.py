@@ -8,6 +8,7 @@ Modules that take a second or more to import are imported inside the functions t
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -58,6 +59,20 @@ def fake_mode() -> AbstractContextManager[Any]:
 def mode_of(fake: Tensor) -> AbstractContextManager[Any]:
     """Return the mode that a fake tensor was made in; fakes of different modes don't mix."""
     return cast("AbstractContextManager[Any]", cast(FakeTensor, fake).fake_mode)
+
+
+# ---- errors
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""Errors of a machine that lacks memory, on the host and on a device."""
+
+
+def restarts_dynamo(error: Exception) -> bool:
+    """Return whether an error is how a backend asks Dynamo to trace the function again. Public: none."""
+    if "torch._dynamo.exc" not in sys.modules:
+        return False
+    exceptions: Any = sys.modules["torch._dynamo.exc"]
+    return isinstance(error, exceptions.RestartAnalysis)
 
 
 # ---- tracing and compiling
