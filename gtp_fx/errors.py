@@ -7,7 +7,8 @@ works on a captured copy of the graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,26 @@ class Refusal:
         place = f"{self.layer}: " if self.layer else ""
         operator = f"{self.operator}: " if self.operator else ""
         return f"{place}{operator}{self.reason}" + (f" [{self.source}]" if self.source else "")
+
+
+MOST_CAUSES = 6
+"""The most causes that a message lists."""
+
+
+def merged(refusals: Iterable[Refusal]) -> tuple[Refusal, ...]:
+    """Return one refusal for each cause, in order, with the layers that share it: "blocks.0 … blocks.11"."""
+    layers: dict[tuple[str, str], dict[str, None]] = {}
+    first: dict[tuple[str, str], Refusal] = {}
+    for refusal in refusals:
+        cause = (refusal.operator, refusal.reason)
+        first.setdefault(cause, refusal)
+        layers.setdefault(cause, {})[refusal.layer] = None
+    return tuple(replace(refusal, layer=_span(list(layers[cause]))) for cause, refusal in first.items())
+
+
+def _span(layers: list[str]) -> str:
+    """Return some layers in a few words: all of up to two, else the first and the last."""
+    return ", ".join(filter(None, layers)) if len(layers) < 3 else f"{layers[0]} … {layers[-1]} ({len(layers)} layers)"
 
 
 class GtpError(ValueError):
@@ -58,16 +79,22 @@ class InputError(GtpError):
 class UnsupportedModelError(GtpError):
     """No tokens can be removed: the graph has no suitable attention, or contains something that forbids it.
 
-    refusals: one entry per place, in graph order.
+    refusals: one entry per place or cause, in graph order. The message has a line for each cause; one alone stands in
+        its first line.
     """
 
     def __init__(self, message: str, refusals: tuple[Refusal, ...] = ()) -> None:
         self.refusals = refusals
-        super().__init__("\n  - ".join([message, *map(str, refusals)]))
+        causes = list(map(str, merged(refusals)))
+        if len(causes) == 1:  # the headline has it
+            message, causes = f"{message.removesuffix(':')}: {causes[0]}", []
+        if len(causes) > MOST_CAUSES:
+            causes[MOST_CAUSES - 1 :] = [f"and {len(causes) - MOST_CAUSES + 1} more causes"]
+        super().__init__("\n  - ".join([message, *causes]))
 
 
 class NoBlocksError(UnsupportedModelError):
-    """The graph has no self-attention over patch tokens."""
+    """The graph has no block of self-attention over patch tokens, or none that could be followed."""
 
 
 class InternalError(GtpError):

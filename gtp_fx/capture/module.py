@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from gtp_fx.capture.called_as import CalledAs
 from gtp_fx.capture.inputs import CallSignature, describe
 from gtp_fx.capture.side_effects import changed_by_each_call, watched
+from gtp_fx.capture.wrapped import what_to_give
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph.symbols import fix_symbols
 from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, tracing_lock
@@ -48,7 +49,8 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
             raise
         except Exception as error:
             given = describe(signature.args, signature.kwargs)
-            raise CaptureError(f"{model._get_name()} with {given} can't be captured: {_explained(error)}") from error
+            why = what_to_give(model) or _explained(error)
+            raise CaptureError(f"{model._get_name()} with {given} can't be captured: {why}") from error
     _refuse_changes(model._get_name(), [*attributes, *_changed(program.graph_signature)])
     exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
@@ -157,10 +159,14 @@ def _named_arguments(model: nn.Module, signature: CallSignature) -> tuple[nn.Mod
 
 @contextlib.contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module into one mode within the context, and each back into its own afterwards."""
+    """Put every module into one mode within the context, and each back into its own afterwards.
+
+    A module without modes stays as it is: torch.export has written the mode into those that it returns.
+    """
     before = {module: module.training for module in model.modules()}
     try:
-        model.train(training)
+        with contextlib.suppress(NotImplementedError):
+            model.train(training)
         yield
     finally:
         for module, mode in before.items():
@@ -180,7 +186,7 @@ def _by_name(signature: CallSignature, each: Callable[[Any], Any]) -> dict[str, 
 
 def _where(error: Exception) -> str:
     """Return " [file:line: code]" of the innermost frame in the model's own source, or "" where there is none."""
-    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    own = (*(str(Path(module.__file__).parent) for module in (torch, contextlib)), str(Path(__file__).parent))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
     model = [frame for frame in frames if frame.name != "<module>"]
     return f" [{model[-1].filename}:{model[-1].lineno}: {model[-1].line}]" if model else ""

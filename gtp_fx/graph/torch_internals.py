@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch._logging._internal import trace_structured
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import attention
 from torch.utils import _pytree as pytree
@@ -43,6 +44,11 @@ def copy_parameter_sources(gm: fx.GraphModule, of: fx.GraphModule) -> None:
     """Keep Dynamo's notes of where parameters come from, which Inductor's `freezing` needs."""
     if hasattr(of, "_param_name_to_source"):
         gm._param_name_to_source = of._param_name_to_source  # type: ignore[assignment]
+
+
+def is_higher_order(target: Any) -> bool:
+    """Return whether an operator takes functions, as `torch.cond` and flex_attention do. Public: none."""
+    return isinstance(target, HigherOrderOperator)
 
 
 # ---- fake tensors

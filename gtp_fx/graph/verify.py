@@ -5,6 +5,7 @@ A node with a size that a pass forgot to repair can't run. So it is found here, 
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
 
 def _run(node: fx.Node, after: str) -> Any:
     """Run a node on its operands' fake values. Raises InconsistentGraph where it can't run."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
     try:
         return (shapes_of(node.target) or node.target)(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:
@@ -53,6 +54,15 @@ def _run(node: fx.Node, after: str) -> Any:
         raise InconsistentGraph(
             f"after {after}: {operator_name(node)} ({node.name}) in {place} can't run: {error}"
         ) from error
+
+
+def _value(operand: fx.Node) -> Any:
+    """Return an operand's value: its fake one, or the graph that a higher-order operator (`cond`) is given."""
+    if "val" in operand.meta or operand.op != "get_attr":
+        return operand.meta["val"]
+    owner = operand.graph.owning_module
+    assert owner is not None
+    return operator.attrgetter(str(operand.target))(owner)
 
 
 def _form(value: Any) -> Any:

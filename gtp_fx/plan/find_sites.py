@@ -49,14 +49,21 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
     branched = [(block, block.branch) for block in blocks if block.branch is not None]
     _refuse_unfit(removing, [block for block, _ in branched], strategy)
     if not removing and not branched:
-        reasons = tuple(block.refusal for block in blocks if block.refusal is not None)
-        raise UnsupportedModelError("no attention block of this model can lose tokens", reasons)
+        number = "one block" if len(blocks) == 1 else f"{len(blocks)} blocks"
+        raise UnsupportedModelError(
+            f"this model has {number} of self-attention over patch tokens, and none can lose tokens "
+            f"(flops_budget=1.0 still works):",
+            (*(block.refusal for block in blocks if block.refusal is not None), *typed.unsupported_attention),
+        )
     cuts = {block.index: cut for block in removing if (cut := cut_of(block, strategy)) is not None}
     ends = frozenset(ends_of(typed, strategy))
     # RuleResult with every site in use: an operator that can't do without the removed tokens shows up as an obstacle.
     typing = typed.with_sites(frozenset(cuts.values()), ends, updated_edges(typed, strategy, ends))
     if obstacles := _obstacles(typing, strategy):
-        message = "tokens can't be removed from this model: what follows needs them (flops_budget=1.0 still works)"
+        message = (
+            "tokens can't be removed from this model: operators that need all of them, or those that remain, can't get "
+            "them (flops_budget=1.0 still works)"
+        )
         raise UnsupportedModelError(message, obstacles)
     # Blocks with a branch keep their grid whole, so they are typed without sites.
     sites = [_skip_site(block, branch, typed.whole, strategy, len(blocks)) for block, branch in branched]

@@ -57,7 +57,8 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     found = find_coercions(typing)
     if found.refused:  # `find_sites` has checked all sites together, and a plan may use fewer
         raise UnsupportedModelError(
-            "tokens can't be removed by this schedule alone: what follows needs them (give another one, schedule=[…])",
+            "tokens can't be removed by this schedule: operators that need all of them, or those that remain, can't "
+            "get them (another schedule, schedule=[…], may do; flops_budget=1.0 works)",
             found.refused,
         )
     coercions = found.by_node()
