@@ -140,7 +140,7 @@ def _why_not_spelled(softmax: fx.Node) -> str:
         )
     if products[0].target in PRODUCTS_ADDED_TO:
         return (
-            f"its logits are made by {operator_name(products[0])}{_line(products[0])}, which isn't known as q·kᵀ: write "
+            f"its logits are made by {operator_name(products[0])}{_line(products[0])}, which isn't known as q·kᵀ: use "
             f"a matrix product, or torch.nn.functional.scaled_dot_product_attention"
         )
     return (

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from gtp_fx.capture.side_effects import changed_by_each_call, watched
 from gtp_fx.capture.wrapped import what_to_give
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph.symbols import fix_symbols
-from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, tracing_lock
+from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, is_fake, is_functorch, tracing_lock
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,9 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
                 # A change at the first call alone (a cache, a flag) is harmless, so run the model twice and compare.
                 call = functools.partial(model, *signature.args, **signature.kwargs)
                 attributes = changed_by_each_call(model, call)
-            if any(_mutates(node) for node in program.graph.nodes):
+            if any(_mutates(node) or is_functorch(node.target) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table: functionalise, decompose nothing
+            _must_be_runnable(program)
         except OUT_OF_MEMORY:
             raise
         except Exception as error:
@@ -102,6 +104,13 @@ def _explained(error: Exception) -> str:
             f"graph has one control flow: {_first_lines(error, 1)}{_where(error)}\nOptimise an inner module that "
             f"doesn't; torch.compile(model, backend='gtp') does so by itself, since Dynamo breaks the graph there"
         )
+    if isinstance(error, CaptureError):
+        return str(error)
+    if fixed := re.search(r"specialized it to be a constant \((\d+)\)", str(error)):
+        return (
+            f"it works for a batch of {fixed[1]} alone{_where(error)}: its forward has that size written into it, or "
+            f"it was exported without dynamic_shapes; take sizes from the input (x.shape[0])"
+        )
     return (
         f"{_first_lines(error)}{_where(error)}\nGive example_inputs that the model accepts; torch.export.export(model, "
         f"example_inputs) shows the whole error"
@@ -140,6 +149,17 @@ def export_batched(
             # Dynamo's warnings name the objects whose attributes changed, not the attributes.
             return program, [str(warning.message) for warning in caught if "side effects" in str(warning.message)]
         raise
+
+
+def _must_be_runnable(program: torch.export.ExportedProgram) -> None:
+    """Raise CaptureError where tracing has left something that no graph can run: calls of torch.func, fake tensors."""
+    left = [str(node.target) for node in program.graph.nodes if is_functorch(node.target)]
+    left += [name for name, value in program.constants.items() if is_fake(value)]
+    if left:
+        raise CaptureError(
+            f"torch.export leaves {left[0]} in the graph, which can't run outside of tracing: torch.func (vmap, grad) "
+            f"inside a forward has to be written as operators on the batch"
+        )
 
 
 def _named_arguments(model: nn.Module, signature: CallSignature) -> tuple[nn.Module, CallSignature]:

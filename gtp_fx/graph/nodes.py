@@ -40,7 +40,7 @@ def source_line(node: fx.Node) -> str:
 
     A file and a line, such as "timm/layers/attention.py:124"; "" where the graph keeps no stack trace.
     """
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [frame for frame in _FRAME.findall(node.meta.get("stack_trace") or "") if not frame[0].startswith("<")]
     if not frames:
         return ""
     file, line = frames[-1]

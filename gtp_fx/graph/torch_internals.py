@@ -51,6 +51,11 @@ def is_higher_order(target: Any) -> bool:
     return isinstance(target, HigherOrderOperator)
 
 
+def is_functorch(target: Any) -> bool:
+    """Return whether a call is one by which torch.func (`vmap`, `grad`) goes in and out of its levels. Public: none."""
+    return str(getattr(target, "__module__", "")).startswith(("torch._functorch", "torch._C._functorch"))
+
+
 # ---- fake tensors
 
 
@@ -60,6 +65,11 @@ def fake_mode() -> AbstractContextManager[Any]:
     Public: none for a mode; only tracing with `torch.export.Dim` makes one.
     """
     return FakeTensorMode()
+
+
+def is_fake(value: Any) -> bool:
+    """Return whether a value is a tensor with a shape and no numbers. Public: none."""
+    return isinstance(value, FakeTensor)
 
 
 def mode_of(fake: Tensor) -> AbstractContextManager[Any]:

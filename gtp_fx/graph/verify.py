@@ -5,7 +5,6 @@ A node with a size that a pass forgot to repair can't run. So it is found here, 
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import fx
 
 from gtp_fx.graph.nodes import is_input, layer_name, operator_name, tensors_of
 from gtp_fx.graph.symbols import fixed_symbols
-from gtp_fx.graph.torch_internals import mode_of
+from gtp_fx.graph.torch_internals import is_higher_order, mode_of
 from gtp_fx.ops.register import shapes_of
 
 
@@ -38,6 +37,8 @@ def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
             stale = "val" not in node.meta or not changed.isdisjoint(node.all_input_nodes)
             if node.op != "call_function" or not stale:
                 continue
+            if is_higher_order(node.target) and "val" in node.meta:
+                continue  # it is a barrier: its operands always come whole, so that its value keeps its form
             value = _run(node, after)
             if "val" not in node.meta or _form(node.meta["val"]) != _form(value):
                 changed.add(node)
@@ -46,7 +47,7 @@ def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
 
 def _run(node: fx.Node, after: str) -> Any:
     """Run a node on its operands' fake values. Raises InconsistentGraph where it can't run."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     try:
         return (shapes_of(node.target) or node.target)(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:
@@ -54,15 +55,6 @@ def _run(node: fx.Node, after: str) -> Any:
         raise InconsistentGraph(
             f"after {after}: {operator_name(node)} ({node.name}) in {place} can't run: {error}"
         ) from error
-
-
-def _value(operand: fx.Node) -> Any:
-    """Return an operand's value: its fake one, or the graph that a higher-order operator (`cond`) is given."""
-    if "val" in operand.meta or operand.op != "get_attr":
-        return operand.meta["val"]
-    owner = operand.graph.owning_module
-    assert owner is not None
-    return operator.attrgetter(str(operand.target))(owner)
 
 
 def _form(value: Any) -> Any:

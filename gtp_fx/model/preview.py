@@ -88,7 +88,9 @@ class Inspection:
             f"takes {self.inputs}; {self.flops / 1e9:.3f} GFLOPs per image, "
             f"{self.exact_flops / self.flops:.4f} of that after the exact passes",
             "",
-            tabulate(rows, headers, disable_numparse=True) if rows else "no self-attention over patch tokens",
+            tabulate(rows, headers, disable_numparse=True)
+            if rows
+            else "no self-attention over patch tokens" + " was recognised, but attention" * bool(self.other),
         ]
         if explained or self.other:
             lines += ["", *explained, *map(str, self.other)]

@@ -277,14 +277,14 @@ def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _refuse_uncounted(graph: fx.Graph) -> None:
-    """Raise UnsupportedModelError where a higher-order operator holds products, whose number of runs isn't known."""
-    closed = [
-        refusal(node, f"it holds {operator_name(call)}, and how often that runs can't be told, nor what it costs")
-        for node in graph.nodes
-        if is_higher_order(node.target)
-        for call in [next((c for body in bodies_of(node) for c in body.nodes if find(c.target)), None)]
-        if call is not None
-    ]
+    """Raise UnsupportedModelError where a higher-order operator multiplies matrices, which can't be counted."""
+    closed = []
+    for node in graph.nodes:
+        if is_higher_order(node.target) and find(node.target) is None:
+            held = [call for body in bodies_of(node) for call in body.nodes if find(call.target) is not None]
+            if held or "attention" in operator_name(node):
+                what = operator_name(held[0]) if held else "attention"
+                closed.append(refusal(node, f"what it costs can't be told: it runs {what} by rules of its own"))
     if closed:
         raise UnsupportedModelError(
             "the FLOPs of this model can't be counted, so that no budget could be kept (flops_budget=1.0 still works)",

@@ -25,6 +25,7 @@ from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.errors import UnsupportedModelError
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import ATTENTION
+from gtp_fx.graph.torch_internals import is_higher_order
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import AtSite, Attention, StreamState
 from gtp_fx.types.axes import Grid, TensorType, images_dims, token_axis
@@ -133,7 +134,8 @@ class _Walk:
         if any(step.recovers for step in coercion.steps):
             value.meta[RECOVERED] = True
         node.replace_input_with(given, value)
-        node.meta.pop("val", None)
+        if not is_higher_order(node.target):  # whose operands come whole again, so that its value is what it was
+            node.meta.pop("val", None)
 
     def _updated(self, key: Any, emit: edit.Emitter, value: fx.Node, images: int, step: Step, level: int) -> fx.Node:
         """Return a later stream brought back to `level`.
