@@ -156,7 +156,8 @@ def _logits(softmax: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     """
     products: list[fx.Node] = []
     others: list[fx.Node] = []
-    pending, seen = [node for node in (softmax.args[0],) if isinstance(node, fx.Node)], set()
+    pending = [node for node in (softmax.args[0],) if isinstance(node, fx.Node)]
+    seen: set[fx.Node] = set()
     while pending and len(seen) < _MOST_BEFORE:
         node = pending.pop()
         if node in seen or is_input(node):
