@@ -206,7 +206,7 @@ def _by_name(signature: CallSignature, each: Callable[[Any], Any]) -> dict[str, 
 
 def _where(error: Exception) -> str:
     """Return " [file:line: code]" of the innermost frame in the model's own source, or "" where there is none."""
-    own = tuple(str(Path(file).parent) for file in (torch.__file__, traceback.__file__, __file__))
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
     model = [frame for frame in frames if frame.name != "<module>"]
     return f" [{model[-1].filename}:{model[-1].lineno}: {model[-1].line}]" if model else ""
