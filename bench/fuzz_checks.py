@@ -56,6 +56,8 @@ def check(case: Case) -> str:
     wanted = model(x)
     try:
         fast = gtp_fx.optimize(model, **_options(case), example_inputs=x, compile=case.compiled)
+    except gtp_fx.InternalError:
+        raise
     except gtp_fx.GtpError as error:
         _unchanged(model, before, x, wanted)
         _same_refusal(model, case, x, error)

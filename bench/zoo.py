@@ -29,7 +29,7 @@ from bench.live_weights import enliven
 from bench.output import publish
 from bench.zoo_models import GROUPS, ZOO, ZooModel
 from gtp_fx.capture.inputs import call_signature
-from gtp_fx.errors import GtpError, UnsupportedModelError
+from gtp_fx.errors import GtpError, InternalError, UnsupportedModelError
 from gtp_fx.measure.timing import interleave
 from gtp_fx.options.progress import progress_bar
 
@@ -86,6 +86,8 @@ def _flops(entry: ZooModel, reduced: bool) -> Row:
     row = Row(entry.name, entry.library, entry.family, "reduced")
     try:
         report = gtp_fx.optimize(model, flops_budget=BUDGET, example_inputs=_on_meta(entry), compile=False).report
+    except InternalError:
+        raise
     except GtpError as error:
         return replace(row, outcome="refused", reason=why(error))
     return replace(

@@ -1,12 +1,14 @@
 """The package's errors, and the refusals they report.
 
-Every `GtpError` is a ValueError whose message names the bad value, the accepted ones and the next step. None is raised
-after a model was modified, because `optimize` works on a captured copy of the graph.
+Every `GtpError` is a ValueError whose message names the bad value, the accepted ones and the next step; an
+`InternalError` names the place and how to report it. None is raised after a model was modified, because `optimize`
+works on a captured copy of the graph.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,28 @@ class Refusal:
         return f"{place}{operator}{self.reason}" + (f" [{self.source}]" if self.source else "")
 
 
+MOST_CAUSES = 6
+"""The most causes that a message lists."""
+
+
+def merged(refusals: Iterable[Refusal]) -> tuple[Refusal, ...]:
+    """Return one refusal for each cause, in order, with the layers that share it: "blocks.0 … blocks.11"."""
+    layers: dict[tuple[str, str], dict[str, None]] = {}
+    first: dict[tuple[str, str], Refusal] = {}
+    for refusal in refusals:
+        cause = (refusal.operator, refusal.reason)
+        first.setdefault(cause, refusal)
+        layers.setdefault(cause, {})[refusal.layer] = None
+    return tuple(replace(refusal, layer=_span(list(layers[cause]))) for cause, refusal in first.items())
+
+
+def _span(layers: list[str]) -> str:
+    """Return some layers in a few words: all of up to two, else the first and the last."""
+    return ", ".join(filter(None, layers)) if len(layers) < 3 else f"{layers[0]} … {layers[-1]} ({len(layers)} layers)"
+
+
 class GtpError(ValueError):
-    """Base class of every error that the user can fix."""
+    """Base class of every error that the user can fix, and of `InternalError`."""
 
 
 class OptionError(GtpError):
@@ -57,16 +79,33 @@ class InputError(GtpError):
 class UnsupportedModelError(GtpError):
     """No tokens can be removed: the graph has no suitable attention, or contains something that forbids it.
 
-    refusals: one entry per place, in graph order.
+    refusals: one entry per place or cause, in graph order. The message has a line for each cause; one alone stands in
+        its first line.
     """
 
     def __init__(self, message: str, refusals: tuple[Refusal, ...] = ()) -> None:
         self.refusals = refusals
-        super().__init__("\n  - ".join([message, *map(str, refusals)]))
+        causes = list(map(str, merged(refusals)))
+        if len(causes) == 1:  # the headline has it
+            message, causes = f"{message.removesuffix(':')}: {causes[0]}", []
+        if len(causes) > MOST_CAUSES:
+            causes[MOST_CAUSES - 1 :] = [f"and {len(causes) - MOST_CAUSES + 1} more causes"]
+        super().__init__("\n  - ".join([message, *causes]))
 
 
 class NoBlocksError(UnsupportedModelError):
-    """The graph has no self-attention over patch tokens."""
+    """The graph has no block of self-attention over patch tokens, or none that could be followed."""
+
+
+class InternalError(GtpError):
+    """gtp_fx met what it didn't foresee: a fault of its own, raised from the error itself (`__cause__`).
+
+    where: the step, the operator, the layer and the line of the model's source, as far as known.
+    """
+
+    def __init__(self, message: str, where: str = "") -> None:
+        self.where = where
+        super().__init__(message)
 
 
 class CheckError(RuntimeError):

@@ -11,8 +11,18 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.branches import Branch, NoBranch, find_branch, pooled_to
 from gtp_fx.errors import Refusal
-from gtp_fx.graph.nodes import ancestors, attention_dropout, descendants, layer_name, refusal
-from gtp_fx.types.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
+from gtp_fx.graph.nodes import (
+    ancestors,
+    attention_dropout,
+    descendants,
+    is_input,
+    layer_name,
+    operator_name,
+    refusal,
+    source_line,
+)
+from gtp_fx.graph.symbols import shape_of
+from gtp_fx.types.axes import Grid, TensorType, TokenAxis, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import SiteTyping, WholeTyping
 from gtp_fx.types.layouts import base_of
 
@@ -142,7 +152,8 @@ def _with_branch(block: AttentionBlock, typing: WholeTyping) -> AttentionBlock:
     try:
         return replace(block, branch=find_branch(block.attention, block.site, typing))
     except NoBranch as reason:
-        return replace(block, refusal=replace(block.refusal, reason=f"{block.refusal.reason}; and {reason}"))
+        both = f"{block.refusal.reason}; nor can they skip a branch of the block: {reason}"
+        return replace(block, refusal=replace(block.refusal, reason=both))
 
 
 def _refusal(attention: fx.Node, reason: str) -> Refusal:
@@ -186,6 +197,28 @@ def _other_side(add: fx.Node, after: set[fx.Node]) -> fx.Node | None:
     return sides[0] if len(operands) == 2 and len(sides) == 1 else None
 
 
+def _joined_by(attention: fx.Node) -> str:
+    """Return " (what came before it is joined to its result by aten.lerp.Scalar [model.py:3])", as far as known."""
+    after, before = descendants(attention), ancestors(attention)
+    for node in attention.graph.nodes:
+        others = [operand for operand in node.all_input_nodes if operand in before and not is_input(operand)]
+        if node in after and others and shape_of(node) == shape_of(others[0]):
+            line = source_line(node)
+            name = operator_name(node) + (f" [{line}]" if line else "")
+            return f" (its result is joined with what came before it by {name})"
+    return ""
+
+
+def _layout_refused(stream: TensorType) -> str:
+    """Return why a residual stream of this type can't be shortened."""
+    if len(stream) == 3 and token_axis(stream[0]) is not None:
+        return (
+            "the residual stream is laid out as [tokens, batch, channels], and only [batch, tokens, channels] can be "
+            "shortened: transpose it once before the blocks (nn.TransformerEncoder: batch_first=True)"
+        )
+    return "the residual stream is not laid out as [batch, tokens, channels]"
+
+
 def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> Refusal | None:
     """Return why tokens can't be removed at a block, or None where they can."""
 
@@ -205,12 +238,14 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> R
             "it shares its residual add with a parallel attention, whose scores decide which tokens are removed there"
         )
     if site is None:
-        return refuse("no residual add follows this attention, so there is no stream to shorten")
+        return refuse(
+            f"no residual add follows this attention{_joined_by(attention)}, so there is no stream to shorten"
+        )
     stream = typing.type(site)
     if all(map(is_plain, stream)):
         return refuse("no patch token is alive after this attention (dead tokens), so none can be removed")
     if len(stream) != 3 or token_axis(stream[1]) is None or not (is_plain(stream[0]) and is_plain(stream[2])):
-        return refuse("the residual stream is not laid out as [batch, tokens, channels]")
+        return refuse(_layout_refused(stream))
     if len(typing.type(attention)) != 4:
         return refuse("queries are not laid out as [batch, heads, tokens, features]")
     if attention_dropout(attention):

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import MARK
-from gtp_fx.errors import Refusal
-from gtp_fx.graph.nodes import ancestors, operator_name, refusal
+from gtp_fx.errors import Refusal, merged
+from gtp_fx.graph.nodes import ancestors, bodies_of, is_input, operator_name, refusal, source_line
 from gtp_fx.graph.operators import (
     ATTENTION,
+    CASTS,
+    CASTS_LIKE,
+    CONVOLUTIONS,
     DROPOUTS,
+    FEATURE_NORMS,
+    FLATTENINGS,
     MATRIX_PRODUCTS,
     PERMUTATIONS,
+    PRODUCTS_ADDED_TO,
     REARRANGED,
     SCALINGS,
     SOFTMAXES,
     VIEWS,
+    WITHOUT_COPY,
 )
+from gtp_fx.graph.symbols import shape_of
+from gtp_fx.graph.torch_internals import is_higher_order
 from gtp_fx.types.axes import TensorType, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import WholeTyping
+from gtp_fx.types.rules.registry import TypeList
 
 _ELEMENTWISE = (
     *VIEWS,
@@ -34,23 +42,30 @@ _ELEMENTWISE = (
     aten.to.dtype,
 )
 """Operators that may stand between a product and its softmax; a linear layer there mixes heads."""
+_PRODUCTS = (*MATRIX_PRODUCTS, *PRODUCTS_ADDED_TO, aten.einsum.default)
+_ENDS = (*ATTENTION, *CONVOLUTIONS, *FEATURE_NORMS, *SOFTMAXES)
+"""Operators with which what is before the logits begins."""
+_MOST_BEFORE = 64
+"""The most nodes before a softmax that are looked at."""
 
 
 def unsupported_attention(typing: WholeTyping) -> tuple[Refusal, ...]:
-    """Return one refusal for each reason, at the first layer that it holds for.
+    """Return one refusal for each cause, with the layers that it holds for.
 
     typing: types of a graph whose blocks are marked.
     """
-    found: dict[str, list[Refusal]] = {}
+    found: list[Refusal] = []
     for node in typing.graph.nodes:
         reason = ""
         if node.target in ATTENTION and MARK not in node.meta:
             reason = _why_no_block(node, typing)
         elif node.target in SOFTMAXES and _feeds_a_product(node):
             reason = _why_not_spelled(node)
+        elif is_higher_order(node.target):
+            reason = _why_closed(node)
         if reason:
-            found.setdefault(reason, []).append(refusal(node, reason))
-    return tuple(_counted(refusals) for refusals in found.values())
+            found.append(refusal(node, reason))
+    return merged(found)
 
 
 def _why_no_block(attention: fx.Node, typing: WholeTyping) -> str:
@@ -61,39 +76,118 @@ def _why_no_block(attention: fx.Node, typing: WholeTyping) -> str:
     query, key = attention.args[0], attention.args[1]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
     queries, keys = (token_axis(typing.type(node)[-2]) for node in (query, key))
-    if keys is not None and queries is None:
+    if queries is not None and keys is not None:
+        return "queries and keys run over different patch tokens"
+    merged_here = _merged_tokens(typing.type(query)) or _merged_tokens(typing.type(key))
+    if queries is None and keys is None and merged_here:
+        return "tokens are divided into windows or groups here, and attention stays inside each"
+    # Before anything is said of what they are, look for the operator after which that isn't known.
+    for name, node, axis in (("queries", query, queries), ("keys", key, keys)):
+        lost = _last_lost(node, typing) if axis is None else None
+        if lost is not None and not (name == "queries" and _few(query, key)):
+            return (
+                f"its {name} come from {operator_name(lost)}{_line(lost)}, after which tokens aren't followed: "
+                f"{typing.answers[lost].barrier}"
+            )
+    if keys is not None:
         return (
             "its queries are tokens that are no patches (class or pooling tokens), so there is nothing to remove here; "
             "its keys follow what was removed before"
         )
-    if queries is not None and keys is None:
-        return "queries are patch tokens and keys are tokens that are no patches (pooled or of another grid)"
     if queries is not None:
-        return "queries and keys run over different patch tokens"
-    if _merged_tokens(typing.type(query)) or _merged_tokens(typing.type(key)):
-        return "tokens are divided into windows or groups here, and attention stays inside each"
-    lost = _last_lost(query, typing) or _last_lost(key, typing)
-    if lost is not None:
+        return "queries are patch tokens and keys are tokens that are no patches (pooled or of another grid)"
+    if not _has_grid(typing):
         return (
-            f"its queries come from {operator_name(lost)} ({lost.name}), after which tokens aren't followed: "
-            f"{typing.answers[lost].barrier}"
+            "nothing here cuts a picture into patches (a convolution, a pooling, or views of an image of [batch, "
+            "channels, height, width]), and only patches of a grid are removed"
         )
-    return "its queries and keys don't run over patch tokens (but over channels, say)"
+    return "its queries and keys don't run over patch tokens (but over channels, other inputs or tokens of no grid)"
+
+
+def _few(query: fx.Node, key: fx.Node) -> bool:
+    """Return whether there are fewer queries than keys, as where class or pooling tokens attend to patches."""
+    return shape_of(query)[-2] < shape_of(key)[-2]
+
+
+def _line(node: fx.Node) -> str:
+    line = source_line(node)
+    return f" [{line}]" if line else ""
+
+
+def _has_grid(typing: WholeTyping) -> bool:
+    """Return whether any value runs over the patches of a grid, or a side of one."""
+    return any(not all(map(is_plain, kind)) for kind in typing.types.values() if isinstance(kind, tuple))
 
 
 def _why_not_spelled(softmax: fx.Node) -> str:
     """Return why a softmax before a product wasn't recognised as attention."""
     if any(user.target in DROPOUTS for user in softmax.users):  # `normalise` has dropped what is off
         return "attention dropout is active, which attention with scores does not have"
-    source: object = softmax.args[0]
-    while isinstance(source, fx.Node) and source.target in _ELEMENTWISE:
-        source = next((arg for arg in source.args if isinstance(arg, fx.Node)), None)
-    if isinstance(source, fx.Node) and source.target in (*MATRIX_PRODUCTS, aten.einsum.default):
+    products, others = _logits(softmax)
+    if not products:
+        return "these weights are no softmax of q·kᵀ (of keys or queries alone, or learned), so they stay as they are"
+    if others:
         return (
-            "this attention does more than softmax(q·kᵀ)·v (heads mixed, gated, its map used, a mask by window), "
-            "so it stays as it is"
+            f"{operator_name(others[0])}{_line(others[0])} stands between q·kᵀ and this softmax, and isn't known as a "
+            f"part of attention: what is added to the logits or masks them can be the attn_mask of "
+            f"torch.nn.functional.scaled_dot_product_attention"
         )
-    return "these weights are no softmax of q·kᵀ (of keys or queries alone, or learned), so they stay as they are"
+    if len(products) > 1:
+        return (
+            f"the logits of this softmax are a sum of {len(products)} products (q·kᵀ, and a bias made of queries, keys "
+            f"or tokens), which isn't known as attention: give the rest of the sum as the attn_mask of "
+            f"torch.nn.functional.scaled_dot_product_attention"
+        )
+    if products[0].target in PRODUCTS_ADDED_TO:
+        return (
+            f"its logits are made by {operator_name(products[0])}{_line(products[0])}, which isn't known as q·kᵀ: use "
+            f"a matrix product, or torch.nn.functional.scaled_dot_product_attention"
+        )
+    return (
+        "this attention does more than softmax(q·kᵀ)·v (heads mixed, gated, its map used, a mask by window), "
+        "so it stays as it is"
+    )
+
+
+def _logits(softmax: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Return the products that a softmax's logits are made of, and what stands between, other than known parts.
+
+    A linear layer is passed only where a product is right before it: there it mixes heads.
+    """
+    products: list[fx.Node] = []
+    others: list[fx.Node] = []
+    pending = [node for node in (softmax.args[0],) if isinstance(node, fx.Node)]
+    seen: set[fx.Node] = set()
+    while pending and len(seen) < _MOST_BEFORE:
+        node = pending.pop()
+        if node in seen or is_input(node):
+            continue
+        seen.add(node)
+        if node.target in _PRODUCTS:
+            products.append(node)
+        elif node.target not in _ENDS and (node.target is not aten.linear.default or _is_of_product(node)):
+            others += [] if node.target in (*_ELEMENTWISE, *WITHOUT_COPY, *FLATTENINGS, *CASTS, *CASTS_LIKE) else [node]
+            pending += node.all_input_nodes
+    return products, [node for node in others if any(product in ancestors(node) for product in products)]
+
+
+def _is_of_product(linear: fx.Node) -> bool:
+    """Return whether a linear layer reads a product, through nothing but views and scalings."""
+    source: object = linear.args[0]
+    while isinstance(source, fx.Node) and source.target in _ELEMENTWISE and source.target is not aten.linear.default:
+        source = next((arg for arg in source.args if isinstance(arg, fx.Node)), None)
+    return isinstance(source, fx.Node) and source.target in _PRODUCTS
+
+
+def _why_closed(node: fx.Node) -> str:
+    """Return why a higher-order operator hides attention; "" where it is or holds none."""
+    held = [call for body in bodies_of(node) for call in body.nodes if call.target in (*ATTENTION, *SOFTMAXES)]
+    if not held and "attention" not in operator_name(node):
+        return ""
+    return (
+        "attention inside a higher-order operator, whose function isn't looked into: write it with "
+        "torch.nn.functional.scaled_dot_product_attention in the forward itself"
+    )
 
 
 def _merged_tokens(kind: TensorType) -> bool:
@@ -105,11 +199,12 @@ def _last_lost(node: fx.Node, typing: WholeTyping) -> fx.Node | None:
     before = ancestors(node)
     for candidate in reversed(list(node.graph.nodes)):
         answer = typing.answers.get(candidate)
-        if candidate not in before or answer is None or not answer.barrier or not isinstance(answer.output, tuple):
+        if candidate not in before or answer is None or not answer.barrier or answer.output is None:
             continue
         assert isinstance(candidate, fx.Node)
         tokens_in = any(not all(map(is_plain, kind)) for kind in answer.operands.values())
-        if tokens_in and all(map(is_plain, answer.output)):
+        kinds = answer.output.items if isinstance(answer.output, TypeList) else (answer.output,)
+        if tokens_in and all(all(map(is_plain, kind)) for kind in kinds):
             return candidate
     return None
 
@@ -127,9 +222,3 @@ def _feeds_a_product(softmax: fx.Node) -> bool:
             seen.add(node)
             pending.extend(node.users)
     return False
-
-
-def _counted(refusals: list[Refusal]) -> Refusal:
-    """Return the first refusal, with the number of layers that share its reason."""
-    more = len(refusals) - 1
-    return replace(refusals[0], reason=refusals[0].reason + (f" (and {more} more like it)" if more else ""))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gtp_fx.capture.wrapped import must_be_traceable
 from gtp_fx.errors import CaptureError, InputError
 
 _BATCH = 2
@@ -82,9 +83,13 @@ def call_signature(model: nn.Module, example_inputs: Any) -> CallSignature:
     args, kwargs = _split(model, example_inputs)
     if not tensors_in((args, kwargs)):
         raise CaptureError(
-            f"example_inputs={example_inputs!r} hold no tensor; give an image batch such as [2, 3, 224, 224]"
+            f"example_inputs={shown(example_inputs)} hold no tensor; give an image batch such as [2, 3, 224, 224]"
         )
-    parameters = inspect.signature(model.forward)
+    must_be_traceable(model)
+    try:
+        parameters = inspect.signature(model.forward)
+    except (TypeError, ValueError) as error:
+        raise CaptureError(f"{type(model).__name__}.forward has no signature to call it by: {error}") from error
     try:
         args, kwargs = canonical_arguments(parameters, args, kwargs)
     except TypeError as error:
@@ -125,12 +130,21 @@ def dtype_of(model: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
+def shown(value: Any) -> str:
+    """Return a value's repr, in one short line; of an object whose repr fails, its class."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Return the arguments' form as text, with * for the batch: "(float32[*, 3, 224, 224])"."""
 
     def show(value: Any) -> str:
         if not isinstance(value, Tensor):
-            return repr(value)
+            return shown(value)
         sides = ", ".join(["*", *map(str, value.shape[1:])]) if value.ndim else ""
         return f"{str(value.dtype).removeprefix('torch.')}[{sides}]"
 
@@ -150,8 +164,13 @@ def _same_form(mine: Any, theirs: Any) -> bool:
 
 
 def _is(value: Any, other: Any) -> bool:
-    """Return whether both are equal and of one type. A forward may treat 3, 3.0 and True differently."""
-    return type(value) is type(other) and bool(value == other)
+    """Return whether both are the same, or equal and of one type. A forward may treat 3, 3.0 and True differently."""
+    if value is other or type(value) is not type(other):
+        return value is other
+    try:
+        return bool(value == other)
+    except Exception:  # arrays have no one answer, and a user's own class may have none
+        return False
 
 
 def _split(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -165,7 +184,7 @@ def _split(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict
     if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
         return tuple(example_inputs), {}
     raise CaptureError(
-        f"example_inputs={example_inputs!r}: give a tensor, a tuple of arguments or a dict of keyword arguments"
+        f"example_inputs={shown(example_inputs)}: give a tensor, a tuple of arguments or a dict of keyword arguments"
     )
 
 
@@ -217,6 +236,8 @@ def _hf_shape(model: nn.Module) -> tuple[int, ...] | None:
 
 def _two_images(tensor: Tensor) -> Tensor:
     """Repeat an example of one image so that it holds two. Raises CaptureError where it holds none."""
+    if tensor.is_nested:
+        raise CaptureError("an example input is a nested tensor, whose images differ in size: give a batch of one size")
     if tensor.ndim == 0 or tensor.shape[0] == 0:
         raise CaptureError(
             f"an example input of shape {list(tensor.shape)} holds no image; its first dimension is the batch"

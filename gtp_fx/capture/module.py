@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,9 +24,10 @@ from torch.utils import _pytree as pytree
 from gtp_fx.capture.called_as import CalledAs
 from gtp_fx.capture.inputs import CallSignature, describe
 from gtp_fx.capture.side_effects import changed_by_each_call, watched
+from gtp_fx.capture.wrapped import what_to_give
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph.symbols import fix_symbols
-from gtp_fx.graph.torch_internals import tracing_lock
+from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, is_fake, is_functorch, tracing_lock
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +44,15 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
                 # A change at the first call alone (a cache, a flag) is harmless, so run the model twice and compare.
                 call = functools.partial(model, *signature.args, **signature.kwargs)
                 attributes = changed_by_each_call(model, call)
-            if any(_mutates(node) for node in program.graph.nodes):
+            if any(_mutates(node) or is_functorch(node.target) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table: functionalise, decompose nothing
+            _must_be_runnable(program)
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:
             given = describe(signature.args, signature.kwargs)
-            raise CaptureError(f"{model._get_name()} with {given} can't be captured: {_explained(error)}") from error
+            why = what_to_give(model) or _explained(error)
+            raise CaptureError(f"{model._get_name()} with {given} can't be captured: {why}") from error
     _refuse_changes(model._get_name(), [*attributes, *_changed(program.graph_signature)])
     exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
@@ -98,6 +104,13 @@ def _explained(error: Exception) -> str:
             f"graph has one control flow: {_first_lines(error, 1)}{_where(error)}\nOptimise an inner module that "
             f"doesn't; torch.compile(model, backend='gtp') does so by itself, since Dynamo breaks the graph there"
         )
+    if isinstance(error, CaptureError):
+        return str(error)
+    if fixed := re.search(r"specialized it to be a constant \((\d+)\)", str(error)):
+        return (
+            f"it works for a batch of {fixed[1]} alone{_where(error)}: its forward has that size written into it, or "
+            f"it was exported without dynamic_shapes; take sizes from the input (x.shape[0])"
+        )
     return (
         f"{_first_lines(error)}{_where(error)}\nGive example_inputs that the model accepts; torch.export.export(model, "
         f"example_inputs) shows the whole error"
@@ -123,6 +136,8 @@ def export_batched(
             warnings.filterwarnings("ignore", message="The tensor attribute")  # a cache, or refused below by name
             program = export()
         return program, attributes
+    except OUT_OF_MEMORY:
+        raise
     except Exception:
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -134,6 +149,17 @@ def export_batched(
             # Dynamo's warnings name the objects whose attributes changed, not the attributes.
             return program, [str(warning.message) for warning in caught if "side effects" in str(warning.message)]
         raise
+
+
+def _must_be_runnable(program: torch.export.ExportedProgram) -> None:
+    """Raise CaptureError where tracing has left something that no graph can run: calls of torch.func, fake tensors."""
+    left = [str(node.target) for node in program.graph.nodes if is_functorch(node.target)]
+    left += [name for name, value in program.constants.items() if is_fake(value)]
+    if left:
+        raise CaptureError(
+            f"torch.export leaves {left[0]} in the graph, which can't run outside of tracing: torch.func (vmap, grad) "
+            f"inside a forward has to be written as operators on the batch"
+        )
 
 
 def _named_arguments(model: nn.Module, signature: CallSignature) -> tuple[nn.Module, CallSignature]:
@@ -153,10 +179,14 @@ def _named_arguments(model: nn.Module, signature: CallSignature) -> tuple[nn.Mod
 
 @contextlib.contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module into one mode within the context, and each back into its own afterwards."""
+    """Put every module into one mode within the context, and each back into its own afterwards.
+
+    A module without modes stays as it is: torch.export has written the mode into those that it returns.
+    """
     before = {module: module.training for module in model.modules()}
     try:
-        model.train(training)
+        with contextlib.suppress(NotImplementedError):
+            model.train(training)
         yield
     finally:
         for module, mode in before.items():
@@ -176,7 +206,7 @@ def _by_name(signature: CallSignature, each: Callable[[Any], Any]) -> dict[str, 
 
 def _where(error: Exception) -> str:
     """Return " [file:line: code]" of the innermost frame in the model's own source, or "" where there is none."""
-    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
     model = [frame for frame in frames if frame.name != "<module>"]
     return f" [{model[-1].filename}:{model[-1].lineno}: {model[-1].line}]" if model else ""

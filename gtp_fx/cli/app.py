@@ -1,6 +1,7 @@
 """The command line, `gtp-fx`. Results go to stdout, progress and errors to stderr.
 
-Exit codes: 0 for success, 1 where a check found a wrong output, 2 for an error that the user can fix.
+Exit codes: 0 for success, 1 where a check found a wrong output, 2 for an error that the user can fix, 3 for a
+fault of gtp_fx itself.
 """
 
 from __future__ import annotations

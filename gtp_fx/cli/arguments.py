@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from gtp_fx.errors import CheckError, GtpError, OptionError
+from gtp_fx.errors import CheckError, GtpError, InternalError, OptionError
+from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.options.options import HELP, Options
 from gtp_fx.options.schedule import SCHEDULES, Schedule
 
@@ -183,12 +185,16 @@ def load(name: str, pretrained: bool, weights: str | None, dtype: Dtype, device:
 def explaining(model: str = "") -> Iterator[None]:
     """End the command with the message alone for errors that the user can fix, and for wrong outputs.
 
-    Any other error is a bug, so it keeps its traceback.
+    Any other error is a fault of gtp_fx: its message follows its traceback.
 
     model: name that precedes the message of a CheckError.
     """
     try:
-        yield
+        with internal_errors_told():
+            yield
+    except InternalError as error:
+        traceback.print_exception(error.__cause__)
+        _fail(str(error), 3)
     except GtpError as error:
         _fail(str(error), 2)
     except CheckError as error:

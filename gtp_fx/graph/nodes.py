@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Iterable
@@ -39,13 +40,22 @@ def source_line(node: fx.Node) -> str:
 
     A file and a line, such as "timm/layers/attention.py:124"; "" where the graph keeps no stack trace.
     """
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [frame for frame in _FRAME.findall(node.meta.get("stack_trace") or "") if not frame[0].startswith("<")]
     if not frames:
         return ""
     file, line = frames[-1]
     for folder in ("/site-packages/", "/dist-packages/"):
         file = file.rpartition(folder)[2]
     return f"{os.path.relpath(file) if os.path.isabs(file) and file.startswith(os.getcwd()) else file}:{line}"
+
+
+def bodies_of(node: fx.Node) -> list[fx.Graph]:
+    """Return the graphs that a higher-order operator (`cond`, `map`) is given, and those inside them."""
+    owner = node.graph.owning_module
+    given = [arg for arg in node.all_input_nodes if arg.op == "get_attr" and owner is not None]
+    modules = [operator.attrgetter(str(arg.target))(owner) for arg in given]
+    bodies = [module.graph for module in modules if isinstance(module, fx.GraphModule)]
+    return bodies + [inside for body in bodies for call in body.nodes for inside in bodies_of(call)]
 
 
 def refusal(node: fx.Node, reason: str) -> Refusal:

@@ -8,6 +8,7 @@ Modules that take a second or more to import are imported inside the functions t
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -15,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch._logging._internal import trace_structured
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import attention
 from torch.utils import _pytree as pytree
@@ -46,6 +48,16 @@ def copy_parameter_sources(gm: fx.GraphModule, of: fx.GraphModule) -> None:
         gm._param_name_to_source = of._param_name_to_source  # type: ignore[assignment]
 
 
+def is_higher_order(target: Any) -> bool:
+    """Return whether an operator takes functions, as `torch.cond` and flex_attention do. Public: none."""
+    return isinstance(target, HigherOrderOperator)
+
+
+def is_functorch(target: Any) -> bool:
+    """Return whether a call is one by which torch.func (`vmap`, `grad`) goes in and out of its levels. Public: none."""
+    return str(getattr(target, "__module__", "")).startswith(("torch._functorch", "torch._C._functorch"))
+
+
 # ---- fake tensors
 
 
@@ -55,6 +67,11 @@ def fake_mode() -> AbstractContextManager[Any]:
     Public: none for a mode; only tracing with `torch.export.Dim` makes one.
     """
     return FakeTensorMode()
+
+
+def is_fake(value: Any) -> bool:
+    """Return whether a value is a tensor with a shape and no numbers. Public: none."""
+    return isinstance(value, FakeTensor)
 
 
 def mode_of(fake: Tensor) -> AbstractContextManager[Any]:
@@ -73,6 +90,20 @@ def floor_divided(size: Any) -> list[tuple[Any, int]]:
     # A number is rounded up by adding the divisor less one before.
     wholes = [(part, int(by)) for whole, by in quotients for part in (whole, whole - by + 1)]
     return [(whole, by) for whole, by in wholes if whole.is_Symbol]
+
+
+# ---- errors
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""Errors of a machine that lacks memory, on the host and on a device."""
+
+
+def restarts_dynamo(error: Exception) -> bool:
+    """Return whether an error is how a backend asks Dynamo to trace the function again. Public: none."""
+    if "torch._dynamo.exc" not in sys.modules:
+        return False
+    exceptions: Any = sys.modules["torch._dynamo.exc"]
+    return isinstance(error, exceptions.RestartAnalysis)
 
 
 # ---- tracing and compiling

@@ -12,7 +12,7 @@ from torch import fx
 
 from gtp_fx.graph.nodes import is_input, layer_name, operator_name, tensors_of
 from gtp_fx.graph.symbols import fixed_symbols
-from gtp_fx.graph.torch_internals import mode_of
+from gtp_fx.graph.torch_internals import is_higher_order, mode_of
 from gtp_fx.ops.register import shapes_of
 
 
@@ -37,6 +37,8 @@ def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
             stale = "val" not in node.meta or not changed.isdisjoint(node.all_input_nodes)
             if node.op != "call_function" or not stale:
                 continue
+            if is_higher_order(node.target) and "val" in node.meta:
+                continue  # it is a barrier: its operands always come whole, so that its value keeps its form
             value = _run(node, after)
             if "val" not in node.meta or _form(node.meta["val"]) != _form(value):
                 changed.add(node)

@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from gtp_fx.capture.dynamo import capture_dynamo
-from gtp_fx.errors import NoBlocksError, OptionError
+from gtp_fx.errors import InternalError, NoBlocksError, OptionError
 from gtp_fx.graph.torch_internals import compile_with_inductor
+from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.pipeline import run_passes
 from gtp_fx.options.options import Options
 from gtp_fx.passes.lower.triton_kernels import lowered
@@ -34,22 +35,26 @@ def gtp(
     """Rewrite Dynamo's graph and compile it with Inductor.
 
     A graph without attention over patches is compiled unchanged, with a warning: graph breaks cut such pieces off
-    before and after a model. Raises OptionError for a bad option and for a model that is already optimised, and
-    otherwise what `optimize` raises.
+    before and after a model. So is one on which gtp_fx itself fails (InternalError). With the option strict both are
+    raised. Raises OptionError for a bad option and for a model that is already optimised, and otherwise what `optimize`
+    raises.
     """
     checked = Options.of_backend({"mode": mode, **(options or {})})
     must_be_optional(checked.disabled_passes)
     if any(getattr(node.target, "namespace", "") == "gtp_fx" for node in gm.graph.nodes):
         raise OptionError("backend 'gtp': this model is optimised already; compile it with torch.compile's own backend")
-    captured, device = capture_dynamo(gm), _device(example_inputs)
+    device = _device(example_inputs)
     patches = checked.inductor(device)
     try:
-        optimised = run_passes(captured, checked)
-    except NoBlocksError as error:
+        with internal_errors_told():
+            optimised = run_passes(capture_dynamo(gm), checked)
+            graph = lowered(optimised.graph_module, device, checked.disabled_passes, checked.target.told)
+    except (NoBlocksError, InternalError) as error:
+        if checked.strict:
+            raise
         warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
-        return compile_with_inductor(gm, example_inputs, patches)
-    lowered_graph = lowered(optimised.graph_module, device, checked.disabled_passes, checked.target.told)
-    return compile_with_inductor(lowered_graph, example_inputs, patches)
+        graph = gm
+    return compile_with_inductor(graph, example_inputs, patches)
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:

@@ -6,10 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from gtp_fx.capture.inputs import call_signature
 from gtp_fx.errors import OptionError
+from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.options.options import DEFAULTS, HELP, Options
 from gtp_fx.options.schedule import Schedule
@@ -45,12 +47,10 @@ def optimize(
 
     `model` is not changed. Raises a `GtpError` (a ValueError): OptionError for a bad value, CaptureError where the
     graph can't be captured, UnsupportedModelError where no token can be removed, BudgetError where no schedule meets
-    the budget, ScheduleError where a schedule doesn't fit the model.
+    the budget, ScheduleError where a schedule doesn't fit the model, InternalError for a fault of gtp_fx itself.
     """
     if not isinstance(model, nn.Module):
-        raise OptionError(
-            f"model={model!r} is no nn.Module; give a model such as timm.create_model('deit_small_patch16_224')"
-        )
+        raise OptionError(_no_module(model))
     if isinstance(model, OptimizedModel):
         raise OptionError(
             f"this {type(model).__name__} is optimised already, to {model.report.flops_ratio:.3f} of its FLOPs: "
@@ -74,13 +74,27 @@ def optimize(
         mode=mode,
     )
     must_be_optional(options.disabled_passes)
-    return OptimizedModel(model, call_signature(model, example_inputs), options, compile)
+    with internal_errors_told():
+        return OptimizedModel(model, call_signature(model, example_inputs), options, compile)
+
+
+def _no_module(model: Any) -> str:
+    """Return the message for what is given in place of a module: a function, a partial, a name."""
+    if isinstance(model, torch.export.ExportedProgram):
+        return "an ExportedProgram is no nn.Module; its .module() is one, but export the model after it is optimised"
+    if callable(model):
+        name = getattr(model, "__name__", type(model).__name__)
+        return (
+            f"model is the function {name!r}, and no nn.Module: give the module that it calls, or write a module "
+            f"whose forward calls it; torch.compile(function, backend='gtp', options=…) takes functions"
+        )
+    return f"model={model!r} is no nn.Module; give a model such as timm.create_model('deit_small_patch16_224')"
 
 
 def _described() -> str:
-    """Return every option with its help text, indented for the docstring of `optimize`."""
+    """Return every option but the backend's own with its help text, indented for the docstring of `optimize`."""
     indent = " " * 8
-    lines = (f"{name}: {text[0].lower()}{text[1:]}" for name, text in HELP.items())
+    lines = (f"{name}: {text[0].lower()}{text[1:]}" for name, text in HELP.items() if name != "strict")
     return "\n    ".join(textwrap.fill(line, 112, subsequent_indent=indent) for line in lines)
 
 

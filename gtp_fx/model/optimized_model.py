@@ -24,6 +24,7 @@ from gtp_fx.capture.module import capture_module
 from gtp_fx.capture.snapshots import attributes_of
 from gtp_fx.errors import ScheduleError
 from gtp_fx.model.contents import Contents
+from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.parameters import (
     ModuleMap,
     class_like,
@@ -128,7 +129,9 @@ class OptimizedModel(nn.Module):
         """
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
         evaluation = self._optimised(training=False)
-        return provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))(*args, **kwargs)
+        with internal_errors_told():
+            run = provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))
+        return run(*args, **kwargs)
 
     def with_provenance(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Provenance, ...]]:
         """Return the model's output and its `provenance`, from one run.
@@ -139,7 +142,8 @@ class OptimizedModel(nn.Module):
         """
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
         evaluation = self._optimised(training=False)
-        run = output_and_provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))
+        with internal_errors_told():
+            run = output_and_provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))
         return run(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -195,7 +199,9 @@ class OptimizedModel(nn.Module):
         if not any(state.chosen.schedule):  # remove nothing here either, whatever blocks the method has
             options = replace(options, schedule=AUTO, flops_budget=1.0)
         try:
-            fast = OptimizedModel(module, call_signature(module, example), options, state.compile, blocks_needed=False)
+            with internal_errors_told():
+                given = call_signature(module, example)
+                fast = OptimizedModel(module, given, options, state.compile, blocks_needed=False)
         except ScheduleError as error:
             raise ScheduleError(f"{module._get_name()}: {error}") from error
         # The method's graphs and this model hold the very same dicts of parameters.
@@ -212,7 +218,8 @@ class OptimizedModel(nn.Module):
         What the original still holds from `before` stays as this model holds it, possibly in another form (quantised).
         """
         state = self._gtp
-        made = self._rewritten(training=False)  # first, since it may fail: this model stays whole then
+        with internal_errors_told():
+            made = self._rewritten(training=False)  # first, since it may fail: this model stays whole then
         twins: ModuleMap = {}
         tree = parameter_tree(state.original, twins)
         copy_replaced(state.twins, twins, before.tensors)
@@ -278,8 +285,9 @@ class OptimizedModel(nn.Module):
         """Return the rewritten graph of one mode, made at its first use."""
         state = self._gtp
         if training not in state.by_mode:
-            made = self._rewritten(training)
-            use_parameters_of(made.graph_module, self, names_of(state.original))
+            with internal_errors_told():
+                made = self._rewritten(training)
+                use_parameters_of(made.graph_module, self, names_of(state.original))
             state.by_mode[training] = made
         return state.by_mode[training]
 
@@ -296,12 +304,13 @@ class OptimizedModel(nn.Module):
         state, training, device = self._gtp, self.training, device_of(self)
         if (training, device) not in state.runners:
             optimised = self._optimised(training)
-            runner: Any = functional_linear(
-                lowered(optimised.graph_module, device, state.options.disabled_passes, state.options.target.told)
-                if state.compile
-                else optimised.graph_module
-            )
-            share(runner, self)
+            with internal_errors_told():
+                runner: Any = functional_linear(
+                    lowered(optimised.graph_module, device, state.options.disabled_passes, state.options.target.told)
+                    if state.compile
+                    else optimised.graph_module
+                )
+                share(runner, self)
             if state.compile:
                 runner = torch.compile(runner, options=self.inductor_options or None)
             state.runners[training, device] = runner

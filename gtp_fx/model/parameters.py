@@ -57,7 +57,9 @@ def parameter_tree(module: nn.Module, seen: ModuleMap) -> nn.Module:
     bare._parameters.update(module._parameters)
     bare._buffers.update(module._buffers)
     bare._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
-    bare._modules.update({name: child and parameter_tree(child, seen) for name, child in module._modules.items()})
+    bare._modules.update(
+        {name: None if child is None else parameter_tree(child, seen) for name, child in module._modules.items()}
+    )
     bare.training = module.training
     return bare
 

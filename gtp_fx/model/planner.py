@@ -9,6 +9,7 @@ from torch import nn
 
 from gtp_fx.capture.inputs import CallSignature, call_signature
 from gtp_fx.capture.module import capture_module
+from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.pipeline import run_exact_passes
 from gtp_fx.options.calibration import bound
 from gtp_fx.options.options import Options
@@ -22,13 +23,15 @@ class Planner:
     """A captured model, to be planned for any number of budgets and targets."""
 
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
-        self._signature: CallSignature = call_signature(model, example_inputs)
-        self._captured = capture_module(model, self._signature, training=False)
+        with internal_errors_told():
+            self._signature: CallSignature = call_signature(model, example_inputs)
+            self._captured = capture_module(model, self._signature, training=False)
 
     def plan(self, options: Options) -> Forecast:
         """Return the forecast for one set of options. Raises what `optimize` raises for the same options."""
         if options.calibration is not None:
             options = replace(options, calibration=bound(options.calibration, self._signature.canonical))
-        exact = run_exact_passes(self._captured, options)
-        planned = make_plan(exact.graph_module, options, exact.original, apply_plan_unverified)
-        return forecast(exact.graph_module, exact.original, planned, options)
+        with internal_errors_told():
+            exact = run_exact_passes(self._captured, options)
+            planned = make_plan(exact.graph_module, options, exact.original, apply_plan_unverified)
+            return forecast(exact.graph_module, exact.original, planned, options)

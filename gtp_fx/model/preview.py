@@ -14,6 +14,7 @@ from gtp_fx.capture.inputs import call_signature, describe
 from gtp_fx.capture.module import capture_module
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.symbols import shape_of
+from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.pipeline import run_exact_passes
 from gtp_fx.options.options import Options
 
@@ -87,7 +88,9 @@ class Inspection:
             f"takes {self.inputs}; {self.flops / 1e9:.3f} GFLOPs per image, "
             f"{self.exact_flops / self.flops:.4f} of that after the exact passes",
             "",
-            tabulate(rows, headers, disable_numparse=True) if rows else "no self-attention over patch tokens",
+            tabulate(rows, headers, disable_numparse=True)
+            if rows
+            else "no self-attention over patch tokens" + " was recognised, but attention" * bool(self.other),
         ]
         if explained or self.other:
             lines += ["", *explained, *map(str, self.other)]
@@ -103,16 +106,17 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
     Raises CaptureError where the graph can't be captured.
     """
-    signature = call_signature(model, example_inputs)
-    exact = run_exact_passes(capture_module(model, signature, training=False), Options.of(flops_budget=1.0))
-    typed = typed_graph(exact.graph_module.graph)
-    return Inspection(
-        inputs=describe(signature.args, signature.kwargs),
-        flops=exact.original.flops,
-        exact_flops=exact.steps[-1].flops,
-        blocks=tuple(map(_row, typed.blocks)),
-        other=typed.unsupported_attention,
-    )
+    with internal_errors_told():
+        signature = call_signature(model, example_inputs)
+        exact = run_exact_passes(capture_module(model, signature, training=False), Options.of(flops_budget=1.0))
+        typed = typed_graph(exact.graph_module.graph)
+        return Inspection(
+            inputs=describe(signature.args, signature.kwargs),
+            flops=exact.original.flops,
+            exact_flops=exact.steps[-1].flops,
+            blocks=tuple(map(_row, typed.blocks)),
+            other=typed.unsupported_attention,
+        )
 
 
 def _row(block: AttentionBlock) -> BlockRow:

@@ -45,6 +45,12 @@ def _batch(value: Any) -> int:
     return value
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"strict={value!r}: give True or False")
+    return value
+
+
 def _schedule(value: Any) -> str | Schedule | tuple[int, ...]:
     if isinstance(value, str):
         if value not in SCHEDULES:
@@ -145,6 +151,12 @@ class Options:
         checked_mode,
         "torch.compile's mode: reduce-overhead (CUDA graphs, for small batches), max-autotune, …; it overrides the "
         "target's options for Inductor.",
+    )
+    strict: bool = _option(
+        False,
+        _flag,
+        "The backend's own: raise where it would warn and compile a graph as it is (no attention over patches in it, "
+        "or a fault of gtp_fx). `optimize` always raises.",
     )
 
     def __post_init__(self) -> None:

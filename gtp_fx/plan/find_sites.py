@@ -58,8 +58,12 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
         if left_out:
             refusals = tuple(left_out[index] for index in sorted(left_out))
             raise UnsupportedModelError(f"strategy {strategy.name!r} can't work on this model", refusals)
-        reasons = tuple(block.refusal for block in blocks if block.refusal is not None)
-        raise UnsupportedModelError("no attention block of this model can lose tokens", reasons)
+        number = "one block" if len(blocks) == 1 else f"{len(blocks)} blocks"
+        raise UnsupportedModelError(
+            f"this model has {number} of self-attention over patch tokens, and none can lose tokens "
+            f"(flops_budget=1.0 still works):",
+            (*(block.refusal for block in blocks if block.refusal is not None), *typed.unsupported_attention),
+        )
     typing, needed = _typed_with_sites(typed, removing, strategy, bool(branched))
     left_out |= needed
     removing = [block for block in removing if block.index not in needed]
@@ -117,7 +121,10 @@ def _typed_with_sites(
         else:
             taken += stream
     if not taken and not may_be_none:
-        message = "tokens can't be removed from this model: what follows needs them (flops_budget=1.0 still works)"
+        message = (
+            "tokens can't be removed from this model: operators that need all of them, or those that remain, can't get "
+            "them (flops_budget=1.0 still works)"
+        )
         raise UnsupportedModelError(message, every)
     return with_sites(taken), needed
 

@@ -7,6 +7,7 @@ costs. Expected damage comes from `gtp_fx.plan.damage`. Schedules by rule ("unif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -83,26 +84,48 @@ def least_within(
     # The solver prices chains one by one. What depends on several chains at once is taken out of the budget beforehand,
     # as an estimate from the previous solution, until a solution costs no more than it was estimated at.
     steps = [damage_steps(chain, counts, damage) for chain, counts in zip(model.chains, levels, strict=True)]
-    crossing = float(model.crossing_cost((0,) * len(model.sites)))
-    best = None
+    crossing = low = float(model.crossing_cost((0,) * len(model.sites)))
+    # Estimates up to `low` were too low, and `high` left no schedule. Small steps up mostly do; else they are doubled.
+    best, high, failed, most = None, math.inf, 0, 0.0
     for _ in range(_ROUNDS if model.crossing else 1):
         try:
             found = chosen_counts(model, solve(steps, limit - float(model.fixed) - crossing, tolerance))
         except OverBudget as over:
-            if best is None:
-                raise OverBudget(over.cost + float(model.fixed) + crossing) from None
-            break
+            if not model.crossing:
+                raise OverBudget(over.cost + float(model.fixed)) from None
+            high = crossing
+            crossing = (low + high) / 2
+            continue
         over_limit = float(model.cost(found)) - limit
-        if over_limit > 0:  # the estimate was too low
-            crossing += over_limit
+        if over_limit > 0:
+            low, failed = crossing, failed + 1
+            raised = over_limit if failed < 3 else max(over_limit, 2 * most)
+            most = max(most, raised)
+            crossing = min(low + raised, (low + high) / 2)
             continue
         best = found
         if model.crossing_cost(found) >= crossing:
             break
         crossing = float(model.crossing_cost(found))
     if best is None:
-        raise OverBudget(float(model.cost(found)))
+        best = _cheapest(model, steps)
+    if model.cost(best) > limit:
+        raise OverBudget(float(model.cost(best)))
     return best
+
+
+def _cheapest(model: CostModel, steps: Sequence[Steps]) -> tuple[int, ...]:
+    """Return the cheapest of some schedules: the least that every chain alone costs, and all tokens at one site.
+
+    What depends on several sites costs least where few of them are used.
+    """
+    schedules = [chosen_counts(model, solve([replace(chain, damage=chain.cost) for chain in steps], math.inf))]
+    for chain, of_chain in zip(model.chains, steps, strict=True):
+        for place in chain.places:
+            counts = [0] * len(model.sites)
+            counts[place] = int(of_chain.levels[0] - of_chain.levels[-1])
+            schedules.append(tuple(counts))
+    return min(schedules, key=model.cost)
 
 
 def damage_steps(chain: Chain, levels: NDArray[np.int64], damage: Damage) -> Steps:

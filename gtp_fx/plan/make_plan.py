@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.typed_graph import typed_graph
-from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError, UnsupportedModelError
-from gtp_fx.graph.nodes import operator_name
+from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError, UnsupportedModelError, merged
+from gtp_fx.graph.nodes import bodies_of, operator_name
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import AUTO, BlockShape, Schedule
 from gtp_fx.plan.choose import ApplyPlan, Choice, by_calibration, by_prior
@@ -81,7 +81,7 @@ def make_plan(
     if not blocks and not blocks_needed:
         return Planned(Plan.of((), (), (), options.strategy), flops_now, others)
     if not blocks and not (others and options.exact_only):
-        raise NoBlocksError(_no_blocks(gm.graph), others)
+        raise NoBlocksError(_no_blocks(gm.graph, others), others)
     shapes = tuple(map(block_shape, blocks))
     given = _given_counts(options.schedule, shapes)
     if unknown and (options.latency_budget is not None or (options.flops_budget or 1.0) < 1.0):
@@ -117,7 +117,7 @@ def make_plan(
     return Planned(
         plan,
         flops.cost(choice.counts),
-        tuple(refusals),
+        merged(refusals),
         choice.origin,
         None if timed is None else (timed.original, timed.cost(choice.counts)),
         choice.moved,
@@ -292,17 +292,34 @@ def _split(
     return by_site
 
 
-def _no_blocks(graph: fx.Graph) -> str:
-    """Return the message for a graph without blocks: which operators it has instead of self-attention over patches."""
-    counts = Counter(operator_name(n) for n in graph.nodes if n.op == "call_function")
+def _no_blocks(graph: fx.Graph, others: Sequence[Refusal]) -> str:
+    """Return the headline for a graph without blocks: what it has instead, and what stopped it.
+
+    others: attention that is no block.
+    """
+    counts = Counter(operator_name(n) for n in _calls(graph))
     attention = sum(n for name, n in counts.items() if "attention" in name)
     softmax = sum(n for name, n in counts.items() if "softmax" in name)
     convolutions = sum(n for name, n in counts.items() if "conv" in name)
+    found = f"{attention} attention operators, {softmax} softmax, {convolutions} convolutions"
+    if others:
+        return (
+            f"this model has attention ({found}), and none of it was recognised as self-attention over patch tokens, "
+            f"which is what gtp_fx shortens (flops_budget=1.0 still works):"
+        )
     return (
-        f"no self-attention over patch tokens was found in this model's graph ({attention} attention operators, "
-        f"{softmax} softmax, {convolutions} convolutions): gtp_fx shortens the token stream of vision transformers, "
-        f"and finds none here"
+        f"no self-attention over patch tokens was found in this model's graph ({found}): gtp_fx shortens the token "
+        f"stream of vision transformers, and finds none here"
     )
+
+
+def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Yield the calls of a graph, and those inside its higher-order operators."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            yield node
+            for body in bodies_of(node):
+                yield from (call for call in body.nodes if call.op == "call_function")
 
 
 def _round_up(ratio: float) -> float:

@@ -16,7 +16,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.errors import Refusal
-from gtp_fx.graph.nodes import refusal
+from gtp_fx.graph.nodes import is_input, operator_name, refusal
 from gtp_fx.graph.operators import FLATTENINGS, PERMUTATIONS, VIEWS
 from gtp_fx.types.axes import (
     Dim,
@@ -143,6 +143,11 @@ def _before_the_batch_was_spread(
     return None
 
 
+def _named(operand: fx.Node) -> str:
+    """Return an operand as a person knows it: a parameter by its name, anything else by its operator."""
+    return str(operand.target) if is_input(operand) else f"the result of {operator_name(operand)}"
+
+
 def _fits(own: Dim, wanted: Dim) -> bool:
     """Return whether a dimension needs no coercion.
 
@@ -155,19 +160,19 @@ def _coercion(
     node: fx.Node, operand: fx.Node, own: TensorType, wanted: TensorType, answer: RuleResult, typing: SiteTyping
 ) -> Coercion:
     reason = answer.barrier or ("the model returns these tokens" if node.op == "output" else "")
-    reason = reason or f"it reads {operand.name} beside another level of the stream"
+    reason = reason or f"it reads {_named(operand)} beside another level of the stream"
     steps = tuple(_steps(own, wanted, operand))
     if any(step.recovers for step in steps) and not operand.meta["val"].dtype.is_floating_point:
         raise _CannotCoerce(
-            f"{operand.name} holds {operand.meta['val'].dtype}, of which no neighbours' mean can be made"
+            f"{_named(operand)} holds {operand.meta['val'].dtype}, of which no neighbours' mean can be made"
         )
     grids = {step.axis.domain.grid for step in steps}
     if len(grids) > 1:
-        raise _CannotCoerce(f"{operand.name} runs over the tokens of two grids")
+        raise _CannotCoerce(f"{_named(operand)} runs over the tokens of two grids")
     images = typing.images[grids.pop()]
     lead, place = _images_dim(own, answer, images, operand)
     if any(step.dim + lead == place for step in steps):
-        raise _CannotCoerce(f"{operand.name} has no dimension for the images")
+        raise _CannotCoerce(f"{_named(operand)} has no dimension for the images")
     steps = tuple(Step(step.dim + lead, step.axis, step.level) for step in steps)
     updates = (node, operand) in typing.whole_edges and not lead
     return Coercion(node, operand, lead, (*plain(*(1,) * lead), *own), place, steps, reason, updates)
@@ -179,13 +184,13 @@ def _steps(own: TensorType, wanted: TensorType, operand: fx.Node) -> Iterator[St
             continue
         to = token_axis(theirs)
         if to is None or (token_axes((mine,)) and token_axis(mine) is None):
-            raise _CannotCoerce(f"tokens of {operand.name} are merged with another dimension")
+            raise _CannotCoerce(f"tokens of {_named(operand)} are merged with another dimension")
         # Two other things pair with all tokens index by index: a plain dimension of their number, and a whole grid of
         # the same shape.
         at = token_axis(mine) or to.at(0)
         level = at.domain.level
         if not at.pairs_with(to) or (level and at.domain.grid != to.domain.grid):
-            raise _CannotCoerce(f"{operand.name} runs over other tokens than its reader")
+            raise _CannotCoerce(f"{_named(operand)} runs over other tokens than its reader")
         yield Step(dim, to.at(level), to.domain.level)
 
 
@@ -204,7 +209,7 @@ def _images_dim(own: TensorType, answer: RuleResult, images: int, operand: fx.No
         places = images_dims(output, images)
         if len(places) > 1:
             raise _CannotCoerce(
-                f"several dimensions are as long as the batch, beside {operand.name}: which one it is can't be told"
+                f"several dimensions are as long as the batch, beside {_named(operand)}: which one it is can't be told"
             )
         if places:
             place = places[0] - (len(output) - len(own))
@@ -215,8 +220,8 @@ def _images_dim(own: TensorType, answer: RuleResult, images: int, operand: fx.No
     places = images_dims(own, images)
     if len(places) > 1:
         raise _CannotCoerce(
-            f"several dimensions of {operand.name} are as long as the batch: which one it is can't be told"
+            f"several dimensions of {_named(operand)} are as long as the batch: which one it is can't be told"
         )
     if places:
         return 0, places[0]
-    raise _CannotCoerce(f"{operand.name} has no dimension for the images, which keep different tokens each")
+    raise _CannotCoerce(f"{_named(operand)} has no dimension for the images, which keep different tokens each")

@@ -139,7 +139,7 @@ def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> RuleResult | None:
     call = Call(node, types)
     rule = find(node.target)
     if rule is None:
-        return _barrier(call, "gtp_fx has no rule for this operator")
+        return _barrier(call, "gtp_fx has no rule for this operator (docs/extending.md says how to add one)")
     try:
         answer = told_apart(rule(call), call)
     except NoRule as reason:

@@ -22,8 +22,10 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.placement import cut_of, ends_of, updated_edges
 from gtp_fx.analysis.typed_graph import typed_graph
+from gtp_fx.errors import UnsupportedModelError
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import ATTENTION
+from gtp_fx.graph.torch_internals import is_higher_order
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import AtSite, Attention, StreamState
 from gtp_fx.types.axes import Grid, TensorType, images_dims, token_axis
@@ -40,7 +42,7 @@ RECOVERED = "gtp_recovered"
 def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Return a copy of `gm`, whose blocks are marked, in which the plan's tokens are removed at the plan's sites.
 
-    Every coercion that the plan's sites need has to be possible, as `make_plan` ensures.
+    Raises UnsupportedModelError where something needs tokens that the plan's sites alone leave it no way to get.
     """
     # The original's analyses are cached, so they are read there and carried over to the copy.
     typed = typed_graph(gm.graph)
@@ -54,7 +56,12 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     # Types say at which level each operand comes and is needed; coercions are the differences.
     typing = infer_with_sites(gm.graph, frozenset(filter(None, sites)), frozenset(ends), edges)
     found = find_coercions(typing)
-    assert not found.refused, found.refused
+    if found.refused:  # `find_sites` has checked all sites together, and a plan may use fewer
+        raise UnsupportedModelError(
+            "tokens can't be removed by this schedule: operators that need all of them, or those that remain, can't "
+            "get them (another schedule, schedule=[…], may do; flops_budget=1.0 works)",
+            found.refused,
+        )
     coercions = found.by_node()
     args = {node: node.args for node in gm.graph.nodes}
     walk = _Walk(gm.graph, plan, typing, {block.attention: block for block in blocks}, args)
@@ -130,7 +137,8 @@ class _Walk:
             given, whole = self.current(again), self.args[again][1:]
             value = self._once((again, operand, "whole"), emit, again.target, value, *whole)
         node.replace_input_with(given, value)
-        node.meta.pop("val", None)
+        if not is_higher_order(node.target):  # whose operands come whole again, so that its value is what it was
+            node.meta.pop("val", None)
 
     def _updated(self, key: Any, emit: edit.Emitter, value: fx.Node, images: int, step: Step, level: int) -> fx.Node:
         """Return a later stream brought back to `level`.

@@ -17,6 +17,7 @@ from gtp_fx.graph.torch_internals import load_aoti, package_aoti
 from gtp_fx.graph.verify import rounding_tolerance
 from gtp_fx.model.exporting.onnx import must_have_packages, run_onnx, write_onnx
 from gtp_fx.model.exporting.program import ExportError, Program, program_of
+from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
 
 FORMATS = {
@@ -70,7 +71,7 @@ def export(model: OptimizedModel, file: str | Path, format: str | None = None) -
     path, chosen = Path(file), format_of(file, format)
     made = program_of(model)
     # Work in a scratch folder on the same file system, and move the files into place only after the check.
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    with internal_errors_told(), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         draft = Path(scratch) / path.name
         _WRITE[chosen](made, draft)
         found = _RUN[chosen](draft, made)

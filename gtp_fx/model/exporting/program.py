@@ -16,7 +16,8 @@ from gtp_fx.capture.called_as import CalledAs
 from gtp_fx.capture.inputs import CallSignature, device_of, tensors_in
 from gtp_fx.capture.module import export_batched
 from gtp_fx.errors import CaptureError, GtpError
-from gtp_fx.graph.torch_internals import tracing_lock
+from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, tracing_lock
+from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.ops.register import written_in_aten
 
@@ -78,6 +79,12 @@ def program_of(model: OptimizedModel) -> Program:
     device = device_of(model)
     if device.type == "meta":
         raise ExportError("this model is on the meta device, so it has no weights to export: load it with weights")
+    with internal_errors_told():
+        return _program(model, device)
+
+
+def _program(model: OptimizedModel, device: torch.device) -> Program:
+    """Export the evaluation graph of a model on `device`, which has weights."""
     call = model.signature
     generator = torch.Generator().manual_seed(0)
 
@@ -94,9 +101,13 @@ def program_of(model: OptimizedModel) -> Program:
             program, _ = export_batched(spelled, like_it, torch.export.Dim("batch"))
         # A named dimension reaches down to one image. A model that needs an even batch, or at least some size, has
         # none; the second try lets torch.export find the range.
+        except OUT_OF_MEMORY:
+            raise
         except Exception:
             try:
                 program, _ = export_batched(spelled, CallSignature(call.parameters, call.args, call.kwargs))
+            except OUT_OF_MEMORY:
+                raise
             except Exception as error:
                 raise CaptureError(f"torch.export can't trace the optimised graph: {error}") from error
         return Program(program, args, kwargs, model.graph_module(*args, **kwargs))

@@ -133,10 +133,11 @@ def cost_model(
     for term in terms:
         grids, levels = {d.grid for d in term.domains}, sorted(d.level for d in term.domains)
         grid = next(iter(grids), None)
-        if term.site is not None:  # work of the site itself, or done for it
-            site = sites[term.site]
-            level = site.domain.level
-            at[site.domain.grid][level].append(_transition(term, site.domain, weigh))
+        around = None if term.site is None else sites[term.site].domain
+        if around is not None and term.domains <= {around, around.at(around.level + 1)}:  # of a site, or done for it
+            at[around.grid][around.level].append(_transition(term, around, weigh))
+        elif around is not None:  # done for a site, on a value that runs over other tokens too: a map of attention
+            crossing.append(_across(term, sites, weigh))
         elif not levels:  # no shortened tokens
             fixed += weigh(term.works(_only_whole))
         elif len(grids) == 1 and len(levels) == 1 and grid in behind:  # between two sites
@@ -173,8 +174,14 @@ def _counting(remaining: dict[TokenDomain, Any]) -> Counts:
 
 
 def _across(term: Term, sites: Sequence[Site], weigh: Callable[[Any], Any]) -> Crossing:
-    """Make a cost that needs the counts of several chains."""
-    return lambda propagated: weigh(term.works(counts_after(sites, propagated)))
+    """Make a cost that needs the counts of several chains, or of sites further apart."""
+
+    def cost(propagated: Sequence[int]) -> Any:
+        if term.site is not None and not propagated[term.site]:
+            return 0
+        return weigh(term.works(counts_after(sites, propagated)))
+
+    return cost
 
 
 def _only_whole(domain: TokenDomain) -> int:

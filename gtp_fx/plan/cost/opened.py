@@ -88,7 +88,8 @@ def opened(node: fx.Node, shapes: Mapping[fx.Node, Sequence[int]] | None = None,
             given = value.shape if shapes is None or operand not in shapes else shapes[operand]
             return _Like(tuple(at_batch(int(size), batch) for size in given), value.dtype)
         if isinstance(value, list | tuple):
-            return [_Like(tuple(at_batch(size, batch) for size in tensor.shape), tensor.dtype) for tensor in tensors_of(value)]
+            tensors = tensors_of(value)
+            return [_Like(tuple(at_batch(size, batch) for size in x.shape), x.dtype) for x in tensors]
         return at_batch(value, batch) if isinstance(value, int) and not isinstance(value, bool) else value
 
     result = None if shapes is not None else like(node)
