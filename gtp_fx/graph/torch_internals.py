@@ -18,6 +18,7 @@ from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import attention
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # ---- graphs
 
@@ -106,6 +107,42 @@ def package_aoti(program: torch.export.ExportedProgram, file: str) -> None:
 def load_aoti(file: str) -> Callable[..., Any]:
     """Load an AOTInductor package as a function. Documented, under a private module's name."""
     return cast("Callable[..., Any]", importlib.import_module("torch._inductor").aoti_load_package(file))
+
+
+# ---- regions of a forward: gradients off, autocast, parts compiled or recomputed together
+
+SET_GRAD = torch._C._set_grad_enabled
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+"""What Dynamo and pre-dispatch tracing write into a graph where a context begins or ends. Public: none."""
+ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
+EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
+"""The same for `torch.inference_mode`, in Dynamo's graphs; its context is the call that begins it."""
+FUSED_LAYER = torch._transformer_encoder_layer_fwd
+FUSED_ATTENTION = torch._native_multi_head_attention
+"""What nn.TransformerEncoderLayer and nn.MultiheadAttention call where no gradients are needed. Public: none."""
+
+
+def region_operator(target: Any) -> str:
+    """Return the name of a higher-order operator, which calls graphs, or "" for any other target. Public: none."""
+    return str(target.name()) if isinstance(target, torch._ops.HigherOrderOperator) else ""
+
+
+def dispatched(run: Callable[[], Any]) -> tuple[Any, list[tuple[Any, tuple[Any, ...], Any]]]:
+    """Return what `run` returns and the operators that it comes down to: (operator, arguments, result) in order.
+
+    Autocast and composite operators are resolved by then. Public: none; `torch.library` dispatches one operator.
+    """
+    calls: list[tuple[Any, tuple[Any, ...], Any]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            calls.append((func, args, result))
+            return result
+
+    with Recorder():
+        return run(), calls
 
 
 # ---- attention
