@@ -8,7 +8,7 @@ operands that were cast before. Where both are the same, those casts are what au
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,15 @@ class Caster:
     """Inserts casts into one graph, each once.
 
     graph: the graph; its nodes have `meta["val"]`.
+
+    touched: states of autocast by device type, of those on which any operator's numbers depend.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
         self._made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self._mode = fake_mode()
+        self.touched: set[tuple[str, Autocast]] = set()
 
     def cast_operands(self, node: fx.Node, autocast: Mapping[str, Autocast]) -> None:
         """Cast a node's operands as autocast would, in place.
@@ -63,10 +66,20 @@ class Caster:
         target: Any = node.target
         if not autocast or not isinstance(target, torch._ops.OpOverload) or target.is_view or target._schema.is_mutable:
             return
-        state = next((autocast[kind] for kind in _devices(node) if kind in autocast), None)
-        if state is None or not state.enabled:
+        device = next((kind for kind in _devices(node) if kind in autocast), None)
+        if device is None:
             return
-        for operand, dtype in self._casts_of(node, state).items():
+        state = autocast[device]
+        try:
+            casts = self._casts_of(node, state)
+        except CaptureError:
+            if state.enabled:
+                raise
+            casts = {}  # autocast would act here, if it were on
+            self.touched.add((device, state))
+        if casts:
+            self.touched.add((device, state))
+        for operand, dtype in casts.items() if state.enabled else ():
             if (operand, dtype) not in self._made:
                 self._made[operand, dtype] = self._cast(operand, dtype, before=node)
             node.replace_input_with(operand, self._made[operand, dtype])
@@ -165,3 +178,16 @@ def _set_autocast(device: str, enabled: bool, dtype: torch.dtype, cached: bool) 
     torch.set_autocast_enabled(device, enabled)
     torch.set_autocast_dtype(device, dtype)
     torch.set_autocast_cache_enabled(cached)
+
+
+def clashes(touched: Iterable[tuple[str, Autocast]]) -> str:
+    """Return a message where autocast is on around a graph that was made with another state written out; else ""."""
+    for device, state in touched:
+        if torch.is_autocast_enabled(device) and state != Autocast(True, torch.get_autocast_dtype(device)):
+            inside = f"on with {state.dtype}" if state.enabled else "off"
+            return (
+                f"this model's forward switches autocast {inside} for a part, which a graph under an outer autocast "
+                f"can't: call the model outside of torch.autocast, or put the outer autocast into forward, where it "
+                f"becomes part of the graph"
+            )
+    return ""

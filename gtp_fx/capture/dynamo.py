@@ -8,9 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from gtp_fx.capture.autocast_casts import clashes
 from gtp_fx.capture.fused_layers import open_layers
 from gtp_fx.capture.module import _changed, _hold_again, _refuse_changes
-from gtp_fx.capture.regions import has_regions, inlined, opened
+from gtp_fx.capture.regions import AUTOCAST, has_regions, inlined, opened
+from gtp_fx.errors import CaptureError
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import GRID_MAKERS
 from gtp_fx.graph.symbols import fix_symbols
@@ -48,6 +50,8 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     graph_module.meta.update(gm.meta)
     copy_parameter_sources(graph_module, gm)
     graph_module = opened(graph_module)
+    if clash := clashes(graph_module.meta.get(AUTOCAST, ())):
+        raise CaptureError(clash)
     copy_parameter_sources(graph_module, gm)
     fix_symbols(graph_module)
     return cast("fx.GraphModule", graph_module)

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from gtp_fx.capture.called_as import CalledAs
 from gtp_fx.capture.inputs import CallSignature, describe
-from gtp_fx.capture.regions import opened, write_out
+from gtp_fx.capture.regions import AUTOCAST, opened, write_out
 from gtp_fx.capture.side_effects import Left, left_by_each_call, watched
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph import edit
@@ -49,12 +49,16 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
             # A change at the first call alone (a cache, a flag) is harmless, so the model is run twice and compared.
             call = functools.partial(model, *signature.args, **signature.kwargs)
             left = left_by_each_call(model, call) if attributes else Left()
+            touched: set[Any] = set()
             if _mutates(program.graph_module):
-                write_out(program.graph_module)  # first: this opens regions too, but forgets what they do to gradients
-                program = program.run_decompositions({})  # an empty table: functionalise, decompose nothing
+                # An empty table: functionalise, decompose nothing. It opens regions, too, but not what they do to
+                # gradients, and not to einsums.
+                touched = write_out(program.graph_module)
+                program = program.run_decompositions({})
         except Exception as error:
             given = describe(signature.args, signature.kwargs)
-            raise CaptureError(f"{model._get_name()} with {given} can't be captured: {_explained(error)}") from error
+            why = _scripted(model) or _explained(error)
+            raise CaptureError(f"{model._get_name()} with {given} can't be captured: {why}") from error
     # In training mode, statistics are updated for evaluation to read.
     buffers = [] if training else _unread_buffers(program)
     changed = [name for name in _changed(program.graph_signature) if name not in buffers]
@@ -66,6 +70,8 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
     for node in updates:  # of unread buffers; all other changes are refused or functional
         captured.graph.erase_node(node)
     captured = opened(edit.finish(captured) if updates else captured)
+    if touched:
+        captured.meta[AUTOCAST] = frozenset({*captured.meta.get(AUTOCAST, ()), *touched})
     captured.meta[NOT_KEPT] = (*left.unread, *buffers)
     fix_symbols(captured)
     return captured
@@ -113,6 +119,17 @@ def _refuse_changes(model: str, changed: Sequence[str]) -> None:
             f"rewritten graph can't do: remove the change from forward, or optimise the module inside that changes "
             f"nothing (in model.eval() most don't)"
         )
+
+
+def _scripted(model: nn.Module) -> str:
+    """Return a message where parts of a model are TorchScript, of which tracing may see nothing; else ""."""
+    parts = [path for path, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    return (
+        f"its part {parts[0]} is compiled by torch.jit.script, which tracing doesn't see into: give the model without "
+        f"torch.jit.script, which torch deprecates; gtp_fx compiles all of it"
+        if parts
+        else ""
+    )
 
 
 def _explained(error: Exception) -> str:

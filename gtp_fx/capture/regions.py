@@ -23,8 +23,11 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.capture.autocast_casts import Autocast, Caster
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph import edit
+from gtp_fx.graph.nodes import layer_name, source_line
 from gtp_fx.graph.torch_internals import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD, region_operator, take_signature
 
+AUTOCAST = "autocast"
+"""Key in a graph's `meta`: states of autocast that were written out, and that the graph's numbers depend on."""
 _GRAD, _AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
 
 
@@ -50,6 +53,9 @@ _CALLS: Mapping[str, _Call] = {
     "hints_wrapper": _Call(0, lambda args: tuple(args[1])),
     "strict_mode": _Call(0, lambda args: tuple(args[1])),
 }
+
+
+_BRANCHES = ("cond", "while_loop", "map_impl", "scan", "associative_scan", "switch")
 
 
 @dataclass(frozen=True)
@@ -83,31 +89,49 @@ def has_regions(gm: fx.GraphModule) -> bool:
 def opened(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a graph without regions, which computes the same and has the same gradients. `gm` is not changed.
 
-    Raises CaptureError where autocast does more in an operator than to cast its operands.
+    Raises CaptureError where autocast does more in an operator than to cast its operands, and where a graph is called
+    or not by what a tensor holds.
     """
-    if not has_regions(gm):
-        return gm
-    gm = edit.copy_of(gm)
-    write_out(gm)
-    _write_marks_out(gm)
-    return inlined(gm)
+    if has_regions(gm):
+        gm = edit.copy_of(gm)
+        touched = write_out(gm) | _write_marks_out(gm)
+        gm = inlined(gm)
+        gm.meta[AUTOCAST] = frozenset({*gm.meta.get(AUTOCAST, ()), *touched})
+    _refuse_branches(gm)
+    return gm
 
 
-def write_out(gm: fx.GraphModule) -> None:
+def _refuse_branches(gm: fx.GraphModule) -> None:
+    """Raise CaptureError where a graph calls others by what its tensors hold: `torch.cond`, loops."""
+    for node in gm.graph.nodes:
+        if region_operator(node.target) in _BRANCHES:
+            raise CaptureError(
+                f"{layer_name(node) or 'the model'} calls {node.target} in forward, which decides by what a tensor "
+                f"holds what is computed, or how often, and a schedule is for one course: optimise an inner module "
+                f"that doesn't call it [{source_line(node)}]"
+            )
+
+
+def write_out(gm: fx.GraphModule) -> set[tuple[str, Autocast]]:
     """Write casts and detached values into the graphs that `gm` calls, in place. Its own nodes stay as they are.
 
+    Return the states of autocast that the numbers depend on.
+
     Raises CaptureError where autocast does more in an operator than to cast its operands.
     """
+    touched: set[tuple[str, Autocast]] = set()
     for body, context, without_grad in _bodies(gm, _Context(), {}):
         caster = Caster(body.graph)
         for node in list(body.graph.nodes):
             caster.cast_operands(node, context.autocast)
+        touched |= caster.touched
         if without_grad:
             (output,) = body.graph.find_nodes(op="output")
             for value in _carrying_gradients(body.graph) & {*output.all_input_nodes}:
                 if value.op != "placeholder":
                     output.replace_input_with(value, _detached(value, before=output))
         body.recompile()
+    return touched
 
 
 def inlined(gm: fx.GraphModule) -> fx.GraphModule:
@@ -139,8 +163,11 @@ def _bodies(
         yield body, inside, region_operator(node.target) == _GRAD and not inside.grad
 
 
-def _write_marks_out(gm: fx.GraphModule) -> None:
-    """Write out, in place, the contexts that calls begin and end in `gm` itself, and remove the calls."""
+def _write_marks_out(gm: fx.GraphModule) -> set[tuple[str, Autocast]]:
+    """Write out, in place, the contexts that calls begin and end in `gm` itself, and remove the calls.
+
+    Return the states of autocast that the numbers depend on.
+    """
     context, entered = _Context(), []
     contexts: dict[fx.Node, _Context] = {}
     for node in gm.graph.nodes:
@@ -164,6 +191,7 @@ def _write_marks_out(gm: fx.GraphModule) -> None:
     for node in reversed(gm.graph.nodes):  # the end of an autocast names its beginning
         if _is_mark(node):
             gm.graph.erase_node(node)
+    return caster.touched
 
 
 def _carrying_gradients(graph: fx.Graph) -> set[fx.Node]:

@@ -7,8 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.ops import aten  # type: ignore[import-not-found]
 from torch.utils.checkpoint import checkpoint
+
+import gtp_fx
+from gtp_fx.capture.autocast_casts import Autocast, Caster
+from gtp_fx.graph.torch_internals import fake_mode
 
 from support.plain_vit import Block, PlainViT, built, dynamo_door, images, module_door
 from support.zoo import in_tiers
@@ -177,3 +182,76 @@ def test_no_gradient_reaches_what_is_frozen_inside(make: Callable[[], nn.Module]
     assert found.keys() == wanted.keys()
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_outer_autocast_reaches_no_part_that_switches_it() -> None:
+    """In silence it would: the part has no context any more."""
+    half = gtp_fx.optimize(built(HalfInside), flops_budget=0.8, example_inputs=images(), compile=False)
+    turning = gtp_fx.optimize(built(Rotary), flops_budget=0.8, example_inputs=images(), compile=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert turning(images()).dtype == torch.bfloat16, "nothing that it turns is a product"
+        with pytest.raises(gtp_fx.errors.InputError, match="switches autocast off for a part"):
+            half(images())
+
+
+@torch.no_grad()
+def test_casts_are_those_of_the_device() -> None:
+    """A GPU's lists, read on fake tensors: softmax, norms and sums in float32, products in float16."""
+    graph = fx.Graph()
+    with fake_mode():
+        x = torch.empty(2, 5, 5, device="cuda")
+        given = graph.placeholder("x")
+        given.meta["val"] = x
+        product = graph.call_function(aten.matmul.default, (given, given))
+        product.meta["val"] = torch.empty(2, 5, 5, device="cuda", dtype=torch.float16)
+        soft = graph.call_function(aten.softmax.int, (product, -1))
+        soft.meta["val"] = torch.empty(2, 5, 5, device="cuda")
+        doubled = graph.call_function(aten.mul.Tensor, (product, 2))
+        doubled.meta["val"] = product.meta["val"]
+    caster = Caster(graph)
+    for node in (product, soft, doubled):
+        caster.cast_operands(node, {"cuda": Autocast(True, torch.float16)})
+    casts = [
+        [operand.args[1] for operand in node.all_input_nodes if operand.target is aten.to.dtype]
+        for node in (product, soft, doubled)
+    ]
+    assert casts == [[torch.float16], [torch.float32], []]
+
+
+class Decides(PlainViT):
+    def forward(self, image: Tensor) -> Tensor:
+        x = super().forward(image)
+        return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y * 3, (x,))  # type: ignore[no-any-return]
+
+
+class Scripted(PlainViT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].mlp = torch.jit.script(self.blocks[1].mlp)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (Decides, "the model calls cond in forward"),
+        pytest.param(Scripted, "its part blocks.1.mlp is compiled by torch.jit.script", marks=pytest.mark.nightly),
+    ],
+)
+def test_what_cannot_be_opened_is_refused_by_name(make: Callable[[], nn.Module], why: str) -> None:
+    with pytest.raises(gtp_fx.CaptureError, match=why):
+        gtp_fx.optimize(built(make), flops_budget=0.8, example_inputs=images())
+
+
+@torch.no_grad()
+def test_parts_that_are_compiled_are_seen_into() -> None:
+    """Wrapped, compiled in place, or with a compiled function for a forward; names stay the original's."""
+    model = built(PlainViT)
+    wanted = model(images(3))
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    model.blocks[1].compile(backend="eager")
+    model.norm.forward = torch.compile(model.norm.forward, backend="eager")
+    fast = gtp_fx.optimize(model, flops_budget=1.0, example_inputs=images(), compile=False)
+    close(fast(images(3)), wanted)
+    assert fast.report.blocks == 3
+    assert list(fast.state_dict()) == list(model.state_dict())
