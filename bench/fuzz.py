@@ -65,6 +65,8 @@ def architectures(draw: Any) -> Architecture:
         shift=draw(st.booleans()),
         pool=draw(st.sampled_from(pools)),
         dtype=draw(st.sampled_from(("float32", "float32", "float64", "bfloat16"))),
+        region=draw(st.sampled_from(("", *models.REGIONS))),
+        keeps=draw(st.sampled_from((False, False, True))),
     )
 
 

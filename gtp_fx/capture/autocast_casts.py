@@ -22,7 +22,7 @@ from gtp_fx.graph import edit
 from gtp_fx.graph.nodes import layer_name, operator_name, source_line, tensors_of
 from gtp_fx.graph.operators import CASTS, COPIES, VIEWS
 from gtp_fx.graph.symbols import concrete_shape
-from gtp_fx.graph.torch_internals import dispatched, fake_mode, mode_of
+from gtp_fx.graph.torch_internals import computes, dispatched, fake_mode, mode_of
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ class Caster:
 
         Raises CaptureError where casts of operands don't do what autocast does.
         """
-        target: Any = node.target
-        if not autocast or not isinstance(target, torch._ops.OpOverload) or target.is_view or target._schema.is_mutable:
+        if not autocast or not computes(node.target):
             return
         device = next((kind for kind in _devices(node) if kind in autocast), None)
         if device is None:

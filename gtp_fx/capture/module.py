@@ -45,7 +45,7 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
     # Fused layers are only for calls without gradients: with gradients on, and torch's switch off, they stay open.
     with tracing_lock(), _mode(model, training), torch.enable_grad(), _without_fused_layers():
         try:
-            program, attributes = export_batched(model, signature)
+            program, attributes = _exported(model, signature)
             # A change at the first call alone (a cache, a flag) is harmless, so the model is run twice and compared.
             call = functools.partial(model, *signature.args, **signature.kwargs)
             left = left_by_each_call(model, call) if attributes else Left()
@@ -55,6 +55,8 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
                 # gradients, and not to einsums.
                 touched = write_out(program.graph_module)
                 program = program.run_decompositions({})
+        except CaptureError:
+            raise
         except Exception as error:
             given = describe(signature.args, signature.kwargs)
             why = _scripted(model) or _explained(error)
@@ -85,6 +87,17 @@ def _unread_buffers(program: torch.export.ExportedProgram) -> list[str]:
     read = {node.name for result in results for node in (result, *ancestors(result))}
     held = {buffer: name for name, buffer in signature.inputs_to_buffers.items()}
     return [buffer for buffer in updates.values() if held[buffer] not in read]
+
+
+def _exported(model: nn.Module, signature: CallSignature) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """Return what `export_batched` does; without gradients where the model only runs so, by its inference tensors."""
+    try:
+        return export_batched(model, signature)
+    except RuntimeError as error:
+        if "Inference tensor" not in str(error):
+            raise
+    with torch.no_grad():
+        return export_batched(model, signature)
 
 
 def _hold_again(exported: fx.GraphModule, gm: fx.GraphModule, held: Mapping[str, str]) -> None:

@@ -128,6 +128,11 @@ def region_operator(target: Any) -> str:
     return str(target.name()) if isinstance(target, torch._ops.HigherOrderOperator) else ""
 
 
+def computes(target: Any) -> bool:
+    """Return whether a target is one of torch's operators that returns new tensors: no view, nothing in place."""
+    return isinstance(target, torch._ops.OpOverload) and not target.is_view and not target._schema.is_mutable
+
+
 def dispatched(run: Callable[[], Any]) -> tuple[Any, list[tuple[Any, tuple[Any, ...], Any]]]:
     """Return what `run` returns and the operators that it comes down to: (operator, arguments, result) in order.
 
