@@ -67,6 +67,8 @@ def architectures(draw: Any) -> Architecture:
         dtype=draw(st.sampled_from(("float32", "float32", "float64", "bfloat16"))),
         beside=draw(st.sampled_from(("", "", *models.BESIDE))),
         parting=draw(st.sampled_from(models.PARTINGS)),
+        region=draw(st.sampled_from(("", *models.REGIONS))),
+        keeps=draw(st.sampled_from((False, False, True))),
     )
 
 

@@ -71,7 +71,8 @@ def check(case: Case) -> str:
         _close(wanted, eager, limit, "budget 1.0 has to be exact")
     _counted(fast, case, x)
     _alone_as_in_a_batch(fast, x, eager, swapped)
-    _close(_through_dynamo(model, case, x), eager, swapped, "the two doors")
+    if not case.architecture.keeps:  # what Dynamo keeps is one of its outputs, which costs, and changes the schedule
+        _close(_through_dynamo(model, case, x), eager, swapped, "the two doors")
     if case.compiled:
         _same_form(eager, fast(x))
         # In bfloat16, fused kernels round less than eager ones, so that other tokens may be selected.

@@ -6,7 +6,10 @@ block (`masked`), as an oracle for their removal.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +47,8 @@ class Architecture:
     window: side of the attention windows; 0 for global attention.
     shift: whether every other block's windows are shifted.
     pool: output, a name in `POOLS`.
+    region: what the blocks run under, a name in `REGIONS`.
+    keeps: whether forward keeps its tokens on the model, where nothing reads them.
     dtype: dtype of parameters and images.
     beside: what goes along in a call's batch, a name in `BESIDE`, or "" for nothing.
     parting: where the call's images and those are parted and added up, a name in `PARTINGS`.
@@ -72,6 +77,8 @@ class Architecture:
     dtype: str = "float32"
     beside: str = ""
     parting: str = "output"
+    region: str = ""
+    keeps: bool = False
 
     @property
     def width(self) -> int:
@@ -106,6 +113,13 @@ PROJECTIONS = ("fused", "separate", "joint key-value")
 ORDERS = ("before", "behind", "both", "parallel")
 MLPS = ("gelu", "relu", "swiglu")
 NORMS = ("layer", "rms")
+REGIONS: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast off": lambda: torch.autocast("cpu", enabled=False),
+    "autocast elsewhere": lambda: torch.autocast("cuda", enabled=False),
+}
 POOLS = ("token", "mean", "mean of patches", "max", "attention", "all tokens", "map", "tokens and logits")
 BESIDE = ("mirror images", "a template")
 PARTINGS = ("output", "stream")
@@ -158,8 +172,11 @@ class RandomViT(nn.Module):
             x = torch.cat([self.before.expand(batch, -1, -1), x], dim=1)
         if self.behind is not None:
             x = torch.cat([x, self.behind.expand(batch, -1, -1)], dim=1)
-        for number, block in enumerate(self.blocks):
-            x = block(x, None if self.masked is None else self.masked[number])
+        with REGIONS[arch.region]():
+            for number, block in enumerate(self.blocks):
+                x = block(x, None if self.masked is None else self.masked[number])
+        if arch.keeps:
+            self.last = x
         if arch.beside and arch.parting == "stream":
             x = x[:images] + x[images:]
         out = self._pooled(self.norm(x))

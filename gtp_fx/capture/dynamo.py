@@ -8,10 +8,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from gtp_fx.capture.autocast_casts import clashes
+from gtp_fx.capture.fused_layers import open_layers
 from gtp_fx.capture.module import _changed, _hold_again, _refuse_changes
+from gtp_fx.capture.regions import AUTOCAST, has_regions, inlined, opened
+from gtp_fx.errors import CaptureError
+from gtp_fx.graph import edit
 from gtp_fx.graph.operators import GRID_MAKERS
 from gtp_fx.graph.symbols import fix_symbols
-from gtp_fx.graph.torch_internals import aot_export, copy_parameter_sources
+from gtp_fx.graph.torch_internals import (
+    ENTER_AUTOCAST,
+    ENTER_INFERENCE,
+    EXIT_AUTOCAST,
+    EXIT_INFERENCE,
+    SET_GRAD,
+    aot_export,
+    copy_parameter_sources,
+)
 
 
 def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
@@ -19,6 +32,7 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
 
     Raises CaptureError where the model changes its state when it runs.
     """
+    gm = _without_regions(gm)
     old = [node for node in gm.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta["example_value"] for node in old]
     exported, signature = aot_export(gm, fakes)
@@ -35,8 +49,52 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
         after.meta = {**before.meta, **after.meta}
     graph_module.meta.update(gm.meta)
     copy_parameter_sources(graph_module, gm)
+    graph_module = opened(graph_module)
+    if clash := clashes(graph_module.meta.get(AUTOCAST, ())):
+        raise CaptureError(clash)
+    copy_parameter_sources(graph_module, gm)
     fix_symbols(graph_module)
     return cast("fx.GraphModule", graph_module)
+
+
+def _without_regions(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return Dynamo's graph with what AOT can't trace opened; `gm` itself where it holds nothing of the kind.
+
+    These are graphs that operators call (recomputed or compiled regions), fused layers, inference mode, which becomes a
+    region without gradients, and autocast, which AOT would record and not switch on.
+    """
+    new = inlined(gm) if has_regions(gm) else edit.copy_of(gm)
+    changed = open_layers(new.graph) or has_regions(gm)
+    for node in new.graph.nodes:
+        if node.target is ENTER_INFERENCE:
+            node.target, node.args = SET_GRAD, (not node.args[0],)
+        elif node.target is EXIT_INFERENCE:
+            node.target, node.args = SET_GRAD, (True,)
+        elif node.target in _AUTOCAST:
+            node.target = _AUTOCAST[node.target]
+        else:
+            continue
+        changed = True
+    if not changed:
+        return gm
+    new.recompile()
+    copy_parameter_sources(new, gm)
+    return new
+
+
+def _enter_autocast(device: str, dtype: torch.dtype | None, enabled: bool, cached: bool) -> torch.autocast:
+    """Begin an autocast that is on while AOT traces."""
+    context = torch.autocast(device, dtype, enabled, cached)
+    context.__enter__()
+    return context
+
+
+def _exit_autocast(context: torch.autocast) -> None:
+    """End it."""
+    context.__exit__(None, None, None)
+
+
+_AUTOCAST = {ENTER_AUTOCAST: _enter_autocast, EXIT_AUTOCAST: _exit_autocast}
 
 
 def _specialise_grids(graph: fx.Graph, fakes: Sequence[Any]) -> bool:

@@ -19,17 +19,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.ops import aten  # type: ignore[import-not-found]
 from torch.utils import _pytree as pytree
 
 from gtp_fx.capture.called_as import CalledAs
 from gtp_fx.capture.inputs import CallSignature, describe
-from gtp_fx.capture.side_effects import changed_by_each_call, watched
+from gtp_fx.capture.regions import AUTOCAST, opened, write_out
+from gtp_fx.capture.side_effects import Left, left_by_each_call, watched
 from gtp_fx.capture.wrapped import what_to_give
 from gtp_fx.errors import CaptureError
+from gtp_fx.graph import edit
+from gtp_fx.graph.nodes import ancestors
 from gtp_fx.graph.symbols import fix_symbols
 from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, is_fake, is_functorch, tracing_lock
 
 log = logging.getLogger(__name__)
+
+NOT_KEPT = "not_kept"
+"""Key in a captured graph's `meta`: paths of what forward leaves on its modules, and the graph doesn't."""
 
 
 def capture_module(model: nn.Module, signature: CallSignature, training: bool = False) -> fx.GraphModule:
@@ -37,28 +44,63 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
 
     Raises CaptureError where torch.export fails, or where the forward changes the model's state at every call.
     """
-    with tracing_lock(), _mode(model, training):
+    # Fused layers are only for calls without gradients: with gradients on, and torch's switch off, they stay open.
+    with tracing_lock(), _mode(model, training), torch.enable_grad(), _without_fused_layers():
         try:
-            program, attributes = export_batched(model, signature)
-            if attributes:
-                # A change at the first call alone (a cache, a flag) is harmless, so run the model twice and compare.
-                call = functools.partial(model, *signature.args, **signature.kwargs)
-                attributes = changed_by_each_call(model, call)
-            if any(_mutates(node) or is_functorch(node.target) for node in program.graph.nodes):
-                program = program.run_decompositions({})  # an empty table: functionalise, decompose nothing
+            program, attributes = _exported(model, signature)
+            # A change at the first call alone (a cache, a flag) is harmless, so the model is run twice and compared.
+            call = functools.partial(model, *signature.args, **signature.kwargs)
+            left = left_by_each_call(model, call) if attributes else Left()
+            touched: set[Any] = set()
+            if _mutates(program.graph_module) or any(is_functorch(node.target) for node in program.graph.nodes):
+                # An empty table: functionalise, decompose nothing. It opens regions, too, but not what they do to
+                # gradients, and not to einsums.
+                touched = write_out(program.graph_module)
+                program = program.run_decompositions({})
             _must_be_runnable(program)
-        except OUT_OF_MEMORY:
+        except (CaptureError, *OUT_OF_MEMORY):
             raise
         except Exception as error:
             given = describe(signature.args, signature.kwargs)
             why = what_to_give(model) or _explained(error)
             raise CaptureError(f"{model._get_name()} with {given} can't be captured: {why}") from error
-    _refuse_changes(model._get_name(), [*attributes, *_changed(program.graph_signature)])
+    # In training mode, statistics are updated for evaluation to read.
+    buffers = [] if training else _unread_buffers(program)
+    changed = [name for name in _changed(program.graph_signature) if name not in buffers]
+    _refuse_changes(model._get_name(), [*left.read, *changed])
     exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
     captured = fx.GraphModule(exported, exported.graph)
+    updates = captured.graph.find_nodes(op="call_function", target=aten.copy_.default)
+    for node in updates:  # of unread buffers; all other changes are refused or functional
+        captured.graph.erase_node(node)
+    captured = opened(edit.finish(captured) if updates else captured)
+    if touched:
+        captured.meta[AUTOCAST] = frozenset({*captured.meta.get(AUTOCAST, ()), *touched})
+    captured.meta[NOT_KEPT] = (*left.unread, *buffers)
     fix_symbols(captured)
     return captured
+
+
+def _unread_buffers(program: torch.export.ExportedProgram) -> list[str]:
+    """Return the buffers that a program updates and that none of its results depends on."""
+    signature, (output,) = program.graph_signature, program.graph.find_nodes(op="output")
+    updates = signature.buffers_to_mutate
+    results = [node for node in output.all_input_nodes if node.name not in updates]
+    read = {node.name for result in results for node in (result, *ancestors(result))}
+    held = {buffer: name for name, buffer in signature.inputs_to_buffers.items()}
+    return [buffer for buffer in updates.values() if held[buffer] not in read]
+
+
+def _exported(model: nn.Module, signature: CallSignature) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """Return what `export_batched` does; without gradients where the model only runs so, by its inference tensors."""
+    try:
+        return export_batched(model, signature)
+    except RuntimeError as error:
+        if "Inference tensor" not in str(error):
+            raise
+    with torch.no_grad():
+        return export_batched(model, signature)
 
 
 def _hold_again(exported: fx.GraphModule, gm: fx.GraphModule, held: Mapping[str, str]) -> None:
@@ -89,8 +131,9 @@ def _refuse_changes(model: str, changed: Sequence[str]) -> None:
     """Raise CaptureError where `changed` is not empty."""
     if changed:
         raise CaptureError(
-            f"{model} changes {', '.join(changed)} when it runs, which a rewritten graph can't do: remove the change "
-            f"from forward, or optimise the module inside that changes nothing (in model.eval() most don't)"
+            f"{model} changes {', '.join(changed)} when it runs, for its next call or its caller to read, which a "
+            f"rewritten graph can't do: remove the change from forward, or optimise the module inside that changes "
+            f"nothing (in model.eval() most don't)"
         )
 
 
@@ -104,8 +147,6 @@ def _explained(error: Exception) -> str:
             f"graph has one control flow: {_first_lines(error, 1)}{_where(error)}\nOptimise an inner module that "
             f"doesn't; torch.compile(model, backend='gtp') does so by itself, since Dynamo breaks the graph there"
         )
-    if isinstance(error, CaptureError):
-        return str(error)
     if fixed := re.search(r"specialized it to be a constant \((\d+)\)", str(error)):
         return (
             f"it works for a batch of {fixed[1]} alone{_where(error)}: its forward has that size written into it, or "
@@ -193,9 +234,29 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+@contextlib.contextmanager
+def _without_fused_layers() -> Iterator[None]:
+    """Switch off the operators that fuse layers of nn.Transformer. The switch is the process's; so is the tracing lock.
+
+    Another thread that runs such a layer meanwhile gets the same numbers from the open layer.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _mutates(gm: fx.GraphModule) -> bool:
+    """Return whether a graph, or one that it calls, changes a tensor in place."""
+    schemas = (
+        getattr(node.target, "_schema", None)
+        for part in gm.modules()
+        if isinstance(part, fx.GraphModule)
+        for node in part.graph.nodes
+    )
+    return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def _by_name(signature: CallSignature, each: Callable[[Any], Any]) -> dict[str, Any]:

@@ -1,19 +1,21 @@
 """Detection of side effects in a model's forward: attributes that it sets, lists that it appends to.
 
-A captured graph only computes tensors. A counter, or an attention map stored for inspection, would silently stop
-changing, so a model that changes such attributes at every call is refused by name. A change made only at the first call
-(a cache, a flag, a corrected size) is accepted.
+A captured graph only computes tensors. A counter, or an attention map stored for inspection, stops changing. Where a
+later call reads what an earlier one left, the model is refused by name; where none does, the report names what isn't
+kept any more. A change made only at the first call (a cache, a flag, a corrected size) is no side effect.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from gtp_fx.capture.kept import Kept, is_read, same_output
 from gtp_fx.capture.snapshots import DEPTH, attributes_of, snapshot
 
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
@@ -38,22 +40,59 @@ def watched(model: nn.Module) -> Iterator[list[str]]:
             found.extend(changed)
 
 
+@dataclass(frozen=True)
+class Left:
+    """What every call of a forward leaves on its modules: paths of attributes, by whether a later call reads them."""
+
+    read: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+
+
 @torch.no_grad()
-def changed_by_each_call(model: nn.Module, call: Callable[[], object]) -> list[str]:
-    """Return the paths of the attributes that a second run of `call` changes. Restore all state, also random state.
+def left_by_each_call(model: nn.Module, call: Callable[[], object]) -> Left:
+    """Return the attributes that a second run of `call` changes. Restore all state, also random state.
 
     call: runs `model` once.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def run() -> object:
+        torch.manual_seed(0)
+        return call()
+
     with _put_back(model), torch.random.fork_rng():
         try:
-            call()
+            first = run()
             after_one = _looks(model)
-            call()
-            return _differing(model, after_one)
+            second = run()
+            changed = _differing(model, after_one)
+            places = {path: _place(model, path) for path in changed}
+            values = {path: vars(module)[name] for path, (module, name) in places.items() if name in vars(module)}
+
+            def read(*paths: str) -> bool:
+                def install(kept: Kept) -> None:
+                    for path, (module, name) in places.items():
+                        if path in paths or path in values:
+                            vars(module)[name] = kept if path in paths else values[path]
+
+                return is_read(run, install, second)
+
+            if not changed:
+                return Left()
+            if not same_output(first, second):
+                return Left(read=tuple(changed))
+            if not read(*changed):
+                return Left(unread=tuple(changed))
+            return Left(read=tuple(path for path in changed if read(path)) or tuple(changed))
         finally:
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return the module that holds an attribute, and the attribute's name."""
+    module, _, name = path.rpartition(".")
+    return model.get_submodule(module), name
 
 
 @contextlib.contextmanager

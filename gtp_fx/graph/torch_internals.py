@@ -162,11 +162,6 @@ def is_operator(target: object) -> bool:
     return isinstance(target, torch._ops.OpOverload)
 
 
-def is_higher_order(target: object) -> bool:
-    """Return whether a node's target is an operator over graphs, such as cond or flex_attention."""
-    return isinstance(target, torch._ops.HigherOrderOperator)
-
-
 def registered_formula(target: Any) -> Callable[..., int] | None:
     """Return torch's formula for the FLOPs of an operator; None where it has none. Takes a call's arguments, `out_val`.
 
@@ -211,6 +206,47 @@ class _Counting(TorchDispatchMode):
         else:
             self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
         return result
+
+
+# ---- regions of a forward: gradients off, autocast, parts compiled or recomputed together
+
+SET_GRAD = torch._C._set_grad_enabled
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+"""What Dynamo and pre-dispatch tracing write into a graph where a context begins or ends. Public: none."""
+ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
+EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
+"""The same for `torch.inference_mode`, in Dynamo's graphs; its context is the call that begins it."""
+FUSED_LAYER = torch._transformer_encoder_layer_fwd
+FUSED_ATTENTION = torch._native_multi_head_attention
+"""What nn.TransformerEncoderLayer and nn.MultiheadAttention call where no gradients are needed. Public: none."""
+
+
+def region_operator(target: Any) -> str:
+    """Return the name of a higher-order operator, which calls graphs, or "" for any other target. Public: none."""
+    return str(target.name()) if isinstance(target, torch._ops.HigherOrderOperator) else ""
+
+
+def computes(target: Any) -> bool:
+    """Return whether a target is one of torch's operators that returns new tensors: no view, nothing in place."""
+    return isinstance(target, torch._ops.OpOverload) and not target.is_view and not target._schema.is_mutable
+
+
+def dispatched(run: Callable[[], Any]) -> tuple[Any, list[tuple[Any, tuple[Any, ...], Any]]]:
+    """Return what `run` returns and the operators that it comes down to: (operator, arguments, result) in order.
+
+    Autocast and composite operators are resolved by then. Public: none; `torch.library` dispatches one operator.
+    """
+    calls: list[tuple[Any, tuple[Any, ...], Any]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            calls.append((func, args, result))
+            return result
+
+    with Recorder():
+        return run(), calls
 
 
 # ---- attention

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from gtp_fx.capture.autocast_casts import clashes
 from gtp_fx.capture.called_as import CalledAs
 from gtp_fx.capture.inputs import CallSignature, call_signature, device_of, dtype_of, tensors_in
 from gtp_fx.capture.module import capture_module
+from gtp_fx.capture.regions import AUTOCAST
 from gtp_fx.capture.snapshots import attributes_of
-from gtp_fx.errors import ScheduleError
+from gtp_fx.errors import InputError, ScheduleError
 from gtp_fx.model.contents import Contents
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.parameters import (
@@ -120,6 +122,8 @@ class OptimizedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph of the current mode. Raises InputError where the call's form differs from the captured one."""
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
+        if clash := clashes(self._gtp.chosen.graph_module.meta.get(AUTOCAST, ())):
+            raise InputError(clash)
         return self._runner()(*args, **kwargs)
 
     def provenance(self, *args: Any, **kwargs: Any) -> tuple[Provenance, ...]:

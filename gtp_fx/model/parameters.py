@@ -57,9 +57,8 @@ def parameter_tree(module: nn.Module, seen: ModuleMap) -> nn.Module:
     bare._parameters.update(module._parameters)
     bare._buffers.update(module._buffers)
     bare._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
-    bare._modules.update(
-        {name: None if child is None else parameter_tree(child, seen) for name, child in module._modules.items()}
-    )
+    for name, child in module._modules.items():  # a compiled part has a length only where what it compiles has one
+        bare._modules[name] = None if child is None else parameter_tree(child, seen)
     bare.training = module.training
     return bare
 

@@ -8,6 +8,7 @@ from torch import fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.typed_graph import typed_graph
+from gtp_fx.capture.module import NOT_KEPT
 from gtp_fx.errors import OptionError
 from gtp_fx.graph.nodes import layer_name, operator_name
 from gtp_fx.graph.verify import check_outputs
@@ -103,6 +104,7 @@ def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool =
         batch=options.batch,
         forecast=forecast(gm, exact.original, planned, options),
         moved=planned.moved,
+        not_kept=captured.meta.get(NOT_KEPT, ()),
     )
     exact.journal.note("schedule", plan.schedule.to_json())
     exact.journal.note("report", str(report))

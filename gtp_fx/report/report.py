@@ -56,6 +56,8 @@ class Report:
     forecast: FLOPs and predicted time of every block, before and after.
     moved: how far the outputs moved on the calibration images (`gtp_fx.plan.damage.divergence`); None where that
         wasn't measured.
+    not_kept: what the original's forward leaves on its layers and never reads (a map kept for inspection, a counter);
+        the result doesn't leave it. Attributes by path.
     """
 
     flops_before: int
@@ -74,6 +76,7 @@ class Report:
     batch: int = 0
     forecast: Forecast | None = None
     moved: float | None = None
+    not_kept: tuple[str, ...] = ()
 
     @property
     def flops_ratio(self) -> float:
@@ -145,6 +148,12 @@ class Report:
             lines += ["", "tokens put back for:", *(f"  - {reader}" for reader in self.recovered)]
         if self.refusals:
             lines += ["", "left as it was:", *(f"  - {refusal}" for refusal in self.refusals)]
+        if self.not_kept:
+            lines += [
+                "",
+                "no longer kept by forward, which never reads it:",
+                *(f"  - {name}" for name in self.not_kept),
+            ]
         return "\n".join(lines)
 
 
