@@ -23,6 +23,9 @@ from gtp_fx.graph.operators import (
 from gtp_fx.types.axes import TensorType, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import WholeTyping
 
+NO_TOKENS = "gtp_no_tokens"
+"""Meta key of an argument [B, N, C] that attention reads: why it isn't taken for tokens."""
+
 _ELEMENTWISE = (
     *VIEWS,
     *PERMUTATIONS,
@@ -72,6 +75,9 @@ def _why_no_block(attention: fx.Node, typing: WholeTyping) -> str:
         return "queries and keys run over different patch tokens"
     if _merged_tokens(typing.type(query)) or _merged_tokens(typing.type(key)):
         return "tokens are divided into windows or groups here, and attention stays inside each"
+    before = ancestors(attention)
+    if said := [node.meta[NO_TOKENS] for node in typing.graph.nodes if node in before and NO_TOKENS in node.meta]:
+        return str(said[0])
     lost = _last_lost(query, typing) or _last_lost(key, typing)
     if lost is not None:
         return (

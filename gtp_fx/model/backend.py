@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.dynamo import capture_dynamo
-from gtp_fx.errors import NoBlocksError, OptionError
+from gtp_fx.errors import BudgetError, NoBlocksError, OptionError, ScheduleError, UnsupportedModelError
 from gtp_fx.graph.torch_internals import compile_with_inductor
-from gtp_fx.model.pipeline import run_passes
+from gtp_fx.model.pipeline import run_exact_passes, run_passes
 from gtp_fx.options.options import Options
+from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.lower.triton_kernels import lowered
 from gtp_fx.passes.order import must_be_optional
 
@@ -33,9 +36,10 @@ def gtp(
 ) -> Callable[..., Any]:
     """Rewrite Dynamo's graph and compile it with Inductor.
 
-    A graph without attention over patches is compiled unchanged, with a warning: graph breaks cut such pieces off
-    before and after a model. Raises OptionError for a bad option and for a model that is already optimised, and
-    otherwise what `optimize` raises.
+    Where user code breaks the graph, each piece is planned for itself and meets the budget on its own count. A piece
+    without attention over tokens is compiled unchanged, with a warning, and so is one whose tokens come in as an
+    argument and can't be reduced as required. Raises OptionError for a bad option and for a model that is already
+    optimised, and otherwise what `optimize` raises.
     """
     checked = Options.of_backend({"mode": mode, **(options or {})})
     must_be_optional(checked.disabled_passes)
@@ -45,11 +49,20 @@ def gtp(
     patches = checked.inductor(device)
     try:
         optimised = run_passes(captured, checked)
-    except NoBlocksError as error:
+    except (UnsupportedModelError, BudgetError, ScheduleError) as error:
+        if not isinstance(error, NoBlocksError) and not _is_piece(captured, checked):
+            raise
         warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
         return compile_with_inductor(gm, example_inputs, patches)
     lowered_graph = lowered(optimised.graph_module, device, checked.disabled_passes, checked.target.told)
     return compile_with_inductor(lowered_graph, example_inputs, patches)
+
+
+def _is_piece(captured: fx.GraphModule, options: Options) -> bool:
+    """Return whether no patches are made in a graph, so that its blocks can only be those of token arguments."""
+    disabled = (*options.disabled_passes, mark_tokens.__name__)
+    exact = run_exact_passes(captured, replace(options, disabled_passes=disabled, dump_graphs=None))
+    return not typed_graph(exact.graph_module.graph).blocks
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:
