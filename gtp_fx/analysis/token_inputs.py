@@ -47,7 +47,7 @@ def tokens_of(node: fx.Node, prefix: int | None) -> TokenAxis | str:
             f"torch.compile(..., dynamic=False) gives each number a graph of its own"
         )
     if count <= kept + 1:
-        return f"{node.name} holds {count} tokens, of which the first {kept} always stay"
+        return f"{node.name}, read as [batch, tokens, channels], holds {count} tokens, and the first {kept} always stay"
     grid = Grid(node.name, (count - kept,), placed=False, guarded=prefix is None)
     return TokenAxis(TokenDomain(grid), prefix=kept)
 

@@ -17,6 +17,7 @@ from gtp_fx.analysis.unsupported_attention import NO_TOKENS
 from gtp_fx.graph.edit import copy_of
 from gtp_fx.graph.nodes import count_nodes
 from gtp_fx.graph.operators import ATTENTION, SOFTMAXES
+from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.fuse_attention import fuse_attention
 from gtp_fx.passes.exact.mark_blocks import mark_blocks
 from gtp_fx.types.infer import TOKENS
@@ -52,7 +53,10 @@ def mark_tokens(gm: fx.GraphModule, prefix: int | None = None) -> fx.GraphModule
 
 def _spelled(gm: fx.GraphModule) -> fx.GraphModule:
     """Return the graph with its attention in one spelling and its blocks marked, as the next passes would make it."""
-    return mark_blocks(fuse_attention(gm))
+    fused = fuse_attention(gm)
+    if fused is not gm:
+        propagate_shapes(fused, after=fuse_attention.__name__)
+    return mark_blocks(fused)
 
 
 def _blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
