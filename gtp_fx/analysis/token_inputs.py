@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.nodes import descendants
-from gtp_fx.graph.operators import ATTENTION, PICKS_BY_INDEX
+from gtp_fx.graph.operators import ATTENTION, CHOICES, COMPARISONS_WITH_NUMBER, PICKS_BY_INDEX
 from gtp_fx.graph.symbols import is_symbolic
 from gtp_fx.strategies.protocol import Attention
 from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
@@ -24,6 +24,8 @@ A piece can't tell CLS from a patch. Most models have CLS and registers in front
 for nothing costs its share of the saving; a CLS token that is removed would miss what every later block writes to it.
 """
 _RANK = 3
+_CHOOSES = (*CHOICES, *COMPARISONS_WITH_NUMBER, aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+"""Operators that hide entries of a mask."""
 
 
 def argument_rank_fits(node: fx.Node) -> bool:
@@ -61,7 +63,7 @@ def why_no_image(tokens: fx.Node, graph_module: fx.GraphModule) -> str:
         if node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False):
             return f"{tokens.name} holds tokens that attend to earlier ones alone"
         bias = Attention.of(node).bias
-        if bias is not None and not _is_learned(bias, after | {tokens}, graph_module):
+        if bias is not None and not _is_learned(bias, tokens, graph_module):
             return (
                 f"a mask that isn't learned is added to the attention over {tokens.name}, as sentences have it: "
                 f"padding, or words that see earlier ones alone"
@@ -69,18 +71,22 @@ def why_no_image(tokens: fx.Node, graph_module: fx.GraphModule) -> str:
     return ""
 
 
-def _is_learned(bias: fx.Node, of_tokens: set[fx.Node], gm: fx.GraphModule) -> bool:
-    """Return whether a bias is made of parameters and of the tokens alone; which entries are picked may be a table."""
+def _is_learned(bias: fx.Node, tokens: fx.Node, gm: fx.GraphModule) -> bool:
+    """Return whether a bias is made of parameters and tokens alone, without choices; a table may say which are picked.
+
+    Sizes that it takes from anywhere don't matter.
+    """
     pending, seen = [bias], {bias}
     if not bias.meta["val"].is_floating_point():
         return False
     while pending:
         node = pending.pop()
-        if node in of_tokens or _is_parameter(node, gm) or node.target is aten.zeros.default:
+        if node is tokens or _is_parameter(node, gm) or node.target is aten.zeros.default:
             continue
         # The first operand of these is what is picked from.
-        read = node.all_input_nodes[:1] if node.target in PICKS_BY_INDEX else node.all_input_nodes
-        if not read:
+        operands = node.all_input_nodes[:1] if node.target in PICKS_BY_INDEX else node.all_input_nodes
+        read = [other for other in operands if isinstance(other.meta.get("val"), Tensor)]
+        if not read or node.target in _CHOOSES:
             return False
         pending += [other for other in read if other not in seen]
         seen.update(read)

@@ -47,6 +47,13 @@ class Block(nn.Module):
         learned = self.table[self.entries].permute(2, 0, 1)[None]
         if self.kind == "spelled":
             out = (q @ k.transpose(-2, -1) + learned).softmax(-1) @ v
+        elif self.kind == "words, spelled":
+            places = torch.arange(tokens)
+            seen = (places[None, :] <= places[:, None]).expand(B, 1, tokens, tokens)
+            out = (q @ k.transpose(-2, -1) + torch.where(seen, 0.0, -1e9)).softmax(-1) @ v
+        elif self.kind == "empty, spelled":
+            empty = (x.abs().sum(-1) > 0)[:, None, None, :]
+            out = (q @ k.transpose(-2, -1) + torch.where(empty, 0.0, -1e9)).softmax(-1) @ v
         else:
             bias: dict[str, Any] = {
                 "learned": {"attn_mask": learned},
@@ -84,7 +91,9 @@ def test_prefix_tokens_are_those_that_the_user_names() -> None:
     assert marked("plain", N - 1) is None, "one patch is none to remove"
 
 
-@pytest.mark.parametrize("kind", ["causal", "earlier", "learned, earlier", "channels", "batch"])
+@pytest.mark.parametrize(
+    "kind", ["causal", "earlier", "learned, earlier", "words, spelled", "empty, spelled", "channels", "batch"]
+)
 def test_others_are_not(kind: str) -> None:
     assert marked(kind) is None
 
