@@ -64,4 +64,6 @@ def _blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
 
 
 def _argument(gm: fx.GraphModule, name: str) -> fx.Node:
-    return next(node for node in gm.graph.nodes if node.name == name)
+    (argument,) = (node for node in gm.graph.find_nodes(op="placeholder") if node.name == name)
+    assert isinstance(argument, fx.Node)
+    return argument

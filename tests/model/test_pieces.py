@@ -18,7 +18,7 @@ from bench.dynamo_door import Door
 from gtp_fx.model import backend
 
 from support.reference import gtp_reference, row_reference, with_everyone_back
-from support.zoo import enliven, in_tiers
+from support.zoo import enliven
 
 BUDGET = 0.6
 ALPHA = 0.3
@@ -122,6 +122,7 @@ def test_a_varying_number_of_tokens_is_that_of_words() -> None:
     assert isinstance(door.refused[0], gtp_fx.UnsupportedModelError)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_prefix_tokens_can_be_said() -> None:
     blocks, x = small(2).blocks, noise(2, 37, 64)
@@ -151,8 +152,9 @@ def test_what_needs_a_grid_is_refused(strategy: Any, why: str) -> None:
         )
 
 
+@pytest.mark.nightly
 @torch.no_grad()
-@pytest.mark.parametrize("norm_first", in_tiers([True, False], True))
+@pytest.mark.parametrize("norm_first", [True, False])
 def test_an_encoder_of_torch(norm_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=norm_first)
     encoder = enliven(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)).eval()
