@@ -39,6 +39,8 @@ def argument_rank_fits(node: fx.Node) -> bool:
 def tokens_of(node: fx.Node, prefix: int | None) -> TokenAxis | str:
     """Return the tokens of an argument [B, N, C], or the reason why it can have none.
 
+    The reason is "" where there are too few; they may be a signal's channels, say.
+
     prefix: prefix tokens, where the user said how many; else the first `GUARDED` tokens are kept.
     """
     count = node.meta["val"].shape[1]
@@ -49,7 +51,7 @@ def tokens_of(node: fx.Node, prefix: int | None) -> TokenAxis | str:
             f"torch.compile(..., dynamic=False) gives each number a graph of its own"
         )
     if count <= kept + 1:
-        return f"{node.name}, read as [batch, tokens, channels], holds {count} tokens, and the first {kept} always stay"
+        return ""
     grid = Grid(node.name, (count - kept,), placed=False, guarded=prefix is None)
     return TokenAxis(TokenDomain(grid), prefix=kept)
 

@@ -36,8 +36,9 @@ def mark_tokens(gm: fx.GraphModule, prefix: int | None = None) -> fx.GraphModule
         tokens = _argument(trial, name)
         axis = tokens_of(tokens, prefix)
         if isinstance(axis, str):
-            tokens.meta[NO_TOKENS] = axis
-            gm = trial
+            if axis:
+                tokens.meta[NO_TOKENS] = axis
+                gm = trial
             continue
         tokens.meta[TOKENS] = axis
         spelled = _spelled(trial)
