@@ -97,6 +97,10 @@ class NoBlocksError(UnsupportedModelError):
     """The graph has no block of self-attention over patch tokens, or none that could be followed."""
 
 
+class PieceError(GtpError):
+    """A piece of a model between graph breaks, whose tokens come in as an argument, can't be reduced as required."""
+
+
 class InternalError(GtpError):
     """gtp_fx met what it didn't foresee: a fault of its own, raised from the error itself (`__cause__`).
 

@@ -22,6 +22,7 @@ from gtp_fx.passes.exact.einsum_to_matmul import einsum_to_matmul
 from gtp_fx.passes.exact.fuse_attention import fuse_attention
 from gtp_fx.passes.exact.fuse_projections import fuse_projections
 from gtp_fx.passes.exact.mark_blocks import mark_blocks
+from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.exact.normalise import normalise
 from gtp_fx.passes.exact.split_projections import split_projections
 from gtp_fx.passes.lower.functional_linear import functional_linear
@@ -48,7 +49,7 @@ class Pass:
     tier: the tier it belongs to.
     summary: what it does, in a line.
     optional: whether `disabled_passes` may name it.
-    reads: its second argument: the strategy's `needs_full_maps`, the plan, or none.
+    reads: its second argument: the strategy's `needs_full_maps`, the option `prefix_tokens`, the plan, or none.
     needed: whether a plan needs it; None where every plan does.
     """
 
@@ -56,7 +57,7 @@ class Pass:
     tier: Tier
     summary: str
     optional: bool = False
-    reads: Literal["", "needs_full_maps", "plan"] = ""
+    reads: Literal["", "needs_full_maps", "prefix_tokens", "plan"] = ""
     needed: Callable[[Plan], bool] | None = None
 
     @property
@@ -70,13 +71,21 @@ class Pass:
         return "approximate" if self.tier == "reduce" else "exact"
 
 
-# What the order depends on: fuse_attention reads matmuls, so einsums become those first; mark_blocks finds attention by
-# the fused operator; projections are split before dead tokens are dropped, so that each part can be cut separately, and
-# linear layers are fused last, since only those that still read the same tokens can be.
+# What the order depends on: fuse_attention reads matmuls, so einsums become those first, and it tells heads from images
+# by types, so tokens are marked before; mark_blocks finds attention by the fused operator; projections are split before
+# dead tokens are dropped, so that each part can be cut separately, and linear layers are fused last, since only those
+# that still read the same tokens can be.
 ORDER = (
     Pass(normalise, "exact", "one spelling: no asserts, no copies, no dropout that is off"),
     Pass(drop_trivial_masks, "exact", "masks that hide nothing are removed, and so are added zeros", optional=True),
     Pass(einsum_to_matmul, "exact", "an einsum that is a matrix product becomes one", optional=True),
+    Pass(
+        mark_tokens,
+        "exact",
+        "marks arguments that are tokens, where no patches are made; changes nothing",
+        optional=True,
+        reads="prefix_tokens",
+    ),
     Pass(fuse_attention, "exact", "softmax(q·kᵀ)·v in its many spellings becomes the one operator", optional=True),
     Pass(mark_blocks, "exact", "marks attention blocks and their residual adds; changes nothing"),
     Pass(
@@ -138,9 +147,16 @@ def must_be_optional(names: Sequence[str]) -> None:
         )
 
 
-def bound(step: Pass, strategy: Strategy, plan: Plan | None = None) -> Callable[[fx.GraphModule], fx.GraphModule]:
+def bound(
+    step: Pass, strategy: Strategy, plan: Plan | None = None, prefix_tokens: int | None = None
+) -> Callable[[fx.GraphModule], fx.GraphModule]:
     """Bind a pass's second argument; return a function of the graph alone."""
-    given: dict[str, Any] = {"": (), "needs_full_maps": (strategy.needs_full_maps,), "plan": (plan,)}
+    given: dict[str, Any] = {
+        "": (),
+        "needs_full_maps": (strategy.needs_full_maps,),
+        "prefix_tokens": (prefix_tokens,),
+        "plan": (plan,),
+    }
     return lambda gm: step.function(gm, *given[step.reads])
 
 

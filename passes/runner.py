@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -35,18 +35,24 @@ class PassStep:
 
 
 def run_exact_tier(
-    gm: fx.GraphModule, strategy: Strategy, original: int, journal: Journal, disabled: Sequence[str] = ()
+    gm: fx.GraphModule,
+    strategy: Strategy,
+    original: int,
+    journal: Journal,
+    disabled: Sequence[str] = (),
+    prefix_tokens: int | None = None,
 ) -> tuple[fx.GraphModule, tuple[PassStep, ...]]:
     """Run the exact passes, except disabled ones; return the graph and what each did.
 
     original: FLOPs per image of the original, for the ratios in the log.
+    prefix_tokens: as the user said; None where nobody did.
     """
     steps = []
     for step in of_tier("exact"):
         if step.name in disabled:
             log.info("%s: disabled", step.name)
             continue
-        gm, done = _run(step, gm, strategy, None, original, journal)
+        gm, done = _run(step, gm, bound(step, strategy, None, prefix_tokens), original, journal)
         steps.append(done)
     return gm, tuple(steps)
 
@@ -61,7 +67,7 @@ def apply_plan(
     """
     steps = []
     for step in of_tier("reduce", plan):
-        gm, done = _run(step, gm, plan.strategy, plan, original, journal)
+        gm, done = _run(step, gm, bound(step, plan.strategy, plan), original, journal)
         steps.append(done)
     return gm, tuple(steps)
 
@@ -80,10 +86,10 @@ def apply_plan_unverified(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 
 def _run(
-    step: Pass, gm: fx.GraphModule, strategy: Strategy, plan: Plan | None, original: int, journal: Journal
+    step: Pass, gm: fx.GraphModule, run: Callable[[fx.GraphModule], fx.GraphModule], original: int, journal: Journal
 ) -> tuple[fx.GraphModule, PassStep]:
-    """Run one pass, verify its result, and record it."""
-    result = bound(step, strategy, plan)(gm)
+    """Run one pass, `run` with its arguments bound, verify its result, and record it."""
+    result = run(gm)
     if result is not gm:  # a pass with nothing to do may return its input
         propagate_shapes(result, after=step.name)
     done = PassStep(step.name, step.kind, count_flops(result.graph), _operators(result.graph))

@@ -16,7 +16,7 @@ from gtp_fx.analysis.blocks import AttentionBlock, marks_of, read_blocks
 from gtp_fx.analysis.liveness import Liveness, live_tokens, whole_attention
 from gtp_fx.analysis.unsupported_attention import unsupported_attention
 from gtp_fx.errors import Refusal
-from gtp_fx.types.infer import Edge, SiteTyping, WholeTyping, infer_types, infer_with_sites
+from gtp_fx.types.infer import TOKENS, Edge, SiteTyping, WholeTyping, infer_types, infer_with_sites
 
 _KEPT = "_gtp_fx_typed"
 """Attribute of a graph: its `TypedGraph`. A deep copy of the graph has none."""
@@ -47,7 +47,7 @@ class TypedGraph:
     def is_current(self) -> bool:
         """Return whether the graph is unchanged since it was typed.
 
-        Compared are its nodes, their targets and arguments, and their metadata "val" and "nn_module_stack".
+        Compared are its nodes, their targets and arguments, and their metadata "val", "nn_module_stack" and `TOKENS`.
         """
         now = _state(self.graph)
         return len(now) == len(self._made_from) and all(map(operator.is_, now, self._made_from))
@@ -107,5 +107,5 @@ def _state(graph: fx.Graph) -> list[Any]:
     return [
         part
         for node in graph.nodes
-        for part in (node, node.target, node.args, node.kwargs, *map(node.meta.get, ("val", "nn_module_stack")))
+        for part in (node, node.target, node.args, node.kwargs, *map(node.meta.get, ("val", "nn_module_stack", TOKENS)))
     ]

@@ -31,6 +31,9 @@ from gtp_fx.types.axes import TensorType, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.rules.registry import TypeList
 
+NO_TOKENS = "gtp_no_tokens"
+"""Meta key of an argument [B, N, C] that attention reads: why it isn't taken for tokens."""
+
 _ELEMENTWISE = (
     *VIEWS,
     *PERMUTATIONS,
@@ -96,6 +99,9 @@ def _why_no_block(attention: fx.Node, typing: WholeTyping) -> str:
         )
     if queries is not None:
         return "queries are patch tokens and keys are tokens that are no patches (pooled or of another grid)"
+    before = ancestors(attention)
+    if said := [node.meta[NO_TOKENS] for node in typing.graph.nodes if node in before and NO_TOKENS in node.meta]:
+        return str(said[0])
     if not _has_grid(typing):
         return (
             "nothing here cuts a picture into patches (a convolution, a pooling, or views of an image of [batch, "

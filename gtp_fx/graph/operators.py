@@ -88,6 +88,13 @@ RESIZINGS: Family = (
     aten._upsample_bicubic2d_aa.vec,
     aten._upsample_bilinear2d_aa.vec,
 )
+PICKS_BY_INDEX: Family = (
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.gather.default,
+    aten.embedding.default,
+)
+"""What picks entries of its first operand by numbers in another."""
 WITHOUT_COPY: Family = (
     *SPLITS,
     *PERMUTATIONS,

@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.dynamo import capture_dynamo
-from gtp_fx.errors import InternalError, NoBlocksError, OptionError
+from gtp_fx.errors import (
+    BudgetError,
+    InternalError,
+    NoBlocksError,
+    OptionError,
+    PieceError,
+    ScheduleError,
+    UnsupportedModelError,
+)
 from gtp_fx.graph.torch_internals import compile_with_inductor
 from gtp_fx.model.internal_errors import internal_errors_told
-from gtp_fx.model.pipeline import run_passes
+from gtp_fx.model.pipeline import run_exact_passes, run_passes
 from gtp_fx.options.options import Options
+from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.lower.triton_kernels import lowered
 from gtp_fx.passes.order import must_be_optional
 
@@ -34,10 +45,11 @@ def gtp(
 ) -> Callable[..., Any]:
     """Rewrite Dynamo's graph and compile it with Inductor.
 
-    A graph without attention over patches is compiled unchanged, with a warning: graph breaks cut such pieces off
-    before and after a model. So is one on which gtp_fx itself fails (InternalError). With the option strict both are
-    raised. Raises OptionError for a bad option and for a model that is already optimised, and otherwise what `optimize`
-    raises.
+    Where user code breaks the graph, each piece is planned for itself and meets the budget on its own count. A piece
+    without attention over tokens is compiled unchanged, with a warning; so is one whose tokens come in as an argument
+    and can't be reduced as required, and one on which gtp_fx itself fails (InternalError). With the option strict all
+    of these are raised. Raises OptionError for a bad option and for a model that is already optimised, and otherwise
+    what `optimize` raises.
     """
     checked = Options.of_backend({"mode": mode, **(options or {})})
     must_be_optional(checked.disabled_passes)
@@ -47,14 +59,32 @@ def gtp(
     patches = checked.inductor(device)
     try:
         with internal_errors_told():
-            optimised = run_passes(capture_dynamo(gm), checked)
-            graph = lowered(optimised.graph_module, device, checked.disabled_passes, checked.target.told)
-    except (NoBlocksError, InternalError) as error:
+            graph = _rewritten(gm, device, checked)
+    except (NoBlocksError, PieceError, InternalError) as error:
         if checked.strict:
             raise
         warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
         graph = gm
     return compile_with_inductor(graph, example_inputs, patches)
+
+
+def _rewritten(gm: fx.GraphModule, device: torch.device, options: Options) -> fx.GraphModule:
+    """Return the graph to compile. Raises PieceError where a piece between graph breaks can't be reduced as required."""
+    captured = capture_dynamo(gm)
+    try:
+        optimised = run_passes(captured, options)
+    except (BudgetError, ScheduleError, UnsupportedModelError) as error:
+        if isinstance(error, NoBlocksError) or not _is_piece(captured, options):
+            raise
+        raise PieceError(str(error)) from error
+    return lowered(optimised.graph_module, device, options.disabled_passes, options.target.told)
+
+
+def _is_piece(captured: fx.GraphModule, options: Options) -> bool:
+    """Return whether no patches are made in a graph, so that its blocks can only be those of token arguments."""
+    disabled = (*options.disabled_passes, mark_tokens.__name__)
+    exact = run_exact_passes(captured, replace(options, disabled_passes=disabled, dump_graphs=None))
+    return not typed_graph(exact.graph_module.graph).blocks
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:

@@ -33,6 +33,7 @@ def optimize(
     disabled_passes: Sequence[str] = DEFAULTS["disabled_passes"],
     dump_graphs: str | None = DEFAULTS["dump_graphs"],
     calibration: Any = DEFAULTS["calibration"],
+    prefix_tokens: int | None = DEFAULTS["prefix_tokens"],
     mode: str | None = DEFAULTS["mode"],
     compile: bool = True,
 ) -> OptimizedModel:
@@ -71,6 +72,7 @@ def optimize(
         disabled_passes=disabled_passes,
         dump_graphs=dump_graphs,
         calibration=calibration,
+        prefix_tokens=prefix_tokens,
         mode=mode,
     )
     must_be_optional(options.disabled_passes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
@@ -14,6 +14,7 @@ from gtp_fx.graph.nodes import layer_name, operator_name
 from gtp_fx.graph.verify import check_outputs
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import Schedule
+from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.exact.normalise import normalise
 from gtp_fx.passes.journal import Journal
 from gtp_fx.passes.order import must_be_optional
@@ -27,6 +28,7 @@ from gtp_fx.report.provenance import SiteRecord, record_sites
 from gtp_fx.report.report import Report, SiteRow
 from gtp_fx.strategies import Grouping, Strategy
 from gtp_fx.strategies.trial import try_out
+from gtp_fx.types.infer import TOKENS
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,13 @@ class Exact:
 def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool = True) -> Optimised:
     """Rewrite a captured graph, whose nodes have `meta["val"]`; `captured` itself is not changed.
 
-    blocks_needed: whether a graph without attention over patches is refused; else only the exact passes run on it.
+    blocks_needed: whether a graph without attention over patches is refused; else only the exact passes run on it, also
+        where tokens come in as an argument, whose places in the model's own schedule aren't known.
 
     Raises a GtpError where the graph can't be optimised as `options` require.
     """
+    if not blocks_needed:
+        options = replace(options, disabled_passes=(*options.disabled_passes, mark_tokens.__name__))
     exact = run_exact_passes(captured, options)
     gm = exact.graph_module
     planned = make_plan(gm, options, exact.original, apply_plan_unverified, blocks_needed)
@@ -98,6 +103,7 @@ def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool =
         sites=_site_rows(gm, plan),
         refusals=planned.refusals,
         recovered=_recovered(result.graph),
+        token_inputs=_token_inputs(gm.graph),
         damage_from=planned.damage_from,
         latency_budget=None if options.latency_budget is None else str(options.latency_budget),
         seconds=planned.seconds,
@@ -121,7 +127,9 @@ def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
     spelled = normalise(captured)
     original = Original(spelled.graph, count_flops(spelled.graph))
     journal = Journal.beginning(captured, options.dump_graphs)
-    gm, steps = run_exact_tier(captured, options.strategy, original.flops, journal, options.disabled_passes)
+    gm, steps = run_exact_tier(
+        captured, options.strategy, original.flops, journal, options.disabled_passes, options.prefix_tokens
+    )
     return Exact(gm, original, steps, journal)
 
 
@@ -135,6 +143,20 @@ def _recovered(graph: fx.Graph) -> tuple[str, ...]:
         if not any(node.target is gtp_fx.recover.default for node in (user, *user.users))  # one step of several
     ]
     return tuple(dict.fromkeys(readers))
+
+
+def _token_inputs(graph: fx.Graph) -> tuple[str, ...]:
+    """List the arguments that are tokens, each with what is taken for granted of it."""
+    return tuple(
+        f"{node.name}: {axis.whole_size} tokens, on no known grid, so that neighbours are similar ones alone; "
+        + (
+            f"the first {axis.prefix} always stay (prefix_tokens=… says how many have to)"
+            if axis.domain.grid.guarded
+            else f"the first {axis.prefix} are prefix tokens"
+        )
+        for node in graph.nodes
+        if (axis := node.meta.get(TOKENS)) is not None
+    )
 
 
 def _site_rows(gm: fx.GraphModule, plan: Plan) -> tuple[SiteRow, ...]:

@@ -66,6 +66,12 @@ def _schedule(value: Any) -> str | Schedule | tuple[int, ...]:
     return tuple(value)
 
 
+def _prefix(value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise OptionError(f"prefix_tokens={value!r}: give the tokens before the patches, an integer of 0 or more")
+    return value
+
+
 def _target(value: Any) -> Target:
     target = target_named(value)
     check_target(target)
@@ -145,6 +151,12 @@ class Options:
         _calibration,
         'Some dozens of unlabelled images (a tensor, a list of batches, or a Calibration), on which schedule="auto" '
         "measures how many tokens each block can do without, instead of using a prior.",
+    )
+    prefix_tokens: int | None = _option(
+        None,
+        _prefix,
+        "Number of tokens before the patches (CLS, registers) where tokens come in as an argument, which doesn't show "
+        "it: an encoder without its embedding, or what follows a graph break. By default the first five stay.",
     )
     mode: str | None = _option(
         None,

@@ -47,6 +47,7 @@ class Report:
     passes: the passes that ran, in order.
     sites: the blocks at which tokens are removed or skip a branch.
     refusals: what stays unchanged, and why.
+    token_inputs: arguments that are tokens, where no patches are made in the graph.
     recovered: readers for which removed tokens are put back.
     damage_from: source of the expected damage that schedule="auto" minimised; empty where it had nothing to choose.
     latency_budget: the latency budget that was given, or None.
@@ -70,6 +71,7 @@ class Report:
     sites: tuple[SiteRow, ...]
     refusals: tuple[Refusal, ...]
     recovered: tuple[str, ...] = ()
+    token_inputs: tuple[str, ...] = ()
     damage_from: str = ""
     latency_budget: str | None = None
     seconds: tuple[float, float] | None = None
@@ -144,6 +146,8 @@ class Report:
             ]
             headers = ["block", "layer", "tokens in", "propagated", "tokens out", *(["where"] if branches else [])]
             lines += ["", tabulate(rows, headers)]
+        if self.token_inputs:
+            lines += ["", "tokens come in as arguments:", *(f"  - {tokens}" for tokens in self.token_inputs)]
         if self.recovered:
             lines += ["", "tokens put back for:", *(f"  - {reader}" for reader in self.recovered)]
         if self.refusals:

@@ -15,6 +15,7 @@ from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.protocol import SiteShape
 from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
+from gtp_fx.types.axes import TokenAxis
 
 
 @register_strategy
@@ -52,6 +53,14 @@ class Cluster(Grouping):
         super().__post_init__()
         if self.after < 0 or self.neighbors < 1 or not 0 <= self.spatial < float("inf"):
             raise OptionError(f"{self}: after and spatial are 0 or more, neighbors 1 or more")
+
+    def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
+        if self.spatial and not axis.domain.grid.placed:
+            return (
+                f"spatial={self.spatial:g} reads the tokens' places on a grid,"
+                " and tokens that come in as an argument have none: give spatial=0"
+            )
+        return super().refuse(axis, skipping)
 
     def positions(self, blocks: int) -> Collection[int]:
         return [min(self.after, blocks - 1)]

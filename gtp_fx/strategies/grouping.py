@@ -31,7 +31,16 @@ from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.strategies.group_operator import key_of, written
 from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
-from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, Strategy, StreamState
+from gtp_fx.strategies.protocol import (
+    AtSite,
+    Attention,
+    Emit,
+    Removal,
+    SiteShape,
+    Strategy,
+    StreamState,
+    unknown_prefix,
+)
 from gtp_fx.strategies.tokens import Groups, Tokens
 from gtp_fx.targets.work import Work
 from gtp_fx.types.axes import TokenAxis
@@ -113,6 +122,8 @@ class Grouping:
                 f"{self.name} shortens a stream, and here the grid has to stay whole, so that tokens can only skip "
                 f"branches: strategies 'gtp', 'idle' and 'topk' do that"
             )
+        if self.score.startswith("cls") and axis.domain.grid.guarded:
+            return unknown_prefix(self.score)
         if self.score.startswith("cls") and (axis.prefix == 0 or skipping):
             return (
                 f"score={self.score!r} reads the CLS token's attention, and there is no prefix token here: "

@@ -16,10 +16,18 @@ from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.token_graph import GRAPHS
 from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
-from gtp_fx.strategies.protocol import AtSite, Attention, Emit, Removal, SiteShape, StreamState
+from gtp_fx.strategies.protocol import (
+    AtSite,
+    Attention,
+    Emit,
+    Removal,
+    SiteShape,
+    StreamState,
+    unknown_prefix,
+)
 from gtp_fx.strategies.token_scale import AUTO, SCALES_READ_FROM, log_scale_bound
 from gtp_fx.targets.work import Work
-from gtp_fx.types.axes import TokenAxis
+from gtp_fx.types.axes import Grid, TokenAxis
 
 BRANCHES = {
     "idle": "a token that skips gets nothing, and stays what it was (IdleViT)",
@@ -39,7 +47,8 @@ class GTP:
     `branch` and `recovery` go beyond the paper, which neither skips branches nor returns removed tokens.
 
     score: how tokens are ranked, a name in `gtp_fx.ops.attention.SCORES`.
-    graph: which tokens receive from which, a name in `gtp_fx.ops.token_graph.GRAPHS`.
+    graph: which tokens receive from which, a name in `gtp_fx.ops.token_graph.GRAPHS`; "mixed" is "semantic" where
+        tokens come in as an argument, and so have no places on a grid.
     neighbors: M, the semantic neighbours of a token.
     alpha: the share of a propagated token that is passed on.
     token_scale: adds the log token scale of a key to attention's logits; "auto" does so where the plan's counts let it
@@ -148,7 +157,14 @@ class GTP:
         raise AssertionError("tokens that GTP propagates don't return")
 
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
-        patches = axis.domain.whole_count
+        patches, grid = axis.domain.whole_count, axis.domain.grid
+        if not grid.placed and self.graph == "spatial":
+            return (
+                "graph='spatial' joins neighbours on a grid, and tokens that come in as an argument have none: "
+                "graph='semantic' joins similar ones"
+            )
+        if self.score.startswith("cls") and grid.guarded:
+            return unknown_prefix(self.score)
         if self.score.startswith("cls") and axis.prefix == 0:
             return f"score={self.score!r} reads the CLS token's attention, and this model has no prefix token"
         if not skipping and self.graph != "spatial" and self.neighbors >= patches:
@@ -164,7 +180,7 @@ class GTP:
             stream,
             list(axis.domain.grid.shape),
             axis.prefix,
-            self.graph,
+            self._graph_over(axis.domain.grid),
             self.neighbors,
         )
         return StreamState(carried=(emit(operator.getitem, graph, 0), emit(operator.getitem, graph, 1)))
@@ -205,9 +221,8 @@ class GTP:
             kept_index = emit(aten.gather.default, state.index, 1, kept)
             removed_index = emit(aten.gather.default, state.index, 1, removed)
         grid = list(site.axis.domain.grid.shape)
-        weights = emit(
-            gtp_fx.propagation_weights.default, near, inv_sqrt_degree, kept_index, removed_index, grid, self.graph
-        )
+        kind = self._graph_over(site.axis.domain.grid)
+        weights = emit(gtp_fx.propagation_weights.default, near, inv_sqrt_degree, kept_index, removed_index, grid, kind)
         shorter = emit(gtp_fx.propagate.default, site.stream, weights, kept, removed, self.alpha, site.axis.prefix)
         scale = None
         if self.reads_scales or self.weighted_pooling:
@@ -218,6 +233,10 @@ class GTP:
             scale = emit(aten.squeeze.dim, moved, 2)
         removal = Removal(kept, removed, kept_index, removed_index, weights, self.alpha)
         return shorter, StreamState(kept_index, scale, state.carried, removal)
+
+    def _graph_over(self, grid: Grid) -> str:
+        """Return the kind of graph over a grid's patches: semantic alone where their places aren't known."""
+        return self.graph if grid.placed else "semantic"
 
     def variants(self) -> Sequence[GTP]:
         """Return strategies that differ from this one in one number or in the score.

@@ -236,3 +236,11 @@ class Strategy(Protocol):
 
         told: a later attention reads the token scales.
         """
+
+
+def unknown_prefix(score: str) -> str:
+    """Return the refusal of a score that reads CLS, where nothing shows whether there is one."""
+    return (
+        f"score={score!r} reads the CLS token's attention, and tokens that come in as an argument don't show whether "
+        f"there is one: prefix_tokens=1 says so, and score='broadcast-mean' reads that of all tokens"
+    )

@@ -123,6 +123,11 @@ class Saliency(Grouping):
     def code(self) -> str:
         return super().code + MAPS[self.map]
 
+    def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
+        if not axis.domain.grid.placed:
+            return "it looks at the image that patches were cut from, and these tokens come in as an argument"
+        return super().refuse(axis, skipping)
+
     def positions(self, blocks: int) -> Collection[int]:
         return [0]
 

@@ -35,6 +35,9 @@ class Grid:
     inside: for a padded grid, the grid that its leading rows and columns are.
     parts: for a region, its sides as parts of another grid's sides. Regions at all places are one Grid, since the
         windows of a shifted-window transformer are alike.
+    placed: whether its patches have places on an image. False for tokens that came in as an argument: they are a row
+        in the order they came in, and nothing is known to be next to anything.
+    guarded: whether the tokens before the patches are kept on suspicion: CLS and registers may be among them.
     """
 
     birth: str
@@ -42,6 +45,8 @@ class Grid:
     shift: tuple[int, ...] = ()
     inside: Grid | None = None
     parts: tuple[GridAxis, ...] = ()
+    placed: bool = True
+    guarded: bool = False
 
     def rolled(self, by: Sequence[int]) -> Grid:
         """Return the same patches with those at i now at i + by. Rolled back, it is the original grid."""

@@ -16,7 +16,7 @@ from torch import fx
 
 from gtp_fx.graph.nodes import is_input
 from gtp_fx.types import rules as _rules
-from gtp_fx.types.axes import Dim, Grid, TensorType, TokenAxis, as_images, plain, token_axes, whole_size
+from gtp_fx.types.axes import Dim, Grid, Plain, TensorType, TokenAxis, as_images, plain, token_axes, whole_size
 from gtp_fx.types.images import told_apart
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, Output, RuleResult, TypeList, find
 
@@ -25,6 +25,9 @@ assert _rules
 
 Edge = tuple[fx.Node, fx.Node]
 """A node, and one of its operands."""
+
+TOKENS = "gtp_tokens"
+"""Meta key of an argument [B, N, C] that is a stream of tokens: its `TokenAxis` (`passes/exact/mark_tokens.py`)."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> RuleResult | None:
         tensors = [n for n in node.all_input_nodes if isinstance(types.get(n), tuple)]
         return RuleResult(None, {n: whole(types[n]) for n in tensors}, prefix_operands=NEEDS_ALL)  # type: ignore[arg-type]
     if is_input(node):
-        return RuleResult(_plain_value(value)) if isinstance(value, torch.Tensor) else None
+        return RuleResult(_input_type(node)) if isinstance(value, torch.Tensor) else None
     if not isinstance(value, torch.Tensor | list | tuple):
         return None
     call = Call(node, types)
@@ -147,6 +150,15 @@ def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> RuleResult | None:
     if answer.barrier:
         return replace(answer, operands=_whole_operands(call), prefix_operands=NEEDS_ALL)
     return answer
+
+
+def _input_type(node: fx.Node) -> Output:
+    """Return the type of an input: without token axes, unless it is marked as tokens."""
+    kind = _plain_value(node.meta["val"])
+    if TOKENS not in node.meta:
+        return kind
+    images, _, channels = node.meta["val"].shape
+    return as_images((Plain(images),)), (node.meta[TOKENS],), (Plain(channels),)
 
 
 def _with_everything_back(call: Call, reason: str) -> RuleResult:

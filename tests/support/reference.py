@@ -13,7 +13,7 @@ A tensor of one image has no B.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,14 +89,50 @@ def gtp_reference(
     """
     _check(model, schedule, graph, score)
     prefix = model.num_prefix_tokens
-    blocks: list[Any] = list(model.blocks)  # timm's Block, whose layers are typed as any Module
-
     x_BNC = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images_BCHW))))
     grid = model.patch_embed.dynamic_feat_size(tuple(images_BCHW.shape[-2:]))
     weights_BGG = normalise(adjacency(x_BNC[:, prefix:], grid, graph, neighbors), x_BNC.dtype)
+    how = (alpha, sparsity, score, token_scale)
+    x_BNC, scale_BN, sites = through_blocks(model.blocks, x_BNC, weights_BGG, prefix, schedule, *how)
+
+    key_bias_BN = scale_BN.log() if token_scale else torch.zeros_like(scale_BN)
+    tokens_BNC = model.norm(x_BNC)
+    logits_BV = head(model, tokens_BNC, key_bias_BN)
+    return Reference(logits_BV, sites, scale_BN, tokens_BNC, x_BNC, weights_BGG, grid)
+
+
+@torch.no_grad()
+def row_reference(
+    blocks: Iterable[Any], x_BNC: Tensor, schedule: Sequence[int], prefix: int, alpha: float, neighbors: int = 8
+) -> Tensor:
+    """What GTP makes of tokens on no grid that go through timm's blocks: [B, N, C], every token back in its place.
+
+    They are a row: neighbours are similar tokens alone, and one that nobody received is closest to the next in the row.
+    """
+    patches_BGC = x_BNC[:, prefix:]
+    weights_BGG = normalise(semantic(patches_BGC, neighbors), x_BNC.dtype)
+    x_BNC, scale_BN, sites = through_blocks(
+        blocks, x_BNC, weights_BGG, prefix, schedule, alpha, sparsity=1.0, score="mixed-max", token_scale=True
+    )
+    made = Reference(x_BNC, sites, scale_BN, x_BNC, x_BNC, weights_BGG, (1, patches_BGC.shape[1]))
+    return with_everyone_back(made, prefix)
+
+
+def through_blocks(
+    blocks: Iterable[Any],
+    x_BNC: Tensor,
+    weights_BGG: Tensor,
+    prefix: int,
+    schedule: Sequence[int],
+    alpha: float,
+    sparsity: float,
+    score: str,
+    token_scale: bool,
+) -> tuple[Tensor, Tensor, tuple[Site, ...]]:
+    """The stream after timm's blocks, the token scales, and what each site chose."""
     scale_BN = torch.ones_like(x_BNC[..., 0])
     # The patches present, as indices into the grid.
-    where_BL = torch.arange(grid[0] * grid[1], device=x_BNC.device).expand(x_BNC.shape[0], -1)
+    where_BL = torch.arange(weights_BGG.shape[1], device=x_BNC.device).expand(x_BNC.shape[0], -1)
     sites = []
 
     for index, (block, propagated) in enumerate(zip(blocks, schedule, strict=True)):
@@ -116,11 +152,7 @@ def gtp_reference(
 
         # This block's MLP sees the short sequence already.
         x_BNC = x_BNC + block.ls2(block.mlp(block.norm2(x_BNC)))
-
-    key_bias_BN = scale_BN.log() if token_scale else torch.zeros_like(scale_BN)
-    tokens_BNC = model.norm(x_BNC)
-    logits_BV = head(model, tokens_BNC, key_bias_BN)
-    return Reference(logits_BV, tuple(sites), scale_BN, tokens_BNC, x_BNC, weights_BGG, grid)
+    return x_BNC, scale_BN, tuple(sites)
 
 
 @torch.no_grad()

@@ -1,0 +1,70 @@
+"""Exact: mark arguments that are streams of tokens, in a graph that has no patches of its own.
+
+What follows a graph break begins with tokens: no convolution, no grid. So does an encoder without its embedding. Each
+argument [B, N, C] is taken for tokens on trial; it is marked where the graph's attention blocks then turn out to run
+over it, by the same types and rules as blocks over patches, and where their attention is that of an image's tokens
+(`gtp_fx.analysis.token_inputs`). A graph in which patches are born keeps them as its only tokens.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.token_inputs import argument_rank_fits, tokens_of, why_no_image
+from gtp_fx.analysis.typed_graph import typed_graph
+from gtp_fx.analysis.unsupported_attention import NO_TOKENS
+from gtp_fx.graph.edit import copy_of
+from gtp_fx.graph.nodes import count_nodes
+from gtp_fx.graph.operators import ATTENTION, SOFTMAXES
+from gtp_fx.graph.verify import propagate_shapes
+from gtp_fx.passes.exact.fuse_attention import fuse_attention
+from gtp_fx.passes.exact.mark_blocks import mark_blocks
+from gtp_fx.types.infer import TOKENS
+
+
+def mark_tokens(gm: fx.GraphModule, prefix: int | None = None) -> fx.GraphModule:
+    """Return a copy of `gm` whose token arguments are marked; `gm` itself where there is nothing to try.
+
+    prefix: prefix tokens of each, where the user said how many.
+    """
+    names = [node.name for node in gm.graph.nodes if argument_rank_fits(node)]
+    if not names or not count_nodes(gm.graph, (*ATTENTION, *SOFTMAXES)) or _blocks(_spelled(gm)):
+        return gm
+    for name in names:
+        trial = copy_of(gm)
+        tokens = _argument(trial, name)
+        axis = tokens_of(tokens, prefix)
+        if isinstance(axis, str):
+            if axis:
+                tokens.meta[NO_TOKENS] = axis
+                gm = trial
+            continue
+        tokens.meta[TOKENS] = axis
+        spelled = _spelled(trial)
+        # A block at which nothing can be removed proves nothing: channels may have been taken for tokens.
+        if not any(b.axis.domain.grid == axis.domain.grid and b.refusal is None for b in _blocks(spelled)):
+            continue
+        if reason := why_no_image(_argument(spelled, name), spelled):
+            del tokens.meta[TOKENS]
+            tokens.meta[NO_TOKENS] = reason
+        gm = trial
+    return gm
+
+
+def _spelled(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return the graph with its attention in one spelling and its blocks marked, as the next passes would make it."""
+    fused = fuse_attention(gm)
+    if fused is not gm:
+        propagate_shapes(fused, after=fuse_attention.__name__)
+    return mark_blocks(fused)
+
+
+def _blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
+    return typed_graph(gm.graph).blocks
+
+
+def _argument(gm: fx.GraphModule, name: str) -> fx.Node:
+    (argument,) = (node for node in gm.graph.find_nodes(op="placeholder") if node.name == name)
+    assert isinstance(argument, fx.Node)
+    return argument
