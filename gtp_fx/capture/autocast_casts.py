@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.ops import aten  # type: ignore[import-not-found]
-from torch.utils import _pytree as pytree
 
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph import edit
 from gtp_fx.graph.nodes import layer_name, operator_name, source_line, tensors_of
 from gtp_fx.graph.operators import CASTS, COPIES, VIEWS
-from gtp_fx.graph.symbols import concrete_shape
+from gtp_fx.graph.symbols import Primes
 from gtp_fx.graph.torch_internals import computes, dispatched, fake_mode, mode_of
 
 
@@ -52,6 +51,7 @@ class Caster:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
+        self._primes = Primes(graph)
         self._made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self._mode = fake_mode()
         self.touched: set[tuple[str, Autocast]] = set()
@@ -120,16 +120,7 @@ class Caster:
 
     def _fake(self, node: fx.Node) -> Any:
         """Return a node's value in this caster's mode, its symbols as numbers: what is tried sets no guards."""
-
-        def copied(value: Any) -> Any:
-            if isinstance(value, torch.SymInt):
-                return concrete_shape([value])[0]
-            if not isinstance(value, Tensor):
-                return value
-            shape, stride = concrete_shape(value.shape), concrete_shape(value.stride())
-            return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-
-        return pytree.tree_map(copied, node.meta["val"])
+        return self._primes.in_place_of_symbols(node.meta["val"])
 
     def _cast(self, operand: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
         """Insert a cast before a node."""

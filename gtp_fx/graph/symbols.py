@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,42 +65,45 @@ _numbers: set[int] = {sys.maxsize}
 
 def fix_symbols(gm: fx.GraphModule) -> None:
     """Replace every `meta["val"]` of `gm` by a fake value whose symbols are primes, all under one fake mode."""
-    mode = fake_mode()
+    mode, primes = fake_mode(), Primes(gm.graph)
     values = [node.meta["val"] for node in gm.graph.nodes if "val" in node.meta]
-    found = _sizes_in(values)
-    concrete = _Primes([size for size in found if isinstance(size, torch.SymInt)])
     arguments = (leaf for node in gm.graph.nodes for leaf in pytree.tree_leaves((node.args, node.kwargs)))
-    for size in (*found, *arguments):
+    for size in (*_sizes_in(values), *arguments):
         if isinstance(size, int) and size >= _SMALLEST:
             _numbers.add(size)
-
-    def fixed(value: Any) -> Any:
-        if isinstance(value, torch.SymInt):
-            return concrete(value)
-        if not isinstance(value, Tensor):
-            return value
-        shape, stride = (tuple(map(concrete, sizes)) for sizes in (value.shape, value.stride()))
-        return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-
     with mode:
         for node in gm.graph.nodes:
             if "val" in node.meta:
-                node.meta["val"] = pytree.tree_map(fixed, node.meta["val"])
+                node.meta["val"] = primes.in_place_of_symbols(node.meta["val"])
 
 
-class _Primes:
+class Primes:
     """Replaces the symbols in one graph's sizes by primes.
 
     Where the graph halves a batch, the batch is two of a symbol for the half, so that the halves make up the whole.
     """
 
-    def __init__(self, sizes: Sequence[torch.SymInt]) -> None:
+    def __init__(self, graph: fx.Graph) -> None:
         self._known: dict[Any, int] = {}
         divisors: dict[Any, int] = {}
-        for expression in dict.fromkeys(size.node.expr for size in sizes):
+        sizes = _sizes_in([node.meta["val"] for node in graph.nodes if "val" in node.meta])
+        for expression in dict.fromkeys(size.node.expr for size in sizes if isinstance(size, torch.SymInt)):
             for symbol, divisor in floor_divided(expression):
                 divisors[symbol] = math.lcm(divisors.get(symbol, 1), divisor)
         self._divisors = divisors
+
+    def in_place_of_symbols(self, value: Any) -> Any:
+        """Return a node's value with primes for symbols; its tensors are fakes of the mode that is entered."""
+
+        def fixed(leaf: Any) -> Any:
+            if isinstance(leaf, torch.SymInt):
+                return self(leaf)
+            if not isinstance(leaf, Tensor):
+                return leaf
+            shape, stride = (tuple(map(self, sizes)) for sizes in (leaf.shape, leaf.stride()))
+            return torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)
+
+        return pytree.tree_map(fixed, value)
 
     def __call__(self, size: int | torch.SymInt) -> int:
         """Return `size` with each free symbol replaced by its prime."""

@@ -69,7 +69,7 @@ def gtp(
 
 
 def _rewritten(gm: fx.GraphModule, device: torch.device, options: Options) -> fx.GraphModule:
-    """Return the graph to compile. Raises PieceError where a piece between graph breaks can't be reduced as required."""
+    """Return the graph to compile. Raises PieceError where a piece between graph breaks can't be reduced."""
     captured = capture_dynamo(gm)
     try:
         optimised = run_passes(captured, options)
