@@ -20,13 +20,17 @@ from gtp_fx.graph.nodes import (
     operator_name,
     refusal,
     source_line,
+    tensors_of,
 )
+from gtp_fx.graph.operators import CASTS, CASTS_LIKE, DROPOUTS, RESIDUAL_SUMS, SCALINGS
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.axes import Grid, TensorType, TokenAxis, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import SiteTyping, WholeTyping
 from gtp_fx.types.layouts import base_of
 
 MARK = "gtp_block"
+_SHARES = (*SCALINGS, *CASTS, *CASTS_LIKE, *DROPOUTS, aten.neg.default)
+"""Operators that give a fixed multiple of their first operand, where the others aren't tokens."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def read_blocks(typing: WholeTyping, with_sites: SitesTyped) -> tuple[AttentionB
     for (role, index), attention in marked.items():
         if role == "attention":
             site = marked.get(("site", index))
-            stream = None if site is None else _other_side(site, descendants(attention) | {attention})
+            stream = None if site is None else _stream_in(site, attention, typing)
             refusal = _why_not(attention, site, typing)
             axis = attention.meta[MARK].axis
             if refusal is None and base_of(axis.domain.grid) in windowed:
@@ -177,32 +181,44 @@ def self_attention_axis(node: fx.Node, typing: WholeTyping) -> TokenAxis | None:
 def residual_add(attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
     """Return the residual add after `attention`, or None.
 
-    It is the first addition after the attention whose other operand the attention was computed from.
+    It is the first sum or difference after the attention in which what the attention was computed from has a fixed
+    share: x + y, x - y, 0.9 * x + 0.1 * y, gamma * x + y.
     """
-    after, before = descendants(attention), ancestors(attention)
+    after = descendants(attention)
     nodes: list[fx.Node] = list(attention.graph.nodes)
     for node in nodes:  # in graph order: the first one is the closest
-        if node not in after or node.target is not aten.add.Tensor or not typing.is_tensor(node):
-            continue
-        other = _other_side(node, after | {attention})
-        if other is not None and other in before and not all(map(is_plain, typing.type(other))):
+        if node in after and _stream_in(node, attention, typing) is not None:
             return node
     return None
 
 
-def _other_side(add: fx.Node, after: set[fx.Node]) -> fx.Node | None:
-    """Return the operand of `add` that doesn't come from the attention; None where not exactly one of two does."""
+def _stream_in(add: fx.Node, attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
+    """Return the stream that has a fixed share in a sum, the block's input; None where the sum is no residual one."""
+    if add.target not in RESIDUAL_SUMS or not typing.is_tensor(add):
+        return None
+    after, before = descendants(attention) | {attention}, ancestors(attention)
     operands = [arg for arg in add.args[:2] if isinstance(arg, fx.Node)]
     sides = [arg for arg in operands if arg not in after]
-    return sides[0] if len(operands) == 2 and len(sides) == 1 else None
+    if len(operands) != 2 or len(sides) != 1:
+        return None
+    stream = sides[0]
+    if add.target is aten.sub.Tensor and stream is not operands[0]:
+        return None  # y - x is half of an interpolation, x + w * (y - x): its sum is the one that follows
+    # Go back through what only scales: a share of the stream may be computed beside the attention.
+    while stream not in before:
+        tokens = [x for x in stream.all_input_nodes if typing.is_tensor(x) and not all(map(is_plain, typing.type(x)))]
+        if stream.target not in _SHARES or len(tokens) != 1 or tokens[0] is not stream.args[0]:
+            return None
+        stream = tokens[0]
+    return None if all(map(is_plain, typing.type(stream))) else stream
 
 
 def _joined_by(attention: fx.Node) -> str:
     """Return " (what came before it is joined to its result by aten.lerp.Scalar [model.py:3])", as far as known."""
     after, before = descendants(attention), ancestors(attention)
     for node in attention.graph.nodes:
-        others = [operand for operand in node.all_input_nodes if operand in before and not is_input(operand)]
-        if node in after and others and shape_of(node) == shape_of(others[0]):
+        others = [x for x in node.all_input_nodes if x in before and not is_input(x) and tensors_of(x.meta.get("val"))]
+        if node in after and others and tensors_of(node.meta.get("val")) and shape_of(node) == shape_of(others[0]):
             line = source_line(node)
             name = operator_name(node) + (f" [{line}]" if line else "")
             return f" (its result is joined with what came before it by {name})"

@@ -12,6 +12,7 @@ from gtp_fx.capture.autocast_casts import clashes
 from gtp_fx.capture.fused_layers import open_layers
 from gtp_fx.capture.module import _changed, _hold_again, _refuse_changes
 from gtp_fx.capture.regions import AUTOCAST, has_regions, inlined, opened
+from gtp_fx.capture.vocabulary import open_composites
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import GRID_MAKERS
@@ -53,6 +54,7 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     if clash := clashes(graph_module.meta.get(AUTOCAST, ())):
         raise CaptureError(clash)
     copy_parameter_sources(graph_module, gm)
+    open_composites(graph_module)
     fix_symbols(graph_module)
     return cast("fx.GraphModule", graph_module)
 

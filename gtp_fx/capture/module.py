@@ -26,6 +26,7 @@ from gtp_fx.capture.called_as import CalledAs
 from gtp_fx.capture.inputs import CallSignature, describe
 from gtp_fx.capture.regions import AUTOCAST, opened, write_out
 from gtp_fx.capture.side_effects import Left, left_by_each_call, watched
+from gtp_fx.capture.vocabulary import open_composites
 from gtp_fx.capture.wrapped import what_to_give
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph import edit
@@ -78,6 +79,7 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
     if touched:
         captured.meta[AUTOCAST] = frozenset({*captured.meta.get(AUTOCAST, ()), *touched})
     captured.meta[NOT_KEPT] = (*left.unread, *buffers)
+    open_composites(captured)
     fix_symbols(captured)
     return captured
 

@@ -12,7 +12,7 @@ Family = tuple[Any, ...]
 # ---- products
 
 ATTENTION: Family = (aten.scaled_dot_product_attention.default,)
-MATRIX_PRODUCTS: Family = (aten.matmul.default, aten.bmm.default)
+MATRIX_PRODUCTS: Family = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 PRODUCTS_ADDED_TO: Family = (aten.addmm.default, aten.baddbmm.default)
 CONVOLUTIONS: Family = (
     aten.conv1d.default,
@@ -120,12 +120,14 @@ CONSTANTS: Family = (
     aten.zeros.default,
     aten.scalar_tensor.default,
 )
-LIKE_ANOTHER: Family = (aten.ones_like.default, aten.zeros_like.default)
+LIKE_ANOTHER: Family = (aten.ones_like.default, aten.zeros_like.default, aten.full_like.default)
 
 # ---- elementwise
 
 DIVISIONS: Family = (aten.div.Tensor, aten.div.Scalar)
 SCALINGS: Family = (aten.mul.Tensor, aten.mul.Scalar, *DIVISIONS)
+RESIDUAL_SUMS: Family = (aten.add.Tensor, aten.sub.Tensor)
+"""What ends a residual branch."""
 COMPARISONS_WITH_NUMBER: Family = (
     aten.eq.Scalar,
     aten.ne.Scalar,
@@ -155,6 +157,8 @@ BINARY: Family = (
     aten.maximum.default,
     aten.minimum.default,
     aten.pow.Tensor_Tensor,
+    aten.complex.default,
+    aten.polar.default,
     *CHOICES,
 )
 """Element-wise operators of several tensors."""

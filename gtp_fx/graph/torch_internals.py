@@ -7,11 +7,13 @@ Modules that take a second or more to import are imported inside the functions t
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx
@@ -122,6 +124,73 @@ def aot_export(gm: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule
     return cast("fx.GraphModule", exported), signature
 
 
+def decomposition_tables() -> tuple[Mapping[Any, Callable[..., Any]], ...]:
+    """Return torch's tables of decompositions: torch.export's, then all that torch knows, for what no backend opens.
+
+    Public: the first is `torch.export.default_decompositions`; the second has no public name.
+    """
+    from torch._decomp import decomposition_table
+
+    return torch.export.default_decompositions(), decomposition_table
+
+
+def trace_functional(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule | None:
+    """Trace a function of fake values as ATen below autograd, where composites are open; sizes stay symbols.
+
+    Return None where the function asks something of a size that isn't known, such as whether a batch is 2: the trace
+    would hold for one answer. Public: none.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad(), _quiet(), _asking_nothing(values) as asked:
+        try:
+            traced = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+        except Exception:
+            if asked():
+                return None
+            raise
+    return None if asked() else traced
+
+
+@contextlib.contextmanager
+def _asking_nothing(values: Sequence[Any]) -> Iterator[Callable[[], bool]]:
+    """Freeze the symbols of fake values; yield a function that tells whether anything was asked of them since."""
+    environment = _symbols_of(values)
+    if environment is None:
+        yield lambda: False
+        return
+    before, frozen = environment.counter["ignored_backward_guard"], environment.frozen
+    environment.frozen = True  # questions are counted; later torch also has an error for them
+    raising = getattr(environment, "error_on_new_guards", contextlib.nullcontext)
+    try:
+        with raising():
+            yield lambda: environment.counter["ignored_backward_guard"] > before
+    finally:
+        environment.frozen = frozen
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging what fails while something is tried."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+    ]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+def _symbols_of(values: Sequence[Any]) -> Any:
+    """Return the environment that the symbols of fake values live in; None where they have none."""
+    modes = [leaf.fake_mode for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, FakeTensor)]
+    return next((mode.shape_env for mode in modes if mode.shape_env is not None), None)
+
+
 def tracing_lock() -> AbstractContextManager[Any]:
     """Return the lock that Dynamo holds when it calls a backend, as a context. Public: none."""
     return cast("AbstractContextManager[Any]", importlib.import_module("torch._dynamo.convert_frame").compile_lock)
@@ -157,7 +226,7 @@ def load_aoti(file: str) -> Callable[..., Any]:
 # ---- counting
 
 
-def is_operator(target: object) -> bool:
+def is_operator(target: object) -> TypeGuard[torch._ops.OpOverload]:
     """Return whether a node's target is one overload of an operator, such as aten.mm.default."""
     return isinstance(target, torch._ops.OpOverload)
 

@@ -31,6 +31,10 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             node.target = aten.reshape.default
         elif node.target in FLATTENINGS:
             _as_reshape(node)
+        elif node.target is aten.mul.Tensor and _scales_from_the_left(node):
+            node.args = (node.args[1], node.args[0])
+        elif node.target is aten.sum.dim_IntList and (summands := _summands(node)):
+            _as_additions(gm.graph, node, summands)
     return edit.finish(gm)
 
 
@@ -45,6 +49,36 @@ def _as_reshape(node: fx.Node) -> None:
         node.target, node.kwargs = aten.reshape.default, {}
         edit.set_args(node, (node.args[0], sizes))
         node.meta["val"] = value  # said in other words
+
+
+def _scales_from_the_left(node: fx.Node) -> bool:
+    """Tell whether a product has its smaller tensor, or its number, first: a scale comes second."""
+    first, second = node.args
+    if not isinstance(second, fx.Node):
+        return False
+    return not isinstance(first, fx.Node) or len(shape_of(first)) < len(shape_of(second))
+
+
+def _summands(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors that are stacked and then summed again over the new dimension; none where it isn't so."""
+    stack = _source(node)
+    if stack.target is not aten.stack.default or len(stack.users) != 1 or len(node.args) != 2 or node.kwargs:
+        return []
+    tensors, place, rank = stack.args[0], (*stack.args[1:], 0)[0], len(shape_of(stack))
+    summed = [dim % rank for dim in node.args[1]]  # type: ignore[union-attr]
+    return list(tensors) if summed == [place % rank] else []  # type: ignore[arg-type, operator]
+
+
+def _as_additions(graph: fx.Graph, node: fx.Node, summands: list[fx.Node]) -> None:
+    """Turn a sum over stacked tensors into additions, which a residual stream can be seen in."""
+    emit = edit.Emitter(graph, like=node, before=node)
+    total = summands[0]
+    for summand in summands[1:]:
+        total = emit(aten.add.Tensor, total, summand)
+    stack = _source(node)
+    node.replace_all_uses_with(total)
+    graph.erase_node(node)
+    graph.erase_node(stack)
 
 
 def _changes_nothing(node: fx.Node) -> bool:

@@ -89,6 +89,7 @@ WITH_MORE: dict[Any, Callable[..., Tensor]] = {
     aten.div.Scalar: lambda op, x: op(x, 0.3),
     aten.dropout.default: lambda op, x: op(x, 0.5, True),
     aten.eq.Scalar: lambda op, x: op(x.sign(), 1),
+    aten.full_like.default: lambda op, x: op(x, 0.3),
     aten.ge.Scalar: lambda op, x: op(x, 0.1),
     aten.gt.Scalar: lambda op, x: op(x, 0.1),
     aten.le.Scalar: lambda op, x: op(x, 0.1),
@@ -107,9 +108,11 @@ WITH_MORE: dict[Any, Callable[..., Tensor]] = {
 OF_TWO: dict[Any, Callable[..., Tensor]] = {
     aten.bitwise_and.Tensor: lambda op, x, y: op(x > 0, y > 0),
     aten.bitwise_or.Tensor: lambda op, x, y: op(x > 0, y > 0),
+    aten.complex.default: lambda op, x, y: op(x, y).abs(),
     aten.div.Tensor_mode: lambda op, x, y: op(x, y, rounding_mode="floor"),
     aten.eq.Tensor: lambda op, x, y: op(x.sign(), y.sign()),
     aten.masked_fill.Scalar: lambda op, x, y: op(x, y > 0, 0.5),
+    aten.polar.default: lambda op, x, y: op(x.abs(), y).abs(),
     aten.pow.Tensor_Tensor: lambda op, x, y: op(x.abs(), y),
     aten.where.ScalarOther: lambda op, x, y: op(y > 0, x, 0.5),
     aten.where.ScalarSelf: lambda op, x, y: op(y > 0, 0.5, x),
@@ -188,6 +191,7 @@ def contraction() -> Iterator[Row]:
     )
     yield Row(aten.bmm.default, lambda x: torch.bmm(x, x.transpose(1, 2)), "B, 2+n1, 2+n1")
     yield Row(aten.bmm.default, lambda x: torch.bmm(x.transpose(1, 2), x), "B, 8, 8", ADDS_UP)
+    yield Row(aten.mm.default, lambda x, w: torch.mm(flat(x), w).mean(0), "B*(2+n1), 8")
     yield Row(attend, lambda x: sdpa(heads(x), heads(x), heads(x)), "B, 2, 2+n1, 4")
     yield Row(attend, lambda x, bias: sdpa(heads(x), heads(x), heads(x), bias), "B, 2, 2+n1, 4")
     yield Row(attend, lambda x, old: sdpa(heads(x), heads(x), heads(old)), "B, 2, 2+n1, 4")

@@ -68,6 +68,12 @@ def layout() -> Iterator[Row]:
     yield Row(aten.transpose.int, lambda x: x.transpose(-1, 1), "B, 8, 2+n1")
     yield Row(aten.t.default, lambda x: flat(x).t().mean(1), "8, B*(2+n1)")
     yield Row(aten.numpy_T.default, lambda x: x[0].T.mean(1), "8, 2+m0", APART)
+    yield Row(aten.view_as_complex.default, lambda x: torch.view_as_complex(x.unflatten(2, (4, 2))).abs(), "B, 2+n1, 4")
+    yield Row(
+        aten.view_as_real.default,
+        lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(2, (4, 2)))),
+        "B, 2+n1, 4, 2",
+    )
     yield Row(aten.unsqueeze.default, lambda x: x.unsqueeze(1), "B, 1, 2+n1, 8")
     yield Row(aten.unsqueeze.default, lambda x: x.unsqueeze(-2), "B, 2+n1, 1, 8")
     yield Row(aten.squeeze.dim, lambda x: x.unsqueeze(1).squeeze(1), STREAM)

@@ -54,6 +54,21 @@ def reverse(call: Call) -> RuleResult:
     return RuleResult(tuple(reversed(call.type(0))), operands={call.operand(0): call.type(0)})
 
 
+@rule(aten.view_as_complex.default)
+def view_as_complex(call: Call) -> RuleResult:
+    """Make the last dimension, real and imaginary parts, one number."""
+    x = call.type(0)
+    require_plain(x[-1:], "the parts of a complex number")
+    return RuleResult(x[:-1], operands={call.operand(0): x})
+
+
+@rule(aten.view_as_real.default)
+def view_as_real(call: Call) -> RuleResult:
+    """Add a last dimension for the real and the imaginary part."""
+    x = call.type(0)
+    return RuleResult((*x, (Plain(2),)), operands={call.operand(0): x})
+
+
 @rule(aten.unsqueeze.default)
 def unsqueeze(call: Call) -> RuleResult:
     """Insert a dimension of size one."""

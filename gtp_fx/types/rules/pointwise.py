@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from gtp_fx.graph.operators import BINARY, CASTS_LIKE, UNARY
 from gtp_fx.types.axes import Plain, TensorType, whole_size
-from gtp_fx.types.rules.registry import Call, RuleResult, join, rule, wanting
+from gtp_fx.types.rules.registry import Call, RuleResult, for_every_pointwise, join, rule, wanting
 
 
+@for_every_pointwise
 @rule(*BINARY, *UNARY)
 def pointwise(call: Call) -> RuleResult:
     """Join the types of all tensors."""

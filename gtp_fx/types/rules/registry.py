@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from gtp_fx.errors import NotApplicable
@@ -142,6 +143,7 @@ class Call:
 
 Rule = Callable[[Call], RuleResult]
 _rules: dict[Any, Rule] = {}
+_by_tag: dict[torch.Tag, Rule] = {}
 
 
 def rule(*operators: Any) -> Callable[[Rule], Rule]:
@@ -157,9 +159,22 @@ def rule(*operators: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+def for_every_pointwise(function: Rule) -> Rule:
+    """Make a rule the one of every element-wise operator without a rule of its own, as torch tags them."""
+    _by_tag[torch.Tag.pointwise] = function
+    return function
+
+
 def find(operator: Any) -> Rule | None:
     """Return an operator's rule; None where it has none."""
-    return _rules.get(operator)
+    if operator in _rules or torch.Tag.pointwise not in getattr(operator, "tags", ()):
+        return _rules.get(operator)
+    return None if torch.Tag.nondeterministic_seeded in operator.tags else _by_tag[torch.Tag.pointwise]
+
+
+def has_own_rule(operator: Any) -> bool:
+    """Return whether a rule names this operator, which makes it a word of the vocabulary."""
+    return operator in _rules
 
 
 def wanting(pairs: Iterable[tuple[fx.Node, TensorType]]) -> dict[fx.Node, TensorType]:
