@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
-LIBRARIES = ("vit_pytorch", "birder", "medical", "kornia", "x_transformers", "small_packages", "others")
+LIBRARIES = (
+    "vit_pytorch",
+    "vit_pytorch_stages",
+    "birder",
+    "medical",
+    "kornia",
+    "x_transformers",
+    "vformer",
+    "small_packages",
+    "others",
+    "hugging_face",
+)
 """Modules of this folder, one a library or a group of small ones; each has MODELS."""
 
 

@@ -1,4 +1,4 @@
-"""torchvision, transformers, open_clip, lightly, segmentation-models-pytorch, RF-DETR, torchgeo."""
+"""torchvision, open_clip, lightly, segmentation-models-pytorch, RF-DETR, torchgeo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.wild_models import Calling, Shape, WildModel, of
+from bench.wild_models import Calling, WildModel, of
 
 _IMAGE = (3, 64, 64)
 _TORCHVISION: dict[str, Any] = {
@@ -20,28 +20,7 @@ _TORCHVISION: dict[str, Any] = {
     "hidden_dim": 32,
     "mlp_dim": 64,
 }
-_HF: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 64,
-    "patch_size": 8,
-}
 _GEO: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
-
-
-def _hf(
-    model: str, config: str, *shapes: Shape, name: str = "", library: str = "transformers", **settings: Any
-) -> WildModel:
-    build = partial(_hf_built, model, config, {**_HF, **settings})
-    return WildModel(library, name or model, build, shapes or (_IMAGE,))
-
-
-def _hf_built(model: str, config: str, settings: dict[str, Any]) -> nn.Module:
-    library = importlib.import_module("transformers")
-    built: nn.Module = getattr(library, model)(getattr(library, config)(**settings))
-    return built
 
 
 def _timm(**settings: Any) -> nn.Module:
@@ -201,69 +180,4 @@ MODELS = (
         **_GEO,
         num_classes=10,
     ),
-    _hf("ChineseCLIPVisionModel", "ChineseCLIPVisionConfig"),
-    _hf("CLIPSegForImageSegmentation", "CLIPSegConfig"),
-    _hf("FlavaImageModel", "FlavaImageConfig"),
-    _hf("GitVisionModel", "GitVisionConfig"),
-    _hf(
-        "GroupViTVisionModel",
-        "GroupViTVisionConfig",
-        depths=[2, 2, 2],
-        num_group_tokens=[8, 4, 0],
-        num_output_groups=[8, 4, 0],
-    ),
-    _hf("Blip2VisionModel", "Blip2VisionConfig"),
-    _hf("InstructBlipVisionModel", "InstructBlipVisionConfig"),
-    _hf("Idefics3VisionTransformer", "Idefics3VisionConfig"),
-    _hf("Kosmos2VisionModel", "Kosmos2VisionConfig"),
-    _hf("XCLIPVisionModel", "XCLIPVisionConfig", num_frames=2),
-    _hf("Owlv2VisionModel", "Owlv2VisionConfig"),
-    _hf("AlignVisionModel", "AlignVisionConfig"),
-    _hf("JanusVisionModel", "JanusVisionConfig"),
-    _hf("Siglip2VisionModel", "Siglip2VisionConfig"),
-    _hf("CvtForImageClassification", "CvtConfig", embed_dim=[16, 16, 32], num_heads=[1, 1, 2], depth=[1, 1, 3]),
-    _hf(
-        "LevitForImageClassification",
-        "LevitConfig",
-        (3, 128, 128),
-        image_size=128,
-        hidden_sizes=[32, 48, 64],
-        num_attention_heads=[2, 2, 2],
-        depths=[2, 2, 2],
-        key_dim=[16, 16, 16],
-    ),
-    _hf(
-        "MobileViTForImageClassification",
-        "MobileViTConfig",
-        (3, 64, 64),
-        hidden_sizes=[32, 48, 64],
-        patch_size=2,
-        num_attention_heads=4,
-    ),
-    _hf(
-        "PvtForImageClassification",
-        "PvtConfig",
-        hidden_sizes=[16, 16, 32, 32],
-        depths=[1, 1, 2, 1],
-        num_attention_heads=[1, 1, 2, 2],
-        patch_sizes=[4, 2, 2, 2],
-    ),
-    _hf(
-        "DonutSwinModel",
-        "DonutSwinConfig",
-        (3, 112, 112),
-        image_size=112,
-        embed_dim=24,
-        depths=[1, 1, 2],
-        num_heads=[1, 2, 2],
-        patch_size=4,
-    ),
-    _hf("DinatModel", "DinatConfig"),
-    _hf("ImageGPTForImageClassification", "ImageGPTConfig"),
-    _hf("Sam2HieraDetModel", "Sam2HieraDetConfig", (3, 128, 128)),
-    _hf("VideoMAEModel", "VideoMAEConfig", (4, 3, 64, 64), num_frames=4),
-    _hf("Sam3ViTModel", "Sam3ViTConfig"),
-    _hf("LwDetrViTBackbone", "LwDetrViTConfig"),
-    _hf("MllamaVisionModel", "MllamaVisionConfig"),
-    _hf("ViTHybridForImageClassification", "ViTHybridConfig"),
 )
