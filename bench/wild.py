@@ -1,6 +1,7 @@
 """Does it keep its promises on models whose authors never heard of it? One row a class of a real library.
 
     pip install -e '.[wild]'
+    pip install --no-deps vformer dinov2 depth-anything-3 sam3 vit-prisma pytorchvideo  # they pin old or odd versions
     python -m bench.wild --out bench/results/wild.json --jobs 2
     python -m bench.wild --only birder --only 'vit_3d'
 

@@ -21,11 +21,14 @@ _HF: dict[str, Any] = {
 }
 
 
-def _hf(
-    model: str, config: str, *shapes: Shape, name: str = "", library: str = "transformers", **settings: Any
-) -> WildModel:
-    build = partial(_hf_built, model, config, {**_HF, **settings})
-    return WildModel(library, name or model, build, shapes or (_IMAGE,))
+def _hf(model: str, config: str, *shapes: Shape, **settings: Any) -> WildModel:
+    """model, config: names of the library's classes; a narrow ViT unless settings say otherwise."""
+    return _staged(model, config, *shapes, **{**_HF, **settings})
+
+
+def _staged(model: str, config: str, *shapes: Shape, **settings: Any) -> WildModel:
+    """A class whose configuration has lists, one entry a stage."""
+    return WildModel("transformers", model, partial(_hf_built, model, config, settings), shapes or (_IMAGE,))
 
 
 def _hf_built(model: str, config: str, settings: dict[str, Any]) -> nn.Module:
@@ -36,7 +39,6 @@ def _hf_built(model: str, config: str, settings: dict[str, Any]) -> nn.Module:
 
 MODELS = (
     _hf("ChineseCLIPVisionModel", "ChineseCLIPVisionConfig"),
-    _hf("CLIPSegForImageSegmentation", "CLIPSegConfig"),
     _hf("FlavaImageModel", "FlavaImageConfig"),
     _hf("GitVisionModel", "GitVisionConfig"),
     _hf(
@@ -49,23 +51,9 @@ MODELS = (
     _hf("Blip2VisionModel", "Blip2VisionConfig"),
     _hf("InstructBlipVisionModel", "InstructBlipVisionConfig"),
     _hf("Idefics3VisionTransformer", "Idefics3VisionConfig"),
-    _hf("Kosmos2VisionModel", "Kosmos2VisionConfig"),
-    _hf("XCLIPVisionModel", "XCLIPVisionConfig", num_frames=2),
     _hf("Owlv2VisionModel", "Owlv2VisionConfig"),
     _hf("AlignVisionModel", "AlignVisionConfig"),
     _hf("JanusVisionModel", "JanusVisionConfig"),
-    _hf("Siglip2VisionModel", "Siglip2VisionConfig"),
-    _hf("CvtForImageClassification", "CvtConfig", embed_dim=[16, 16, 32], num_heads=[1, 1, 2], depth=[1, 1, 3]),
-    _hf(
-        "LevitForImageClassification",
-        "LevitConfig",
-        (3, 128, 128),
-        image_size=128,
-        hidden_sizes=[32, 48, 64],
-        num_attention_heads=[2, 2, 2],
-        depths=[2, 2, 2],
-        key_dim=[16, 16, 16],
-    ),
     _hf(
         "MobileViTForImageClassification",
         "MobileViTConfig",
@@ -82,22 +70,28 @@ MODELS = (
         num_attention_heads=[1, 1, 2, 2],
         patch_sizes=[4, 2, 2, 2],
     ),
-    _hf(
+    _hf("VideoMAEModel", "VideoMAEConfig", (4, 3, 64, 64), num_frames=4),
+    _hf("Sam3ViTModel", "Sam3ViTConfig"),
+    _hf("LwDetrViTBackbone", "LwDetrViTConfig"),
+    _staged(
+        "LevitForImageClassification",
+        "LevitConfig",
+        (3, 128, 128),
+        image_size=128,
+        patch_size=16,
+        hidden_sizes=[32, 48, 64],
+        num_attention_heads=[2, 2, 2],
+        depths=[2, 2, 2],
+        key_dim=[16, 16, 16],
+    ),
+    _staged(
         "DonutSwinModel",
         "DonutSwinConfig",
         (3, 112, 112),
-        image_size=112,
+        image_size=[112, 112],
         embed_dim=24,
         depths=[1, 1, 2],
         num_heads=[1, 2, 2],
         patch_size=4,
     ),
-    _hf("DinatModel", "DinatConfig"),
-    _hf("ImageGPTForImageClassification", "ImageGPTConfig"),
-    _hf("Sam2HieraDetModel", "Sam2HieraDetConfig", (3, 128, 128)),
-    _hf("VideoMAEModel", "VideoMAEConfig", (4, 3, 64, 64), num_frames=4),
-    _hf("Sam3ViTModel", "Sam3ViTConfig"),
-    _hf("LwDetrViTBackbone", "LwDetrViTConfig"),
-    _hf("MllamaVisionModel", "MllamaVisionConfig"),
-    _hf("ViTHybridForImageClassification", "ViTHybridConfig"),
 )

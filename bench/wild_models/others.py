@@ -63,6 +63,25 @@ def _whole_clip() -> nn.Module:
     return Calling(model, lambda module, image: module(image, torch.arange(8).repeat(image.shape[0], 1)))
 
 
+def _rf_detr(num_windows: int) -> nn.Module:
+    """RF-DETR's backbone: whole attention in one block of three where there are windows."""
+    library = importlib.import_module("rfdetr.models.backbone.dinov2_with_windowed_attn")
+    config = library.WindowedDinov2WithRegistersConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=64,
+        patch_size=8,
+        num_windows=num_windows,
+        window_block_indexes=[0, 1] if num_windows > 1 else [],
+        out_indices=[3],
+    )
+    name = "WindowedDinov2WithRegistersBackbone" if num_windows > 1 else "WindowedDinov2WithRegistersModel"
+    model: nn.Module = getattr(library, name)(config)
+    return model
+
+
 def _wavelengths(module: nn.Module, image: Tensor) -> Any:
     return module(image, [0.665, 0.56, 0.49])
 
@@ -106,7 +125,6 @@ MODELS = (
         stochastic_depth_prob=0.0,
         num_classes=10,
     ),
-    of("torchvision", "torchvision.models.video.mvit:mvit_v2_s", (3, 16, 224, 224), name="MViT V2", num_classes=10),
     WildModel("open_clip", "VisionTransformer", _open_clip, (_IMAGE,)),
     WildModel(
         "open_clip",
@@ -148,6 +166,8 @@ MODELS = (
     of(
         "torchgeo", "torchgeo.models.dofa:DOFA", _IMAGE, how=_wavelengths, **_GEO, num_classes=10, dynamic_embed_dim=128
     ),
+    WildModel("rfdetr", "WindowedDinov2WithRegistersModel", partial(_rf_detr, num_windows=1), (_IMAGE,)),
+    WildModel("rfdetr", "WindowedDinov2WithRegistersBackbone, windows", partial(_rf_detr, num_windows=2), (_IMAGE,)),
     of("torchgeo", "torchgeo.models.scale_mae:ScaleMAE", _IMAGE, **_GEO),
     of(
         "torchgeo",

@@ -116,7 +116,7 @@ MODELS = (
         "CrossFormer",
         (3, 112, 112),
         num_classes=10,
-        dim=(16, 16, 32, 32),
+        dim=(32, 32, 64, 64),
         depth=(1, 1, 2, 1),
         global_window_size=(4, 2, 1, 1),
     ),

@@ -21,6 +21,10 @@ from bench.wild_models import Calling, WildModel, every, of
 from bench.wild_row import BUDGET, Row, measure
 from bench.wild_workers import measured
 
+from support.checkout import ROOT
+
+RESULT = ROOT / "bench" / "results" / "wild.json"
+
 VIT = WildModel("none", "scratch", lambda: ScratchViT(size=32, patch=8, width=32, depth=3, heads=2), ((3, 32, 32),))
 CONVOLUTIONS = WildModel("none", "convolutions", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), ((3, 8, 8),))
 GOOD = Row("none", "scratch", "reduced", exact=1e-7, ratio=0.73, moved=0.1, sites=2, blocks=3, dynamo="agree")
@@ -115,3 +119,13 @@ def test_the_command_goes_on_where_it_stopped_and_fails_on_a_fault(
     assert written["rows"][0] == asdict(replace(GOOD, library="vit-pytorch", name=first))
     unknown = CliRunner().invoke(wild.command, ["--only", "nonesuch"])
     assert unknown.exit_code == 2 and "nonesuch" in unknown.output
+
+
+@pytest.mark.skipif(not RESULT.exists(), reason="the first full run is not committed yet")
+def test_the_committed_result_has_no_fault_and_is_what_the_docs_show() -> None:
+    rows = [Row(**row) for row in json.loads(RESULT.read_text())["rows"]]
+    assert {(row.library, row.name) for row in rows} == {model.key for model in every()}
+    assert [row.name for row in rows if row.verdict in wild.FAULTS] == []
+    assert sum(row.verdict in ("reduced", "refused") for row in rows) >= 150
+    assert wild.summary(rows) in (ROOT / "docs" / "models.md").read_text(), "paste what `bench.wild --summary` prints"
+    assert wild.table(rows, "github") in RESULT.with_suffix(".md").read_text()
