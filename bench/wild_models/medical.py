@@ -88,7 +88,7 @@ MODELS = (
         spatial_dims=2,
         **_NARROW,
     ),
-    _net("swin_unetr:SwinUNETR", (1, 64, 64, 64), in_channels=1, out_channels=2, feature_size=12, depths=(1, 1, 1, 1)),
+    _net("swin_unetr:SwinUNETR", (1, 32, 32, 32), in_channels=1, out_channels=2, feature_size=12, depths=(1, 1, 1, 1)),
     _net(
         "swin_unetr:SwinUNETR",
         (1, 128, 128),
