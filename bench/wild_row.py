@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import gtp_fx
 from bench.dynamo_door import Door
@@ -185,7 +185,9 @@ def _run(model: Callable[..., Any], call: tuple[Tensor, ...]) -> Any:
 
 def _flops(model: nn.Module, call: tuple[Tensor, ...]) -> int:
     """As torch counts them. It has no formula for the CPU's fused attention, which some models choose themselves."""
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+    fused = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    }
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=fused) as counter:
         _run(model, call)
     return counter.get_total_flops()

@@ -174,16 +174,15 @@ MODELS = (
         "torchgeo.models.croma:CROMA",
         (2, 64, 64),
         (12, 64, 64),
-        encoder_dim=32,
+        encoder_dim=64,
         encoder_depth=4,
-        num_heads=2,
+        num_heads=16,
         patch_size=8,
         image_size=64,
     ),
     of(
         "torchgeo", "torchgeo.models.changevit:ChangeViT", (2, 3, 64, 64), backbone="vit_small_patch16_224", img_size=64
     ),
-    of("torchgeo", "torchgeo.models.btc:BTC", (2, 3, 64, 64), backbone="swin_tiny_patch4_window7_224"),
     of(
         "torchgeo",
         "torchgeo.models.copernicusfm:CopernicusFM",

@@ -33,9 +33,6 @@ MODELS = (
     _with("T5 bias", rel_pos_bias=True),
     _with("dynamic bias", dynamic_pos_bias=True),
     _with("qk_norm", attn_qk_norm=True),
-    _with("RMSNorm, SwiGLU", use_rmsnorm=True, ff_glu=True, ff_swish=True),
-    _with("sandwich", sandwich_norm=True),
-    _with("macaron", macaron=True),
     _with("talking heads", attn_pre_talking_heads=True),
     _with("one key head", attn_one_kv_head=True),
     _with("gated values", attn_gate_values=True),
@@ -44,5 +41,4 @@ MODELS = (
     _with("sparse top-k", attn_sparse_topk=8),
     _with("value residual", learned_value_residual_mix=True, add_value_residual=True),
     _with("hyper-connections", num_residual_streams=2),
-    _with("layer scale, post-norm", pre_norm=False),
 )
