@@ -138,6 +138,7 @@ def _dynamo(
     model: nn.Module, calls: list[tuple[Tensor, ...]], wanted: list[Any], fast: Any, refusal: Exception | None
 ) -> str:
     """Return how torch.compile's entry point compares with what `optimize` returned or raised."""
+    calls = [tuple(value.clone() for value in call) for call in calls]  # without what a capture has marked on them
     result, door = _through_dynamo(model, calls[:1], BUDGET)
     for error in door.refused:
         if not _is_refusal(error):
