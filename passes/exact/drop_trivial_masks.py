@@ -23,7 +23,7 @@ _LARGEST = 1 << 24
 
 def drop_trivial_masks(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of `gm` without masks that hide nothing; `gm` itself where it creates no constants."""
-    if not nodes.count_nodes(gm.graph, CONSTANTS):
+    if not nodes.count_nodes(gm.graph, (*CONSTANTS, *LIKE_ANOTHER)):
         return gm
     gm = edit.copy_of(gm)
     known = known_values(gm.graph)
