@@ -40,8 +40,10 @@ def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
     rows = [label for label in a if label not in b]
     columns = [label for label in b if label not in a]
     summed = [label for label in a if label in b and label not in result]
-    if not (len(rows) == len(columns) == len(summed) == 1) or {*rows, *columns} - set(result):
+    if not (rows and len(columns) == len(summed) == 1) or {*rows, *columns} - set(result):
         return
+    if len(rows) > 1 and (batch or list(a) != [*rows, *summed]):
+        return  # only a linear layer over several dimensions is as good as a product of matrices
     sizes = [dict(zip(term, shape_of(operand), strict=True)) for term, operand in zip((a, b), operands, strict=True)]
     if any(sizes[0][label] != sizes[1][label] for label in (*batch, *summed)):
         return  # an operand is broadcast along this label
