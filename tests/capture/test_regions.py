@@ -151,7 +151,11 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", in_tiers(REGIONS, Without, HalfInside, Recomputed), ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    in_tiers(REGIONS, Without, HalfInside, HalfDecorated, HalfSpelled, InPlace, SwitchedOnAgain, Recomputed),
+    ids=lambda make: make.__name__,
+)
 def test_both_doors_give_eager_numbers_and_reduce(make: Callable[[], nn.Module]) -> None:
     model = built(make)
     wanted = model(images(3))
@@ -184,6 +188,7 @@ def test_no_gradient_reaches_what_is_frozen_inside(make: Callable[[], nn.Module]
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_an_outer_autocast_reaches_no_part_that_switches_it() -> None:
     """In silence it would: the part has no context any more."""
