@@ -71,7 +71,8 @@ class _Context:
         if name == _GRAD or node.target is SET_GRAD:
             return replace(self, grad=bool(node.args[0]))
         if name == _AUTOCAST or node.target is ENTER_AUTOCAST:
-            device, dtype, enabled = node.args[:3]
+            arguments: tuple[Any, ...] = node.args[:3]
+            device, dtype, enabled = arguments
             chosen = torch.get_autocast_dtype(device) if dtype is None else dtype
             return replace(self, autocast={**self.autocast, device: Autocast(bool(enabled), chosen)})
         return self

@@ -64,11 +64,13 @@ def _is_parameter(value: Any, rank: int) -> bool:
 def _as_linear(graph: fx.Graph, product: fx.Node) -> None:
     """Replace a product by a linear layer; a transposition of the weight is undone."""
     x, weight = product.args
+    assert isinstance(weight, fx.Node)
     emit = edit.Emitter(graph, like=product, before=product)
-    rows = emit(aten.transpose.int, weight, 0, 1)
-    rows.meta["val"] = weight.meta["val"].transpose(0, 1)  # type: ignore[union-attr]
-    if weight.target in (*PERMUTATIONS, aten.t.default, aten.numpy_T.default):  # type: ignore[union-attr]
-        rows = weight.args[0]  # type: ignore[union-attr]
+    if weight.target in (*PERMUTATIONS, aten.t.default, aten.numpy_T.default):
+        rows: Any = weight.args[0]
+    else:
+        rows = emit(aten.transpose.int, weight, 0, 1)
+        rows.meta["val"] = weight.meta["val"].transpose(0, 1)
     linear = emit(aten.linear.default, x, rows)
     linear.meta["val"] = product.meta["val"]
     product.replace_all_uses_with(linear)

@@ -98,9 +98,11 @@ def _summands(node: fx.Node) -> list[fx.Node]:
     stack = _source(node)
     if stack.target is not aten.stack.default or len(stack.users) != 1 or len(node.args) != 2 or node.kwargs:
         return []
-    tensors, place, rank = stack.args[0], (*stack.args[1:], 0)[0], len(shape_of(stack))
-    summed = [dim % rank for dim in node.args[1]]  # type: ignore[union-attr]
-    return list(tensors) if summed == [place % rank] else []  # type: ignore[arg-type, operator]
+    dims: Any = node.args[1]
+    tensors: Any = stack.args[0]
+    place: Any = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
+    rank = len(shape_of(stack))
+    return list(tensors) if [dim % rank for dim in dims] == [place % rank] else []
 
 
 def _as_additions(graph: fx.Graph, node: fx.Node, summands: list[fx.Node]) -> None:
@@ -123,7 +125,8 @@ def _changes_nothing(node: fx.Node) -> bool:
     if node.target in SCALINGS and isinstance(node.args[1], int | float):
         return node.args[1] == 1 and not node.kwargs and _source(node).meta["val"].dtype == node.meta["val"].dtype
     if node.target is aten.permute.default:
-        return [d % len(shape_of(node)) for d in node.args[1]] == list(range(len(shape_of(node))))  # type: ignore[union-attr, operator]
+        order: Any = node.args[1]
+        return [d % len(order) for d in order] == list(range(len(order)))
     if node.target is aten.slice.Tensor:
         return _same_shape(node) and node.args[4:] in ((), (1,))
     if node.target in (*VIEWS, *SQUEEZES, aten.expand.default):
