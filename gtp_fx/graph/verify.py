@@ -5,6 +5,7 @@ A node with a size that a pass forgot to repair can't run. So it is found here, 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
     """
     fakes = [t for node in gm.graph.nodes if is_input(node) for t in tensors_of(node.meta.get("val"))]
     # The graph's own mode, not `detect_fake_mode`'s answer: inside a backend that is Dynamo's, whose sizes are symbols.
-    mode = mode_of(fakes[0])
+    mode = mode_of(fakes[0]) if fakes else contextlib.nullcontext()  # a piece between graph breaks may read no tensor
     changed: set[fx.Node] = set()
     with mode, torch.no_grad():
         for node in gm.graph.nodes:

@@ -117,9 +117,9 @@ def test_parts_live_for_other_tokens_are_split_off_however_they_are_taken(how: s
         q, k, v = parts_of(F.linear(x, qkv), how)
         return (x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 13, 8))[:, 0]
 
-    inputs = torch.randn(2, 3, 8, 6), torch.randn(8, 3, 2, 2), torch.randn(24, 8), torch.randn(1, 1, 8)
+    inputs = torch.randn(2, 3, 8, 6), torch.randn(8, 3, 2, 2) / 4, torch.randn(24, 8) / 4, torch.randn(1, 1, 8)
     gm = mark_blocks(normalise(traced(cls_head, *inputs)))
     split = split_projections(gm)
     assert (calls(gm, aten.linear.default), calls(split, aten.linear.default)) == (1, 2), "q, and k and v together"
     propagate_shapes(split, "split_projections")
-    torch.testing.assert_close(split(*inputs), cls_head(*inputs))
+    torch.testing.assert_close(split(*inputs), cls_head(*inputs), rtol=0, atol=1e-5)
