@@ -2,7 +2,8 @@
 
     einsum("bhid,bhjd->bhij", q, k)   ->   matmul(q, kᵀ)
 
-so that later passes recognise attention in either spelling. Other einsums (more free labels, three operands) are kept.
+so that later passes recognise attention in either spelling. Keys that all heads share get a dimension for heads. Other
+einsums (more free labels, three operands) are kept.
 """
 
 from __future__ import annotations
@@ -31,16 +32,20 @@ def einsum_to_matmul(gm: fx.GraphModule) -> fx.GraphModule:
 def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
     """Replace an einsum by a matrix product with permutes around it, where it is one."""
     arguments: tuple[Any, ...] = node.args
-    equation = Equation.parse(arguments[0])
+    equation = Equation.parse(arguments[0], [len(shape_of(operand)) for operand in arguments[1]])
     if equation is None or len(equation.terms) != 2:
         return
     # A matrix product has batch labels, and one each of row, column and summed labels.
     (a, b), operands, result = equation.terms, arguments[1], equation.result
     batch = [label for label in result if label in a and label in b]
-    rows = [label for label in a if label not in b]
+    rows = sorted((label for label in a if label not in b), key=result.find)
     columns = [label for label in b if label not in a]
     summed = [label for label in a if label in b and label not in result]
-    if not (len(rows) == len(columns) == len(summed) == 1) or {*rows, *columns} - set(result):
+    if not (rows and len(columns) == len(summed) == 1) or {*rows, *columns} - set(result):
+        return
+    # Rows of several labels are those of as many products with one matrix, as where all heads share their keys.
+    together = "".join(batch)
+    if len(rows) > 1 and not (batch and a.startswith(together) and b.startswith(together)):
         return
     sizes = [dict(zip(term, shape_of(operand), strict=True)) for term, operand in zip((a, b), operands, strict=True)]
     if any(sizes[0][label] != sizes[1][label] for label in (*batch, *summed)):
@@ -48,6 +53,8 @@ def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         left = _permuted(graph, operands[0], a, [*batch, *rows, *summed], node)
         right = _permuted(graph, operands[1], b, [*batch, *summed, *columns], node)
+        for _ in rows[1:]:
+            right = edit.call(graph, aten.unsqueeze.default, right, len(batch), like=node)
         product = edit.call(graph, aten.matmul.default, left, right, like=node)
         output = _permuted(graph, product, "".join([*batch, *rows, *columns]), list(result), node)
     node.replace_all_uses_with(output)

@@ -37,6 +37,12 @@ def softmax(call: Call) -> RuleResult:
     return RuleResult(x, operands={node: x}, prefix_operands=None if is_plain(x[dim]) else NEEDS_ALL)
 
 
+@rule(aten.logsumexp.default)
+def log_of_sum(call: Call) -> RuleResult:
+    """Reduce over channels only: a sum of exponentials over tokens shrinks with every token removed."""
+    return _reduce(call, over_tokens=False)
+
+
 @rule(aten.mean.dim, aten.amax.default, aten.amin.default)
 def pool(call: Call) -> RuleResult:
     """Reduce over features or tokens.
