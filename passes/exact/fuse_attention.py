@@ -12,7 +12,6 @@ Fused attention computes the softmax in float32, so in lower precision it is the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,11 +21,12 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import MATRIX_PRODUCTS
 from gtp_fx.graph.symbols import shape_of, written
+from gtp_fx.passes.exact.attention_layout import layout_of, merged_heads
 from gtp_fx.passes.exact.build_attention import Sized, broadcast, build_operands, can_be_built, seen_as, spread
 from gtp_fx.passes.exact.drop_trivial_masks import known_values
 from gtp_fx.passes.exact.read_logits import Logits, read_logits
 from gtp_fx.passes.exact.read_softmax import read_softmax
-from gtp_fx.types.axes import GridAxis, Plain, holds_images, is_plain, whole_size
+from gtp_fx.types.axes import is_plain
 from gtp_fx.types.infer import WholeTyping, infer_types
 
 Known = Mapping[Any, Tensor]
@@ -95,7 +95,7 @@ def _read(product: fx.Node, typing: WholeTyping) -> Logits | None:
     operands = (logits.q, logits.k_transposed, *(factor.value for factor in logits.factors))
     fits = seen[-2:] == shape_of(logits.product)[-2:] == logits.shape[-2:] and seen[:-2] == shape_of(product)[:-2]
     own_lead = shape_of(logits.q)[:-2] == lead and all(broadcast(shape_of(x)[:-2], lead) == lead for x in operands)
-    return logits if fits and own_lead and len(lead) in (1, 2) else None
+    return logits if fits and own_lead and lead else None
 
 
 def _runs_over_tokens(k_transposed: fx.Node, typing: WholeTyping) -> bool:
@@ -107,33 +107,32 @@ def _runs_over_tokens(k_transposed: fx.Node, typing: WholeTyping) -> bool:
 def _replace(graph: fx.Graph, product: fx.Node, logits: Logits, typing: WholeTyping, known: Known) -> bool:
     """Replace the attention that ends in `product` by the operator, with heads in a dimension of their own.
 
-    Return whether it was done: not where heads can't be told from images, and a site needs that.
+    Return whether it was done: not where heads can't be told from images.
     """
-    merged = len(shape_of(logits.q)) == 3
     value: Any = product.args[1]
-    heads = _merged_heads(logits.q, typing) or _merged_heads(value, typing) if merged else None
-    if merged and heads is None:
+    layout = layout_of(logits.q, value, typing)
+    if layout is None:
         return False
+    lead, seen = layout.lead, shape_of(product)[:-2]
+    dtype, own = (node.meta["val"].dtype for node in (logits.q, value))
     with graph.inserting_before(product):
         emit = edit.Emitter(graph, like=product)
-
-        def split_heads(x: Sized) -> fx.Node:
-            """Reshape [images * heads, …] to [images, heads, …]; what all share has neither and broadcasts."""
-            shared = heads is None or len(x.shape) < 3 or x.shape[0] == 1
-            return x.node if shared else emit(aten.reshape.default, x.node, [-1, heads, *x.shape[1:]])
-
         operands = build_operands(emit, logits, known)
-        lead = shape_of(logits.product)[:-2]
-        seen = shape_of(product)[:-2]
-        values = Sized(value, shape_of(value))
-        values = seen_as(emit, values, (*seen, *values.shape[-2:]), (*lead, *values.shape[-2:]), logits.q)
+        # The operator computes in one type: in the logits', which may be the larger.
+        values = Sized(value if own == dtype else emit(aten.to.dtype, value, dtype), shape_of(value))
+        tail = values.shape[-2:]
+        values = seen_as(emit, values, (*seen, *tail), (*lead, *tail), logits.q)
         # Keys and values that all heads share are repeated, so that each head has its own.
         each = [spread(emit, x, lead, logits.q) for x in (operands.query, operands.key, values)]
-        mask = None if operands.mask is None else split_heads(operands.mask)
-        attention = emit(aten.scaled_dot_product_attention.default, *map(split_heads, each), mask)
+        mask = None if operands.mask is None else layout.arranged(emit, operands.mask, logits.q)
+        arranged = [layout.arranged(emit, x, logits.q) for x in each]
+        attention = emit(aten.scaled_dot_product_attention.default, *arranged, mask)
         attention.kwargs = {"scale": logits.scale}
-        if heads is not None or seen != lead:
+        attention = layout.restored(emit, attention, shape_of(product)[-2:])
+        if seen != lead:
             attention = emit(aten.reshape.default, attention, written(shape_of(product)))
+        if own != dtype:
+            attention = emit(aten.to.dtype, attention, own)
         attention.meta["val"] = product.meta["val"]
     product.replace_all_uses_with(attention)
     graph.erase_node(product)
@@ -145,7 +144,7 @@ def _separate_heads(graph: fx.Graph, attention: fx.Node, typing: WholeTyping) ->
     arguments: tuple[Any, ...] = attention.args
     q, k, v, *rest = arguments
     if {len(shape_of(x)) for x in (q, k, v)} != {3} or (
-        heads := _merged_heads(q, typing) or _merged_heads(v, typing)
+        heads := merged_heads(q, typing) or merged_heads(v, typing)
     ) is None:
         return
     shape = shape_of(attention)
@@ -164,38 +163,3 @@ def _separate_heads(graph: fx.Graph, attention: fx.Node, typing: WholeTyping) ->
         merged = edit.call(graph, aten.reshape.default, new, [-1, *shape[1:]], like=attention)
     attention.replace_all_uses_with(merged)
     graph.erase_node(attention)
-
-
-def _merged_heads(q: fx.Node, typing: WholeTyping) -> int | None:
-    """Return the heads of q [images * heads, tokens, features], from its type; None where the type doesn't show them.
-
-    The type has the first dimension's factors, as the view that merged them had. Heads might come before the images, so
-    the outer factor has to be known as the images.
-    """
-    kind = typing.types.get(q)
-    if not isinstance(kind, tuple):
-        return None
-    images, *rest = kind[0]
-    known = (
-        images.images if holds_images(kind[0]) and isinstance(images, Plain) else images.whole_size in _images(typing)
-    )
-    if _batch_of_one(typing) and not holds_images(kind[0]):
-        known, rest = True, list(kind[0])  # a batch of one doesn't appear in a type
-    if not known:
-        return None
-    while rest and not isinstance(rest[0], Plain):  # skip the windows, which are between images and heads
-        rest = rest[1:]
-    return math.prod(factor.whole_size for factor in rest) if all(isinstance(f, Plain) for f in rest) else None
-
-
-def _batch_of_one(typing: WholeTyping) -> bool:
-    """Tell whether every dimension of images in the graph has size 1."""
-    kinds = [kind for kind in typing.types.values() if isinstance(kind, tuple)]
-    sizes = {f.size for kind in kinds for dim in kind for f in dim if isinstance(f, Plain) and f.images}
-    return sizes == {1}
-
-
-def _images(typing: WholeTyping) -> set[int]:
-    """Return the batch sizes of values over patch grids."""
-    kinds = [kind for kind in typing.types.values() if isinstance(kind, tuple)]
-    return {whole_size(kind[0]) for kind in kinds if any(isinstance(f, GridAxis) for dim in kind for f in dim)}

@@ -16,7 +16,15 @@ from typing import Any
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.graph.operators import CHOICES, DIVISIONS, MASKED_FILLS, MATRIX_PRODUCTS, RESIDUAL_SUMS, SCALINGS
+from gtp_fx.graph.operators import (
+    CHOICES,
+    DIVISIONS,
+    LIKE_ANOTHER,
+    MASKED_FILLS,
+    MATRIX_PRODUCTS,
+    RESIDUAL_SUMS,
+    SCALINGS,
+)
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.passes.exact.read_softmax import NUMBER_PRESERVING, VIEWED
 
@@ -137,8 +145,10 @@ def read_logits(node: Any, is_keys: IsKeys) -> Logits | None:
 
 
 def _inner(node: Any, is_keys: IsKeys) -> Logits | None:
-    """Parse logits that nothing else reads."""
-    return _parsed(node, is_keys) if isinstance(node, fx.Node) and len(node.users) == 1 else None
+    """Parse logits of which nothing else reads an entry: another tensor may be made in their shape."""
+    if not isinstance(node, fx.Node) or len([user for user in node.users if user.target not in LIKE_ANOTHER]) != 1:
+        return None
+    return _parsed(node, is_keys)
 
 
 def _parsed(node: fx.Node, is_keys: IsKeys) -> Logits | None:
