@@ -29,6 +29,7 @@ from gtp_fx.graph.symbols import shape_of
 from gtp_fx.passes.exact.read_softmax import NUMBER_PRESERVING, VIEWED
 
 _NUMBERS_ADDED = (aten.add.Scalar, aten.sub.Scalar)
+_NEGATIONS = (aten.neg.default, aten.rsub.Scalar)
 HIDES = -1e4
 """A logit from here down is hidden: its weight is 0 in every floating-point format, beside any that isn't."""
 
@@ -160,13 +161,13 @@ def _parsed(node: fx.Node, is_keys: IsKeys) -> Logits | None:
         return _scaled(node, is_keys)
     if node.target in CHOICES:
         return _chosen(node, is_keys)
-    if node.target not in (*NUMBER_PRESERVING, *VIEWED, *MASKED_FILLS, *_NUMBERS_ADDED, aten.neg.default):
+    if node.target not in (*NUMBER_PRESERVING, *VIEWED, *MASKED_FILLS, *_NUMBERS_ADDED, *_NEGATIONS):
         return None
     found = _inner(node.args[0], is_keys)
     if found is None or node.target in (*NUMBER_PRESERVING, *_NUMBERS_ADDED):
         return found
-    if node.target is aten.neg.default:
-        return found.times(-1.0)
+    if node.target in _NEGATIONS:
+        return found.times(-1.0) if len(node.args) < 3 and not node.kwargs else None
     if node.target in VIEWED:
         return replace(found, shape=shape_of(node))
     # A mask that is larger than the logits would spread them over more entries.

@@ -256,7 +256,7 @@ def reduction() -> Iterator[Row]:
         yield Row(op, lambda x, op=op: op(x, [8]), STREAM)
         features = "the features that a norm averages run over tokens"
         yield Row(op, lambda x, op=op: op(x, [14, 8]), "B, 14, 8", features)
-    for op, more in ((aten.softmax.int, ()), (aten._softmax.default, (False,))):
+    for op, more in ((aten.softmax.int, ()), (aten._softmax.default, (False,)), (aten.log_softmax.int, ())):
         yield Row(op, lambda x, op=op, more=more: op(x, -1, *more), STREAM)
         told = "a softmax over tokens can't be told how many each stands for"
         yield Row(op, lambda x, op=op, more=more: op(x, 1, *more), "B, 2+n0, 8", told)

@@ -21,7 +21,7 @@ def norm(call: Call) -> RuleResult:
     return RuleResult(x, operands={call.operand(0): x})
 
 
-@rule(*SOFTMAXES)
+@rule(*SOFTMAXES, aten.log_softmax.int)
 def softmax(call: Call) -> RuleResult:
     """Keep the type. Over tokens, each output needs every input along that axis.
 

@@ -62,7 +62,7 @@ FUSED: dict[str, Spelling] = {
     "less a bias": ends(lambda x, q, b, keys, m: torch.sub(x, b, alpha=0.5)),
     "negated twice": ends(lambda x, q, b, keys, m: b - (-x)),
     "a temperature a head": ends(lambda x, q, b, keys, m: (x + b) / (1 + b[:, :1, :1].abs())),
-    "a number added": ends(lambda x, q, b, keys, m: x + 3.0 + b - 1),
+    "a number added": ends(lambda x, q, b, keys, m: 3 - (-x - 2.0 - b) + 1),
     "a bias of queries": ends(lambda x, q, b, keys, m: q @ keys + x),
     "decomposed": ends(decomposed),
     "each hides itself": ends(lambda x, q, b, keys, m: x.masked_fill(itself(), -math.inf)),
