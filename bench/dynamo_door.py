@@ -16,12 +16,14 @@ from gtp_fx.options.options import Options
 class Door:
     """Backend that applies gtp_fx's passes without compiling.
 
+    keep_refused: whether a graph that is refused runs as it was, instead of calling the backend raising the error.
     made: the optimised graphs so far.
-    refused: errors of the graphs that were refused; calling the backend raised them.
+    refused: errors of the graphs that were refused.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, keep_refused: bool = False, **options: Any) -> None:
         self.options = Options.of(**options)
+        self.keep_refused = keep_refused
         self.made: list[Optimised] = []
         self.refused: list[GtpError] = []
 
@@ -30,5 +32,7 @@ class Door:
             self.made.append(run_passes(capture_dynamo(gm), self.options))
         except GtpError as error:
             self.refused.append(error)
+            if self.keep_refused:
+                return gm.forward
             raise
         return self.made[-1].graph_module

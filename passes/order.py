@@ -23,6 +23,7 @@ from gtp_fx.passes.exact.fuse_attention import fuse_attention
 from gtp_fx.passes.exact.fuse_projections import fuse_projections
 from gtp_fx.passes.exact.mark_blocks import mark_blocks
 from gtp_fx.passes.exact.mark_tokens import mark_tokens
+from gtp_fx.passes.exact.matmul_to_linear import matmul_to_linear
 from gtp_fx.passes.exact.normalise import normalise
 from gtp_fx.passes.exact.split_projections import split_projections
 from gtp_fx.passes.lower.functional_linear import functional_linear
@@ -79,6 +80,7 @@ ORDER = (
     Pass(normalise, "exact", "one spelling: no asserts, no copies, no dropout that is off"),
     Pass(drop_trivial_masks, "exact", "masks that hide nothing are removed, and so are added zeros", optional=True),
     Pass(einsum_to_matmul, "exact", "an einsum that is a matrix product becomes one", optional=True),
+    Pass(matmul_to_linear, "exact", "a product with a parameter becomes a linear layer", optional=True),
     Pass(
         mark_tokens,
         "exact",

@@ -86,7 +86,7 @@ class Caster:
     def _casts_of(self, node: fx.Node, state: Autocast) -> Casts:
         """Return the casts of operands that autocast means at a node. Raises CaptureError where none do the same."""
         with self._mode, torch.no_grad():
-            fakes = {n: fx.map_arg(n, self._fake) for n in node.all_input_nodes if "val" in n.meta}
+            fakes: dict[fx.Node, Any] = {n: self._fake(n) for n in node.all_input_nodes if "val" in n.meta}
             with _autocast(state, next(iter(_devices(node)))):
                 wanted, calls = self._steps(node, fakes)
             floating = {n: v for n, v in fakes.items() if isinstance(v, Tensor) and _may_be_cast(v)}

@@ -172,6 +172,9 @@ def export_batched(
     runs Dynamo, is the fallback. Raises non-strict export's error where both fail.
     """
     called, signature = _named_arguments(model, signature)
+    # torch.export marks the tensors it is given as dynamic, and leaves the marks where it fails: the user's stay as is.
+    args, kwargs = pytree.tree_map_only(Tensor, _alias, (signature.args, signature.kwargs))
+    signature = CallSignature(signature.parameters, args, kwargs)
     dynamic = _by_name(signature, lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None)
     export = functools.partial(torch.export.export, called, signature.args, signature.kwargs, dynamic_shapes=dynamic)
     try:
@@ -192,6 +195,11 @@ def export_batched(
             # Dynamo's warnings name the objects whose attributes changed, not the attributes.
             return program, [str(warning.message) for warning in caught if "side effects" in str(warning.message)]
         raise
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Return another tensor object over the same numbers, which requires gradients where the tensor does."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _must_be_runnable(program: torch.export.ExportedProgram) -> None:

@@ -23,7 +23,6 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.capture.autocast_casts import Autocast, Caster
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph import edit
-from gtp_fx.graph.nodes import layer_name, source_line
 from gtp_fx.graph.torch_internals import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD, region_operator, take_signature
 
 AUTOCAST = "autocast"
@@ -55,9 +54,6 @@ _CALLS: Mapping[str, _Call] = {
 }
 
 
-_BRANCHES = ("cond", "while_loop", "map_impl", "scan", "associative_scan", "switch")
-
-
 @dataclass(frozen=True)
 class _Context:
     """What is switched at a node.
@@ -75,7 +71,8 @@ class _Context:
         if name == _GRAD or node.target is SET_GRAD:
             return replace(self, grad=bool(node.args[0]))
         if name == _AUTOCAST or node.target is ENTER_AUTOCAST:
-            device, dtype, enabled = node.args[:3]
+            arguments: tuple[Any, ...] = node.args[:3]
+            device, dtype, enabled = arguments
             chosen = torch.get_autocast_dtype(device) if dtype is None else dtype
             return replace(self, autocast={**self.autocast, device: Autocast(bool(enabled), chosen)})
         return self
@@ -89,27 +86,15 @@ def has_regions(gm: fx.GraphModule) -> bool:
 def opened(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a graph without regions, which computes the same and has the same gradients. `gm` is not changed.
 
-    Raises CaptureError where autocast does more in an operator than to cast its operands, and where a graph is called
-    or not by what a tensor holds.
+    Graphs that are called or not by what a tensor holds (`torch.cond`, loops) stay. Raises CaptureError where autocast
+    does more in an operator than to cast its operands.
     """
     if has_regions(gm):
         gm = edit.copy_of(gm)
         touched = write_out(gm) | _write_marks_out(gm)
         gm = inlined(gm)
         gm.meta[AUTOCAST] = frozenset({*gm.meta.get(AUTOCAST, ()), *touched})
-    _refuse_branches(gm)
     return gm
-
-
-def _refuse_branches(gm: fx.GraphModule) -> None:
-    """Raise CaptureError where a graph calls others by what its tensors hold: `torch.cond`, loops."""
-    for node in gm.graph.nodes:
-        if region_operator(node.target) in _BRANCHES:
-            raise CaptureError(
-                f"{layer_name(node) or 'the model'} calls {node.target} in forward, which decides by what a tensor "
-                f"holds what is computed, or how often, and a schedule is for one course: optimise an inner module "
-                f"that doesn't call it [{source_line(node)}]"
-            )
 
 
 def write_out(gm: fx.GraphModule) -> set[tuple[str, Autocast]]:

@@ -97,7 +97,7 @@ def _traced(node: fx.Node) -> fx.GraphModule | None:
     Return a graph with an input for each of `node.all_input_nodes`, or None where something else would be left.
     """
     inputs = node.all_input_nodes
-    if any("val" not in x.meta for x in inputs):
+    if any("val" not in x.meta for x in inputs) or not any(_holds_tensors(x.meta["val"]) for x in inputs):
         return None
     values = [x.meta["val"] for x in inputs]
     read = {reader.args[1] for reader in node.users if reader.target is operator.getitem and reader.users}

@@ -142,7 +142,9 @@ def trace_functional(function: Callable[..., Any], values: Sequence[Any]) -> fx.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with torch.no_grad(), _quiet(), _asking_nothing(values) as asked:
+    fakes = [leaf for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, FakeTensor)]
+    mode = mode_of(fakes[0]) if fakes else contextlib.nullcontext()  # constants that it makes are fakes of this one
+    with torch.no_grad(), _quiet(), _asking_nothing(values) as asked, mode:
         try:
             traced = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
         except Exception:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit, nodes
-from gtp_fx.graph.operators import CHOICES, CONSTANTS, MASK_ARITHMETIC, MASKED_FILLS
+from gtp_fx.graph.operators import CHOICES, CONSTANTS, LIKE_ANOTHER, MASK_ARITHMETIC, MASKED_FILLS
 from gtp_fx.graph.symbols import per_image, shape_of
 
 _LARGEST = 1 << 24
@@ -23,7 +23,7 @@ _LARGEST = 1 << 24
 
 def drop_trivial_masks(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of `gm` without masks that hide nothing; `gm` itself where it creates no constants."""
-    if not nodes.count_nodes(gm.graph, CONSTANTS):
+    if not nodes.count_nodes(gm.graph, (*CONSTANTS, *LIKE_ANOTHER)):
         return gm
     gm = edit.copy_of(gm)
     known = known_values(gm.graph)
@@ -56,6 +56,10 @@ def known_values(graph: fx.Graph) -> dict[Any, Tensor]:
         if node.op != "call_function" or not isinstance(value, Tensor):
             continue
         if per_image(value.numel()) > _LARGEST:
+            continue
+        if node.target in LIKE_ANOTHER:  # the other's shape says all
+            shape = [per_image(size) for size in value.shape]
+            known[node] = node.target(torch.empty(shape, dtype=value.dtype), *node.args[1:])
             continue
         creates = node.target in CONSTANTS
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]

@@ -38,14 +38,16 @@ def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
     # A matrix product has batch labels, and one each of row, column and summed labels.
     (a, b), operands, result = equation.terms, arguments[1], equation.result
     batch = [label for label in result if label in a and label in b]
-    rows = sorted((label for label in a if label not in b), key=result.find)
+    rows = [label for label in a if label not in b]
     columns = [label for label in b if label not in a]
     summed = [label for label in a if label in b and label not in result]
     if not (rows and len(columns) == len(summed) == 1) or {*rows, *columns} - set(result):
         return
-    # Rows of several labels are those of as many products with one matrix, as where all heads share their keys.
+    # Rows of several labels: a linear layer over several dimensions, or as many products with one matrix, as where all
+    # heads share their keys. No other is as good as a product of matrices.
     together = "".join(batch)
-    if len(rows) > 1 and not (batch and a.startswith(together) and b.startswith(together)):
+    shared = bool(batch) and a.startswith(together) and b.startswith(together)
+    if len(rows) > 1 and not shared and (batch or list(a) != [*rows, *summed]):
         return
     sizes = [dict(zip(term, shape_of(operand), strict=True)) for term, operand in zip((a, b), operands, strict=True)]
     if any(sizes[0][label] != sizes[1][label] for label in (*batch, *summed)):
@@ -53,7 +55,7 @@ def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         left = _permuted(graph, operands[0], a, [*batch, *rows, *summed], node)
         right = _permuted(graph, operands[1], b, [*batch, *summed, *columns], node)
-        for _ in rows[1:]:
+        for _ in rows[1:] if batch else ():
             right = edit.call(graph, aten.unsqueeze.default, right, len(batch), like=node)
         product = edit.call(graph, aten.matmul.default, left, right, like=node)
         output = _permuted(graph, product, "".join([*batch, *rows, *columns]), list(result), node)

@@ -6,12 +6,17 @@ which don't depend on the strides of their input, so that a later pass may repla
 
 from __future__ import annotations
 
+import itertools
+import operator
+import sys
+from typing import Any
+
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit, nodes
-from gtp_fx.graph.operators import COPIES, FLATTENINGS, SQUEEZES, VIEWS
-from gtp_fx.graph.symbols import shape_of, written
+from gtp_fx.graph.operators import COPIES, FLATTENINGS, SCALINGS, SPLITS, SQUEEZES, VIEWS
+from gtp_fx.graph.symbols import is_symbolic, shape_of, written
 
 _ASSERTS = (aten._assert_tensor_metadata.default,)
 
@@ -24,6 +29,8 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         if node.target in _ASSERTS:
             gm.graph.erase_node(node)
+        elif node.target is operator.getitem:
+            _take_by_place(gm.graph, node)
         elif _changes_nothing(node):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
@@ -51,6 +58,33 @@ def _as_reshape(node: fx.Node) -> None:
         node.meta["val"] = value  # said in other words
 
 
+def _take_by_place(graph: fx.Graph, item: fx.Node) -> None:
+    """Turn an item of an unbind into a select, and one of a split or chunk into a slice, where sizes are known.
+
+    A reader of one part then doesn't hang on what others read.
+    """
+    whole, number = _source(item), item.args[1]
+    if whole.target not in (*SPLITS, aten.unbind.int) or not isinstance(number, int):
+        return
+    x, values = _source(whole), whole.meta["val"]
+    position = 1 if whole.target is aten.unbind.int else 2
+    place: Any = whole.args[position] if len(whole.args) > position else whole.kwargs.get("dim", 0)
+    dim = place % len(shape_of(x))
+    emit = edit.Emitter(graph, like=item, before=item)
+    if whole.target is aten.unbind.int:
+        taken = emit(aten.select.int, x, dim, number % len(values))
+    else:
+        ends = list(itertools.accumulate(value.shape[dim] for value in values))
+        if any(map(is_symbolic, ends)):
+            return
+        number %= len(values)
+        stop = sys.maxsize if ends[number] == shape_of(x)[dim] else ends[number]
+        taken = emit(aten.slice.Tensor, x, dim, ends[number] - values[number].shape[dim], stop)
+    taken.meta["val"] = item.meta["val"]
+    item.replace_all_uses_with(taken)
+    graph.erase_node(item)
+
+
 def _scales_from_the_left(node: fx.Node) -> bool:
     """Tell whether a product has its smaller tensor, or its number, first: a scale comes second."""
     first, second = node.args
@@ -64,9 +98,11 @@ def _summands(node: fx.Node) -> list[fx.Node]:
     stack = _source(node)
     if stack.target is not aten.stack.default or len(stack.users) != 1 or len(node.args) != 2 or node.kwargs:
         return []
-    tensors, place, rank = stack.args[0], (*stack.args[1:], 0)[0], len(shape_of(stack))
-    summed = [dim % rank for dim in node.args[1]]  # type: ignore[union-attr]
-    return list(tensors) if summed == [place % rank] else []  # type: ignore[arg-type, operator]
+    dims: Any = node.args[1]
+    tensors: Any = stack.args[0]
+    place: Any = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
+    rank = len(shape_of(stack))
+    return list(tensors) if [dim % rank for dim in dims] == [place % rank] else []
 
 
 def _as_additions(graph: fx.Graph, node: fx.Node, summands: list[fx.Node]) -> None:
@@ -86,6 +122,11 @@ def _changes_nothing(node: fx.Node) -> bool:
     if node.target is aten.dropout.default:
         _, probability, training = node.args
         return not training or probability in (0, 0.0)
+    if node.target in SCALINGS and isinstance(node.args[1], int | float):
+        return node.args[1] == 1 and not node.kwargs and _source(node).meta["val"].dtype == node.meta["val"].dtype
+    if node.target is aten.permute.default:
+        order: Any = node.args[1]
+        return [d % len(order) for d in order] == list(range(len(order)))
     if node.target is aten.slice.Tensor:
         return _same_shape(node) and node.args[4:] in ((), (1,))
     if node.target in (*VIEWS, *SQUEEZES, aten.expand.default):

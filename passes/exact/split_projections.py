@@ -1,10 +1,11 @@
 """Exact: split a fused projection whose parts are live for different tokens.
 
-    linear [B, N, 3C] ─ view [B, N, 3, H, D] ─ permute ─ unbind ─ q (1 token live), k, v (all)
+    linear [B, N, 3C] ─ view [B, N, 3, H, D] ─ permute ─ select ×3 ─ q (1 token live), k, v (all)
 becomes
     linear(W[:C])  ─ … ─ q          so that `drop_dead_tokens` can compute it for one token
     linear(W[C:])  ─ … ─ k, v
 
+The parts may also be slices of the projection's features. `normalise` has made splits, chunks and unbinds these two.
 The weights are views of the fused parameter: nothing is copied, gradients reach it, `state_dict` doesn't change.
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,28 +21,42 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
+from gtp_fx.graph.operators import PERMUTATIONS
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.rules.layout import is_view
 
 
 @dataclass(frozen=True)
+class Part:
+    """One reader of a fused projection: a select or a slice.
+
+    node: the reader.
+    start, stop: the units that it takes, of those that the projection's outermost split of the features has.
+    """
+
+    node: fx.Node
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class FusedProjection:
-    """Nodes linear → view → (permute) → unbind, where the view's outermost split of the features is into equal parts.
+    """Nodes linear → (view → (permute)) → several readers, each of which takes a run of rows of the weight.
 
     linear: the projection.
-    view: splits its features.
-    permute: None where there is none.
-    unbind: takes the parts.
-    part_dim: the view's dimension that counts the parts.
-    parts: how many parts there are.
+    view: splits its features; None where they aren't split.
+    permute: a permutation or transposition of that; None where there is none.
+    unit_dim: the view's dimension that counts units, or the projection's last.
+    rows: rows of the weight in a unit.
+    parts: the readers, in the order of the rows.
     """
 
     linear: fx.Node
-    view: fx.Node
+    view: fx.Node | None
     permute: fx.Node | None
-    unbind: fx.Node
-    part_dim: int
-    parts: int
+    unit_dim: int
+    rows: int
+    parts: tuple[Part, ...]
 
 
 def split_projections(gm: fx.GraphModule, needs_full_maps: bool = False) -> fx.GraphModule:
@@ -57,8 +71,7 @@ def split_projections(gm: fx.GraphModule, needs_full_maps: bool = False) -> fx.G
     for node in gm.graph.nodes:
         fused = match_fused(node)
         if fused is not None:
-            items = _items(node)
-            needs = [needed.get(items[i], 0) if i in items else 0 for i in range(fused.parts)]
+            needs = [needed.get(part.node, 0) for part in fused.parts]
             if len(set(needs)) > 1:
                 differing[node] = needs
     if not differing:
@@ -67,60 +80,93 @@ def split_projections(gm: fx.GraphModule, needs_full_maps: bool = False) -> fx.G
     for node, needs in differing.items():
         fused = match_fused(copies[node])
         assert fused is not None
-        _split(gm.graph, fused, needs, _items(copies[node]))
+        _split(gm.graph, fused, needs)
     return edit.finish(gm)
 
 
-def _items(unbind: fx.Node) -> dict[int, fx.Node]:
-    """Return the node that takes each part, by the part's number."""
-    return {user.args[1]: user for user in unbind.users}  # type: ignore[misc]
+def match_fused(linear: fx.Node) -> FusedProjection | None:
+    """Return the fused projection that a linear layer begins; None where it begins none."""
+    if linear.target is not aten.linear.default:
+        return None
+    view, permute, source = None, None, linear
+    unit_dim = dim = len(shape_of(linear)) - 1
+    features = units = shape_of(linear)[-1]
+    # Go forward through a view that splits the features, and what puts its dimensions into another order.
+    if (only := _only_user(source)) is not None and is_view(only):
+        view = source = only
+        shape = shape_of(view)
+        split = [d for d in range(len(shape)) if math.prod(shape[d:]) == features]
+        if not split:
+            return None
+        unit_dim = dim = split[0]
+        units = shape[unit_dim]
+        if (only := _only_user(source)) is not None and only.target in PERMUTATIONS:
+            permute = source = only
+            dim = _order(permute).index(unit_dim)
+    parts = [_part(user, source, dim) for user in source.users]
+    if not parts or any(part is None for part in parts):
+        return None
+    found = sorted((part for part in parts if part is not None), key=lambda part: part.start)
+    if any(first.stop > second.start for first, second in itertools.pairwise(found)):
+        return None
+    return FusedProjection(linear, view, permute, unit_dim, features // units, tuple(found))
 
 
-def match_fused(unbind: fx.Node) -> FusedProjection | None:
-    """Return the fused projection that ends in this unbind; None where it ends none."""
-    if unbind.target is not aten.unbind.int or any(user.target is not operator.getitem for user in unbind.users):
-        return None
-    source = unbind.args[0]
-    assert isinstance(source, fx.Node)
-    permute = source if source.target is aten.permute.default else None
-    view = permute.args[0] if permute is not None else source
-    if not isinstance(view, fx.Node) or not is_view(view):
-        return None
-    linear = view.args[0]
-    if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default:
-        return None
-    # Nothing else may read the whole projection, and the parts have to be runs of rows of its weight.
-    if any(len(node.users) != 1 for node in (linear, view, *([permute] if permute else []))):
-        return None
-    dim = (unbind.args[1] if len(unbind.args) > 1 else 0) % len(shape_of(source))  # type: ignore[operator]
-    part_dim: Any = permute.args[1][dim] if permute is not None else dim  # type: ignore[index]
-    shape = shape_of(view)
-    if math.prod(list(shape[part_dim:])) != shape_of(linear)[-1]:
-        return None
-    return FusedProjection(linear, view, permute, unbind, part_dim, shape[part_dim])
+def _only_user(node: fx.Node) -> fx.Node | None:
+    """Return the one reader of a node; None where there are several or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _split(graph: fx.Graph, fused: FusedProjection, needs: list[int], items: dict[int, fx.Node]) -> None:
+def _order(permute: fx.Node) -> list[int]:
+    """Return where each dimension of a permutation or transposition comes from."""
+    rank = len(shape_of(permute))
+    given: Any = permute.args[1:]
+    if permute.target is aten.permute.default:
+        return [d % rank for d in given[0]]
+    order, (a, b) = list(range(rank)), (d % rank for d in given)
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _part(reader: fx.Node, source: fx.Node, dim: int) -> Part | None:
+    """Return what a reader takes of `source` along `dim`; None where it does anything else."""
+    if reader.target not in (aten.select.int, aten.slice.Tensor) or reader.args[0] is not source:
+        return None
+    size, args = shape_of(source)[dim], (*reader.args, *(None,) * 4)
+    if (args[1] or 0) % len(shape_of(source)) != dim:  # type: ignore[operator]
+        return None
+    if reader.target is aten.select.int:
+        at: Any = args[2]
+        return Part(reader, at % size, at % size + 1) if isinstance(at, int) else None
+    start, stop = (0 if args[2] is None else args[2]), (size if args[3] is None else args[3])
+    if not isinstance(start, int) or not isinstance(stop, int) or args[4] not in (None, 1):
+        return None
+    start, stop, _ = slice(start, stop).indices(size)
+    return Part(reader, start, stop) if start < stop else None
+
+
+def _split(graph: fx.Graph, fused: FusedProjection, needs: list[int]) -> None:
     """Replace the fused projection by one for each run of parts that are live for the same tokens."""
     x, weight, *rest = fused.linear.args
     bias = rest[0] if rest else None
-    width = shape_of(fused.linear)[-1] // fused.parts
-    for _, run in itertools.groupby(range(fused.parts), key=lambda part: needs[part]):
-        parts = list(run)
-        with graph.inserting_before(fused.unbind):
-            rows = (parts[0] * width, (parts[-1] + 1) * width)
-            like = fused.linear
-            new: Any = edit.call(graph, aten.slice.Tensor, weight, 0, *rows, like=like)
-            new_bias = bias and edit.call(graph, aten.slice.Tensor, bias, 0, *rows, like=like)
-            new = edit.call(graph, aten.linear.default, x, new, new_bias, like=like)
-            # The same view, permute and unbind as before, on fewer parts.
+    numbered = list(zip(fused.parts, needs, strict=True))
+    for _, run in itertools.groupby(numbered, key=lambda pair: pair[1]):
+        parts = [part for part, _ in run]
+        first, last = parts[0].start, parts[-1].stop
+        rows = (first * fused.rows, last * fused.rows)
+        emit = edit.Emitter(graph, like=fused.linear, before=(fused.permute or fused.view or fused.linear).next)
+        new_bias = bias and emit(aten.slice.Tensor, bias, 0, *rows)
+        new: Any = emit(aten.linear.default, x, emit(aten.slice.Tensor, weight, 0, *rows), new_bias)
+        # The same view and permutation as before, on fewer units.
+        if fused.view is not None:
             sizes: list[Any] = list(fused.view.args[1])  # type: ignore[arg-type]
-            sizes[fused.part_dim] = len(parts)
-            new = edit.call(graph, fused.view.target, new, sizes, like=fused.view)
-            if fused.permute is not None:
-                new = edit.call(graph, aten.permute.default, new, fused.permute.args[1], like=fused.permute)
-            new = edit.call(graph, aten.unbind.int, new, *fused.unbind.args[1:], like=fused.unbind)
-            for position, part in enumerate(parts):
-                if part in items:
-                    item = edit.call(graph, operator.getitem, new, position, like=fused.unbind)
-                    items[part].replace_all_uses_with(item)
+            sizes[fused.unit_dim] = last - first
+            new = emit(fused.view.target, new, sizes)
+        if fused.permute is not None:
+            new = emit(fused.permute.target, new, *fused.permute.args[1:])
+        for part in parts:
+            _, dim, *_ = part.node.args
+            if part.node.target is aten.select.int:
+                part.node.args = (new, dim, part.start - first)
+            else:
+                part.node.args = (new, dim, part.start - first, part.stop - first)

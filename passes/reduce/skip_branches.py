@@ -28,7 +28,7 @@ from gtp_fx.types.layouts import by_window, convert, grid_of, image_layout, made
 
 _ROWS, _IMAGES = 1, 0
 """Dimensions of the layout by window, [images and windows, tokens, features]."""
-_FAR = 1 << 20
+_FAR = 1 << 16
 """Distance larger than that of any two patches."""
 
 

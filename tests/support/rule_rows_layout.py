@@ -68,6 +68,15 @@ def layout() -> Iterator[Row]:
     yield Row(aten.transpose.int, lambda x: x.transpose(-1, 1), "B, 8, 2+n1")
     yield Row(aten.t.default, lambda x: flat(x).t().mean(1), "8, B*(2+n1)")
     yield Row(aten.numpy_T.default, lambda x: x[0].T.mean(1), "8, 2+m0", APART)
+    yield Row(aten.select.int, lambda x: flat(x)[3], "8", "selecting from a merged token axis")
+    yield Row(aten.slice.Tensor, lambda x: flat(x)[2:4], "2, 8", "slicing a merged token axis")
+    yield Row(aten.unflatten.int, lambda x: flat(x).unflatten(0, (x.shape[0], 14)), "B, 14, 8", "it names a number of")
+    yield Row(
+        aten.conv2d.default,
+        lambda x, w: F.conv2d(flat(x).unflatten(1, (2, 2, 2)), w[:2, :2].reshape(2, 2, 1, 1)),
+        "14B, 2, 2, 2",
+        "a convolution over tokens that were moved into the batch",
+    )
     yield Row(aten.view_as_complex.default, lambda x: torch.view_as_complex(x.unflatten(2, (4, 2))).abs(), "B, 2+n1, 4")
     yield Row(
         aten.view_as_real.default,
@@ -343,16 +352,5 @@ MERGED, SHARED = "merged with another dimension", "no dimension for the images"
 
 REFUSED = [
     Refused(aten.relu.default, lambda x: flat(x).relu(), "", MERGED),
-    Refused(aten.select.int, lambda x: flat(x)[3], "selecting from a merged token axis", MERGED),
-    Refused(aten.slice.Tensor, lambda x: flat(x)[2:4], "slicing a merged token axis", MERGED),
-    Refused(
-        aten.unflatten.int, lambda x: flat(x).unflatten(0, (x.shape[0], 14)), "it names a number of tokens", MERGED
-    ),
-    Refused(
-        aten.conv2d.default,
-        lambda x, w: F.conv2d(flat(x).unflatten(1, (2, 2, 2)), w[:2, :2].reshape(2, 2, 1, 1)),
-        "a convolution over tokens that were moved into the batch",
-        MERGED,
-    ),
     Refused(aten.einsum.default, lambda x, table: torch.einsum("bnc,nc->bnc", x, table), "", SHARED),
 ]

@@ -179,7 +179,9 @@ def spelled(kind: Output) -> str:
 
 def _dim(dim: Dim) -> str:
     plain = math.prod(factor.size for factor in dim if isinstance(factor, Plain))
-    number = f"{per_image(plain)}B".removeprefix("1") if is_symbolic(plain) else str(plain)
+    number = str(plain)
+    if is_symbolic(plain):
+        number = "B" if per_image(plain) == 1 else f"{per_image(plain)}B"
     parts = [
         *([number] if number != "1" else []),
         *(_tokens(factor) for factor in dim if not isinstance(factor, Plain)),

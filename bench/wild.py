@@ -1,0 +1,151 @@
+"""Does it keep its promises on models whose authors never heard of it? One row a class of a real library.
+
+    pip install -e '.[wild]'
+    pip install --no-deps vformer dinov2 depth-anything-3 sam3 vit-prisma pytorchvideo  # they pin old or odd versions
+    python -m bench.wild --out bench/results/wild.json --jobs 2
+    python -m bench.wild --only birder --only 'vit_3d'
+
+Every class is built small, with live weights, and measured by `bench.wild_row`: reduced, or refused by name. WRONG and
+CRASH are faults, and the command fails where there is one. A library that isn't installed gives skipped rows. Rows that
+--out has already, at this commit, are not measured again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tabulate import tabulate
+
+from bench.environment import Environment
+from bench.output import publish
+from bench.wild_models import every
+from bench.wild_row import BUDGET, VERDICTS, Row
+from bench.wild_workers import SECONDS, measured
+from gtp_fx.options.progress import progress_bar
+
+FAULTS = ("WRONG", "CRASH")
+
+
+def main(
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only rows with this in library or name; may be repeated.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes at a time, each of one thread.")] = 1,
+    limit: Annotated[float, typer.Option(help="Seconds until a row is given up.")] = SECONDS,
+    out: Annotated[Path | None, typer.Option(help="Write the rows as JSON after each; those it has stay.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
+    summarised: Annotated[bool, typer.Option("--summary", help="Print the table of docs/models.md as well.")] = False,
+) -> None:
+    """Measure the classes and print their table; exit status 1 where one is wrong or crashed."""
+    asked = [m for m in every() if not only or any(o.lower() in f"{m.library} {m.name}".lower() for o in only)]
+    if not asked:
+        raise typer.BadParameter(f"no class has {only} in its library or name", param_hint="--only")
+    environment = asdict(Environment.here("cpu"))
+    rows = _known(out, environment)
+    numbers = [number for number, model in enumerate(every()) if model in asked and model.key not in rows]
+    with progress_bar() as show:
+        for done, row in enumerate(measured(numbers, jobs, limit)):
+            rows[row.library, row.name] = row
+            show("wild", done + 1, len(numbers))
+            if out is not None:
+                _write(rows, environment, out)
+    found = [rows[model.key] for model in asked]
+    typer.echo(table(found))
+    typer.echo(counts(found))
+    if markdown is not None:
+        markdown.write_text(f"{table(found, 'github')}\n")
+    if summarised:
+        typer.echo(summary(found))
+    if any(row.verdict in FAULTS for row in found):
+        raise typer.Exit(1)
+
+
+def _known(out: Path | None, environment: dict[str, Any]) -> dict[tuple[str, str], Row]:
+    """Return the rows that the file has of this commit, but those that were skipped."""
+    if out is None or not out.exists():
+        return {}
+    written = json.loads(out.read_text())
+    if written["environment"]["commit"] != environment["commit"]:
+        return {}
+    rows = [Row(**row) for row in written["rows"]]
+    return {(row.library, row.name): row for row in rows if row.verdict != "skipped"}
+
+
+def _write(rows: dict[tuple[str, str], Row], environment: dict[str, Any], out: Path) -> None:
+    ordered = [asdict(rows[model.key]) for model in every() if model.key in rows]
+    publish(
+        {
+            "bench": "wild",
+            "flops_budget": BUDGET,
+            "dtype": "float32",
+            "environment": environment,
+            "libraries": _versions({row["library"] for row in ordered}),
+            "rows": ordered,
+        },
+        out,
+    )
+
+
+def _versions(libraries: set[str]) -> dict[str, str]:
+    found = {}
+    for library in sorted(libraries):
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            found[library] = "not installed"
+    return found
+
+
+def table(rows: Sequence[Row], style: str = "simple") -> str:
+    """For a person: what became of each class."""
+    cells = [
+        [
+            row.library,
+            row.name,
+            row.verdict,
+            f"{row.exact:.0e}" if row.exact is not None else "",
+            f"{row.ratio:.3f}" if row.ratio is not None else "",
+            f"{row.moved:.2f}" if row.moved is not None else "",
+            f"{row.sites} of {row.blocks}" if row.blocks else "",
+            row.dynamo,
+            f"{row.seconds:.0f}",
+            row.message,
+        ]
+        for row in rows
+    ]
+    headers = ["library", "class", "", "error at 1.0", f"at {BUDGET}", "moved", "sites", "Dynamo", "s", "why"]
+    return tabulate(cells, headers, tablefmt=style, disable_numparse=True)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """For docs/models.md: by library, how many classes are reduced, refused at the budget alone, and refused."""
+    cells = []
+    for library in dict.fromkeys(row.library for row in rows):
+        mine = [row for row in rows if row.library == library]
+        at = Counter(row.verdict for row in mine)
+        exact = sum(row.verdict == "refused" and row.exact is not None for row in mine)
+        cells.append([library, len(mine), at["reduced"], exact, at["refused"] - exact, at["WRONG"] + at["CRASH"]])
+    cells.append(["all", *(sum(row[column] for row in cells) for column in range(1, 6))])
+    headers = ["library", "classes", f"reduced to {BUDGET}", "exact passes alone", "refused", "wrong or crashed"]
+    return tabulate(cells, headers, tablefmt="github")
+
+
+def counts(rows: Sequence[Row]) -> str:
+    """ "155 classes: 90 reduced, 65 refused, 0 WRONG, 0 CRASH, 0 skipped" and the processor time."""
+    at = Counter(row.verdict for row in rows)
+    told = ", ".join(f"{at[verdict]} {verdict}" for verdict in VERDICTS)
+    return f"{len(rows)} classes: {told}; {sum(row.seconds for row in rows):.0f} s of processor time"
+
+
+command = typer.Typer(add_completion=False)
+command.command()(main)
+
+if __name__ == "__main__":
+    command()
