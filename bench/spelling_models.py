@@ -159,10 +159,38 @@ def _by_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.exp(logits - logits.logsumexp(-1, keepdim=True)) @ v
 
 
+def _scaled_logits(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-1, -2) * FEATURES**-0.5
+
+
 def _masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    logits = q @ k.transpose(-1, -2) * FEATURES**-0.5
     hidden = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
-    return logits.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+    return _scaled_logits(q, k).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
+def _where_seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits, seen = _scaled_logits(q, k), torch.ones(q.shape[0], 1, 1, TOKENS, dtype=torch.bool)
+    return torch.where(seen, logits, torch.full_like(logits, torch.finfo(logits.dtype).min)).softmax(-1) @ v
+
+
+def _with_zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = torch.ones(1, TOKENS)
+    return (_scaled_logits(q, k) + (1.0 - seen[:, None, None, :]) * -10000.0).softmax(-1) @ v
+
+
+def _seen_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = _scaled_logits(*_merged(q, k, v)[:2]).view(-1, 1, HEADS, TOKENS, TOKENS) + torch.zeros(1, 1, TOKENS, 1)
+    return (logits.view(-1, TOKENS, TOKENS).softmax(-1) @ _merged(q, k, v)[2]).view(-1, HEADS, TOKENS, FEATURES)
+
+
+def _one_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.unsqueeze(1) for t in (q, k, v))
+    return (_scaled_logits(q, k).softmax(-1) @ v).squeeze(1)
+
+
+def _in_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(1, (HEADS, 1)).transpose(1, 2) for t in (q, k, v))
+    return (_scaled_logits(q, k).softmax(-1) @ v).transpose(1, 2).flatten(1, 2)
 
 
 ATTENTIONS: Part = {
@@ -183,7 +211,14 @@ ATTENTIONS: Part = {
     "baddbmm": _by_baddbmm,
     "exponentials": _by_exponentials,
     "logsumexp": _by_logsumexp,
+    "log_softmax": lambda q, k, v: torch.exp(F.log_softmax(_scaled_logits(q, k), -1)) @ v,
     "masked_fill": _masked,
+    "where": _where_seen,
+    "additive mask": _with_zeros,
+    "a number added": lambda q, k, v: torch.softmax(3 - -_scaled_logits(q, k) + 1, -1) @ v,
+    "seen apart": _seen_apart,
+    "one window": _one_window,
+    "heads in groups": _in_groups,
 }
 
 # ---- heads joined again: [B, H, N, D] -> [B, N, C]

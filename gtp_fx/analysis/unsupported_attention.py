@@ -140,19 +140,15 @@ def _why_not_spelled(softmax: fx.Node) -> str:
         )
     if len(products) > 1:
         return (
-            f"the logits of this softmax are a sum of {len(products)} products (q·kᵀ, and a bias made of queries, keys "
-            f"or tokens), which isn't known as attention: give the rest of the sum as the attn_mask of "
-            f"torch.nn.functional.scaled_dot_product_attention"
+            f"the logits of this softmax are made of {len(products)} products and aren't one of them plus a bias (they "
+            f"are multiplied with each other, say, or one is read elsewhere too), so this attention stays as it is"
         )
     if products[0].target in PRODUCTS_ADDED_TO:
         return (
             f"its logits are made by {operator_name(products[0])}{_line(products[0])}, which isn't known as q·kᵀ: use "
             f"a matrix product, or torch.nn.functional.scaled_dot_product_attention"
         )
-    return (
-        "this attention does more than softmax(q·kᵀ)·v (heads mixed, gated, its map used, a mask by window), "
-        "so it stays as it is"
-    )
+    return "this attention does more than softmax(q·kᵀ)·v (heads mixed, gated, its map used), so it stays as it is"
 
 
 def _logits(softmax: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -137,6 +137,7 @@ COMPARISONS_WITH_NUMBER: Family = (
     aten.lt.Scalar,
 )
 CHOICES: Family = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+MASKED_FILLS: Family = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 BINARY: Family = (
     aten.add.Tensor,
     aten.sub.Tensor,
@@ -150,8 +151,7 @@ BINARY: Family = (
     aten.lt.Tensor,
     aten.logical_and.default,
     aten.logical_or.default,
-    aten.masked_fill.Scalar,
-    aten.masked_fill.Tensor,
+    *MASKED_FILLS,
     aten.bitwise_and.Tensor,
     aten.bitwise_or.Tensor,
     aten.maximum.default,

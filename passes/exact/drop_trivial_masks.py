@@ -1,4 +1,4 @@
-"""Exact: remove attention masks that hide nothing, and added zeros.
+"""Exact: remove attention masks that hide nothing, also those written into a value, and added zeros.
 
 Libraries build an all-true mask from `arange` and pass it to every attention. It costs memory and, worse, the fast
 kernels, which take no mask. To recognise such masks, values that depend on no argument, parameter or buffer are
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit, nodes
-from gtp_fx.graph.operators import CONSTANTS, LIKE_ANOTHER, MASK_ARITHMETIC
+from gtp_fx.graph.operators import CHOICES, CONSTANTS, LIKE_ANOTHER, MASK_ARITHMETIC, MASKED_FILLS
 from gtp_fx.graph.symbols import per_image, shape_of
 
 _LARGEST = 1 << 24
@@ -41,6 +41,10 @@ def drop_trivial_masks(gm: fx.GraphModule) -> fx.GraphModule:
                 if _is_zero(known.get(other)) and _same_value(x, node):
                     node.replace_all_uses_with(x)
                     break
+        elif node.target in (*MASKED_FILLS, *CHOICES):
+            kept = _written_over_by_nothing(node, known)
+            if kept is not None and _same_value(kept, node):
+                node.replace_all_uses_with(kept)
     return edit.finish(gm)
 
 
@@ -81,6 +85,17 @@ def _hides_nothing(mask: Tensor | None) -> bool:
     if mask is None:
         return False
     return bool(mask.all()) if mask.dtype == torch.bool else _is_zero(mask)
+
+
+def _written_over_by_nothing(node: fx.Node, known: dict[Any, Tensor]) -> Any:
+    """Return the value that a masked_fill or where returns as it is, by a mask that is known; None where it doesn't."""
+    if node.target in MASKED_FILLS:
+        value, mask = node.args[:2]
+        return value if mask in known and not bool(known[mask].any()) else None
+    mask, *sides = node.args
+    if mask in known and bool(known[mask].all()):
+        return sides[0]
+    return sides[1] if mask in known and not bool(known[mask].any()) else None
 
 
 def _is_zero(value: Tensor | None) -> bool:

@@ -2,7 +2,8 @@
 
     einsum("bhid,bhjd->bhij", q, k)   ->   matmul(q, kᵀ)
 
-so that later passes recognise attention in either spelling. Other einsums (more free labels, three operands) are kept.
+so that later passes recognise attention in either spelling. Keys that all heads share get a dimension for heads. Other
+einsums (more free labels, three operands) are kept.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def einsum_to_matmul(gm: fx.GraphModule) -> fx.GraphModule:
 def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
     """Replace an einsum by a matrix product with permutes around it, where it is one."""
     arguments: tuple[Any, ...] = node.args
-    equation = Equation.parse(arguments[0])
+    equation = Equation.parse(arguments[0], [len(shape_of(operand)) for operand in arguments[1]])
     if equation is None or len(equation.terms) != 2:
         return
     # A matrix product has batch labels, and one each of row, column and summed labels.
@@ -42,14 +43,20 @@ def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
     summed = [label for label in a if label in b and label not in result]
     if not (rows and len(columns) == len(summed) == 1) or {*rows, *columns} - set(result):
         return
-    if len(rows) > 1 and (batch or list(a) != [*rows, *summed]):
-        return  # only a linear layer over several dimensions is as good as a product of matrices
+    # Rows of several labels: a linear layer over several dimensions, or as many products with one matrix, as where all
+    # heads share their keys. No other is as good as a product of matrices.
+    together = "".join(batch)
+    shared = bool(batch) and a.startswith(together) and b.startswith(together)
+    if len(rows) > 1 and not shared and (batch or list(a) != [*rows, *summed]):
+        return
     sizes = [dict(zip(term, shape_of(operand), strict=True)) for term, operand in zip((a, b), operands, strict=True)]
     if any(sizes[0][label] != sizes[1][label] for label in (*batch, *summed)):
         return  # an operand is broadcast along this label
     with graph.inserting_before(node):
         left = _permuted(graph, operands[0], a, [*batch, *rows, *summed], node)
         right = _permuted(graph, operands[1], b, [*batch, *summed, *columns], node)
+        for _ in rows[1:] if batch else ():
+            right = edit.call(graph, aten.unsqueeze.default, right, len(batch), like=node)
         product = edit.call(graph, aten.matmul.default, left, right, like=node)
         output = _permuted(graph, product, "".join([*batch, *rows, *columns]), list(result), node)
     node.replace_all_uses_with(output)

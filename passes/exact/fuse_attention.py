@@ -2,51 +2,35 @@
 
     softmax(q·kᵀ [· scale] [+ bias], -1) · v        ->   scaled_dot_product_attention(q, k, v, bias, scale=…)
 
-It may be spelled in many ways. The scale may be applied before or after the product, as a number or per head, to q or
-to the logits. Biases and masks may be added in any order, also one for each window of an image. The products may be
-matmul, bmm over merged heads, or einsum. Where anything else reads or changes the attention map (talking heads, gates,
-dropout that is on, a caller who wants it), the function is a different one and the graph is kept.
+It may be spelled in many ways: `read_softmax` and `read_logits` say which. Scales, biases, masks and views may stand
+between the product and the softmax in any order, and the products may be matmul, bmm over merged heads, or einsum.
+Where anything else reads or changes the attention map (talking heads, gates, caps, dropout that is on, a caller who
+wants it), the function is a different one and the graph is kept.
 
 Fused attention computes the softmax in float32, so in lower precision it is the more accurate of the two.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit
-from gtp_fx.graph.operators import CASTS, DIVISIONS, MATRIX_PRODUCTS, SCALINGS, SOFTMAXES
-from gtp_fx.graph.symbols import is_symbolic, shape_of
-from gtp_fx.types.axes import GridAxis, Plain, holds_images, whole_size
+from gtp_fx.graph.operators import MATRIX_PRODUCTS
+from gtp_fx.graph.symbols import shape_of, written
+from gtp_fx.passes.exact.attention_layout import layout_of, merged_heads
+from gtp_fx.passes.exact.build_attention import Sized, broadcast, build_operands, can_be_built, seen_as, spread
+from gtp_fx.passes.exact.drop_trivial_masks import known_values
+from gtp_fx.passes.exact.read_logits import Logits, read_logits
+from gtp_fx.passes.exact.read_softmax import read_softmax
+from gtp_fx.types.axes import is_plain
 from gtp_fx.types.infer import WholeTyping, infer_types
 
-_NUMBER_PRESERVING = (*CASTS, aten.type_as.default, aten.contiguous.default)
-
-
-@dataclass(frozen=True)
-class Logits:
-    """Logits of an attention: q·kᵀ·scale·factors + biases.
-
-    q: the queries, [..., tokens, features].
-    k_transposed: the transposed keys, [..., features, tokens].
-    scale: the product of all numbers that multiply the logits.
-    factors: tensors that multiply the logits, constant along both token axes.
-    biases: tensors that are added, each with the number by which it is multiplied. One with five dimensions,
-        [1, windows, heads or 1, queries, keys], has a mask for each window; the product's first dimension is then
-        images * windows.
-    """
-
-    q: fx.Node
-    k_transposed: fx.Node
-    scale: float = 1.0
-    factors: tuple[fx.Node, ...] = ()
-    biases: tuple[tuple[fx.Node, float], ...] = ()
+Known = Mapping[Any, Tensor]
+"""Values that depend on no input, for one image."""
 
 
 def fuse_attention(gm: fx.GraphModule) -> fx.GraphModule:
@@ -54,18 +38,25 @@ def fuse_attention(gm: fx.GraphModule) -> fx.GraphModule:
 
     Heads have a dimension of their own in it. `gm` itself is returned where that holds already.
     """
-    if not any(_is_to_change(node) or _spelled_out(node) for node in gm.graph.nodes):
+    changed = any(map(_is_to_change, gm.graph.nodes))
+    if not changed and not any(map(_weighs, gm.graph.nodes)):
         return gm
-    gm = edit.copy_of(gm)
+    given, gm = gm, edit.copy_of(gm)
     typing = infer_types(gm.graph)
+    known = known_values(gm.graph)
     for node in list(gm.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
             _repeat_shared(gm.graph, node)
             _separate_heads(gm.graph, node, typing)
-        logits = _spelled_out(node)
-        if logits is not None:
-            _replace(gm.graph, node, logits, typing)
-    return edit.finish(gm)
+        logits = _read(node, typing)
+        if logits is not None and can_be_built(logits, known):
+            changed |= _replace(gm.graph, node, logits, typing, known)
+    return edit.finish(gm) if changed else given
+
+
+def _weighs(node: fx.Node) -> bool:
+    """Tell whether a node is a product with a softmax, of whatever logits."""
+    return node.target in MATRIX_PRODUCTS and read_softmax(node.args[0]) is not None
 
 
 def _is_to_change(node: fx.Node) -> bool:
@@ -73,15 +64,6 @@ def _is_to_change(node: fx.Node) -> bool:
     if node.target is not aten.scaled_dot_product_attention.default:
         return False
     return bool(node.kwargs.get("enable_gqa")) or len(shape_of(node)) == 3
-
-
-def _spelled_out(product: fx.Node) -> Logits | None:
-    """Return the logits of the attention that ends in this product; None where none does."""
-    if product.target not in MATRIX_PRODUCTS or not isinstance(product.args[0], fx.Node):
-        return None
-    softmax = _softmax_before(product.args[0])
-    logits = None if softmax is None else _logits(softmax.args[0])
-    return logits if logits is not None and _same_rank(logits, product) else None
 
 
 def _repeat_shared(graph: fx.Graph, attention: fx.Node) -> None:
@@ -100,143 +82,61 @@ def _repeat_shared(graph: fx.Graph, attention: fx.Node) -> None:
     attention.kwargs = {name: value for name, value in attention.kwargs.items() if name != "enable_gqa"}
 
 
-def _softmax_before(node: fx.Node) -> fx.Node | None:
-    """Return the softmax over the last dimension that `node` is, through casts; None where anything else reads it."""
-    while node.target in _NUMBER_PRESERVING and len(node.users) == 1:
-        node = node.all_input_nodes[0]
-    if node.target not in SOFTMAXES or len(node.users) != 1:
+def _read(product: fx.Node, typing: WholeTyping) -> Logits | None:
+    """Return the logits of the attention that ends in this product; None where none does, or none as the operator."""
+    if product.target not in MATRIX_PRODUCTS:
         return None
-    return node if node.args[1] in (-1, len(shape_of(node)) - 1) else None
-
-
-def _logits(node: Any) -> Logits | None:
-    """Parse `node` as a product of queries and keys, scaled and biased; None where it is something else."""
-    if not isinstance(node, fx.Node) or len(node.users) != 1:
+    weights, value = product.args[:2]
+    read = read_softmax(weights)
+    logits = read_logits(read, lambda k_transposed: _runs_over_tokens(k_transposed, typing))
+    if logits is None or not isinstance(value, fx.Node):
         return None
-    if node.target in MATRIX_PRODUCTS:
-        q, k_transposed = node.args
-        return Logits(q, k_transposed)  # type: ignore[arg-type]
-    if node.target in _NUMBER_PRESERVING:
-        return _logits(node.args[0])
-    if node.target in SCALINGS:
-        return _scaled(node)
-    if node.target is aten.reshape.default:
-        return _masked_by_window(node)
-    if node.target is aten.add.Tensor and not node.kwargs:
-        for inner, bias in (node.args, node.args[::-1]):
-            found = _logits(inner)
-            if found is not None and isinstance(bias, fx.Node):
-                return replace(found, biases=(*found.biases, (bias, 1.0)))
-    return None
+    seen, lead = shape_of(weights), shape_of(logits.product)[:-2]  # type: ignore[arg-type]
+    operands = (logits.q, logits.k_transposed, *(factor.value for factor in logits.factors))
+    fits = seen[-2:] == shape_of(logits.product)[-2:] == logits.shape[-2:] and seen[:-2] == shape_of(product)[:-2]
+    own_lead = shape_of(logits.q)[:-2] == lead and all(broadcast(shape_of(x)[:-2], lead) == lead for x in operands)
+    return logits if fits and own_lead and lead else None
 
 
-def _masked_by_window(node: fx.Node) -> Logits | None:
-    """Parse logits [images * windows, …] that are reshaped to [images, windows, …], masked, and reshaped back.
+def _runs_over_tokens(k_transposed: fx.Node, typing: WholeTyping) -> bool:
+    """Return whether the last dimension is one of tokens, as far as the types show."""
+    kind = typing.types.get(k_transposed)
+    return isinstance(kind, tuple) and not is_plain(kind[-1])
 
-    node: the second reshape. None where it is something else.
+
+def _replace(graph: fx.Graph, product: fx.Node, logits: Logits, typing: WholeTyping, known: Known) -> bool:
+    """Replace the attention that ends in `product` by the operator, with heads in a dimension of their own.
+
+    Return whether it was done: not where heads can't be told from images.
     """
-    masks: list[fx.Node] = []
-    # Go backward through the added masks to the first reshape.
-    split = node.args[0]
-    while isinstance(split, fx.Node) and split.target is aten.add.Tensor and not split.kwargs and len(split.users) == 1:
-        sides = [(x, mask) for x, mask in (split.args, split.args[::-1]) if _is_window_mask(mask, split, node)]
-        if not sides:
-            return None
-        split, mask = sides[0]
-        masks.append(mask)  # type: ignore[arg-type]
-    if not isinstance(split, fx.Node) or not masks or split.target is not aten.reshape.default or len(split.users) != 1:
-        return None
-    inner = split.args[0]
-    found = _logits(inner) if isinstance(inner, fx.Node) and shape_of(inner) == shape_of(node) else None
-    return None if found is None else replace(found, biases=(*found.biases, *((mask, 1.0) for mask in masks)))
-
-
-def _is_window_mask(mask: Any, total: fx.Node, logits: fx.Node) -> bool:
-    """Tell whether `mask` is [1, windows, heads or 1, queries, keys], with the sizes of the sum it is added in."""
-    if not isinstance(mask, fx.Node) or len(shape_of(mask)) != 5 or len(shape_of(total)) != 5:
+    value: Any = product.args[1]
+    layout = layout_of(logits.q, value, typing)
+    if layout is None:
         return False
-    one, windows, heads, *rest = shape_of(mask)
-    return (one, windows, *rest) == (1, shape_of(total)[1], *shape_of(logits)[2:]) and heads in (1, shape_of(logits)[1])
-
-
-def _scaled(node: fx.Node) -> Logits | None:
-    """Parse logits that are multiplied or divided by a number, or multiplied by a tensor; None for anything else."""
-    inner, factor = node.args
-    divides = node.target in DIVISIONS
-    # A product's operands may be in either order.
-    if isinstance(factor, fx.Node) and _logits(inner) is None and not divides:
-        inner, factor = factor, inner
-    found = _logits(inner)
-    if found is None:
-        return None
-    if isinstance(factor, int | float):
-        by = 1 / factor if divides else factor
-        biases = tuple((bias, times * by) for bias, times in found.biases)
-        return Logits(found.q, found.k_transposed, found.scale * by, found.factors, biases)
-    # A tensor has to be constant along both token axes, and can't be moved to q past a bias.
-    if divides or found.biases or not isinstance(factor, fx.Node) or shape_of(factor)[-2:] not in ((), (1,), (1, 1)):
-        return None
-    return Logits(found.q, found.k_transposed, found.scale, (*found.factors, factor))
-
-
-def _same_rank(logits: Logits, product: fx.Node) -> bool:
-    """Tell whether queries, keys and values are batched, and have the same leading dimensions."""
-    shapes = [shape_of(logits.q), shape_of(logits.k_transposed), shape_of(product.args[1])]  # type: ignore[arg-type]
-    return len(shapes[0]) in (3, 4) and len({shape[:-2] for shape in shapes}) == 1
-
-
-def _replace(graph: fx.Graph, product: fx.Node, logits: Logits, typing: WholeTyping) -> None:
-    """Replace the attention that ends in `product` by the operator, with heads in a dimension of their own."""
-    merged = len(shape_of(logits.q)) == 3
-    heads = _merged_heads(logits.q, typing) or _merged_heads(product.args[1], typing) if merged else None  # type: ignore[arg-type]
-    if merged and heads is None:
-        return  # heads can't be distinguished from images, and a site needs that
+    lead, seen = layout.lead, shape_of(product)[:-2]
+    dtype, own = (node.meta["val"].dtype for node in (logits.q, value))
     with graph.inserting_before(product):
-        call = edit.Emitter(graph, like=product)
-
-        def split_heads(x: fx.Node, shape: tuple[int, ...]) -> fx.Node:
-            """Reshape [images * heads, …] to [images, heads, …]; what all share has neither and broadcasts."""
-            shared = heads is None or len(shape) < 3 or shape[0] == 1
-            return x if shared else call(aten.reshape.default, x, [-1, heads, *shape[1:]])
-
-        def by_window(mask: fx.Node, shape: tuple[int, ...]) -> fx.Node:
-            """Expand and reshape [1, windows, …] to [images * windows, …]."""
-            rows: Any = shape_of(logits.q)[0]
-            if is_symbolic(rows):
-                rows = call(aten.sym_size.int, logits.q, 0)
-                images: Any = call(operator.floordiv, rows, shape[1])
-            else:
-                images = rows // shape[1]
-            expanded = call(aten.expand.default, mask, [images, *shape[1:]])
-            return call(aten.reshape.default, expanded, [-1, *shape[2:]])
-
-        # Factors move to the queries; the operator takes the number as its scale.
-        query = logits.q
-        for factor in logits.factors:
-            query = call(aten.mul.Tensor, query, factor)
-        key, key_shape = _transposed(logits.k_transposed, call)
-        value: Any = product.args[1]
-        # All biases and masks become one, in the logits' dimensions and dtype.
-        bias = None
-        for found, times in logits.biases:
-            one = found if times == 1.0 else call(aten.mul.Tensor, found, times)
-            one = by_window(one, shape_of(found)) if len(shape_of(found)) == 5 else one
-            one = split_heads(one, shape_of(found)) if len(shape_of(found)) == 3 else one
-            bias = one if bias is None else call(aten.add.Tensor, bias, one)
-        dtype = logits.q.meta["val"].dtype
-        if any(found.meta["val"].dtype != dtype for found, _ in logits.biases):
-            bias = call(aten.to.dtype, bias, dtype)
-        operands = [
-            split_heads(query, shape_of(logits.q)),
-            split_heads(key, key_shape),
-            split_heads(value, shape_of(value)),
-        ]
-        attention = call(aten.scaled_dot_product_attention.default, *operands, bias)
+        emit = edit.Emitter(graph, like=product)
+        operands = build_operands(emit, logits, known)
+        # The operator computes in one type: in the logits', which may be the larger.
+        values = Sized(value if own == dtype else emit(aten.to.dtype, value, dtype), shape_of(value))
+        tail = values.shape[-2:]
+        values = seen_as(emit, values, (*seen, *tail), (*lead, *tail), logits.q)
+        # Keys and values that all heads share are repeated, so that each head has its own.
+        each = [spread(emit, x, lead, logits.q) for x in (operands.query, operands.key, values)]
+        mask = None if operands.mask is None else layout.arranged(emit, operands.mask, logits.q)
+        arranged = [layout.arranged(emit, x, logits.q) for x in each]
+        attention = emit(aten.scaled_dot_product_attention.default, *arranged, mask)
         attention.kwargs = {"scale": logits.scale}
-        if heads is not None:
-            attention = call(aten.reshape.default, attention, [-1, *shape_of(product)[1:]])
+        attention = layout.restored(emit, attention, shape_of(product)[-2:])
+        if seen != lead:
+            attention = emit(aten.reshape.default, attention, written(shape_of(product)))
+        if own != dtype:
+            attention = emit(aten.to.dtype, attention, own)
+        attention.meta["val"] = product.meta["val"]
     product.replace_all_uses_with(attention)
     graph.erase_node(product)
+    return True
 
 
 def _separate_heads(graph: fx.Graph, attention: fx.Node, typing: WholeTyping) -> None:
@@ -244,7 +144,7 @@ def _separate_heads(graph: fx.Graph, attention: fx.Node, typing: WholeTyping) ->
     arguments: tuple[Any, ...] = attention.args
     q, k, v, *rest = arguments
     if {len(shape_of(x)) for x in (q, k, v)} != {3} or (
-        heads := _merged_heads(q, typing) or _merged_heads(v, typing)
+        heads := merged_heads(q, typing) or merged_heads(v, typing)
     ) is None:
         return
     shape = shape_of(attention)
@@ -263,48 +163,3 @@ def _separate_heads(graph: fx.Graph, attention: fx.Node, typing: WholeTyping) ->
         merged = edit.call(graph, aten.reshape.default, new, [-1, *shape[1:]], like=attention)
     attention.replace_all_uses_with(merged)
     graph.erase_node(attention)
-
-
-def _merged_heads(q: fx.Node, typing: WholeTyping) -> int | None:
-    """Return the heads of q [images * heads, tokens, features], from its type; None where the type doesn't show them.
-
-    The type has the first dimension's factors, as the view that merged them had. Heads might come before the images, so
-    the outer factor has to be known as the images.
-    """
-    kind = typing.types.get(q)
-    if not isinstance(kind, tuple):
-        return None
-    images, *rest = kind[0]
-    known = (
-        images.images if holds_images(kind[0]) and isinstance(images, Plain) else images.whole_size in _images(typing)
-    )
-    if _batch_of_one(typing) and not holds_images(kind[0]):
-        known, rest = True, list(kind[0])  # a batch of one doesn't appear in a type
-    if not known:
-        return None
-    while rest and not isinstance(rest[0], Plain):  # skip the windows, which are between images and heads
-        rest = rest[1:]
-    return math.prod(factor.whole_size for factor in rest) if all(isinstance(f, Plain) for f in rest) else None
-
-
-def _batch_of_one(typing: WholeTyping) -> bool:
-    """Tell whether every dimension of images in the graph has size 1."""
-    kinds = [kind for kind in typing.types.values() if isinstance(kind, tuple)]
-    sizes = {f.size for kind in kinds for dim in kind for f in dim if isinstance(f, Plain) and f.images}
-    return sizes == {1}
-
-
-def _images(typing: WholeTyping) -> set[int]:
-    """Return the batch sizes of values over patch grids."""
-    kinds = [kind for kind in typing.types.values() if isinstance(kind, tuple)]
-    return {whole_size(kind[0]) for kind in kinds if any(isinstance(f, GridAxis) for dim in kind for f in dim)}
-
-
-def _transposed(node: fx.Node, call: Any) -> tuple[fx.Node, tuple[int, ...]]:
-    """Transpose the last two dimensions of `node`, or undo its transpose; return the result and its shape."""
-    shape = shape_of(node)
-    rank = len(shape)
-    turned = (*shape[:-2], shape[-1], shape[-2])
-    if node.target is aten.transpose.int and {d % rank for d in node.args[1:]} == {rank - 2, rank - 1}:  # type: ignore[operator]
-        return node.args[0], turned  # type: ignore[return-value]
-    return call(aten.transpose.int, node, -2, -1), turned

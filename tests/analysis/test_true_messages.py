@@ -19,12 +19,11 @@ class Capped(Block):
         return ((q @ k.transpose(-1, -2)) / 8).tanh().softmax(-1) @ v
 
 
-class Summed(Block):
-    """Logits that are a sum of two products."""
+class TwoProducts(Block):
+    """Logits that are two products, entry by entry."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        logits = (q @ k.transpose(-1, -2))[..., None] + (v @ v.transpose(-1, -2))[..., None]
-        return logits.squeeze(-1).softmax(-1) @ v
+        return ((q @ k.transpose(-1, -2)) * (v @ v.transpose(-1, -2))).softmax(-1) @ v
 
 
 class Learned(Block):
@@ -76,7 +75,7 @@ HEADLINES = {
         r"has attention \(0 attention operators, 2 softmax, 1 convolutions\).*blocks\.0, blocks\.1: aten\.softmax"
         r"\.int: aten\.tanh\.default \[\S*tiny_vit\.py:\d+\] stands between q·kᵀ and this softmax.*attn_mask",
     ),
-    "a sum of products": (lambda: TinyViT(Summed), r"a sum of 2 products"),
+    "two products": (lambda: TinyViT(TwoProducts), r"made of 2 products and aren't one of them plus a bias"),
     "no product": (lambda: TinyViT(Learned), r"no softmax of q·kᵀ"),
     "no residual add": (
         lambda: TinyViT(Multiplied),

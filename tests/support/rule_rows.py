@@ -231,7 +231,6 @@ def contraction() -> Iterator[Row]:
 
 def einsum() -> Iterator[Row]:
     op = aten.einsum.default
-    unnamed = "an einsum with an ellipsis, a diagonal or no stated output"
     yield Row(op, lambda x, w: torch.einsum("bnc,cd->bnd", x, w), STREAM)
     yield Row(op, lambda x: torch.einsum("b n c -> c n b", x), "8, 2+n1, B")
     yield Row(op, lambda x: torch.einsum("bnc,bmc->bnm", x, x), "B, 2+n1, 2+n1")
@@ -243,9 +242,10 @@ def einsum() -> Iterator[Row]:
         "it reads one tensor in two ways",
     )
     yield Row(op, lambda x: torch.einsum("bnc,bnd->bcd", x, x), "B, 8, 8", ADDS_UP)
-    yield Row(op, lambda x, w: torch.einsum("...c,cd->...d", x, w), "B, 14, 8", unnamed)
-    yield Row(op, lambda x, w: torch.einsum("bnc,cd", x, w), "B, 8, 14", unnamed)
-    yield Row(op, lambda x: torch.einsum("bnn->bn", x @ x.transpose(1, 2)), "B, 14", unnamed)
+    yield Row(op, lambda x, w: torch.einsum("...c,cd->...d", x, w), STREAM)
+    yield Row(op, lambda x, old: torch.einsum("...nc, ... n c -> n...", x, old), "2+n1, B")
+    yield Row(op, lambda x, w: torch.einsum("bnc,cd", x, w), "B, 8, 2+n1")  # alphabetical
+    yield Row(op, lambda x: torch.einsum("bnn->bn", x @ x.transpose(1, 2)), "B, 14", "an einsum of a diagonal")
 
 
 # ---- reduction
@@ -256,7 +256,7 @@ def reduction() -> Iterator[Row]:
         yield Row(op, lambda x, op=op: op(x, [8]), STREAM)
         features = "the features that a norm averages run over tokens"
         yield Row(op, lambda x, op=op: op(x, [14, 8]), "B, 14, 8", features)
-    for op, more in ((aten.softmax.int, ()), (aten._softmax.default, (False,))):
+    for op, more in ((aten.softmax.int, ()), (aten._softmax.default, (False,)), (aten.log_softmax.int, ())):
         yield Row(op, lambda x, op=op, more=more: op(x, -1, *more), STREAM)
         told = "a softmax over tokens can't be told how many each stands for"
         yield Row(op, lambda x, op=op, more=more: op(x, 1, *more), "B, 2+n0, 8", told)
@@ -268,6 +268,7 @@ def reduction() -> Iterator[Row]:
     totals: dict[Any, Callable[..., Tensor]] = {
         aten.sum.dim_IntList: lambda x, dim, keep: x.sum(dim, keep),
         aten.linalg_vector_norm.default: lambda x, dim, keep: torch.linalg.vector_norm(x, 2, dim, keep),
+        aten.logsumexp.default: lambda x, dim, keep: x.logsumexp([0, 1, 2] if dim is None else dim, keep),
         aten.var.correction: lambda x, dim, keep: aten.var.correction(x, dim, correction=0, keepdim=keep),
     }
     for op, function in totals.items():

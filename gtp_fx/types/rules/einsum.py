@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.ops import aten  # type: ignore[import-not-found]
@@ -22,21 +25,38 @@ class Equation:
     result: str
 
     @classmethod
-    def parse(cls, text: str) -> Equation | None:
-        """Parse an equation; None for an ellipsis, a diagonal, or an output that isn't stated."""
-        terms, arrow, result = text.replace(" ", "").partition("->")
-        if "..." in text or not arrow or any(len(set(term)) != len(term) for term in (*terms.split(","), result)):
+    def parse(cls, text: str, ranks: Sequence[int]) -> Equation | None:
+        """Parse an equation of operands that have so many dimensions; None for a diagonal.
+
+        The dimensions of an ellipsis get labels of their own, from the right. An output that isn't stated has those,
+        and every label that occurs once, in alphabetical order.
+        """
+        left, arrow, result = text.replace(" ", "").partition("->")
+        terms = left.split(",")
+        unused = [label for label in string.ascii_letters if label not in text]
+        hidden = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
+        most = max((n for n, term in zip(hidden, terms, strict=True) if "..." in term), default=0)
+        if most > len(unused):
             return None
-        return cls(tuple(terms.split(",")), result)
+        ellipsis = "".join(unused[:most])
+        terms = [term.replace("...", ellipsis[most - n :] if n else "") for n, term in zip(hidden, terms, strict=True)]
+        if arrow:
+            result = result.replace("...", ellipsis)
+        else:
+            counts = collections.Counter(label for label in "".join(terms) if label not in ellipsis)
+            result = ellipsis + "".join(sorted(label for label, count in counts.items() if count == 1))
+        if any(len(set(term)) != len(term) for term in (*terms, result)):
+            return None
+        return cls(tuple(terms), result)
 
 
 @rule(aten.einsum.default)
 def einsum(call: Call) -> RuleResult:
     """Keep the type of every label in the output. The other labels are summed over, and must be plain."""
-    equation = Equation.parse(call.arg(0))
-    if equation is None:
-        raise NoRule("an einsum with an ellipsis, a diagonal or no stated output")
     operands = call.arg(1)
+    equation = Equation.parse(call.arg(0), [len(call.type_of(operand)) for operand in operands])
+    if equation is None:
+        raise NoRule("an einsum of a diagonal")
     # A label is one dimension for all operands that have it: their joined type.
     labels: dict[str, Dim] = {}
     for term, operand in zip(equation.terms, operands, strict=True):

@@ -21,7 +21,7 @@ def norm(call: Call) -> RuleResult:
     return RuleResult(x, operands={call.operand(0): x})
 
 
-@rule(*SOFTMAXES)
+@rule(*SOFTMAXES, aten.log_softmax.int)
 def softmax(call: Call) -> RuleResult:
     """Keep the type. Over tokens, each output needs every input along that axis.
 
@@ -35,6 +35,12 @@ def softmax(call: Call) -> RuleResult:
         raise NoRule("a softmax over tokens can't be told how many each stands for")
     require_own_images(x, (x[dim],), "the values of a softmax")
     return RuleResult(x, operands={node: x}, prefix_operands=None if is_plain(x[dim]) else NEEDS_ALL)
+
+
+@rule(aten.logsumexp.default)
+def log_of_sum(call: Call) -> RuleResult:
+    """Reduce over channels only: a sum of exponentials over tokens shrinks with every token removed."""
+    return _reduce(call, over_tokens=False)
 
 
 @rule(aten.mean.dim, aten.amax.default, aten.amin.default)

@@ -38,6 +38,10 @@ def spelled(gm: fx.GraphModule) -> list[str]:
         ("bhij,bjhd->bihd", (2, 3, 5, 6), (2, 6, 3, 4)),
         ("ij,jk->ik", (5, 4), (4, 6)),
         ("ij,jk->ki", (5, 4), (4, 6)),
+        ("...id,...jd->...ij", (2, 3, 5, 4), (2, 3, 6, 4)),
+        ("bhid,bjd->bhij", (2, 3, 5, 4), (2, 6, 4)),  # one key head for all
+        ("bhij,bjd->bihd", (2, 3, 5, 6), (2, 6, 4)),
+        ("dj,id", (4, 5), (6, 4)),
     ],
 )
 def test_an_einsum_that_is_a_matrix_product_becomes_one(equation: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
@@ -57,7 +61,7 @@ def test_an_einsum_that_is_a_matrix_product_becomes_one(equation: str, a: tuple[
         ("bi,bi->b", [(2, 3), (2, 3)]),
         ("ij,jk,kl->il", [(2, 3), (3, 4), (4, 5)]),
         ("bij,bjk->bik", [(1, 3, 4), (2, 4, 5)]),  # broadcast
-        ("...ij,...jk->...ik", [(2, 3, 4), (2, 4, 5)]),
+        ("...ij,...jk->...ik", [(1, 2, 3, 4), (2, 4, 5)]),
     ],
 )
 def test_an_einsum_that_is_something_else_stays(equation: str, shapes: list[tuple[int, ...]]) -> None:

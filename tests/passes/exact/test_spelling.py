@@ -62,10 +62,10 @@ def _twice(q: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "shape", [(2, WINDOWS, 1, TOKENS, TOKENS), (1, 1, HEADS, 1, TOKENS), (1, WINDOWS, HEADS, TOKENS, 1)]
 )
-def test_a_mask_of_another_kind_is_left_where_it_is(shape: tuple[int, ...]) -> None:
+def test_so_does_one_for_each_image_or_key_or_query(shape: tuple[int, ...]) -> None:
     inputs = (Q, BIAS, noise(*shape))
     gm = normalise(traced(by_window, *inputs))
-    assert calls(fuse_attention(gm), aten.softmax.int) == 1
+    assert calls(fuse_attention(gm), aten.scaled_dot_product_attention.default) == 1
     torch.testing.assert_close(fuse_attention(gm)(*inputs), gm(*inputs))
 
 
