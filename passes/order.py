@@ -24,7 +24,9 @@ from gtp_fx.passes.exact.fuse_projections import fuse_projections
 from gtp_fx.passes.exact.mark_blocks import mark_blocks
 from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.exact.normalise import normalise
+from gtp_fx.passes.exact.pointwise_convolutions import pointwise_convolutions
 from gtp_fx.passes.exact.split_projections import split_projections
+from gtp_fx.passes.exact.turn_streams import turn_streams
 from gtp_fx.passes.lower.functional_linear import functional_linear
 from gtp_fx.passes.lower.triton_kernels import triton_kernels
 from gtp_fx.passes.reduce.remove_tokens import remove_tokens
@@ -72,8 +74,8 @@ class Pass:
 
 
 # What the order depends on: fuse_attention reads matmuls, so einsums become those first, and it tells heads from images
-# by types, so tokens are marked before; mark_blocks finds attention by the fused operator; projections are split before
-# dead tokens are dropped, so that each part can be cut separately, and linear layers are fused last, since only those
+# by types, so tokens are marked before; streams are turned where attention is known, and their residual adds are marked
+# afterwards; mark_blocks finds attention by the fused operator; projections are split before dead tokens are dropped, so that each part can be cut separately, and linear layers are fused last, since only those
 # that still read the same tokens can be.
 ORDER = (
     Pass(normalise, "exact", "one spelling: no asserts, no copies, no dropout that is off"),
@@ -86,7 +88,14 @@ ORDER = (
         optional=True,
         reads="prefix_tokens",
     ),
+    Pass(
+        pointwise_convolutions,
+        "exact",
+        "a convolution over tokens with a kernel of one becomes a linear layer",
+        optional=True,
+    ),
     Pass(fuse_attention, "exact", "softmax(q·kᵀ)·v in its many spellings becomes the one operator", optional=True),
+    Pass(turn_streams, "exact", "residual streams that lie otherwise are turned to [B, N, C]", optional=True),
     Pass(mark_blocks, "exact", "marks attention blocks and their residual adds; changes nothing"),
     Pass(
         split_projections,
