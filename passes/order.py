@@ -75,8 +75,9 @@ class Pass:
 
 # What the order depends on: fuse_attention reads matmuls, so einsums become those first, and it tells heads from images
 # by types, so tokens are marked before; streams are turned where attention is known, and their residual adds are marked
-# afterwards; mark_blocks finds attention by the fused operator; projections are split before dead tokens are dropped, so that each part can be cut separately, and linear layers are fused last, since only those
-# that still read the same tokens can be.
+# afterwards; mark_blocks finds attention by the fused operator; projections are split before dead tokens are dropped, so
+# that each part can be cut separately, and linear layers are fused last, since only those that still read the same
+# tokens can be.
 ORDER = (
     Pass(normalise, "exact", "one spelling: no asserts, no copies, no dropout that is off"),
     Pass(drop_trivial_masks, "exact", "masks that hide nothing are removed, and so are added zeros", optional=True),
