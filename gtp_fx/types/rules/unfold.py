@@ -60,11 +60,11 @@ def unfolded(view: fx.Node) -> list[Factor] | None:
         return None
     row = [part for dim in merged for part in dim]
     counts = list(_outer_halves(row, sizes))
-    places = sorted(row.index(count) for count in counts)
+    places = [row.index(count) for count in counts]
     few = 1 if len(sizes) == 3 and len(shape_of(view)) == 3 and math.prod(shape_of(view)[2:]) > 1 else 2
     if len(places) < few or places != list(range(places[0], places[0] + len(places))):
         return None
-    if row[:1] != [_Part(0, sizes[0], 1)] or any(node.target in _LAYERS for node in ancestors(source)):
+    if row[:1] != [_Part(0, sizes[0], 1)] or any(node.target in _LAYERS for node in (source, *ancestors(source))):
         return None
     grid = Grid(view.name, tuple(count.size for count in counts))
     return [GridAxis(grid, counts.index(p)) if p in counts else Plain(p.size, images=p.dim == 0) for p in row]
