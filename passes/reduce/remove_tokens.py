@@ -171,7 +171,7 @@ class _Walk:
         removal = states[level + 1].removal
         assert removal is not None
         if (grid, level) not in self.shares:
-            where = (removal.kept_index, removal.propagated_index, list(grid.shape))
+            where = (removal.kept_index, removal.propagated_index, grid.sides)
             self.shares[grid, level] = emit(gtp_fx.recovery_weights.default, removal.weights, *where)
         return (
             gtp_fx.recover.default,
