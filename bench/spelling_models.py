@@ -236,7 +236,7 @@ def _tokens_first(block: Block, x: Tensor) -> Tensor:
 def _tokens_first_by_heads(block: Block, x: Tensor) -> Tensor:
     """[N, B, C], with attention over [N, B, H, D] by einsum."""
     count, batch, _ = x.shape
-    q, k, v = (t.reshape(count, batch, HEADS, FEATURES) for t in block.qkv(block.norm1(x)).chunk(3, -1))
+    q, k, v = block.qkv(block.norm1(x)).reshape(count, batch, 3, HEADS, FEATURES).unbind(2)
     weights = torch.einsum("ibhd,jbhd->bhij", q, k * FEATURES**-0.5).softmax(-1)
     attended = torch.einsum("bhij,jbhd->ibhd", weights, v).reshape(count, batch, CHANNELS)
     x = RESIDUALS[block.spelling.residual](x, block.out(attended))
@@ -255,7 +255,10 @@ def _tokens_last(block: Block, x: Tensor) -> Tensor:
     def through(layer: nn.Linear, x: Tensor) -> Tensor:
         return F.conv1d(x, layer.weight[:, :, None], layer.bias)
 
-    q, k, v = through(block.qkv, norm(block.norm1, x)).reshape(x.shape[0], 3, HEADS, FEATURES, -1).unbind(1)
+    y = norm(block.norm1, x)
+    weights, biases = block.qkv.weight.chunk(3), block.qkv.bias.chunk(3)
+    each = [F.conv1d(y, weight[..., None], bias) for weight, bias in zip(weights, biases, strict=True)]
+    q, k, v = (t.unflatten(1, (HEADS, FEATURES)) for t in each)
     attended = F.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT
     x = RESIDUALS[block.spelling.residual](x, through(block.out, attended.flatten(1, 2)))
     y = through(block.down, ACTIVATIONS[block.spelling.activation](through(block.up, norm(block.norm2, x))))

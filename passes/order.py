@@ -19,6 +19,7 @@ from gtp_fx.errors import OptionError
 from gtp_fx.passes.exact.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.exact.drop_trivial_masks import drop_trivial_masks
 from gtp_fx.passes.exact.einsum_to_matmul import einsum_to_matmul
+from gtp_fx.passes.exact.fold_views import fold_views
 from gtp_fx.passes.exact.fuse_attention import fuse_attention
 from gtp_fx.passes.exact.fuse_projections import fuse_projections
 from gtp_fx.passes.exact.mark_blocks import mark_blocks
@@ -97,6 +98,7 @@ ORDER = (
     ),
     Pass(fuse_attention, "exact", "softmax(q·kᵀ)·v in its many spellings becomes the one operator", optional=True),
     Pass(turn_streams, "exact", "residual streams that lie otherwise are turned to [B, N, C]", optional=True),
+    Pass(fold_views, "exact", "dimensions that are merged and taken apart again stay apart", optional=True),
     Pass(mark_blocks, "exact", "marks attention blocks and their residual adds; changes nothing"),
     Pass(
         split_projections,
