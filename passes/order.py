@@ -75,10 +75,9 @@ class Pass:
 
 
 # What the order depends on: fuse_attention reads matmuls, so einsums become those first, and it tells heads from images
-# by types, so tokens are marked before; streams are turned where attention is known, and their residual adds are marked
-# afterwards; mark_blocks finds attention by the fused operator; projections are split before dead tokens are dropped, so
-# that each part can be cut separately, and linear layers are fused last, since only those that still read the same
-# tokens can be.
+# by types, so tokens are marked before; mark_blocks finds attention by the fused operator; streams are turned where
+# blocks are known; projections are split before dead tokens are dropped, so that each part can be cut separately, and
+# linear layers are fused last, since only those that still read the same tokens can be.
 ORDER = (
     Pass(normalise, "exact", "one spelling: no asserts, no copies, no dropout that is off"),
     Pass(drop_trivial_masks, "exact", "masks that hide nothing are removed, and so are added zeros", optional=True),
@@ -97,9 +96,9 @@ ORDER = (
         optional=True,
     ),
     Pass(fuse_attention, "exact", "softmax(q·kᵀ)·v in its many spellings becomes the one operator", optional=True),
+    Pass(mark_blocks, "exact", "marks attention blocks and their residual adds; changes nothing"),
     Pass(turn_streams, "exact", "residual streams that lie otherwise are turned to [B, N, C]", optional=True),
     Pass(fold_views, "exact", "dimensions that are merged and taken apart again stay apart", optional=True),
-    Pass(mark_blocks, "exact", "marks attention blocks and their residual adds; changes nothing"),
     Pass(
         split_projections,
         "exact",

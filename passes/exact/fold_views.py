@@ -8,6 +8,7 @@ A dimension of tokens and images, or of tokens and heads, can't be followed ever
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,9 +31,9 @@ def fold_views(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if view := _view_after(node):
             _keep_rows_apart(gm.graph, node, view)
-    for node in list(gm.graph.nodes):
-        if steps := _detour(node):
-            _fold(gm.graph, node, steps[-1])
+    # All are found before the first is folded: chains may have views in common.
+    for node, steps in [(node, steps) for node in gm.graph.nodes if (steps := _detour(node))]:
+        _fold(gm.graph, node, steps[-1])
     return edit.finish(gm)
 
 
@@ -52,10 +53,13 @@ def _keep_rows_apart(graph: fx.Graph, linear: fx.Node, view: fx.Node) -> None:
     merged: Any = linear.args[0]
     shape = (*shape_of(view)[:-1], shape_of(merged)[-1])
     emit = edit.Emitter(graph, like=linear, before=linear)
-    rows = emit(aten.reshape.default, merged.args[0], written(shape))
-    new = emit(aten.linear.default, rows, *linear.args[1:])
+    rows = merged.args[0]
     # The chains are read next, and their shapes.
-    rows.meta["val"], new.meta["val"] = merged.args[0].meta["val"].reshape(shape), view.meta["val"]
+    if shape_of(rows) != shape:
+        rows = emit(aten.reshape.default, rows, written(shape))
+        rows.meta["val"] = merged.args[0].meta["val"].reshape(shape)
+    new = emit(aten.linear.default, rows, *linear.args[1:])
+    new.meta["val"] = view.meta["val"]
     view.replace_all_uses_with(new)
 
 
@@ -67,7 +71,7 @@ def _detour(end: fx.Node) -> list[Parts] | None:
     if any(node.target not in _CHAINED for node in chain) or sum(node.target in VIEWS for node in chain) < 2:
         return None
     steps: list[Parts] = []
-    parts: Parts | None = whole_parts(shape_of(chain[0].all_input_nodes[0]))
+    parts: Parts | None = whole_parts(shape_of(_source(end)))
     for node in chain:
         parts = rearranged(parts, node)
         if parts is None:
@@ -79,7 +83,7 @@ def _detour(end: fx.Node) -> list[Parts] | None:
 
 def _fold(graph: fx.Graph, end: fx.Node, parts: Parts) -> None:
     """Replace the chain that ends in `end` by one view, permutation and view."""
-    new = chain_before(end)[0].all_input_nodes[0]
+    new = _source(end)
     # The source's dimensions, each cut into the parts that end in different places; then the order; then the result.
     row = [part for dim in parts for part in dim]
     in_order = sorted(row, key=lambda part: (part.dim, -part.stride))
@@ -92,6 +96,11 @@ def _fold(graph: fx.Graph, end: fx.Node, parts: Parts) -> None:
     if tuple(part.size for part in row) != shape_of(end):
         new = emit(aten.reshape.default, new, written(shape_of(end)))
     end.replace_all_uses_with(new)
+
+
+def _source(end: fx.Node) -> fx.Node:
+    """Return the value that a chain rearranges."""
+    return chain_before(end)[0].all_input_nodes[0]
 
 
 def _writable(shape: Sequence[int]) -> bool:
@@ -111,5 +120,5 @@ def _taken_apart(steps: list[Parts]) -> bool:
         first.dim != second.dim and place(first) != place(second)
         for step in steps[:-1]
         for dim in step
-        for first, second in zip(dim, dim[1:], strict=False)
+        for first, second in itertools.pairwise(dim)
     )

@@ -19,11 +19,10 @@ import torch
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.blocks import residual_add, self_attention_axis, stream_of
+from gtp_fx.analysis.blocks import marks_of, stream_of
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import (
-    ATTENTION,
     BINARY,
     CASTS_LIKE,
     FEATURE_NORMS,
@@ -42,7 +41,7 @@ Order = tuple[int, ...]
 
 
 def turn_streams(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of `gm` whose residual streams are [B, N, C]; `gm` itself where all are."""
+    """Return a copy of `gm`, whose blocks are marked, with residual streams [B, N, C]; `gm` itself where all are."""
     orders = _streams(gm.graph)
     if not orders:
         return gm
@@ -59,12 +58,10 @@ def turn_streams(gm: fx.GraphModule) -> fx.GraphModule:
 def _streams(graph: fx.Graph) -> dict[fx.Node, Order]:
     """Return the streams at which tokens could be removed but for their layout, and what turns each to [B, N, C]."""
     typing = typed_graph(graph).whole
+    marked = {(mark.role, mark.index): node for node, mark in marks_of(graph)}
     found: dict[fx.Node, Order] = {}
-    for node in graph.nodes:
-        if node.target not in ATTENTION or self_attention_axis(node, typing) is None:
-            continue
-        site = residual_add(node, typing)
-        stream = None if site is None else stream_of(site, node, typing)
+    for (role, index), site in marked.items():
+        stream = stream_of(site, marked["attention", index], typing) if role == "site" else None
         if stream is not None and typing.is_tensor(stream) and (order := _to_turn(typing.type(stream))):
             found[stream] = order
     return found

@@ -131,7 +131,7 @@ class _Walk:
                     value = self._updated(key, emit, value, coercion.images, step, level)
                 else:
                     value = self._once(key, emit, *self._move(emit, value, coercion.images, step, level))
-        if coercion.repeats != (1, 1):
+        if coercion.repeats > 1:
             value = self._repeated(emit, value, coercion)
         if any(step.recovers for step in coercion.steps):
             value.meta[RECOVERED] = True
@@ -144,16 +144,12 @@ class _Walk:
 
     def _repeated(self, emit: edit.Emitter, value: fx.Node, coercion: Coercion) -> fx.Node:
         """Return a value for each image as often as the reader has heads for it: [B, …] -> [B · H, …]."""
-        place, rank = coercion.images, len(coercion.kind)
-        for before, times in zip((True, False), coercion.repeats, strict=True):
-            if times == 1:
-                continue
-            key, new = (value, "repeated", place, times, before), place + (not before)
-            value = self._once((key, "apart"), emit, aten.unsqueeze.default, value, new)
-            sizes = [times if dim == new else -1 for dim in range(rank + 1)]
-            value = self._once((key, "shown"), emit, aten.expand.default, value, sizes)
-            value = self._once(key, emit, aten.flatten.using_ints, value, place, place + 1)
-        return value
+        place, heads = coercion.images, coercion.images + 1
+        key = (value, "repeated", place, coercion.repeats)
+        sizes = [coercion.repeats if dim == heads else -1 for dim in range(len(coercion.kind) + 1)]
+        apart = self._once((key, "apart"), emit, aten.unsqueeze.default, value, heads)
+        shown = self._once((key, "shown"), emit, aten.expand.default, apart, sizes)
+        return self._once(key, emit, aten.flatten.using_ints, shown, place, heads)
 
     def _updated(self, key: Any, emit: edit.Emitter, value: fx.Node, images: int, step: Step, level: int) -> fx.Node:
         """Return a later stream brought back to `level`.
