@@ -65,8 +65,8 @@ class Coercion:
     steps: the changes of level.
     reason: why the reader needs other tokens.
     updates: the operand is a residual stream; a removed token becomes what it was plus its neighbours' mean change.
-    repeats: how often each image follows in a row in the images' dimension afterwards: as often as the reader has heads,
-        where it has them merged with images and the value is shared by all.
+    repeats: how often each image follows in a row in the images' dimension afterwards: as often as the reader has
+        heads, where it has them merged with images and the value is shared by all.
     rearranged: where `node` reads a value in which images are spread over several dimensions, the views and
         permutations that made it of `operand`, to be done again on what the steps give.
     """

@@ -241,7 +241,7 @@ def _concatenate(dims: list[Dim], birth: str) -> Dim:
 
 
 def _end_to_end(dims: list[Dim], birth: str) -> TokenAxis:
-    """Return the one axis that token axes are, end to end. Raises NoRule where they are none, or not of patches alone."""
+    """Return the one axis that token axes are, end to end. Raises NoRule where they have no places of their own."""
     axes = [axis for dim in dims if (axis := token_axis(dim)) is not None]
     if len(axes) != len(dims):
         raise NoRule("patch tokens are joined end to end with others between them")
