@@ -45,17 +45,17 @@ def whole_parts(shape: tuple[int, ...]) -> Parts:
 
 def rearranged(parts: Parts, node: fx.Node) -> Parts | None:
     """Return the parts of a rearranging operator's result; None where they can't be told."""
+    arguments: tuple[Any, ...] = node.args
     if node.target in VIEWS:
         return _regrouped(parts, shape_of(node))
     if node.target is aten.permute.default:
-        order: Any = node.args[1]
-        return [parts[dim] for dim in order]
+        return [parts[dim] for dim in arguments[1]]
     if node.target is aten.transpose.int:
-        a, b = (dim % len(parts) for dim in node.args[1:])  # type: ignore[operator]
+        a, b = (dim % len(parts) for dim in arguments[1:])
         swapped = {a: b, b: a}
         return [parts[swapped.get(dim, dim)] for dim in range(len(parts))]
     if node.target is aten.unfold.default:
-        return _cut(parts, *node.args[1:])  # type: ignore[arg-type]
+        return _cut(parts, *arguments[1:])
     return parts
 
 

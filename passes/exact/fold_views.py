@@ -71,10 +71,9 @@ def _detour(end: fx.Node) -> list[Parts] | None:
     if any(node.target not in _CHAINED for node in chain) or sum(node.target in VIEWS for node in chain) < 2:
         return None
     steps: list[Parts] = []
-    parts: Parts | None = whole_parts(shape_of(_source(end)))
+    parts: Any = whole_parts(shape_of(_source(end)))
     for node in chain:
-        parts = rearranged(parts, node)
-        if parts is None:
+        if (parts := rearranged(parts, node)) is None:
             return None
         steps.append(parts)
     sizes = [part.size for dim in steps[-1] for part in dim]

@@ -8,6 +8,8 @@ tokens (of a series, whose patches are single samples) stays.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
@@ -58,6 +60,7 @@ def _as_linear(graph: fx.Graph, node: fx.Node) -> None:
 
 def _turns(node: fx.Node) -> bool:
     """Tell whether a node swaps the last two of three dimensions."""
+    arguments: tuple[Any, ...] = node.args
     if node.target is aten.transpose.int:
-        return len(shape_of(node)) == 3 and {dim % 3 for dim in node.args[1:]} == {1, 2}  # type: ignore[operator]
-    return node.target is aten.permute.default and [dim % 3 for dim in node.args[1]] == _TURN  # type: ignore[union-attr]
+        return len(shape_of(node)) == 3 and {dim % 3 for dim in arguments[1:]} == {1, 2}
+    return node.target is aten.permute.default and [dim % 3 for dim in arguments[1]] == _TURN

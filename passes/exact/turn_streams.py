@@ -165,6 +165,11 @@ def _is_tensor(node: fx.Node) -> bool:
 
 # ---- how an operator works on turned operands: each returns the order that turns its result back; None where it can't
 
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
 _Rule = Callable[[_Walk, fx.Node, Order], Order | None]
 
 
@@ -177,18 +182,19 @@ def _pointwise(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
 
 
 def _cast_like(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
-    if node.args[0] not in walk.turned:
+    x, like, *rest = _arguments(node)
+    if x not in walk.turned:
         return None
-    x, like, *rest = node.args
-    node.args = (walk.operand(node, x, order), walk.turned.get(like, (like,))[0], *rest)  # type: ignore[arg-type]
-    return walk.turned[x][1]  # type: ignore[index]
+    source, own = walk.turned[x]
+    node.args = (source, walk.turned.get(like, (like, ()))[0], *rest)
+    return own
 
 
 def _over_last(count: Callable[[fx.Node], int]) -> _Rule:
     """Return the rule of an operator on the last dimensions of its first operand alone."""
 
     def rule(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
-        x, *rest = node.args
+        x, *rest = _arguments(node)
         stay = all(order[d] == d for d in range(len(order) - count(node), len(order)))
         if x not in walk.turned or not stay or any(other in walk.turned for other in node.all_input_nodes[1:]):
             return None
@@ -199,8 +205,8 @@ def _over_last(count: Callable[[fx.Node], int]) -> _Rule:
 
 
 def _product(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
-    right = node.args[1]
-    if right not in walk.shapes or len(walk.shapes[right]) != 2:  # type: ignore[index]
+    right = _arguments(node)[1]
+    if right not in walk.shapes or len(walk.shapes[right]) != 2:
         return None
     return _over_last(lambda _: 1)(walk, node, order)
 
@@ -214,14 +220,14 @@ def _with_dims(position: int, keeps: Callable[[fx.Node], bool]) -> _Rule:
     def rule(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
         if len(node.args) <= position or node.args[position] is None or node.kwargs.get("dim") is not None:
             return None
-        x, named = node.args[0], node.args[position]
+        x, named = _arguments(node)[0], _arguments(node)[position]
         if x not in walk.turned:
             return None
         rank = len(order)
-        dims = [order[d % rank] for d in ([named] if isinstance(named, int) else named)]  # type: ignore[union-attr]
-        sizes = walk.shapes[x]  # type: ignore[index]
+        dims = [order[d % rank] for d in ([named] if isinstance(named, int) else named)]
+        sizes = walk.shapes[x]
         gone = {d for d in dims if node.target not in SQUEEZES or sizes[_inverse(order)[d]] == 1}
-        args = [walk.turned[x][0], *node.args[1:]]  # type: ignore[index]
+        args = [walk.turned[x][0], *node.args[1:]]
         args[position] = dims[0] if isinstance(named, int) else dims
         node.args = tuple(args)
         return order if keeps(node) else _without(order, gone)
@@ -230,59 +236,60 @@ def _with_dims(position: int, keeps: Callable[[fx.Node], bool]) -> _Rule:
 
 
 def _item(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
-    source, of = walk.turned[node.args[0]]  # type: ignore[index]
-    unbound = source.target is aten.unbind.int
-    return _without(of, {source.args[1] if len(source.args) > 1 else 0}) if unbound else of  # type: ignore[arg-type]
+    listed: Any = node.args[0]
+    source, of = walk.turned[listed]
+    dim: Any = source.args[1] if source.target is aten.unbind.int else None
+    return of if dim is None else _without(of, {dim})
 
 
 def _permutation(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
-    x, *named = node.args
+    x, *named = _arguments(node)
     own = list(range(len(order)))
     if node.target is aten.transpose.int:
         a, b = named
-        own[a], own[b] = own[b], own[a]  # type: ignore[call-overload]
+        own[a], own[b] = own[b], own[a]
     else:
-        own = [d % len(order) for d in named[0]]  # type: ignore[union-attr]
+        own = [d % len(order) for d in named[0]]
     composed = tuple(order[d] for d in own)
-    walk.turned[node] = walk.turned[x][0], composed  # type: ignore[index]
+    walk.turned[node] = walk.turned[x][0], composed
     return composed
 
 
 def _unsqueeze(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
-    x, position = node.args
-    place: Any = position % (len(order) + 1)  # type: ignore[operator]
-    node.args = (walk.turned[x][0], len(order))  # type: ignore[index]
+    x, position = _arguments(node)
+    place = position % (len(order) + 1)
+    node.args = (walk.turned[x][0], len(order))
     return (*order[:place], len(order), *order[place:])
 
 
 def _cat(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
-    parts, *dim = node.args
-    if any(len(walk.shapes[part]) != len(order) for part in parts):  # type: ignore[union-attr, index]
+    parts, *dim = _arguments(node)
+    if any(len(walk.shapes[part]) != len(order) for part in parts):
         return None
-    place: Any = dim[0] if dim else 0
-    node.args = ([walk.operand(node, part, order) for part in parts], order[place % len(order)])  # type: ignore[union-attr]
+    place = dim[0] if dim else 0
+    node.args = ([walk.operand(node, part, order) for part in parts], order[place % len(order)])
     return order
 
 
 def _view(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
     """Views that regroup only dimensions that stay in place, behind those that don't: features into heads."""
-    x = node.args[0]
-    before, after = walk.shapes[x], walk.shapes[node]  # type: ignore[index]
+    x = _arguments(node)[0]
+    before, after = walk.shapes[x], walk.shapes[node]
     moved = 1 + max(d for d in range(len(order)) if order[d] != d) if _changes(order) else 0
     if before[:moved] != after[:moved]:
         return None
     sizes = written([*(after[place] for place in _inverse(order[:moved])), *after[moved:]])
     if sizes.count(-1) > 1:
         return None
-    node.args = (walk.turned[x][0], sizes)  # type: ignore[index]
+    node.args = (walk.turned[x][0], sizes)
     return (*order[:moved], *range(moved, len(after)))
 
 
 def _expand(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
-    x, sizes = node.args
-    if len(sizes) != len(order):  # type: ignore[arg-type]
+    x, sizes, *_ = _arguments(node)
+    if len(sizes) != len(order):
         return None
-    node.args = (walk.turned[x][0], [sizes[place] for place in _inverse(order)])  # type: ignore[index]
+    node.args = (walk.turned[x][0], [sizes[place] for place in _inverse(order)])
     return order
 
 
@@ -295,7 +302,9 @@ def _drops(node: fx.Node) -> bool:
 
 
 def _keepdim(position: int) -> Callable[[fx.Node], bool]:
-    return lambda node: bool(node.args[position] if len(node.args) > position else node.kwargs.get("keepdim", False))
+    return lambda node: bool(
+        _arguments(node)[position] if len(node.args) > position else node.kwargs.get("keepdim", False)
+    )
 
 
 _RULES: dict[Any, _Rule] = {

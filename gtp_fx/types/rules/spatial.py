@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
@@ -43,10 +45,11 @@ def is_pointwise(node: fx.Node) -> bool:
     """Return whether a convolution mixes channels alone: a kernel of one, one place after the other."""
     if node.target not in CONVOLUTIONS:
         return False
-    _, weight, _, stride, padding, _, groups = (*node.args, *(None, [1], [0], [1], 1)[len(node.args) - 2 :])
-    padded = padding != "valid" and padding != "same" and any(padding)  # type: ignore[arg-type]
-    one = all(size == 1 for size in shape_of(weight)[2:])  # type: ignore[arg-type]
-    return one and not node.kwargs and set(stride) == {1} and not padded and groups == 1  # type: ignore[arg-type]
+    given: tuple[Any, ...] = node.args
+    _, weight, _, stride, padding, _, groups = (*given, *(None, [1], [0], [1], 1)[len(given) - 2 :])
+    padded = not isinstance(padding, str) and any(padding)  # "same" of a kernel of one is none
+    one = all(size == 1 for size in shape_of(weight)[2:])
+    return one and not node.kwargs and set(stride) == {1} and not padded and bool(groups == 1)
 
 
 @rule(aten.im2col.default)
