@@ -19,13 +19,16 @@ from gtp_fx.errors import OptionError
 from gtp_fx.passes.exact.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.exact.drop_trivial_masks import drop_trivial_masks
 from gtp_fx.passes.exact.einsum_to_matmul import einsum_to_matmul
+from gtp_fx.passes.exact.fold_views import fold_views
 from gtp_fx.passes.exact.fuse_attention import fuse_attention
 from gtp_fx.passes.exact.fuse_projections import fuse_projections
 from gtp_fx.passes.exact.mark_blocks import mark_blocks
 from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.exact.matmul_to_linear import matmul_to_linear
 from gtp_fx.passes.exact.normalise import normalise
+from gtp_fx.passes.exact.pointwise_convolutions import pointwise_convolutions
 from gtp_fx.passes.exact.split_projections import split_projections
+from gtp_fx.passes.exact.turn_streams import turn_streams
 from gtp_fx.passes.lower.functional_linear import functional_linear
 from gtp_fx.passes.lower.triton_kernels import triton_kernels
 from gtp_fx.passes.reduce.remove_tokens import remove_tokens
@@ -73,9 +76,9 @@ class Pass:
 
 
 # What the order depends on: fuse_attention reads matmuls, so einsums become those first, and it tells heads from images
-# by types, so tokens are marked before; mark_blocks finds attention by the fused operator; projections are split before
-# dead tokens are dropped, so that each part can be cut separately, and linear layers are fused last, since only those
-# that still read the same tokens can be.
+# by types, so tokens are marked before; mark_blocks finds attention by the fused operator; streams are turned where
+# blocks are known; projections are split before dead tokens are dropped, so that each part can be cut separately, and
+# linear layers are fused last, since only those that still read the same tokens can be.
 ORDER = (
     Pass(normalise, "exact", "one spelling: no asserts, no copies, no dropout that is off"),
     Pass(drop_trivial_masks, "exact", "masks that hide nothing are removed, and so are added zeros", optional=True),
@@ -88,8 +91,16 @@ ORDER = (
         optional=True,
         reads="prefix_tokens",
     ),
+    Pass(
+        pointwise_convolutions,
+        "exact",
+        "a convolution over tokens with a kernel of one becomes a linear layer",
+        optional=True,
+    ),
     Pass(fuse_attention, "exact", "softmax(q·kᵀ)·v in its many spellings becomes the one operator", optional=True),
     Pass(mark_blocks, "exact", "marks attention blocks and their residual adds; changes nothing"),
+    Pass(turn_streams, "exact", "residual streams that lie otherwise are turned to [B, N, C]", optional=True),
+    Pass(fold_views, "exact", "dimensions that are merged and taken apart again stay apart", optional=True),
     Pass(
         split_projections,
         "exact",

@@ -24,7 +24,7 @@ from gtp_fx.graph.nodes import (
 )
 from gtp_fx.graph.operators import CASTS, CASTS_LIKE, DROPOUTS, RESIDUAL_SUMS, SCALINGS
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.types.axes import Grid, TensorType, TokenAxis, is_plain, token_axes, token_axis
+from gtp_fx.types.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import SiteTyping, WholeTyping
 from gtp_fx.types.layouts import base_of
 
@@ -106,7 +106,7 @@ def read_blocks(typing: WholeTyping, with_sites: SitesTyped) -> tuple[AttentionB
     for (role, index), attention in marked.items():
         if role == "attention":
             site = marked.get(("site", index))
-            stream = None if site is None else _stream_in(site, attention, typing)
+            stream = None if site is None else stream_of(site, attention, typing)
             refusal = _why_not(attention, site, typing)
             axis = attention.meta[MARK].axis
             if refusal is None and base_of(axis.domain.grid) in windowed:
@@ -187,12 +187,12 @@ def residual_add(attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
     after = descendants(attention)
     nodes: list[fx.Node] = list(attention.graph.nodes)
     for node in nodes:  # in graph order: the first one is the closest
-        if node in after and _stream_in(node, attention, typing) is not None:
+        if node in after and stream_of(node, attention, typing) is not None:
             return node
     return None
 
 
-def _stream_in(add: fx.Node, attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
+def stream_of(add: fx.Node, attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
     """Return the stream that has a fixed share in a sum, the block's input; None where the sum is no residual one."""
     if add.target not in RESIDUAL_SUMS or not typing.is_tensor(add):
         return None
@@ -225,16 +225,6 @@ def _joined_by(attention: fx.Node) -> str:
     return ""
 
 
-def _layout_refused(stream: TensorType) -> str:
-    """Return why a residual stream of this type can't be shortened."""
-    if len(stream) == 3 and token_axis(stream[0]) is not None:
-        return (
-            "the residual stream is laid out as [tokens, batch, channels], and only [batch, tokens, channels] can be "
-            "shortened: transpose it once before the blocks (nn.TransformerEncoder: batch_first=True)"
-        )
-    return "the residual stream is not laid out as [batch, tokens, channels]"
-
-
 def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> Refusal | None:
     """Return why tokens can't be removed at a block, or None where they can."""
 
@@ -261,7 +251,9 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> R
     if all(map(is_plain, stream)):
         return refuse("no patch token is alive after this attention (dead tokens), so none can be removed")
     if len(stream) != 3 or token_axis(stream[1]) is None or not (is_plain(stream[0]) and is_plain(stream[2])):
-        return refuse(_layout_refused(stream))
+        return refuse(
+            "the residual stream is laid out neither as [batch, tokens, channels] nor so that a permutation makes it so"
+        )
     if len(typing.type(attention)) != 4:
         return refuse("queries are not laid out as [batch, heads, tokens, features]")
     if attention_dropout(attention):

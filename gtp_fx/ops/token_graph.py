@@ -25,7 +25,7 @@ GRAPHS = {
 
 
 def _graph_shapes(x_BNC, grid, prefix, kind, neighbors):  # type: ignore[no-untyped-def]
-    batch, count = x_BNC.shape[0], math.prod(grid)
+    batch, count = x_BNC.shape[0], math.prod(map(abs, grid))
     near = x_BNC.new_empty(batch, count, 0 if kind == "spatial" else neighbors, dtype=torch.int64)
     return near, x_BNC.new_empty(batch, count, dtype=torch.float32)
 
@@ -39,7 +39,7 @@ def token_graph(x_BNC: Tensor, grid: list[int], prefix: int, kind: str, neighbor
     """Build the graph over the patch tokens that enter the first block.
 
     x_BNC: [B, prefix + G (+ suffix), C].
-    grid: the grid's sides; G is their product, row-major.
+    grid: the grid's sides; G is their product, row-major. A first side of -P counts P grids that are apart.
     prefix: tokens before the patches.
     kind: a name in `GRAPHS`.
     neighbors: M < G.
@@ -47,7 +47,7 @@ def token_graph(x_BNC: Tensor, grid: list[int], prefix: int, kind: str, neighbor
     Returns the semantic neighbours [B, G, M] (int64; M = 0 for a spatial graph) and D^-1/2 [B, G] (float32). A token
     without neighbours has no edges, and 0 in D^-1/2 instead of infinity.
     """
-    batch, count = x_BNC.shape[0], math.prod(grid)
+    batch, count = x_BNC.shape[0], math.prod(map(abs, grid))
     here_GR = coordinates(grid, x_BNC.device)
     spatial_GG = _adjacent(here_GR[:, None], here_GR[None, :])
     if kind == "spatial":
@@ -92,7 +92,13 @@ def propagation_weights(
 
 
 def coordinates(grid: list[int], device: torch.device) -> Tensor:
-    """Return the position of each patch on a grid of R sides, [G, R]."""
+    """Return the position of each patch on a grid of R sides, [G, R].
+
+    A first side of -P counts P grids that are apart: no patch is nearer to one of another grid than to any of its own.
+    """
+    if grid[0] < 0:
+        here_GR = coordinates([-grid[0], *grid[1:]], device)
+        return torch.cat([here_GR[:, :1] * (1 + sum(grid[1:])), here_GR[:, 1:]], dim=-1)
     index = torch.arange(torch.Size(grid).numel(), device=device)
     sides = []
     for side in reversed(grid):

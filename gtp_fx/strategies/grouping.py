@@ -189,7 +189,7 @@ class Grouping:
             state.carried[-1] if state.carried and self.sized else None,
             state.index,
             state.carried[0] if state.carried and self.carries else None,
-            list(site.axis.domain.grid.shape),
+            site.axis.domain.grid.sides,
             [site.removed, site.axis.prefix, site.axis.suffix, site.block],
             written(self),
         )

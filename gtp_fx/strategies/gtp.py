@@ -178,7 +178,7 @@ class GTP:
         graph = emit(
             gtp_fx.token_graph.default,
             stream,
-            list(axis.domain.grid.shape),
+            axis.domain.grid.sides,
             axis.prefix,
             self._graph_over(axis.domain.grid),
             self.neighbors,
@@ -220,7 +220,7 @@ class GTP:
         if state.index is not None:
             kept_index = emit(aten.gather.default, state.index, 1, kept)
             removed_index = emit(aten.gather.default, state.index, 1, removed)
-        grid = list(site.axis.domain.grid.shape)
+        grid = site.axis.domain.grid.sides
         kind = self._graph_over(site.axis.domain.grid)
         weights = emit(gtp_fx.propagation_weights.default, near, inv_sqrt_degree, kept_index, removed_index, grid, kind)
         shorter = emit(gtp_fx.propagate.default, site.stream, weights, kept, removed, self.alpha, site.axis.prefix)

@@ -23,7 +23,7 @@ reduction has changed: 1.3 % where the bound is 0.15 (alpha 0.1), 1.8 to 5.4 % a
 def log_scale_bound(grid: Sequence[int], kind: str, neighbors: int, alpha: float, counts: Sequence[int]) -> float:
     """Return the most that log s of any token can be, where `counts[i]` patches are propagated at a stream's i-th site.
 
-    grid: the stream's sides in patches.
+    grid: the stream's sides in patches, as `Grid.sides` has them.
     kind: a name in `gtp_fx.ops.token_graph.GRAPHS`.
     neighbors: M.
 
@@ -48,9 +48,9 @@ def log_scale_bound(grid: Sequence[int], kind: str, neighbors: int, alpha: float
 
 def _degrees(grid: Sequence[int], kind: str, neighbors: int) -> tuple[int, int]:
     """Return the fewest and the most neighbours that a patch can have."""
-    corner, inner = (math.prod(min(side, reach) for side in grid) - 1 for reach in (2, 3))
+    corner, inner = (math.prod(min(side, reach) for side in grid if side > 0) - 1 for reach in (2, 3))
     if kind == "spatial":
         return corner, inner
     if kind == "semantic":
         return neighbors, neighbors
-    return max(neighbors, corner), min(neighbors + inner, math.prod(grid) - 1)
+    return max(neighbors, corner), min(neighbors + inner, math.prod(map(abs, grid)) - 1)

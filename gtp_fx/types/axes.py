@@ -38,6 +38,8 @@ class Grid:
     placed: whether its patches have places on an image. False for tokens that came in as an argument: they are a row
         in the order they came in, and nothing is known to be next to anything.
     guarded: whether the tokens before the patches are kept on suspicion: CLS and registers may be among them.
+    apart: whether its first side counts several grids in one sequence (pictures, frames, groups of bands), whose
+        patches are next to others of their own grid alone.
     """
 
     birth: str
@@ -47,6 +49,23 @@ class Grid:
     parts: tuple[GridAxis, ...] = ()
     placed: bool = True
     guarded: bool = False
+    apart: bool = False
+
+    @property
+    def sides(self) -> list[int]:
+        """Return its sides as operators take them: the first one is negative where it counts grids that are apart."""
+        return [-self.shape[0], *self.shape[1:]] if self.apart else list(self.shape)
+
+    @staticmethod
+    def of_several(birth: str, grids: Sequence[Grid]) -> Grid:
+        """Return the grid of the patches of several grids, end to end.
+
+        Of one shape, they are its first side. Otherwise nothing is known to be next to anything.
+        """
+        shapes = {grid.shape for grid in grids}
+        if len(shapes) == 1 and all(grid.placed and not grid.apart for grid in grids):
+            return Grid(birth, (len(grids), *shapes.pop()), apart=True)
+        return Grid(birth, (sum(math.prod(grid.shape) for grid in grids),), placed=False)
 
     def rolled(self, by: Sequence[int]) -> Grid:
         """Return the same patches with those at i now at i + by. Rolled back, it is the original grid."""

@@ -65,6 +65,8 @@ class Coercion:
     steps: the changes of level.
     reason: why the reader needs other tokens.
     updates: the operand is a residual stream; a removed token becomes what it was plus its neighbours' mean change.
+    repeats: how often each image follows in a row in the images' dimension afterwards: as often as the reader has
+        heads, where it has them merged with images and the value is shared by all.
     rearranged: where `node` reads a value in which images are spread over several dimensions, the views and
         permutations that made it of `operand`, to be done again on what the steps give.
     """
@@ -77,6 +79,7 @@ class Coercion:
     steps: tuple[Step, ...]
     reason: str
     updates: bool = False
+    repeats: int = 1
     rearranged: tuple[fx.Node, ...] = ()
 
 
@@ -170,12 +173,12 @@ def _coercion(
     if len(grids) > 1:
         raise _CannotCoerce(f"{_named(operand)} runs over the tokens of two grids")
     images = typing.images[grids.pop()]
-    lead, place = _images_dim(own, answer, images, operand)
+    lead, place, repeats = _images_dim(own, answer, images, operand)
     if any(step.dim + lead == place for step in steps):
         raise _CannotCoerce(f"{_named(operand)} has no dimension for the images")
     steps = tuple(Step(step.dim + lead, step.axis, step.level) for step in steps)
     updates = (node, operand) in typing.whole_edges and not lead
-    return Coercion(node, operand, lead, (*plain(*(1,) * lead), *own), place, steps, reason, updates)
+    return Coercion(node, operand, lead, (*plain(*(1,) * lead), *own), place, steps, reason, updates, repeats)
 
 
 def _steps(own: TensorType, wanted: TensorType, operand: fx.Node) -> Iterator[Step]:
@@ -194,15 +197,15 @@ def _steps(own: TensorType, wanted: TensorType, operand: fx.Node) -> Iterator[St
         yield Step(dim, to.at(level), to.domain.level)
 
 
-def _images_dim(own: TensorType, answer: RuleResult, images: int, operand: fx.Node) -> tuple[int, int]:
-    """Return how many leading dimensions an operand needs, and which of its dimensions then holds images.
+def _images_dim(own: TensorType, answer: RuleResult, images: int, operand: fx.Node) -> tuple[int, int, int]:
+    """Return how many leading dimensions an operand needs, which of its dimensions then holds images, and `repeats`.
 
     Leading dimensions are added where the reader broadcasts. Raises _CannotCoerce where no dimension, or more than one,
     could hold images.
     """
     known = [d for d, dim in enumerate(own) if holds_images(dim) and whole_size(dim) == images]
     if len(known) == 1 and is_plain(own[known[0]]):
-        return 0, known[0]
+        return 0, known[0], 1
     output = answer.output
     if answer.broadcasts and isinstance(output, tuple):
         # A broadcast operand is right-aligned with the output, which tells where its images are.
@@ -214,14 +217,29 @@ def _images_dim(own: TensorType, answer: RuleResult, images: int, operand: fx.No
         if places:
             place = places[0] - (len(output) - len(own))
             if place < 0:
-                return len(output) - len(own), places[0]
+                return len(output) - len(own), places[0], 1
             if whole_size(own[place]) in (1, images):
-                return 0, place
+                return 0, place, 1
+        elif (merged := _merged_with_images(output, images)) is not None:
+            place, repeats = merged
+            missing = len(output) - len(own)
+            if place < missing or whole_size(own[place - missing]) == 1:
+                return max(missing - place, 0), max(place - missing, 0), repeats
     places = images_dims(own, images)
     if len(places) > 1:
         raise _CannotCoerce(
             f"several dimensions of {_named(operand)} are as long as the batch: which one it is can't be told"
         )
     if places:
-        return 0, places[0]
+        return 0, places[0], 1
     raise _CannotCoerce(f"{_named(operand)} has no dimension for the images, which keep different tokens each")
+
+
+def _merged_with_images(kind: TensorType, images: int) -> tuple[int, int] | None:
+    """Return the one dimension in which the batch comes before something else (heads), and the size of that."""
+    found = [
+        (place, whole_size(dim[1:]))
+        for place, dim in enumerate(kind)
+        if is_plain(dim) and holds_images(dim[:1]) and not holds_images(dim[1:]) and whole_size(dim[:1]) == images
+    ]
+    return found[0] if len(found) == 1 else None

@@ -14,7 +14,7 @@ from gtp_fx.graph import edit
 from gtp_fx.kernels.available import Kernels
 from gtp_fx.kernels.stock_attention import StockAttention
 
-MOST_SIDES = 3
+_MOST_SIDES = 3
 """Most sides of a grid that the kernels take."""
 
 
@@ -52,6 +52,11 @@ class Lowering:
         self.instead.append(new)
         old.replace_all_uses_with(new)
         return new
+
+
+def fits_kernels(grid: Any) -> bool:
+    """Tell whether the kernels take a grid of these sides: few, and none that counts grids that are apart."""
+    return len(grid) <= _MOST_SIDES and min(grid) > 0
 
 
 def only(values: Iterable[Any]) -> Any:

@@ -8,7 +8,7 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.passes.lower.lowering import MOST_SIDES, Lowering, only, summands
+from gtp_fx.passes.lower.lowering import Lowering, fits_kernels, only, summands
 
 
 def lower_select(low: Lowering, node: fx.Node) -> None:
@@ -52,7 +52,7 @@ def lower_propagate(low: Lowering, node: fx.Node) -> None:
         return
     near, degree, on_grid, removed_on_grid, grid, kind = weights.args  # type: ignore[union-attr]
     channels = shape_of(x)[-1]  # type: ignore[arg-type]
-    if on_grid not in low.maps or channels > low.kernels.most_channels or len(grid) > MOST_SIDES:  # type: ignore[arg-type]
+    if on_grid not in low.maps or channels > low.kernels.most_channels or not fits_kernels(grid):  # type: ignore[arg-type]
         return
     place, _ = low.maps[on_grid]  # type: ignore[index]
     # What runs in the same kernel: the norm that reads the result, and the scales, propagated by the same weights.

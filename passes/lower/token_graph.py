@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from gtp_fx.passes.lower.lowering import MOST_SIDES, Lowering
+from gtp_fx.passes.lower.lowering import Lowering, fits_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -13,7 +13,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def lower_token_graph(low: Lowering, node: fx.Node) -> None:
     """Lower `token_graph`, except for spatial graphs: these compare only coordinates, and the operator does as well."""
     x, grid, _, kind, neighbors = node.args  # type: ignore[misc]
-    if kind == "spatial" or len(grid) > MOST_SIDES or not 1 <= neighbors <= low.kernels.most_neighbors:  # type: ignore[arg-type,operator]
+    if kind == "spatial" or not fits_kernels(grid) or not 1 <= neighbors <= low.kernels.most_neighbors:  # type: ignore[arg-type,operator]
         return
     if x.meta["val"].dtype not in _DTYPES:  # type: ignore[union-attr]
         return

@@ -131,6 +131,8 @@ class _Walk:
                     value = self._updated(key, emit, value, coercion.images, step, level)
                 else:
                     value = self._once(key, emit, *self._move(emit, value, coercion.images, step, level))
+        if coercion.repeats > 1:
+            value = self._repeated(emit, value, coercion)
         if any(step.recovers for step in coercion.steps):
             value.meta[RECOVERED] = True
         for again in coercion.rearranged:  # with the sizes that the original has
@@ -139,6 +141,15 @@ class _Walk:
         node.replace_input_with(given, value)
         if not is_higher_order(node.target):  # whose operands come whole again, so that its value is what it was
             node.meta.pop("val", None)
+
+    def _repeated(self, emit: edit.Emitter, value: fx.Node, coercion: Coercion) -> fx.Node:
+        """Return a value for each image as often as the reader has heads for it: [B, …] -> [B · H, …]."""
+        place, heads = coercion.images, coercion.images + 1
+        key = (value, "repeated", place, coercion.repeats)
+        sizes = [coercion.repeats if dim == heads else -1 for dim in range(len(coercion.kind) + 1)]
+        apart = self._once((key, "apart"), emit, aten.unsqueeze.default, value, heads)
+        shown = self._once((key, "shown"), emit, aten.expand.default, apart, sizes)
+        return self._once(key, emit, aten.flatten.using_ints, shown, place, heads)
 
     def _updated(self, key: Any, emit: edit.Emitter, value: fx.Node, images: int, step: Step, level: int) -> fx.Node:
         """Return a later stream brought back to `level`.
@@ -171,7 +182,7 @@ class _Walk:
         removal = states[level + 1].removal
         assert removal is not None
         if (grid, level) not in self.shares:
-            where = (removal.kept_index, removal.propagated_index, list(grid.shape))
+            where = (removal.kept_index, removal.propagated_index, grid.sides)
             self.shares[grid, level] = emit(gtp_fx.recovery_weights.default, removal.weights, *where)
         return (
             gtp_fx.recover.default,

@@ -154,7 +154,7 @@ def pointwise() -> Iterator[Row]:
     yield Row(aten.add.Tensor, lambda x: x[:, 2:] + x[:, 2:].flip(1), "B, n1, 8", "no rule", "kept")
     yield Row(
         aten.add.Tensor,
-        lambda x, w: x[:, 2:] + F.conv1d(x[:, 2:].transpose(1, 2), kernel(w, 1)).transpose(1, 2),
+        lambda x, w: x[:, 2:] + F.conv1d(x[:, 2:].transpose(1, 2), kernel(w, 3), padding=1).transpose(1, 2),
         "B, 12, 8",
         "two different token axes meet",
     )

@@ -242,7 +242,11 @@ def grids() -> Iterator[Row]:
 def spatial() -> Iterator[Row]:
     needs, cuts = "it needs the whole grid", "the view cuts through a token axis"
     same, other = "B, 8, g0, g1", "B, 8, h0, h1"
-    yield Row(aten.conv1d.default, lambda x, w: F.conv1d(x.transpose(1, 2), kernel(w, 1)), "B, 8, h0", needs)
+    yield Row(aten.conv1d.default, lambda x, w: F.conv1d(x.transpose(1, 2), kernel(w, 1)), "B, 8, 2+n1")
+    yield Row(
+        aten.conv2d.default, lambda x, w: F.conv2d(x.transpose(1, 2).unsqueeze(3), kernel(w, 1, 1)), "B, 8, 2+n1, 1"
+    )
+    yield Row(aten.conv1d.default, lambda x, w: F.conv1d(x.transpose(1, 2), kernel(w, 1), stride=2), "B, 8, h0", needs)
     yield Row(
         aten.conv1d.padding, lambda x, w: F.conv1d(x.transpose(1, 2), kernel(w, 3), padding="same"), "B, 8, h0", needs
     )

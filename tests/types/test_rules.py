@@ -341,8 +341,23 @@ def test_refused_behind_a_site(row: Refused) -> None:
         (lambda x: patch_pixels(x, 0, 2, 3, 4, 5, 1).reshape(x.shape[0], 12, 12), "B, 12, 12"),
         (lambda x: patch_pixels(x, 2, 4, 0, 3, 5, 1).reshape(12, x.shape[0], 12), "12, B, 12"),
         (lambda x: patch_pixels(x @ torch.ones(6, 6), 0, 2, 4, 3, 5, 1).reshape(x.shape[0], 12, 12), "B, 12, 12"),
+        (lambda x: x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12, 12), "B, m0, 12"),
+        (lambda x: x.unfold(2, 2, 1).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(-1, 21, 12), "B, 21, 12"),
+        (lambda x: patch_pixels(x, 2, 0, 4, 3, 5, 1).transpose(0, 1).reshape(-1, 12, 4, 3).flatten(2), "B, m0, 12"),
+        (lambda x: x[:, 0].reshape(-1, 8, 3, 2).transpose(1, 2).reshape(-1, 3, 16), "B, m0, 16"),
     ],
-    ids=["patches", "a grid of patches", "by columns", "rows of pixels", "before the batch", "a layer's windows"],
+    ids=[
+        "patches",
+        "a grid of patches",
+        "by columns",
+        "rows of pixels",
+        "before the batch",
+        "a layer's windows",
+        "Tensor.unfold",
+        "overlapping",
+        "in several views",
+        "a series",
+    ],
 )
 def test_a_grid_is_born_where_views_cut_an_image(cut: Callable[[Tensor], Tensor], typed: str) -> None:
     gm = traced(cut, fake(IMAGE))

@@ -16,8 +16,11 @@ from gtp_fx.graph.operators import PADDINGS, SPLITS
 from gtp_fx.types.axes import (
     CountOf,
     Dim,
+    Grid,
     Plain,
     TensorType,
+    TokenAxis,
+    TokenDomain,
     holds_images,
     is_plain,
     plain,
@@ -185,7 +188,7 @@ def cat(call: Call) -> RuleResult:
     for other in types[1:]:
         joined = join(_without(joined, dim), _without(other, dim))
     others = _without(joined, dim)
-    along = _concatenate([t[dim] for t in types])
+    along = _concatenate([t[dim] for t in types], call.node.name)
     operands = wanting(
         (part, (*others[:dim], t[dim], *others[dim + 1 :])) for part, t in zip(parts, types, strict=True)
     )
@@ -223,16 +226,32 @@ def pad(call: Call) -> RuleResult:
     return RuleResult(output, operands={call.operand(0): x})
 
 
-def _concatenate(dims: list[Dim]) -> Dim:
-    """Return the concatenated dimension: plain parts before and after a token axis become its prefix and suffix."""
+def _concatenate(dims: list[Dim], birth: str) -> Dim:
+    """Return the concatenated dimension: plain parts before and after a token axis become its prefix and suffix.
+
+    Whole token axes with nothing between their patches become one, over a grid of several, which is named `birth`.
+    """
     axes = [i for i, dim in enumerate(dims) if not is_plain(dim)]
     if not axes:
         return (Plain(sum(map(whole_size, dims)), any(map(holds_images, dims))),)
-    axis = token_axis(dims[axes[0]])
-    if len(axes) > 1 or axis is None:
-        raise NoRule("token axes are joined end to end")
-    before, after = sum(map(whole_size, dims[: axes[0]])), sum(map(whole_size, dims[axes[0] + 1 :]))
+    first, last = axes[0], axes[-1]
+    axis = _end_to_end(dims[first : last + 1], birth)
+    before, after = sum(map(whole_size, dims[:first])), sum(map(whole_size, dims[last + 1 :]))
     return (replace(axis, prefix=axis.prefix + before, suffix=axis.suffix + after),)
+
+
+def _end_to_end(dims: list[Dim], birth: str) -> TokenAxis:
+    """Return the one axis that token axes are, end to end. Raises NoRule where they have no places of their own."""
+    axes = [axis for dim in dims if (axis := token_axis(dim)) is not None]
+    if len(axes) != len(dims):
+        raise NoRule("patch tokens are joined end to end with others between them")
+    if len(axes) == 1:
+        return axes[0]
+    inside = [axis.suffix for axis in axes[:-1]] + [axis.prefix for axis in axes[1:]]
+    grids = [axis.domain.grid for axis in axes]
+    if any(inside) or any(axis.domain.level for axis in axes) or any(grid.parts for grid in grids):
+        raise NoRule("token axes are joined end to end")
+    return TokenAxis(TokenDomain(Grid.of_several(birth, grids)), axes[0].prefix, axes[-1].suffix)
 
 
 def _without(x: TensorType, dim: int) -> TensorType:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.graph.operators import CHANNEL_NORMS, GRID_MAKERS, RESIZINGS
+from gtp_fx.graph.operators import CHANNEL_NORMS, CONVOLUTIONS, GRID_MAKERS, RESIZINGS
+from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.axes import Grid, GridAxis, Plain, TensorType, is_plain, merge_grids, plain, token_axes, whole_size
 from gtp_fx.types.rules.registry import Call, NoRule, RuleResult, TypeList, require_plain, rule
 
@@ -23,6 +27,9 @@ def convolution(call: Call) -> RuleResult:
         raise NoRule("a grid without a batch")
     if not is_plain(x[0]):
         raise NoRule("a convolution over tokens that were moved into the batch")
+    if not all(map(is_plain, x[2:])) and is_pointwise(call.node):
+        require_plain(x[1:2], "the channels that a convolution mixes")
+        return RuleResult((x[0], (Plain(shape[1]),), *x[2:]), operands={call.operand(0): x})
     # Where a whole older grid comes in and keeps its shape, it is still that grid.
     before = {factor.grid for dim in x[2:] for factor in dim if isinstance(factor, GridAxis)}
     grid = Grid(call.node.name, shape[2:])
@@ -32,6 +39,17 @@ def convolution(call: Call) -> RuleResult:
     sides = tuple((GridAxis(grid, side),) for side in range(len(grid.shape)))
     output: TensorType = ((Plain(shape[0], images=True),), (Plain(shape[1]),), *sides)
     return RuleResult(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Return whether a convolution mixes channels alone: a kernel of one, one place after the other."""
+    if node.target not in CONVOLUTIONS:
+        return False
+    defaults: list[Any] = [None, [1], [0], [1], 1]
+    _, weight, _, stride, padding, _, groups = [*node.args, *defaults[len(node.args) - 2 :]]
+    padded = not isinstance(padding, str) and any(padding)  # "same" of a kernel of one is none
+    one = all(size == 1 for size in shape_of(weight)[2:])
+    return one and not node.kwargs and set(stride) == {1} and not padded and bool(groups == 1)
 
 
 @rule(aten.im2col.default)

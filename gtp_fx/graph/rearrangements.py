@@ -1,0 +1,94 @@
+"""Chains of views and permutations, as what each dimension of their result is made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.graph.operators import PERMUTATIONS, REARRANGED, VIEWS
+from gtp_fx.graph.symbols import divided, shape_of
+
+_REARRANGING = (*VIEWS, *PERMUTATIONS, *REARRANGED, aten.unfold.default)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A dimension of a value, or a part of one: `size` places, `stride` apart."""
+
+    dim: int
+    size: int
+    stride: int
+
+
+Parts = list[list[Part]]
+"""The parts that each dimension of a rearranged value is made of, outermost first; none in a dimension of size 1."""
+
+
+def chain_before(node: fx.Node) -> list[fx.Node]:
+    """Return the rearranging operators right before `node`, and `node` itself, the first one first."""
+    chain = [node]
+    before: Any = node.args[0]
+    while isinstance(before, fx.Node) and before.target in _REARRANGING:
+        chain.insert(0, before)
+        before = before.args[0]
+    return chain
+
+
+def whole_parts(shape: tuple[int, ...]) -> Parts:
+    """Return the parts of a value that isn't rearranged."""
+    return [[Part(dim, size, 1)] if size != 1 else [] for dim, size in enumerate(shape)]
+
+
+def rearranged(parts: Parts, node: fx.Node) -> Parts | None:
+    """Return the parts of a rearranging operator's result; None where they can't be told."""
+    arguments: tuple[Any, ...] = node.args
+    if node.target in VIEWS:
+        return _regrouped(parts, shape_of(node))
+    if node.target is aten.permute.default:
+        return [parts[dim] for dim in arguments[1]]
+    if node.target is aten.transpose.int:
+        a, b = (dim % len(parts) for dim in arguments[1:])
+        swapped = {a: b, b: a}
+        return [parts[swapped.get(dim, dim)] for dim in range(len(parts))]
+    if node.target is aten.unfold.default:
+        return _cut(parts, *arguments[1:])
+    return parts
+
+
+def _cut(parts: Parts, dim: int, size: int, step: int) -> Parts | None:
+    """Return the parts of x.unfold(dim, size, step): which patch, in place, and where in it, at the end."""
+    dim %= len(parts)
+    whole = math.prod(part.size for part in parts[dim])
+    if size != step or whole % size:
+        return None
+    shape = [math.prod(part.size for part in each) for each in parts]
+    split = _regrouped(parts, (*shape[:dim], whole // size, size, *shape[dim + 1 :]))
+    return None if split is None else [*split[: dim + 1], *split[dim + 2 :], split[dim + 1]]
+
+
+def _regrouped(parts: Parts, shape: tuple[int, ...]) -> Parts | None:
+    """Distribute parts, outermost first, over the dimensions of `shape`; None where a part would be cut unevenly."""
+    pending = [part for dim in parts for part in dim][::-1]
+    dims: Parts = []
+    for wanted in shape:
+        taken: list[Part] = []
+        rest = wanted
+        while rest != 1:
+            if not pending:
+                return None
+            part = pending.pop()
+            if (fewer := divided(rest, part.size)) is not None:
+                taken.append(part)
+                rest = fewer
+            elif (inner := divided(part.size, rest)) is not None:
+                taken.append(Part(part.dim, rest, part.stride * inner))
+                pending.append(Part(part.dim, inner, part.stride))
+                rest = 1
+            else:
+                return None
+        dims.append(taken)
+    return dims
