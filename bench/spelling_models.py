@@ -238,7 +238,7 @@ RESIDUALS: Part = {
     "add": lambda x, y: torch.add(x, 2 * y, alpha=0.5),
     "in place": lambda x, y: y.add_(x),
     "x - -y": lambda x, y: x - (-y),
-    "addcmul": lambda x, y: torch.addcmul(x, torch.ones(CHANNELS), y),
+    "addcmul": lambda x, y: torch.addcmul(x, torch.ones(1), y),
     "lerp": lambda x, y: torch.lerp(2 * x, 2 * y, 0.5),
     "lerp, by difference": lambda x, y: 2 * (x + 0.5 * (y - x)),
     "stack, sum": lambda x, y: torch.stack([x, y]).sum(0),
