@@ -21,7 +21,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
-from gtp_fx.graph.operators import PERMUTATIONS
+from gtp_fx.graph.operators import PERMUTATIONS, REARRANGED, SQUEEZES
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.rules.layout import is_view
 
@@ -103,6 +103,7 @@ def match_fused(linear: fx.Node) -> FusedProjection | None:
         if (only := _only_user(source)) is not None and only.target in PERMUTATIONS:
             permute = source = only
             dim = _order(permute).index(unit_dim)
+        source = _after_idle(source)
     parts = [_part(user, source, dim) for user in source.users]
     if not parts or any(part is None for part in parts):
         return None
@@ -115,6 +116,17 @@ def match_fused(linear: fx.Node) -> FusedProjection | None:
 def _only_user(node: fx.Node) -> fx.Node | None:
     """Return the one reader of a node; None where there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _after_idle(node: fx.Node) -> fx.Node:
+    """Go forward through copies, and through a dimension that is put in and taken out again."""
+    while (only := _only_user(node)) is not None:
+        if only.target is aten.unsqueeze.default and (after := _only_user(only)) is not None:
+            only = after if after.target in SQUEEZES else only
+        if only.target not in (*REARRANGED, *SQUEEZES) or shape_of(only) != shape_of(node):
+            return node
+        node = only
+    return node
 
 
 def _order(permute: fx.Node) -> list[int]:

@@ -23,9 +23,6 @@ from support.graphs_by_hand import calls, traced
 
 WIDTH, HEADS, SIDE, GRID = 32, 4, 4, 6
 
-UNSPLIT = pytest.mark.xfail(reason="a joint projection whose parts are selected isn't split", strict=False)
-"""Every query of its last block is computed, so that another schedule is best."""
-
 
 @pytest.mark.parametrize(
     "spelling",
@@ -34,7 +31,7 @@ UNSPLIT = pytest.mark.xfail(reason="a joint projection whose parts are selected 
         pytest.param({"layout": "[N, B, C], einsum"}, marks=pytest.mark.nightly),
         pytest.param({"layout": "[B, C, N]", "linear": "conv1d"}, marks=pytest.mark.nightly),
         pytest.param({"layout": "[B, C, N], whole block"}),
-        pytest.param({"layout": "[N, B, C], whole block"}, marks=(pytest.mark.nightly, UNSPLIT)),
+        pytest.param({"layout": "[N, B, C], whole block"}, marks=pytest.mark.nightly),
         pytest.param({"linear": "conv1d"}, marks=pytest.mark.nightly),
         pytest.param({"patches": "Tensor.unfold"}),
     ],
