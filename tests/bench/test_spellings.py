@@ -1,0 +1,37 @@
+"""One ViT in many spellings: the same schedule and the same numbers as the canonical one's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.spelling_models import CHOICES, Spelling
+from bench.spellings import _error, build, canonical, check, differing, images, one_at_a_time
+
+EVERY = list(one_at_a_time())
+EVERY_DAY = [Spelling(linear="addmm", projection="joint, chunk", attention="einsum, ellipsis", residual="lerp")]
+
+
+def test_the_canonical_one_loses_tokens_at_several_blocks() -> None:
+    assert sum(count > 0 for count in canonical().schedule) > 1 and canonical().ratio <= 0.6
+
+
+@torch.no_grad()
+def test_every_spelling_computes_the_same() -> None:
+    """Otherwise what is compared are two models."""
+    wanted = build(Spelling())(images(2))
+    for spelling in EVERY:
+        assert _error(build(spelling)(images(2)), wanted) < 1e-5, differing(spelling)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [*EVERY_DAY, *(pytest.param(spelling, marks=pytest.mark.nightly) for spelling in EVERY[::3])],
+    ids=lambda spelling: str(differing(spelling)),
+)
+def test_a_spelling_is_reduced_as_the_canonical_one(spelling: Spelling) -> None:
+    assert check(spelling) == "right"
+
+
+def test_every_part_has_several_ways() -> None:
+    assert len(EVERY) == sum(len(names) - 1 for names in CHOICES.values()) > 60
