@@ -44,10 +44,10 @@ def scratch() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "side"),
     [
-        (torchvision_vit, 64),
+        pytest.param(torchvision_vit, 64, marks=pytest.mark.nightly),
         pytest.param(torchvision_swin, 112, marks=pytest.mark.nightly),
         pytest.param(open_clip_visual, 224, marks=pytest.mark.nightly),
-        pytest.param(scratch, 64, marks=pytest.mark.nightly),
+        (scratch, 64),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )

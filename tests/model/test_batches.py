@@ -104,6 +104,7 @@ class Crops(nn.Module):
         return self.head(torch.cat(features))  # type: ignore[no-any-return]
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_crops_of_two_sizes_are_two_streams() -> None:
     torch.manual_seed(0)

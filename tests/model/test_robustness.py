@@ -64,6 +64,7 @@ def test_one_optimised_model_in_several_threads() -> None:
         torch.testing.assert_close(y, fast(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_optimising_what_is_optimised_is_refused_and_the_original_is_not() -> None:
     original = model()
     fast = gtp_fx.optimize(original, flops_budget=0.7, compile=False)

@@ -44,6 +44,7 @@ def moved(fast: Optimised, x: Tensor) -> float:
     return divergence(fast.graph_module(x), shared_model(ROW)(x))
 
 
+@pytest.mark.nightly
 def test_outputs_move_no_more_than_by_any_other_way_it_tried() -> None:
     x = images(ROW)
     fast = calibrated()

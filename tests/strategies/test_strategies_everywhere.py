@@ -173,6 +173,7 @@ class Alike(gtp_fx.strategies.Grouping):
         return 2 * site.images * site.patches_in**2 * site.channels * self.told
 
 
+@pytest.mark.nightly
 def test_a_strategy_that_tells_less_than_it_does_is_named() -> None:
     model = build(BY_NAME["clip"])
     assert optimized(model, Alike(), flops_budget=0.7).report.flops_ratio <= 0.7

@@ -30,10 +30,10 @@ WIDTH, HEADS, SIDE, GRID = 32, 4, 4, 6
         pytest.param({"layout": "[N, B, C]"}),
         pytest.param({"layout": "[N, B, C], einsum"}, marks=pytest.mark.nightly),
         pytest.param({"layout": "[B, C, N]", "linear": "conv1d"}, marks=pytest.mark.nightly),
-        pytest.param({"layout": "[B, C, N], whole block"}),
+        pytest.param({"layout": "[B, C, N], whole block"}, marks=pytest.mark.nightly),
         pytest.param({"layout": "[N, B, C], whole block"}, marks=pytest.mark.nightly),
         pytest.param({"linear": "conv1d"}, marks=pytest.mark.nightly),
-        pytest.param({"patches": "Tensor.unfold"}),
+        pytest.param({"patches": "Tensor.unfold"}, marks=pytest.mark.nightly),
     ],
     ids=str,
 )
@@ -106,6 +106,7 @@ def must_agree(made: nn.Module, known: nn.Module, *shape: int) -> None:
     torch.testing.assert_close(fast(other), wanted(other), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.nightly
 def test_an_encoder_with_tokens_first() -> None:
     made, known = (
         same(lambda first=first: Series(Convolved(nn.Conv2d(3, WIDTH, SIDE, SIDE)), first)) for first in (False, True)
@@ -113,6 +114,7 @@ def test_an_encoder_with_tokens_first() -> None:
     must_agree(made, known, 3, GRID * SIDE, GRID * SIDE)
 
 
+@pytest.mark.nightly
 def test_a_series_cut_by_views() -> None:
     made, known = (same(lambda how=how: Series(how(nn.Conv1d(2, WIDTH, SIDE, SIDE)))) for how in (Viewed, Convolved))
     must_agree(made, known, 2, 30 * SIDE)
@@ -164,6 +166,7 @@ class Rotary(nn.Module):
         return x + self.out(y.transpose(1, 2).reshape(batch, count, -1))
 
 
+@pytest.mark.nightly
 def test_a_table_for_all_images_where_heads_are_in_the_batch() -> None:
     made, known = (
         same(

@@ -123,6 +123,7 @@ def kernels_in(gm: fx.GraphModule) -> list[str]:
     return found
 
 
+@pytest.mark.nightly
 def test_the_form_is_what_the_device_has_at_speed() -> None:
     """cuDNN takes a mask; flash attention doesn't, and gets scales in channels; a kernel computes what neither does."""
     row = BY_NAME["deit"]
