@@ -46,7 +46,8 @@ def is_pointwise(node: fx.Node) -> bool:
     if node.target not in CONVOLUTIONS:
         return False
     defaults: list[Any] = [None, [1], [0], [1], 1]
-    _, weight, _, stride, padding, _, groups = [*node.args, *defaults[len(node.args) - 2 :]]
+    arguments: list[Any] = [*node.args, *defaults[len(node.args) - 2 :]]
+    _, weight, _, stride, padding, _, groups = arguments
     padded = not isinstance(padding, str) and any(padding)  # "same" of a kernel of one is none
     one = all(size == 1 for size in shape_of(weight)[2:])
     return one and not node.kwargs and set(stride) == {1} and not padded and bool(groups == 1)
