@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from gtp_fx.graph import operators
-from gtp_fx.graph.nodes import tensors_of
+from gtp_fx.graph.nodes import bodies_of, tensors_of
 from gtp_fx.graph.symbols import at_batch
 from gtp_fx.graph.torch_internals import decomposes, is_higher_order, is_operator, registered_formula, run_counted
 
@@ -81,6 +81,11 @@ def opened(node: fx.Node, shapes: Mapping[fx.Node, Sequence[int]] | None = None,
     target = node.target
     if node.op != "call_function" or not _may_multiply(target, len(flop_registry)):
         return Opened()
+    if is_higher_order(target) and registered_formula(target) is None and (bodies := bodies_of(node)):
+        # What multiplies nothing costs nothing, however often it is called.
+        inside = [call.target for body in bodies for call in body.nodes if call.op == "call_function"]
+        if not any(_may_multiply(called, len(flop_registry)) for called in inside):
+            return Opened()
 
     def like(operand: fx.Node) -> Any:
         value = operand.meta.get("val")
