@@ -69,19 +69,20 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
     buffers = [] if training else _unread_buffers(program)
     changed = [name for name in _changed(program.graph_signature) if name not in buffers]
     _refuse_changes(model._get_name(), [*left.read, *changed])
-    exported = program.module(check_guards=False)
-    assert isinstance(exported, fx.GraphModule)
-    captured = fx.GraphModule(exported, exported.graph)
-    updates = captured.graph.find_nodes(op="call_function", target=aten.copy_.default)
-    for node in updates:  # of unread buffers; all other changes are refused or functional
-        captured.graph.erase_node(node)
-    captured = opened(edit.finish(captured) if updates else captured)
-    if touched:
-        captured.meta[AUTOCAST] = frozenset({*captured.meta.get(AUTOCAST, ()), *touched})
-    captured.meta[NOT_KEPT] = (*left.unread, *buffers)
-    open_composites(captured)
-    fix_symbols(captured)
-    return captured
+    with tracing_lock():  # regions and composites are traced as well
+        exported = program.module(check_guards=False)
+        assert isinstance(exported, fx.GraphModule)
+        captured = fx.GraphModule(exported, exported.graph)
+        updates = captured.graph.find_nodes(op="call_function", target=aten.copy_.default)
+        for node in updates:  # of unread buffers; all other changes are refused or functional
+            captured.graph.erase_node(node)
+        captured = opened(edit.finish(captured) if updates else captured)
+        if touched:
+            captured.meta[AUTOCAST] = frozenset({*captured.meta.get(AUTOCAST, ()), *touched})
+        captured.meta[NOT_KEPT] = (*left.unread, *buffers)
+        open_composites(captured)
+        fix_symbols(captured)
+        return captured
 
 
 def _unread_buffers(program: torch.export.ExportedProgram) -> list[str]:

@@ -21,7 +21,14 @@ from torch.utils.flop_counter import flop_registry
 from gtp_fx.graph import operators
 from gtp_fx.graph.nodes import bodies_of, tensors_of
 from gtp_fx.graph.symbols import at_batch
-from gtp_fx.graph.torch_internals import decomposes, is_higher_order, is_operator, registered_formula, run_counted
+from gtp_fx.graph.torch_internals import (
+    decomposes,
+    is_higher_order,
+    is_operator,
+    registered_formula,
+    run_counted,
+    tracing_lock,
+)
 
 _FREE = {
     operator
@@ -122,7 +129,7 @@ def _count(target: Any, leaves: tuple[Any, ...], spec: pytree.TreeSpec, _registe
     try:
         if formula is not None and (result is not None or is_higher_order(target)):
             return Opened(int(formula(*args, **kwargs, out_val=result)))
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with tracing_lock(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the kernel's choice is the process's
             flops, called = run_counted(target, args, kwargs)
     except Exception as error:  # whatever an operator or a formula raises
         return Opened(uncounted=f"torch can't count it by shapes alone ({str(error).partition(chr(10))[0]})")
