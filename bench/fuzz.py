@@ -3,16 +3,11 @@
     python -m bench.fuzz --cases 1000 --out bench/results/fuzz.json
 
 A case takes some seconds, a thousand of them a night. A failure is printed as the `Case` that reproduces it; add it to
-tests/test_fuzz.py.
+tests/bench/test_fuzz.py.
 """
 
 from __future__ import annotations
 
-import collections
-import time
-import traceback
-import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +17,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from bench import fuzz_models as models
-from bench.environment import Environment
 from bench.fuzz_checks import Case, check
 from bench.fuzz_models import Architecture
-from bench.output import publish
-from gtp_fx.options.progress import progress_bar
+from bench.outcomes import tally
 from gtp_fx.strategies import STRATEGIES
 
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -125,41 +118,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
     """Check random models and write the outcomes. Exit code 1 where a check fails."""
-    outcomes: collections.Counter[str] = collections.Counter()
-    failures: list[dict[str, str]] = []
-    refusals: list[dict[str, str]] = []
-    start = time.perf_counter()
-    with progress_bar() as show, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for done, case in enumerate(drawn(count, first, compiled)):
-            show(", ".join(f"{number} {name}" for name, number in outcomes.items()), done, count)
-            try:
-                outcome, _, why = check(case).partition(": ")
-            except Exception as error:
-                outcome, message = "broken", f"{type(error).__name__}: {error}"
-                where = traceback.format_exc().strip().splitlines()[-12:]
-                failures.append({"case": repr(case), "error": message, "where": "\n".join(where)})
-                typer.echo(f"\n{case!r}\n  {message}", err=True)
-            if outcome == "refused":
-                refusals.append({"case": repr(case), "why": why})
-            outcomes[outcome] += 1
-    for name, number in outcomes.most_common():
-        typer.echo(f"{number:5d} {name}", err=True)
-    publish(
-        {
-            "bench": "fuzz",
-            "cases": count,
-            "seed": first,
-            "seconds": time.perf_counter() - start,
-            "environment": asdict(Environment.here("cpu")),
-            "outcomes": dict(outcomes),
-            "failures": failures,
-            "refusals": refusals,
-        },
-        out,
-    )
-    if failures:
-        raise typer.Exit(1)
+    tally("fuzz", drawn(count, first, compiled), check, right=("reduced", "exact", "refused"), seed=first, out=out)
 
 
 if __name__ == "__main__":

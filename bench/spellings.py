@@ -7,12 +7,9 @@ A case takes about a second. First every spelling of every part is tried alone, 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import random
-import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +20,9 @@ import typer
 from torch import Tensor, nn
 
 import gtp_fx
-from bench.environment import Environment
 from bench.live_weights import enliven
-from bench.output import publish
+from bench.outcomes import tally
 from bench.spelling_models import CHOICES, GRID, SIDE, Respelt, Spelling
-from gtp_fx.options.progress import progress_bar
 
 BUDGET = 0.6
 TOLERANCE = 1e-5
@@ -121,38 +116,15 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
     """Check respelt models and write the outcomes. Exit code 1 where one isn't right."""
-    outcomes: collections.Counter[str] = collections.Counter()
-    failures = []
-    start = time.perf_counter()
-    with progress_bar() as show, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for done, spelling in enumerate(drawn(count, seed)):
-            show(", ".join(f"{number} {name}" for name, number in outcomes.items()), done, count)
-            try:
-                told = check(spelling)
-            except Exception as error:
-                told = f"crash: {type(error).__name__}: {error}"
-            outcome = told.partition(":")[0]
-            outcomes[outcome] += 1
-            if outcome != "right":
-                failures.append({"spelling": differing(spelling), "what": told})
-                typer.echo(f"\n{differing(spelling)}\n  {told[:300]}", err=True)
-    for name, number in outcomes.most_common():
-        typer.echo(f"{number:5d} {name}", err=True)
-    publish(
-        {
-            "bench": "spellings",
-            "cases": count,
-            "seed": seed,
-            "seconds": time.perf_counter() - start,
-            "environment": asdict(Environment.here("cpu")),
-            "outcomes": dict(outcomes),
-            "failures": failures,
-        },
-        out,
+    tally(
+        "spellings",
+        drawn(count, seed),
+        check,
+        right=("right",),
+        shown=lambda spelling: str(differing(spelling)),
+        seed=seed,
+        out=out,
     )
-    if failures:
-        raise typer.Exit(1)
 
 
 def differing(spelling: Spelling) -> dict[str, str]:

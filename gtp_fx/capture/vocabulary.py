@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
-from torch.utils import _pytree as pytree
 
 from gtp_fx.graph.edit import META_KEYS
+from gtp_fx.graph.nodes import tensors_of
 from gtp_fx.graph.torch_internals import decomposes, decomposition_tables, is_operator, trace_functional
 from gtp_fx.types import rules as _rules
 from gtp_fx.types.rules.registry import find, has_own_rule
@@ -97,7 +97,7 @@ def _traced(node: fx.Node) -> fx.GraphModule | None:
     Return a graph with an input for each of `node.all_input_nodes`, or None where something else would be left.
     """
     inputs = node.all_input_nodes
-    if any("val" not in x.meta for x in inputs) or not any(_holds_tensors(x.meta["val"]) for x in inputs):
+    if any("val" not in x.meta for x in inputs) or not any(tensors_of(x.meta["val"]) for x in inputs):
         return None
     values = [x.meta["val"] for x in inputs]
     read = {reader.args[1] for reader in node.users if reader.target is operator.getitem and reader.users}
@@ -127,11 +127,12 @@ def _down_to_vocabulary(function: Callable[..., Any], values: list[Any]) -> fx.G
         if graph is None or any(n.op == "get_attr" for n in graph.graph.nodes):
             return None  # it holds for one batch size alone, or makes a constant of its own
         unknown = [n.target for n in graph.graph.nodes if n.op == "call_function" and not _known(n)]
-        further = {target: decompositions(target)[-1] for target in unknown if decompositions(target)}
-        if len(further) < len(set(unknown)):
-            return None
         if not unknown:
             return graph
+        ways = {target: decompositions(target) for target in unknown}
+        if not all(ways.values()):
+            return None
+        further = {target: of_target[-1] for target, of_target in ways.items()}
         function = functools.partial(_interpret, graph, further)
     return None
 
@@ -140,12 +141,8 @@ def _known(node: fx.Node) -> bool:
     """Tell whether a node is in the vocabulary, or needs no rule: sizes, constants, what nothing reads."""
     if not is_operator(node.target) or find(node.target) is not None or not node.users:
         return True
-    reads_tensors = any(_holds_tensors(x.meta.get("val")) for x in node.all_input_nodes)
-    return node.target.namespace == "aten" and not (reads_tensors and _holds_tensors(node.meta.get("val")))
-
-
-def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+    reads_tensors = any(tensors_of(x.meta.get("val")) for x in node.all_input_nodes)
+    return node.target.namespace == "aten" and not (reads_tensors and tensors_of(node.meta.get("val")))
 
 
 def _interpret(graph: fx.GraphModule, further: Mapping[Any, Callable[..., Any]], *given: Any) -> Any:

@@ -38,6 +38,17 @@ def chain_before(node: fx.Node) -> list[fx.Node]:
     return chain
 
 
+def order_of(node: fx.Node) -> tuple[int, ...]:
+    """Return the operand's dimension that each dimension of a permutation's or transposition's result is."""
+    rank = len(shape_of(node))
+    given: tuple[Any, ...] = node.args[1:]
+    if node.target is aten.permute.default:
+        return tuple(dim % rank for dim in given[0])
+    order, (a, b) = list(range(rank)), (dim % rank for dim in given)
+    order[a], order[b] = order[b], order[a]
+    return tuple(order)
+
+
 def whole_parts(shape: tuple[int, ...]) -> Parts:
     """Return the parts of a value that isn't rearranged."""
     return [[Part(dim, size, 1)] if size != 1 else [] for dim, size in enumerate(shape)]
@@ -48,12 +59,8 @@ def rearranged(parts: Parts, node: fx.Node) -> Parts | None:
     arguments: tuple[Any, ...] = node.args
     if node.target in VIEWS:
         return _regrouped(parts, shape_of(node))
-    if node.target is aten.permute.default:
-        return [parts[dim] for dim in arguments[1]]
-    if node.target is aten.transpose.int:
-        a, b = (dim % len(parts) for dim in arguments[1:])
-        swapped = {a: b, b: a}
-        return [parts[swapped.get(dim, dim)] for dim in range(len(parts))]
+    if node.target in PERMUTATIONS:
+        return [parts[dim] for dim in order_of(node)]
     if node.target is aten.unfold.default:
         return _cut(parts, *arguments[1:])
     return parts

@@ -50,6 +50,16 @@ def copy_parameter_sources(gm: fx.GraphModule, of: fx.GraphModule) -> None:
         gm._param_name_to_source = of._param_name_to_source  # type: ignore[assignment]
 
 
+def is_operator(target: object) -> TypeGuard[torch._ops.OpOverload]:
+    """Return whether a node's target is one overload of an operator, such as aten.mm.default."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def decomposes(target: Any) -> bool:
+    """Return whether an operator is written in others, so that `decompose` runs these. Public: `decompose` itself."""
+    return bool(target._can_decompose())
+
+
 def is_higher_order(target: Any) -> bool:
     """Return whether an operator takes functions, as `torch.cond` and flex_attention do. Public: none."""
     return isinstance(target, HigherOrderOperator)
@@ -144,7 +154,7 @@ def trace_functional(function: Callable[..., Any], values: Sequence[Any]) -> fx.
 
     fakes = [leaf for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, FakeTensor)]
     mode = mode_of(fakes[0]) if fakes else contextlib.nullcontext()  # constants that it makes are fakes of this one
-    with torch.no_grad(), _quiet(), _asking_nothing(values) as asked, mode:
+    with torch.no_grad(), _quiet(), _asking_nothing(fakes) as asked, mode:
         try:
             traced = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
         except Exception:
@@ -155,12 +165,13 @@ def trace_functional(function: Callable[..., Any], values: Sequence[Any]) -> fx.
 
 
 @contextlib.contextmanager
-def _asking_nothing(values: Sequence[Any]) -> Iterator[Callable[[], bool]]:
-    """Freeze the symbols of fake values; yield a function that tells whether anything was asked of them since."""
-    environment = _symbols_of(values)
-    if environment is None:
+def _asking_nothing(fakes: Sequence[FakeTensor]) -> Iterator[Callable[[], bool]]:
+    """Freeze the symbols of fake tensors; yield a function that tells whether anything was asked of them since."""
+    environments: Any = [fake.fake_mode.shape_env for fake in fakes if fake.fake_mode.shape_env is not None]
+    if not environments:
         yield lambda: False
         return
+    environment = environments[0]
     before, frozen = environment.counter["ignored_backward_guard"], environment.frozen
     environment.frozen = True  # questions are counted; later torch also has an error for them
     raising = getattr(environment, "error_on_new_guards", contextlib.nullcontext)
@@ -185,12 +196,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled
-
-
-def _symbols_of(values: Sequence[Any]) -> Any:
-    """Return the environment that the symbols of fake values live in; None where they have none."""
-    modes = [leaf.fake_mode for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, FakeTensor)]
-    return next((mode.shape_env for mode in modes if mode.shape_env is not None), None)
 
 
 def tracing_lock() -> AbstractContextManager[Any]:
@@ -228,22 +233,12 @@ def load_aoti(file: str) -> Callable[..., Any]:
 # ---- counting
 
 
-def is_operator(target: object) -> TypeGuard[torch._ops.OpOverload]:
-    """Return whether a node's target is one overload of an operator, such as aten.mm.default."""
-    return isinstance(target, torch._ops.OpOverload)
-
-
 def registered_formula(target: Any) -> Callable[..., int] | None:
     """Return torch's formula for the FLOPs of an operator; None where it has none. Takes a call's arguments, `out_val`.
 
     Public: `torch.utils.flop_counter.flop_registry`, by packets of overloads.
     """
     return cast("Callable[..., int] | None", flop_registry.get(getattr(target, "_overloadpacket", target)))
-
-
-def decomposes(target: Any) -> bool:
-    """Return whether an operator is written in others, so that `decompose` runs these. Public: `decompose` itself."""
-    return bool(target._can_decompose())
 
 
 def run_counted(target: Any, args: Any, kwargs: Any) -> tuple[int, list[Any]]:
@@ -295,12 +290,12 @@ FUSED_ATTENTION = torch._native_multi_head_attention
 
 def region_operator(target: Any) -> str:
     """Return the name of a higher-order operator, which calls graphs, or "" for any other target. Public: none."""
-    return str(target.name()) if isinstance(target, torch._ops.HigherOrderOperator) else ""
+    return str(target.name()) if is_higher_order(target) else ""
 
 
 def computes(target: Any) -> bool:
     """Return whether a target is one of torch's operators that returns new tensors: no view, nothing in place."""
-    return isinstance(target, torch._ops.OpOverload) and not target.is_view and not target._schema.is_mutable
+    return is_operator(target) and not target.is_view and not target._schema.is_mutable
 
 
 def dispatched(run: Callable[[], Any]) -> tuple[Any, list[tuple[Any, tuple[Any, ...], Any]]]:

@@ -1,7 +1,6 @@
 """Exact: dimensions that are merged and taken apart again stay apart.
 
     [N, B, C] view [N, B·H, D] transpose [B·H, N, D] view [B, H, N, D]   ->   view [N, B, H, D] permute [B, H, N, D]
-    [N, B, C] view [N·B, C] linear [N·B, C'] view [N, B, C']             ->   linear [N, B, C']
 
 A dimension of tokens and images, or of tokens and heads, can't be followed everywhere where one of tokens can.
 """
@@ -25,42 +24,13 @@ _CHAINED = (*VIEWS, *PERMUTATIONS)
 
 def fold_views(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of `gm` without such detours; `gm` itself where there are none."""
-    if not any(_view_after(node) or _detour(node) for node in gm.graph.nodes):
+    if not any(map(_detour, gm.graph.nodes)):
         return gm
     gm = edit.copy_of(gm)
-    for node in list(gm.graph.nodes):
-        if view := _view_after(node):
-            _keep_rows_apart(gm.graph, node, view)
     # All are found before the first is folded: chains may have views in common.
     for node, steps in [(node, steps) for node in gm.graph.nodes if (steps := _detour(node))]:
         _fold(gm.graph, node, steps[-1])
     return edit.finish(gm)
-
-
-def _view_after(linear: fx.Node) -> fx.Node | None:
-    """Return the view that takes apart the rows of a linear layer, where a view has made them; else None."""
-    if linear.target is not aten.linear.default or len(linear.users) != 1:
-        return None
-    merged: Any = linear.args[0]
-    (view,) = linear.users
-    if merged.target not in VIEWS or view.target not in VIEWS or shape_of(view)[-1] != shape_of(linear)[-1]:
-        return None
-    return view if len(shape_of(view)) > len(shape_of(linear)) and _writable(shape_of(view)) else None
-
-
-def _keep_rows_apart(graph: fx.Graph, linear: fx.Node, view: fx.Node) -> None:
-    """Let a linear layer work on the dimensions that its rows are made into after it."""
-    merged: Any = linear.args[0]
-    shape = (*shape_of(view)[:-1], shape_of(merged)[-1])
-    emit = edit.Emitter(graph, like=linear, before=linear)
-    rows = merged.args[0]
-    # The chains are read next, and their shapes.
-    if shape_of(rows) != shape:
-        rows = emit(aten.reshape.default, rows, written(shape))
-        rows.meta["val"] = merged.args[0].meta["val"].reshape(shape)
-    new = emit(aten.linear.default, rows, *linear.args[1:])
-    new.meta["val"] = view.meta["val"]
-    view.replace_all_uses_with(new)
 
 
 def _detour(end: fx.Node) -> list[Parts] | None:

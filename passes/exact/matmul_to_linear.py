@@ -1,7 +1,7 @@
-"""Exact: a product with a parameter becomes a linear layer, and a bias that is added to it becomes its bias.
+"""Exact: a product with a parameter becomes a linear layer over all dimensions, with the bias that is added to it.
 
-    x @ Wᵀ + b                        ->   linear(x, W, b)
-    linear(x.view(-1, C), W).view(B, N, D)   ->   linear(x, W)
+    x @ Wᵀ + b                                ->   linear(x, W, b)
+    linear(x.view(N·B, C), W).view(N, B, C')  ->   linear(x, W)
 
 So projections have one spelling, whatever they were written as: matmul, addmm over flattened tokens, tensordot, einsum.
 """
@@ -16,7 +16,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.graph import edit
 from gtp_fx.graph.nodes import is_input
 from gtp_fx.graph.operators import MATRIX_PRODUCTS, PERMUTATIONS, VIEWS
-from gtp_fx.graph.symbols import shape_of
+from gtp_fx.graph.symbols import shape_of, written
 
 _OF_PARAMETERS = (*VIEWS, *PERMUTATIONS, aten.t.default, aten.numpy_T.default, aten.slice.Tensor, aten.select.int)
 """Operators that take a parameter, or a part of it, in another form."""
@@ -24,7 +24,7 @@ _OF_PARAMETERS = (*VIEWS, *PERMUTATIONS, aten.t.default, aten.numpy_T.default, a
 
 def matmul_to_linear(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of `gm` in which products with parameters are `aten.linear`; `gm` itself where there are none."""
-    if not any(_is_product(node) or _is_bias_added(node) or _is_flattened(node) for node in gm.graph.nodes):
+    if not any(_is_product(node) or _is_bias_added(node) or _view_after(node) for node in gm.graph.nodes):
         return gm
     gm = edit.copy_of(gm)
     for node in list(gm.graph.nodes):
@@ -36,8 +36,8 @@ def matmul_to_linear(gm: fx.GraphModule) -> fx.GraphModule:
             if _is_bias_added(node):
                 _with_bias(node)
         for node in list(gm.graph.nodes):
-            if _is_flattened(node):
-                _over_all_dimensions(node)
+            if view := _view_after(node):
+                _keep_rows_apart(gm.graph, node, view)
     return edit.finish(gm)
 
 
@@ -105,22 +105,26 @@ def _layer_first(total: fx.Node) -> tuple[Any, Any]:
     return (second, first) if isinstance(second, fx.Node) and second.target is aten.linear.default else (first, second)
 
 
-def _is_flattened(node: fx.Node) -> bool:
-    """Tell whether a node gives a linear layer's result the dimensions that its input had before they were merged."""
-    if node.target not in VIEWS:
-        return False
-    linear = node.args[0]
-    if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default or len(linear.users) != 1:
-        return False
-    merged = linear.args[0]
-    if not isinstance(merged, fx.Node) or merged.target not in VIEWS or not isinstance(merged.args[0], fx.Node):
-        return False
-    before, after = shape_of(merged.args[0]), shape_of(node)
-    same_features = before[-1] == shape_of(merged)[-1] and after[-1] == shape_of(linear)[-1]
-    return same_features and len(before) > 1 and before[:-1] == after[:-1]
+def _view_after(linear: fx.Node) -> fx.Node | None:
+    """Return the view that takes apart the rows of a linear layer, where a view has made them; else None."""
+    if linear.target is not aten.linear.default or len(linear.users) != 1:
+        return None
+    merged: Any = linear.args[0]
+    (view,) = linear.users
+    if merged.target not in VIEWS or view.target not in VIEWS or shape_of(view)[-1] != shape_of(linear)[-1]:
+        return None
+    return view if len(shape_of(view)) > len(shape_of(linear)) and written(shape_of(view)).count(-1) <= 1 else None
 
 
-def _over_all_dimensions(view: fx.Node) -> None:
-    """Turn a view of a linear layer over merged dimensions into the layer over what was merged."""
-    linear: Any = view.args[0]
-    view.target, view.args = aten.linear.default, (linear.args[0].args[0], *linear.args[1:])
+def _keep_rows_apart(graph: fx.Graph, linear: fx.Node, view: fx.Node) -> None:
+    """Let a linear layer work on the dimensions that its rows are made into after it."""
+    merged: Any = linear.args[0]
+    shape = (*shape_of(view)[:-1], shape_of(merged)[-1])
+    emit = edit.Emitter(graph, like=linear, before=linear)
+    rows = merged.args[0]
+    if shape_of(rows) != shape:
+        rows = emit(aten.reshape.default, rows, written(shape))
+        rows.meta["val"] = merged.args[0].meta["val"].reshape(shape)
+    new = emit(aten.linear.default, rows, *linear.args[1:])
+    new.meta["val"] = view.meta["val"]
+    view.replace_all_uses_with(new)

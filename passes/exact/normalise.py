@@ -1,7 +1,8 @@
-"""Exact: remove operators that change nothing, so that every later pass sees one spelling.
+"""Exact: remove operators that change nothing, and spell the others in one way for every later pass.
 
-These are asserts about metadata, dropouts that are off, copies, and slices that take everything. Views become reshapes,
-which don't depend on the strides of their input, so that a later pass may replace the node that computes it.
+What changes nothing are asserts about metadata, dropouts that are off, copies, and slices that take everything. Views
+become reshapes, which don't depend on the strides of their input, so that a later pass may replace the node that
+computes it. Items of splits and unbinds become slices and selects, a scale comes second, and a sum over a stack is one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit, nodes
-from gtp_fx.graph.operators import COPIES, FLATTENINGS, SCALINGS, SPLITS, SQUEEZES, VIEWS
+from gtp_fx.graph.operators import COPIES, FLATTENINGS, PERMUTATIONS, SCALINGS, SPLITS, SQUEEZES, VIEWS
+from gtp_fx.graph.rearrangements import order_of
 from gtp_fx.graph.symbols import is_symbolic, shape_of, written
 
 _ASSERTS = (aten._assert_tensor_metadata.default,)
@@ -124,9 +126,8 @@ def _changes_nothing(node: fx.Node) -> bool:
         return not training or probability in (0, 0.0)
     if node.target in SCALINGS and isinstance(node.args[1], int | float):
         return node.args[1] == 1 and not node.kwargs and _source(node).meta["val"].dtype == node.meta["val"].dtype
-    if node.target is aten.permute.default:
-        order: Any = node.args[1]
-        return [d % len(order) for d in order] == list(range(len(order)))
+    if node.target in PERMUTATIONS:
+        return order_of(node) == tuple(range(len(shape_of(node))))
     if node.target is aten.slice.Tensor:
         return _same_shape(node) and node.args[4:] in ((), (1,))
     if node.target in (*VIEWS, *SQUEEZES, aten.expand.default):

@@ -8,13 +8,13 @@ tokens (of a series, whose patches are single samples) stays.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit, nodes
+from gtp_fx.graph.operators import PERMUTATIONS
+from gtp_fx.graph.rearrangements import order_of
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.axes import is_plain
 from gtp_fx.types.infer import WholeTyping
@@ -60,7 +60,4 @@ def _as_linear(graph: fx.Graph, node: fx.Node) -> None:
 
 def _turns(node: fx.Node) -> bool:
     """Tell whether a node swaps the last two of three dimensions."""
-    arguments: tuple[Any, ...] = node.args
-    if node.target is aten.transpose.int:
-        return len(shape_of(node)) == 3 and {dim % 3 for dim in arguments[1:]} == {1, 2}
-    return node.target is aten.permute.default and [dim % 3 for dim in arguments[1]] == _TURN
+    return node.target in PERMUTATIONS and order_of(node) == tuple(_TURN)

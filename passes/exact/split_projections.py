@@ -22,6 +22,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import PERMUTATIONS, REARRANGED, SQUEEZES
+from gtp_fx.graph.rearrangements import order_of
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.rules.layout import is_view
 
@@ -102,7 +103,7 @@ def match_fused(linear: fx.Node) -> FusedProjection | None:
         units = shape[unit_dim]
         if (only := _only_user(source)) is not None and only.target in PERMUTATIONS:
             permute = source = only
-            dim = _order(permute).index(unit_dim)
+            dim = order_of(permute).index(unit_dim)
         source = _after_idle(source)
     parts = [_part(user, source, dim) for user in source.users]
     if not parts or any(part is None for part in parts):
@@ -127,17 +128,6 @@ def _after_idle(node: fx.Node) -> fx.Node:
             return node
         node = only
     return node
-
-
-def _order(permute: fx.Node) -> list[int]:
-    """Return where each dimension of a permutation or transposition comes from."""
-    rank = len(shape_of(permute))
-    given: Any = permute.args[1:]
-    if permute.target is aten.permute.default:
-        return [d % rank for d in given[0]]
-    order, (a, b) = list(range(rank)), (d % rank for d in given)
-    order[a], order[b] = order[b], order[a]
-    return order
 
 
 def _part(reader: fx.Node, source: fx.Node, dim: int) -> Part | None:

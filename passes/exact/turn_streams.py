@@ -27,12 +27,14 @@ from gtp_fx.graph.operators import (
     CASTS_LIKE,
     FEATURE_NORMS,
     MATRIX_PRODUCTS,
+    PERMUTATIONS,
     SOFTMAXES,
     SPLITS,
     SQUEEZES,
     UNARY,
     VIEWS,
 )
+from gtp_fx.graph.rearrangements import order_of
 from gtp_fx.graph.symbols import shape_of, written
 from gtp_fx.types.axes import TensorType, holds_images, is_plain, token_axis
 
@@ -237,21 +239,12 @@ def _with_dims(position: int, keeps: Callable[[fx.Node], bool]) -> _Rule:
 
 def _item(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
     listed: Any = node.args[0]
-    source, of = walk.turned[listed]
-    dim: Any = source.args[1] if source.target is aten.unbind.int else None
-    return of if dim is None else _without(of, {dim})
+    return walk.turned[listed][1]
 
 
 def _permutation(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
-    x, *named = _arguments(node)
-    own = list(range(len(order)))
-    if node.target is aten.transpose.int:
-        a, b = named
-        own[a], own[b] = own[b], own[a]
-    else:
-        own = [d % len(order) for d in named[0]]
-    composed = tuple(order[d] for d in own)
-    walk.turned[node] = walk.turned[x][0], composed
+    composed = tuple(order[d] for d in order_of(node))
+    walk.turned[node] = walk.turned[_arguments(node)[0]][0], composed
     return composed
 
 
@@ -312,6 +305,7 @@ _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(CASTS_LIKE, _cast_like),
     **dict.fromkeys(FEATURE_NORMS, _over_last(lambda node: len(node.args[1]))),  # type: ignore[arg-type]
     **dict.fromkeys(MATRIX_PRODUCTS, _product),
+    **dict.fromkeys(PERMUTATIONS, _permutation),
     **dict.fromkeys(SOFTMAXES, _with_dims(1, _keeps)),
     **dict.fromkeys(SPLITS, _with_dims(2, _keeps)),
     **dict.fromkeys(SQUEEZES, _with_dims(1, _drops)),
@@ -323,10 +317,7 @@ _RULES: dict[Any, _Rule] = {
     aten.linear.default: _over_last(lambda _: 1),
     aten.slice.Tensor: _with_dims(1, _keeps),
     aten.select.int: _with_dims(1, _drops),
-    aten.unbind.int: _with_dims(1, _keeps),
     aten.unsqueeze.default: _unsqueeze,
-    aten.permute.default: _permutation,
-    aten.transpose.int: _permutation,
     aten.cat.default: _cat,
     aten.expand.default: _expand,
     operator.getitem: _item,

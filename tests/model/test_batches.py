@@ -5,16 +5,13 @@ Each is exact at budget 1.0 on two batch sizes, and within 0.74 of the FLOPs by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.ops import aten
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 import gtp_fx
 from bench.dynamo_door import Door
@@ -23,6 +20,7 @@ from gtp_fx.graph.symbols import at_batch, divided, is_symbolic, shape_of, writt
 
 from support.batches import PATCH, SIDE, WIDTH, Block, Joined, models
 from support.captured import captured, optimised, shared_model
+from support.counted import flops
 
 BUDGET = 0.74
 BATCHES = ((3, 4), (5, 2))
@@ -34,12 +32,6 @@ EVERY_DAY = [
     Joined("mirror", "tokens", "decoder"),
     Joined("views", "pixels", "reshape"),
 ]
-
-
-def flops(model: Callable[..., Any], inputs: tuple[Tensor, ...]) -> int:
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(*inputs)
-    return counter.get_total_flops()
 
 
 def apart(found: Any, wanted: Any) -> float:

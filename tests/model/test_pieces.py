@@ -10,13 +10,12 @@ import pytest
 import timm
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import gtp_fx
 from bench.dynamo_door import Door
 from gtp_fx.model import backend
 
+from support.counted import flops
 from support.reference import gtp_reference, row_reference, with_everyone_back
 from support.zoo import enliven
 
@@ -69,16 +68,10 @@ class Counting(Door):
         result = super().__call__(gm, example_inputs)
 
         def run(*inputs: Any) -> Any:
-            self.ratios.append(_flops(result, inputs) / _flops(gm, inputs))
+            self.ratios.append(flops(result, inputs) / flops(gm, inputs))
             return result(*inputs)
 
         return run
-
-
-def _flops(run: Any, inputs: Sequence[Any]) -> int:
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run(*inputs)
-    return counter.get_total_flops()
 
 
 @torch.no_grad()
@@ -162,7 +155,7 @@ def test_an_encoder_of_torch(norm_first: bool) -> None:
     exact = gtp_fx.optimize(encoder, flops_budget=1.0, example_inputs=x, compile=False)
     torch.testing.assert_close(exact(x), encoder(x), rtol=1e-4, atol=1e-4)
     fast = gtp_fx.optimize(encoder, flops_budget=BUDGET, example_inputs=x, compile=False)
-    assert _flops(fast, (x,)) <= BUDGET * _flops(_eager(encoder), (x,))
+    assert flops(fast, (x,)) <= BUDGET * flops(_eager(encoder), (x,))
     assert fast(noise(3, 37, 64)).shape == (3, 37, 64)
 
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import gtp_fx
 
 from support.captured import optimised, shared_model
+from support.counted import flops
 from support.zoo import in_tiers
 
 
@@ -110,11 +109,10 @@ LATE = (3, 4)
 """The second stage's blocks."""
 
 
+@torch.no_grad()
 def counted(model: nn.Module, source: Source) -> int:
-    """What torch counts, by the attention that it has a formula for."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(source.inputs())
-    return counter.get_total_flops()
+    """What torch counts."""
+    return flops(model, (source.inputs(),))
 
 
 @pytest.mark.parametrize("name", in_tiers(CASES, *SLOW))

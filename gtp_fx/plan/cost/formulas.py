@@ -87,7 +87,7 @@ def linear(sizes: Sizes) -> Size:
     return 2 * math.prod(sizes(0)) * sizes(1)[0]
 
 
-@formula(*MATRIX_PRODUCTS, aten.mm.default)
+@formula(*MATRIX_PRODUCTS)
 def matmul(sizes: Sizes) -> Size:
     """Count a product of matrices; one with a vector behind is a sum, which torch counts as none."""
     if len(sizes(1)) == 1:

@@ -16,7 +16,9 @@ from torch.ops import aten
 import gtp_fx
 from bench.spelling_models import LAYOUTS, Spelling
 from bench.spellings import check
+from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.fold_views import fold_views
+from gtp_fx.passes.exact.matmul_to_linear import matmul_to_linear
 from gtp_fx.passes.exact.normalise import normalise
 
 from support.graphs_by_hand import calls, traced
@@ -189,7 +191,9 @@ def detour(x: Tensor, w: Tensor) -> Tensor:
 def test_merged_dimensions_that_are_taken_apart_stay_apart() -> None:
     x, w = noise(5, 3, 8), noise(8, 8)
     gm = normalise(traced(detour, x, w))
-    folded = fold_views(gm)
+    apart = matmul_to_linear(gm)
+    propagate_shapes(apart, "matmul_to_linear")
+    folded = fold_views(apart)
     assert (calls(gm, aten.reshape.default), calls(folded, aten.reshape.default)) == (4, 1)
     assert calls(folded, aten.permute.default) == 1
     torch.testing.assert_close(folded(x, w), detour(x, w))
