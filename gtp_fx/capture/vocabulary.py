@@ -63,7 +63,7 @@ def open_composites(gm: fx.GraphModule) -> None:
     gm: a captured graph whose values have symbolic sizes, so that no size becomes a number. Inserted nodes have the
         layer and the source line of the node that they replace.
     """
-    for node in [node for node in gm.graph.nodes if decompositions(node.target)]:
+    for node in [node for node in gm.graph.nodes if tensors_of(node.meta.get("val")) and decompositions(node.target)]:
         traced = _traced(node)
         if traced is not None:
             _splice(gm.graph, node, traced)

@@ -13,6 +13,7 @@ number is symbolic too, even if it is no product of known atoms.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections import Counter
@@ -167,7 +168,13 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 def at_batch(size: int, batch: int) -> int:
     """Return `size` in a run of `batch` images: every symbol set to that."""
     number, atoms = _parts(size)
-    return number * math.prod(_atoms[value].at(batch) for value in atoms.elements())
+    return number * math.prod(_atom_at(value, batch) for value in atoms.elements())
+
+
+@functools.cache
+def _atom_at(value: int, batch: int) -> int:
+    """Return an atom's size, by its value at the primes; an atom stays what it is once it is known."""
+    return _atoms[value].at(batch)
 
 
 def per_image(size: int) -> int:
