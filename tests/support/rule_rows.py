@@ -243,7 +243,7 @@ def einsum() -> Iterator[Row]:
     )
     yield Row(op, lambda x: torch.einsum("bnc,bnd->bcd", x, x), "B, 8, 8", ADDS_UP)
     yield Row(op, lambda x, w: torch.einsum("...c,cd->...d", x, w), STREAM)
-    yield Row(op, lambda x, old: torch.einsum("...nc, ... n c -> n...", x, old), "2+n1, B")
+    yield Row(op, lambda x, old: torch.einsum("...nc, ... n c -> n...", x, old).t(), "2+n1, B")
     yield Row(op, lambda x, w: torch.einsum("bnc,cd", x, w), "B, 8, 2+n1")  # alphabetical
     yield Row(op, lambda x: torch.einsum("bnn->bn", x @ x.transpose(1, 2)), "B, 14", "an einsum of a diagonal")
 
