@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from bench.counted import flops
 from gtp_fx.capture.dynamo import capture_dynamo
 from gtp_fx.errors import GtpError
 from gtp_fx.model.pipeline import Optimised, run_passes
@@ -36,3 +37,27 @@ class Door:
                 return gm.forward
             raise
         return self.made[-1].graph_module
+
+
+class CountingDoor(Door):
+    """Backend that also counts FLOPs, by torch's own counter, as the rewritten graphs run.
+
+    counted: each call of one of them, with after / before.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.counted: list[tuple[Optimised, float]] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        result = super().__call__(gm, example_inputs)
+        if not self.made or result is not self.made[-1].graph_module:
+            return result
+        made = self.made[-1]
+
+        def run(*inputs: Any) -> Any:
+            before = flops(gm, inputs)
+            self.counted.append((made, flops(result, inputs) / before if before else 1.0))
+            return result(*inputs)
+
+        return run

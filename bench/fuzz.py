@@ -62,6 +62,7 @@ def architectures(draw: Any) -> Architecture:
         parting=draw(st.sampled_from(models.PARTINGS)),
         region=draw(st.sampled_from(("", *models.REGIONS))),
         keeps=draw(st.sampled_from((False, False, True))),
+        broken=draw(st.sampled_from((False, False, False, True))),
     )
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import gtp_fx
-from bench.dynamo_door import Door
+from bench.dynamo_door import CountingDoor, Door
 from bench.fuzz_models import Architecture, RandomViT
 from gtp_fx.report.token_flow import SiteView, token_flow
 
@@ -60,7 +60,10 @@ def check(case: Case) -> str:
         raise
     except gtp_fx.GtpError as error:
         _unchanged(model, before, x, wanted)
-        _same_refusal(model, case, x, error)
+        if case.architecture.broken:
+            _in_pieces(model, case, x, wanted)
+        else:
+            _same_refusal(model, case, x, error)
         return f"refused: {type(error).__name__}: {error}"
     _unchanged(model, before, x, wanted)
     eager = fast.graph_module(x)
@@ -71,7 +74,9 @@ def check(case: Case) -> str:
         _close(wanted, eager, limit, "budget 1.0 has to be exact")
     _counted(fast, case, x)
     _alone_as_in_a_batch(fast, x, eager, swapped)
-    if not case.architecture.keeps:  # what Dynamo keeps is one of its outputs, which costs, and changes the schedule
+    if case.architecture.broken:
+        _in_pieces(model, case, x, wanted)
+    elif not case.architecture.keeps:  # what Dynamo keeps is one of its outputs, which costs, and changes the schedule
         _close(_through_dynamo(model, case, x), eager, swapped, "the two doors")
     if case.compiled:
         _same_form(eager, fast(x))
@@ -146,6 +151,24 @@ def _through_dynamo(model: RandomViT, case: Case, x: Tensor) -> Any:
         if door.refused:
             raise door.refused[0] from None
         raise
+
+
+def _in_pieces(model: RandomViT, case: Case, x: Tensor, wanted: Any) -> None:
+    """Check the pieces into which Dynamo breaks a model: each within the budget by torch's own count, or refused."""
+    torch._dynamo.reset()
+    door = CountingDoor(keep_refused=True, **_options(case))
+    found = torch.compile(model, backend=door)(x)
+    if len(door.made) + len(door.refused) < 2:
+        raise Broken("the graph has no break")
+    for refused in door.refused:
+        if isinstance(refused, gtp_fx.InternalError):
+            raise refused
+    _same_form(wanted, found)
+    ratios = [ratio for made, ratio in door.counted if not made.schedule.removes_nothing]
+    if not ratios:
+        _close(wanted, found, TOLERANCE[case.architecture.dtype], "pieces that lose no tokens have to be exact")
+    elif max(ratios) > case.flops_budget:
+        raise Broken(f"pieces with {ratios} of their FLOPs, over the budget {case.flops_budget}")
 
 
 def _same_form(wanted: Any, found: Any) -> None:

@@ -49,6 +49,7 @@ class Architecture:
     pool: output, a name in `POOLS`.
     region: what the blocks run under, a name in `REGIONS`.
     keeps: whether forward keeps its tokens on the model, where nothing reads them.
+    broken: whether Dynamo has to break the graph before the last block.
     dtype: dtype of parameters and images.
     beside: what goes along in a call's batch, a name in `BESIDE`, or "" for nothing.
     parting: where the call's images and those are parted and added up, a name in `PARTINGS`.
@@ -79,6 +80,7 @@ class Architecture:
     parting: str = "output"
     region: str = ""
     keeps: bool = False
+    broken: bool = False
 
     @property
     def width(self) -> int:
@@ -174,6 +176,8 @@ class RandomViT(nn.Module):
             x = torch.cat([x, self.behind.expand(batch, -1, -1)], dim=1)
         with REGIONS[arch.region]():
             for number, block in enumerate(self.blocks):
+                if arch.broken and number == arch.depth - 1:
+                    torch._dynamo.graph_break()
                 x = block(x, None if self.masked is None else self.masked[number])
         if arch.keeps:
             self.last = x

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,7 +15,7 @@ from gtp_fx.capture.fused_layers import open_layers
 from gtp_fx.capture.module import _changed, _hold_again, _refuse_changes
 from gtp_fx.capture.regions import AUTOCAST, has_regions, inlined, opened
 from gtp_fx.capture.vocabulary import open_composites
-from gtp_fx.errors import CaptureError
+from gtp_fx.errors import CaptureError, GtpError
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import GRID_MAKERS
 from gtp_fx.graph.symbols import fix_symbols
@@ -22,24 +24,26 @@ from gtp_fx.graph.torch_internals import (
     ENTER_INFERENCE,
     EXIT_AUTOCAST,
     EXIT_INFERENCE,
+    OUT_OF_MEMORY,
     SET_GRAD,
     aot_export,
     copy_parameter_sources,
+    restarts_dynamo,
 )
 
 
 def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     """Return the ATen graph of Dynamo's `gm`. Placeholders keep their order and their metadata.
 
-    Raises CaptureError where the model changes its state when it runs.
+    Raises CaptureError where the model changes its state when it runs, or holds what torch can't trace.
     """
     gm = _without_regions(gm)
     old = [node for node in gm.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta["example_value"] for node in old]
-    exported, signature = aot_export(gm, fakes)
+    exported, signature = _traced(gm, fakes)
     if _specialise_grids(exported.graph, fakes):
         # The image's sides are constants now, so a second export has no symbols for them.
-        exported, signature = aot_export(gm, fakes)
+        exported, signature = _traced(gm, fakes)
     _refuse_changes("the model", _changed(signature))
     graph_module: Any = exported
     _hold_again(graph_module, gm, {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
@@ -57,6 +61,32 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     open_composites(graph_module)
     fix_symbols(graph_module)
     return cast("fx.GraphModule", graph_module)
+
+
+def _traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
+    """Return what `aot_export` does. Raises CaptureError where torch's tracer fails on what Dynamo let through."""
+    try:
+        return aot_export(gm, fakes)
+    except (GtpError, *OUT_OF_MEMORY):
+        raise
+    except Exception as error:
+        if restarts_dynamo(error):
+            raise
+        raise CaptureError(
+            f"torch can't trace this graph of Dynamo's as ATen: {_told(error)}\nWrite what it stopped at as "
+            f"operators on the batch (torch.func's vmap and grad can't be traced there), or optimise an inner module "
+            f"without it"
+        ) from error
+
+
+def _told(error: Exception) -> str:
+    """Return the first line of torch's error, the node at which it stopped, and the line of the model's source."""
+    text, torch_itself = str(error).strip(), str(Path(torch.__file__).parent)
+    what = text.split("\n", 1)[0] or type(error).__name__
+    node = re.search(r"^While executing (%\w+)", text, re.MULTILINE)
+    lines = re.findall(r'File "([^"]+)", line (\d+)', text)
+    own = [f"{file}:{line}" for file, line in lines if not file.startswith(torch_itself)]
+    return what + (f", at {node[1]}" if node else "") + (f" [{own[-1]}]" if own else "")
 
 
 def _without_regions(gm: fx.GraphModule) -> fx.GraphModule:

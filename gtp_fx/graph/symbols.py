@@ -94,7 +94,10 @@ class Primes:
         self._divisors = divisors
 
     def in_place_of_symbols(self, value: Any) -> Any:
-        """Return a node's value with primes for symbols; its tensors are fakes of the mode that is entered."""
+        """Return a node's value with primes for symbols; its tensors are fakes of the mode that is entered.
+
+        Raises CaptureError for a tensor with too many symbols for its size at the primes to fit torch's integers.
+        """
 
         def fixed(leaf: Any) -> Any:
             if isinstance(leaf, torch.SymInt):
@@ -102,6 +105,11 @@ class Primes:
             if not isinstance(leaf, Tensor):
                 return leaf
             shape, stride = (tuple(map(self, sizes)) for sizes in (leaf.shape, leaf.stride()))
+            if math.prod(shape) * leaf.itemsize > sys.maxsize:
+                raise CaptureError(
+                    f"a tensor of the model has the sizes {list(leaf.shape)}: too many are known only when it runs (a "
+                    f"batch, and what depends on what tensors hold), and gtp_fx follows two such sizes in a tensor"
+                )
             return torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)
 
         return pytree.tree_map(fixed, value)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gtp_fx
+from bench.dynamo_door import Door
 
 from support.tiny_vit import Block, TinyViT, pictures
 
@@ -169,3 +170,41 @@ def test_the_refusal_names_what_to_give(name: str) -> None:
 def test_inputs_of_strange_kinds(inputs: Any, told: str) -> None:
     with pytest.raises(gtp_fx.CaptureError, match=told):
         gtp_fx.optimize(Flagged(), flops_budget=1.0, example_inputs=inputs, compile=False)
+
+
+class Mapped(nn.Module):
+    """A forward with a function of one image, mapped over the batch, that writes in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def one(image: Tensor) -> Tensor:
+            first = image.new_zeros(1, 4)
+            first[0, 0] = image.sum()
+            return first
+
+        mapped: Tensor = torch.vmap(one)(x)
+        return mapped + x
+
+
+class Pairs(nn.Module):
+    """Pairs of what is found in the first image, for every image: three sizes that are known when it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x[0].nonzero()[:, 0].float()
+        return (found[:, None] - found) * x.sum(1)[:, None, None]
+
+
+@torch.no_grad()
+def test_what_torch_cannot_trace_is_refused_by_its_line() -> None:
+    torch._dynamo.reset()
+    door = Door(flops_budget=1.0)
+    with pytest.raises(Exception, match="torch can't trace"):  # Dynamo's error around it
+        torch.compile(Mapped(), backend=door)(torch.randn(3, 4))
+    (refused,) = door.refused
+    assert isinstance(refused, gtp_fx.CaptureError)
+    assert "torch can't trace this graph of Dynamo's" in str(refused) and "test_strange_inputs.py:" in str(refused)
+
+
+@torch.no_grad()
+def test_too_many_unknown_sizes_are_refused() -> None:
+    with pytest.raises(gtp_fx.CaptureError, match="too many are known only when it runs"):
+        gtp_fx.optimize(Pairs(), flops_budget=1.0, example_inputs=torch.randn(2, 4), compile=False)

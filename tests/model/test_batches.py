@@ -14,13 +14,13 @@ from torch.ops import aten
 from torch.utils import _pytree as pytree
 
 import gtp_fx
+from bench.counted import flops
 from bench.dynamo_door import Door
 from gtp_fx.graph.edit import call, set_args
 from gtp_fx.graph.symbols import at_batch, divided, is_symbolic, shape_of, written
 
 from support.batches import PATCH, SIDE, WIDTH, Block, Joined, models
 from support.captured import captured, optimised, shared_model
-from support.counted import flops
 
 BUDGET = 0.74
 BATCHES = ((3, 4), (5, 2))

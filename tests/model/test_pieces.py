@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import gtp_fx
-from bench.dynamo_door import Door
+from bench.counted import flops
+from bench.dynamo_door import CountingDoor, Door
 from gtp_fx.model import backend
 
-from support.counted import flops
 from support.reference import gtp_reference, row_reference, with_everyone_back
 from support.zoo import enliven
 
@@ -57,31 +57,14 @@ class Watched(nn.Module):
         return logits
 
 
-class Counting(Door):
-    """The backend that keeps each piece's FLOPs by torch's own count, before and after, as it runs."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.ratios: list[float] = []
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        result = super().__call__(gm, example_inputs)
-
-        def run(*inputs: Any) -> Any:
-            self.ratios.append(flops(result, inputs) / flops(gm, inputs))
-            return result(*inputs)
-
-        return run
-
-
 @torch.no_grad()
 def test_a_print_in_the_middle_leaves_two_pieces_and_both_are_reduced() -> None:
     whole, x = Watched(), noise(3, 3, 24, 24)
-    door = Counting(flops_budget=BUDGET, strategy=gtp_fx.GTP(alpha=ALPHA, token_scale=True))
+    door = CountingDoor(flops_budget=BUDGET, strategy=gtp_fx.GTP(alpha=ALPHA, token_scale=True))
     found = torch.compile(whole, backend=door)(x)
     first, second = (made.schedule for made in door.made)
     assert any(first) and any(second)
-    assert len(door.ratios) == 2 and max(door.ratios) <= BUDGET
+    assert len(door.counted) == 2 and max(ratio for _, ratio in door.counted) <= BUDGET
     assert "the first 5 always stay" in str(door.made[1].report)
     # The first piece knows its grid, the second knows tokens; both return every token.
     vit = whole.vit

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gtp_fx
+from bench.counted import flops
 
 from support.captured import optimised, shared_model
-from support.counted import flops
 from support.zoo import in_tiers
 
 
