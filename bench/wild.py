@@ -7,7 +7,8 @@
 
 Every class is built small, with live weights, and measured by `bench.wild_row`: reduced, or refused by name. WRONG and
 CRASH are faults, and the command fails where there is one. A library that isn't installed gives skipped rows. Rows that
---out has already, at this commit, are not measured again.
+--out has already, at this commit, are not measured again; with --again nor are those of other commits, but for the
+verdicts that it names. Each row says at which commit it was measured.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,10 @@ def main(
     jobs: Annotated[int, typer.Option(help="Processes at a time, each of one thread.")] = 1,
     limit: Annotated[float, typer.Option(help="Seconds until a row is given up.")] = SECONDS,
     out: Annotated[Path | None, typer.Option(help="Write the rows as JSON after each; those it has stay.")] = None,
+    again: Annotated[
+        list[str] | None,
+        typer.Option(help="Keep --out's rows of other commits, but those with this verdict; may be repeated."),
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
     summarised: Annotated[bool, typer.Option("--summary", help="Print the table of docs/models.md as well.")] = False,
 ) -> None:
@@ -48,11 +53,11 @@ def main(
     if not asked:
         raise typer.BadParameter(f"no class has {only} in its library or name", param_hint="--only")
     environment = asdict(Environment.here("cpu"))
-    rows = _known(out, environment)
+    rows = _known(out, environment["commit"], again)
     numbers = [number for number, model in enumerate(every()) if model in asked and model.key not in rows]
     with progress_bar() as show:
         for done, row in enumerate(measured(numbers, jobs, limit)):
-            rows[row.library, row.name] = row
+            rows[row.library, row.name] = replace(row, commit=environment["commit"])
             show("wild", done + 1, len(numbers))
             if out is not None:
                 _write(rows, environment, out)
@@ -67,15 +72,21 @@ def main(
         raise typer.Exit(1)
 
 
-def _known(out: Path | None, environment: dict[str, Any]) -> dict[tuple[str, str], Row]:
-    """Return the rows that the file has of this commit, but those that were skipped."""
+def _known(out: Path | None, commit: str, again: Sequence[str] | None) -> dict[tuple[str, str], Row]:
+    """Return the rows that the file has and that needn't be measured; those that were skipped always are.
+
+    again: verdicts to measure again where they are of another commit; None for all of them.
+    """
     if out is None or not out.exists():
         return {}
     written = json.loads(out.read_text())
-    if written["environment"]["commit"] != environment["commit"]:
-        return {}
-    rows = [Row(**row) for row in written["rows"]]
-    return {(row.library, row.name): row for row in rows if row.verdict != "skipped"}
+    rows = [replace(Row(**row), commit=row.get("commit", written["environment"]["commit"])) for row in written["rows"]]
+    verdicts = VERDICTS if again is None else again
+    return {
+        (row.library, row.name): row
+        for row in rows
+        if row.verdict != "skipped" and (row.commit == commit or row.verdict not in verdicts)
+    }
 
 
 def _write(rows: dict[tuple[str, str], Row], environment: dict[str, Any], out: Path) -> None:

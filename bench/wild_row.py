@@ -43,7 +43,7 @@ class Row:
     exact: relative error at budget 1.0, the larger of two batches'; None where that is refused as well.
     ratio: FLOPs at BUDGET / before, as torch counts them. moved: relative change of the outputs there.
     sites: attention blocks at which tokens leave, of `blocks`. dynamo: what the other entry point made of it.
-    seconds: of processor time.
+    seconds: of processor time. commit: of this project, at which the row was measured.
     """
 
     library: str
@@ -57,6 +57,7 @@ class Row:
     blocks: int = 0
     dynamo: str = ""
     seconds: float = 0.0
+    commit: str = ""
 
 
 class _Wrong(Exception):
@@ -197,12 +198,20 @@ def _run(model: Callable[..., Any], call: tuple[Tensor, ...]) -> Any:
 
 
 def _flops(model: nn.Module, call: tuple[Tensor, ...]) -> int:
-    """As torch counts them. It has no formula for the CPU's fused attention, which some models choose themselves."""
+    """As torch counts them. It has no formula for the CPU's fused attention, which some models choose themselves.
+
+    nn.TransformerEncoder's fused layers, which have none either, stay open.
+    """
     fused = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
     }
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=fused) as counter:
-        _run(model, call)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=fused) as counter:
+            _run(model, call)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
     return counter.get_total_flops()
 
 

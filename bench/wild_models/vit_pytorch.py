@@ -57,7 +57,7 @@ def _torch_encoder() -> nn.Module:
 def _distillable() -> nn.Module:
     distill = importlib.import_module("vit_pytorch.distill")
     student = distill.DistillableViT(image_size=64, patch_size=8, **_PLAIN)
-    token = nn.Parameter(importlib.import_module("torch").randn(1, 1, 32))
+    token = nn.Parameter(importlib.import_module("torch").randn(1, 32))
     whole = Calling(student, lambda module, image: module(image, distill_token=module.token))
     student.register_parameter("token", token)
     return whole

@@ -114,11 +114,10 @@ MODELS = (
     _other(
         "crossformer",
         "CrossFormer",
-        (3, 112, 112),
+        (3, 224, 224),
         num_classes=10,
-        dim=(32, 32, 64, 64),
+        dim=(16, 16, 32, 32),
         depth=(1, 1, 2, 1),
-        global_window_size=(4, 2, 1, 1),
     ),
     _other("max_vit", "MaxViT", (3, 112, 112), num_classes=10, dim=16, depth=(1, 1), dim_head=16, dim_conv_stem=16),
     _other(

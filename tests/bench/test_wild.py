@@ -118,7 +118,18 @@ def test_the_command_goes_on_where_it_stopped_and_fails_on_a_fault(
     assert again.exit_code == 1 and asked == [*dict.fromkeys(asked)]
     written = json.loads(out.read_text())
     assert (written["dtype"], written["flops_budget"]) == ("float32", BUDGET)
-    assert written["rows"][0] == asdict(replace(GOOD, library="vit-pytorch", name=first))
+    commit = written["environment"]["commit"]
+    assert written["rows"][0] == asdict(replace(GOOD, library="vit-pytorch", name=first, commit=commit))
+    # At another commit, all are measured again, or those with the verdicts that are named; and each says at which.
+    for row in written["rows"]:
+        row["commit"] = "another"
+    out.write_text(json.dumps(written))
+    both = ["--only", first, "--only", second, "--out", str(out)]
+    CliRunner().invoke(wild.command, [*both, "--again", "CRASH"])
+    assert [every()[number].name for number in asked[2:]] == [second]
+    assert [row["commit"] for row in json.loads(out.read_text())["rows"]] == ["another", commit]
+    CliRunner().invoke(wild.command, both)
+    assert [every()[number].name for number in asked[3:]] == [first]
     unknown = CliRunner().invoke(wild.command, ["--only", "nonesuch"])
     assert unknown.exit_code == 2 and "nonesuch" in unknown.output
 
