@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -36,6 +37,9 @@ _FIRST = 4 * _SMALLEST
 
 _STEP = 5040
 """The primes leave the remainder 1 when divided by this, a multiple of every number up to ten."""
+
+_OF_DATA = re.compile(r"u\d")
+"""Begins the names of symbols that torch makes for what an operator finds, and not for what an input has."""
 
 _prime_of: dict[str, int] = {}
 """The prime of each symbol, by the symbol's name."""
@@ -196,6 +200,13 @@ def is_symbolic(size: int) -> bool:
         return False
     number, atoms = _parts(size)
     return bool(atoms) or number not in _numbers
+
+
+def depends_on_data(size: int) -> bool:
+    """Return whether a size depends on what tensors hold: how many of them are not zero, say."""
+    return is_symbolic(size) and any(
+        _OF_DATA.match(str(symbol)) for value in _parts(size)[1] for symbol, _ in _atoms[value].parts
+    )
 
 
 def is_atom(size: int) -> bool:

@@ -86,9 +86,9 @@ def make_plan(
     given = _given_counts(options.schedule, shapes)
     if unknown and (options.latency_budget is not None or (options.flops_budget or 1.0) < 1.0):
         raise UnsupportedModelError(
-            f"{options.budget} can't be kept, because some of this model's FLOPs aren't known: register a formula "
-            f"(torch.utils.flop_counter.register_flop_formula), or give the counts to remove (schedule=[…]) and no "
-            f"budget",
+            f"{options.budget} can't be kept, because some of this model's FLOPs aren't known: give the counts to "
+            f"remove (schedule=[…]) and no budget, or, for an operator without a formula, register one "
+            f"(torch.utils.flop_counter.register_flop_formula)",
             unknown,
         )
     if _nothing_to_remove(given, options, flops_now / original.flops):

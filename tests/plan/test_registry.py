@@ -355,12 +355,25 @@ class Opaque(nn.Module):
         return opaque(scores)
 
 
+class Routed(nn.Module):
+    """An expert for the images that a gate sends to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(1000, 1000)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        sent = (scores[:, 0] > 0).nonzero()[:, 0]
+        return scores.index_add(0, sent, self.expert(scores[sent]))
+
+
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
         (Bilinear, r"aten\.bilinear\.default: aten._trilinear.default has no formula"),
         (Distances, r"aten\._(euclidean_dist|cdist_forward)\.default has no formula"),
         (Opaque, r"gtp_fx_tests\.opaque\.default: gtp_fx_tests\.opaque\.default has no formula"),
+        (Routed, r"aten\.linear\.default: how many it multiplies depends on what tensors hold"),
     ],
 )
 def test_what_has_no_formula_is_not_free(extra: Callable[[], nn.Module], named: str) -> None:

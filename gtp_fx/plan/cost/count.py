@@ -7,7 +7,7 @@ from torch import fx
 
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import refusal, tensors_of
-from gtp_fx.graph.symbols import at_batch
+from gtp_fx.graph.symbols import at_batch, depends_on_data, is_symbolic
 from gtp_fx.ops.register import flops_of
 from gtp_fx.plan.cost.formulas import Sizes, by_running, formula_of
 from gtp_fx.plan.cost.opened import opened
@@ -32,10 +32,21 @@ def node_flops(node: fx.Node, batch: int = 1) -> int:
 def uncounted(graph: fx.Graph) -> tuple[Refusal, ...]:
     """Return the operators that multiply matrices, or may, and whose FLOPs aren't known: each reason once."""
     found: dict[str, Refusal] = {}
+    given = {size for node in graph.find_nodes(op="placeholder") for size in _symbols(node)}
     for node in graph.nodes:
-        if reason := opened(node).uncounted:
+        reason = opened(node).uncounted
+        read = {size for operand in (node, *node.all_input_nodes) for size in _symbols(operand)} - given
+        if not reason and any(map(depends_on_data, read)) and node.op == "call_function" and node_flops(node):
+            reason = "how many it multiplies depends on what tensors hold (experts for some tokens, a nonzero)"
+        if reason:
             found.setdefault(reason, refusal(node, f"{reason}, so it isn't counted"))
     return tuple(found.values())
+
+
+def _symbols(node: fx.Node) -> set[int]:
+    """Return the sizes of a node's value that are known only when the graph runs."""
+    tensors = tensors_of(node.meta.get("val"))
+    return {size for tensor in tensors for size in tensor.shape if is_symbolic(size)}
 
 
 def _run(node: fx.Node, batch: int) -> int:
