@@ -29,7 +29,7 @@ BUDGET = 0.74
 EXACT = 1e-4
 """Largest difference over a tensor's largest value, in float32 and with gains that trained weights wouldn't have."""
 OWN_COUNT = 5e-3
-"""How far the report's ratio may be from the one that torch counts."""
+"""How far the report's ratio may be below the one that torch counts."""
 MOST_MOVED = 1e3
 """Farther than any token that leaves can move the outputs, relative to the largest."""
 VERDICTS = ("reduced", "refused", "WRONG", "CRASH", "skipped")
@@ -128,7 +128,8 @@ def _reduced(row: Row, model: nn.Module, fast: Any, calls: list[tuple[Tensor, ..
     row = replace(row, ratio=ratio, moved=moved, sites=len(report.sites), blocks=report.blocks)
     if not ratio <= BUDGET + 1e-3:
         raise _Wrong(f"over budget: {ratio:.4f} by torch's counter, {report.flops_ratio:.4f} reported")
-    if abs(ratio - report.flops_ratio) > OWN_COUNT:
+    # A forward may compute what nothing reads: torch counts it before, and a graph doesn't have it.
+    if ratio - report.flops_ratio > OWN_COUNT:
         raise _Wrong(f"{ratio:.4f} by torch's counter, {report.flops_ratio:.4f} reported")
     if not 0 < moved < MOST_MOVED:
         raise _Wrong(f"outputs moved by {moved:.1e}")

@@ -48,6 +48,17 @@ class Emitter:
         return node
 
 
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Put `new` in the place of `old`, whose value it has, and erase `old`.
+
+    What is known of the value goes along, so a pass may rewrite what reads it in the same walk.
+    """
+    if "val" in old.meta:
+        new.meta.setdefault("val", old.meta["val"])
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
 def set_args(node: fx.Node, args: tuple[Any, ...]) -> None:
     """Change a node's arguments. The next `propagate_shapes` recomputes its value."""
     if args != node.args:

@@ -59,8 +59,7 @@ def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
             right = edit.call(graph, aten.unsqueeze.default, right, len(batch), like=node)
         product = edit.call(graph, aten.matmul.default, left, right, like=node)
         output = _permuted(graph, product, "".join([*batch, *rows, *columns]), list(result), node)
-    node.replace_all_uses_with(output)
-    graph.erase_node(node)
+    edit.replace(node, output)
 
 
 def _permuted(graph: fx.Graph, x: fx.Node, labels: str, wanted: list[str], like: fx.Node) -> fx.Node:

@@ -54,8 +54,7 @@ def _as_linear(graph: fx.Graph, node: fx.Node) -> None:
     linear = emit(aten.linear.default, x_BNC, emit(aten.squeeze.dim, weight, 2), rest[0] if rest else None)
     for user in [user for user in node.users if _turns(user)]:
         user.replace_all_uses_with(linear)
-    node.replace_all_uses_with(emit(aten.permute.default, linear, _TURN))
-    graph.erase_node(node)
+    edit.replace(node, emit(aten.permute.default, linear, _TURN))
 
 
 def _turns(node: fx.Node) -> bool:
