@@ -32,7 +32,8 @@ OWN_COUNT = 5e-3
 """How far the report's ratio may be below the one that torch counts."""
 MOST_MOVED = 1e3
 """Farther than any token that leaves can move the outputs, relative to the largest."""
-VERDICTS = ("reduced", "refused", "WRONG", "CRASH", "skipped")
+VERDICTS = ("reduced", "lowest", "refused", "WRONG", "CRASH", "skipped")
+"""What may become of a class; "lowest": it can't be reduced to BUDGET, and was to the lowest ratio that it can."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Row:
 
     verdict: of VERDICTS. message: the refusal, the exception, or what is wrong.
     exact: relative error at budget 1.0, the larger of two batches'; None where that is refused as well.
-    ratio: FLOPs at BUDGET / before, as torch counts them. moved: relative change of the outputs there.
+    ratio: FLOPs at that budget / before, as torch counts them. moved: relative change of the outputs there.
     sites: attention blocks at which tokens leave, of `blocks`. dynamo: what the other entry point made of it.
     seconds: of processor time. commit: of this project, at which the row was measured.
     """
@@ -80,11 +81,10 @@ def _measured(entry: WildModel, dynamo: bool) -> Row:
     except Exception as error:  # the library isn't installed, is another version, or doesn't run with this torch
         return replace(row, verdict="skipped", message=_first_line(error))
     refusal: Exception | None = None
-    fast: nn.Module | None = None
+    fast, budget = None, BUDGET
     try:
         row = replace(row, exact=_exactness(model, calls, wanted))
-        fast = _optimised(model, calls[0], BUDGET)
-        row = _reduced(row, model, fast, calls, wanted)
+        row, fast, budget = _at_budget(row, model, calls, wanted)
     except _Wrong as wrong:
         return replace(row, verdict="WRONG", message=str(wrong))
     except Exception as error:
@@ -95,11 +95,26 @@ def _measured(entry: WildModel, dynamo: bool) -> Row:
     if not dynamo:
         return row
     try:
-        return replace(row, dynamo=_dynamo(model, calls, wanted, fast, refusal))
+        return replace(row, dynamo=_dynamo(model, calls, wanted, fast, refusal, budget))
     except _Wrong as wrong:
         return replace(row, verdict="WRONG", message=f"Dynamo: {wrong}")
     except Exception as error:
         return replace(row, verdict="CRASH", message=f"Dynamo: {_crash(error)}")
+
+
+def _at_budget(
+    row: Row, model: nn.Module, calls: list[tuple[Tensor, ...]], wanted: list[Any]
+) -> tuple[Row, Any, float]:
+    """Return the row, the model and the budget: BUDGET, or the lowest ratio that the class can be reduced to."""
+    try:
+        fast = _optimised(model, calls[0], BUDGET)
+        return _reduced(row, model, fast, calls, wanted, BUDGET), fast, BUDGET
+    except gtp_fx.BudgetError as error:
+        if error.lowest is None or error.lowest >= 1:
+            raise
+        fast = _optimised(model, calls[0], error.lowest)
+        row = replace(row, verdict="lowest", message=_first_line(error, lines=3))
+        return _reduced(row, model, fast, calls, wanted, error.lowest), fast, error.lowest
 
 
 def _original(entry: WildModel) -> tuple[nn.Module, list[tuple[Tensor, ...]], list[Any]]:
@@ -121,12 +136,14 @@ def _exactness(model: nn.Module, calls: list[tuple[Tensor, ...]], wanted: list[A
     return error
 
 
-def _reduced(row: Row, model: nn.Module, fast: Any, calls: list[tuple[Tensor, ...]], wanted: list[Any]) -> Row:
+def _reduced(
+    row: Row, model: nn.Module, fast: Any, calls: list[tuple[Tensor, ...]], wanted: list[Any], budget: float
+) -> Row:
     report = fast.report
     ratio = _flops(fast, calls[0]) / _flops(model, calls[0])
     moved = difference(_run(fast, calls[1]), wanted[1])
     row = replace(row, ratio=ratio, moved=moved, sites=len(report.sites), blocks=report.blocks)
-    if not ratio <= BUDGET + 1e-3:
+    if not ratio <= budget + 1e-3:
         raise _Wrong(f"over budget: {ratio:.4f} by torch's counter, {report.flops_ratio:.4f} reported")
     # A forward may compute what nothing reads: torch counts it before, and a graph doesn't have it.
     if ratio - report.flops_ratio > OWN_COUNT:
@@ -137,11 +154,16 @@ def _reduced(row: Row, model: nn.Module, fast: Any, calls: list[tuple[Tensor, ..
 
 
 def _dynamo(
-    model: nn.Module, calls: list[tuple[Tensor, ...]], wanted: list[Any], fast: Any, refusal: Exception | None
+    model: nn.Module,
+    calls: list[tuple[Tensor, ...]],
+    wanted: list[Any],
+    fast: Any,
+    refusal: Exception | None,
+    budget: float,
 ) -> str:
     """Return how torch.compile's entry point compares with what `optimize` returned or raised."""
     calls = [tuple(value.clone() for value in call) for call in calls]  # without what a capture has marked on them
-    result, door = _through_dynamo(model, calls[:1], BUDGET)
+    result, door = _through_dynamo(model, calls[:1], budget)
     for error in door.refused:
         if not _is_refusal(error):
             raise error
@@ -156,7 +178,7 @@ def _dynamo(
         if list(door.made[0].schedule) != list(fast.schedule):
             # Work that images share is a smaller part of a batch that is baked in, so its budget takes fewer tokens.
             how = "agree, batch open"
-            result, door = _through_dynamo(model, [tuple(_open(value) for value in calls[0])], BUDGET)
+            result, door = _through_dynamo(model, [tuple(_open(value) for value in calls[0])], budget)
         if door.made and list(door.made[0].schedule) == list(fast.schedule):
             apart = difference(result[0], _run(fast, calls[0]))
             if not apart < EXACT:

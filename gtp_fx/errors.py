@@ -61,7 +61,14 @@ class OptionError(GtpError):
 
 
 class BudgetError(GtpError):
-    """The budget can't be met; the message gives the lowest ratio that can."""
+    """The budget can't be met; the message gives the lowest ratio that can.
+
+    lowest: that ratio, which is a budget that can be met; None where the error is about a given schedule.
+    """
+
+    def __init__(self, message: str, lowest: float | None = None) -> None:
+        super().__init__(message)
+        self.lowest = lowest
 
 
 class ScheduleError(GtpError):

@@ -209,9 +209,11 @@ def _choose(
         advice = "" if options.schedule == AUTO else "; schedule='auto' may go lower"
         absolute = options.latency_budget is not None and options.latency_budget.seconds is not None
         lowest = f" ({_round_up(over.cost * 1e3):.3f} ms)" if absolute else ""
+        ratio = _round_up(over.cost / model.original)
         raise BudgetError(
             f"{options.budget}{on} can't be reached: the lowest ratio that schedule={options.schedule!r} gives "
-            f"on this model is {_round_up(over.cost / model.original):.3f}{lowest}{advice}{_left_out(found)}"
+            f"on this model is {ratio:.3f}{lowest}{advice}{_left_out(found)}",
+            lowest=ratio,
         ) from None
 
 
