@@ -22,15 +22,15 @@ from gtp_fx.graph.nodes import (
     source_line,
     tensors_of,
 )
-from gtp_fx.graph.operators import CASTS, CASTS_LIKE, DROPOUTS, RESIDUAL_SUMS, SCALINGS
+from gtp_fx.graph.operators import CASTS, CASTS_LIKE, DROPOUTS, PERMUTATIONS, RESIDUAL_SUMS, SCALINGS
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import SiteTyping, WholeTyping
 from gtp_fx.types.layouts import base_of
 
 MARK = "gtp_block"
-_SHARES = (*SCALINGS, *CASTS, *CASTS_LIKE, *DROPOUTS, aten.neg.default)
-"""Operators that give a fixed multiple of their first operand, where the others aren't tokens."""
+_SHARES = (*SCALINGS, *CASTS, *CASTS_LIKE, *DROPOUTS, *PERMUTATIONS, aten.neg.default)
+"""Operators that give a fixed multiple of their first operand, however turned, where the others aren't tokens."""
 
 
 @dataclass(frozen=True)
@@ -194,23 +194,29 @@ def residual_add(attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
 
 def stream_of(add: fx.Node, attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
     """Return the stream that has a fixed share in a sum, the block's input; None where the sum is no residual one."""
-    if add.target not in RESIDUAL_SUMS or not typing.is_tensor(add):
-        return None
-    after, before = descendants(attention) | {attention}, ancestors(attention)
-    operands = [arg for arg in add.args[:2] if isinstance(arg, fx.Node)]
-    sides = [arg for arg in operands if arg not in after]
-    if len(operands) != 2 or len(sides) != 1:
-        return None
-    stream = sides[0]
-    if add.target is aten.sub.Tensor and stream is not operands[0]:
-        return None  # y - x is half of an interpolation, x + w * (y - x): its sum is the one that follows
-    # Go back through what only scales: a share of the stream may be computed beside the attention.
-    while stream not in before:
+    stream = share_in(add, attention, typing)
+    before = ancestors(attention)
+    # Go back through what only scales or turns: a share of the stream may be computed beside the attention.
+    while stream is not None and stream not in before:
         tokens = [x for x in stream.all_input_nodes if typing.is_tensor(x) and not all(map(is_plain, typing.type(x)))]
         if stream.target not in _SHARES or len(tokens) != 1 or tokens[0] is not stream.args[0]:
             return None
         stream = tokens[0]
-    return None if all(map(is_plain, typing.type(stream))) else stream
+    return None if stream is None or all(map(is_plain, typing.type(stream))) else stream
+
+
+def share_in(add: fx.Node, attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
+    """Return the operand of a sum that doesn't depend on the attention, where the other one does; else None."""
+    if add.target not in RESIDUAL_SUMS or not typing.is_tensor(add):
+        return None
+    after = descendants(attention) | {attention}
+    operands = [arg for arg in add.args[:2] if isinstance(arg, fx.Node)]
+    sides = [arg for arg in operands if arg not in after]
+    if len(operands) != 2 or len(sides) != 1 or not typing.is_tensor(sides[0]):
+        return None
+    if add.target is aten.sub.Tensor and sides[0] is not operands[0]:
+        return None  # y - x is half of an interpolation, x + w * (y - x): its sum is the one that follows
+    return sides[0]
 
 
 def _joined_by(attention: fx.Node) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.blocks import marks_of, stream_of
+from gtp_fx.analysis.blocks import marks_of, share_in, stream_of
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import (
@@ -63,9 +63,13 @@ def _streams(graph: fx.Graph) -> dict[fx.Node, Order]:
     marked = {(mark.role, mark.index): node for node, mark in marks_of(graph)}
     found: dict[fx.Node, Order] = {}
     for (role, index), site in marked.items():
-        stream = stream_of(site, marked["attention", index], typing) if role == "site" else None
-        if stream is not None and typing.is_tensor(stream) and (order := _to_turn(typing.type(stream))):
-            found[stream] = order
+        if role != "site":
+            continue
+        # A stream may be turned for the sum alone; then its share in that is where the other layout begins.
+        attention = marked["attention", index]
+        for value in (stream_of(site, attention, typing), share_in(site, attention, typing)):
+            if value is not None and (order := _to_turn(typing.type(value))):
+                found[value] = order
     return found
 
 
