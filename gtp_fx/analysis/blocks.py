@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
+from gtp_fx.analysis.attention_maps import AttentionMap, find_map
 from gtp_fx.analysis.branches import Branch, NoBranch, find_branch, pooled_to
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import (
@@ -22,7 +23,7 @@ from gtp_fx.graph.nodes import (
     source_line,
     tensors_of,
 )
-from gtp_fx.graph.operators import CASTS, CASTS_LIKE, DROPOUTS, PERMUTATIONS, RESIDUAL_SUMS, SCALINGS
+from gtp_fx.graph.operators import ATTENTION, CASTS, CASTS_LIKE, DROPOUTS, PERMUTATIONS, RESIDUAL_SUMS, SCALINGS
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import SiteTyping, WholeTyping
@@ -53,13 +54,14 @@ class AttentionBlock:
 
     index: its number in graph order, from 0.
     layer: module path of its attention.
-    attention: the attention node.
+    attention: the attention node; where it is spelled out, the product of its map and values.
     site: the residual add after the attention; None where there is none.
     stream: the block's input, which is the other operand of that add.
     axis: the tokens it attends over, with all of them in place.
     refusal: why tokens can't be removed at this block; None where they can.
     dead: no patch token is alive after the block, so what a schedule would remove there is dead already.
     branch: where tokens can't be removed, the part of the block that they can skip; None where there is none.
+    map: the attention's map, where it is spelled out.
     """
 
     index: int
@@ -71,6 +73,7 @@ class AttentionBlock:
     refusal: Refusal | None = None
     dead: bool = False
     branch: Branch | None = None
+    map: AttentionMap | None = None
 
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> AttentionBlock:
         """Return this block in a copy of the graph. at: each node's copy."""
@@ -80,6 +83,7 @@ class AttentionBlock:
             site=None if self.site is None else at[self.site],
             stream=None if self.stream is None else at[self.stream],
             branch=None if self.branch is None else self.branch.copied(at),
+            map=None if self.map is None else self.map.copied(at),
         )
 
 
@@ -115,7 +119,8 @@ def read_blocks(typing: WholeTyping, with_sites: SitesTyped) -> tuple[AttentionB
                 )
             dead = site is not None and all(map(is_plain, typing.type(site)))
             layer = layer_name(attention)
-            blocks.append(AttentionBlock(index, layer, attention, site, stream, axis, refusal, dead))
+            spelled = None if attention.target in ATTENTION else find_map(attention, typing)
+            blocks.append(AttentionBlock(index, layer, attention, site, stream, axis, refusal, dead, map=spelled))
     # Removing tokens pays only while they stay removed: drop the grids that something between blocks needs whole.
     returned = _made_whole_again(blocks, with_sites)
     reason = "something between blocks needs the whole grid, so removed tokens would have to be recovered each time"
@@ -154,6 +159,8 @@ def _with_branch(block: AttentionBlock, typing: WholeTyping) -> AttentionBlock:
     if block.refusal is None or block.site is None or block.dead:
         return block
     try:
+        if block.attention.target not in ATTENTION:
+            raise NoBranch("its attention is spelled out, and does more than softmax(q·kᵀ)·v")
         return replace(block, branch=find_branch(block.attention, block.site, typing))
     except NoBranch as reason:
         both = f"{block.refusal.reason}; nor can they skip a branch of the block: {reason}"
