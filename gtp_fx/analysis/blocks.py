@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
+from gtp_fx.analysis.attention_maps import AttentionMap, find_map
 from gtp_fx.analysis.branches import Branch, NoBranch, find_branch, pooled_to
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import (
@@ -22,15 +23,15 @@ from gtp_fx.graph.nodes import (
     source_line,
     tensors_of,
 )
-from gtp_fx.graph.operators import CASTS, CASTS_LIKE, DROPOUTS, RESIDUAL_SUMS, SCALINGS
+from gtp_fx.graph.operators import ATTENTION, CASTS, CASTS_LIKE, DROPOUTS, PERMUTATIONS, RESIDUAL_SUMS, SCALINGS
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import SiteTyping, WholeTyping
 from gtp_fx.types.layouts import base_of
 
 MARK = "gtp_block"
-_SHARES = (*SCALINGS, *CASTS, *CASTS_LIKE, *DROPOUTS, aten.neg.default)
-"""Operators that give a fixed multiple of their first operand, where the others aren't tokens."""
+_SHARES = (*SCALINGS, *CASTS, *CASTS_LIKE, *DROPOUTS, *PERMUTATIONS, aten.neg.default)
+"""Operators that give a fixed multiple of their first operand, however turned, where the others aren't tokens."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,14 @@ class AttentionBlock:
 
     index: its number in graph order, from 0.
     layer: module path of its attention.
-    attention: the attention node.
+    attention: the attention node; where it is spelled out, the product of its map and values.
     site: the residual add after the attention; None where there is none.
     stream: the block's input, which is the other operand of that add.
     axis: the tokens it attends over, with all of them in place.
     refusal: why tokens can't be removed at this block; None where they can.
     dead: no patch token is alive after the block, so what a schedule would remove there is dead already.
     branch: where tokens can't be removed, the part of the block that they can skip; None where there is none.
+    map: the attention's map, where it is spelled out.
     """
 
     index: int
@@ -71,6 +73,7 @@ class AttentionBlock:
     refusal: Refusal | None = None
     dead: bool = False
     branch: Branch | None = None
+    map: AttentionMap | None = None
 
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> AttentionBlock:
         """Return this block in a copy of the graph. at: each node's copy."""
@@ -80,6 +83,7 @@ class AttentionBlock:
             site=None if self.site is None else at[self.site],
             stream=None if self.stream is None else at[self.stream],
             branch=None if self.branch is None else self.branch.copied(at),
+            map=None if self.map is None else self.map.copied(at),
         )
 
 
@@ -115,7 +119,8 @@ def read_blocks(typing: WholeTyping, with_sites: SitesTyped) -> tuple[AttentionB
                 )
             dead = site is not None and all(map(is_plain, typing.type(site)))
             layer = layer_name(attention)
-            blocks.append(AttentionBlock(index, layer, attention, site, stream, axis, refusal, dead))
+            spelled = None if attention.target in ATTENTION else find_map(attention, typing)
+            blocks.append(AttentionBlock(index, layer, attention, site, stream, axis, refusal, dead, map=spelled))
     # Removing tokens pays only while they stay removed: drop the grids that something between blocks needs whole.
     returned = _made_whole_again(blocks, with_sites)
     reason = "something between blocks needs the whole grid, so removed tokens would have to be recovered each time"
@@ -154,6 +159,8 @@ def _with_branch(block: AttentionBlock, typing: WholeTyping) -> AttentionBlock:
     if block.refusal is None or block.site is None or block.dead:
         return block
     try:
+        if block.attention.target not in ATTENTION:
+            raise NoBranch("its attention is spelled out, and does more than softmax(q·kᵀ)·v")
         return replace(block, branch=find_branch(block.attention, block.site, typing))
     except NoBranch as reason:
         both = f"{block.refusal.reason}; nor can they skip a branch of the block: {reason}"
@@ -194,23 +201,29 @@ def residual_add(attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
 
 def stream_of(add: fx.Node, attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
     """Return the stream that has a fixed share in a sum, the block's input; None where the sum is no residual one."""
-    if add.target not in RESIDUAL_SUMS or not typing.is_tensor(add):
-        return None
-    after, before = descendants(attention) | {attention}, ancestors(attention)
-    operands = [arg for arg in add.args[:2] if isinstance(arg, fx.Node)]
-    sides = [arg for arg in operands if arg not in after]
-    if len(operands) != 2 or len(sides) != 1:
-        return None
-    stream = sides[0]
-    if add.target is aten.sub.Tensor and stream is not operands[0]:
-        return None  # y - x is half of an interpolation, x + w * (y - x): its sum is the one that follows
-    # Go back through what only scales: a share of the stream may be computed beside the attention.
-    while stream not in before:
+    stream = share_in(add, attention, typing)
+    before = ancestors(attention)
+    # Go back through what only scales or turns: a share of the stream may be computed beside the attention.
+    while stream is not None and stream not in before:
         tokens = [x for x in stream.all_input_nodes if typing.is_tensor(x) and not all(map(is_plain, typing.type(x)))]
         if stream.target not in _SHARES or len(tokens) != 1 or tokens[0] is not stream.args[0]:
             return None
         stream = tokens[0]
-    return None if all(map(is_plain, typing.type(stream))) else stream
+    return None if stream is None or all(map(is_plain, typing.type(stream))) else stream
+
+
+def share_in(add: fx.Node, attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
+    """Return the operand of a sum that doesn't depend on the attention, where the other one does; else None."""
+    if add.target not in RESIDUAL_SUMS or not typing.is_tensor(add):
+        return None
+    after = descendants(attention) | {attention}
+    operands = [arg for arg in add.args[:2] if isinstance(arg, fx.Node)]
+    sides = [arg for arg in operands if arg not in after]
+    if len(operands) != 2 or len(sides) != 1 or not typing.is_tensor(sides[0]):
+        return None
+    if add.target is aten.sub.Tensor and sides[0] is not operands[0]:
+        return None  # y - x is half of an interpolation, x + w * (y - x): its sum is the one that follows
+    return sides[0]
 
 
 def _joined_by(attention: fx.Node) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
@@ -34,6 +35,27 @@ from gtp_fx.types.axes import (
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.layouts import NoLayout, by_window, convert, image_layout
 from gtp_fx.types.rules.layout import is_view
+
+_DIMS = {
+    **dict.fromkeys((aten.mean.dim, aten.amax.default, aten.amin.default, aten.sum.dim_IntList), 1),
+    **dict.fromkeys((aten.var.correction, aten.softmax.int, aten.slice.Tensor, aten.cat.default), 1),
+    aten.linalg_vector_norm.default: 2,
+}
+"""The position of the argument that names dimensions, of operators that may be part of a branch."""
+
+
+def with_fewer_dimensions(node: fx.Node) -> tuple[Any, ...]:
+    """Return the arguments of a branch's node where tokens have another number of dimensions before the features.
+
+    Dimensions that it names are counted from the end.
+    """
+    at = _DIMS.get(node.target, len(node.args))
+    if at >= len(node.args) or node.args[at] is None:
+        return node.args
+    rank = node.all_input_nodes[0].meta["val"].dim()
+    named: Any = node.args[at]
+    dims = named % rank - rank if isinstance(named, int) else [dim % rank - rank for dim in named]
+    return (*node.args[:at], dims, *node.args[at + 1 :])
 
 
 @dataclass(frozen=True)

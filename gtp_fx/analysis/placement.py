@@ -36,6 +36,8 @@ def why_unfit(block: AttentionBlock, strategy: Strategy) -> str:
 
     Other blocks don't depend on it.
     """
+    if block.map is not None and strategy.rewrites_every_attention:
+        return "its attention is spelled out, and entries of its map can't be dropped (attention_sparsity below 1)"
     reason = strategy.refuse(block.axis, block.branch is not None)
     cut = cut_of(block, strategy)
     return reason if reason or block.branch is not None or cut is None else strategy.refuse_stream(cut, block.axis)

@@ -17,9 +17,12 @@ from gtp_fx.analysis.liveness import Liveness, live_tokens, whole_attention
 from gtp_fx.analysis.unsupported_attention import unsupported_attention
 from gtp_fx.errors import Refusal
 from gtp_fx.types.infer import TOKENS, Edge, SiteTyping, WholeTyping, infer_types, infer_with_sites
+from gtp_fx.types.rules.registry import WEIGHS
 
 _KEPT = "_gtp_fx_typed"
 """Attribute of a graph: its `TypedGraph`. A deep copy of the graph has none."""
+_READ = ("val", "nn_module_stack", TOKENS, WEIGHS)
+"""Metadata that types are made from."""
 _NONE: frozenset[Any] = frozenset()
 T = TypeVar("T")
 
@@ -47,7 +50,8 @@ class TypedGraph:
     def is_current(self) -> bool:
         """Return whether the graph is unchanged since it was typed.
 
-        Compared are its nodes, their targets and arguments, and their metadata "val", "nn_module_stack" and `TOKENS`.
+        Compared are its nodes, their targets and arguments, and their metadata "val", "nn_module_stack", `TOKENS` and
+        `WEIGHS`.
         """
         now = _state(self.graph)
         return len(now) == len(self._made_from) and all(map(operator.is_, now, self._made_from))
@@ -105,7 +109,5 @@ def _state(graph: fx.Graph) -> list[Any]:
     Marks of blocks aren't part of it, as no type depends on them. Analyses that read marks have them in their key.
     """
     return [
-        part
-        for node in graph.nodes
-        for part in (node, node.target, node.args, node.kwargs, *map(node.meta.get, ("val", "nn_module_stack", TOKENS)))
+        part for node in graph.nodes for part in (node, node.target, node.args, node.kwargs, *map(node.meta.get, _READ))
     ]

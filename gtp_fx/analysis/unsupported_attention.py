@@ -29,7 +29,7 @@ from gtp_fx.graph.symbols import shape_of
 from gtp_fx.graph.torch_internals import is_higher_order
 from gtp_fx.types.axes import TensorType, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import WholeTyping
-from gtp_fx.types.rules.registry import TypeList
+from gtp_fx.types.rules.registry import WEIGHS, TypeList
 
 NO_TOKENS = "gtp_no_tokens"
 """Meta key of an argument [B, N, C] that attention reads: why it isn't taken for tokens."""
@@ -62,7 +62,7 @@ def unsupported_attention(typing: WholeTyping) -> tuple[Refusal, ...]:
         reason = ""
         if node.target in ATTENTION and MARK not in node.meta:
             reason = _why_no_block(node, typing)
-        elif node.target in SOFTMAXES and _feeds_a_product(node):
+        elif node.target in SOFTMAXES and WEIGHS not in node.meta and _feeds_a_product(node):
             reason = _why_not_spelled(node)
         elif is_higher_order(node.target):
             reason = _why_closed(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,27 @@ def rearranged(parts: Parts, node: fx.Node) -> Parts | None:
     if node.target is aten.unfold.default:
         return _cut(parts, *arguments[1:])
     return parts
+
+
+def leaves_as_it_was(chain: Sequence[fx.Node]) -> bool:
+    """Return whether a chain of rearranging operators returns its first one's operand, each entry in its place."""
+    shape = shape_of(chain[0].all_input_nodes[0])
+    parts: Parts | None = whole_parts(shape)
+    for node in chain:
+        parts = None if parts is None else rearranged(parts, node)
+    return parts is not None and shape_of(chain[-1]) == shape and [_joined(dim) for dim in parts] == whole_parts(shape)
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """Return parts with those joined that follow each other in one dimension."""
+    joined: list[Part] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if last is not None and last.dim == part.dim and last.stride == part.stride * part.size:
+            joined[-1] = Part(part.dim, last.size * part.size, part.stride)
+        else:
+            joined.append(part)
+    return joined
 
 
 def _cut(parts: Parts, dim: int, size: int, step: int) -> Parts | None:

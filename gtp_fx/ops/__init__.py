@@ -1,5 +1,6 @@
 """GTP's operators, `torch.ops.gtp_fx.*`: the vocabulary of a rewritten graph.
 
+    scores_of_map               scores of tokens by an attention map that is spelled out
     attention_with_scores       scaled dot-product attention that also scores its tokens
     attention_with_cell_scores  the same where keys are pooled
     select                      which patch tokens are kept, and which are removed

@@ -68,6 +68,24 @@ def attention_with_scores(
     return out, _scores(exp_BHNN, inverse_BHN1, score, prefix, exp_BHNN.shape[-1] - suffix)
 
 
+@operator(
+    lambda map_BHNN, score, prefix, suffix: map_BHNN.new_empty(
+        map_BHNN.shape[0], map_BHNN.shape[-1] - prefix - suffix, dtype=torch.float32
+    )
+)
+def scores_of_map(map_BHNN: Tensor, score: str, prefix: int, suffix: int) -> Tensor:
+    """Score each patch token by an attention map that is in memory, as `attention_with_scores` does by its own.
+
+    map_BHNN: [B, H, N, N], a row for each query.
+    score: a name in `SCORES`.
+    prefix, suffix: tokens before and after the n patches, N in all.
+
+    Returns the scores [B, n] in float32; tokens of low score are removed first.
+    """
+    map_BHNN = map_BHNN.float()
+    return _scores(map_BHNN, torch.ones_like(map_BHNN[..., :1]), score, prefix, map_BHNN.shape[-1] - suffix)
+
+
 @operator(_key_bias_shapes)
 def key_bias(scale_BN: Tensor, prefix: int, suffix: int, bias: Tensor | None, like: Tensor) -> Tensor:
     """Build the bias log s_j on the logits of key j (arXiv 2311.03035, proportional attention).

@@ -52,6 +52,8 @@ def _as_matmul(graph: fx.Graph, node: fx.Node) -> None:
     sizes = [dict(zip(term, shape_of(operand), strict=True)) for term, operand in zip((a, b), operands, strict=True)]
     if any(sizes[0][label] != sizes[1][label] for label in (*batch, *summed)):
         return  # an operand is broadcast along this label
+    if sizes[0][summed[0]] == 1:
+        return  # nothing is added up, so torch multiplies entry by entry, which counts no FLOPs
     with graph.inserting_before(node):
         left = _permuted(graph, operands[0], a, [*batch, *rows, *summed], node)
         right = _permuted(graph, operands[1], b, [*batch, *summed, *columns], node)

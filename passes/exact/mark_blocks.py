@@ -3,9 +3,10 @@
     x ──┬─ norm ─ q, k, v ─ attention ─ projection ─ (scale) ─ add ── site
         └──────────────────────────────────────────────────────┘
 
-No class or layer names are used. Attention is an operator whose queries and keys run over the same token
-axis; the residual add is the first addition after it whose other operand the attention itself depends on. That holds
-for pre-norm, post-norm, LayerScale and parallel blocks alike, and distinguishes a residual from a bias or a mask.
+No class or layer names are used. Attention is an operator whose queries and keys run over the same token axis, or a
+product of a map and values that stays spelled out (`gtp_fx.analysis.attention_maps`); the residual add is the first
+addition after it whose other operand the attention itself depends on. That holds for pre-norm, post-norm, LayerScale
+and parallel blocks alike, and distinguishes a residual from a bias or a mask.
 
 The pass only marks nodes (`meta["gtp_block"]`, a `Mark`), so that later passes can rewrite around the marks;
 `gtp_fx.analysis.blocks` reads them. Blocks are numbered in graph order, which is the schedule's order.
@@ -15,21 +16,26 @@ from __future__ import annotations
 
 from torch import fx
 
+from gtp_fx.analysis.attention_maps import find_map
 from gtp_fx.analysis.blocks import MARK, Mark, residual_add, self_attention_axis
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.edit import copy_of
-from gtp_fx.graph.operators import ATTENTION
+from gtp_fx.graph.operators import ATTENTION, MATRIX_PRODUCTS
+from gtp_fx.types.rules.registry import WEIGHS
 
 
 def mark_blocks(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of `gm` with its blocks marked."""
     gm = copy_of(gm)
-    typing = typed_graph(gm.graph).whole  # marks change no type, so these types remain valid
+    typing = typed_graph(gm.graph).whole  # marks change no type of whole values, so these types remain valid
     index = 0
     for node in gm.graph.nodes:
-        axis = self_attention_axis(node, typing) if node.target in ATTENTION else None
+        spelled = find_map(node, typing) if node.target in MATRIX_PRODUCTS else None
+        axis = self_attention_axis(node, typing) if node.target in ATTENTION or spelled is not None else None
         if axis is None:
             continue
+        for over_row in () if spelled is None else spelled.over_rows:
+            over_row.meta[WEIGHS] = True
         node.meta[MARK] = Mark(index, "attention", axis)
         site = residual_add(node, typing)
         if site is not None and MARK not in site.meta:

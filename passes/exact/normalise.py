@@ -3,6 +3,8 @@
 What changes nothing are asserts about metadata, dropouts that are off, copies, and slices that take everything. Views
 become reshapes, which don't depend on the strides of their input, so that a later pass may replace the node that
 computes it. Items of splits and unbinds become slices and selects, a scale comes second, and a sum over a stack is one.
+What is rearranged and then arranged as it was is the value itself: so are the views through which a part of the model
+writes in place, once the graph is functional.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit, nodes
 from gtp_fx.graph.operators import COPIES, FLATTENINGS, PERMUTATIONS, SCALINGS, SPLITS, SQUEEZES, VIEWS
-from gtp_fx.graph.rearrangements import order_of
+from gtp_fx.graph.rearrangements import leaves_as_it_was, order_of
 from gtp_fx.graph.symbols import is_symbolic, shape_of, written
 
 _ASSERTS = (aten._assert_tensor_metadata.default,)
+_CHAINED = (*VIEWS, *PERMUTATIONS)
 
 
 def normalise(gm: fx.GraphModule) -> fx.GraphModule:
@@ -35,6 +38,9 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             _take_by_place(gm.graph, node)
         elif _changes_nothing(node):
             node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+        elif (before := _undone(node)) is not None:
+            node.replace_all_uses_with(before)
             gm.graph.erase_node(node)
         elif node.target in VIEWS:
             node.target = aten.reshape.default
@@ -135,6 +141,18 @@ def _changes_nothing(node: fx.Node) -> bool:
     # The graph is functional, so a copy of a value that it computed is as good as the value. A copy of an argument
     # isn't: the graph may return it, and the caller may write to it.
     return node.target in COPIES and not nodes.is_input(_source(node))
+
+
+def _undone(node: fx.Node) -> fx.Node | None:
+    """Return the value that a chain of views and permutations which ends in `node` leaves as it was, or None."""
+    if node.target not in _CHAINED:
+        return None
+    chain = [node]
+    while (before := _source(chain[0])).target in _CHAINED:
+        chain.insert(0, before)
+        if leaves_as_it_was(chain):
+            return _source(before)
+    return None
 
 
 def _same_shape(node: fx.Node) -> bool:

@@ -1,17 +1,20 @@
 """Exact: residual streams that lie otherwise, such as [N, B, C] or [B, C, N], are turned to [B, N, C].
 
+Maps [B, C, H, W] are turned to [B, H, W, C] where tokens can then skip a branch, which needs features last.
+
     x [N, B, C] ─ norm ─ …                x ─ permute ─ x [B, N, C] ─ norm ─ permute ─ …
     └──────── add [N, B, C]     ->        └──────────── add [B, N, C]
 
 A stream is turned once, before its first block. From there on what follows is done in the new layout, operator by
-operator, and turned back only for an operator that can't be (a view that merges tokens with images, say). So later
-passes know one layout. An add of the stream and a branch turns the branch's result.
+operator, and turned back only for an operator that can't be (a view that merges tokens with images, a convolution over
+neighbours). So later passes know one layout. Convolutions with a kernel of one become linear layers. An add of the
+stream and a branch turns the branch's result.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +22,13 @@ import torch
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.blocks import marks_of, stream_of
+from gtp_fx.analysis.blocks import marks_of, share_in, stream_of
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import (
     BINARY,
     CASTS_LIKE,
+    CONVOLUTIONS,
     FEATURE_NORMS,
     MATRIX_PRODUCTS,
     PERMUTATIONS,
@@ -36,7 +40,9 @@ from gtp_fx.graph.operators import (
 )
 from gtp_fx.graph.rearrangements import order_of
 from gtp_fx.graph.symbols import shape_of, written
-from gtp_fx.types.axes import TensorType, holds_images, is_plain, token_axis
+from gtp_fx.graph.verify import propagate_shapes
+from gtp_fx.types.axes import GridAxis, TensorType, holds_images, is_plain, token_axis
+from gtp_fx.types.rules.spatial import is_pointwise
 
 Order = tuple[int, ...]
 """A permutation of dimensions, as aten.permute takes it."""
@@ -45,8 +51,22 @@ Order = tuple[int, ...]
 def turn_streams(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of `gm`, whose blocks are marked, with residual streams [B, N, C]; `gm` itself where all are."""
     orders = _streams(gm.graph)
-    if not orders:
-        return gm
+    rows = {stream: order for stream, order in orders.items() if len(order) == 3}
+    if len(rows) < len(orders):
+        turned = _turned(gm, orders)
+        propagate_shapes(turned, after=turn_streams.__name__)
+        if _blocks_losing_tokens(turned) > _blocks_losing_tokens(gm):
+            return turned
+    return _turned(gm, rows) if rows else gm
+
+
+def _blocks_losing_tokens(gm: fx.GraphModule) -> int:
+    """Return at how many blocks tokens can be removed or skip a branch."""
+    return sum(block.refusal is None or block.branch is not None for block in typed_graph(gm.graph).blocks)
+
+
+def _turned(gm: fx.GraphModule, orders: Mapping[fx.Node, Order]) -> fx.GraphModule:
+    """Return a copy of `gm` with these streams turned. orders: what turns each."""
     gm, copies = edit.copy_with_nodes(gm)
     walk = _Walk(gm.graph, {node: shape_of(node) for node in gm.graph.nodes if _is_tensor(node)})
     starts = {copies[node]: order for node, order in orders.items()}
@@ -63,22 +83,27 @@ def _streams(graph: fx.Graph) -> dict[fx.Node, Order]:
     marked = {(mark.role, mark.index): node for node, mark in marks_of(graph)}
     found: dict[fx.Node, Order] = {}
     for (role, index), site in marked.items():
-        stream = stream_of(site, marked["attention", index], typing) if role == "site" else None
-        if stream is not None and typing.is_tensor(stream) and (order := _to_turn(typing.type(stream))):
-            found[stream] = order
+        if role != "site":
+            continue
+        # A stream may be turned for the sum alone; then its share in that is where the other layout begins.
+        attention = marked["attention", index]
+        for value in (stream_of(site, attention, typing), share_in(site, attention, typing)):
+            if value is not None and (order := _to_turn(typing.type(value))):
+                found[value] = order
     return found
 
 
 def _to_turn(stream: TensorType) -> Order | None:
-    """Return the order that makes a stream [B, N, C]; None where it is so, or no order of three dimensions does."""
+    """Return the order that makes a stream [B, N, C] or [B, *sides, C]; None where it is so, or no order does."""
     tokens = [d for d, dim in enumerate(stream) if token_axis(dim) is not None]
+    sides = [d for d, dim in enumerate(stream) if all(isinstance(factor, GridAxis) for factor in dim)]
     others = [d for d, dim in enumerate(stream) if is_plain(dim)]
-    if len(stream) != 3 or len(tokens) != 1 or len(others) != 2:
+    if len(others) != 2 or (len(tokens), len(sides)) not in ((1, 0), (0, len(stream) - 2)):
         return None
     images = [d for d in others if holds_images(stream[d])] or others[:1]
     features = [d for d in others if d not in images]
-    order = (*images, *tokens, *features)
-    return None if len(images) != 1 or order == (0, 1, 2) else order
+    order = (*images, *tokens, *sides, *features)
+    return None if len(images) != 1 or not _changes(order) else order
 
 
 @dataclass
@@ -237,8 +262,49 @@ def _with_dims(position: int, keeps: Callable[[fx.Node], bool]) -> _Rule:
     return rule
 
 
+def _pointwise_convolution(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
+    """Convolutions with a kernel of one over a map whose channels are last, which are linear layers."""
+    x, weight, *bias = _arguments(node)
+    if x not in walk.turned or not _has_channels_last(order) or not is_pointwise(node):
+        return None
+    emit = edit.Emitter(walk.graph, like=node, before=node)
+    matrix = emit(aten.squeeze.dims, weight, list(range(2, len(order))))
+    node.target, node.kwargs = aten.linear.default, {}
+    node.args = (walk.turned[x][0], matrix, bias[0] if bias else None)
+    return order
+
+
+def _fixed_norm(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
+    """Batch norms with running statistics, over a map whose channels are last: a scale and a shift."""
+    x, weight, bias, mean, variance, *rest = _arguments(node)
+    if node.target is aten.batch_norm.default:
+        training, _, eps, *_ = rest
+        if training or mean is None:
+            return None
+    else:  # which also returns statistics that it saves
+        _, eps = rest
+        if any(item.args[1] != 0 for item in node.users):
+            return None
+    if x not in walk.turned or not _has_channels_last(order):
+        return None
+    emit = edit.Emitter(walk.graph, like=node, before=node)
+    scale = emit(aten.rsqrt.default, emit(aten.add.Scalar, variance, eps))
+    scale = scale if weight is None else emit(aten.mul.Tensor, scale, weight)
+    normed = emit(aten.mul.Tensor, emit(aten.sub.Tensor, walk.turned[x][0], mean), scale)
+    node.target, node.kwargs = aten.add.Tensor, {}
+    node.args = (normed, 0 if bias is None else bias)
+    return order
+
+
+def _has_channels_last(order: Order) -> bool:
+    """Return whether what `order` turns back to [B, C, *sides] lies as [B, *sides, C]."""
+    return order == (0, len(order) - 1, *range(1, len(order) - 1))
+
+
 def _item(walk: _Walk, node: fx.Node, order: Order) -> Order | None:
     listed: Any = node.args[0]
+    if listed.target is aten.add.Tensor:  # a norm that was turned: its one result
+        walk.turned[node] = walk.turned[listed]
     return walk.turned[listed][1]
 
 
@@ -311,6 +377,9 @@ _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(SQUEEZES, _with_dims(1, _drops)),
     **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys((aten.mean.dim, aten.amax.default, aten.amin.default), _with_dims(1, _keepdim(2))),
+    **dict.fromkeys(CONVOLUTIONS, _pointwise_convolution),
+    aten.batch_norm.default: _fixed_norm,
+    aten._native_batch_norm_legit_no_training.default: _fixed_norm,
     aten.sum.dim_IntList: _with_dims(1, _keepdim(2)),
     aten.var.correction: _with_dims(1, _keepdim(2)),
     aten.linalg_vector_norm.default: _with_dims(2, _keepdim(3)),

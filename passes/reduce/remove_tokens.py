@@ -5,7 +5,7 @@ The graph is typed with the plan's sites, then walked once in order. At each nod
      remaining tokens are taken, and in newer ones the removed tokens are recovered.
   2. Arguments that are sizes are recomputed from the types and the plan's token counts.
   3. Attention over shortened keys gets their token scales. Where its block has a site, it is replaced by an attention
-     that also scores its tokens.
+     that also scores its tokens; attention that is spelled out stays so, and its map gives the scores.
   4. After a site, every later reader gets the shortened stream instead of the whole one.
 
 The level of a stream is the number of its sites so far; at level 0 it has all tokens.
@@ -19,6 +19,7 @@ from typing import Any
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
+from gtp_fx.analysis.attention_maps import AttentionMap
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.placement import cut_of, ends_of, updated_edges
 from gtp_fx.analysis.typed_graph import typed_graph
@@ -64,7 +65,9 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         )
     coercions = found.by_node()
     args = {node: node.args for node in gm.graph.nodes}
-    walk = _Walk(gm.graph, plan, typing, {block.attention: block for block in blocks}, args)
+    maps = [block.map for block in blocks if block.map is not None]
+    weighing = {attended.product if attended.softmax is None else attended.softmax: attended for attended in maps}
+    walk = _Walk(gm.graph, plan, typing, {block.attention: block for block in blocks}, weighing, args)
     # The nodes as they are now: the walk inserts others, which need no repair.
     for node in list(gm.graph.nodes):
         answer = typing.answers.get(node)
@@ -76,6 +79,10 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             edit.set_args(node, answer.repair(plan.count))
         if node.target in ATTENTION:
             walk.rewrite_attention(node)
+        elif node in walk.weighing:
+            walk.tell_scales(node, walk.weighing[node])
+        if node.target not in ATTENTION and node in walk.blocks:
+            walk.score_by_map(walk.blocks[node])
         if node.target is aten.mean.dim and plan.strategy.weighted_pooling:
             walk.rewrite_pooling(node)
         if node in sites:
@@ -93,6 +100,7 @@ class _Walk:
     plan: the plan.
     typing: types with the plan's sites.
     blocks: blocks by their attention.
+    weighing: maps of attention that is spelled out, by their softmax, or by their product with values.
     args: each node's arguments before the walk, which the types refer to.
     states: the strategy's states of each stream, by level.
     attention: each block's attention, by the block's number.
@@ -107,6 +115,7 @@ class _Walk:
     plan: Plan
     typing: SiteTyping
     blocks: dict[fx.Node, AttentionBlock]
+    weighing: dict[fx.Node, AttentionMap]
     args: dict[fx.Node, Any]
     states: dict[Grid, list[StreamState]] = field(default_factory=dict)
     attention: dict[int, Attention] = field(default_factory=dict)
@@ -216,6 +225,37 @@ class _Walk:
             self.graph.erase_node(node)  # dead code elimination keeps attention, which may draw random numbers
         elif bias is not attention.bias:
             edit.set_args(node, (*node.args[:3], bias, *node.args[4:]))
+
+    def tell_scales(self, node: fx.Node, attended: AttentionMap) -> None:
+        """Let attention that is spelled out weigh a key by how many tokens it stands for.
+
+        That adds log s to a softmax's logits, as in the operator. Weights without a softmax are multiplied by s.
+        """
+        keys = token_axis(self.wanted(node, 0)[-1])
+        if keys is None or not keys.domain.level or not self.plan.strategy.reads_scales:
+            return
+        scale = self.states[keys.domain.grid][keys.domain.level].scale
+        emit = edit.Emitter(self.graph, like=node, before=node)
+        values, *rest = node.args
+        if attended.softmax is not None:
+            told = emit(gtp_fx.key_bias.default, scale, keys.prefix, keys.suffix, values, values)
+        else:
+            logs = emit(gtp_fx.key_bias.default, scale, keys.prefix, keys.suffix, None, values)
+            told = emit(aten.mul.Tensor, values, emit(aten.exp.default, logs))
+        edit.set_args(node, (told, *rest))
+
+    def score_by_map(self, block: AttentionBlock) -> None:
+        """Score the tokens of a block whose attention is spelled out, where it has a site."""
+        if block.index not in self.plan.propagated or block.map is None:
+            return
+        emit = edit.Emitter(self.graph, like=block.attention, before=block.attention)
+        logits: Any = block.map.logits.args
+        keys = emit(aten.transpose.int, logits[1], -2, -1)
+        values: Any = block.attention.args[1]
+        self.attention[block.index] = Attention(logits[0], keys, values, None, None)
+        if self.plan.strategy.score != "none":
+            around = (self.plan.strategy.score, block.axis.prefix, block.axis.suffix)
+            self.scores[block.index] = emit(gtp_fx.scores_of_map.default, block.map.scored, *around)
 
     def rewrite_pooling(self, node: fx.Node) -> None:
         """Weight a mean over shortened tokens by their scales."""

@@ -16,7 +16,7 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
-from gtp_fx.analysis.branches import Branch
+from gtp_fx.analysis.branches import Branch, with_fewer_dimensions
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of, written
@@ -28,6 +28,8 @@ from gtp_fx.types.layouts import by_window, convert, grid_of, image_layout, made
 
 _ROWS, _IMAGES = 1, 0
 """Dimensions of the layout by window, [images and windows, tokens, features]."""
+_RANK = 3
+"""Dimensions of that layout."""
 _FAR = 1 << 16
 """Distance larger than that of any two patches."""
 
@@ -90,7 +92,12 @@ def _insert(graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.
             replacement[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, 0, 0)
         # The branch is token-wise, so its nodes run on these as they are.
         for node in branch.inside:
+            # A parameter of more dimensions, [1, 1, 1, C], would give them to the tokens.
+            for shared in node.all_input_nodes:
+                if shared not in replacement and len(shape_of(shared)) > _RANK:
+                    replacement[shared] = call(aten.reshape.default, shared, [shape_of(shared)[-1]])
             copy = graph.node_copy(node, lambda n: replacement.get(n, n))
+            copy.args = fx.map_arg(with_fewer_dimensions(node), lambda n: replacement.get(n, n))
             copy.meta = {key: node.meta[key] for key in edit.META_KEYS if key in node.meta}
             replacement[node] = copy
         # Fill in the skipped tokens, and return to the layout of the stream.

@@ -12,11 +12,11 @@ from gtp_fx.errors import Refusal, merged
 from support.tiny_vit import Block, TinyViT, pictures
 
 
-class Capped(Block):
-    """Logits through tanh, which is no part of attention as it is known."""
+class SummedUp(Block):
+    """Logits summed up along a row, so that each depends on those before it."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ((q @ k.transpose(-1, -2)) / 8).tanh().softmax(-1) @ v
+        return ((q @ k.transpose(-1, -2)) / 8).cumsum(-1).softmax(-1) @ v
 
 
 class TwoProducts(Block):
@@ -70,10 +70,10 @@ class Series(TinyViT):
 
 
 HEADLINES = {
-    "logits capped": (
-        lambda: TinyViT(Capped),
+    "logits summed up": (
+        lambda: TinyViT(SummedUp),
         r"has attention \(0 attention operators, 2 softmax, 1 convolutions\).*blocks\.0, blocks\.1: aten\.softmax"
-        r"\.int: aten\.tanh\.default \[\S*tiny_vit\.py:\d+\] stands between q·kᵀ and this softmax.*attn_mask",
+        r"\.int: aten\.cumsum\.default \[\S*tiny_vit\.py:\d+\] stands between q·kᵀ and this softmax.*attn_mask",
     ),
     "two products": (lambda: TinyViT(TwoProducts), r"made of 2 products and aren't one of them plus a bias"),
     "no product": (lambda: TinyViT(Learned), r"no softmax of q·kᵀ"),

@@ -9,7 +9,10 @@ from bench.spelling_models import CHOICES, Spelling
 from bench.spellings import _error, build, canonical, check, differing, images, one_at_a_time
 
 EVERY = list(one_at_a_time())
-EVERY_DAY = [Spelling(linear="addmm", projection="joint, chunk", attention="einsum, ellipsis", residual="lerp")]
+EVERY_DAY = [
+    Spelling(linear="addmm", projection="joint, chunk", attention="einsum, ellipsis", residual="lerp"),
+    Spelling(residual="in place", layout="[N, B, C]"),
+]
 
 
 def test_the_canonical_one_loses_tokens_at_several_blocks() -> None:

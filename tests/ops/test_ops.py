@@ -53,6 +53,13 @@ def dense_graph(x_BGC: Tensor, kind: str, neighbors: int) -> Tensor:
 
 
 @pytest.mark.parametrize("score", list(SCORES))
+def test_scores_of_a_map_are_those_of_the_attention_that_has_it(score: str) -> None:
+    q, k, v = qkv()
+    wanted = ops.attention_with_scores(q, k, v, None, None, 1.0, score, 1, 2)[1]
+    torch.testing.assert_close(ops.scores_of_map(dense_map(q, k), score, 1, 2), wanted)
+
+
+@pytest.mark.parametrize("score", list(SCORES))
 @pytest.mark.parametrize("sparsity", [1.0, 0.6])
 def test_attention_with_scores(score: str, sparsity: float) -> None:
     q, k, v = qkv()
@@ -243,6 +250,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     weights = ops.propagation_weights(near, inv_sqrt_degree, kept, propagated, GRID, "mixed")
     return {
         "attention_with_scores": (q, k, v, None, None, 1.0, "mixed-max", 1, 0),
+        "scores_of_map": (random(2, 3, 13, 13), "mixed-max", 1, 2),
         "key_bias": (scores + 1, 1, 0, random(1, 3, 13, 13), x),
         "scale_channels": (q, k, scores + 1, 1, 0, 0.3),
         "select": (scores, 4),

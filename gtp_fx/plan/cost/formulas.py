@@ -133,6 +133,12 @@ def attention_with_scores(sizes: Sizes) -> Size:
     return attention(sizes) + (2 * math.prod(batch) * tokens * tokens if column_sums else 0)
 
 
+@formula(gtp_fx.scores_of_map.default)
+def scores_of_map(sizes: Sizes) -> Size:
+    """Count the column sums of an attention map where the score needs them."""
+    return 2 * math.prod(sizes(0)) if sizes.node.args[1].startswith(("mixed", "broadcast")) else 0  # type: ignore[union-attr]
+
+
 @formula(gtp_fx.attention_with_cell_scores.default)
 def attention_with_cell_scores(sizes: Sizes) -> Size:
     """Count attention, and what each cell receives where the score needs it."""

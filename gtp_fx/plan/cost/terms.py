@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.graph.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from gtp_fx.graph.operators import CONVOLUTIONS, MATRIX_PRODUCTS, TRANSPOSED_CONVOLUTIONS
 from gtp_fx.graph.symbols import at_batch
 from gtp_fx.plan.cost.count import node_flops
 from gtp_fx.plan.cost.formulas import Sizes, formula_of
@@ -24,6 +24,7 @@ from gtp_fx.targets.work import Work
 from gtp_fx.types.axes import Dim, Grid, TensorType, TokenAxis, TokenDomain, token_axes
 from gtp_fx.types.coercions import Coercions, find_coercions
 from gtp_fx.types.infer import SiteTyping, Typing
+from gtp_fx.types.rules.registry import WEIGHS
 
 Counts = Callable[[TokenDomain], Any]
 """Return the number of patches in a domain: an int, or an array of candidate counts."""
@@ -241,5 +242,10 @@ def _pooled_types(typing: SiteTyping) -> list[TensorType]:
 
 def _key_types(typing: SiteTyping) -> list[TensorType]:
     """Return the types of the token dimensions of every attention's keys."""
-    attentions = [n for n in typing.graph.nodes if n.target is _ATTENTION]
+    attentions = [n for n in typing.graph.nodes if n.target is _ATTENTION or _is_spelled(n)]
     return [typing.answers[n].operands[n.args[1]][-2:-1] for n in attentions]
+
+
+def _is_spelled(node: fx.Node) -> bool:
+    """Return whether a node is the product of map and values in which an attention ends that is spelled out."""
+    return WEIGHS in node.meta and node.target in MATRIX_PRODUCTS

@@ -10,6 +10,7 @@ from gtp_fx.types.axes import Dim, Plain, TensorType, images_in, is_plain, token
 from gtp_fx.types.rules.pointwise import broadcast_to
 from gtp_fx.types.rules.registry import (
     NEEDS_ALL,
+    WEIGHS,
     Call,
     NoRule,
     RuleResult,
@@ -36,16 +37,17 @@ def linear(call: Call) -> RuleResult:
 def matmul(call: Call) -> RuleResult:
     """Type a[..., m, k] @ b[..., k, n].
 
-    A sum over tokens depends on how many remain, unless its weights are a softmax over them.
+    A sum over tokens depends on how many remain, so they have to be whole, unless it ends an attention that is spelled
+    out.
     """
     a, b = call.type(0), call.type(1)
     if len(a) < 2 or len(b) < 2:
         raise NoRule("a product with a vector is not followed")
     inner = _join_dim(a[-1], b[-2])
-    if not is_plain(inner) and not (_is_softmax(call.operand(0)) and not is_plain(a[-1]) and not is_plain(b[-2])):
+    if any(axis.domain.level for axis in token_axes((a[-1], b[-2]))) and WEIGHS not in call.node.meta:
+        if _is_softmax(call.operand(0)):
+            raise NoRule("it weighs all tokens, and weights for those that are left alone don't add up to one")
         raise NoRule("it adds up tokens, so its value depends on how many are left")
-    if any(axis.domain.level for axis in token_axes((a[-1], b[-2]))):
-        raise NoRule("it weighs all tokens, and weights for those that are left alone don't add up to one")
     for own, other in ((a, b), (b, a)):
         require_own_images(
             other, (*own[-2:], inner) if images_in(other) > 1 else (inner,), "the rows or columns of a product"

@@ -6,7 +6,16 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.operators import FEATURE_NORMS, SOFTMAXES
 from gtp_fx.types.axes import Plain, TensorType, is_plain, token_axes
-from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, require_own_images, require_plain, rule
+from gtp_fx.types.rules.registry import (
+    NEEDS_ALL,
+    WEIGHS,
+    Call,
+    NoRule,
+    RuleResult,
+    require_own_images,
+    require_plain,
+    rule,
+)
 
 
 @rule(*FEATURE_NORMS)
@@ -26,12 +35,13 @@ def softmax(call: Call) -> RuleResult:
     """Keep the type. Over tokens, each output needs every input along that axis.
 
     Plain attention is an operator of its own by now (`fuse_attention`), which reads how many tokens a key stands for.
-    No other softmax can, so it gets all tokens back.
+    So does one that is marked as part of an attention which stays spelled out. No other softmax can, so it gets all
+    tokens back.
     """
     x = call.type(0)
     dim = call.arg(1) % len(x)
     node = call.operand(0)
-    if any(axis.domain.level for axis in token_axes((x[dim],))):
+    if any(axis.domain.level for axis in token_axes((x[dim],))) and WEIGHS not in call.node.meta:
         raise NoRule("a softmax over tokens can't be told how many each stands for")
     require_own_images(x, (x[dim],), "the values of a softmax")
     return RuleResult(x, operands={node: x}, prefix_operands=None if is_plain(x[dim]) else NEEDS_ALL)
@@ -54,7 +64,10 @@ def pool(call: Call) -> RuleResult:
 
 @rule(aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.var.correction)
 def total(call: Call) -> RuleResult:
-    """Reduce over channels only. A sum over tokens counts them, so it would shrink with every token removed."""
+    """Reduce over channels. A sum over tokens counts them, so it would shrink with every token removed.
+
+    A sum over a row of an attention map is what the row is divided by.
+    """
     return _reduce(call, over_tokens=False)
 
 
@@ -68,7 +81,8 @@ def _reduce(call: Call, over_tokens: bool) -> RuleResult:
     keepdim = call.arg(3 if call.node.target is aten.var.correction else at + 1, False)
     dims = {d % len(x) for d in wanted} if wanted else set(range(len(x)))
     mixes_tokens = not all(is_plain(x[d]) for d in dims)
-    if mixes_tokens and not over_tokens:
+    shortened = any(axis.domain.level for d in dims for axis in token_axes((x[d],)))
+    if shortened and not over_tokens and WEIGHS not in call.node.meta:
         raise NoRule("it adds up tokens, so its value depends on how many are left")
     output: TensorType = tuple((Plain(1),) if i in dims else dim for i, dim in enumerate(x) if keepdim or i not in dims)
     return RuleResult(output, operands={node: x}, prefix_operands=NEEDS_ALL if mixes_tokens else None)

@@ -45,6 +45,12 @@ from gtp_fx.types.axes import (
 NEEDS_ALL: frozenset[fx.Node] = frozenset()
 """The `prefix_operands` of an operator whose every output token needs every input token."""
 
+WEIGHS = "gtp_weighs"
+"""Meta key of an operator that reads whole rows of an attention map, of which a removed token takes its row and column.
+
+`passes/exact/mark_blocks.py` sets it.
+"""
+
 
 @dataclass(frozen=True)
 class TypeList:

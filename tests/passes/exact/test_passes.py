@@ -158,6 +158,21 @@ def test_normalise_strips_what_says_nothing() -> None:
     assert torch.equal(lean(torch.ones(2, 3)), gm(torch.ones(2, 3)))
 
 
+def test_normalise_drops_views_that_are_undone_and_no_others() -> None:
+    def written(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.exp()
+        back = y.permute(1, 2, 0).reshape(3, 2, 2, 2).view(3, 4, 2).permute(2, 0, 1)
+        return back + 1, y.transpose(0, 2).reshape(2, 3, 4) + 1
+
+    x = torch.randn(2, 3, 4)
+    gm = normalise(traced(written, x))
+    assert spelled(gm) == [
+        *("aten.exp.default", "aten.add.Tensor"),
+        *("aten.transpose.int", "aten.reshape.default", "aten.add.Tensor"),
+    ]
+    torch.testing.assert_close(gm(x), written(x), rtol=0, atol=0)
+
+
 def test_normalise_keeps_a_copy_of_an_input() -> None:
     """The caller may write to what it gets back."""
     gm = traced(lambda x: x.clone(), torch.ones(2, 3))

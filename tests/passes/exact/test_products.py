@@ -136,3 +136,10 @@ def test_attention_that_nothing_reads_is_gone_unless_it_draws_random_numbers() -
     for dropout, left in ((0.0, 0), (0.5, 1)):
         gm = normalise(traced(partial(dead, dropout=dropout), X))
         assert calls(gm, aten.scaled_dot_product_attention.default) == left
+
+
+def test_an_einsum_that_adds_nothing_up_stays() -> None:
+    """Over one key torch multiplies entry by entry, which counts no FLOPs: a product would count more than before."""
+    x, y = torch.randn(2, 5, 1), torch.randn(2, 1, 4)
+    gm = normalise(traced(lambda x, y: torch.einsum("bij,bjd->bid", x, y), x, y))
+    assert calls(einsum_to_matmul(gm), aten.einsum.default) == 1
