@@ -197,12 +197,21 @@ def _run(model: Callable[..., Any], call: tuple[Tensor, ...]) -> Any:
 
 
 def _flops(model: nn.Module, call: tuple[Tensor, ...]) -> int:
-    """As torch counts them. It has no formula for the CPU's fused attention, which some models choose themselves."""
+    """As torch counts them.
+
+    It has no formula for the CPU's fused attention, which some models choose themselves, nor for fused layers of
+    nn.Transformer, which therefore stay open here.
+    """
     fused = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
     }
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=fused) as counter:
-        _run(model, call)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=fused) as counter:
+            _run(model, call)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
     return counter.get_total_flops()
 
 

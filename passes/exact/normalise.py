@@ -1,8 +1,9 @@
 """Exact: remove operators that change nothing, and spell the others in one way for every later pass.
 
-What changes nothing are asserts about metadata, dropouts that are off, copies, and slices that take everything. Views
-become reshapes, which don't depend on the strides of their input, so that a later pass may replace the node that
-computes it. Items of splits and unbinds become slices and selects, a scale comes second, and a sum over a stack is one.
+What changes nothing are asserts about metadata, dropouts that are off, copies, casts to the type that a tensor has, and
+slices that take everything. Views become reshapes, which don't depend on the strides of their input, so that a later
+pass may replace the node that computes it. Casts name their type alone, and no other tensor that has it. Items of
+splits and unbinds become slices and selects, a scale comes second, and a sum over a stack is one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit, nodes
-from gtp_fx.graph.operators import COPIES, FLATTENINGS, PERMUTATIONS, SCALINGS, SPLITS, SQUEEZES, VIEWS
+from gtp_fx.graph.operators import (
+    CASTS,
+    CASTS_LIKE,
+    COPIES,
+    FLATTENINGS,
+    PERMUTATIONS,
+    SCALINGS,
+    SPLITS,
+    SQUEEZES,
+    VIEWS,
+)
 from gtp_fx.graph.rearrangements import order_of
 from gtp_fx.graph.symbols import is_symbolic, shape_of, written
 
@@ -29,6 +40,8 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
+        if node.target in (*CASTS, *CASTS_LIKE):
+            _as_cast(node)
         if node.target in _ASSERTS:
             gm.graph.erase_node(node)
         elif node.target is operator.getitem:
@@ -58,6 +71,14 @@ def _as_reshape(node: fx.Node) -> None:
         node.target, node.kwargs = aten.reshape.default, {}
         edit.set_args(node, (node.args[0], sizes))
         node.meta["val"] = value  # said in other words
+
+
+def _as_cast(node: fx.Node) -> None:
+    """Spell a cast, whatever it takes the type from, as `to` with a type; one to another device stays as it is."""
+    before, after = _source(node).meta["val"], node.meta["val"]
+    if before.device != after.device or before.layout != after.layout:
+        return
+    node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], after.dtype), {}
 
 
 def _take_by_place(graph: fx.Graph, item: fx.Node) -> None:
@@ -134,7 +155,8 @@ def _changes_nothing(node: fx.Node) -> bool:
         return _same_shape(node)
     # The graph is functional, so a copy of a value that it computed is as good as the value. A copy of an argument
     # isn't: the graph may return it, and the caller may write to it.
-    return node.target in COPIES and not nodes.is_input(_source(node))
+    copies = node.target in COPIES or (node.target is aten.to.dtype and _source(node).meta["val"].dtype == node.args[1])
+    return copies and not nodes.is_input(_source(node))
 
 
 def _same_shape(node: fx.Node) -> bool:
