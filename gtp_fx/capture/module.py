@@ -163,7 +163,7 @@ def _explained(error: Exception) -> str:
 
 
 def _fixed_batch(error: Exception) -> str:
-    """Return the one batch that a model can be traced for, by torch.export's error; "" where that isn't what it says."""
+    """Return the one batch that a model is traceable for, by an error of torch.export; "" where it names none."""
     found = re.search(r"specialized it to be a constant \((\d+)\)", str(error))
     return found[1] if found else ""
 

@@ -3,7 +3,8 @@
 What changes nothing are asserts about metadata, dropouts that are off, copies, casts to the type that a tensor has, and
 slices that take everything. Views become reshapes, which don't depend on the strides of their input, so that a later
 pass may replace the node that computes it. Casts name their type alone, and no other tensor that has it. Items of
-splits and unbinds become slices and selects, a scale comes second, and a sum over a stack is one.
+splits and unbinds become slices and selects, a scale comes second, a sum over a stack is one, and so is a row of what a
+stack holds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit, nodes
 from gtp_fx.graph.operators import (
+    BINARY,
     CASTS,
     CASTS_LIKE,
     COPIES,
@@ -26,6 +28,7 @@ from gtp_fx.graph.operators import (
     SCALINGS,
     SPLITS,
     SQUEEZES,
+    UNARY,
     VIEWS,
 )
 from gtp_fx.graph.rearrangements import order_of
@@ -55,6 +58,8 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             _as_reshape(node)
         elif node.target is aten.mul.Tensor and _scales_from_the_left(node):
             node.args = (node.args[1], node.args[0])
+        elif node.target is aten.stack.default and _is_merged_again(node):
+            _end_to_end(gm.graph, node)
         elif node.target is aten.sum.dim_IntList and (summands := _summands(node)):
             _as_additions(gm.graph, node, summands)
     return edit.finish(gm)
@@ -123,9 +128,8 @@ def _summands(node: fx.Node) -> list[fx.Node]:
         return []
     dims: Any = node.args[1]
     tensors: Any = stack.args[0]
-    place: Any = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
     rank = len(shape_of(stack))
-    return list(tensors) if [dim % rank for dim in dims] == [place % rank] else []
+    return list(tensors) if [dim % rank for dim in dims] == [_place(stack)] else []
 
 
 def _as_additions(graph: fx.Graph, node: fx.Node, summands: list[fx.Node]) -> None:
@@ -138,6 +142,41 @@ def _as_additions(graph: fx.Graph, node: fx.Node, summands: list[fx.Node]) -> No
     node.replace_all_uses_with(total)
     graph.erase_node(node)
     graph.erase_node(stack)
+
+
+def _is_merged_again(stack: fx.Node) -> bool:
+    """Tell whether the new dimension of a stack is merged with the next one, after nothing but element-wise work."""
+    shape, place = shape_of(stack), _place(stack)
+    if place + 2 > len(shape) or is_symbolic(shape[place + 1]):
+        return False
+    merged = (*shape[:place], shape[place] * shape[place + 1], *shape[place + 2 :])
+    reader = stack
+    while len(reader.users) == 1:
+        (reader,) = reader.users
+        if reader.target in (*VIEWS, *FLATTENINGS):
+            return shape_of(reader) == merged
+        if reader.target not in (*BINARY, *UNARY) or shape_of(reader) != shape:
+            return False
+    return False
+
+
+def _end_to_end(graph: fx.Graph, stack: fx.Node) -> None:
+    """Turn a stack into tensors end to end, seen with a dimension for which of them it is.
+
+    Tokens of several grids then are one row of tokens from the beginning, as they are afterwards.
+    """
+    emit = edit.Emitter(graph, like=stack, before=stack)
+    row = emit(aten.cat.default, stack.args[0], _place(stack))
+    apart = emit(aten.reshape.default, row, written(shape_of(stack)))
+    apart.meta["val"] = stack.meta["val"]
+    stack.replace_all_uses_with(apart)
+    graph.erase_node(stack)
+
+
+def _place(stack: fx.Node) -> int:
+    """Return which dimension of its result a stack adds."""
+    place: Any = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
+    return int(place) % len(shape_of(stack))
 
 
 def _changes_nothing(node: fx.Node) -> bool:

@@ -196,6 +196,32 @@ def test_normalise_strips_what_says_nothing() -> None:
     assert torch.equal(lean(torch.ones(2, 3)), gm(torch.ones(2, 3)))
 
 
+def test_what_is_stacked_and_then_a_row_is_a_row_from_the_beginning() -> None:
+    def row(x: Tensor, y: Tensor, table: Tensor) -> Tensor:
+        return ((torch.stack([x, y], dim=1) + table[:, None]).relu()).view(2, 10, 4)
+
+    inputs = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 4)
+    gm = normalise(traced(row, *inputs))
+    assert "aten.stack.default" not in spelled(gm) and "aten.cat.default" in spelled(gm)
+    assert torch.equal(gm(*inputs), row(*inputs))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.stack([x, 2 * x], dim=1).mean(1),
+        lambda x: torch.stack([x, 2 * x], dim=1).view(4, 5, 4),
+        lambda x: torch.stack([x, 2 * x], dim=3).view(2, 5, 8),
+    ],
+    ids=["never a row", "more images", "other features"],
+)
+def test_what_is_stacked_otherwise_stays(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 5, 4)
+    gm = normalise(traced(function, x))
+    assert "aten.stack.default" in spelled(gm)
+    assert torch.equal(gm(x), function(x))
+
+
 def test_normalise_keeps_a_copy_of_an_input() -> None:
     """The caller may write to what it gets back."""
     gm = traced(lambda x: x.clone(), torch.ones(2, 3))
