@@ -94,7 +94,10 @@ class Primes:
         self._divisors = divisors
 
     def in_place_of_symbols(self, value: Any) -> Any:
-        """Return a node's value with primes for symbols; its tensors are fakes of the mode that is entered."""
+        """Return a node's value with primes for symbols; its tensors are fakes of the mode that is entered.
+
+        Raises CaptureError where a tensor has more elements, by its primes, than torch counts.
+        """
 
         def fixed(leaf: Any) -> Any:
             if isinstance(leaf, torch.SymInt):
@@ -102,6 +105,11 @@ class Primes:
             if not isinstance(leaf, Tensor):
                 return leaf
             shape, stride = (tuple(map(self, sizes)) for sizes in (leaf.shape, leaf.stride()))
+            if math.prod(shape) * leaf.itemsize > sys.maxsize:
+                raise CaptureError(
+                    f"a tensor of the model is {list(leaf.shape)}: more of its sizes are open than gtp_fx can tell "
+                    f"apart; where they come from image sizes, mark_dynamic on the batch alone keeps those fixed"
+                )
             return torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)
 
         return pytree.tree_map(fixed, value)
