@@ -6,6 +6,7 @@ give the same operators. ARCHITECTURE.md says why the graph is captured at this 
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import inspect
@@ -150,15 +151,21 @@ def _explained(error: Exception) -> str:
             f"graph has one control flow: {_first_lines(error, 1)}{_where(error)}\nOptimise an inner module that "
             f"doesn't; torch.compile(model, backend='gtp') does so by itself, since Dynamo breaks the graph there"
         )
-    if fixed := re.search(r"specialized it to be a constant \((\d+)\)", str(error)):
+    if fixed := _fixed_batch(error):
         return (
-            f"it works for a batch of {fixed[1]} alone{_where(error)}: its forward has that size written into it, or "
+            f"it works for a batch of {fixed} alone{_where(error)}: its forward has that size written into it, or "
             f"it was exported without dynamic_shapes; take sizes from the input (x.shape[0])"
         )
     return (
         f"{_first_lines(error)}{_where(error)}\nGive example_inputs that the model accepts; torch.export.export(model, "
         f"example_inputs) shows the whole error"
     )
+
+
+def _fixed_batch(error: Exception) -> str:
+    """Return the one batch that a model is traceable for, by an error of torch.export; "" where it names none."""
+    found = re.search(r"specialized it to be a constant \((\d+)\)", str(error))
+    return found[1] if found else ""
 
 
 def export_batched(
@@ -169,8 +176,9 @@ def export_batched(
     batch: `torch.export.Dim` of every tensor's first dimension. A named one may include a batch of one, where the model
         allows it.
 
-    Some Python code turns the batch into a number (`len(x)`), which non-strict export can't trace. Strict export, which
-    runs Dynamo, is the fallback. Raises non-strict export's error where both fail.
+    Some Python code turns the batch into a number, which non-strict export can't trace. Where it does so by `len(x)`,
+    that is a size for as long as it is traced; else strict export, which runs Dynamo, is the fallback. Raises
+    non-strict export's first error where all fail.
     """
     called, signature = _named_arguments(model, signature)
     # torch.export marks the tensors it is given as dynamic, and leaves the marks where it fails: the user's stay as is.
@@ -178,14 +186,21 @@ def export_batched(
     signature = CallSignature(signature.parameters, args, kwargs)
     dynamic = _by_name(signature, lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None)
     export = functools.partial(torch.export.export, called, signature.args, signature.kwargs, dynamic_shapes=dynamic)
-    try:
+
+    def traced() -> tuple[torch.export.ExportedProgram, list[str]]:
         with watched(model) as attributes, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The tensor attribute")  # a cache, or refused below by name
             program = export()
         return program, attributes
+
+    try:
+        return traced()
     except OUT_OF_MEMORY:
         raise
-    except Exception:
+    except Exception as error:
+        if _fixed_batch(error):
+            with contextlib.suppress(Exception), _lengths_as_sizes():
+                return traced()
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -196,6 +211,24 @@ def export_batched(
             # Dynamo's warnings name the objects whose attributes changed, not the attributes.
             return program, [str(warning.message) for warning in caught if "side effects" in str(warning.message)]
         raise
+
+
+@contextlib.contextmanager
+def _lengths_as_sizes() -> Iterator[None]:
+    """Let `len` of a tensor be its first size, which may be symbolic. Python's own has to return a number.
+
+    It is the process's, and the same for everything but a tensor that is traced; so is the tracing lock.
+    """
+    number = builtins.len
+
+    def length(of: Any) -> Any:
+        return of.shape[0] if isinstance(of, Tensor) and of.ndim else number(of)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = number
 
 
 def _alias(tensor: Tensor) -> Tensor:

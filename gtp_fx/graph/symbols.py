@@ -100,7 +100,7 @@ class Primes:
     def in_place_of_symbols(self, value: Any) -> Any:
         """Return a node's value with primes for symbols; its tensors are fakes of the mode that is entered.
 
-        Raises CaptureError for a tensor with too many symbols for its size at the primes to fit torch's integers.
+        Raises CaptureError where a tensor has more elements, by its primes, than torch counts.
         """
 
         def fixed(leaf: Any) -> Any:
@@ -111,8 +111,9 @@ class Primes:
             shape, stride = (tuple(map(self, sizes)) for sizes in (leaf.shape, leaf.stride()))
             if math.prod(shape) * leaf.itemsize > sys.maxsize:
                 raise CaptureError(
-                    f"a tensor of the model has the sizes {list(leaf.shape)}: too many are known only when it runs (a "
-                    f"batch, and what depends on what tensors hold), and gtp_fx follows two such sizes in a tensor"
+                    f"a tensor of the model is {list(leaf.shape)}: more of its sizes are known only when it runs "
+                    f"(a batch, and what depends on what tensors hold) than gtp_fx can tell apart; where they come "
+                    f"from image sizes, mark_dynamic on the batch alone keeps those fixed"
                 )
             return torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)
 

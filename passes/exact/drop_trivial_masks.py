@@ -1,4 +1,4 @@
-"""Exact: remove attention masks that hide nothing, also those written into a value, and added zeros.
+"""Exact: remove attention masks that hide nothing, also those written into a value, added zeros and factors of one.
 
 Libraries build an all-true mask from `arange` and pass it to every attention. It costs memory and, worse, the fast
 kernels, which take no mask. To recognise such masks, values that depend on no argument, parameter or buffer are
@@ -17,6 +17,8 @@ from gtp_fx.graph import edit, nodes
 from gtp_fx.graph.operators import CHOICES, CONSTANTS, LIKE_ANOTHER, MASK_ARITHMETIC, MASKED_FILLS
 from gtp_fx.graph.symbols import per_image, shape_of
 
+_NEUTRAL = {aten.add.Tensor: 0, aten.mul.Tensor: 1}
+"""What each of these operators may add or multiply by without effect."""
 _LARGEST = 1 << 24
 """Most elements of a value that is computed here; larger ones aren't worth the memory."""
 
@@ -36,9 +38,9 @@ def drop_trivial_masks(gm: fx.GraphModule) -> fx.GraphModule:
             if _hides_nothing(known.get(node.kwargs.get("attn_mask"))):  # type: ignore[arg-type]
                 node.kwargs = {**node.kwargs, "attn_mask": None}
                 node.meta.pop("val", None)
-        elif node.target is aten.add.Tensor and not node.kwargs:
+        elif node.target in _NEUTRAL and not node.kwargs:
             for x, other in (node.args, node.args[::-1]):
-                if _is_zero(known.get(other)) and _same_value(x, node):
+                if _is_full_of(_NEUTRAL[node.target], known.get(other)) and _same_value(x, node):
                     node.replace_all_uses_with(x)
                     break
         elif node.target in (*MASKED_FILLS, *CHOICES):
@@ -84,7 +86,7 @@ def _hides_nothing(mask: Tensor | None) -> bool:
     """Tell whether a mask is known and lets attention see everything."""
     if mask is None:
         return False
-    return bool(mask.all()) if mask.dtype == torch.bool else _is_zero(mask)
+    return bool(mask.all()) if mask.dtype == torch.bool else _is_full_of(0, mask)
 
 
 def _written_over_by_nothing(node: fx.Node, known: dict[Any, Tensor]) -> Any:
@@ -98,13 +100,13 @@ def _written_over_by_nothing(node: fx.Node, known: dict[Any, Tensor]) -> Any:
     return sides[1] if mask in known and not bool(known[mask].any()) else None
 
 
-def _is_zero(value: Tensor | None) -> bool:
-    """Tell whether a value is known and all zeros."""
-    return value is not None and value.dtype != torch.bool and not bool(value.any())
+def _is_full_of(number: int, value: Tensor | None) -> bool:
+    """Tell whether a value is known and this number everywhere."""
+    return value is not None and value.dtype != torch.bool and bool((value == number).all())
 
 
 def _same_value(x: Any, total: fx.Node) -> bool:
-    """Tell whether `x` has the shape and dtype of the sum `total`, so that adding zero changes neither."""
+    """Tell whether `x` has the shape and dtype of the sum or product `total`, so that neither is changed."""
     if not isinstance(x, fx.Node):
         return False
     return shape_of(x) == shape_of(total) and x.meta["val"].dtype == total.meta["val"].dtype

@@ -133,9 +133,7 @@ def _replace(graph: fx.Graph, product: fx.Node, logits: Logits, typing: WholeTyp
             attention = emit(aten.reshape.default, attention, written(shape_of(product)))
         if own != dtype:
             attention = emit(aten.to.dtype, attention, own)
-        attention.meta["val"] = product.meta["val"]
-    product.replace_all_uses_with(attention)
-    graph.erase_node(product)
+        edit.replace(product, attention)
     return True
 
 
@@ -161,5 +159,4 @@ def _separate_heads(graph: fx.Graph, attention: fx.Node, typing: WholeTyping) ->
         new = edit.call(graph, attention.target, *separate, *rest[1:], like=attention)
         new.kwargs = {name: split_heads(x) if name == "attn_mask" else x for name, x in attention.kwargs.items()}
         merged = edit.call(graph, aten.reshape.default, new, [-1, *shape[1:]], like=attention)
-    attention.replace_all_uses_with(merged)
-    graph.erase_node(attention)
+    edit.replace(attention, merged)

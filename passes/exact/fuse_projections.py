@@ -77,5 +77,4 @@ def _fuse(graph: fx.Graph, linears: Sequence[fx.Node]) -> None:
         outputs = [call(operator.getitem, parts, i) for i in range(len(linears))]
     for linear, output in zip(linears, outputs, strict=True):
         output.meta = {**linear.meta}
-        linear.replace_all_uses_with(output)
-        graph.erase_node(linear)
+        edit.replace(linear, output)

@@ -72,9 +72,7 @@ def _as_linear(graph: fx.Graph, product: fx.Node) -> None:
         rows = emit(aten.transpose.int, weight, 0, 1)
         rows.meta["val"] = weight.meta["val"].transpose(0, 1)
     linear = emit(aten.linear.default, x, rows)
-    linear.meta["val"] = product.meta["val"]
-    product.replace_all_uses_with(linear)
-    graph.erase_node(product)
+    edit.replace(product, linear)
 
 
 def _is_bias_added(node: fx.Node) -> bool:

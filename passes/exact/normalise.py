@@ -1,10 +1,11 @@
 """Exact: remove operators that change nothing, and spell the others in one way for every later pass.
 
-What changes nothing are asserts about metadata, dropouts that are off, copies, and slices that take everything. Views
-become reshapes, which don't depend on the strides of their input, so that a later pass may replace the node that
-computes it. Items of splits and unbinds become slices and selects, a scale comes second, and a sum over a stack is one.
-What is rearranged and then arranged as it was is the value itself: so are the views through which a part of the model
-writes in place, once the graph is functional.
+What changes nothing are asserts about metadata, dropouts that are off, copies, casts to the type that a tensor has, and
+slices that take everything. Views become reshapes, which don't depend on the strides of their input, so that a later
+pass may replace the node that computes it. Casts name their type alone, and no other tensor that has it. Items of
+splits and unbinds become slices and selects, a scale comes second, a sum over a stack is one, and so is a row of what a
+stack holds. What is rearranged and then arranged as it was is the value itself: so are the views through which a part
+of the model writes in place, once the graph is functional.
 """
 
 from __future__ import annotations
@@ -18,7 +19,19 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit, nodes
-from gtp_fx.graph.operators import COPIES, FLATTENINGS, PERMUTATIONS, SCALINGS, SPLITS, SQUEEZES, VIEWS
+from gtp_fx.graph.operators import (
+    BINARY,
+    CASTS,
+    CASTS_LIKE,
+    COPIES,
+    FLATTENINGS,
+    PERMUTATIONS,
+    SCALINGS,
+    SPLITS,
+    SQUEEZES,
+    UNARY,
+    VIEWS,
+)
 from gtp_fx.graph.rearrangements import leaves_as_it_was, order_of
 from gtp_fx.graph.symbols import is_symbolic, shape_of, written
 
@@ -32,22 +45,24 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
+        if node.target in (*CASTS, *CASTS_LIKE):
+            _as_cast(node)
         if node.target in _ASSERTS:
             gm.graph.erase_node(node)
         elif node.target is operator.getitem:
             _take_by_place(gm.graph, node)
         elif _changes_nothing(node):
-            node.replace_all_uses_with(node.args[0])
-            gm.graph.erase_node(node)
+            edit.replace(node, node.args[0])
         elif (before := _undone(node)) is not None:
-            node.replace_all_uses_with(before)
-            gm.graph.erase_node(node)
+            edit.replace(node, before)
         elif node.target in VIEWS:
             node.target = aten.reshape.default
         elif node.target in FLATTENINGS:
             _as_reshape(node)
         elif node.target is aten.mul.Tensor and _scales_from_the_left(node):
             node.args = (node.args[1], node.args[0])
+        elif node.target is aten.stack.default and _is_merged_again(node):
+            _end_to_end(gm.graph, node)
         elif node.target is aten.sum.dim_IntList and (summands := _summands(node)):
             _as_additions(gm.graph, node, summands)
     return edit.finish(gm)
@@ -64,6 +79,14 @@ def _as_reshape(node: fx.Node) -> None:
         node.target, node.kwargs = aten.reshape.default, {}
         edit.set_args(node, (node.args[0], sizes))
         node.meta["val"] = value  # said in other words
+
+
+def _as_cast(node: fx.Node) -> None:
+    """Spell a cast, whatever it takes the type from, as `to` with a type; one to another device stays as it is."""
+    before, after = _source(node).meta["val"], node.meta["val"]
+    if before.device != after.device or before.layout != after.layout:
+        return
+    node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], after.dtype), {}
 
 
 def _take_by_place(graph: fx.Graph, item: fx.Node) -> None:
@@ -88,9 +111,7 @@ def _take_by_place(graph: fx.Graph, item: fx.Node) -> None:
         number %= len(values)
         stop = sys.maxsize if ends[number] == shape_of(x)[dim] else ends[number]
         taken = emit(aten.slice.Tensor, x, dim, ends[number] - values[number].shape[dim], stop)
-    taken.meta["val"] = item.meta["val"]
-    item.replace_all_uses_with(taken)
-    graph.erase_node(item)
+    edit.replace(item, taken)
 
 
 def _scales_from_the_left(node: fx.Node) -> bool:
@@ -108,9 +129,8 @@ def _summands(node: fx.Node) -> list[fx.Node]:
         return []
     dims: Any = node.args[1]
     tensors: Any = stack.args[0]
-    place: Any = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
     rank = len(shape_of(stack))
-    return list(tensors) if [dim % rank for dim in dims] == [place % rank] else []
+    return list(tensors) if [dim % rank for dim in dims] == [_place(stack)] else []
 
 
 def _as_additions(graph: fx.Graph, node: fx.Node, summands: list[fx.Node]) -> None:
@@ -120,9 +140,41 @@ def _as_additions(graph: fx.Graph, node: fx.Node, summands: list[fx.Node]) -> No
     for summand in summands[1:]:
         total = emit(aten.add.Tensor, total, summand)
     stack = _source(node)
-    node.replace_all_uses_with(total)
-    graph.erase_node(node)
+    edit.replace(node, total)
     graph.erase_node(stack)
+
+
+def _is_merged_again(stack: fx.Node) -> bool:
+    """Tell whether the new dimension of a stack is merged with the next one, after nothing but element-wise work."""
+    shape, place = shape_of(stack), _place(stack)
+    if place + 2 > len(shape) or is_symbolic(shape[place + 1]):
+        return False
+    merged = (*shape[:place], shape[place] * shape[place + 1], *shape[place + 2 :])
+    reader = stack
+    while len(reader.users) == 1:
+        (reader,) = reader.users
+        if reader.target in (*VIEWS, *FLATTENINGS):
+            return shape_of(reader) == merged
+        if reader.target not in (*BINARY, *UNARY) or shape_of(reader) != shape:
+            return False
+    return False
+
+
+def _end_to_end(graph: fx.Graph, stack: fx.Node) -> None:
+    """Turn a stack into tensors end to end, seen with a dimension for which of them it is.
+
+    Tokens of several grids then are one row of tokens from the beginning, as they are afterwards.
+    """
+    emit = edit.Emitter(graph, like=stack, before=stack)
+    row = emit(aten.cat.default, stack.args[0], _place(stack))
+    apart = emit(aten.reshape.default, row, written(shape_of(stack)))
+    edit.replace(stack, apart)
+
+
+def _place(stack: fx.Node) -> int:
+    """Return which dimension of its result a stack adds."""
+    place: Any = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
+    return int(place) % len(shape_of(stack))
 
 
 def _changes_nothing(node: fx.Node) -> bool:
@@ -140,7 +192,8 @@ def _changes_nothing(node: fx.Node) -> bool:
         return _same_shape(node)
     # The graph is functional, so a copy of a value that it computed is as good as the value. A copy of an argument
     # isn't: the graph may return it, and the caller may write to it.
-    return node.target in COPIES and not nodes.is_input(_source(node))
+    copies = node.target in COPIES or (node.target is aten.to.dtype and _source(node).meta["val"].dtype == node.args[1])
+    return copies and not nodes.is_input(_source(node))
 
 
 def _undone(node: fx.Node) -> fx.Node | None:

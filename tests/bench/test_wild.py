@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -68,6 +69,14 @@ def test_a_broken_promise_is_wrong(by: float, reported: float, told: str, monkey
     monkeypatch.setattr(wild_row.gtp_fx, "optimize", lambda model, **_: Scaled(model, by, reported))
     row = measure(VIT)
     assert row.verdict == "WRONG" and told in row.message
+
+
+def test_a_fused_layer_is_counted_as_what_it_computes() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    tokens, projections, attention = 3, 3 * 8 * (3 * 8 + 8 + 2 * 16), 2 * 3 * 3 * 8
+    with torch.no_grad():
+        assert wild_row._flops(layer, (torch.ones(1, tokens, 8),)) == 2 * (projections + attention)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_an_exception_is_a_crash_and_a_missing_library_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,14 @@ class Choosing(TinyViT):
         return again(lambda i, t: i < 3, lambda i, t: (i + 1, t * 1.1), (torch.tensor(0), x))[1].mean(1)
 
 
+class Counting(TinyViT):
+    """`len` of a batch is a number to Python, and Dynamo, which traces it as a size, stops at the break."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x) + torch.zeros(len(x), 1)
+
+
 class Mapped(TinyViT):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(torch.vmap(torch.tanh)(x))
@@ -99,9 +107,18 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "in DataParallel": lambda: nn.DataParallel(TinyViT()),
     "cond and while_loop": Choosing,
     "vmap": Mapped,
+    "len of a batch, and a graph break": Counting,
     "traced part": lambda: with_part(torch.jit.trace(nn.GELU(), torch.randn(2, 17, 64))),
 }
-SLOW = ("cond and while_loop", "in DataParallel", "exported for any batch", "vmap", "traced part", "a part of length 0")
+SLOW = (
+    "cond and while_loop",
+    "in DataParallel",
+    "exported for any batch",
+    "vmap",
+    "traced part",
+    "a part of length 0",
+    "len of a batch, and a graph break",
+)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -206,5 +223,5 @@ def test_what_torch_cannot_trace_is_refused_by_its_line() -> None:
 
 @torch.no_grad()
 def test_too_many_unknown_sizes_are_refused() -> None:
-    with pytest.raises(gtp_fx.CaptureError, match="too many are known only when it runs"):
+    with pytest.raises(gtp_fx.CaptureError, match="more of its sizes are known only"):
         gtp_fx.optimize(Pairs(), flops_budget=1.0, example_inputs=torch.randn(2, 4), compile=False)

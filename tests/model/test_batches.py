@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.ops import aten
 from torch.utils import _pytree as pytree
 
@@ -17,7 +18,7 @@ import gtp_fx
 from bench.counted import flops
 from bench.dynamo_door import Door
 from gtp_fx.graph.edit import call, set_args
-from gtp_fx.graph.symbols import at_batch, divided, is_symbolic, shape_of, written
+from gtp_fx.graph.symbols import at_batch, divided, fix_symbols, is_symbolic, shape_of, written
 
 from support.batches import PATCH, SIDE, WIDTH, Block, Joined, models
 from support.captured import captured, optimised, shared_model
@@ -147,3 +148,10 @@ class _Doubled:
 
     def inputs(self) -> tuple[Tensor, ...]:
         return torch.randn(3, 4, 5), torch.randn(2, 4, 5)
+
+
+def test_more_open_sizes_than_can_be_told_apart_are_refused_by_name() -> None:
+    """As where tokens are picked by what they hold, and Dynamo makes each count a size of its own."""
+    gm = make_fx(lambda x: x + 1, tracing_mode="symbolic")(torch.ones(3, 5, 7))
+    with pytest.raises(gtp_fx.CaptureError, match="more of its sizes are known only"):
+        fix_symbols(gm)

@@ -68,7 +68,27 @@ class Convolved(nn.Module):
         self.convolution, self.groups = convolution, groups
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.convolution(part).flatten(2).mT for part in x.chunk(self.groups, 1)], 1)
+        return torch.cat(self.parts(x), 1)
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        return [self.convolution(part).flatten(2).mT for part in x.chunk(self.groups, 1)]
+
+
+class Grouped(Convolved):
+    """The same, each group's patches with a vector of their group's, which is added to all of them stacked or before.
+
+    vectors: [groups, WIDTH].
+    """
+
+    def __init__(self, convolution: nn.Module, stacked: bool) -> None:
+        super().__init__(convolution, groups=2)
+        self.stacked, self.vectors = stacked, nn.Parameter(torch.randn(2, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.parts(x)
+        if self.stacked:
+            return (torch.stack(parts, 1) + self.vectors[:, None]).flatten(1, 2)
+        return torch.cat([part + vector for part, vector in zip(parts, self.vectors, strict=True)], 1)
 
 
 class Viewed(nn.Module):
@@ -129,6 +149,15 @@ def test_patches_of_several_pictures() -> None:
     assert fast.report.flops_ratio <= 0.74
     assert [provenance.grid for provenance in fast.provenance(x)] == [(2, GRID, GRID)]
     assert 0 < (fast(x) - model(x)).abs().max() < 1
+
+
+@pytest.mark.nightly
+def test_patches_of_several_groups_that_are_stacked_first() -> None:
+    made, known = (
+        same(lambda stacked=stacked: Series(Grouped(nn.Conv2d(3, WIDTH, SIDE, SIDE), stacked)))
+        for stacked in (True, False)
+    )
+    must_agree(made, known, 6, GRID * SIDE, GRID * SIDE)
 
 
 def test_neighbours_are_of_ones_own_grid() -> None:

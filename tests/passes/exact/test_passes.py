@@ -147,6 +147,44 @@ def test_a_mask_that_hides_something_or_comes_from_an_input_stays() -> None:
         assert spelled(drop_trivial_masks(gm)) == spelled(gm)
 
 
+def test_a_padding_mask_of_no_padding_goes() -> None:
+    """As encoders of images and text make it: it hides from attention, and zeroes tokens, where there are any."""
+
+    def padded(x: Tensor) -> Tensor:
+        parts = [torch.zeros(x.shape[0], 2), torch.zeros(x.shape[0], 3)]
+        hidden = aten._to_copy.default(torch.cat(parts, dim=1), dtype=torch.bool)
+        shown = x * (1 - hidden.unsqueeze(-1).type_as(x))
+        return (shown @ shown.transpose(-2, -1)).masked_fill(hidden.unsqueeze(1), float("-inf")).softmax(-1) @ shown
+
+    x = torch.randn(2, 5, 4)
+    gm = drop_trivial_masks(normalise(traced(padded, x)))
+    assert spelled(gm) == ["aten.transpose.int", "aten.matmul.default", "aten.softmax.int", "aten.matmul.default"]
+    assert torch.equal(gm(x), padded(x))
+
+
+def test_a_mask_with_padding_in_it_stays() -> None:
+    def padded(x: Tensor) -> Tensor:
+        hidden = torch.cat([torch.zeros(2, 4), torch.ones(2, 1)], dim=1)
+        return x * (1 - hidden.unsqueeze(-1))
+
+    x = torch.randn(2, 5, 4)
+    gm = drop_trivial_masks(normalise(traced(padded, x)))
+    assert spelled(gm)[-1] == "aten.mul.Tensor"
+    assert torch.equal(gm(x), padded(x))
+
+
+def test_a_cast_names_its_type_alone_and_goes_where_it_changes_none() -> None:
+    def cast(x: Tensor, y: Tensor) -> Tensor:
+        half = (x + 1).type_as(y)
+        return aten._to_copy.default(half, dtype=torch.float16).to(torch.float32) * 2
+
+    inputs = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float16)
+    gm = normalise(traced(cast, *inputs))
+    assert spelled(gm) == ["aten.add.Tensor", "aten.to.dtype", "aten.to.dtype", "aten.mul.Tensor"]
+    assert [n.args[1] for n in gm.graph.nodes if n.target is aten.to.dtype] == [torch.float16, torch.float32]
+    assert torch.equal(gm(*inputs), cast(*inputs))
+
+
 def test_normalise_strips_what_says_nothing() -> None:
     def wordy(x: Tensor) -> Tensor:
         y = F.dropout(x * 2.0, 0.5, training=False)
@@ -171,6 +209,32 @@ def test_normalise_drops_views_that_are_undone_and_no_others() -> None:
         *("aten.transpose.int", "aten.reshape.default", "aten.add.Tensor"),
     ]
     torch.testing.assert_close(gm(x), written(x), rtol=0, atol=0)
+
+
+def test_what_is_stacked_and_then_a_row_is_a_row_from_the_beginning() -> None:
+    def row(x: Tensor, y: Tensor, table: Tensor) -> Tensor:
+        return ((torch.stack([x, y], dim=1) + table[:, None]).relu()).view(2, 10, 4)
+
+    inputs = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 4)
+    gm = normalise(traced(row, *inputs))
+    assert "aten.stack.default" not in spelled(gm) and "aten.cat.default" in spelled(gm)
+    assert torch.equal(gm(*inputs), row(*inputs))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.stack([x, 2 * x], dim=1).mean(1),
+        lambda x: torch.stack([x, 2 * x], dim=1).view(4, 5, 4),
+        lambda x: torch.stack([x, 2 * x], dim=3).view(2, 5, 8),
+    ],
+    ids=["never a row", "more images", "other features"],
+)
+def test_what_is_stacked_otherwise_stays(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 5, 4)
+    gm = normalise(traced(function, x))
+    assert "aten.stack.default" in spelled(gm)
+    assert torch.equal(gm(x), function(x))
 
 
 def test_normalise_keeps_a_copy_of_an_input() -> None:
