@@ -81,7 +81,12 @@ class Pass:
 # linear layers are fused last, since only those that still read the same tokens can be.
 ORDER = (
     Pass(normalise, "exact", "one spelling: no asserts, no copies, no dropout that is off"),
-    Pass(drop_trivial_masks, "exact", "masks that hide nothing are removed, and so are added zeros", optional=True),
+    Pass(
+        drop_trivial_masks,
+        "exact",
+        "masks that hide nothing are removed, and so are added zeros and factors of one",
+        optional=True,
+    ),
     Pass(einsum_to_matmul, "exact", "an einsum that is a matrix product becomes one", optional=True),
     Pass(matmul_to_linear, "exact", "a product with a parameter becomes a linear layer", optional=True),
     Pass(
@@ -99,7 +104,12 @@ ORDER = (
     ),
     Pass(fuse_attention, "exact", "softmax(q·kᵀ)·v in its many spellings becomes the one operator", optional=True),
     Pass(mark_blocks, "exact", "marks attention blocks and their residual adds; changes nothing"),
-    Pass(turn_streams, "exact", "residual streams that lie otherwise are turned to [B, N, C]", optional=True),
+    Pass(
+        turn_streams,
+        "exact",
+        "residual streams that lie otherwise are turned to [B, N, C], and maps to [B, H, W, C]",
+        optional=True,
+    ),
     Pass(fold_views, "exact", "dimensions that are merged and taken apart again stay apart", optional=True),
     Pass(
         split_projections,
