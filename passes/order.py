@@ -84,7 +84,7 @@ ORDER = (
     Pass(
         drop_trivial_masks,
         "exact",
-        "masks that hide nothing are removed, and so are added zeros and factors of one",
+        "masks that hide nothing, added zeros and factors of one are removed",
         optional=True,
     ),
     Pass(einsum_to_matmul, "exact", "an einsum that is a matrix product becomes one", optional=True),
@@ -107,7 +107,7 @@ ORDER = (
     Pass(
         turn_streams,
         "exact",
-        "residual streams that lie otherwise are turned to [B, N, C], and maps to [B, H, W, C]",
+        "residual streams are turned to [B, N, C], maps to [B, H, W, C]",
         optional=True,
     ),
     Pass(fold_views, "exact", "dimensions that are merged and taken apart again stay apart", optional=True),
