@@ -27,6 +27,7 @@ from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import SiteTyping, WholeTyping
 from gtp_fx.types.layouts import base_of
+from gtp_fx.types.places import is_window
 
 MARK = "gtp_block"
 _SHARES = (*SCALINGS, *CASTS, *CASTS_LIKE, *DROPOUTS, aten.neg.default)
@@ -100,7 +101,7 @@ def read_blocks(typing: WholeTyping, with_sites: SitesTyped) -> tuple[AttentionB
     marked = {(mark.role, mark.index): node for node, mark in marks_of(typing.graph)}
     # Grids that some blocks attend over in windows: they stay whole, for the blocks that attend over all of them too.
     windowed = {
-        base_of(axis.domain.grid) for node in marked.values() if (axis := node.meta[MARK].axis).domain.grid.parts
+        base_of(axis.domain.grid) for node in marked.values() if is_window((axis := node.meta[MARK].axis).domain.grid)
     }
     blocks = []
     for (role, index), attention in marked.items():
@@ -234,7 +235,7 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> R
     query, key = attention.args[0], attention.args[1]
     if pooled_to(typing.type(query), typing.type(key)):  # type: ignore[arg-type]
         return refuse("keys are pooled over the grid, which has to stay whole for it")
-    if attention.meta[MARK].axis.domain.grid.parts:
+    if is_window(attention.meta[MARK].axis.domain.grid):
         return refuse(
             "tokens attend within windows here, and the grid has to stay whole for the windows of the next block"
         )

@@ -43,7 +43,7 @@ from gtp_fx.strategies.protocol import (
 )
 from gtp_fx.strategies.tokens import Groups, Tokens
 from gtp_fx.targets.work import Work
-from gtp_fx.types.axes import TokenAxis
+from gtp_fx.types.axes import Grid, TokenAxis
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Grouping:
         """
         return 0
 
-    def settled(self, streams: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Grouping:
+    def settled(self, streams: Sequence[tuple[Grid, Sequence[int]]]) -> Grouping:
         return self
 
     def positions(self, blocks: int) -> Collection[int]:
@@ -134,7 +134,7 @@ class Grouping:
     def refuse_stream(self, stream: fx.Node, axis: TokenAxis) -> str:
         return ""
 
-    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
+    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis, places: fx.Node | None) -> StreamState:
         return StreamState()
 
     def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
