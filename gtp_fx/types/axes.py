@@ -328,11 +328,34 @@ def merge_grids(dim: Dim) -> Dim:
     while i < len(merged):
         factor = merged[i]
         if isinstance(factor, GridAxis):
-            sides = [GridAxis(factor.grid, side) for side in range(len(factor.grid.shape))]
+            sides = long_sides(factor.grid)
             if merged[i : i + len(sides)] == sides:
                 merged[i : i + len(sides)] = [TokenAxis(TokenDomain(factor.grid))]
         i += 1
     return _region(tuple(merged))
+
+
+def long_sides(grid: Grid) -> list[Factor]:
+    """Return the sides of a grid that are longer than one patch, or all where none is: those that a row shows."""
+    sides = [GridAxis(grid, side) for side in range(len(grid.shape))]
+    return [side for side in sides if side.whole_size != 1] or list(sides)
+
+
+def in_rows(kind: TensorType) -> TensorType:
+    """Return the type with a token axis in the place of a side that is all of its grid, where features come after it.
+
+    It is all of a series, and of a strip one patch high whose other side is gone. Before features, [B, L, C], it is a
+    row of tokens; after them, [B, C, L], it may still be a map.
+    """
+    held = [f.grid for dim in kind for f in dim if isinstance(f, GridAxis)]
+
+    def row(dim: Dim) -> Dim:
+        (factor,) = dim if len(dim) == 1 else (None,)
+        if not isinstance(factor, GridAxis) or held.count(factor.grid) != 1:
+            return dim
+        return merge_grids(dim) if long_sides(factor.grid) == [factor] else dim
+
+    return (*map(row, kind[:-1]), *kind[-1:])
 
 
 def _region(dim: Dim) -> Dim:
@@ -341,7 +364,8 @@ def _region(dim: Dim) -> Dim:
     if not parts or len(parts) != len(dim) or len({part.grid for part in parts}) > 1:
         return dim
     grid = parts[0].grid
-    if {part.side for part in parts} != set(range(len(grid.shape))) or len(grid.shape) < 2:
+    long = {side for side, size in enumerate(grid.shape) if size != 1}
+    if {part.side for part in parts} != long or len(long) < 2:
         return dim
     shape = tuple(part.whole_size for part in parts)
     strides = "x".join(f"{part.side}_{part.whole_size}by{part.stride}" for part in parts)

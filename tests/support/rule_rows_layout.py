@@ -283,6 +283,11 @@ def spatial() -> Iterator[Row]:
         "a grid without a batch",
     )
     yield Row(aten.max_pool2d.default, lambda x: F.max_pool2d(grid(x), 2), other, cuts)
+    volume, slices = (lambda x: grid(x)[:, :, None]), "B, 8, h0, h1, h2"
+    yield Row(aten.max_pool3d.default, lambda x: F.max_pool3d(volume(x), (1, 2, 2)), slices, cuts)
+    yield Row(aten.avg_pool3d.default, lambda x: F.avg_pool3d(volume(x), (1, 2, 2)), slices, cuts)
+    series, needs = "B, 8, h0", "it needs the whole grid"
+    yield Row(aten.max_pool1d.default, lambda x: F.max_pool1d(x.transpose(1, 2), 2), series, needs)
     yield Row(aten.adaptive_avg_pool2d.default, lambda x: F.adaptive_avg_pool2d(grid(x), 2), other, cuts)
     for op, mode, antialias in (
         (aten.upsample_bilinear2d.vec, "bilinear", False),

@@ -18,6 +18,7 @@ from gtp_fx.types.axes import (
     Plain,
     TensorType,
     holds_images,
+    in_rows,
     is_plain,
     merge_grids,
     merge_plain,
@@ -36,7 +37,7 @@ from gtp_fx.types.rules.unfold import unfolded
 def permute(call: Call) -> RuleResult:
     """Reorder the dimensions."""
     x = call.type(0)
-    return RuleResult(tuple(x[d] for d in call.arg(1)), operands={call.operand(0): x})
+    return RuleResult(in_rows(tuple(x[d] for d in call.arg(1))), operands={call.operand(0): x})
 
 
 @rule(aten.transpose.int)
@@ -45,7 +46,7 @@ def transpose(call: Call) -> RuleResult:
     x = list(call.type(0))
     a, b = call.arg(1), call.arg(2)
     x[a], x[b] = x[b], x[a]
-    return RuleResult(tuple(x), operands={call.operand(0): call.type(0)})
+    return RuleResult(in_rows(tuple(x)), operands={call.operand(0): call.type(0)})
 
 
 @rule(aten.t.default, aten.numpy_T.default)
@@ -85,6 +86,7 @@ def squeeze(call: Call) -> RuleResult:
     wanted = call.arg(1)
     dims = {d % len(x) for d in ([wanted] if isinstance(wanted, int) else wanted)}
     kept = tuple(dim for i, dim in enumerate(x) if i not in dims or whole_size(dim) != 1)
+    kept = in_rows(kept)
     # All tokens are needed: if only one were computed, its dimension would be removed too.
     tokens = not all(is_plain(x[d]) for d in dims)
     return RuleResult(kept, operands={call.operand(0): x}, prefix_operands=NEEDS_ALL if tokens else None)
