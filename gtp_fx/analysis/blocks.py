@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.branches import Branch, NoBranch, find_branch, pooled_to
+from gtp_fx.analysis.branches import Branch, NoBranch, find_branch, keys_beside, pooled_to
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import (
     ancestors,
@@ -168,14 +168,15 @@ def _refusal(attention: fx.Node, reason: str) -> Refusal:
 def self_attention_axis(node: fx.Node, typing: WholeTyping) -> TokenAxis | None:
     """Return the token axis that queries and keys share, or None where this isn't self-attention over tokens.
 
-    Keys may be pooled; each then stands for the tokens of one cell of the queries' grid.
+    Keys may be pooled; each then stands for the tokens of one cell of the queries' grid. Others, learned or computed,
+    may stand before and after those of the tokens.
     """
     query, key = node.args[0], node.args[1]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
     if typing.answers[node].barrier:
         return None
     axis = token_axis(typing.type(query)[-2])
-    same = axis is not None and axis == token_axis(typing.type(key)[-2])
+    same = axis is not None and keys_beside(typing.type(query), typing.type(key)) is not None
     return axis if same or pooled_to(typing.type(query), typing.type(key)) else None
 
 

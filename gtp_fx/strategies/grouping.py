@@ -140,7 +140,8 @@ class Grouping:
     def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
         operands = (attention.q, attention.k, attention.v, attention.bias, attention.scale)
         score = self.score if scored else "none"
-        both = emit(gtp_fx.attention_with_scores.default, *operands, 1.0, score, axis.prefix, axis.suffix)
+        around = (axis.prefix, axis.suffix, *attention.others())
+        both = emit(gtp_fx.attention_with_scores.default, *operands, 1.0, score, *around)
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
 
     def attend_cells(
@@ -183,8 +184,8 @@ class Grouping:
         listed = emit(
             gtp_fx.group.default,
             site.stream,
-            None if attention is None else attention.k,
-            None if attention is None else attention.v,
+            None if attention is None else attention.of_tokens(emit, attention.k),
+            None if attention is None else attention.of_tokens(emit, attention.v),
             self.ranking(emit, site),
             state.carried[-1] if state.carried and self.sized else None,
             state.index,

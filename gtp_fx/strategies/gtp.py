@@ -197,6 +197,7 @@ class GTP:
             self.score if scored else "none",
             axis.prefix,
             axis.suffix,
+            *attention.others(),
         )
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
 

@@ -6,11 +6,13 @@ places them. It also prices them, so that a budget includes the strategy's own w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.targets.work import Work
 from gtp_fx.types.axes import Grid, TokenAxis
@@ -91,13 +93,17 @@ class StreamState:
 
 @dataclass(frozen=True)
 class Attention:
-    """The operands of a scaled dot-product attention node; `bias` and `scale` may be None."""
+    """The operands of a scaled dot-product attention node; `bias` and `scale` may be None.
+
+    beside: how many keys come before and after those of the tokens: learned ones, memory.
+    """
 
     q: fx.Node
     k: fx.Node
     v: fx.Node
     bias: fx.Node | None
     scale: float | None
+    beside: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, node: fx.Node) -> Attention:
@@ -105,6 +111,17 @@ class Attention:
         q, k, v, *rest = node.args
         bias = rest[0] if rest else node.kwargs.get("attn_mask")
         return cls(q, k, v, bias, node.kwargs.get("scale"))  # type: ignore[arg-type]
+
+    def others(self) -> tuple[int, ...]:
+        """Return `beside` as the operators take it: nothing where every key is a token's."""
+        return self.beside if any(self.beside) else ()
+
+    def of_tokens(self, emit: Emit, keys: fx.Node) -> fx.Node:
+        """Return the tokens' part of keys or values [B, H, M, D]."""
+        before, after = self.beside
+        if not any(self.beside):
+            return keys
+        return emit(aten.slice.Tensor, keys, -2, before, -after if after else sys.maxsize)
 
 
 @dataclass(frozen=True)

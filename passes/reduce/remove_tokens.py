@@ -20,6 +20,7 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.branches import keys_beside
 from gtp_fx.analysis.placement import cut_of, ends_of, updated_edges
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.errors import UnsupportedModelError
@@ -210,7 +211,8 @@ class _Walk:
         strategy = self.plan.strategy
         if keys is not None and state is not None and strategy.reads_scales:
             bias = emit(gtp_fx.key_bias.default, state.scale, keys.prefix, keys.suffix, bias, attention.q)
-        operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale)
+        beside = keys_beside(self.wanted(node, 0), self.wanted(node, 1)) or (0, 0)
+        operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale, beside)
         if block is not None:
             self.attention[block.index] = operands
         scored = block is not None and block.index in self.plan.propagated and strategy.score != "none"

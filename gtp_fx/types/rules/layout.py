@@ -14,9 +14,12 @@ from gtp_fx.types.axes import (
     CountOf,
     Dim,
     Factor,
+    Grid,
     GridAxis,
     Plain,
     TensorType,
+    TokenAxis,
+    TokenDomain,
     holds_images,
     in_rows,
     is_plain,
@@ -121,8 +124,23 @@ def view(call: Call) -> RuleResult:
     x = call.type(0)
     born = unfolded(call.node) if all(map(is_plain, x)) else None
     output = regroup(born or [factor for dim in x for factor in split_tokens(dim)], call.output_shape())
-    output = folded(output, call.node.name)
+    output = tuple(_end_to_end(dim, call.node.name) for dim in folded(output, call.node.name))
     return RuleResult(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
+
+
+def _end_to_end(dim: Dim, birth: str) -> Dim:
+    """Return the tokens of several images (frames, groups of bands) that follow each other in one sequence as one axis.
+
+    Any other dimension is returned as it is. Raises NoRule where tokens have been removed, of each image others.
+    """
+    several, axis = dim if len(dim) == 2 else (None, None)
+    if not isinstance(several, Plain) or not several.images or is_symbolic(several.size):
+        return dim
+    if not isinstance(axis, TokenAxis) or axis.prefix or axis.suffix or axis.domain.grid.parts:
+        return dim
+    if axis.domain.level:
+        raise NoRule("it puts the tokens of several images in one sequence, and each keeps tokens of its own")
+    return (TokenAxis(TokenDomain(Grid.of_several(birth, [axis.domain.grid] * several.size))),)
 
 
 @rule(*FLATTENINGS)
