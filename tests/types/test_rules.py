@@ -352,6 +352,8 @@ def test_refused_behind_a_site(row: Refused) -> None:
         (lambda x: strip(x)[:, :, 0].permute(0, 2, 1), "B, m0, 3"),
         (lambda x: strip(x).mean(2).transpose(1, 2), "B, m0, 3"),
         (lambda x: strip(x).mean(2), "B, 3, h1"),
+        (lambda x: torch.stack([in_a_row(x), in_a_row(x + 1)], 1).reshape(-1, 24, 3), "B, m0, 3"),
+        (lambda x: torch.stack([in_a_row(x), in_a_row(x + 1)], 2).reshape(-1, 24, 3), "B, 2*m0, 3"),
     ],
     ids=[
         "patches",
@@ -371,11 +373,17 @@ def test_refused_behind_a_site(row: Refused) -> None:
         "a strip's only line",
         "a strip's mean line",
         "a map of one line",
+        "two in a sequence",
+        "two by turns",
     ],
 )
 def test_a_grid_is_born_where_views_cut_an_image(cut: Callable[[Tensor], Tensor], typed: str) -> None:
     gm = traced(cut, fake(IMAGE))
     assert spelled(infer_types(gm.graph).type(result_of(gm))) == typed
+
+
+def in_a_row(image: Tensor) -> Tensor:
+    return F.max_pool2d(image, 2).flatten(2).transpose(1, 2)
 
 
 def strip(image: Tensor) -> Tensor:
