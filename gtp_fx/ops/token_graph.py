@@ -127,10 +127,9 @@ def taken_places(places_BGR: Tensor, index_Bn: Tensor) -> Tensor:
     """Return the places of some patches of each image: [1 or B, G, R], [B, …] -> [B, …, R]."""
     if places_BGR.shape[0] == 1:
         return places_BGR[0][index_Bn]
-    flat_Bn = index_Bn.flatten(1)
-    return places_BGR.gather(1, flat_Bn[..., None].expand(-1, -1, places_BGR.shape[-1])).unflatten(
-        1, index_Bn.shape[1:]
-    )
+    sides = places_BGR.shape[-1]
+    flat_BnR = places_BGR.gather(1, index_Bn.flatten(1)[..., None].expand(-1, -1, sides))
+    return flat_BnR.reshape(*index_Bn.shape, sides)
 
 
 def _count(grid: list[int], places_BGR: Tensor | None) -> int:

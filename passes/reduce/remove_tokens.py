@@ -291,7 +291,8 @@ class _Walk:
 
     def _node_named(self, name: str) -> fx.Node:
         """Return a node that types name."""
-        return next(node for node in self.graph.nodes if node.name == name)
+        named: fx.Node = next(node for node in self.graph.nodes if node.name == name)
+        return named
 
 
 def _levels_between(step: Step) -> list[int]:

@@ -75,10 +75,10 @@ def index(call: Call) -> RuleResult:
         return _plain(call)
     if len(places) == 1 and len(shape_of(given[places[0]])) == 1:
         return _along(call, x, places[0], given[places[0]])
-    rows, tokens = (given[place] for place in places) if places == [0, 1] else (None, None)
-    axis = token_axis(x[1]) if len(x) > 1 else None
-    if rows is None or axis is None or not is_plain(x[0]) or not _counts_images(rows, whole_size(x[0])):
+    axis = token_axis(x[1]) if places == [0, 1] else None
+    if axis is None or not is_plain(x[0]) or not _counts_images(given[0], whole_size(x[0])):
         raise NoRule("it picks entries by several tensors of numbers, or along several dimensions")
+    tokens = given[1]
     shape = shape_of(tokens)
     if len(shape) != 2 or shape[0] != whole_size(x[0]):
         raise NoRule("it picks other numbers of tokens than one row an image")
@@ -158,7 +158,7 @@ def _counts_images(rows: Any, images: int) -> bool:
         rows = rows.args[0]
     if not isinstance(rows, fx.Node) or shape_of(rows) != (images,):
         return False
-    first, step = {aten.arange.default: (0, 1), aten.arange.start: (rows.args[0], 1)}.get(rows.target, (None, None))
-    if rows.target is aten.arange.start_step:
-        first, step = rows.args[0], rows.args[2] if len(rows.args) > 2 else 1
-    return (first, step) == (0, 1)
+    if rows.target is aten.arange.default:
+        return True
+    counted = rows.target in (aten.arange.start, aten.arange.start_step) and rows.args[0] == 0
+    return counted and rows.args[2:3] in ((), (1,))
