@@ -161,4 +161,4 @@ def _counts_images(rows: Any, images: int) -> bool:
     if rows.target is aten.arange.default:
         return True
     counted = rows.target in (aten.arange.start, aten.arange.start_step) and rows.args[0] == 0
-    return counted and rows.args[2:3] in ((), (1,))
+    return bool(counted) and rows.args[2:3] in ((), (1,))
