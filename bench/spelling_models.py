@@ -8,6 +8,7 @@ first spelling of every part is the canonical one.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -54,6 +55,46 @@ PATCHES: Part = {
 
 # ---- tokens: patches [B, N - 1, C], cls [1, 1, C], position [1, N, C] -> [B, N, C]
 
+ORDER = tuple(torch.randperm(GRID * GRID, generator=torch.Generator().manual_seed(0)).tolist())
+"""The patches in another order."""
+
+
+def _in_order(x: Tensor, cls: Tensor, pos: Tensor, arranged: Callable[[Tensor], Tensor]) -> Tensor:
+    """Tokens whose patches, positions added, are arranged anew."""
+    return torch.cat([(cls + pos[:, :1]).expand(x.shape[0], -1, -1), arranged(x + pos[:, 1:])], 1)
+
+
+def _as_map(x: Tensor) -> Tensor:
+    return x.unflatten(1, (GRID, GRID))
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    half = GRID // 2
+    return x.view(-1, half, 2, half, 2, CHANNELS).transpose(2, 3).reshape(x.shape)
+
+
+def _gathered(x: Tensor) -> Tensor:
+    numbers = torch.tensor(ORDER).expand(x.shape[0], -1)
+    return torch.gather(x, 1, numbers.unsqueeze(-1).repeat(1, 1, CHANNELS))
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    return x[torch.arange(x.shape[0])[:, None], torch.tensor(ORDER).expand(x.shape[0], -1)]
+
+
+ARRANGED: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "column by column": lambda x: _as_map(x).transpose(1, 2).flatten(1, 2),
+    "in blocks of 2 x 2": _in_blocks,
+    "rolled": lambda x: _as_map(x).roll((1, 2), (1, 2)).flatten(1, 2),
+    "backward": lambda x: x.flip(1),
+    "mirrored and rolled": lambda x: _as_map(x).flip(2).roll(2, 2).flatten(1, 2),
+    "by numbers": lambda x: x[:, torch.tensor(ORDER)],
+    "index_select": lambda x: x.index_select(1, torch.tensor(ORDER)),
+    "gathered": _gathered,
+    "by rows and numbers": _by_rows,
+}
+"""Other orders of the patches [B, GRID * GRID, C], all of which have the neighbours that the canonical order has."""
+
 TOKENS_OF: Part = {
     "cat": lambda x, cls, pos: torch.cat([cls.expand(x.shape[0], -1, -1), x], 1) + pos,
     "concat, repeat": lambda x, cls, pos: torch.concat([cls.repeat(x.shape[0], 1, 1), x], dim=1).add_(pos),
@@ -62,6 +103,7 @@ TOKENS_OF: Part = {
     "looked up": lambda x, cls, pos: (
         torch.cat([cls.expand(x.shape[0], -1, -1), x], 1) + F.embedding(torch.arange(TOKENS), pos[0])
     ),
+    **{name: functools.partial(_in_order, arranged=arranged) for name, arranged in ARRANGED.items()},
 }
 
 # ---- norms: x [..., C], weight [C], bias [C]

@@ -10,7 +10,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.attention_maps import AttentionMap, find_map
-from gtp_fx.analysis.branches import Branch, NoBranch, find_branch, pooled_to
+from gtp_fx.analysis.branches import Branch, NoBranch, find_branch, keys_beside, pooled_to
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import (
     ancestors,
@@ -28,6 +28,7 @@ from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import SiteTyping, WholeTyping
 from gtp_fx.types.layouts import base_of
+from gtp_fx.types.places import is_window
 
 MARK = "gtp_block"
 _SHARES = (*SCALINGS, *CASTS, *CASTS_LIKE, *DROPOUTS, *PERMUTATIONS, aten.neg.default)
@@ -104,7 +105,7 @@ def read_blocks(typing: WholeTyping, with_sites: SitesTyped) -> tuple[AttentionB
     marked = {(mark.role, mark.index): node for node, mark in marks_of(typing.graph)}
     # Grids that some blocks attend over in windows: they stay whole, for the blocks that attend over all of them too.
     windowed = {
-        base_of(axis.domain.grid) for node in marked.values() if (axis := node.meta[MARK].axis).domain.grid.parts
+        base_of(axis.domain.grid) for node in marked.values() if is_window((axis := node.meta[MARK].axis).domain.grid)
     }
     blocks = []
     for (role, index), attention in marked.items():
@@ -174,14 +175,15 @@ def _refusal(attention: fx.Node, reason: str) -> Refusal:
 def self_attention_axis(node: fx.Node, typing: WholeTyping) -> TokenAxis | None:
     """Return the token axis that queries and keys share, or None where this isn't self-attention over tokens.
 
-    Keys may be pooled; each then stands for the tokens of one cell of the queries' grid.
+    Keys may be pooled; each then stands for the tokens of one cell of the queries' grid. Others, learned or computed,
+    may stand before and after those of the tokens.
     """
     query, key = node.args[0], node.args[1]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
     if typing.answers[node].barrier:
         return None
     axis = token_axis(typing.type(query)[-2])
-    same = axis is not None and axis == token_axis(typing.type(key)[-2])
+    same = axis is not None and keys_beside(typing.type(query), typing.type(key)) is not None
     return axis if same or pooled_to(typing.type(query), typing.type(key)) else None
 
 
@@ -247,7 +249,7 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> R
     query, key = attention.args[0], attention.args[1]
     if pooled_to(typing.type(query), typing.type(key)):  # type: ignore[arg-type]
         return refuse("keys are pooled over the grid, which has to stay whole for it")
-    if attention.meta[MARK].axis.domain.grid.parts:
+    if is_window(attention.meta[MARK].axis.domain.grid):
         return refuse(
             "tokens attend within windows here, and the grid has to stay whole for the windows of the next block"
         )

@@ -119,6 +119,8 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
         raise NoBranch("attention dropout is active, which attention with scores does not have")
     if not all(isinstance(f, GridAxis) for f in split_tokens(query[-2])):
         raise NoBranch("tokens that are no patches attend together with the patches")
+    if keys_beside(query, typing.type(operands.k)) not in (None, (0, 0)):
+        raise NoBranch("its keys hold more than its tokens")
     lead, heads = _lead_and_heads(query)
     if len(query) > 4 and operands.bias is not None:
         raise NoBranch("its attention has a bias and more than four dimensions")
@@ -145,6 +147,18 @@ def pooled_to(query: TensorType, key: TensorType) -> tuple[int, ...]:
         return ()
     divides = all(size % count == 0 for size, count in zip(grid.shape, cells.shape, strict=True))
     return cells.shape if divides else ()
+
+
+def keys_beside(query: TensorType, key: TensorType) -> tuple[int, int] | None:
+    """Return how many keys come before and after those of the queries' tokens; None where these aren't among the keys.
+
+    query, key: [..., tokens, features].
+    """
+    queries, keys = token_axis(query[-2]), token_axis(key[-2])
+    if queries is None or keys is None or queries.domain != keys.domain:
+        return None
+    before, after = keys.prefix - queries.prefix, keys.suffix - queries.suffix
+    return (before, after) if min(before, after) >= 0 else None
 
 
 def _next_branch(site: fx.Node, typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:

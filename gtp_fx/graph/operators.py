@@ -53,7 +53,14 @@ PRODUCTS_WITHOUT_FORMULA: frozenset[str] = frozenset(_WITHOUT_FORMULA.split())
 
 Products with a vector (mv, dot) aren't among them: they are sums like any reduction, and count as nothing there, too.
 """
-POOLINGS: Family = (aten.avg_pool2d.default, aten.max_pool2d.default, aten.adaptive_avg_pool2d.default)
+POOLINGS: Family = (
+    aten.max_pool1d.default,
+    aten.avg_pool2d.default,
+    aten.max_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.avg_pool3d.default,
+    aten.max_pool3d.default,
+)
 GRID_MAKERS: Family = (*CONVOLUTIONS, *POOLINGS)
 """Operators at which a grid of patches may begin."""
 

@@ -13,7 +13,8 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.graph.operators import PERMUTATIONS, REARRANGED, VIEWS
 from gtp_fx.graph.symbols import divided, shape_of
 
-_REARRANGING = (*VIEWS, *PERMUTATIONS, *REARRANGED, aten.unfold.default)
+REARRANGING = (*VIEWS, *PERMUTATIONS, *REARRANGED, aten.unfold.default)
+"""Operators that `rearranged` follows."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def chain_before(node: fx.Node) -> list[fx.Node]:
     """Return the rearranging operators right before `node`, and `node` itself, the first one first."""
     chain = [node]
     before: Any = node.args[0]
-    while isinstance(before, fx.Node) and before.target in _REARRANGING:
+    while isinstance(before, fx.Node) and before.target in REARRANGING:
         chain.insert(0, before)
         before = before.args[0]
     return chain

@@ -23,7 +23,7 @@ SCORES = {
 """Scores that attention may give tokens; those of low score are removed first."""
 
 
-def _attention_shapes(q, k, v, bias, scale, sparsity, score, prefix, suffix):  # type: ignore[no-untyped-def]
+def _attention_shapes(q, k, v, bias, scale, sparsity, score, prefix, suffix, before=0, after=0):  # type: ignore[no-untyped-def]
     batch, heads, tokens, _ = q.shape
     ranked = 0 if score == "none" else tokens - prefix - suffix
     return v.new_empty(batch, heads, tokens, v.shape[-1]), q.new_empty(batch, ranked, dtype=torch.float32)
@@ -45,16 +45,20 @@ def attention_with_scores(
     score: str,
     prefix: int,
     suffix: int,
+    before: int = 0,
+    after: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Scaled dot-product self-attention that also scores each patch token; tokens of low score are removed first.
 
-    q, k, v: [B, H, N, D].
-    bias: additive, broadcasts to [B, H, N, N]; None for none.
+    q, k, v: [B, H, N, D]; k and v [B, H, before + N + after, D].
+    bias: additive, broadcasts to [B, H, N, before + N + after]; None for none.
     scale: factor of the logits; None for D**-0.5.
     sparsity: the paper's theta in (0, 1]. In each head's N x N map the int(N^2 (1 - theta)) smallest entries become 0
         after softmax, without renormalising (attention sparsification); 1 keeps all.
     score: a name in `SCORES`, or "none" for no scores.
     prefix, suffix: tokens before and after the n patches, N in all.
+    before, after: keys before and after the tokens' own that are no tokens. They take part in the softmax, and scores
+        don't count what they get.
 
     Returns the output [B, H, N, D] and the scores [B, n] ([B, 0] for "none") in float32. Softmax and scores are
     computed in float32, as in fused attention, so bfloat16 ranks tokens by the same numbers up to the rounding of q and
@@ -65,6 +69,7 @@ def attention_with_scores(
     if sparsity < 1.0 and (dropped := entries_dropped(q.shape[-2] * k.shape[-2], sparsity)):
         exp_BHNN = above(exp_BHNN, inverse_BHN1, smallest_kept(exp_BHNN, inverse_BHN1, dropped))
     out = torch.matmul(exp_BHNN.to(v.dtype), v) * inverse_BHN1.to(v.dtype)
+    exp_BHNN = exp_BHNN[..., before : exp_BHNN.shape[-1] - after]
     return out, _scores(exp_BHNN, inverse_BHN1, score, prefix, exp_BHNN.shape[-1] - suffix)
 
 

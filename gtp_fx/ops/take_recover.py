@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.register import operator
-from gtp_fx.ops.token_graph import coordinates
+from gtp_fx.ops.token_graph import coordinates, taken_places
 
 
 def _taken_shapes(x, index_BK, images, tokens, prefix, suffix):  # type: ignore[no-untyped-def]
@@ -21,7 +21,7 @@ def _taken_shapes(x, index_BK, images, tokens, prefix, suffix):  # type: ignore[
     return _tokens_back(x.new_empty(shape), images, tokens)
 
 
-def _share_shapes(weights_BKP, kept_BK, propagated_BP, grid):  # type: ignore[no-untyped-def]
+def _share_shapes(weights_BKP, kept_BK, propagated_BP, grid, places_BGR=None):  # type: ignore[no-untyped-def]
     return kept_BK.new_empty(*propagated_BP.shape, kept_BK.shape[1], dtype=torch.float32)
 
 
@@ -53,7 +53,13 @@ def take_tokens(x: Tensor, index_BK: Tensor, images: int, tokens: int, prefix: i
 
 
 @operator(_share_shapes)
-def recovery_weights(weights_BKP: Tensor | None, kept_BK: Tensor, propagated_BP: Tensor, grid: list[int]) -> Tensor:
+def recovery_weights(
+    weights_BKP: Tensor | None,
+    kept_BK: Tensor,
+    propagated_BP: Tensor,
+    grid: list[int],
+    places_BGR: Tensor | None = None,
+) -> Tensor:
     """Compute the shares of the kept tokens in each recovered one: [B, P, K] in float32; rows sum to 1.
 
     A removed token comes back as the mean of those that received it, weighted by how much they received: the edges that
@@ -63,13 +69,14 @@ def recovery_weights(weights_BKP: Tensor | None, kept_BK: Tensor, propagated_BP:
     weights_BKP: from `propagation_weights`; None where nothing of the removed tokens was kept.
     kept_BK, propagated_BP: indices of the kept and the removed patches into the whole grid.
     grid: the grid's sides in patches.
+    places_BGR: as in `token_graph`; kept_BK and propagated_BP are then indices into all patches of the stream.
     """
     if weights_BKP is None:
         weights_BKP = kept_BK.new_zeros(*kept_BK.shape, propagated_BP.shape[1], dtype=torch.float32)
     received_BPK = weights_BKP.transpose(1, 2)
     total_BP1 = received_BPK.sum(dim=-1, keepdim=True)
-    here_GR = coordinates(grid, kept_BK.device)
-    offset_BPKR = here_GR[propagated_BP][:, :, None] - here_GR[kept_BK][:, None, :]
+    here_BGR = coordinates(grid, kept_BK.device)[None] if places_BGR is None else places_BGR
+    offset_BPKR = taken_places(here_BGR, propagated_BP)[:, :, None] - taken_places(here_BGR, kept_BK)[:, None, :]
     nearest_BP1 = offset_BPKR.square().sum(dim=-1).argmin(dim=-1, keepdim=True)
     nearest_BPK = torch.arange(kept_BK.shape[1], device=kept_BK.device) == nearest_BP1
     lonely_BP1 = total_BP1 == 0

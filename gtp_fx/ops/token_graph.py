@@ -24,18 +24,20 @@ GRAPHS = {
 """Kinds of graph, by who the neighbours of a token are."""
 
 
-def _graph_shapes(x_BNC, grid, prefix, kind, neighbors):  # type: ignore[no-untyped-def]
-    batch, count = x_BNC.shape[0], math.prod(map(abs, grid))
+def _graph_shapes(x_BNC, grid, prefix, kind, neighbors, places_BGR=None):  # type: ignore[no-untyped-def]
+    batch, count = x_BNC.shape[0], _count(grid, places_BGR)
     near = x_BNC.new_empty(batch, count, 0 if kind == "spatial" else neighbors, dtype=torch.int64)
     return near, x_BNC.new_empty(batch, count, dtype=torch.float32)
 
 
-def _weight_shapes(near_BGM, inv_sqrt_degree_BG, kept_BK, propagated_BP, grid, kind):  # type: ignore[no-untyped-def]
+def _weight_shapes(near_BGM, inv_sqrt_degree_BG, kept_BK, propagated_BP, grid, kind, places_BGR=None):  # type: ignore[no-untyped-def]
     return inv_sqrt_degree_BG.new_empty(*kept_BK.shape, propagated_BP.shape[1])
 
 
 @operator(_graph_shapes)
-def token_graph(x_BNC: Tensor, grid: list[int], prefix: int, kind: str, neighbors: int) -> tuple[Tensor, Tensor]:
+def token_graph(
+    x_BNC: Tensor, grid: list[int], prefix: int, kind: str, neighbors: int, places_BGR: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Build the graph over the patch tokens that enter the first block.
 
     x_BNC: [B, prefix + G (+ suffix), C].
@@ -43,23 +45,25 @@ def token_graph(x_BNC: Tensor, grid: list[int], prefix: int, kind: str, neighbor
     prefix: tokens before the patches.
     kind: a name in `GRAPHS`.
     neighbors: M < G.
+    places_BGR: [1 or B, G, R], where on the grid each of the G patches is, if they are in another order or fewer; from
+        `grid_places`.
 
     Returns the semantic neighbours [B, G, M] (int64; M = 0 for a spatial graph) and D^-1/2 [B, G] (float32). A token
     without neighbours has no edges, and 0 in D^-1/2 instead of infinity.
     """
-    batch, count = x_BNC.shape[0], math.prod(map(abs, grid))
-    here_GR = coordinates(grid, x_BNC.device)
-    spatial_GG = _adjacent(here_GR[:, None], here_GR[None, :])
+    batch, count = x_BNC.shape[0], _count(grid, places_BGR)
+    here_BGR = coordinates(grid, x_BNC.device)[None] if places_BGR is None else places_BGR
+    spatial_BGG = _adjacent(here_BGR[:, :, None], here_BGR[:, None, :])
     if kind == "spatial":
         near_BGM = torch.zeros(batch, count, 0, dtype=torch.int64, device=x_BNC.device)
-        degree_BG = spatial_GG.sum(dim=-1).float().expand(batch, count)
+        degree_BG = spatial_BGG.sum(dim=-1).float().expand(batch, count)
     else:
         near_BGM = _most_similar(x_BNC[:, prefix : prefix + count].detach(), neighbors)
         degree_BG = torch.full((batch, count), float(neighbors), device=x_BNC.device)
         if kind == "mixed":
             # Degrees of a union: neighbours of both kinds count once.
-            both_BGM = _adjacent(here_GR[None, :, None], here_GR[near_BGM])
-            degree_BG = degree_BG + spatial_GG.sum(dim=-1) - both_BGM.sum(dim=-1)
+            both_BGM = _adjacent(here_BGR[:, :, None], taken_places(here_BGR, near_BGM))
+            degree_BG = degree_BG + spatial_BGG.sum(dim=-1) - both_BGM.sum(dim=-1)
     return near_BGM, torch.where(degree_BG > 0, degree_BG.clamp(min=1.0).rsqrt(), 0.0)
 
 
@@ -71,18 +75,22 @@ def propagation_weights(
     propagated_BP: Tensor,
     grid: list[int],
     kind: str,
+    places_BGR: Tensor | None = None,
 ) -> Tensor:
     """Compute Â[kept, removed], [B, K, P] in float32: how much of each propagated token a kept one receives.
 
     near_BGM, inv_sqrt_degree_BG: from `token_graph`.
-    kept_BK, propagated_BP: indices into the whole grid.
+    kept_BK, propagated_BP: indices into the whole grid, or into all patches of the stream where `places_BGR` is given.
     grid: the grid's sides in patches.
     kind: a name in `GRAPHS`.
+    places_BGR: as in `token_graph`.
     """
     edge_BKP = torch.zeros(1, 1, 1, dtype=torch.bool, device=kept_BK.device)
     if kind != "semantic":
-        here_GR = coordinates(grid, kept_BK.device)
-        edge_BKP = _adjacent(here_GR[kept_BK][:, :, None], here_GR[propagated_BP][:, None, :])
+        here_BGR = coordinates(grid, kept_BK.device)[None] if places_BGR is None else places_BGR
+        edge_BKP = _adjacent(
+            taken_places(here_BGR, kept_BK)[:, :, None], taken_places(here_BGR, propagated_BP)[:, None, :]
+        )
     if kind != "spatial":
         near_BKM = near_BGM.gather(1, kept_BK[..., None].expand(-1, -1, near_BGM.shape[-1]))
         edge_BKP = edge_BKP | (near_BKM[:, :, None, :] == propagated_BP[:, None, :, None]).any(dim=-1)
@@ -105,6 +113,28 @@ def coordinates(grid: list[int], device: torch.device) -> Tensor:
         sides.append(index % side)
         index = index.div(side, rounding_mode="floor")
     return torch.stack(sides[::-1], dim=-1)
+
+
+def place_numbers(places_BGR: Tensor, grid: list[int]) -> Tensor:
+    """Return the row-major number of each place on a grid: what `coordinates` is undone by, [B, G]."""
+    number_BG = places_BGR[..., 0] // (1 + sum(grid[1:]) if grid[0] < 0 else 1)
+    for side, size in enumerate(grid[1:], start=1):
+        number_BG = number_BG * size + places_BGR[..., side]
+    return number_BG
+
+
+def taken_places(places_BGR: Tensor, index_Bn: Tensor) -> Tensor:
+    """Return the places of some patches of each image: [1 or B, G, R], [B, …] -> [B, …, R]."""
+    if places_BGR.shape[0] == 1:
+        return places_BGR[0][index_Bn]
+    sides = places_BGR.shape[-1]
+    flat_BnR = places_BGR.gather(1, index_Bn.flatten(1)[..., None].expand(-1, -1, sides))
+    return flat_BnR.reshape(*index_Bn.shape, sides)
+
+
+def _count(grid: list[int], places_BGR: Tensor | None) -> int:
+    """Return G, the number of patches."""
+    return math.prod(map(abs, grid)) if places_BGR is None else places_BGR.shape[1]
 
 
 def _adjacent(a_R: Tensor, b_R: Tensor) -> Tensor:

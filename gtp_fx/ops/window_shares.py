@@ -47,13 +47,16 @@ def region_shares(places_WnR: Tensor, kept_BK: Tensor, propagated_BP: Tensor) ->
 
 
 def _place_shapes(grid, like):  # type: ignore[no-untyped-def]
-    return like.new_empty(1, *grid, len(grid), dtype=torch.int64)
+    return like.new_empty(1, *map(abs, grid), len(grid), dtype=torch.int64)
 
 
 @operator(_place_shapes)
 def grid_places(grid: list[int], like: Tensor) -> Tensor:
-    """Return the row and column (and so on) of every patch, [1, *grid, R], on the device of `like`."""
-    return coordinates(grid, like.device).reshape(1, *grid, len(grid))
+    """Return the row and column (and so on) of every patch, [1, *grid, R], on the device of `like`.
+
+    grid: the grid's sides, as in `token_graph`.
+    """
+    return coordinates(grid, like.device).reshape(1, *map(abs, grid), len(grid))
 
 
 def _apart(a_R: Tensor, b_R: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ class Plan:
         return domain.whole_count - sum(self.schedule.propagated[site.block] for site in passed)
 
 
-def removed_by_stream(sites: Sequence[Site], counts: Sequence[int]) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Return, for each shortened stream, the sides of its grid and the tokens removed at each of its sites, in order.
+def removed_by_stream(sites: Sequence[Site], counts: Sequence[int]) -> list[tuple[Grid, list[int]]]:
+    """Return, for each shortened stream, its grid and the tokens removed at each of its sites, in order.
 
     Sites where tokens skip a branch shorten no stream and are left out.
     """
@@ -64,7 +64,7 @@ def removed_by_stream(sites: Sequence[Site], counts: Sequence[int]) -> list[tupl
     for site, count in zip(sites, counts, strict=True):
         if site.branch is None:
             streams.setdefault(site.domain.grid, []).append(count)
-    return [(tuple(grid.sides), removed) for grid, removed in streams.items()]
+    return list(streams.items())
 
 
 def _numbered(sites: Iterable[Site]) -> tuple[Site, ...]:

@@ -14,23 +14,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from torch.utils import _pytree as pytree
 
 from gtp_fx.graph.edit import call, returning
+from gtp_fx.ops.token_graph import place_numbers
 from gtp_fx.passes.reduce.remove_tokens import SITE
 from gtp_fx.strategies.protocol import Removal
 from gtp_fx.types.axes import Grid
+from gtp_fx.types.places import home_of
 
 
 @dataclass(frozen=True, eq=False)
 class Provenance:
     """Origin of one stream's tokens after its last site.
 
-    grid: sides of the grid that the stream's patches stand on.
+    grid: sides of the grid that the stream's patches stand on; a row where they have no places.
     matrix: [B, K, G], weight of each of the grid's G patches (row-major) in each of the K remaining tokens.
-    index: [B, K], the remaining tokens' places on the grid (row-major), ascending.
+    index: [B, K], the remaining tokens' places on the grid (row-major), in the stream's order.
     """
 
     grid: tuple[int, ...]
@@ -52,6 +55,7 @@ class SiteRecord:
     own: [B, K], how much of itself each kept token keeps; None where that is all.
     alpha: factor of `weights`.
     of_whole: whether `kept` and `propagated` index the whole grid instead of the tokens that the site had.
+    places: [1 or B, G, R], where each patch of the whole stream is on the grid; None where they are in its order.
     """
 
     grid: Grid
@@ -62,6 +66,7 @@ class SiteRecord:
     own: int | None
     alpha: float
     of_whole: bool
+    places: int | None = None
 
 
 def record_sites(gm: fx.GraphModule) -> tuple[SiteRecord, ...]:
@@ -70,7 +75,7 @@ def record_sites(gm: fx.GraphModule) -> tuple[SiteRecord, ...]:
     records = []
     for node in number:
         if SITE in node.meta:
-            grid, state = node.meta[SITE]
+            grid, state, places = node.meta[SITE]
             removal: Removal = state.removal
             propagated, weights, own = None, removal.weights, removal.own
             if weights is not None:  # else nothing reads the removed tokens' indices, and the node may not exist
@@ -85,6 +90,7 @@ def record_sites(gm: fx.GraphModule) -> tuple[SiteRecord, ...]:
                     own=None if own is None else number[own],
                     alpha=removal.alpha,
                     of_whole=removal.of_whole,
+                    places=None if places is None else number[places],
                 )
             )
     return tuple(records)
@@ -148,8 +154,16 @@ def _by_stream(records: Sequence[SiteRecord]) -> dict[Grid, list[SiteRecord]]:
 
 
 def _provenances(streams: dict[Grid, list[SiteRecord]], flat: Sequence[Tensor]) -> tuple[Provenance, ...]:
-    """Pair streams with their results. flat: matrix and index of each stream, in turn."""
-    return tuple(Provenance(grid.shape, flat[2 * i], flat[2 * i + 1]) for i, grid in enumerate(streams))
+    """Pair streams with their results. flat: what `_carried` returned of each stream, in turn."""
+    found, made = iter(flat), []
+    for grid, sites in streams.items():
+        home, matrix, index = home_of(grid), next(found), next(found)
+        if sites[0].places is not None:  # from the stream's patches to those of the grid that they come from
+            number_BG = place_numbers(next(found), home.sides).expand(len(matrix), -1)
+            matrix = matrix @ F.one_hot(number_BG, math.prod(home.shape)).to(matrix.dtype)
+            index = number_BG.gather(1, index)
+        made.append(Provenance(home.shape, matrix, index))
+    return tuple(made)
 
 
 def calls_of(graph: fx.Graph) -> list[fx.Node]:
@@ -157,8 +171,11 @@ def calls_of(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "call_function"]
 
 
-def _carried(sites: list[SiteRecord], calls: list[fx.Node], device: torch.device) -> tuple[fx.Node, fx.Node]:
-    """Insert what a stream's sites do, applied to the identity; return the nodes of the matrix and the index."""
+def _carried(sites: list[SiteRecord], calls: list[fx.Node], device: torch.device) -> tuple[fx.Node, ...]:
+    """Insert what a stream's sites do, applied to the identity.
+
+    Return the nodes of the matrix, of the index, and of the places where the patches aren't in their grid's order.
+    """
     patches = math.prod(sites[0].grid.shape)
     matrix = identity = _identity(patches, calls[sites[0].place], calls[sites[0].kept], device)
     index = None
@@ -180,7 +197,8 @@ def _carried(sites: list[SiteRecord], calls: list[fx.Node], device: torch.device
             matrix = insert(gtp_fx.propagate.default, matrix, *received, site.alpha, 0, own)
         index = kept if index is None else insert(aten.gather.default, index, 1, kept)
     assert index is not None
-    return matrix, index
+    places = sites[0].places
+    return (matrix, index) if places is None else (matrix, index, calls[places])
 
 
 def _identity(patches: int, first: fx.Node, like: fx.Node, device: torch.device) -> fx.Node:

@@ -19,8 +19,10 @@ from torch.ops import gtp_fx  # type: ignore[import-not-found]
 from gtp_fx.errors import OptionError
 from gtp_fx.graph.edit import returning
 from gtp_fx.graph.nodes import layer_name
+from gtp_fx.ops.token_graph import place_numbers
 from gtp_fx.report.provenance import SiteRecord, calls_of
 from gtp_fx.report.report import SiteRow
+from gtp_fx.types.places import home_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +31,8 @@ class SiteView:
 
     layer: the site's layer.
     grid: sides of the stream's grid; patches are numbered row-major.
-    kept: [K], the patches that remain, ascending.
-    removed: [P], the patches that this site removes, ascending.
+    kept: [K], the patches that remain, in the stream's order.
+    removed: [P], the patches that this site removes, in the stream's order.
     shares: [K, P], how much of each removed token each kept one receives; None where removed tokens are dropped.
     scale: [K], how many patches each kept token stands for after the site. That is its token scale; where kept tokens
         become averages, whose shares aren't counts, it is the number of patches in the average, each removed token
@@ -133,8 +135,12 @@ def _removing_views(
             new_scale = new_scale + (shares if record.own is None else _split(shares)) @ scale[received]
             shares = shares[:, received.argsort()]
         streams[record.grid] = index[kept], new_scale
-        layer = layer_name(nodes[record.place])
-        yield record.place, SiteView(layer, record.grid.shape, index[kept], index[removed], shares, new_scale)
+        layer, home = layer_name(nodes[record.place]), home_of(record.grid)
+        number = torch.arange(count, device=device)
+        if record.places is not None:
+            number = place_numbers(next(found), home.sides)[0]
+        patches = number[index[kept]], number[index[removed]]
+        yield record.place, SiteView(layer, home.shape, *patches, shares, new_scale)
 
 
 def _split(shares_KP: Tensor) -> Tensor:
@@ -143,12 +149,13 @@ def _split(shares_KP: Tensor) -> Tensor:
 
 
 def _values(records: Sequence[SiteRecord], calls: Sequence[fx.Node]) -> list[fx.Node]:
-    """Return the sites' nodes as one list: kept, and where a site passes tokens on, propagated and weights."""
+    """Return the sites' nodes as one list: kept, propagated and weights where a site passes tokens on, and places."""
     wanted: list[int | None] = []
     for record in records:
         wanted.append(record.kept)
         if record.weights is not None:
             wanted += [record.propagated, record.weights]
+        wanted.append(record.places)
     return [calls[number] for number in wanted if number is not None]
 
 

@@ -16,6 +16,7 @@ from gtp_fx.strategies.protocol import SiteShape
 from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 from gtp_fx.types.axes import TokenAxis
+from gtp_fx.types.places import home_of
 
 
 @register_strategy
@@ -55,10 +56,11 @@ class Cluster(Grouping):
             raise OptionError(f"{self}: after and spatial are 0 or more, neighbors 1 or more")
 
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
-        if self.spatial and not axis.domain.grid.placed:
+        grid = axis.domain.grid
+        if self.spatial and (not grid.placed or home_of(grid) != grid):
             return (
-                f"spatial={self.spatial:g} reads the tokens' places on a grid,"
-                " and tokens that come in as an argument have none: give spatial=0"
+                f"spatial={self.spatial:g} reads the tokens' places on a grid, and these have none (they come in as an "
+                "argument, say) or aren't in its order: give spatial=0"
             )
         return super().refuse(axis, skipping)
 

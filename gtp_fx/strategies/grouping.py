@@ -43,7 +43,7 @@ from gtp_fx.strategies.protocol import (
 )
 from gtp_fx.strategies.tokens import Groups, Tokens
 from gtp_fx.targets.work import Work
-from gtp_fx.types.axes import TokenAxis
+from gtp_fx.types.axes import Grid, TokenAxis
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Grouping:
         """
         return 0
 
-    def settled(self, streams: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Grouping:
+    def settled(self, streams: Sequence[tuple[Grid, Sequence[int]]]) -> Grouping:
         return self
 
     def positions(self, blocks: int) -> Collection[int]:
@@ -134,13 +134,14 @@ class Grouping:
     def refuse_stream(self, stream: fx.Node, axis: TokenAxis) -> str:
         return ""
 
-    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
+    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis, places: fx.Node | None) -> StreamState:
         return StreamState()
 
     def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
         operands = (attention.q, attention.k, attention.v, attention.bias, attention.scale)
         score = self.score if scored else "none"
-        both = emit(gtp_fx.attention_with_scores.default, *operands, 1.0, score, axis.prefix, axis.suffix)
+        around = (axis.prefix, axis.suffix, *attention.others())
+        both = emit(gtp_fx.attention_with_scores.default, *operands, 1.0, score, *around)
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
 
     def attend_cells(
@@ -183,8 +184,8 @@ class Grouping:
         listed = emit(
             gtp_fx.group.default,
             site.stream,
-            None if attention is None else attention.k,
-            None if attention is None else attention.v,
+            None if attention is None else attention.of_tokens(emit, attention.k),
+            None if attention is None else attention.of_tokens(emit, attention.v),
             self.ranking(emit, site),
             state.carried[-1] if state.carried and self.sized else None,
             state.index,

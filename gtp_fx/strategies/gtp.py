@@ -28,6 +28,7 @@ from gtp_fx.strategies.protocol import (
 from gtp_fx.strategies.token_scale import AUTO, SCALES_READ_FROM, log_scale_bound
 from gtp_fx.targets.work import Work
 from gtp_fx.types.axes import Grid, TokenAxis
+from gtp_fx.types.places import home_of
 
 BRANCHES = {
     "idle": "a token that skips gets nothing, and stays what it was (IdleViT)",
@@ -48,7 +49,7 @@ class GTP:
 
     score: how tokens are ranked, a name in `gtp_fx.ops.attention.SCORES`.
     graph: which tokens receive from which, a name in `gtp_fx.ops.token_graph.GRAPHS`; "mixed" is "semantic" where
-        tokens come in as an argument, and so have no places on a grid.
+        tokens have no places on a grid, as those that come in as an argument.
     neighbors: M, the semantic neighbours of a token.
     alpha: the share of a propagated token that is passed on.
     token_scale: adds the log token scale of a key to attention's logits; "auto" does so where the plan's counts let it
@@ -141,11 +142,14 @@ class GTP:
         """
         return self.token_scale is not False
 
-    def settled(self, streams: Sequence[tuple[Sequence[int], Sequence[int]]]) -> GTP:
+    def settled(self, streams: Sequence[tuple[Grid, Sequence[int]]]) -> GTP:
         if self.token_scale != AUTO:
             return self
         most = max(
-            (log_scale_bound(grid, self.graph, self.neighbors, self.alpha, counts) for grid, counts in streams),
+            (
+                log_scale_bound(home_of(grid).sides, self.graph, self.neighbors, self.alpha, counts, bool(grid.picked))
+                for grid, counts in streams
+            ),
             default=0,
         )
         return replace(self, token_scale=most > SCALES_READ_FROM)
@@ -158,10 +162,10 @@ class GTP:
 
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
         patches, grid = axis.domain.whole_count, axis.domain.grid
-        if not grid.placed and self.graph == "spatial":
+        if not home_of(grid).placed and self.graph == "spatial":
             return (
-                "graph='spatial' joins neighbours on a grid, and tokens that come in as an argument have none: "
-                "graph='semantic' joins similar ones"
+                "graph='spatial' joins neighbours on a grid, and these tokens have none (they come in as an argument, "
+                "or aren't known to be of one): graph='semantic' joins similar ones"
             )
         if self.score.startswith("cls") and grid.guarded:
             return unknown_prefix(self.score)
@@ -174,16 +178,12 @@ class GTP:
     def refuse_stream(self, stream: fx.Node, axis: TokenAxis) -> str:
         return ""
 
-    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
-        graph = emit(
-            gtp_fx.token_graph.default,
-            stream,
-            axis.domain.grid.sides,
-            axis.prefix,
-            self._graph_over(axis.domain.grid),
-            self.neighbors,
-        )
-        return StreamState(carried=(emit(operator.getitem, graph, 0), emit(operator.getitem, graph, 1)))
+    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis, places: fx.Node | None) -> StreamState:
+        home = home_of(axis.domain.grid)
+        places_too = () if places is None else (places,)
+        over = (home.sides, axis.prefix, self._graph_over(home), self.neighbors, *places_too)
+        graph = emit(gtp_fx.token_graph.default, stream, *over)
+        return StreamState(carried=(emit(operator.getitem, graph, 0), emit(operator.getitem, graph, 1), *places_too))
 
     def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
         both = emit(
@@ -197,6 +197,7 @@ class GTP:
             self.score if scored else "none",
             axis.prefix,
             axis.suffix,
+            *attention.others(),
         )
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
 
@@ -211,18 +212,18 @@ class GTP:
         """Remove the `site.removed` lowest patches and propagate them.
 
         `kept` and `removed` are indices into the stream's own patches. `kept_index` and `removed_index` are positions
-        on the whole grid, which is what the token graph is built over.
+        among all of them, which is what the token graph is built over.
         """
-        near, inv_sqrt_degree = state.carried
+        near, inv_sqrt_degree, *places = state.carried
         split = emit(gtp_fx.select.default, site.scores, site.removed)
         kept, removed = emit(operator.getitem, split, 0), emit(operator.getitem, split, 1)
         kept_index, removed_index = kept, removed
         if state.index is not None:
             kept_index = emit(aten.gather.default, state.index, 1, kept)
             removed_index = emit(aten.gather.default, state.index, 1, removed)
-        grid = site.axis.domain.grid.sides
-        kind = self._graph_over(site.axis.domain.grid)
-        weights = emit(gtp_fx.propagation_weights.default, near, inv_sqrt_degree, kept_index, removed_index, grid, kind)
+        home = home_of(site.axis.domain.grid)
+        over = (home.sides, self._graph_over(home), *places)
+        weights = emit(gtp_fx.propagation_weights.default, near, inv_sqrt_degree, kept_index, removed_index, *over)
         shorter = emit(gtp_fx.propagate.default, site.stream, weights, kept, removed, self.alpha, site.axis.prefix)
         scale = None
         if self.reads_scales or self.weighted_pooling:

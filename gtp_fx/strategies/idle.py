@@ -34,7 +34,7 @@ class Idle(Grouping):
     recovers_branches: ClassVar[bool] = False
     score: str = "cls-mean"
 
-    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
+    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis, places: fx.Node | None) -> StreamState:
         return StreamState()
 
     def reduce(self, emit: Emit, site: AtSite, state: StreamState) -> tuple[fx.Node, StreamState]:

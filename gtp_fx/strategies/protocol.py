@@ -6,14 +6,16 @@ places them. It also prices them, so that a budget includes the strategy's own w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.targets.work import Work
-from gtp_fx.types.axes import TokenAxis
+from gtp_fx.types.axes import Grid, TokenAxis
 
 
 class Emit(Protocol):
@@ -77,7 +79,7 @@ class Removal:
 class StreamState:
     """State that a strategy carries along one stream, as nodes; each level of the stream has its own.
 
-    index: [B, n] positions of the remaining patches on the whole grid, ascending; None while all are there.
+    index: [B, n] positions of the remaining patches among all of the stream, ascending; None while all are there.
     scale: [B, n] how many original tokens each one stands for; None where the strategy doesn't track it.
     carried: whatever else the strategy needs at every site.
     removal: the site that led to this level; None at level 0.
@@ -91,13 +93,17 @@ class StreamState:
 
 @dataclass(frozen=True)
 class Attention:
-    """The operands of a scaled dot-product attention node; `bias` and `scale` may be None."""
+    """The operands of a scaled dot-product attention node; `bias` and `scale` may be None.
+
+    beside: how many keys come before and after those of the tokens: learned ones, memory.
+    """
 
     q: fx.Node
     k: fx.Node
     v: fx.Node
     bias: fx.Node | None
     scale: float | None
+    beside: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, node: fx.Node) -> Attention:
@@ -105,6 +111,17 @@ class Attention:
         q, k, v, *rest = node.args
         bias = rest[0] if rest else node.kwargs.get("attn_mask")
         return cls(q, k, v, bias, node.kwargs.get("scale"))  # type: ignore[arg-type]
+
+    def others(self) -> tuple[int, ...]:
+        """Return `beside` as the operators take it: nothing where every key is a token's."""
+        return self.beside if any(self.beside) else ()
+
+    def of_tokens(self, emit: Emit, keys: fx.Node) -> fx.Node:
+        """Return the tokens' part of keys or values [B, H, M, D]."""
+        before, after = self.beside
+        if not any(self.beside):
+            return keys
+        return emit(aten.slice.Tensor, keys, -2, before, -after if after else sys.maxsize)
 
 
 @dataclass(frozen=True)
@@ -169,7 +186,7 @@ class Strategy(Protocol):
     def reads_scales(self) -> bool:
         """Return whether attention over a shortened stream reads how many tokens each key stands for."""
 
-    def settled(self, streams: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Strategy:
+    def settled(self, streams: Sequence[tuple[Grid, Sequence[int]]]) -> Strategy:
         """Return the strategy with every "auto" decided by the plan.
 
         streams: for each stream, its grid and the number of tokens removed at each of its sites.
@@ -202,8 +219,12 @@ class Strategy(Protocol):
         It depends on what the stream holds or is computed from; `refuse` knows its tokens' number and order alone.
         """
 
-    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis) -> StreamState:
-        """Insert what a stream needs at the input of its first block, [B, prefix + G + suffix, C]; return its state."""
+    def start(self, emit: Emit, stream: fx.Node, axis: TokenAxis, places: fx.Node | None) -> StreamState:
+        """Insert what a stream needs at the input of its first block, [B, prefix + G + suffix, C]; return its state.
+
+        places: [1 or B, G, R], coordinates of the patches on `gtp_fx.types.places.home_of` their grid; None where they
+            are in its order.
+        """
 
     def attend(self, emit: Emit, attention: Attention, axis: TokenAxis, scored: bool) -> tuple[fx.Node, fx.Node]:
         """Replace self-attention; return its output and the patches' scores, [B, n], or [B, 0] unless `scored`."""

@@ -23,6 +23,7 @@ from gtp_fx.strategies.protocol import AtSite, Emit
 from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 from gtp_fx.types.axes import TokenAxis
+from gtp_fx.types.places import home_of
 
 SaliencyMap = Callable[[Tensor], Tensor]
 """A function from images [B, channels, *sides] to [B, *any sides]: how much each place matters."""
@@ -124,8 +125,12 @@ class Saliency(Grouping):
         return super().code + MAPS[self.map]
 
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
-        if not axis.domain.grid.placed:
-            return "it looks at the image that patches were cut from, and these tokens come in as an argument"
+        grid = axis.domain.grid
+        if not grid.placed or home_of(grid) != grid:
+            return (
+                "it looks at the image that patches were cut from, row by row, and these tokens come in as an argument "
+                "or aren't in that order"
+            )
         return super().refuse(axis, skipping)
 
     def positions(self, blocks: int) -> Collection[int]:

@@ -20,12 +20,15 @@ reduction has changed: 1.3 % where the bound is 0.15 (alpha 0.1), 1.8 to 5.4 % a
 """
 
 
-def log_scale_bound(grid: Sequence[int], kind: str, neighbors: int, alpha: float, counts: Sequence[int]) -> float:
+def log_scale_bound(
+    grid: Sequence[int], kind: str, neighbors: int, alpha: float, counts: Sequence[int], some: bool = False
+) -> float:
     """Return the most that log s of any token can be, where `counts[i]` patches are propagated at a stream's i-th site.
 
     grid: the stream's sides in patches, as `Grid.sides` has them.
     kind: a name in `gtp_fx.ops.token_graph.GRAPHS`.
     neighbors: M.
+    some: the stream may hold only some of the grid's patches, so that one with a neighbour may have no other.
 
     A kept token j has d_j neighbours, each propagated at most once. From those propagated so far it has received
 
@@ -37,6 +40,8 @@ def log_scale_bound(grid: Sequence[int], kind: str, neighbors: int, alpha: float
     and M semantic ones.
     """
     least, most = _degrees(grid, kind, neighbors)
+    if some:
+        least = 1 if kind == "spatial" else neighbors
     if least == 0:
         return 0.0
     scale, propagated = 1.0, 0

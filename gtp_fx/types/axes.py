@@ -19,10 +19,25 @@ knows the domain, so the size that a shape must have after tokens are removed is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from gtp_fx.graph.symbols import is_symbolic
+
+
+@dataclass(frozen=True)
+class Picked:
+    """How a row of tokens was picked from the patches of a grid by numbers that a tensor holds.
+
+    grid: what they were picked from.
+    index: name of the node that holds the numbers: [K], the same for all images, or [B, K], and features after them
+        that all say the same. Empty where the picks of one image can't be told.
+    own: each image has picks of its own.
+    """
+
+    grid: Grid
+    index: str
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,8 @@ class Grid:
     guarded: whether the tokens before the patches are kept on suspicion: CLS and registers may be among them.
     apart: whether its first side counts several grids in one sequence (pictures, frames, groups of bands), whose
         patches are next to others of their own grid alone.
+    flipped: the sides that run backward, in order.
+    picked: for a row of tokens that were picked by their numbers, from where.
     """
 
     birth: str
@@ -50,6 +67,8 @@ class Grid:
     placed: bool = True
     guarded: bool = False
     apart: bool = False
+    flipped: tuple[int, ...] = ()
+    picked: Picked | None = None
 
     @property
     def sides(self) -> list[int]:
@@ -63,7 +82,7 @@ class Grid:
         Of one shape, they are its first side. Otherwise nothing is known to be next to anything.
         """
         shapes = {grid.shape for grid in grids}
-        if len(shapes) == 1 and all(grid.placed and not grid.apart for grid in grids):
+        if len(shapes) == 1 and all(grid.placed and not grid.apart and not grid.shift for grid in grids):
             return Grid(birth, (len(grids), *shapes.pop()), apart=True)
         return Grid(birth, (sum(math.prod(grid.shape) for grid in grids),), placed=False)
 
@@ -72,6 +91,18 @@ class Grid:
         before = self.shift or (0,) * len(self.shape)
         shift = tuple((a + b) % size for a, b, size in zip(before, by, self.shape, strict=True))
         return replace(self, shift=shift if any(shift) else ())
+
+    def turned(self, sides: Iterable[int]) -> Grid:
+        """Return the same patches with some sides in the other direction. Turned back, it is the original grid.
+
+        What was rolled forward is rolled backward by that: a grid is flipped first and rolled then.
+        """
+        sides = set(sides)
+        shift = tuple(
+            -by % size if side in sides else by
+            for side, (by, size) in enumerate(zip(self.shift, self.shape, strict=False))
+        )
+        return replace(self, shift=shift, flipped=tuple(sorted(sides ^ set(self.flipped))))
 
     def of_other_images(self, where: str) -> Grid:
         """Return the same grid of other images: a part of the batch, several batches joined, one in another order.
@@ -82,7 +113,10 @@ class Grid:
         """
         inside = None if self.inside is None else self.inside.of_other_images(where)
         parts = tuple(replace(part, grid=part.grid.of_other_images(where)) for part in self.parts)
-        return replace(self, birth=f"{self.birth}@{where}", inside=inside, parts=parts)
+        picked = None if self.picked is None else replace(self.picked, grid=self.picked.grid.of_other_images(where))
+        if picked is not None and picked.own:
+            picked = replace(picked, index="")
+        return replace(self, birth=f"{self.birth}@{where}", inside=inside, parts=parts, picked=picked)
 
     def resized(self, side: int, size: int) -> Grid:
         """Crop one side of a padded grid. Cropping every side back to the unpadded shape gives that grid itself."""
@@ -294,11 +328,34 @@ def merge_grids(dim: Dim) -> Dim:
     while i < len(merged):
         factor = merged[i]
         if isinstance(factor, GridAxis):
-            sides = [GridAxis(factor.grid, side) for side in range(len(factor.grid.shape))]
+            sides = long_sides(factor.grid)
             if merged[i : i + len(sides)] == sides:
                 merged[i : i + len(sides)] = [TokenAxis(TokenDomain(factor.grid))]
         i += 1
     return _region(tuple(merged))
+
+
+def long_sides(grid: Grid) -> list[Factor]:
+    """Return the sides of a grid that are longer than one patch, or all where none is: those that a row shows."""
+    sides = [GridAxis(grid, side) for side in range(len(grid.shape))]
+    return [side for side in sides if side.whole_size != 1] or list(sides)
+
+
+def in_rows(kind: TensorType) -> TensorType:
+    """Return the type with a token axis in the place of a side that is all of its grid, where features come after it.
+
+    It is all of a series, and of a strip one patch high whose other side is gone. Before features, [B, L, C], it is a
+    row of tokens; after them, [B, C, L], it may still be a map.
+    """
+    held = [f.grid for dim in kind for f in dim if isinstance(f, GridAxis)]
+
+    def row(dim: Dim) -> Dim:
+        (factor,) = dim if len(dim) == 1 else (None,)
+        if not isinstance(factor, GridAxis) or held.count(factor.grid) != 1:
+            return dim
+        return merge_grids(dim) if long_sides(factor.grid) == [factor] else dim
+
+    return (*map(row, kind[:-1]), *kind[-1:])
 
 
 def _region(dim: Dim) -> Dim:
@@ -307,7 +364,8 @@ def _region(dim: Dim) -> Dim:
     if not parts or len(parts) != len(dim) or len({part.grid for part in parts}) > 1:
         return dim
     grid = parts[0].grid
-    if {part.side for part in parts} != set(range(len(grid.shape))) or len(grid.shape) < 2:
+    long = {side for side, size in enumerate(grid.shape) if size != 1}
+    if {part.side for part in parts} != long or len(long) < 2:
         return dim
     shape = tuple(part.whole_size for part in parts)
     strides = "x".join(f"{part.side}_{part.whole_size}by{part.stride}" for part in parts)

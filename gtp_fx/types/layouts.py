@@ -58,8 +58,8 @@ def by_window(region: TensorType, features: Dim) -> TensorType:
 def convert(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
     """Insert what brings `value` from the type `own` to the type `wanted`; return its node.
 
-    Each type has one grid, whole, and both have the same images and features. One grid may be the other, rolled or
-    padded. Raises NoLayout where they hold other tokens.
+    Each type has one grid, whole, and both have the same images and features. One grid may be the other, rolled,
+    flipped or padded. Raises NoLayout where they hold other tokens.
     """
     from_grid, to_grid = grid_of(own), grid_of(wanted)
     # One grid, cut alike: no step between is needed.
@@ -83,16 +83,19 @@ def grid_of(kind: TensorType) -> Grid:
 
 
 def made_from(grid: Grid) -> list[Grid]:
-    """Return the grid, the one that it was rolled or padded from, that one's, and so on."""
+    """Return the grid, the one that it was rolled, flipped or padded from, that one's, and so on."""
     chain = [grid]
-    while grid.shift or grid.inside is not None:
-        grid = grid.rolled([-by for by in grid.shift]) if grid.shift else grid.inside or grid
+    while grid.shift or grid.flipped or grid.inside is not None:
+        if grid.shift:
+            grid = grid.rolled([-by for by in grid.shift])
+        else:
+            grid = grid.turned(grid.flipped) if grid.flipped else grid.inside or grid
         chain.append(grid)
     return chain
 
 
 def base_of(grid: Grid) -> Grid:
-    """Return the grid that a region, a rolled or a padded grid comes from."""
+    """Return the grid that a region, a rolled, flipped or padded grid comes from."""
     return made_from(grid.parts[0].grid if grid.parts else grid)[-1]
 
 
@@ -118,6 +121,9 @@ def _done(grid: Grid, below: Grid) -> Iterator[tuple[Any, ...]]:
     if grid.shift:
         yield aten.roll.default, list(grid.shift), sides
         return
+    if grid.flipped:
+        yield aten.flip.default, [1 + side for side in grid.flipped]
+        return
     more = [big - small for big, small in zip(grid.shape, below.shape, strict=True)]
     # aten.pad counts from the last dimension, here features, in pairs of before and after.
     yield aten.constant_pad_nd.default, [0, 0, *(n for by in reversed(more) for n in (0, by))]
@@ -127,6 +133,9 @@ def _undone(grid: Grid, below: Grid) -> Iterator[tuple[Any, ...]]:
     """Yield the operators that make the grid `below` from `grid`."""
     if grid.shift:
         yield aten.roll.default, [-by for by in grid.shift], list(range(1, len(grid.shape) + 1))
+        return
+    if grid.flipped:
+        yield aten.flip.default, [1 + side for side in grid.flipped]
         return
     for side, size in enumerate(below.shape):
         yield aten.slice.Tensor, side + 1, 0, size

@@ -28,10 +28,11 @@ def lower_attention(low: Lowering, node: fx.Node) -> None:
 def lower_scored_attention(low: Lowering, node: fx.Node) -> None:
     """Lower attention that scores its tokens.
 
-    With theta below 1 it stays plain ATen, because theta ranks whole attention maps, which have to be in memory.
+    With theta below 1 it stays plain ATen, because theta ranks whole attention maps, which have to be in memory. So
+    does attention with keys that are no tokens, whose map isn't square.
     """
-    _, _, _, bias, scale, sparsity, score, prefix, suffix = node.args
-    if sparsity != 1.0:
+    _, _, _, bias, scale, sparsity, score, prefix, suffix, *beside = node.args
+    if sparsity != 1.0 or beside:
         return
     call = Call(node, bias, scale, score, (prefix, suffix))
     form = form_of(low, call)

@@ -50,7 +50,9 @@ def lower_propagate(low: Lowering, node: fx.Node) -> None:
     of_a_graph = weights.target is gtp_fx.propagation_weights.default  # type: ignore[union-attr]
     if own or not of_a_graph or _is_column(node):
         return
-    near, degree, on_grid, removed_on_grid, grid, kind = weights.args  # type: ignore[union-attr]
+    near, degree, on_grid, removed_on_grid, grid, kind, *places = weights.args  # type: ignore[union-attr]
+    if places:
+        return  # of tokens in another order than the grid's
     channels = shape_of(x)[-1]  # type: ignore[arg-type]
     if on_grid not in low.maps or channels > low.kernels.most_channels or not fits_kernels(grid):  # type: ignore[arg-type]
         return

@@ -12,7 +12,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def lower_token_graph(low: Lowering, node: fx.Node) -> None:
     """Lower `token_graph`, except for spatial graphs: these compare only coordinates, and the operator does as well."""
-    x, grid, _, kind, neighbors = node.args  # type: ignore[misc]
+    x, grid, _, kind, neighbors, *places = node.args  # type: ignore[misc]
+    if places:
+        return  # in another order than the grid's, which the kernel's coordinates are of
     if kind == "spatial" or not fits_kernels(grid) or not 1 <= neighbors <= low.kernels.most_neighbors:  # type: ignore[arg-type,operator]
         return
     if x.meta["val"].dtype not in _DTYPES:  # type: ignore[union-attr]

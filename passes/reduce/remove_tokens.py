@@ -21,6 +21,7 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.attention_maps import AttentionMap
 from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.branches import keys_beside
 from gtp_fx.analysis.placement import cut_of, ends_of, updated_edges
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.errors import UnsupportedModelError
@@ -32,9 +33,11 @@ from gtp_fx.strategies.protocol import AtSite, Attention, StreamState
 from gtp_fx.types.axes import Grid, TensorType, images_dims, token_axis
 from gtp_fx.types.coercions import Coercion, Step, find_coercions
 from gtp_fx.types.infer import SiteTyping, infer_with_sites
+from gtp_fx.types.places import home_of, places_of
 
 SITE = "gtp_site"
-"""Meta key of a node after which tokens have been removed: the grid they were on, and the state of what remains."""
+"""Meta key of a node after which tokens have been removed: the grid they were on, the state of what remains, and the
+node of all patches' places (`gtp_fx.types.places`), None where they are in order."""
 
 RECOVERED = "gtp_recovered"
 """Meta key of a value in which removed tokens have been put back for a reader."""
@@ -103,6 +106,7 @@ class _Walk:
     weighing: maps of attention that is spelled out, by their softmax, or by their product with values.
     args: each node's arguments before the walk, which the types refer to.
     states: the strategy's states of each stream, by level.
+    places: each stream's places, where its tokens aren't in the grid's order.
     attention: each block's attention, by the block's number.
     scores: the scores of each block that has some, by the block's number.
     replacement: nodes that have been replaced, and by what.
@@ -118,6 +122,7 @@ class _Walk:
     weighing: dict[fx.Node, AttentionMap]
     args: dict[fx.Node, Any]
     states: dict[Grid, list[StreamState]] = field(default_factory=dict)
+    places: dict[Grid, fx.Node | None] = field(default_factory=dict)
     attention: dict[int, Attention] = field(default_factory=dict)
     scores: dict[int, fx.Node] = field(default_factory=dict)
     replacement: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -191,7 +196,8 @@ class _Walk:
         removal = states[level + 1].removal
         assert removal is not None
         if (grid, level) not in self.shares:
-            where = (removal.kept_index, removal.propagated_index, grid.sides)
+            places = () if self.places[grid] is None else (self.places[grid],)
+            where = (removal.kept_index, removal.propagated_index, home_of(grid).sides, *places)
             self.shares[grid, level] = emit(gtp_fx.recovery_weights.default, removal.weights, *where)
         return (
             gtp_fx.recover.default,
@@ -214,7 +220,8 @@ class _Walk:
         strategy = self.plan.strategy
         if keys is not None and state is not None and strategy.reads_scales:
             bias = emit(gtp_fx.key_bias.default, state.scale, keys.prefix, keys.suffix, bias, attention.q)
-        operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale)
+        beside = keys_beside(self.wanted(node, 0), self.wanted(node, 1)) or (0, 0)
+        operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale, beside)
         if block is not None:
             self.attention[block.index] = operands
         scored = block is not None and block.index in self.plan.propagated and strategy.score != "none"
@@ -293,7 +300,7 @@ class _Walk:
         removed, attention = self.plan.propagated[place], self.attention.get(place)
         site = AtSite(cut, block.axis, count, removed, place, self.scores.get(place), attention)
         shorter, new_state = self.plan.strategy.reduce(emit, site, state)
-        shorter.meta[SITE] = (grid, new_state)
+        shorter.meta[SITE] = (grid, new_state, self.places[grid])
         self.stream_at_site[grid, len(self.states[grid]) - 1] = cut
         self.states[grid].append(new_state)
         self._replace(cut, shorter, emit)
@@ -319,7 +326,13 @@ class _Walk:
         first = streams[0]
         assert first.stream is not None
         emit = edit.Emitter(self.graph, like=first.stream, before=first.stream.next)
-        return self.plan.strategy.start(emit, first.stream, first.axis)
+        self.places[grid] = places_of(emit, grid, first.stream, self._node_named)
+        return self.plan.strategy.start(emit, first.stream, first.axis, self.places[grid])
+
+    def _node_named(self, name: str) -> fx.Node:
+        """Return a node that types name."""
+        named: fx.Node = next(node for node in self.graph.nodes if node.name == name)
+        return named
 
 
 def _levels_between(step: Step) -> list[int]:

@@ -88,6 +88,17 @@ def test_attention_takes_a_boolean_mask_and_its_own_scale() -> None:
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_keys_beside_the_tokens_take_part_in_the_softmax_and_not_in_the_scores() -> None:
+    q, k, v = qkv()
+    more = random(2, 3, 5, 8, seed=11), random(2, 3, 5, 8, seed=12)
+    keys, values = (torch.cat([y[:, :, :2], x, y[:, :, 2:]], 2) for x, y in zip((k, v), more, strict=True))
+    attention = dense_map(q, keys)
+    for score, wanted in (("broadcast-mean", attention.sum(-2).mean(1)), ("cls-mean", attention[:, :, 0].mean(1))):
+        out, scores = ops.attention_with_scores(q, keys, values, None, None, 1.0, score, 1, 0, 2, 3)
+        torch.testing.assert_close(out, attention @ values, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(scores, wanted[:, 3:15], rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16_scores_are_those_of_its_rounded_operands() -> None:
     """Softmax and sums run in float32, so what is left is the rounding of q·k to 8 bits: under 2 % of a score."""
     low = [x.bfloat16() for x in qkv()]

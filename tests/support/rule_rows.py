@@ -151,7 +151,7 @@ def pointwise() -> Iterator[Row]:
     yield Row(aten.mul.Tensor, lambda x, table: heads(x) * table[:, :4], "B, 2, 2+n1, 4")
     yield Row(aten.add.Tensor, lambda x: x + x[:, :1], STREAM)
     yield Row(aten.add.Tensor, lambda x, old: old + x, STREAM)
-    yield Row(aten.add.Tensor, lambda x: x[:, 2:] + x[:, 2:].flip(1), "B, n1, 8", "no rule", "kept")
+    yield Row(aten.add.Tensor, lambda x: x[:, 2:] + x[:, 2:].flip(1), "B, n1, 8", "an order of their own", "kept")
     yield Row(
         aten.add.Tensor,
         lambda x, w: x[:, 2:] + F.conv1d(x[:, 2:].transpose(1, 2), kernel(w, 3), padding=1).transpose(1, 2),

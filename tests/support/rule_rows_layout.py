@@ -213,6 +213,13 @@ def grids() -> Iterator[Row]:
     yield Row(roll, lambda x: x.roll(3, 2), STREAM)
     yield Row(roll, lambda x: x.roll(1, 1), "B, 14, 8", "the sides of a grid aren't whole here")
     yield Row(roll, lambda x: x.roll(1), "B, 14, 8", "it rolls all dimensions as one")
+    flip = aten.flip.default
+    yield Row(flip, lambda x: grid(x).flip(3), other, cuts)
+    yield Row(flip, lambda x: grid(x).flip(3, 2).relu().flip(2).flip(3), same, cuts)
+    yield Row(flip, lambda x: x[:, 2:].flip(1), "B, m0, 8", "it flips prefix tokens")
+    yield Row(flip, lambda x: x.flip(1), "B, 14, 8", "it flips prefix tokens")
+    yield Row(flip, lambda x: x.flip(2), STREAM)
+    yield Row(cut, lambda x: F.pad(grid(x), (0, 1)).flip(3)[:, :, :, 1:], "B, 8, 4, 3", "that was rolled or flipped")
     yield Row(aten.pad.default, lambda x: F.pad(grid(x), (0, 1, 0, 2)), other, cuts)
     yield Row(aten.pad.default, lambda x: F.pad(grid(x), (1, 1)), "B, 8, 4, 5", "it pads a grid in front")
     yield Row(cut, lambda x: F.pad(grid(x), (0, 1, 0, 2)).relu()[:, :, :4, :3], same, cuts)
@@ -276,6 +283,11 @@ def spatial() -> Iterator[Row]:
         "a grid without a batch",
     )
     yield Row(aten.max_pool2d.default, lambda x: F.max_pool2d(grid(x), 2), other, cuts)
+    volume, slices = (lambda x: grid(x)[:, :, None]), "B, 8, h0, h1, h2"
+    yield Row(aten.max_pool3d.default, lambda x: F.max_pool3d(volume(x), (1, 2, 2)), slices, cuts)
+    yield Row(aten.avg_pool3d.default, lambda x: F.avg_pool3d(volume(x), (1, 2, 2)), slices, cuts)
+    series, needs = "B, 8, h0", "it needs the whole grid"
+    yield Row(aten.max_pool1d.default, lambda x: F.max_pool1d(x.transpose(1, 2), 2), series, needs)
     yield Row(aten.adaptive_avg_pool2d.default, lambda x: F.adaptive_avg_pool2d(grid(x), 2), other, cuts)
     for op, mode, antialias in (
         (aten.upsample_bilinear2d.vec, "bilinear", False),
@@ -350,7 +362,38 @@ def images() -> Iterator[Row]:
     yield Row(aten.linear.default, lambda x: F.linear(x, x[0]), "B, 14, 14", "run over tokens")
 
 
-ROWS = [*layout(), *ranges(), *grids(), *spatial(), *images()]
+def picks() -> Iterator[Row]:
+    """Operators that pick by numbers, which index all tokens: whatever they are, the row that they make is another."""
+    select, gather, index = aten.index_select.default, aten.gather.default, aten.index.Tensor
+    among_all, other = "it picks tokens by their numbers among all of them", "B, m0, 8"
+    mixed = "pick among patches and tokens that are no patches"
+    yield Row(select, lambda x: x[:, 2:].index_select(1, numbers(3)), other, among_all)
+    yield Row(select, lambda x: x.index_select(1, numbers(3)), "B, 3, 8", mixed)
+    yield Row(select, lambda x: x.index_select(2, numbers(4)), "B, 2+n1, 4")
+    yield Row(select, lambda x: grid(x).index_select(2, numbers(3)), "B, 8, 3, 3", "along one side of a grid")
+    yield Row(select, lambda x: x.index_select(0, numbers(3)), "3, 2+m0, 8", APART)
+    each = "laid out as [batch, tokens, features]"
+    yield Row(gather, lambda x: x[:, 2:].gather(1, numbers(3)[:, None].expand(x.shape[0], -1, 8)), other, among_all)
+    yield Row(gather, lambda x: x.gather(2, numbers(3).expand(x.shape[0], 14, -1)), "B, 14, 3", each)
+    yield Row(gather, lambda x: x[:, 2:].gather(1, numbers(3)[:, None].expand(2, -1, 8)), "2, 3, 8", "of some images")
+    yield Row(gather, lambda x, w: x + w.gather(0, numbers(1)[:, None].expand(1, 8)), "1, 8")
+    yield Row(index, lambda x: x[:, 2:][:, numbers(3)], other, among_all)
+    yield Row(index, lambda x: x[:, 2:][rows(x), numbers(3).expand(x.shape[0], 3)], other, among_all)
+    yield Row(index, lambda x: x[:, 2:][rows(x) * 0, numbers(3).expand(x.shape[0], 3)], "B, 3, 8", "by several tensors")
+    yield Row(index, lambda x: x[:, 2:][:, numbers(4).view(2, 2)], "B, 2, 2, 8", "several tensors of numbers")
+    yield Row(index, lambda x, w: x + w[numbers(1)], "1, 8")
+
+
+def rows(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[0]).unsqueeze(1)
+
+
+def numbers(count: int) -> Tensor:
+    """So many numbers, at most four, none of them twice."""
+    return torch.arange(count) * 3 % 4
+
+
+ROWS = [*layout(), *ranges(), *grids(), *spatial(), *images(), *picks()]
 
 MERGED, SHARED = "merged with another dimension", "no dimension for the images"
 

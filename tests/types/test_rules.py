@@ -345,6 +345,15 @@ def test_refused_behind_a_site(row: Refused) -> None:
         (lambda x: x.unfold(2, 2, 1).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(-1, 21, 12), "B, 21, 12"),
         (lambda x: patch_pixels(x, 2, 0, 4, 3, 5, 1).transpose(0, 1).reshape(-1, 12, 4, 3).flatten(2), "B, m0, 12"),
         (lambda x: x[:, 0].reshape(-1, 8, 3, 2).transpose(1, 2).reshape(-1, 3, 16), "B, m0, 16"),
+        (lambda x: x.reshape(-1, 3, 1, 8, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, 48), "B, m0, 48"),
+        (lambda x: F.unfold(x, (8, 2), stride=(8, 2)).transpose(1, 2), "B, m0, 48"),
+        (lambda x: strip(x).flatten(2).transpose(1, 2), "B, m0, 3"),
+        (lambda x: strip(x).squeeze(2).transpose(1, 2), "B, m0, 3"),
+        (lambda x: strip(x)[:, :, 0].permute(0, 2, 1), "B, m0, 3"),
+        (lambda x: strip(x).mean(2).transpose(1, 2), "B, m0, 3"),
+        (lambda x: strip(x).mean(2), "B, 3, h1"),
+        (lambda x: torch.stack([in_a_row(x), in_a_row(x + 1)], 1).reshape(-1, 24, 3), "B, m0, 3"),
+        (lambda x: torch.stack([in_a_row(x), in_a_row(x + 1)], 2).reshape(-1, 24, 3), "B, 2*m0, 3"),
     ],
     ids=[
         "patches",
@@ -357,11 +366,29 @@ def test_refused_behind_a_site(row: Refused) -> None:
         "overlapping",
         "in several views",
         "a series",
+        "a strip",
+        "F.unfold",
+        "a strip in a row",
+        "a strip squeezed",
+        "a strip's only line",
+        "a strip's mean line",
+        "a map of one line",
+        "two in a sequence",
+        "two by turns",
     ],
 )
 def test_a_grid_is_born_where_views_cut_an_image(cut: Callable[[Tensor], Tensor], typed: str) -> None:
     gm = traced(cut, fake(IMAGE))
     assert spelled(infer_types(gm.graph).type(result_of(gm))) == typed
+
+
+def in_a_row(image: Tensor) -> Tensor:
+    return F.max_pool2d(image, 2).flatten(2).transpose(1, 2)
+
+
+def strip(image: Tensor) -> Tensor:
+    """A grid one patch high: [B, 3, 8, 6] -> [B, 3, 1, 3]."""
+    return F.max_pool2d(image, (8, 2))
 
 
 def patch_pixels(image: Tensor, *order: int) -> Tensor:

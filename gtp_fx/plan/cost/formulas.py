@@ -151,9 +151,10 @@ def attention_with_cell_scores(sizes: Sizes) -> Size:
 def token_graph(sizes: Sizes) -> Size:
     """Count the cosine similarity of every pair of patches; a spatial graph reads coordinates only."""
     arguments: tuple[Any, ...] = sizes.node.args
-    _, grid, _, kind, _ = arguments
+    _, grid, _, kind, _, *places = arguments
     batch, _, channels = sizes(0)
-    return 0 if kind == "spatial" else 2 * batch * math.prod(grid) ** 2 * channels
+    patches = sizes(5)[1] if places else math.prod(grid)
+    return 0 if kind == "spatial" else 2 * batch * patches**2 * channels
 
 
 @formula(gtp_fx.recover.default)

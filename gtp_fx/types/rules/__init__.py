@@ -6,13 +6,14 @@ contraction  linear, matmul, attention
 layout       views, permutations, expand
 unfold       patches cut out by views, where grids are born too
 ranges       select, slice, cat, unbind, split: operators that move tokens along an axis
+picks        gather, index_select, x[:, ids]: tokens picked by numbers
 reduction    means over tokens, norms over channels
-grids        rolling, padding and sampling a whole grid, folding it into channels
+grids        rolling, flipping, padding and sampling a whole grid, folding it into channels
 spatial      convolutions and pooling, where grids are born
 einsum       products whose dimensions have names
 random       dropout, and the random numbers of stochastic depth
 """
 
-from gtp_fx.types.rules import contraction, einsum, grids, layout, pointwise, random, ranges, reduction, spatial
+from gtp_fx.types.rules import contraction, einsum, grids, layout, picks, pointwise, random, ranges, reduction, spatial
 
-__all__ = ["contraction", "einsum", "grids", "layout", "pointwise", "random", "ranges", "reduction", "spatial"]
+__all__ = ["contraction", "einsum", "grids", "layout", "picks", "pointwise", "random", "ranges", "reduction", "spatial"]

@@ -1,4 +1,4 @@
-"""Rules for operators on the sides of a whole grid: rolling, padding, sampling, and folding neighbours into channels.
+"""Rules for operators on a whole grid's sides: rolling, flipping, padding, sampling, folding neighbours into channels.
 
 Windowed transformers roll and pad a grid before they divide it, and undo both afterwards. Pyramids sample every second
 patch, or fold 2 x 2 patches into the channels of one, which makes a new, smaller grid.
@@ -10,7 +10,20 @@ from collections.abc import Iterable
 
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.types.axes import Dim, Factor, Grid, GridAxis, Plain, TensorType, holds_images, is_plain, whole_size
+from gtp_fx.types.axes import (
+    Dim,
+    Factor,
+    Grid,
+    GridAxis,
+    Plain,
+    TensorType,
+    TokenAxis,
+    TokenDomain,
+    holds_images,
+    is_plain,
+    token_axis,
+    whole_size,
+)
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, rule
 
 
@@ -31,6 +44,30 @@ def roll(call: Call) -> RuleResult:
         by[side_of(x[dim]).side] = shift
     output = _with_grid(x, grid, grid.rolled(by))
     return RuleResult(output, operands={call.operand(0): x}, prefix_operands=NEEDS_ALL, other_images=images)
+
+
+@rule(aten.flip.default)
+def flip(call: Call) -> RuleResult:
+    """Make another grid of the same patches, some sides of which run backward; flipping them back gives the first one.
+
+    Patches in a row, without prefix or suffix tokens, are flipped along every side.
+    """
+    x = call.type(0)
+    dims = [dim % len(x) for dim in call.arg(1)]
+    images = any(holds_images(x[dim]) for dim in dims)
+    backward = [dim for dim in dims if not is_plain(x[dim])]
+    output = x
+    if len(backward) == 1 and (axis := token_axis(x[backward[0]])) is not None:
+        grid = axis.domain.grid
+        if axis.prefix or axis.suffix or axis.domain.level or grid.parts or grid.picked:
+            raise NoRule("it flips prefix tokens and patches together, or patches in an order of their own")
+        turned = TokenAxis(TokenDomain(grid.turned(range(len(grid.shape)))))
+        output = (*x[: backward[0]], (turned,), *x[backward[0] + 1 :])
+    elif backward:
+        grid = whole_sides(x, backward)
+        output = _with_grid(x, grid, grid.turned(side_of(x[dim]).side for dim in backward))
+    follows = NEEDS_ALL if backward else None
+    return RuleResult(output, operands={call.operand(0): x}, prefix_operands=follows, other_images=images)
 
 
 def padded(call: Call, x: TensorType, amounts: list[int]) -> RuleResult:
@@ -54,6 +91,8 @@ def sampled(call: Call, x: TensorType, dim: int, start: int, stop: int, step: in
     grid = whole_sides(x, [dim])
     side = side_of(x[dim]).side
     size = grid.shape[side]
+    if grid.shift or grid.flipped:
+        raise NoRule("part of a grid is taken that was rolled or flipped")
     if step == 1 and start == 0 and grid.inside is not None and stop == grid.inside.shape[side]:
         smaller = grid.resized(side, stop)
     elif 0 <= start < step and stop == size:

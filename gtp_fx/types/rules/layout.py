@@ -14,10 +14,14 @@ from gtp_fx.types.axes import (
     CountOf,
     Dim,
     Factor,
+    Grid,
     GridAxis,
     Plain,
     TensorType,
+    TokenAxis,
+    TokenDomain,
     holds_images,
+    in_rows,
     is_plain,
     merge_grids,
     merge_plain,
@@ -36,7 +40,7 @@ from gtp_fx.types.rules.unfold import unfolded
 def permute(call: Call) -> RuleResult:
     """Reorder the dimensions."""
     x = call.type(0)
-    return RuleResult(tuple(x[d] for d in call.arg(1)), operands={call.operand(0): x})
+    return RuleResult(in_rows(tuple(x[d] for d in call.arg(1))), operands={call.operand(0): x})
 
 
 @rule(aten.transpose.int)
@@ -45,7 +49,7 @@ def transpose(call: Call) -> RuleResult:
     x = list(call.type(0))
     a, b = call.arg(1), call.arg(2)
     x[a], x[b] = x[b], x[a]
-    return RuleResult(tuple(x), operands={call.operand(0): call.type(0)})
+    return RuleResult(in_rows(tuple(x)), operands={call.operand(0): call.type(0)})
 
 
 @rule(aten.t.default, aten.numpy_T.default)
@@ -85,6 +89,7 @@ def squeeze(call: Call) -> RuleResult:
     wanted = call.arg(1)
     dims = {d % len(x) for d in ([wanted] if isinstance(wanted, int) else wanted)}
     kept = tuple(dim for i, dim in enumerate(x) if i not in dims or whole_size(dim) != 1)
+    kept = in_rows(kept)
     # All tokens are needed: if only one were computed, its dimension would be removed too.
     tokens = not all(is_plain(x[d]) for d in dims)
     return RuleResult(kept, operands={call.operand(0): x}, prefix_operands=NEEDS_ALL if tokens else None)
@@ -119,8 +124,23 @@ def view(call: Call) -> RuleResult:
     x = call.type(0)
     born = unfolded(call.node) if all(map(is_plain, x)) else None
     output = regroup(born or [factor for dim in x for factor in split_tokens(dim)], call.output_shape())
-    output = folded(output, call.node.name)
+    output = tuple(_end_to_end(dim, call.node.name) for dim in folded(output, call.node.name))
     return RuleResult(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
+
+
+def _end_to_end(dim: Dim, birth: str) -> Dim:
+    """Return the tokens of several images (frames, groups of bands) that follow each other in one sequence as one axis.
+
+    Any other dimension is returned as it is. Raises NoRule where tokens have been removed, of each image others.
+    """
+    several, axis = dim if len(dim) == 2 else (None, None)
+    if not isinstance(several, Plain) or not several.images or is_symbolic(several.size):
+        return dim
+    if not isinstance(axis, TokenAxis) or axis.prefix or axis.suffix or axis.domain.grid.parts:
+        return dim
+    if axis.domain.level:
+        raise NoRule("it puts the tokens of several images in one sequence, and each keeps tokens of its own")
+    return (TokenAxis(TokenDomain(Grid.of_several(birth, [axis.domain.grid] * several.size))),)
 
 
 @rule(*FLATTENINGS)

@@ -22,6 +22,7 @@ from gtp_fx.types.axes import (
     TokenAxis,
     TokenDomain,
     holds_images,
+    in_rows,
     is_plain,
     plain,
     size,
@@ -107,6 +108,8 @@ def select(call: Call) -> RuleResult:
     if is_plain(x[dim]):
         return RuleResult(output, operands={node: x}, other_images=holds_images(x[dim]))
     axis = token_axis(x[dim])
+    if axis is None and whole_size(x[dim]) == 1:
+        return RuleResult(in_rows(output), operands={node: x})
     if axis is None:
         raise NoRule("selecting from a merged token axis")
     if 0 <= index < axis.prefix:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.operators import FEATURE_NORMS, SOFTMAXES
-from gtp_fx.types.axes import Plain, TensorType, is_plain, token_axes
+from gtp_fx.types.axes import Plain, TensorType, in_rows, is_plain, token_axes
 from gtp_fx.types.rules.registry import (
     NEEDS_ALL,
     WEIGHS,
@@ -85,4 +85,4 @@ def _reduce(call: Call, over_tokens: bool) -> RuleResult:
     if shortened and not over_tokens and WEIGHS not in call.node.meta:
         raise NoRule("it adds up tokens, so its value depends on how many are left")
     output: TensorType = tuple((Plain(1),) if i in dims else dim for i, dim in enumerate(x) if keepdim or i not in dims)
-    return RuleResult(output, operands={node: x}, prefix_operands=NEEDS_ALL if mixes_tokens else None)
+    return RuleResult(in_rows(output), operands={node: x}, prefix_operands=NEEDS_ALL if mixes_tokens else None)

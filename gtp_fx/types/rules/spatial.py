@@ -9,7 +9,19 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.operators import CHANNEL_NORMS, CONVOLUTIONS, GRID_MAKERS, RESIZINGS
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.types.axes import Grid, GridAxis, Plain, TensorType, is_plain, merge_grids, plain, token_axes, whole_size
+from gtp_fx.types.axes import (
+    Grid,
+    GridAxis,
+    Plain,
+    TensorType,
+    is_plain,
+    long_sides,
+    merge_grids,
+    plain,
+    split_tokens,
+    token_axes,
+    whole_size,
+)
 from gtp_fx.types.rules.registry import Call, NoRule, RuleResult, TypeList, require_plain, rule
 
 
@@ -31,11 +43,13 @@ def convolution(call: Call) -> RuleResult:
         require_plain(x[1:2], "the channels that a convolution mixes")
         return RuleResult((x[0], (Plain(shape[1]),), *x[2:]), operands={call.operand(0): x})
     # Where a whole older grid comes in and keeps its shape, it is still that grid.
-    before = {factor.grid for dim in x[2:] for factor in dim if isinstance(factor, GridAxis)}
+    came = [split_tokens(dim) for dim in x[2:]]
+    before = {factor.grid for dim in came for factor in dim if isinstance(factor, GridAxis)}
     grid = Grid(call.node.name, shape[2:])
-    if len(before) == 1 and x[2:] == tuple((GridAxis(next(iter(before)), side),) for side in range(len(x) - 2)):
+    if len(before) == 1:
         (old,) = before
-        grid = old if old.shape == grid.shape else grid
+        as_sides = [side[0] == GridAxis(old, place) or whole_size(side) == 1 for place, side in enumerate(came)]
+        grid = old if old.shape == grid.shape and all(as_sides) else grid
     sides = tuple((GridAxis(grid, side),) for side in range(len(grid.shape)))
     output: TensorType = ((Plain(shape[0], images=True),), (Plain(shape[1]),), *sides)
     return RuleResult(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
@@ -67,7 +81,7 @@ def columns(call: Call) -> RuleResult:
     ]
     shape = call.output_shape()
     grid = Grid(call.node.name, tuple(counts))
-    patches = merge_grids((GridAxis(grid, 0), GridAxis(grid, 1)))
+    patches = merge_grids(tuple(long_sides(grid)))
     output: TensorType = ((Plain(shape[0], images=True),), (Plain(shape[1]),), patches)
     return RuleResult(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
 

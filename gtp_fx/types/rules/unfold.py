@@ -33,8 +33,8 @@ def unfolded(view: fx.Node) -> list[Factor] | None:
     """Return the factors of what `view` regroups, outermost first, if it puts an image's patches in a row; else None.
 
     Two or more dimensions of one value must have been split in two, and their outer halves put side by side, with the
-    batch before them; one, where the value is [batch, channels, places]. Features regrouped in this way would be
-    windows or heads, so no layer may have computed the value.
+    batch before them; one, where the value is [batch, channels, places] or a strip of patches side by side. Features
+    regrouped in this way would be windows or heads, so no layer may have computed the value.
     """
     chain = chain_before(view)
     source: Any = chain[0].args[0]
@@ -47,7 +47,8 @@ def unfolded(view: fx.Node) -> list[Factor] | None:
     row = [part for dim in merged for part in dim]
     counts = list(_outer_halves(row, sizes))
     places = [row.index(count) for count in counts]
-    few = 1 if len(sizes) == 3 and len(shape_of(view)) == 3 and math.prod(shape_of(view)[2:]) > 1 else 2
+    # One side is enough where all the rest is features: of a series, or a strip as high as its patches.
+    few = 1 if len(sizes) in (3, 4) and len(shape_of(view)) == 3 and math.prod(shape_of(view)[2:]) > 1 else 2
     if len(places) < few or places != list(range(places[0], places[0] + len(places))):
         return None
     if row[:1] != [Part(0, sizes[0], 1)] or any(node.target in _LAYERS for node in (source, *ancestors(source))):
