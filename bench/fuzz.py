@@ -1,6 +1,7 @@
 """Random vision transformers x budgets x strategies, checked against what gtp_fx promises for every model.
 
     python -m bench.fuzz --cases 1000 --out bench/results/fuzz.json
+    python -m bench.fuzz --cases 1000 --spellings   # one ViT in random spellings
 
 A case takes some seconds, a thousand of them a night. A failure is printed as the `Case` that reproduces it; add it to
 tests/bench/test_fuzz.py.
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from bench import fuzz_models as models
+from bench import spellings
 from bench.fuzz_checks import Case, check
 from bench.fuzz_models import Architecture
 from bench.outcomes import tally
@@ -116,9 +118,13 @@ def main(
     compiled: Annotated[
         float, typer.Option(help="Share of cases that Inductor compiles, too: ten times as long.")
     ] = 0.05,
+    respelt: Annotated[bool, typer.Option("--spellings", help="Draw spellings of one ViT: `bench.spellings`.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
     """Check random models and write the outcomes. Exit code 1 where a check fails."""
+    if respelt:
+        spellings.main(count, first, out)
+        return
     tally("fuzz", drawn(count, first, compiled), check, right=("reduced", "exact", "refused"), seed=first, out=out)
 
 

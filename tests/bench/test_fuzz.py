@@ -129,3 +129,5 @@ def test_the_command_counts_what_it_has_run(tmp_path: Path) -> None:
     main(count=3, first=7, compiled=0.0, out=out)
     found = json.loads(out.read_text())
     assert found["cases"] == sum(found["outcomes"].values()) == 3 and not found["failures"]
+    main(count=2, respelt=True, out=out)
+    assert json.loads(out.read_text())["outcomes"] == {"right": 2}

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gtp_fx
+from bench.counted import flops
 from bench.live_weights import enliven
 
-from support.counted import flops
 from support.plain_vit import WIDTH, Block, PlainViT, built, images
 
 HEADS, MEMORY = 4, 3

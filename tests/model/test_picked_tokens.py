@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gtp_fx
+from bench.counted import flops
 from bench.dynamo_door import Door
 from bench.live_weights import enliven
 
-from support.counted import flops
 from support.plain_vit import WIDTH, PlainViT, built, images
 
 ORDER = torch.randperm(36, generator=torch.Generator().manual_seed(3))

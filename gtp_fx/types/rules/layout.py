@@ -124,7 +124,10 @@ def view(call: Call) -> RuleResult:
     x = call.type(0)
     born = unfolded(call.node) if all(map(is_plain, x)) else None
     output = regroup(born or [factor for dim in x for factor in split_tokens(dim)], call.output_shape())
-    output = tuple(_end_to_end(dim, call.node.name) for dim in folded(output, call.node.name))
+    output = folded(output, call.node.name)
+    # What all images of a batch are merged with is rows for a matrix product, and is taken apart again.
+    own = [any(map(holds_images, output[:place])) for place in range(len(output))]
+    output = tuple(_end_to_end(dim, call.node.name) if of else dim for dim, of in zip(output, own, strict=True))
     return RuleResult(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
 
 
