@@ -99,6 +99,8 @@ def _measured(entry: WildModel, dynamo: bool) -> Row:
     except _Wrong as wrong:
         return replace(row, verdict="WRONG", message=f"Dynamo: {wrong}")
     except Exception as error:
+        if without := _fails_without_us(model, calls):
+            return replace(row, dynamo=f"torch.compile fails with backend='eager' as well: {without}")
         return replace(row, verdict="CRASH", message=f"Dynamo: {_crash(error)}")
 
 
@@ -202,6 +204,19 @@ def _through_dynamo(model: nn.Module, calls: Sequence[tuple[Tensor, ...]], budge
     results = [_run(compiled, call) for call in calls]
     torch._dynamo.reset()
     return results, door
+
+
+def _fails_without_us(model: nn.Module, calls: Sequence[tuple[Tensor, ...]]) -> str:
+    """Return the error of torch.compile with a backend that changes nothing, "" where it has none."""
+    torch._dynamo.reset()
+    try:
+        for call in calls:
+            _run(torch.compile(model, backend="eager"), call)
+    except Exception as error:
+        return _first_line(error)
+    finally:
+        torch._dynamo.reset()
+    return ""
 
 
 def _open(value: Tensor) -> Tensor:

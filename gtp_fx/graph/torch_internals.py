@@ -124,13 +124,21 @@ def restarts_dynamo(error: Exception) -> bool:
 def aot_export(gm: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
     """Return Dynamo's graph in functional pre-dispatch ATen, and its signature; traced in a tracing context of its own.
 
+    A graph enters and leaves torch.func's levels by calls of its own, so a trace that fails between them leaves some
+    open, and Dynamo's guards ask for them. They are closed here.
+
     Public: `torch.export.export`, which takes modules and not a backend's graphs.
     """
+    from torch._C import _functorch
     from torch._functorch.aot_autograd import aot_export_module
     from torch._guards import TracingContext, detect_fake_mode, tracing
 
-    with tracing(TracingContext(detect_fake_mode(list(fakes)))), torch.no_grad():
-        exported, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
+    levels = _functorch.get_dynamic_layer_stack_depth()
+    try:
+        with tracing(TracingContext(detect_fake_mode(list(fakes)))), torch.no_grad():
+            exported, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
+    finally:
+        _functorch.pop_dynamic_layer_stack_and_undo_to_depth(levels)
     return cast("fx.GraphModule", exported), signature
 
 

@@ -90,6 +90,18 @@ def test_an_exception_is_a_crash_and_a_missing_library_is_skipped(monkeypatch: p
     assert missing.verdict == "skipped" and "no_such_library" in missing.message
 
 
+def test_what_torch_compile_cannot_run_without_us_is_no_crash_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> str:
+        raise KeyError("a guard")
+
+    monkeypatch.setattr(wild_row, "_dynamo", broken)
+    row = measure(CONVOLUTIONS)
+    assert row.verdict == "CRASH" and "a guard" in row.message
+    monkeypatch.setattr(wild_row.torch, "compile", lambda *_, **__: broken)
+    row = measure(CONVOLUTIONS)
+    assert row.verdict == "refused" and "with backend='eager' as well: 'a guard'" in row.dynamo
+
+
 def test_every_entry_has_a_name_of_its_own_and_is_called_with_batches() -> None:
     keys = [model.key for model in every()]
     assert len({*keys}) == len(keys) >= 150
