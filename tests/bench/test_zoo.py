@@ -34,7 +34,7 @@ def committed() -> list[Row]:
         ("transformers", "DINOv3", "reduced"),
         ("timm", "coat_lite_tiny", "refused"),
         ("timm", "xcit_tiny_12_p16_224", "refused"),
-        ("transformers", "ViT-MAE", "refused"),
+        ("transformers", "ViT-MAE", "reduced"),
         ("timm", "convnext_tiny", "refused"),
     ],
 )
