@@ -116,7 +116,7 @@ MODELS = (
         "CrossFormer",
         (3, 224, 224),
         num_classes=10,
-        dim=(16, 16, 32, 32),
+        dim=(32, 32, 64, 64),
         depth=(1, 1, 2, 1),
     ),
     _other("max_vit", "MaxViT", (3, 112, 112), num_classes=10, dim=16, depth=(1, 1), dim_head=16, dim_conv_stem=16),

@@ -155,3 +155,14 @@ def test_more_open_sizes_than_can_be_told_apart_are_refused_by_name() -> None:
     gm = make_fx(lambda x: x + 1, tracing_mode="symbolic")(torch.ones(3, 5, 7))
     with pytest.raises(gtp_fx.CaptureError, match="more of its sizes are known only"):
         fix_symbols(gm)
+
+
+def test_the_larger_of_two_sizes_is_none_of_them() -> None:
+    """Which one it is isn't known, and its value at the primes is one of theirs."""
+    gm = make_fx(lambda x, y: (x + 1, y + 1), tracing_mode="symbolic")(torch.ones(5), torch.ones(7))
+    values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    a, b = (value.shape[0] for value in values)
+    larger = torch.sym_max(a, b)
+    gm.graph.find_nodes(op="placeholder")[0].meta["val"] = (*values, values[0].new_empty(larger))
+    with pytest.raises(gtp_fx.CaptureError, match="can't be told apart"):
+        fix_symbols(gm)
