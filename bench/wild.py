@@ -53,8 +53,10 @@ def main(
     if not asked:
         raise typer.BadParameter(f"no class has {only} in its library or name", param_hint="--only")
     environment = asdict(Environment.here("cpu"))
-    rows = _known(out, environment["commit"], again)
-    numbers = [number for number, model in enumerate(every()) if model in asked and model.key not in rows]
+    rows = _known(out)
+    verdicts = VERDICTS if again is None else again
+    needed = {model.key for model in asked if _is_due(rows.get(model.key), environment["commit"], verdicts)}
+    numbers = [number for number, model in enumerate(every()) if model.key in needed]
     with progress_bar() as show:
         for done, row in enumerate(measured(numbers, jobs, limit)):
             rows[row.library, row.name] = replace(row, commit=environment["commit"])
@@ -72,21 +74,20 @@ def main(
         raise typer.Exit(1)
 
 
-def _known(out: Path | None, commit: str, again: Sequence[str] | None) -> dict[tuple[str, str], Row]:
-    """Return the rows that the file has and that needn't be measured; those that were skipped always are.
-
-    again: verdicts to measure again where they are of another commit; None for all of them.
-    """
+def _known(out: Path | None) -> dict[tuple[str, str], Row]:
+    """Return the rows that the file has."""
     if out is None or not out.exists():
         return {}
     written = json.loads(out.read_text())
     rows = [replace(Row(**row), commit=row.get("commit", written["environment"]["commit"])) for row in written["rows"]]
-    verdicts = VERDICTS if again is None else again
-    return {
-        (row.library, row.name): row
-        for row in rows
-        if row.verdict != "skipped" and (row.commit == commit or row.verdict not in verdicts)
-    }
+    return {(row.library, row.name): row for row in rows}
+
+
+def _is_due(row: Row | None, commit: str, verdicts: Sequence[str]) -> bool:
+    """Tell whether an entry has to be measured. verdicts: those to measure again where they are of another commit."""
+    if row is None or row.verdict == "skipped":
+        return True
+    return row.commit != commit and row.verdict in verdicts
 
 
 def _write(rows: dict[tuple[str, str], Row], environment: dict[str, Any], out: Path) -> None:

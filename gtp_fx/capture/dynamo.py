@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from gtp_fx.capture.autocast_casts import clashes
 from gtp_fx.capture.fused_layers import open_layers
@@ -93,10 +94,11 @@ def _without_regions(gm: fx.GraphModule) -> fx.GraphModule:
     """Return Dynamo's graph with what AOT can't trace opened; `gm` itself where it holds nothing of the kind.
 
     These are graphs that operators call (recomputed or compiled regions), fused layers, inference mode, which becomes a
-    region without gradients, and autocast, which AOT would record and not switch on.
+    region without gradients, autocast, which AOT would record and not switch on, and dropouts that are off.
     """
     new = inlined(gm) if has_regions(gm) else edit.copy_of(gm)
     changed = open_layers(new.graph) or has_regions(gm)
+    changed = _without_idle_dropouts(new.graph) or changed
     for node in new.graph.nodes:
         if node.target is ENTER_INFERENCE:
             node.target, node.args = SET_GRAD, (not node.args[0],)
@@ -112,6 +114,27 @@ def _without_regions(gm: fx.GraphModule) -> fx.GraphModule:
     new.recompile()
     copy_parameter_sources(new, gm)
     return new
+
+
+def _without_idle_dropouts(graph: fx.Graph) -> bool:
+    """Remove dropouts that are off, and return whether there were any.
+
+    They return what they are given, which a model may write to. AOT refuses that, as it would be wrong of one that is
+    on.
+    """
+    found = [node for node in graph.nodes if node.target in _DROPOUTS and not _is_on(node)]
+    for node in found:
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        graph.erase_node(node)
+    return bool(found)
+
+
+def _is_on(node: fx.Node) -> bool:
+    """Return whether a call of dropout(input, p=0.5, training=True, inplace=False) drops anything."""
+    return bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True))
+
+
+_DROPOUTS = (functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d)
 
 
 def _enter_autocast(device: str, dtype: torch.dtype | None, enabled: bool, cached: bool) -> torch.autocast:

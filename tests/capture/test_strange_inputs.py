@@ -224,3 +224,24 @@ def test_what_torch_cannot_trace_is_refused_by_its_line() -> None:
 def test_too_many_unknown_sizes_are_refused() -> None:
     with pytest.raises(gtp_fx.CaptureError, match="more of its sizes are known only"):
         gtp_fx.optimize(Pairs(), flops_budget=1.0, example_inputs=torch.randn(2, 4), compile=False)
+
+
+class WritesToDropped(TinyViT):
+    """Blocks whose streams are added to in place, after a dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for block in self.blocks:
+            x = nn.functional.dropout(x, 0.3, self.training)
+            x += 0.1 * block(x)
+        return x.mean(1)
+
+
+@torch.no_grad()
+def test_what_a_dropout_that_is_off_returns_may_be_written_to() -> None:
+    torch._dynamo.reset()
+    model, x = WritesToDropped().eval(), pictures(2)
+    door = Door(flops_budget=1.0)
+    torch.testing.assert_close(torch.compile(model, backend=door)(x), model(x), rtol=1e-4, atol=1e-4)
+    fast = gtp_fx.optimize(model, flops_budget=1.0, example_inputs=x, compile=False)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
