@@ -7,12 +7,20 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from gtp_fx.capture.fused_layers import without_fused_layers
+
+_FUSED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
+"""A formula for the CPU's fused attention, which some models choose themselves; torch's registry has none."""
 
 
 def flops(run: Callable[..., Any], inputs: Sequence[Any]) -> int:
-    """Count the FLOPs of one call, by attention's math: a CPU's fused operator has no formula in torch's registry."""
+    """Count the FLOPs of one call, by attention's math; fused layers of nn.Transformer, which have no formula, open."""
     # Without gradients: the counter hooks them, which fails on what inference_mode made.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_FUSED)
+    with torch.no_grad(), without_fused_layers(), sdpa_kernel(SDPBackend.MATH), counter:
         run(*inputs)
     return int(counter.get_total_flops())

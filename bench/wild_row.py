@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import gtp_fx
+from bench.counted import flops
 from bench.dynamo_door import Door
 from bench.live_weights import enliven
 from bench.wild_models import WildModel
@@ -236,21 +235,8 @@ def _run(model: Callable[..., Any], call: tuple[Tensor, ...]) -> Any:
 
 
 def _flops(model: nn.Module, call: tuple[Tensor, ...]) -> int:
-    """As torch counts them. It has no formula for the CPU's fused attention, which some models choose themselves.
-
-    nn.TransformerEncoder's fused layers, which have none either, stay open.
-    """
-    fused = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-    }
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=fused) as counter:
-            _run(model, call)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-    return counter.get_total_flops()
+    """Count the FLOPs of a call as `_run` makes it."""
+    return flops(lambda *inputs: _run(model, inputs), call)
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.errors import NotApplicable
 from gtp_fx.graph.nodes import ancestors, attention_dropout, descendants
-from gtp_fx.graph.operators import PERMUTATIONS, REARRANGED
+from gtp_fx.graph.operators import NAMED_DIMENSIONS, PERMUTATIONS, REARRANGED
 from gtp_fx.strategies.protocol import Attention
 from gtp_fx.types.axes import (
     Dim,
@@ -36,20 +36,13 @@ from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.layouts import NoLayout, by_window, convert, image_layout
 from gtp_fx.types.rules.layout import is_view
 
-_DIMS = {
-    **dict.fromkeys((aten.mean.dim, aten.amax.default, aten.amin.default, aten.sum.dim_IntList), 1),
-    **dict.fromkeys((aten.var.correction, aten.softmax.int, aten.slice.Tensor, aten.cat.default), 1),
-    aten.linalg_vector_norm.default: 2,
-}
-"""The position of the argument that names dimensions, of operators that may be part of a branch."""
-
 
 def with_fewer_dimensions(node: fx.Node) -> tuple[Any, ...]:
     """Return the arguments of a branch's node where tokens have another number of dimensions before the features.
 
     Dimensions that it names are counted from the end.
     """
-    at = _DIMS.get(node.target, len(node.args))
+    at = NAMED_DIMENSIONS.get(node.target, len(node.args))
     if at >= len(node.args) or node.args[at] is None:
         return node.args
     rank = node.all_input_nodes[0].meta["val"].dim()

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from gtp_fx.capture.autocast_casts import clashes
 from gtp_fx.capture.fused_layers import open_layers
-from gtp_fx.capture.module import _changed, _hold_again, _refuse_changes
+from gtp_fx.capture.module import _changed, _first_lines, _hold_again, _refuse_changes
 from gtp_fx.capture.regions import AUTOCAST, has_regions, inlined, opened
 from gtp_fx.capture.vocabulary import open_composites
 from gtp_fx.errors import CaptureError, GtpError
@@ -82,12 +82,11 @@ def _traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule, A
 
 def _told(error: Exception) -> str:
     """Return the first line of torch's error, the node at which it stopped, and the line of the model's source."""
-    text, torch_itself = str(error).strip(), str(Path(torch.__file__).parent)
-    what = text.split("\n", 1)[0] or type(error).__name__
+    text, torch_itself = str(error), str(Path(torch.__file__).parent)
     node = re.search(r"^While executing (%\w+)", text, re.MULTILINE)
     lines = re.findall(r'File "([^"]+)", line (\d+)', text)
     own = [f"{file}:{line}" for file, line in lines if not file.startswith(torch_itself)]
-    return what + (f", at {node[1]}" if node else "") + (f" [{own[-1]}]" if own else "")
+    return _first_lines(error, 1) + (f", at {node[1]}" if node else "") + (f" [{own[-1]}]" if own else "")
 
 
 def _without_regions(gm: fx.GraphModule) -> fx.GraphModule:
@@ -124,8 +123,7 @@ def _without_idle_dropouts(graph: fx.Graph) -> bool:
     """
     found = [node for node in graph.nodes if node.target in _DROPOUTS and not _is_on(node)]
     for node in found:
-        node.replace_all_uses_with(node.all_input_nodes[0])
-        graph.erase_node(node)
+        edit.replace(node, node.all_input_nodes[0])
     return bool(found)
 
 

@@ -7,6 +7,9 @@ floats hides what isn't zero, as torch's operators read it.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
@@ -15,6 +18,20 @@ from gtp_fx.graph.torch_internals import FUSED_ATTENTION, FUSED_LAYER
 
 _MASK_OF_KEYS = 1
 """The kind of masks [B, N]. Others are [N, N] or [B, H, N, N]."""
+
+
+@contextlib.contextmanager
+def without_fused_layers() -> Iterator[None]:
+    """Switch off the operators that fuse layers of nn.Transformer. The switch is the process's; so is the tracing lock.
+
+    Another thread that runs such a layer meanwhile gets the same numbers from the open layer.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def open_layers(graph: fx.Graph) -> bool:

@@ -24,6 +24,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from torch.utils import _pytree as pytree
 
 from gtp_fx.capture.called_as import CalledAs
+from gtp_fx.capture.fused_layers import without_fused_layers
 from gtp_fx.capture.inputs import CallSignature, describe
 from gtp_fx.capture.regions import AUTOCAST, opened, write_out
 from gtp_fx.capture.side_effects import Left, left_by_each_call, watched
@@ -47,7 +48,7 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
     Raises CaptureError where torch.export fails, or where the forward changes the model's state at every call.
     """
     # Fused layers are only for calls without gradients: with gradients on, and torch's switch off, they stay open.
-    with tracing_lock(), _mode(model, training), torch.enable_grad(), _without_fused_layers():
+    with tracing_lock(), _mode(model, training), torch.enable_grad(), without_fused_layers():
         try:
             program, attributes = _exported(model, signature)
             # A change at the first call alone (a cache, a flag) is harmless, so the model is run twice and compared.
@@ -121,8 +122,7 @@ def _hold_again(exported: fx.GraphModule, gm: fx.GraphModule, held: Mapping[str,
             with exported.graph.inserting_before(node):
                 attribute = exported.graph.get_attr(name)
             attribute.meta = node.meta
-            node.replace_all_uses_with(attribute)
-            exported.graph.erase_node(node)
+            edit.replace(node, attribute)
     exported.recompile()
 
 
@@ -276,20 +276,6 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
-
-
-@contextlib.contextmanager
-def _without_fused_layers() -> Iterator[None]:
-    """Switch off the operators that fuse layers of nn.Transformer. The switch is the process's; so is the tracing lock.
-
-    Another thread that runs such a layer meanwhile gets the same numbers from the open layer.
-    """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _mutates(gm: fx.GraphModule) -> bool:

@@ -87,6 +87,14 @@ REARRANGED: Family = (aten.clone.default, aten.contiguous.default)
 CASTS: Family = (aten.to.dtype, aten._to_copy.default)
 CASTS_LIKE: Family = (aten.type_as.default, aten.to.other)
 SPLITS: Family = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+NAMED_DIMENSIONS: dict[Any, int] = {
+    **dict.fromkeys((aten.mean.dim, aten.amax.default, aten.amin.default, aten.sum.dim_IntList), 1),
+    **dict.fromkeys(
+        (*SOFTMAXES, *SQUEEZES, aten.var.correction, aten.slice.Tensor, aten.select.int, aten.cat.default), 1
+    ),
+    **dict.fromkeys((*SPLITS, aten.linalg_vector_norm.default), 2),
+}
+"""The position of the argument that names dimensions, one or several, of its first operand."""
 PADDINGS: Family = (aten.pad.default, aten.constant_pad_nd.default)
 RESIZINGS: Family = (
     aten.upsample_bilinear2d.vec,

@@ -160,15 +160,19 @@ def _value_of(expression: Any, parts: dict[Any, int]) -> int:
         return value
     atom = _Atom(expression, tuple((part, parts[part]) for part in primes))
     known = _atoms.setdefault(value, atom)
-    # Two expressions of one value are one size, such as both halves of an even batch; but not the larger of two sizes.
-    both = sorted(dict((*known.parts, *atom.parts)), key=lambda part: _prime(str(part)))
-    turned = dict(zip(both, [_prime(str(part)) for part in reversed(both)], strict=True))
-    differ = known.expression.subs(turned) != expression.subs(turned)
-    if differ or any(known.at(batch) != atom.at(batch) for batch in (2, 6)):
+    if known is not atom and not _are_one_size(known, atom):
         raise CaptureError(
             f"sizes of the model are {known.expression} and {expression}, which can't be told apart before it runs"
         )
     return value
+
+
+def _are_one_size(a: _Atom, b: _Atom) -> bool:
+    """Return whether two atoms of one value are one size, as both halves of an even batch; the larger of two isn't."""
+    both = sorted(dict((*a.parts, *b.parts)), key=lambda part: _prime(str(part)))
+    turned = dict(zip(both, [_prime(str(part)) for part in reversed(both)], strict=True))
+    alike = a.expression.subs(turned) == b.expression.subs(turned)
+    return alike and all(a.at(batch) == b.at(batch) for batch in (2, 6))
 
 
 def _sizes_in(values: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from gtp_fx.graph.operators import (
     CONVOLUTIONS,
     FEATURE_NORMS,
     MATRIX_PRODUCTS,
+    NAMED_DIMENSIONS,
     PERMUTATIONS,
     SOFTMAXES,
     SPLITS,
@@ -82,13 +83,14 @@ def _product(walk: Walk, node: fx.Node, order: Order) -> Order | None:
     return _over_last(lambda _: 1)(walk, node, order)
 
 
-def _with_dims(position: int, keeps: Callable[[fx.Node], bool]) -> Rule:
+def _with_dims(keeps: Callable[[fx.Node], bool]) -> Rule:
     """Return the rule of an operator of one operand that names dimensions.
 
-    position: of the argument that names them. keeps: whether they are still there in its result.
+    keeps: whether they are still there in its result.
     """
 
     def rule(walk: Walk, node: fx.Node, order: Order) -> Order | None:
+        position = NAMED_DIMENSIONS[node.target]
         if len(node.args) <= position or node.args[position] is None or node.kwargs.get("dim") is not None:
             return None
         x, named = _arguments(node)[0], _arguments(node)[position]
@@ -216,20 +218,20 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(FEATURE_NORMS, _over_last(lambda node: len(node.args[1]))),  # type: ignore[arg-type]
     **dict.fromkeys(MATRIX_PRODUCTS, _product),
     **dict.fromkeys(PERMUTATIONS, _permutation),
-    **dict.fromkeys(SOFTMAXES, _with_dims(1, _keeps)),
-    **dict.fromkeys(SPLITS, _with_dims(2, _keeps)),
-    **dict.fromkeys(SQUEEZES, _with_dims(1, _drops)),
+    **dict.fromkeys(SOFTMAXES, _with_dims(_keeps)),
+    **dict.fromkeys(SPLITS, _with_dims(_keeps)),
+    **dict.fromkeys(SQUEEZES, _with_dims(_drops)),
     **dict.fromkeys(VIEWS, _view),
-    **dict.fromkeys((aten.mean.dim, aten.amax.default, aten.amin.default), _with_dims(1, _keepdim(2))),
+    **dict.fromkeys((aten.mean.dim, aten.amax.default, aten.amin.default), _with_dims(_keepdim(2))),
     **dict.fromkeys(CONVOLUTIONS, _pointwise_convolution),
     aten.batch_norm.default: _fixed_norm,
     aten._native_batch_norm_legit_no_training.default: _fixed_norm,
-    aten.sum.dim_IntList: _with_dims(1, _keepdim(2)),
-    aten.var.correction: _with_dims(1, _keepdim(2)),
-    aten.linalg_vector_norm.default: _with_dims(2, _keepdim(3)),
+    aten.sum.dim_IntList: _with_dims(_keepdim(2)),
+    aten.var.correction: _with_dims(_keepdim(2)),
+    aten.linalg_vector_norm.default: _with_dims(_keepdim(3)),
     aten.linear.default: _over_last(lambda _: 1),
-    aten.slice.Tensor: _with_dims(1, _keeps),
-    aten.select.int: _with_dims(1, _drops),
+    aten.slice.Tensor: _with_dims(_keeps),
+    aten.select.int: _with_dims(_drops),
     aten.unsqueeze.default: _unsqueeze,
     aten.cat.default: _cat,
     aten.expand.default: _expand,

@@ -131,8 +131,7 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
             sizes = written(shape[d] for d in order)
             output = call(aten.reshape.default, output, sizes)
             output = call(aten.permute.default, output, [order.index(d) for d in range(len(order))])
-    attention.replace_all_uses_with(output)
-    graph.erase_node(attention)
+    edit.replace(attention, output)
     return scores
 
 
