@@ -16,6 +16,8 @@ from gtp_fx.graph.symbols import fixed_symbols
 from gtp_fx.graph.torch_internals import is_higher_order, mode_of
 from gtp_fx.ops.register import shapes_of
 
+aten = torch.ops.aten
+
 
 class InconsistentGraph(AssertionError):
     """A pass made a graph that can't run. This is a defect of gtp_fx; please report it with the message."""
@@ -50,12 +52,28 @@ def _run(node: fx.Node, after: str) -> Any:
     """Run a node on its operands' fake values. Raises InconsistentGraph where it can't run."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     try:
+        if (shape := _shape_like_first(node.target, args)) is not None:
+            return args[0].new_empty(shape)
         return (shapes_of(node.target) or node.target)(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:
         place = layer_name(node) or "the graph"
         raise InconsistentGraph(
             f"after {after}: {operator_name(node)} ({node.name}) in {place} can't run: {error}"
         ) from error
+
+
+def _shape_like_first(target: Any, args: tuple[Any, ...]) -> tuple[int, ...] | None:
+    """Return the shape of what a linear layer or a norm makes of contiguous tokens; None where it has to be run.
+
+    Torch opens both for each new size of a fake tensor, which takes milliseconds; a shortened stream has a size for
+    each block. Sizes that don't fit are left for the operator itself to refuse.
+    """
+    if target not in (aten.linear.default, aten.layer_norm.default) or not args[0].is_contiguous():
+        return None
+    shape, weight = tuple(args[0].shape), args[1]
+    if target is aten.layer_norm.default:
+        return shape if list(shape[-len(weight) :]) == list(weight) else None
+    return (*shape[:-1], weight.shape[0]) if weight.dim() == 2 and shape[-1:] == weight.shape[1:] else None
 
 
 def _form(value: Any) -> Any:
