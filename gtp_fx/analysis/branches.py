@@ -29,6 +29,7 @@ from gtp_fx.types.axes import (
     holds_images,
     is_plain,
     split_tokens,
+    token_axes,
     token_axis,
     whole_size,
 )
@@ -58,12 +59,15 @@ class Branch:
     entries: the values it starts from.
     inside: its token-wise nodes, in graph order; the last is its result.
     scores: the type of the attention's scores, [images and windows, tokens].
-    region: the layout in which tokens are chosen, [images and windows, tokens row by row]; features follow.
+    region: the layout in which tokens are chosen, [images and windows, patches row by row]; features follow.
     windows: number of windows in an image.
-    tokens: number of tokens in a window.
+    tokens: number of patches in a window.
     lead: dimensions of the attention's query that are images and windows.
     heads: the dimension of the query that is heads.
     cells: the shape of the coarser grid that keys are pooled to; () where keys are the tokens themselves.
+    others: tokens that attend together with the patches and are none.
+    beside: tokens before and after the patches of each window in the branch itself. None of them skips it, and where
+        there are any, the region is the branch's own layout.
     """
 
     entries: tuple[fx.Node, ...]
@@ -75,6 +79,18 @@ class Branch:
     lead: tuple[int, ...]
     heads: int
     cells: tuple[int, ...] = ()
+    others: int = 0
+    beside: tuple[int, int] = (0, 0)
+
+    @property
+    def attending(self) -> int:
+        """The number of tokens of one window of the attention, whose windows may be others than the branch's."""
+        return whole_size(self.scores[1]) + self.others
+
+    @property
+    def attentions(self) -> int:
+        """The number of windows in which an image's tokens attend."""
+        return _windows(self.scores[0])
 
     @property
     def result(self) -> fx.Node:
@@ -110,22 +126,57 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
     query = typing.type(operands.q)
     if attention_dropout(attention):
         raise NoBranch("attention dropout is active, which attention with scores does not have")
-    if not all(isinstance(f, GridAxis) for f in split_tokens(query[-2])):
-        raise NoBranch("tokens that are no patches attend together with the patches")
+    patches = _patches(query[-2])
+    if not all(isinstance(f, GridAxis) for f in split_tokens(patches)):
+        raise NoBranch("its queries are merged with something else, or some of them have left")
     if keys_beside(query, typing.type(operands.k)) not in (None, (0, 0)):
         raise NoBranch("its keys hold more than its tokens")
     lead, heads = _lead_and_heads(query)
     if len(query) > 4 and operands.bias is not None:
         raise NoBranch("its attention has a bias and more than four dimensions")
-    scores: TensorType = (tuple(f for dim in lead for f in query[dim]), query[-2])
-    # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order.
-    tokens = sorted((f for f in split_tokens(query[-2]) if isinstance(f, GridAxis)), key=lambda f: (f.side, -f.stride))
-    region: TensorType = (scores[0], tuple(tokens))
-    _check_layouts(scores, region, [typing.type(node) for node in entries], typing.type(result))
+    scores: TensorType = (tuple(f for dim in lead for f in query[dim]), patches)
+    beside = _beside(typing.type(result))
+    if any(beside):
+        region = _own_region(typing.type(result))
+        _check_layouts(scores, region, [])
+    else:
+        # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order.
+        tokens = (f for f in split_tokens(patches) if isinstance(f, GridAxis))
+        region = (scores[0], tuple(sorted(tokens, key=lambda f: (f.side, -f.stride))))
+        _check_layouts(scores, region, [typing.type(node) for node in (*entries, result)])
     count = whole_size(region[1])
-    windows = whole_size(tuple(f for f in split_tokens(scores[0]) if isinstance(f, GridAxis)))
     cells = pooled_to(query, typing.type(operands.k))
-    return Branch(tuple(entries), tuple(inside), scores, region, windows, count, lead, heads, cells)
+    others = whole_size(query[-2]) - whole_size(patches)
+    windows = _windows(region[0])
+    return Branch(tuple(entries), tuple(inside), scores, region, windows, count, lead, heads, cells, others, beside)
+
+
+def _windows(dim: Dim) -> int:
+    """Return how many windows of one image a dimension of images and windows runs over."""
+    return whole_size(tuple(f for f in split_tokens(dim) if isinstance(f, GridAxis)))
+
+
+def _patches(dim: Dim) -> Dim:
+    """Return a dimension of tokens without those before and after the patches."""
+    axis = token_axis(dim)
+    return dim if axis is None else (replace(axis, prefix=0, suffix=0),)
+
+
+def _beside(result: TensorType) -> tuple[int, int]:
+    """Return how many tokens stand before and after the patches of each window in a branch."""
+    axes = token_axes(result)
+    return (axes[0].prefix, axes[0].suffix) if len(axes) == 1 else (0, 0)
+
+
+def _own_region(result: TensorType) -> TensorType:
+    """Return the layout [images and windows, patches] of a branch [images and windows, tokens, features].
+
+    Raises NoBranch where it is laid out otherwise.
+    """
+    patches = [split_tokens(_patches(dim)) for dim in result[1:2]]
+    if len(result) != 3 or _mixes(result[0]) or not all(isinstance(f, GridAxis) for dim in patches for f in dim):
+        raise NoBranch("the branch after its attention isn't [windows, tokens, features], and has tokens of no patch")
+    return result[0], patches[0]
 
 
 def pooled_to(query: TensorType, key: TensorType) -> tuple[int, ...]:
@@ -263,8 +314,8 @@ def _mixes(dim: Dim) -> bool:
     return any(isinstance(f, Plain) and not f.images and f.size != 1 for f in dim) and len(dim) > 1
 
 
-def _check_layouts(scores: TensorType, region: TensorType, entries: list[TensorType], result: TensorType) -> None:
-    """Raise NoBranch where an entry can't be arranged by window, or the result can't be arranged back.
+def _check_layouts(scores: TensorType, region: TensorType, values: list[TensorType]) -> None:
+    """Raise NoBranch where scores, or one of the branch's values, can't be arranged by window, or not back.
 
     The conversions are tried without a graph to emit into.
     """
@@ -274,9 +325,9 @@ def _check_layouts(scores: TensorType, region: TensorType, entries: list[TensorT
 
     try:
         convert(nowhere, None, (*scores, (Plain(1),)), (*region, (Plain(1),)))
-        for kind in entries:
+        for kind in values:
             convert(nowhere, None, kind, (*region, kind[-1]))
-        convert(nowhere, None, (*region, result[-1]), result)
+            convert(nowhere, None, (*region, kind[-1]), kind)
         convert(nowhere, None, (*image_layout(region), (Plain(2),)), by_window(region, (Plain(2),)))
     except NoLayout as reason:
         raise NoBranch(f"its tokens can't be arranged by window: {reason}") from reason

@@ -58,9 +58,11 @@ def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strat
     features = whole_size(typing.type(branch.result)[-1])
     parts = [_token_wise_flops(node, typing) for node in branch.inside]
     whole, per_token = (sum(column) for column in zip(*parts, strict=True))
-    keys = math.prod(branch.cells) if branch.cells else branch.tokens
-    scoring = int(flops_of(strategy.scoring_works(heads, branch.tokens, keys, images * branch.windows, "float32")))
-    return BranchCost(whole, per_token, images, branch.windows, branch.tokens, features, scoring)
+    queries = branch.attending
+    keys = math.prod(branch.cells) if branch.cells else queries
+    scoring = int(flops_of(strategy.scoring_works(heads, queries, keys, images * branch.attentions, "float32")))
+    others = sum(branch.beside)
+    return BranchCost(whole, per_token, images, branch.windows, branch.tokens, features, scoring, others)
 
 
 def _token_wise_flops(node: fx.Node, typing: WholeTyping) -> tuple[int, int]:

@@ -73,6 +73,10 @@ class Maps(nn.Module):
         x = self.attended(self.patches(image))
         return x, x + self.mlp(x)
 
+    def chosen_from(self, x_BCHW: Tensor) -> Tensor:
+        """The patches of which equally many skip the MLP, [windows or images, N, C]."""
+        return x_BCHW.flatten(2).mT
+
     def forward(self, image: Tensor) -> Tensor:
         return self.halves(image)[1]
 
@@ -84,7 +88,12 @@ class ConvolvedFirst(Maps):
         return super().mlp(self.near(x_BCHW))
 
 
-class WindowsAsImages(Maps):
+class Windowed(Maps):
+    def chosen_from(self, x_BCHW: Tensor) -> Tensor:
+        return super().chosen_from(into_windows(x_BCHW))
+
+
+class WindowsAsImages(Windowed):
     """Windows are images of their own throughout the block."""
 
     def halves(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +101,7 @@ class WindowsAsImages(Maps):
         return out_of_windows(x), out_of_windows(x + self.mlp(x))
 
 
-class WindowsInAttention(Maps):
+class WindowsInAttention(Windowed):
     """Windows are images of their own within the attention, which makes its projections there."""
 
     def attended(self, x_BCHW: Tensor) -> Tensor:
@@ -100,24 +109,85 @@ class WindowsInAttention(Maps):
         return x_BCHW + self.out(out_of_windows(self.attend(self.qkv(y))))
 
 
+class TokenBesideWindows(Windowed):
+    """A token of each window attends together with its patches, and says how windows are mixed; it isn't kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(WIDTH))
+
+    def attended(self, x_BCHW: Tensor) -> Tensor:
+        y = into_windows(self.norm1(x_BCHW)).flatten(2)
+        y = torch.cat([self.token[:, None].expand(y.shape[0], -1, 1), y], 2)
+        y = self.attend(self.qkv(y[..., None])).flatten(2)
+        of_windows, windows = (t.unflatten(0, (x_BCHW.shape[0], -1)) for t in (y[..., 0], y[..., 1:]))
+        mixed = torch.einsum("bij,bjcn->bicn", (of_windows @ of_windows.mT).softmax(-1), windows)
+        return x_BCHW + self.out(out_of_windows(mixed.flatten(0, 1).unflatten(2, (WINDOW, WINDOW))))
+
+
+class TokenInWindows(Windowed):
+    """The stream is [B * windows, 1 + N, C]: a token of each window stays with its patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH) for _ in range(2)])
+
+    def through(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+    def mixed(self, y: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.through(self.qkv, y).chunk(3, -1))
+        return self.through(self.out, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def halves(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = into_windows(self.patches(image)).flatten(2).mT
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        x = x + self.mixed(self.norms[0](x))
+        return x, x + self.through(self.down, F.gelu(self.through(self.up, self.norms[1](x))))
+
+    def chosen_from(self, x: Tensor) -> Tensor:
+        return x[:, 1:]
+
+
+class TokenInWindowsThatAreOne(TokenInWindows):
+    """The patches of all windows attend together, with the mean of the windows' tokens."""
+
+    def mixed(self, y: Tensor) -> Tensor:
+        many = (GRID // WINDOW) ** 2
+        patches = out_of_windows(y[:, 1:].mT.unflatten(2, (WINDOW, WINDOW))).flatten(2).mT
+        y = super().mixed(torch.cat([y[:, :1].view(-1, many, 1, WIDTH).mean(1), patches], 1))
+        patches = into_windows(y[:, 1:].mT.unflatten(2, (GRID, GRID))).flatten(2).mT
+        return torch.cat([y[:, :1].expand(-1, many, -1).reshape(-1, 1, WIDTH), patches], 1)
+
+
+KINDS = [
+    Maps,
+    ConvolvedFirst,
+    WindowsAsImages,
+    pytest.param(WindowsInAttention, marks=pytest.mark.nightly),
+    TokenBesideWindows,
+    pytest.param(TokenInWindows, marks=pytest.mark.nightly),
+    TokenInWindowsThatAreOne,
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [Maps, ConvolvedFirst, WindowsAsImages, WindowsInAttention])
+@pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_as_one_half_of_the_block_leaves_them_or_the_other(kind: type[Maps]) -> None:
     check(built(kind), 5)
 
 
 def check(model: nn.Module, skipping: int) -> None:
     """skipping: tokens of each window, or of the whole map, that skip the MLP."""
-    windowed = "Windows" in type(model).__name__
     exact = gtp_fx.optimize(model, flops_budget=1.0, example_inputs=images(), compile=False)
     torch.testing.assert_close(exact(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
     made = gtp_fx.optimize(model, schedule=[skipping], example_inputs=images(), compile=False)
     for count in (2, 3):
-        attended, whole = model.halves(images(count))  # type: ignore[operator]
-        out = made(images(count))
-        stays, runs = (torch.isclose(out, half, rtol=1e-4, atol=1e-4).all(1) for half in (attended, whole))
+        attended, whole = (model.chosen_from(half) for half in model.halves(images(count)))  # type: ignore[operator]
+        out = model.chosen_from(made(images(count)))  # type: ignore[operator]
+        stays, runs = (torch.isclose(out, half, rtol=1e-4, atol=1e-4).all(-1) for half in (attended, whole))
         assert (stays ^ runs).all()
-        by_window = into_windows(stays[:, None].float()) if windowed else stays[:, None].float()
-        assert (by_window.sum((1, 2, 3)) == skipping).all()
+        assert (stays.sum(1) == skipping).all()
     ratio = flops(made, [images()]) / flops(model, [images()])
     assert ratio == pytest.approx(made.report.flops_ratio, abs=1e-6) and ratio < 1
