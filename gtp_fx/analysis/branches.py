@@ -18,8 +18,15 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.errors import NotApplicable
-from gtp_fx.graph.nodes import ancestors, attention_dropout, descendants
-from gtp_fx.graph.operators import NAMED_DIMENSIONS, PERMUTATIONS, REARRANGED
+from gtp_fx.graph.nodes import ancestors, attention_dropout, descendants, operator_name, source_line
+from gtp_fx.graph.operators import (
+    ATTENTION,
+    CONVOLUTIONS,
+    NAMED_DIMENSIONS,
+    PERMUTATIONS,
+    REARRANGED,
+    SOFTMAXES,
+)
 from gtp_fx.strategies.protocol import Attention
 from gtp_fx.types.axes import (
     Dim,
@@ -53,11 +60,31 @@ def with_fewer_dimensions(node: fx.Node) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stretch of token-wise nodes that ends in a result which is added to the stream.
+
+    entries: the values it starts from.
+    inside: its nodes, in graph order; the last is its result.
+    """
+
+    entries: tuple[fx.Node, ...]
+    inside: tuple[fx.Node, ...]
+
+    @property
+    def result(self) -> fx.Node:
+        """The node whose value is added to the stream."""
+        return self.inside[-1]
+
+    def copied(self, at: Mapping[fx.Node, fx.Node]) -> Part:
+        """Return this part in a copy of the graph. at: each node's copy."""
+        return Part(tuple(at[n] for n in self.entries), tuple(at[n] for n in self.inside))
+
+
+@dataclass(frozen=True)
 class Branch:
     """The part of one block that only the kept tokens of each window go through.
 
-    entries: the values it starts from.
-    inside: its token-wise nodes, in graph order; the last is its result.
+    parts: what they go through, in graph order: the MLP, and any that follow before the next attention.
     scores: the type of the attention's scores, [images and windows, tokens].
     region: the layout in which tokens are chosen, [images and windows, patches row by row]; features follow.
     windows: number of windows in an image.
@@ -70,8 +97,7 @@ class Branch:
         there are any, the region is the branch's own layout.
     """
 
-    entries: tuple[fx.Node, ...]
-    inside: tuple[fx.Node, ...]
+    parts: tuple[Part, ...]
     scores: TensorType
     region: TensorType
     windows: int
@@ -93,9 +119,9 @@ class Branch:
         return _windows(self.scores[0])
 
     @property
-    def result(self) -> fx.Node:
-        """The node whose value is added to the stream."""
-        return self.inside[-1]
+    def inside(self) -> tuple[fx.Node, ...]:
+        """The nodes of all parts."""
+        return tuple(node for part in self.parts for node in part.inside)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -105,7 +131,7 @@ class Branch:
 
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> Branch:
         """Return this branch in a copy of the graph. at: each node's copy."""
-        return replace(self, entries=tuple(at[n] for n in self.entries), inside=tuple(at[n] for n in self.inside))
+        return replace(self, parts=tuple(part.copied(at) for part in self.parts))
 
 
 class NoBranch(NotApplicable):
@@ -120,8 +146,7 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
 
     Raises NoBranch, with the reason, where there is none.
     """
-    entries, inside = _next_branch(site, typing)
-    result = inside[-1]
+    parts = _parts_after(site, typing)
     operands = Attention.of(attention)
     query = typing.type(operands.q)
     if attention_dropout(attention):
@@ -135,20 +160,39 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
     if len(query) > 4 and operands.bias is not None:
         raise NoBranch("its attention has a bias and more than four dimensions")
     scores: TensorType = (tuple(f for dim in lead for f in query[dim]), patches)
-    beside = _beside(typing.type(result))
+    result = typing.type(parts[0].result)
+    beside = _beside(result)
     if any(beside):
-        region = _own_region(typing.type(result))
+        region = _own_region(result)
         _check_layouts(scores, region, [])
     else:
         # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order.
         tokens = (f for f in split_tokens(patches) if isinstance(f, GridAxis))
         region = (scores[0], tuple(sorted(tokens, key=lambda f: (f.side, -f.stride))))
-        _check_layouts(scores, region, [typing.type(node) for node in (*entries, result)])
+        _check_layouts(scores, region, _values(parts[0], typing))
+    parts = [parts[0], *(part for part in parts[1:] if _is_chosen_alike(part, parts[0], scores, region, typing))]
     count = whole_size(region[1])
     cells = pooled_to(query, typing.type(operands.k))
     others = whole_size(query[-2]) - whole_size(patches)
     windows = _windows(region[0])
-    return Branch(tuple(entries), tuple(inside), scores, region, windows, count, lead, heads, cells, others, beside)
+    return Branch(tuple(parts), scores, region, windows, count, lead, heads, cells, others, beside)
+
+
+def _values(part: Part, typing: WholeTyping) -> list[TensorType]:
+    """Return the types of the values that are arranged by window."""
+    return [typing.type(node) for node in (*part.entries, part.result)]
+
+
+def _is_chosen_alike(part: Part, first: Part, scores: TensorType, region: TensorType, typing: WholeTyping) -> bool:
+    """Return whether the tokens that a later part keeps can be those of the first one."""
+    lead, of_first = (typing.type(of.result)[:-1] for of in (part, first))
+    if lead == of_first:
+        return True
+    try:
+        _check_layouts(scores, region, _values(part, typing))
+    except NoBranch:
+        return False
+    return not any(_beside(lead)) and not any(_beside(of_first))
 
 
 def _windows(dim: Dim) -> int:
@@ -205,8 +249,8 @@ def keys_beside(query: TensorType, key: TensorType) -> tuple[int, int] | None:
     return (before, after) if min(before, after) >= 0 else None
 
 
-def _next_branch(site: fx.Node, typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return entries and nodes of the first branch after `site` with a token-wise end, and before the next attention.
+def _parts_after(site: fx.Node, typing: WholeTyping) -> list[Part]:
+    """Return the token-wise ends of the branches after `site` and before the next attention, one at least.
 
     There may be other branches in between that have none, such as a position encoding by convolution.
 
@@ -214,6 +258,7 @@ def _next_branch(site: fx.Node, typing: WholeTyping) -> tuple[list[fx.Node], lis
     """
     after = descendants(site)
     reason = NoBranch("no residual branch follows its attention's")
+    parts: list[Part] = []
     for node in site.graph.nodes:
         if node not in after or node.target is not aten.add.Tensor or not typing.is_tensor(node):
             continue
@@ -225,13 +270,30 @@ def _next_branch(site: fx.Node, typing: WholeTyping) -> tuple[list[fx.Node], lis
             within = ancestors(result)
             if start not in within or start not in after | {site}:
                 continue
-            if any(n.target is aten.scaled_dot_product_attention.default for n in within & descendants(start)):
-                raise reason
+            if any(_attends(n, typing) for n in within & after):
+                return _some(parts, reason)
             try:
-                return _token_wise_tail(result, after, typing)
+                part = _token_wise_tail(result, after, typing)
             except NoBranch as why:
                 reason = why
-    raise reason
+                continue
+            if not any(set(part.inside) & set(other.inside) for other in parts):
+                parts.append(part)
+    return _some(parts, reason)
+
+
+def _some(parts: list[Part], reason: NoBranch) -> list[Part]:
+    """Return the parts. Raises NoBranch where there are none."""
+    if not parts:
+        raise reason
+    return parts
+
+
+def _attends(node: fx.Node, typing: WholeTyping) -> bool:
+    """Return whether a node is an attention, or the softmax over tokens of one."""
+    if node.target in SOFTMAXES and node in typing.answers:
+        return typing.answers[node].prefix_operands is not None
+    return node.target in ATTENTION
 
 
 def _origin(node: fx.Node) -> fx.Node:
@@ -241,8 +303,8 @@ def _origin(node: fx.Node) -> fx.Node:
     return node
 
 
-def _token_wise_tail(result: fx.Node, after: set[fx.Node], typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return the longest token-wise part that ends in `result`: its entries and its nodes, in graph order.
+def _token_wise_tail(result: fx.Node, after: set[fx.Node], typing: WholeTyping) -> Part:
+    """Return the longest token-wise part that ends in `result`.
 
     after: the nodes that may be part of it, those after the attention's residual add.
 
@@ -250,7 +312,10 @@ def _token_wise_tail(result: fx.Node, after: set[fx.Node], typing: WholeTyping) 
     """
     kind = typing.type(result)
     if not is_plain(kind[-1]) or all(map(is_plain, kind[:-1])):
-        raise NoBranch("the branch after its attention isn't laid out as tokens with features last")
+        raise NoBranch(
+            _why_whole(result, after, typing)
+            or "the branch after its attention isn't laid out as tokens with features last"
+        )
     lead = kind[:-1]
     inside: list[fx.Node] = []
     entries: list[fx.Node] = []
@@ -264,8 +329,26 @@ def _token_wise_tail(result: fx.Node, after: set[fx.Node], typing: WholeTyping) 
         part = alone and node in after and _is_token_wise(node, lead, typing)
         (inside if part else entries).append(node)
     if not any(node.target is aten.linear.default for node in inside):
-        raise NoBranch("the branch after its attention is not token-wise at its end (a convolution, say)")
-    return entries[::-1], inside[::-1]
+        raise NoBranch(
+            _why_whole(result, after, typing)
+            or "the branch after its attention is not token-wise at its end (a convolution, say)"
+        )
+    return Part(tuple(entries[::-1]), tuple(inside[::-1]))
+
+
+def _why_whole(result: fx.Node, after: set[fx.Node], typing: WholeTyping) -> str:
+    """Return which operator at the end of a branch needs all of its grid; "" where a product comes after any."""
+    node: fx.Node | None = result
+    while node is not None and node in typing.answers:
+        answer = typing.answers[node]
+        if answer.barrier or (answer.prefix_operands is not None and not is_view(node)):
+            line = source_line(node)
+            name = operator_name(node) + (f" [{line}]" if line else "")
+            return f"the branch after its attention ends in {name}, which needs all of its tokens in their places"
+        if node.target in (aten.linear.default, *CONVOLUTIONS):
+            break
+        node = next((n for n in node.all_input_nodes if n in after), None)
+    return ""
 
 
 def _is_token_wise(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:

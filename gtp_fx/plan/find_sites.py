@@ -138,7 +138,7 @@ def _skip_site(block: AttentionBlock, branch: Branch, typing: WholeTyping, strat
     """Make the site where tokens skip `branch`. blocks: number of attention blocks in the model."""
     heads = whole_size(typing.type(block.attention)[branch.heads])
     cost = branch_cost(branch, typing, heads, strategy)
-    dtype = _dtype(branch.result)
+    dtype = _dtype(branch.parts[0].result)
     return Site(block.index, block.axis, cost.features, heads, 1, cost, dtype, block.index / blocks)
 
 

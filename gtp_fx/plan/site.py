@@ -64,7 +64,7 @@ class BranchCost:
     images: images in one run; 1 where the batch is symbolic.
     windows: windows of one image.
     tokens: patches of one window.
-    features: features of the branch's result.
+    features: features of the branch's results, of all its parts together.
     scoring: FLOPs that ranking the tokens adds to this block's own attention.
     others: tokens of one window that are no patches; none of them skips.
     """

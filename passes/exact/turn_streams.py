@@ -7,7 +7,7 @@ Maps [B, C, H, W] are turned to [B, H, W, C] where tokens can then skip a branch
 
 A stream is turned once, before its first block. From there on what follows is done in the new layout, operator by
 operator, and turned back only for an operator that can't be (a view that merges tokens with images, a convolution over
-neighbours); after such a convolution inside a branch the new layout begins again. So later passes know one layout.
+neighbours); what such an operator makes of a map is turned again. So later passes know one layout.
 Convolutions with a kernel of one become linear layers. An add of the stream and a branch turns the branch's result.
 """
 
@@ -21,7 +21,6 @@ from torch import fx
 from gtp_fx.analysis.blocks import marks_of, share_in, stream_of
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
-from gtp_fx.graph.operators import CONVOLUTIONS
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.turned_layout import Order, Walk, changes
@@ -29,11 +28,14 @@ from gtp_fx.passes.exact.turned_operators import rule_of
 from gtp_fx.types.axes import Grid, GridAxis, TensorType, holds_images, is_plain, split_tokens, token_axis
 from gtp_fx.types.infer import WholeTyping
 
+_RANK = 3
+"""Dimensions of a stream whose tokens are a row."""
+
 
 def turn_streams(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of `gm`, whose blocks are marked, with residual streams [B, N, C]; `gm` itself where all are."""
     orders = _streams(gm.graph)
-    rows = {stream: order for stream, order in orders.items() if len(order) == 3}
+    rows = {stream: order for stream, order in orders.items() if len(order) == _RANK}
     if len(rows) < len(orders):
         turned = _turned(gm, orders)
         propagate_shapes(turned, after=turn_streams.__name__)
@@ -53,7 +55,7 @@ def _turned(gm: fx.GraphModule, orders: Mapping[fx.Node, Order]) -> fx.GraphModu
     gm, copies = edit.copy_with_nodes(gm)
     walk = Walk(gm.graph, {node: shape_of(node) for node in gm.graph.nodes if _is_tensor(node)}, rule_of)
     starts = {copies[node]: order for node, order in orders.items()}
-    again = {copies[node]: order for node, order in _convolved(typing, orders).items()}
+    again = {copies[node]: order for node, order in _maps(typing, orders).items()}
     for node in list(gm.graph.nodes):
         reads_turned = any(operand in walk.turned for operand in node.all_input_nodes)
         walk.turn(node)
@@ -62,13 +64,13 @@ def _turned(gm: fx.GraphModule, orders: Mapping[fx.Node, Order]) -> fx.GraphModu
     return edit.finish(gm)
 
 
-def _convolved(typing: WholeTyping, streams: Iterable[fx.Node]) -> dict[fx.Node, Order]:
-    """Return the convolutions over neighbours that keep the grid of one of the streams, and what turns their results.
+def _maps(typing: WholeTyping, streams: Iterable[fx.Node]) -> dict[fx.Node, Order]:
+    """Return the maps over the grids of some streams, and what turns each.
 
-    What follows one in a branch works token by token again.
+    What follows a convolution over neighbours in a branch works token by token again.
     """
     grids = {grid for stream in streams for grid in _grids(typing.type(stream))}
-    found = [node for node in typing.graph.nodes if node.target in CONVOLUTIONS and typing.is_tensor(node)]
+    found = [node for node in typing.graph.nodes if typing.is_tensor(node) and len(typing.type(node)) > _RANK]
     orders = {node: _to_turn(typing.type(node)) for node in found if _grids(typing.type(node)) & grids}
     return {node: order for node, order in orders.items() if order is not None}
 

@@ -16,7 +16,7 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
-from gtp_fx.analysis.branches import Branch, with_fewer_dimensions
+from gtp_fx.analysis.branches import Branch, Part, with_fewer_dimensions
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of, written
@@ -45,7 +45,8 @@ def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             continue
         scores = _scored(gm.graph, block, block.branch, plan.strategy, typing)
         chosen = _choose(gm.graph, scores, block.branch, skipping, plan.strategy)
-        _insert(gm.graph, block.branch, chosen, typing)
+        for part in block.branch.parts:
+            _insert(gm.graph, part, block.branch, chosen, typing)
     return edit.finish(gm)
 
 
@@ -55,15 +56,16 @@ def _choose(
     """Choose the tokens that skip the branch, by lowest score; return the nodes kept, skipped and shares.
 
     kept [R, K] and skipped [R, P] are indices into the tokens of each of R windows of all images. shares [R, P, K] says
-    how much of each kept token's result a skipped one gets. The nodes are inserted after the branch.
+    how much of each kept token's result a skipped one gets. The nodes are inserted after the branch's first part.
 
     scores: scores of type `branch.scores`.
     skipping: P, how many tokens of each window skip.
     """
 
-    call = edit.Emitter(graph, like=branch.result)
+    result = branch.parts[0].result
+    call = edit.Emitter(graph, like=result)
 
-    with graph.inserting_before(branch.result.next):
+    with graph.inserting_before(result.next):
         scores = _by_window(call, scores, branch)
         if _is_padded(branch):
             scores = _padding_first(call, scores, branch)
@@ -72,26 +74,27 @@ def _choose(
         return kept, skipped, _shares(call, kept, skipped, branch, strategy, like=scores)
 
 
-def _insert(graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.Node], typing: WholeTyping) -> None:
-    """Replace the branch by one that runs on the kept tokens alone, inserted after it.
+def _insert(
+    graph: fx.Graph, part: Part, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.Node], typing: WholeTyping
+) -> None:
+    """Replace a part of the branch by one that runs on the kept tokens alone, inserted after it.
 
     chosen: the results of `_choose`.
     """
     kept, skipped, shares = chosen
-    first = next(node for node in graph.nodes if node in branch.inside)
-    result = branch.result
+    result = part.result
 
-    call = edit.Emitter(graph, like=first)
+    call = edit.Emitter(graph, like=part.inside[0])
 
-    with graph.inserting_before(shares.next):
+    with graph.inserting_before(shares.next if part is branch.parts[0] else result.next):
         # Arrange what enters the branch by window, and take the kept tokens.
         replacement: dict[fx.Node, fx.Node] = {}
-        for entry in branch.entries:
+        for entry in part.entries:
             kind = typing.type(entry)
             rows = entry if any(branch.beside) else convert(call, entry, kind, (*branch.region, kind[-1]))
             replacement[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, *branch.beside)
         # The branch is token-wise, so its nodes run on these as they are.
-        for node in branch.inside:
+        for node in part.inside:
             # A parameter of more dimensions, [1, 1, 1, C], would give them to the tokens.
             for shared in node.all_input_nodes:
                 if shared not in replacement and len(shape_of(shared)) > _RANK:

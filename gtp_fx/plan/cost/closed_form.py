@@ -55,7 +55,7 @@ def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strat
     typing: types with every token in place. heads: of the attention whose scores rank the tokens.
     """
     images = per_image(math.prod(f.whole_size for f in branch.region[0] if isinstance(f, Plain)))
-    features = whole_size(typing.type(branch.result)[-1])
+    features = sum(whole_size(typing.type(part.result)[-1]) for part in branch.parts)
     parts = [_token_wise_flops(node, typing) for node in branch.inside]
     whole, per_token = (sum(column) for column in zip(*parts, strict=True))
     queries = branch.attending

@@ -22,7 +22,7 @@ from gtp_fx.types.axes import (
     token_axes,
     whole_size,
 )
-from gtp_fx.types.rules.registry import Call, NoRule, RuleResult, TypeList, require_plain, rule
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, TypeList, require_plain, rule
 
 
 @rule(*GRID_MAKERS)
@@ -109,7 +109,9 @@ def channel_norm(call: Call) -> RuleResult:
     values = call.node.meta["val"]
     several = isinstance(values, list | tuple)  # the result, and statistics that it saves
     output = TypeList((x, *(plain(*value.shape) for value in values[1:]))) if several else x
-    return RuleResult(output, operands={call.operand(0): x})
+    averages = call.node.target is aten.group_norm.default or _own_statistics(call)
+    whole = averages and not all(map(is_plain, x))  # a map's places, since no tokens are averaged
+    return RuleResult(output, operands={call.operand(0): x}, prefix_operands=NEEDS_ALL if whole else None)
 
 
 def _rank(operator: object) -> int:

@@ -88,6 +88,33 @@ class ConvolvedFirst(Maps):
         return super().mlp(self.near(x_BCHW))
 
 
+class NormedOverAll(Maps):
+    """A norm over groups of channels and all places before the last convolution, which alone can be skipped."""
+
+    def mlp(self, x_BCHW: Tensor) -> Tensor:
+        return self.down(F.group_norm(F.gelu(self.up(x_BCHW)), 4))  # type: ignore[no-any-return]
+
+
+class TwoMlps(Maps):
+    """A second MLP follows, after an encoding of places by a convolution. The same tokens skip both."""
+
+    def forward(self, image: Tensor, skipping: int = 0) -> Tensor:
+        """skipping: tokens of the map that skip both MLPs, those of lowest score in the block's attention."""
+        x = self.patches(image)
+        runs = self.runs(self.norm1(x), skipping) if skipping else 1
+        x = self.attended(x)
+        x = x + runs * self.mlp(x)
+        x = x + self.near(x)
+        return x + runs * self.mlp(x)
+
+    def runs(self, x_BCHW: Tensor, skipping: int) -> Tensor:
+        """1 where a token runs the MLPs, 0 where it skips them: [B, 1, H, W]."""
+        q, k, _ = (t.flatten(2).unflatten(1, (HEADS, -1)).mT for t in self.qkv(x_BCHW).chunk(3, 1))
+        weights_BHNN = (q @ k.mT / (WIDTH // HEADS) ** 0.5).softmax(-1)
+        score_BN = weights_BHNN.diagonal(0, 2, 3).amax(1) * weights_BHNN.sum(2).amax(1)
+        return (score_BN.argsort(1).argsort(1) >= skipping).unflatten(1, (1, GRID, GRID)).float()
+
+
 class Windowed(Maps):
     def chosen_from(self, x_BCHW: Tensor) -> Tensor:
         return super().chosen_from(into_windows(x_BCHW))
@@ -164,6 +191,7 @@ class TokenInWindowsThatAreOne(TokenInWindows):
 KINDS = [
     Maps,
     ConvolvedFirst,
+    pytest.param(NormedOverAll, marks=pytest.mark.nightly),
     WindowsAsImages,
     pytest.param(WindowsInAttention, marks=pytest.mark.nightly),
     TokenBesideWindows,
@@ -191,3 +219,14 @@ def check(model: nn.Module, skipping: int) -> None:
         assert (stays.sum(1) == skipping).all()
     ratio = flops(made, [images()]) / flops(model, [images()])
     assert ratio == pytest.approx(made.report.flops_ratio, abs=1e-6) and ratio < 1
+
+
+@torch.no_grad()
+def test_the_same_tokens_skip_every_mlp_before_the_next_attention() -> None:
+    model = built(TwoMlps)
+    made = gtp_fx.optimize(model, schedule=[7], example_inputs=images(), compile=False)
+    for count in (2, 3):
+        torch.testing.assert_close(made(images(count)), model(images(count), 7), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(made(images()), model(images()), atol=1e-2)
+    ratio = flops(made, [images()]) / flops(model, [images()])
+    assert ratio == pytest.approx(made.report.flops_ratio, abs=1e-6)
