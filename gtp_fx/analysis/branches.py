@@ -90,7 +90,7 @@ class Branch:
     windows: number of windows in an image.
     tokens: number of patches in a window.
     lead: dimensions of the attention's query that are images and windows.
-    heads: the dimension of the query that is heads.
+    heads: the dimension of the query that is heads; none where there is one head without a dimension.
     cells: the shape of the coarser grid that keys are pooled to; () where keys are the tokens themselves.
     others: tokens that attend together with the patches and are none.
     beside: tokens before and after the patches of each window in the branch itself. None of them skips it, and where
@@ -103,7 +103,7 @@ class Branch:
     windows: int
     tokens: int
     lead: tuple[int, ...]
-    heads: int
+    heads: tuple[int, ...]
     cells: tuple[int, ...] = ()
     others: int = 0
     beside: tuple[int, int] = (0, 0)
@@ -122,12 +122,6 @@ class Branch:
     def inside(self) -> tuple[fx.Node, ...]:
         """The nodes of all parts."""
         return tuple(node for part in self.parts for node in part.inside)
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The query's dimensions in the order [images and windows…, heads, tokens, features]."""
-        rank = len(self.lead) + 3
-        return (*self.lead, self.heads, rank - 2, rank - 1)
 
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> Branch:
         """Return this branch in a copy of the graph. at: each node's copy."""
@@ -157,8 +151,6 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
     if keys_beside(query, typing.type(operands.k)) not in (None, (0, 0)):
         raise NoBranch("its keys hold more than its tokens")
     lead, heads = _lead_and_heads(query)
-    if len(query) > 4 and operands.bias is not None:
-        raise NoBranch("its attention has a bias and more than four dimensions")
     scores: TensorType = (tuple(f for dim in lead for f in query[dim]), patches)
     result = typing.type(parts[0].result)
     beside = _beside(result)
@@ -378,18 +370,19 @@ def _runs_over(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
     return typing.is_tensor(node) and typing.type(node)[:-1] == lead and is_plain(typing.type(node)[-1])
 
 
-def _lead_and_heads(query: TensorType) -> tuple[tuple[int, ...], int]:
+def _lead_and_heads(query: TensorType) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return which dimensions of a query [..., tokens, features] are images and windows, and which one is heads.
 
     Raises NoBranch.
     """
     before = range(len(query) - 2)
     plain = [d for d in before if d and is_plain(query[d]) and not holds_images(query[d])]
-    heads = [d for d in plain if whole_size(query[d]) > 1] or plain[:1]
+    heads = tuple(d for d in plain if whole_size(query[d]) > 1) or tuple(plain[:1])
     lead = tuple(d for d in before if d not in heads)
-    if len(heads) != 1 or not lead or any(_mixes(query[d]) for d in lead):
+    shown = heads or any(holds_images(query[d]) for d in lead)
+    if len(heads) > 1 or not lead or not shown or any(_mixes(query[d]) for d in lead):
         raise NoBranch("queries have no dimension of their own for heads")
-    return lead, heads[0]
+    return lead, heads
 
 
 def _mixes(dim: Dim) -> bool:

@@ -9,6 +9,7 @@ For each block whose site in the plan is on a branch:
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import replace
 
@@ -19,7 +20,9 @@ from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.branches import Branch, Part, with_fewer_dimensions
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
-from gtp_fx.graph.symbols import shape_of, written
+from gtp_fx.graph.symbols import shape_of
+from gtp_fx.passes.exact.attention_layout import Layout
+from gtp_fx.passes.exact.build_attention import Sized
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import Attention, Emit, Strategy
 from gtp_fx.types.axes import Plain, whole_size
@@ -43,7 +46,7 @@ def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         skipping = plan.skipping.get(block.index)
         if block.branch is None or skipping is None:
             continue
-        scores = _scored(gm.graph, block, block.branch, plan.strategy, typing)
+        scores = _scored(gm.graph, block, block.branch, plan.strategy)
         chosen = _choose(gm.graph, scores, block.branch, skipping, plan.strategy)
         for part in block.branch.parts:
             _insert(gm.graph, part, block.branch, chosen, typing)
@@ -111,7 +114,7 @@ def _insert(
     result.replace_all_uses_with(arranged)
 
 
-def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: Strategy, typing: WholeTyping) -> fx.Node:
+def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: Strategy) -> fx.Node:
     """Replace the block's attention by one that scores its tokens; return the scores.
 
     The scores are [images and windows, tokens], in the attention's own order.
@@ -121,31 +124,29 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
 
     call = edit.Emitter(graph, like=attention)
 
-    order = list(branch.order)
-    plain = order == [0, 1, 2, 3]
+    layout = _layout(original.q, branch)
     with graph.inserting_before(attention):
-        q, k, v = (_heads_first(call, x, branch, typing) for x in (original.q, original.k, original.v))
-        operands = replace(original, q=q, k=k, v=v)
+
+        def arranged(x: fx.Node) -> fx.Node:
+            return layout.arranged(call, Sized(x, shape_of(x)), original.q)
+
+        q, k, v = map(arranged, (original.q, original.k, original.v))
+        bias = None if original.bias is None else arranged(original.bias)
+        operands = replace(original, q=q, k=k, v=v, bias=bias)
         if branch.cells:
             output, scores = strategy.attend_cells(call, operands, block.axis.domain.grid.shape, branch.cells)
         else:
             output, scores = strategy.attend(call, operands, block.axis, True)
-        if not plain:  # undo what `_heads_first` did
-            shape = shape_of(attention)
-            sizes = written(shape[d] for d in order)
-            output = call(aten.reshape.default, output, sizes)
-            output = call(aten.permute.default, output, [order.index(d) for d in range(len(order))])
+        output = layout.restored(call, output, shape_of(attention)[-2:])
     edit.replace(attention, output)
     return scores
 
 
-def _heads_first(call: Emit, x: fx.Node, branch: Branch, typing: WholeTyping) -> fx.Node:
-    """Bring a query, key or value to [images * windows, heads, tokens, features] from any order of its dimensions."""
-    order = branch.order
-    if order == (0, 1, 2, 3):
-        return x
-    sizes = [whole_size(typing.type(x)[d]) for d in order[-3:]]
-    return call(aten.reshape.default, call(aten.permute.default, x, list(order)), [-1, *sizes])
+def _layout(query: fx.Node, branch: Branch) -> Layout:
+    """Return how an attention's operands come to be [images * windows, heads, tokens, features]."""
+    shape = shape_of(query)
+    first, heads = (math.prod(shape[dim] for dim in dims) for dims in (branch.lead, branch.heads))
+    return Layout(shape[:-2], (*branch.lead, *branch.heads), (first, heads))
 
 
 def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:

@@ -188,6 +188,44 @@ class TokenInWindowsThatAreOne(TokenInWindows):
         return torch.cat([y[:, :1].expand(-1, many, -1).reshape(-1, 1, WIDTH), patches], 1)
 
 
+class WindowsOfTheirOwn(TokenInWindows):
+    """The stream is [B, windows, N, C], and attention [B, windows, heads, N, D], with a bias of each window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn((GRID // WINDOW) ** 2, HEADS, WINDOW**2, WINDOW**2))
+
+    def mixed(self, y: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(2, 3) for t in self.through(self.qkv, y).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, self.bias).transpose(2, 3).flatten(3)
+        return self.through(self.out, y)
+
+    def halves(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = into_windows(self.patches(image)).flatten(2).mT.unflatten(0, (image.shape[0], -1))
+        x = x + self.mixed(self.norms[0](x))
+        return x, x + self.through(self.down, F.gelu(self.through(self.up, self.norms[1](x))))
+
+    def chosen_from(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)
+
+
+class HeadsBeforeWindows(WindowsOfTheirOwn):
+    """Attention is [B, heads, windows, N, D], with one bias for all windows."""
+
+    def mixed(self, y: Tensor) -> Tensor:
+        qkv = (t.unflatten(-1, (HEADS, -1)).permute(0, 3, 1, 2, 4) for t in self.through(self.qkv, y).chunk(3, -1))
+        y = F.scaled_dot_product_attention(*qkv, self.bias[0, :, None]).permute(0, 2, 3, 1, 4).flatten(3)
+        return self.through(self.out, y)
+
+
+class OneHead(WindowsOfTheirOwn):
+    """Attention is [B, windows, N, C], spelled out: one head without a dimension."""
+
+    def mixed(self, y: Tensor) -> Tensor:
+        q, k, v = self.through(self.qkv, y).chunk(3, -1)
+        return self.through(self.out, (q @ k.mT / WIDTH**0.5).softmax(-1) @ v)
+
+
 KINDS = [
     Maps,
     ConvolvedFirst,
@@ -197,6 +235,9 @@ KINDS = [
     TokenBesideWindows,
     pytest.param(TokenInWindows, marks=pytest.mark.nightly),
     TokenInWindowsThatAreOne,
+    WindowsOfTheirOwn,
+    pytest.param(HeadsBeforeWindows, marks=pytest.mark.nightly),
+    OneHead,
 ]
 
 
