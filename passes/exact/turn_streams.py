@@ -25,7 +25,7 @@ from gtp_fx.graph.symbols import shape_of
 from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.turned_layout import Order, Walk, changes
 from gtp_fx.passes.exact.turned_operators import rule_of
-from gtp_fx.types.axes import Grid, GridAxis, TensorType, holds_images, is_plain, split_tokens, token_axis
+from gtp_fx.types.axes import Grid, GridAxis, Plain, TensorType, holds_images, is_plain, split_tokens
 from gtp_fx.types.infer import WholeTyping
 
 _RANK = 3
@@ -97,16 +97,17 @@ def _streams(graph: fx.Graph) -> dict[fx.Node, Order]:
 
 
 def _to_turn(stream: TensorType) -> Order | None:
-    """Return the order that makes a stream [B, N, C] or [B, *sides, C]; None where it is so, or no order does."""
-    tokens = [d for d, dim in enumerate(stream) if token_axis(dim) is not None]
-    sides = [d for d, dim in enumerate(stream) if all(isinstance(factor, GridAxis) for factor in dim)]
-    # Windows may be merged with the images that they are of.
+    """Return the order that makes a stream [B, N, C] or [B, *sides, C]; None where it is so, or no order does.
+
+    Windows may be a dimension, or merged with the images that they are of.
+    """
     others = [d for d, dim in enumerate(stream) if is_plain(dim) or holds_images(dim)]
-    if len(others) != 2 or (len(tokens), len(sides)) not in ((1, 0), (0, len(stream) - 2)):
+    tokens = [d for d in range(len(stream)) if d not in others]
+    if len(others) != 2 or not tokens or any(isinstance(f, Plain) for d in tokens for f in stream[d]):
         return None
     images = [d for d in others if holds_images(stream[d])] or others[:1]
     features = [d for d in others if d not in images]
-    order = (*images, *tokens, *sides, *features)
+    order = (*images, *tokens, *features)
     return None if len(images) != 1 or not changes(order) else order
 
 

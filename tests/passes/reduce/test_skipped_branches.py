@@ -136,6 +136,22 @@ class WindowsInAttention(Windowed):
         return x_BCHW + self.out(out_of_windows(self.attend(self.qkv(y))))
 
 
+class WindowsAfterChannels(Windowed):
+    """The stream is [B, C, windows, N], with convolutions of one over both."""
+
+    def attend(self, qkv_BCWN: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(1, (HEADS, -1)).permute(0, 3, 1, 4, 2) for t in qkv_BCWN.chunk(3, 1))
+        return F.scaled_dot_product_attention(q, k, v).permute(0, 2, 4, 1, 3).flatten(1, 2)
+
+    def halves(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = into_windows(self.patches(image)).flatten(2).unflatten(0, (image.shape[0], -1)).transpose(1, 2)
+        x = self.attended(x)
+        return x, x + self.mlp(x)
+
+    def chosen_from(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).flatten(0, 1)
+
+
 class TokenBesideWindows(Windowed):
     """A token of each window attends together with its patches, and says how windows are mixed; it isn't kept."""
 
@@ -232,6 +248,7 @@ KINDS = [
     pytest.param(NormedOverAll, marks=pytest.mark.nightly),
     WindowsAsImages,
     pytest.param(WindowsInAttention, marks=pytest.mark.nightly),
+    WindowsAfterChannels,
     TokenBesideWindows,
     pytest.param(TokenInWindows, marks=pytest.mark.nightly),
     TokenInWindowsThatAreOne,
