@@ -64,7 +64,8 @@ class BranchCost:
     images: images in one run; 1 where the batch is symbolic.
     windows: windows of one image.
     tokens: patches of one window.
-    features: features of the branch's results, of all its parts together.
+    features: features of the branch's result.
+    recovered: features of all its results that skipped tokens get from their neighbours; 0 where they get nothing.
     scoring: FLOPs that ranking the tokens adds to this block's own attention.
     others: tokens of one window that are no patches; none of them skips.
     """
@@ -75,6 +76,7 @@ class BranchCost:
     windows: int
     tokens: int
     features: int
+    recovered: int
     scoring: int
     others: int = 0
 
@@ -87,5 +89,5 @@ class BranchCost:
             return 0
         kept = self.tokens - skipping
         windows = self.images * self.windows
-        recovering = 2 * windows * kept * skipping * self.features
+        recovering = 2 * windows * kept * skipping * self.recovered
         return windows * (kept + self.others) * self.per_token - self.whole + recovering + self.scoring

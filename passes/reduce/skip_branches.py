@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
@@ -47,49 +47,53 @@ def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         if block.branch is None or skipping is None:
             continue
         scores = _scored(gm.graph, block, block.branch, plan.strategy)
-        chosen = _choose(gm.graph, scores, block.branch, skipping, plan.strategy)
+        chosen = _choose(gm.graph, scores, block.branch, skipping)
         for part in block.branch.parts:
-            _insert(gm.graph, part, block.branch, chosen, typing)
+            _insert(gm.graph, part, block.branch, chosen, plan.strategy, typing)
     return edit.finish(gm)
 
 
-def _choose(
-    graph: fx.Graph, scores: fx.Node, branch: Branch, skipping: int, strategy: Strategy
-) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Choose the tokens that skip the branch, by lowest score; return the nodes kept, skipped and shares.
+@dataclass(frozen=True)
+class Chosen:
+    """Which tokens skip a branch, as nodes.
 
-    kept [R, K] and skipped [R, P] are indices into the tokens of each of R windows of all images. shares [R, P, K] says
-    how much of each kept token's result a skipped one gets. The nodes are inserted after the branch's first part.
+    kept [R, K] and skipped [R, P] are indices into the tokens of each of R windows of all images. places: coordinates
+    of an image's tokens by window.
+    """
+
+    kept: fx.Node
+    skipped: fx.Node
+    places: fx.Node
+
+
+def _choose(graph: fx.Graph, scores: fx.Node, branch: Branch, skipping: int) -> Chosen:
+    """Choose the tokens that skip the branch, by lowest score. The nodes are inserted after the branch's first part.
 
     scores: scores of type `branch.scores`.
     skipping: P, how many tokens of each window skip.
     """
-
     result = branch.parts[0].result
     call = edit.Emitter(graph, like=result)
 
     with graph.inserting_before(result.next):
         scores = _by_window(call, scores, branch)
+        places = _places(call, branch, scores)
         if _is_padded(branch):
-            scores = _padding_first(call, scores, branch)
+            scores = _padding_first(call, scores, places, branch)
         split = call(gtp_fx.select.default, scores, skipping)
-        kept, skipped = call(operator.getitem, split, 0), call(operator.getitem, split, 1)
-        return kept, skipped, _shares(call, kept, skipped, branch, strategy, like=scores)
+        return Chosen(call(operator.getitem, split, 0), call(operator.getitem, split, 1), places)
 
 
 def _insert(
-    graph: fx.Graph, part: Part, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.Node], typing: WholeTyping
+    graph: fx.Graph, part: Part, branch: Branch, chosen: Chosen, strategy: Strategy, typing: WholeTyping
 ) -> None:
-    """Replace a part of the branch by one that runs on the kept tokens alone, inserted after it.
-
-    chosen: the results of `_choose`.
-    """
-    kept, skipped, shares = chosen
+    """Replace a part of the branch by one that runs on the kept tokens alone, inserted after it."""
+    kept, skipped = chosen.kept, chosen.skipped
     result = part.result
 
     call = edit.Emitter(graph, like=part.inside[0])
 
-    with graph.inserting_before(shares.next if part is branch.parts[0] else result.next):
+    with graph.inserting_before(skipped.next if part is branch.parts[0] else result.next):
         # Arrange what enters the branch by window, and take the kept tokens.
         replacement: dict[fx.Node, fx.Node] = {}
         for entry in part.entries:
@@ -107,8 +111,13 @@ def _insert(
             copy.meta = {key: node.meta[key] for key in edit.META_KEYS if key in node.meta}
             replacement[node] = copy
         # Fill in the skipped tokens, and return to the layout of the stream.
-        at = (_IMAGES, _ROWS, *branch.beside)
-        filled = call(gtp_fx.recover.default, replacement[result], shares, kept, skipped, *at)
+        if strategy.recovers_branches:
+            shares = call(gtp_fx.region_shares.default, chosen.places, kept, skipped)
+            at = (_IMAGES, _ROWS, *branch.beside)
+            filled = call(gtp_fx.recover.default, replacement[result], shares, kept, skipped, *at)
+        else:
+            among = (chosen.places, kept, skipped, *branch.beside)
+            filled = call(gtp_fx.idle.default, replacement[result], *among)
         kind = typing.type(result)
         arranged = filled if any(branch.beside) else convert(call, filled, (*branch.region, kind[-1]), kind)
     result.replace_all_uses_with(arranged)
@@ -159,9 +168,9 @@ def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
     return call(aten.squeeze.dim, column, 2)
 
 
-def _padding_first(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
+def _padding_first(call: Emit, scores: fx.Node, places: fx.Node, branch: Branch) -> fx.Node:
     """Give padding the score -1, so that it skips before any patch does; scores of patches are 0 or more."""
-    inside = call(aten.ge.Scalar, call(aten.select.int, _places(call, branch, scores), 2, 0), 0)
+    inside = call(aten.ge.Scalar, call(aten.select.int, places, 2, 0), 0)
     by_image = call(aten.reshape.default, scores, [-1, branch.windows, branch.tokens])
     least = call(aten.sub.Scalar, call(aten.zeros_like.default, by_image), 1.0)
     ranked = call(aten.where.self, inside, by_image, least)
@@ -185,11 +194,3 @@ def _places(call: Emit, branch: Branch, like: fx.Node) -> fx.Node:
 def _is_padded(branch: Branch) -> bool:
     """Tell whether the branch's windows contain padding."""
     return any(grid.inside is not None for grid in made_from(grid_of(branch.region)))
-
-
-def _shares(call: Emit, kept: fx.Node, skipped: fx.Node, branch: Branch, strategy: Strategy, like: fx.Node) -> fx.Node:
-    """Return how much of each kept token's result a skipped one gets: [images and windows, P, K]."""
-    shares = call(gtp_fx.region_shares.default, _places(call, branch, like), kept, skipped)
-    if not strategy.recovers_branches:
-        shares = call(aten.zeros_like.default, shares)
-    return shares

@@ -288,3 +288,16 @@ def test_the_same_tokens_skip_every_mlp_before_the_next_attention() -> None:
     assert not torch.allclose(made(images()), model(images()), atol=1e-2)
     ratio = flops(made, [images()]) / flops(model, [images()])
     assert ratio == pytest.approx(made.report.flops_ratio, abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [TwoMlps, pytest.param(TokenInWindowsThatAreOne, marks=pytest.mark.nightly)])
+def test_recovering_is_counted_for_every_mlp(kind: type[Maps]) -> None:
+    """Neighbours' results are a product, which tokens that get nothing do without."""
+    model, ratios = built(kind), []
+    for branch in ("recover", "idle"):
+        strategy = gtp_fx.GTP(branch=branch)
+        made = gtp_fx.optimize(model, schedule=[4], strategy=strategy, example_inputs=images(), compile=False)
+        ratios.append(flops(made, [images()]) / flops(model, [images()]))
+        assert ratios[-1] == pytest.approx(made.report.flops_ratio, abs=1e-6)
+    assert ratios[0] > ratios[1]
