@@ -17,7 +17,8 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
-from gtp_fx.analysis.branches import Branch, Part, with_fewer_dimensions
+from gtp_fx.analysis.branch_parts import Part, with_fewer_dimensions
+from gtp_fx.analysis.branches import Branch
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of
