@@ -10,7 +10,8 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.attention_maps import AttentionMap, find_map
-from gtp_fx.analysis.branches import Branch, NoBranch, find_branch, keys_beside, pooled_to
+from gtp_fx.analysis.branch_parts import NoBranch
+from gtp_fx.analysis.branches import Branch, find_branch, keys_beside, pooled_to
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import (
     ancestors,

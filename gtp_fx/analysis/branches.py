@@ -5,21 +5,18 @@
 
 The attention before the branch ranks the tokens of each window, or of the whole grid where it attends over all of it.
 The branch follows that attention's residual add. It is as much of what runs beside the stream as is token-wise, from
-its end backward.
+its end backward, here and at every residual add before the next attention (`branch_parts`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx
-from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.errors import NotApplicable
-from gtp_fx.graph.nodes import ancestors, attention_dropout, descendants
-from gtp_fx.graph.operators import NAMED_DIMENSIONS, PERMUTATIONS, REARRANGED
+from gtp_fx.analysis.branch_parts import NoBranch, Part, parts_after
+from gtp_fx.graph.nodes import attention_dropout
 from gtp_fx.strategies.protocol import Attention
 from gtp_fx.types.axes import (
     Dim,
@@ -29,71 +26,60 @@ from gtp_fx.types.axes import (
     holds_images,
     is_plain,
     split_tokens,
+    token_axes,
     token_axis,
     whole_size,
 )
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.layouts import NoLayout, by_window, convert, image_layout
-from gtp_fx.types.rules.layout import is_view
-
-
-def with_fewer_dimensions(node: fx.Node) -> tuple[Any, ...]:
-    """Return the arguments of a branch's node where tokens have another number of dimensions before the features.
-
-    Dimensions that it names are counted from the end.
-    """
-    at = NAMED_DIMENSIONS.get(node.target, len(node.args))
-    if at >= len(node.args) or node.args[at] is None:
-        return node.args
-    rank = node.all_input_nodes[0].meta["val"].dim()
-    named: Any = node.args[at]
-    dims = named % rank - rank if isinstance(named, int) else [dim % rank - rank for dim in named]
-    return (*node.args[:at], dims, *node.args[at + 1 :])
 
 
 @dataclass(frozen=True)
 class Branch:
     """The part of one block that only the kept tokens of each window go through.
 
-    entries: the values it starts from.
-    inside: its token-wise nodes, in graph order; the last is its result.
+    parts: what they go through, in graph order: the MLP, and any that follow before the next attention.
     scores: the type of the attention's scores, [images and windows, tokens].
-    region: the layout in which tokens are chosen, [images and windows, tokens row by row]; features follow.
+    region: the layout in which tokens are chosen, [images and windows, patches row by row]; features follow.
     windows: number of windows in an image.
-    tokens: number of tokens in a window.
+    tokens: number of patches in a window.
     lead: dimensions of the attention's query that are images and windows.
-    heads: the dimension of the query that is heads.
+    heads: the dimension of the query that is heads; none where there is one head without a dimension.
     cells: the shape of the coarser grid that keys are pooled to; () where keys are the tokens themselves.
+    others: tokens that attend together with the patches and are none.
+    beside: tokens before and after the patches of each window in the branch itself. None of them skips it, and where
+        there are any, the region is the branch's own layout.
     """
 
-    entries: tuple[fx.Node, ...]
-    inside: tuple[fx.Node, ...]
+    parts: tuple[Part, ...]
     scores: TensorType
     region: TensorType
     windows: int
     tokens: int
     lead: tuple[int, ...]
-    heads: int
+    heads: tuple[int, ...]
     cells: tuple[int, ...] = ()
+    others: int = 0
+    beside: tuple[int, int] = (0, 0)
 
     @property
-    def result(self) -> fx.Node:
-        """The node whose value is added to the stream."""
-        return self.inside[-1]
+    def attending(self) -> int:
+        """The number of tokens of one window of the attention, whose windows may be others than the branch's."""
+        return whole_size(self.scores[1]) + self.others
 
     @property
-    def order(self) -> tuple[int, ...]:
-        """The query's dimensions in the order [images and windows…, heads, tokens, features]."""
-        rank = len(self.lead) + 3
-        return (*self.lead, self.heads, rank - 2, rank - 1)
+    def attentions(self) -> int:
+        """The number of windows in which an image's tokens attend."""
+        return _windows(self.scores[0])
+
+    @property
+    def inside(self) -> tuple[fx.Node, ...]:
+        """The nodes of all parts."""
+        return tuple(node for part in self.parts for node in part.inside)
 
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> Branch:
         """Return this branch in a copy of the graph. at: each node's copy."""
-        return replace(self, entries=tuple(at[n] for n in self.entries), inside=tuple(at[n] for n in self.inside))
-
-
-class NoBranch(NotApplicable):
-    """Raised where a block has no branch that tokens can skip; the message is the reason that a user reads."""
+        return replace(self, parts=tuple(part.copied(at) for part in self.parts))
 
 
 def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branch:
@@ -104,28 +90,80 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
 
     Raises NoBranch, with the reason, where there is none.
     """
-    entries, inside = _next_branch(site, typing)
-    result = inside[-1]
+    parts = parts_after(site, typing)
     operands = Attention.of(attention)
     query = typing.type(operands.q)
     if attention_dropout(attention):
         raise NoBranch("attention dropout is active, which attention with scores does not have")
-    if not all(isinstance(f, GridAxis) for f in split_tokens(query[-2])):
-        raise NoBranch("tokens that are no patches attend together with the patches")
+    patches = _patches(query[-2])
+    if not all(isinstance(f, GridAxis) for f in split_tokens(patches)):
+        raise NoBranch("its queries are merged with something else, or some of them have left")
     if keys_beside(query, typing.type(operands.k)) not in (None, (0, 0)):
         raise NoBranch("its keys hold more than its tokens")
     lead, heads = _lead_and_heads(query)
-    if len(query) > 4 and operands.bias is not None:
-        raise NoBranch("its attention has a bias and more than four dimensions")
-    scores: TensorType = (tuple(f for dim in lead for f in query[dim]), query[-2])
-    # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order.
-    tokens = sorted((f for f in split_tokens(query[-2]) if isinstance(f, GridAxis)), key=lambda f: (f.side, -f.stride))
-    region: TensorType = (scores[0], tuple(tokens))
-    _check_layouts(scores, region, [typing.type(node) for node in entries], typing.type(result))
+    scores: TensorType = (tuple(f for dim in lead for f in query[dim]), patches)
+    result = typing.type(parts[0].result)
+    beside = _beside(result)
+    if any(beside):
+        region = _own_region(result)
+        _check_layouts(scores, region, [])
+    else:
+        # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order.
+        sides = [f for f in split_tokens(patches) if isinstance(f, GridAxis)]
+        in_rows = sorted(sides, key=lambda f: (f.side, -f.stride))
+        region = (scores[0], tuple(in_rows))
+        _check_layouts(scores, region, _values(parts[0], typing))
+    parts = [parts[0], *(part for part in parts[1:] if _is_chosen_alike(part, parts[0], scores, region, typing))]
     count = whole_size(region[1])
-    windows = whole_size(tuple(f for f in split_tokens(scores[0]) if isinstance(f, GridAxis)))
     cells = pooled_to(query, typing.type(operands.k))
-    return Branch(tuple(entries), tuple(inside), scores, region, windows, count, lead, heads, cells)
+    others = whole_size(query[-2]) - whole_size(patches)
+    windows = _windows(region[0])
+    return Branch(tuple(parts), scores, region, windows, count, lead, heads, cells, others, beside)
+
+
+def _values(part: Part, typing: WholeTyping) -> list[TensorType]:
+    """Return the types of the values that are arranged by window."""
+    return [typing.type(node) for node in (*part.entries, part.result)]
+
+
+def _is_chosen_alike(part: Part, first: Part, scores: TensorType, region: TensorType, typing: WholeTyping) -> bool:
+    """Return whether the tokens that a later part keeps can be those of the first one."""
+    lead, of_first = (typing.type(of.result)[:-1] for of in (part, first))
+    if lead == of_first:
+        return True
+    try:
+        _check_layouts(scores, region, _values(part, typing))
+    except NoBranch:
+        return False
+    return not any(_beside(lead)) and not any(_beside(of_first))
+
+
+def _windows(dim: Dim) -> int:
+    """Return how many windows of one image a dimension of images and windows runs over."""
+    return whole_size(tuple(f for f in split_tokens(dim) if isinstance(f, GridAxis)))
+
+
+def _patches(dim: Dim) -> Dim:
+    """Return a dimension of tokens without those before and after the patches."""
+    axis = token_axis(dim)
+    return dim if axis is None else (replace(axis, prefix=0, suffix=0),)
+
+
+def _beside(result: TensorType) -> tuple[int, int]:
+    """Return how many tokens stand before and after the patches of each window in a branch."""
+    axes = token_axes(result)
+    return (axes[0].prefix, axes[0].suffix) if len(axes) == 1 else (0, 0)
+
+
+def _own_region(result: TensorType) -> TensorType:
+    """Return the layout [images and windows, patches] of a branch [images and windows, tokens, features].
+
+    Raises NoBranch where it is laid out otherwise.
+    """
+    patches = [split_tokens(_patches(dim)) for dim in result[1:2]]
+    if len(result) != 3 or _mixes(result[0]) or not all(isinstance(f, GridAxis) for dim in patches for f in dim):
+        raise NoBranch("the branch after its attention isn't [windows, tokens, features], and has tokens of no patch")
+    return result[0], patches[0]
 
 
 def pooled_to(query: TensorType, key: TensorType) -> tuple[int, ...]:
@@ -154,108 +192,19 @@ def keys_beside(query: TensorType, key: TensorType) -> tuple[int, int] | None:
     return (before, after) if min(before, after) >= 0 else None
 
 
-def _next_branch(site: fx.Node, typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return entries and nodes of the first branch after `site` with a token-wise end, and before the next attention.
-
-    There may be other branches in between that have none, such as a position encoding by convolution.
-
-    Raises NoBranch.
-    """
-    after = descendants(site)
-    reason = NoBranch("no residual branch follows its attention's")
-    for node in site.graph.nodes:
-        if node not in after or node.target is not aten.add.Tensor or not typing.is_tensor(node):
-            continue
-        # An addition closes a branch where one operand, the stream, is what the other was computed from.
-        for stream, branch in (node.args[:2], node.args[1::-1]):
-            if not isinstance(stream, fx.Node) or not isinstance(branch, fx.Node):
-                continue
-            start, result = _origin(stream), _origin(branch)
-            within = ancestors(result)
-            if start not in within or start not in after | {site}:
-                continue
-            if any(n.target is aten.scaled_dot_product_attention.default for n in within & descendants(start)):
-                raise reason
-            try:
-                return _token_wise_tail(result, after, typing)
-            except NoBranch as why:
-                reason = why
-    raise reason
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    """Return the node whose value `node` holds in another arrangement."""
-    while (is_view(node) or node.target in (*PERMUTATIONS, *REARRANGED)) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
-def _token_wise_tail(result: fx.Node, after: set[fx.Node], typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return the longest token-wise part that ends in `result`: its entries and its nodes, in graph order.
-
-    after: the nodes that may be part of it, those after the attention's residual add.
-
-    Raises NoBranch.
-    """
-    kind = typing.type(result)
-    if not is_plain(kind[-1]) or all(map(is_plain, kind[:-1])):
-        raise NoBranch("the branch after its attention isn't laid out as tokens with features last")
-    lead = kind[:-1]
-    inside: list[fx.Node] = []
-    entries: list[fx.Node] = []
-    for node in reversed(result.graph.nodes):  # users come before their operands
-        if node is not result and not any(user in inside for user in node.users):
-            continue
-        if not _runs_over(node, lead, typing):
-            continue  # a parameter, or a table that all tokens share
-        # A value that is also read outside the branch has to be computed for every token anyway.
-        alone = node is result or all(user in inside for user in node.users)
-        part = alone and node in after and _is_token_wise(node, lead, typing)
-        (inside if part else entries).append(node)
-    if not any(node.target is aten.linear.default for node in inside):
-        raise NoBranch("the branch after its attention is not token-wise at its end (a convolution, say)")
-    return entries[::-1], inside[::-1]
-
-
-def _is_token_wise(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
-    """Return whether a node computes each token from that token alone.
-
-    Its other operands have to be the same for every token.
-    """
-    answer = typing.answers.get(node)
-    if (
-        answer is None
-        or answer.barrier
-        or answer.prefix_operands is not None
-        or answer.repair is not None
-        or not answer.operands
-    ):
-        return False
-    if is_view(node) or node.target in (*PERMUTATIONS, *REARRANGED) or not _runs_over(node, lead, typing):
-        return False
-    others = [n for n in node.all_input_nodes if typing.is_tensor(n) and not _runs_over(n, lead, typing)]
-    if node.target is aten.linear.default:
-        return node.args[0] not in others
-    return all(all(whole_size(dim) == 1 for dim in typing.type(other)[:-1]) for other in others)
-
-
-def _runs_over(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
-    """Return whether a value has the dimensions `lead`, followed by features."""
-    return typing.is_tensor(node) and typing.type(node)[:-1] == lead and is_plain(typing.type(node)[-1])
-
-
-def _lead_and_heads(query: TensorType) -> tuple[tuple[int, ...], int]:
+def _lead_and_heads(query: TensorType) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return which dimensions of a query [..., tokens, features] are images and windows, and which one is heads.
 
     Raises NoBranch.
     """
     before = range(len(query) - 2)
     plain = [d for d in before if d and is_plain(query[d]) and not holds_images(query[d])]
-    heads = [d for d in plain if whole_size(query[d]) > 1] or plain[:1]
+    heads = tuple(d for d in plain if whole_size(query[d]) > 1) or tuple(plain[:1])
     lead = tuple(d for d in before if d not in heads)
-    if len(heads) != 1 or not lead or any(_mixes(query[d]) for d in lead):
+    shown = heads or any(holds_images(query[d]) for d in lead)
+    if len(heads) > 1 or not lead or not shown or any(_mixes(query[d]) for d in lead):
         raise NoBranch("queries have no dimension of their own for heads")
-    return lead, heads[0]
+    return lead, heads
 
 
 def _mixes(dim: Dim) -> bool:
@@ -263,8 +212,8 @@ def _mixes(dim: Dim) -> bool:
     return any(isinstance(f, Plain) and not f.images and f.size != 1 for f in dim) and len(dim) > 1
 
 
-def _check_layouts(scores: TensorType, region: TensorType, entries: list[TensorType], result: TensorType) -> None:
-    """Raise NoBranch where an entry can't be arranged by window, or the result can't be arranged back.
+def _check_layouts(scores: TensorType, region: TensorType, values: list[TensorType]) -> None:
+    """Raise NoBranch where scores, or one of the branch's values, can't be arranged by window, or not back.
 
     The conversions are tried without a graph to emit into.
     """
@@ -274,9 +223,9 @@ def _check_layouts(scores: TensorType, region: TensorType, entries: list[TensorT
 
     try:
         convert(nowhere, None, (*scores, (Plain(1),)), (*region, (Plain(1),)))
-        for kind in entries:
+        for kind in values:
             convert(nowhere, None, kind, (*region, kind[-1]))
-        convert(nowhere, None, (*region, result[-1]), result)
+            convert(nowhere, None, (*region, kind[-1]), kind)
         convert(nowhere, None, (*image_layout(region), (Plain(2),)), by_window(region, (Plain(2),)))
     except NoLayout as reason:
         raise NoBranch(f"its tokens can't be arranged by window: {reason}") from reason

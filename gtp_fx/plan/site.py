@@ -63,9 +63,11 @@ class BranchCost:
     per_token: FLOPs for one token.
     images: images in one run; 1 where the batch is symbolic.
     windows: windows of one image.
-    tokens: tokens of one window.
+    tokens: patches of one window.
     features: features of the branch's result.
+    recovered: features of all its results that skipped tokens get from their neighbours; 0 where they get nothing.
     scoring: FLOPs that ranking the tokens adds to this block's own attention.
+    others: tokens of one window that are no patches; none of them skips.
     """
 
     whole: int
@@ -74,7 +76,9 @@ class BranchCost:
     windows: int
     tokens: int
     features: int
+    recovered: int
     scoring: int
+    others: int = 0
 
     def change(self, skipping: int) -> int:
         """Return the change in FLOPs when `skipping` tokens of each window skip the branch; negative where that saves.
@@ -84,5 +88,6 @@ class BranchCost:
         if not skipping:
             return 0
         kept = self.tokens - skipping
-        rows = self.images * self.windows * kept
-        return rows * self.per_token - self.whole + 2 * rows * skipping * self.features + self.scoring
+        windows = self.images * self.windows
+        recovering = 2 * windows * kept * skipping * self.recovered
+        return windows * (kept + self.others) * self.per_token - self.whole + recovering + self.scoring

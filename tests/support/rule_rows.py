@@ -242,6 +242,7 @@ def einsum() -> Iterator[Row]:
         "it reads one tensor in two ways",
     )
     yield Row(op, lambda x: torch.einsum("bnc,bnd->bcd", x, x), "B, 8, 8", ADDS_UP)
+    yield Row(op, lambda x, memory: torch.einsum("bnc,bmc->bnc", x, memory), STREAM)  # all of memory's are there
     yield Row(op, lambda x, w: torch.einsum("...c,cd->...d", x, w), STREAM)
     yield Row(op, lambda x, old: torch.einsum("...nc, ... n c -> n...", x, old).t(), "2+n1, B")
     yield Row(op, lambda x, w: torch.einsum("bnc,cd", x, w), "B, 8, 2+n1")  # alphabetical
