@@ -23,6 +23,7 @@ from gtp_fx.passes.exact.fold_views import fold_views
 from gtp_fx.passes.exact.fuse_attention import fuse_attention
 from gtp_fx.passes.exact.fuse_projections import fuse_projections
 from gtp_fx.passes.exact.mark_blocks import mark_blocks
+from gtp_fx.passes.exact.mark_frames import mark_frames
 from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.exact.matmul_to_linear import matmul_to_linear
 from gtp_fx.passes.exact.normalise import normalise
@@ -96,6 +97,7 @@ ORDER = (
         optional=True,
         reads="prefix_tokens",
     ),
+    Pass(mark_frames, "exact", "marks frames that nothing attends across as pictures; changes nothing", optional=True),
     Pass(
         pointwise_convolutions,
         "exact",

@@ -4,6 +4,7 @@
        └──────────────┘                └─────────────────────────────────────────────────────┘
 
 The attention before the branch ranks the tokens of each window, or of the whole grid where it attends over all of it.
+Prefix tokens that each window has (registers, the CLS of a frame) take part in its attention, and never skip a branch.
 The branch follows that attention's residual add. It is as much of what runs beside the stream as is token-wise, from
 its end backward.
 """
@@ -19,16 +20,18 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.errors import NotApplicable
 from gtp_fx.graph.nodes import ancestors, attention_dropout, descendants
-from gtp_fx.graph.operators import NAMED_DIMENSIONS, PERMUTATIONS, REARRANGED
+from gtp_fx.graph.operators import ATTENTION, NAMED_DIMENSIONS, PERMUTATIONS, REARRANGED
 from gtp_fx.strategies.protocol import Attention
 from gtp_fx.types.axes import (
     Dim,
     GridAxis,
     Plain,
     TensorType,
+    TokenAxis,
     holds_images,
     is_plain,
     split_tokens,
+    token_axes,
     token_axis,
     whole_size,
 )
@@ -59,8 +62,11 @@ class Branch:
     inside: its token-wise nodes, in graph order; the last is its result.
     scores: the type of the attention's scores, [images and windows, tokens].
     region: the layout in which tokens are chosen, [images and windows, tokens row by row]; features follow.
+    rows: the same with the prefix and suffix tokens that go through the branch beside them; where there are some,
+        tokens are in the stream's order.
     windows: number of windows in an image.
-    tokens: number of tokens in a window.
+    tokens: number of patches in a window.
+    attended: number of tokens in a window that attend to each other, those that are no patches among them.
     lead: dimensions of the attention's query that are images and windows.
     heads: the dimension of the query that is heads.
     cells: the shape of the coarser grid that keys are pooled to; () where keys are the tokens themselves.
@@ -70,8 +76,10 @@ class Branch:
     inside: tuple[fx.Node, ...]
     scores: TensorType
     region: TensorType
+    rows: TensorType
     windows: int
     tokens: int
+    attended: int
     lead: tuple[int, ...]
     heads: int
     cells: tuple[int, ...] = ()
@@ -80,6 +88,12 @@ class Branch:
     def result(self) -> fx.Node:
         """The node whose value is added to the stream."""
         return self.inside[-1]
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """How many prefix and suffix tokens of each window go through the branch."""
+        axis = token_axis(self.rows[1])
+        return (0, 0) if axis is None else (axis.prefix, axis.suffix)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -110,22 +124,32 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
     query = typing.type(operands.q)
     if attention_dropout(attention):
         raise NoBranch("attention dropout is active, which attention with scores does not have")
-    if not all(isinstance(f, GridAxis) for f in split_tokens(query[-2])):
-        raise NoBranch("tokens that are no patches attend together with the patches")
+    attended = token_axis(query[-2])
+    patches = query[-2] if attended is None else (replace(attended, prefix=0, suffix=0),)
+    if not all(isinstance(f, GridAxis) for f in split_tokens(patches)):
+        raise NoBranch("what attends there is no patches")
     if keys_beside(query, typing.type(operands.k)) not in (None, (0, 0)):
         raise NoBranch("its keys hold more than its tokens")
     lead, heads = _lead_and_heads(query)
     if len(query) > 4 and operands.bias is not None:
         raise NoBranch("its attention has a bias and more than four dimensions")
-    scores: TensorType = (tuple(f for dim in lead for f in query[dim]), query[-2])
-    # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order.
-    tokens = sorted((f for f in split_tokens(query[-2]) if isinstance(f, GridAxis)), key=lambda f: (f.side, -f.stride))
+    scores: TensorType = (tuple(f for dim in lead for f in query[dim]), patches)
+    # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order, or in the stream's where
+    # others are beside them.
+    beside = [axis for axis in token_axes(typing.type(result)[:-1]) if axis.prefix or axis.suffix]
+    if beside and (attended is None or [axis.domain for axis in beside] != [attended.domain]):
+        raise NoBranch("tokens that are no patches go through it beside patches of other windows")
+    tokens = [f for f in split_tokens(patches) if isinstance(f, GridAxis)]
+    if not beside:
+        tokens.sort(key=lambda f: (f.side, -f.stride))
     region: TensorType = (scores[0], tuple(tokens))
-    _check_layouts(scores, region, [typing.type(node) for node in entries], typing.type(result))
+    rows: TensorType = (scores[0], tuple(beside)) if beside else region
+    _check_layouts(scores, region, rows, [typing.type(node) for node in entries], typing.type(result))
     count = whole_size(region[1])
     windows = whole_size(tuple(f for f in split_tokens(scores[0]) if isinstance(f, GridAxis)))
     cells = pooled_to(query, typing.type(operands.k))
-    return Branch(tuple(entries), tuple(inside), scores, region, windows, count, lead, heads, cells)
+    of_window = whole_size(query[-2])
+    return Branch(tuple(entries), tuple(inside), scores, region, rows, windows, count, of_window, lead, heads, cells)
 
 
 def pooled_to(query: TensorType, key: TensorType) -> tuple[int, ...]:
@@ -157,7 +181,8 @@ def keys_beside(query: TensorType, key: TensorType) -> tuple[int, int] | None:
 def _next_branch(site: fx.Node, typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:
     """Return entries and nodes of the first branch after `site` with a token-wise end, and before the next attention.
 
-    There may be other branches in between that have none, such as a position encoding by convolution.
+    There may be other branches in between that have none, such as a position encoding by convolution, or attention
+    that isn't a block's.
 
     Raises NoBranch.
     """
@@ -174,8 +199,11 @@ def _next_branch(site: fx.Node, typing: WholeTyping) -> tuple[list[fx.Node], lis
             within = ancestors(result)
             if start not in within or start not in after | {site}:
                 continue
-            if any(n.target is aten.scaled_dot_product_attention.default for n in within & descendants(start)):
+            others = [n for n in within & descendants(start) if n.target in ATTENTION]
+            if any(token_axis(typing.type(n.args[0])[-2]) is not None for n in others):  # type: ignore[arg-type]
                 raise reason
+            if others:
+                continue  # over the frames of each place, say: the branch that follows it is still this block's
             try:
                 return _token_wise_tail(result, after, typing)
             except NoBranch as why:
@@ -263,7 +291,9 @@ def _mixes(dim: Dim) -> bool:
     return any(isinstance(f, Plain) and not f.images and f.size != 1 for f in dim) and len(dim) > 1
 
 
-def _check_layouts(scores: TensorType, region: TensorType, entries: list[TensorType], result: TensorType) -> None:
+def _check_layouts(
+    scores: TensorType, region: TensorType, rows: TensorType, entries: list[TensorType], result: TensorType
+) -> None:
     """Raise NoBranch where an entry can't be arranged by window, or the result can't be arranged back.
 
     The conversions are tried without a graph to emit into.
@@ -275,8 +305,8 @@ def _check_layouts(scores: TensorType, region: TensorType, entries: list[TensorT
     try:
         convert(nowhere, None, (*scores, (Plain(1),)), (*region, (Plain(1),)))
         for kind in entries:
-            convert(nowhere, None, kind, (*region, kind[-1]))
-        convert(nowhere, None, (*region, result[-1]), result)
+            convert(nowhere, None, kind, (*rows, kind[-1]))
+        convert(nowhere, None, (*rows, result[-1]), result)
         convert(nowhere, None, (*image_layout(region), (Plain(2),)), by_window(region, (Plain(2),)))
     except NoLayout as reason:
         raise NoBranch(f"its tokens can't be arranged by window: {reason}") from reason

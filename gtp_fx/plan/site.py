@@ -63,7 +63,8 @@ class BranchCost:
     per_token: FLOPs for one token.
     images: images in one run; 1 where the batch is symbolic.
     windows: windows of one image.
-    tokens: tokens of one window.
+    tokens: patches of one window.
+    others: tokens of one window that go through the branch, whichever patches skip it.
     features: features of the branch's result.
     scoring: FLOPs that ranking the tokens adds to this block's own attention.
     """
@@ -73,6 +74,7 @@ class BranchCost:
     images: int
     windows: int
     tokens: int
+    others: int
     features: int
     scoring: int
 
@@ -84,5 +86,6 @@ class BranchCost:
         if not skipping:
             return 0
         kept = self.tokens - skipping
-        rows = self.images * self.windows * kept
-        return rows * self.per_token - self.whole + 2 * rows * skipping * self.features + self.scoring
+        windows = self.images * self.windows
+        recovering = 2 * windows * kept * skipping * self.features
+        return windows * (kept + self.others) * self.per_token - self.whole + recovering + self.scoring

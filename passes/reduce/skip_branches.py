@@ -88,8 +88,8 @@ def _insert(graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.
         replacement: dict[fx.Node, fx.Node] = {}
         for entry in branch.entries:
             kind = typing.type(entry)
-            rows = convert(call, entry, kind, (*branch.region, kind[-1]))
-            replacement[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, 0, 0)
+            rows = convert(call, entry, kind, (*branch.rows, kind[-1]))
+            replacement[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, *branch.around)
         # The branch is token-wise, so its nodes run on these as they are.
         for node in branch.inside:
             # A parameter of more dimensions, [1, 1, 1, C], would give them to the tokens.
@@ -101,9 +101,10 @@ def _insert(graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.
             copy.meta = {key: node.meta[key] for key in edit.META_KEYS if key in node.meta}
             replacement[node] = copy
         # Fill in the skipped tokens, and return to the layout of the stream.
-        filled = call(gtp_fx.recover.default, replacement[result], shares, kept, skipped, _IMAGES, _ROWS, 0, 0)
+        where = (kept, skipped, _IMAGES, _ROWS, *branch.around)
+        filled = call(gtp_fx.recover.default, replacement[result], shares, *where)
         kind = typing.type(result)
-        arranged = convert(call, filled, (*branch.region, kind[-1]), kind)
+        arranged = convert(call, filled, (*branch.rows, kind[-1]), kind)
     result.replace_all_uses_with(arranged)
 
 

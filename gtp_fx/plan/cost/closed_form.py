@@ -58,9 +58,10 @@ def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strat
     features = whole_size(typing.type(branch.result)[-1])
     parts = [_token_wise_flops(node, typing) for node in branch.inside]
     whole, per_token = (sum(column) for column in zip(*parts, strict=True))
-    keys = math.prod(branch.cells) if branch.cells else branch.tokens
-    scoring = int(flops_of(strategy.scoring_works(heads, branch.tokens, keys, images * branch.windows, "float32")))
-    return BranchCost(whole, per_token, images, branch.windows, branch.tokens, features, scoring)
+    keys = math.prod(branch.cells) if branch.cells else branch.attended
+    scoring = int(flops_of(strategy.scoring_works(heads, branch.attended, keys, images * branch.windows, "float32")))
+    others = sum(branch.around)
+    return BranchCost(whole, per_token, images, branch.windows, branch.tokens, others, features, scoring)
 
 
 def _token_wise_flops(node: fx.Node, typing: WholeTyping) -> tuple[int, int]:

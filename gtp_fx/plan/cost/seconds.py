@@ -151,7 +151,8 @@ def _branch_change(
     assert site.branch is not None
     tokens, windows = branch.tokens, branch.windows * site.branch.images * batch
     kept = np.arange(tokens + 1)
-    share = kept / tokens
+    others = sum(branch.around)
+    share = (kept + others) / (tokens + others)
     # The branch itself, over the tokens kept instead of all.
     spent: Any = 0.0
     for work in works:
@@ -160,10 +161,10 @@ def _branch_change(
         spent = spent + seconds(fewer, target) - seconds(work, target)
     # What is new: scoring and sorting the tokens, the shares [skipped, kept], and taking and recovering rows.
     size = getattr(torch, site.dtype).itemsize
-    values = windows * tokens * site.channels * size
-    keys = math.prod(branch.cells) or tokens
+    values = windows * (tokens + others) * site.channels * size
+    keys = math.prod(branch.cells) if branch.cells else branch.attended
     added = [
-        *strategy.scoring_works(site.heads, tokens, keys, windows, site.dtype),
+        *strategy.scoring_works(site.heads, branch.attended, keys, windows, site.dtype),
         Work("sort", bytes=windows * tokens * size),
         Work("stream", bytes=windows * (tokens - kept) * kept * size * 3, launches=2),
         Work("gather", 2 * windows * (tokens - kept) * kept * site.channels, values * (2 + 2 * share), launches=3),

@@ -1,0 +1,59 @@
+"""Exact: mark grids whose frames are pictures of their own, because no attention block looks across them.
+
+    [B, F, H·W, C] -> cat CLS -> [B·F, 1 + H·W, C] -> blocks -> [B, F, 1 + H·W, C] -> CLS of each frame, or their mean
+
+Each side of a grid of three or more is taken for frames on trial. The mark is kept where tokens can then be removed,
+which they couldn't before: something that needs one place in several frames (attention over time, a convolution)
+between the blocks would have to have every token back, and speaks against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from gtp_fx.analysis.typed_graph import typed_graph
+from gtp_fx.graph.edit import copy_of
+from gtp_fx.graph.nodes import count_nodes, tensors_of
+from gtp_fx.graph.operators import ATTENTION, SOFTMAXES
+from gtp_fx.passes.exact.mark_tokens import blocks_of, with_blocks_marked
+from gtp_fx.types.axes import GridAxis, split_tokens
+from gtp_fx.types.frames import FRAMES
+
+_FEWEST_SIDES = 3
+"""Of a grid that holds frames: theirs, and two of a picture."""
+
+
+def mark_frames(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of `gm` in which frames are told apart; `gm` itself where nothing is gained by it."""
+    births = list(_births(gm))
+    if not births or not count_nodes(gm.graph, (*ATTENTION, *SOFTMAXES)):
+        return gm
+    shortened = {block.axis.domain.grid.birth for block in blocks_of(with_blocks_marked(gm)) if block.refusal is None}
+    for name, sides in births:
+        if name in shortened:
+            continue
+        for side in range(sides):
+            trial = copy_of(gm)
+            next(node for node in trial.graph.nodes if node.name == name).meta[FRAMES] = side
+            blocks = blocks_of(with_blocks_marked(trial))
+            if any(block.axis.domain.grid.birth == name and block.refusal is None for block in blocks):
+                gm = trial
+                break
+    return gm
+
+
+def _births(gm: fx.GraphModule) -> Iterator[tuple[str, int]]:
+    """Yield the name of each node at which a grid of three or more sides is born, and how many those are."""
+    ranks = [value.dim() for node in gm.graph.nodes for value in tensors_of(node.meta.get("val"))]
+    if max(ranks, default=0) < _FEWEST_SIDES + 2:  # sides, a batch and features, in one value
+        return
+    typing = typed_graph(gm.graph).whole
+    for node in gm.graph.nodes:
+        if not typing.is_tensor(node):
+            continue
+        grids = {f.grid for dim in typing.type(node) for f in split_tokens(dim) if isinstance(f, GridAxis)}
+        for grid in grids:
+            if grid.birth == node.name and len(grid.shape) >= _FEWEST_SIDES and not grid.apart:
+                yield node.name, len(grid.shape)
