@@ -22,6 +22,7 @@ from gtp_fx.passes.exact.einsum_to_matmul import einsum_to_matmul
 from gtp_fx.passes.exact.fold_views import fold_views
 from gtp_fx.passes.exact.fuse_attention import fuse_attention
 from gtp_fx.passes.exact.fuse_projections import fuse_projections
+from gtp_fx.passes.exact.join_streams import join_streams
 from gtp_fx.passes.exact.mark_blocks import mark_blocks
 from gtp_fx.passes.exact.mark_frames import mark_frames
 from gtp_fx.passes.exact.mark_tokens import mark_tokens
@@ -113,6 +114,7 @@ ORDER = (
         optional=True,
     ),
     Pass(fold_views, "exact", "dimensions that are merged and taken apart again stay apart", optional=True),
+    Pass(join_streams, "exact", "streams side by side, [B, N, S, C], become one of S·C features", optional=True),
     Pass(
         split_projections,
         "exact",

@@ -27,7 +27,6 @@ from gtp_fx.types.axes import (
     GridAxis,
     Plain,
     TensorType,
-    TokenAxis,
     holds_images,
     is_plain,
     split_tokens,

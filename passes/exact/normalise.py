@@ -182,6 +182,9 @@ def _changes_nothing(node: fx.Node) -> bool:
     if node.target is aten.dropout.default:
         _, probability, training = node.args
         return not training or probability in (0, 0.0)
+    if node.target in (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar):
+        of_number = isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int | float)
+        return of_number and node.args[1] == 0 and _source(node).meta["val"].dtype == node.meta["val"].dtype
     if node.target in SCALINGS and isinstance(node.args[1], int | float):
         return node.args[1] == 1 and not node.kwargs and _source(node).meta["val"].dtype == node.meta["val"].dtype
     if node.target in PERMUTATIONS:

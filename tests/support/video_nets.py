@@ -155,5 +155,3 @@ class Video:
         frames = () if self.kind == "windows" else (FRAMES,)
         shape = (batch, 3, *frames, GRID * PATCH, GRID * PATCH)
         return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
-
-
