@@ -97,9 +97,8 @@ class Mixing(nn.Module):
             stream.leave(count)
             stream.x_BNC = self.then(stream.x_BNC)
             read, past, spread = self.before(state(), 2 * number + 1)
-            stream.x_BNC = self.then(
-                self.after(past, spread, block.mlp(block.norms[1](read)), 2 * number + 1).flatten(2)
-            )
+            y = block.mlp(block.norms[1](read))
+            stream.x_BNC = self.then(self.after(past, spread, y, 2 * number + 1).flatten(2))
         return self.read(state())
 
 

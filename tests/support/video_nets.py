@@ -113,7 +113,7 @@ class Between(nn.Module):
 
 
 class Registers(nn.Module):
-    """Windows of 2 x 2 over a picture's grid, then grid windows; registers joined to each for one block, and dropped."""
+    """Windows of 2 x 2 over a picture's grid, then places far apart; registers are joined to each for one block."""
 
     def __init__(self) -> None:
         super().__init__()
