@@ -9,16 +9,18 @@ between the blocks would have to have every token back, and speaks against it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import fx
 
+from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.edit import copy_of
 from gtp_fx.graph.nodes import count_nodes, tensors_of
 from gtp_fx.graph.operators import ATTENTION, SOFTMAXES
 from gtp_fx.passes.exact.mark_tokens import blocks_of, with_blocks_marked
 from gtp_fx.types.axes import GridAxis, split_tokens
+from gtp_fx.types.coercions import find_coercions
 from gtp_fx.types.frames import FRAMES
 
 _FEWEST_SIDES = 3
@@ -37,11 +39,19 @@ def mark_frames(gm: fx.GraphModule) -> fx.GraphModule:
         for side in range(sides):
             trial = copy_of(gm)
             next(node for node in trial.graph.nodes if node.name == name).meta[FRAMES] = side
-            blocks = blocks_of(with_blocks_marked(trial))
-            if any(block.axis.domain.grid.birth == name and block.refusal is None for block in blocks):
+            spelled = with_blocks_marked(trial)
+            blocks = blocks_of(spelled)
+            gained = [b for b in blocks if b.axis.domain.grid.birth == name and b.refusal is None]
+            if gained and not _obstructed(spelled, gained):
                 gm = trial
                 break
     return gm
+
+
+def _obstructed(gm: fx.GraphModule, blocks: Sequence[AttentionBlock]) -> bool:
+    """Tell whether something needs tokens that these blocks would remove, and can't get them back."""
+    sites = frozenset(block.site for block in blocks if block.site is not None)
+    return bool(find_coercions(typed_graph(gm.graph).with_sites(sites)).refused)
 
 
 def _births(gm: fx.GraphModule) -> Iterator[tuple[str, int]]:
