@@ -285,6 +285,10 @@ RESIDUALS: Part = {
     "lerp, by difference": lambda x, y: 2 * (x + 0.5 * (y - x)),
     "stack, sum": lambda x, y: torch.stack([x, y]).sum(0),
     "x + 0 + y": lambda x, y: x + torch.zeros_like(x) + y,
+    "x + 0 + y, a number": lambda x, y: x + 0 + (y - 0),
+    "one stream of several": lambda x, y: (x.unsqueeze(2) + y.unsqueeze(2)).squeeze(2),
+    "a factor by token": lambda x, y: x * torch.ones_like(x[..., :1]).exp().log() + y,
+    "streams mixed": lambda x, y: (torch.stack([x, y], 2) * torch.ones(2, 1)).sum(2),
 }
 
 # ---- activations

@@ -118,6 +118,8 @@ def read_blocks(typing: WholeTyping, with_sites: SitesTyped) -> tuple[AttentionB
             if stream is None and site is not None:
                 stream = state_before(attention, site, axis, typing)
             refusal = _why_not(attention, site, typing)
+            if stream is None and refusal is None:
+                refusal = _refusal(attention, "no one value is all that is left of its tokens before this attention")
             if refusal is None and base_of(axis.domain.grid) in windowed:
                 refusal = _refusal(
                     attention, "other blocks attend within windows of these tokens, so their grid has to stay whole"
@@ -212,6 +214,9 @@ def stream_of(add: fx.Node, attention: fx.Node, typing: WholeTyping) -> fx.Node 
     # Go back through what only scales or turns: a share of the stream may be computed beside the attention.
     while stream is not None and stream not in before:
         tokens = [x for x in stream.all_input_nodes if typing.is_tensor(x) and not all(map(is_plain, typing.type(x)))]
+        # Patches that the attention read, joined with a prefix that it read another way, are the stream as well.
+        if stream.target is aten.cat.default and len(tokens) == 1 and tokens[0] in before:
+            break
         if stream.target not in _SHARES or len(tokens) != 1 or tokens[0] is not stream.args[0]:
             return None
         stream = tokens[0]

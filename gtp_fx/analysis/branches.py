@@ -69,6 +69,8 @@ class Branch:
     lead: dimensions of the attention's query that are images and windows.
     heads: the dimension of the query that is heads.
     cells: the shape of the coarser grid that keys are pooled to; () where keys are the tokens themselves.
+    apart: prefix and suffix tokens of the image, and of no window, that go through the branch on their own; they are in
+        one dimension with the patches.
     """
 
     entries: tuple[fx.Node, ...]
@@ -82,6 +84,12 @@ class Branch:
     lead: tuple[int, ...]
     heads: int
     cells: tuple[int, ...] = ()
+    apart: tuple[int, int] = (0, 0)
+
+    @property
+    def others(self) -> int:
+        """How many tokens of an image go through the branch whichever patches skip it."""
+        return self.windows * sum(self.around) + sum(self.apart)
 
     @property
     def result(self) -> fx.Node:
@@ -136,19 +144,37 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
     # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order, or in the stream's where
     # others are beside them.
     beside = [axis for axis in token_axes(typing.type(result)[:-1]) if axis.prefix or axis.suffix]
+    apart = (0, 0)
     if beside and (attended is None or [axis.domain for axis in beside] != [attended.domain]):
-        raise NoBranch("tokens that are no patches go through it beside patches of other windows")
+        if len(beside) > 1 or token_axis(typing.type(result)[patches_at(typing.type(result))]) != beside[0]:
+            raise NoBranch("tokens that are no patches are merged with something in it")
+        apart, beside = (beside[0].prefix, beside[0].suffix), []
     tokens = [f for f in split_tokens(patches) if isinstance(f, GridAxis)]
     if not beside:
         tokens.sort(key=lambda f: (f.side, -f.stride))
     region: TensorType = (scores[0], tuple(tokens))
     rows: TensorType = (scores[0], tuple(beside)) if beside else region
-    _check_layouts(scores, region, rows, [typing.type(node) for node in entries], typing.type(result))
+    kinds = [patches_of(typing.type(node)) if any(apart) else typing.type(node) for node in (*entries, result)]
+    _check_layouts(scores, region, rows, kinds[:-1], kinds[-1])
     count = whole_size(region[1])
     windows = whole_size(tuple(f for f in split_tokens(scores[0]) if isinstance(f, GridAxis)))
     cells = pooled_to(query, typing.type(operands.k))
     of_window = whole_size(query[-2])
-    return Branch(tuple(entries), tuple(inside), scores, region, rows, windows, count, of_window, lead, heads, cells)
+    layouts = (scores, region, rows)
+    return Branch(tuple(entries), tuple(inside), *layouts, windows, count, of_window, lead, heads, cells, apart)
+
+
+def patches_at(kind: TensorType) -> int:
+    """Return the dimension in which prefix or suffix tokens stand beside the patches."""
+    return next(d for d, dim in enumerate(kind) if any(axis.prefix or axis.suffix for axis in token_axes((dim,))))
+
+
+def patches_of(kind: TensorType) -> TensorType:
+    """Return the type without the prefix and suffix tokens that stand beside the patches."""
+    at = patches_at(kind)
+    axis = token_axis(kind[at])
+    assert axis is not None
+    return (*kind[:at], (replace(axis, prefix=0, suffix=0),), *kind[at + 1 :])
 
 
 def pooled_to(query: TensorType, key: TensorType) -> tuple[int, ...]:

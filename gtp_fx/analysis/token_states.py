@@ -28,16 +28,23 @@ from gtp_fx.types.rules.registry import TypeList
 def state_after(attention: fx.Node, axis: TokenAxis, typing: WholeTyping) -> fx.Node | None:
     """Return the first state of its tokens that an attention's result is part of; None where there is none.
 
-    Without something that goes past the attention, which is there to be joined with its result, there is none either;
-    nor where another block's attention comes before it.
+    It has as many features as one that the block begins with. There is none, either, where nothing goes past the
+    attention to be joined with its result, or where another block's attention comes first.
     """
     states, beside = _states(attention, axis.domain.grid, typing)
-    after = descendants(attention)
-    found = [state for state in states if state in after and has_rows(typing.type(state), axis)]
+    before, after = ancestors(attention), descendants(attention)
+    blocks = [n for n in typing.graph.nodes if n.target in ATTENTION and _queries(n, typing) == axis]
+    last, following = ([n for n in blocks if n in side] for side in (before, after))
+    past = set().union(*({n} | ancestors(n) for n in last))
+    future = set().union(*({n} | descendants(n) for n in following))
+    rows = [state for state in states if has_rows(typing.type(state), axis)]
+    wide = {_features(state, typing) for state in rows if state in before - past}
+    found = [state for state in rows if state in after - future and _features(state, typing) in wide]
     if not found or not beside:
         return None
-    between = after & ancestors(found[0])
-    return None if any(node.target in ATTENTION and _queries(node, typing) == axis for node in between) else found[0]
+    # What is stacked to be mixed, or mixed to be read, is wider than what a block begins and ends with.
+    least = min(_features(state, typing) for state in found)
+    return next(state for state in found if _features(state, typing) == least)
 
 
 def state_before(attention: fx.Node, site: fx.Node, axis: TokenAxis, typing: WholeTyping) -> fx.Node | None:
@@ -47,14 +54,19 @@ def state_before(attention: fx.Node, site: fx.Node, axis: TokenAxis, typing: Who
     """
     states, _ = _states(attention, axis.domain.grid, typing)
     before = ancestors(attention)
-    features = math.prod(map(whole_size, typing.type(site)[2:]))
-    found = [state for state in states if state in before and has_rows(typing.type(state), axis)]
-    found = [state for state in found if math.prod(map(whole_size, typing.type(state)[2:])) == features]
+    wide = _features(site, typing)
+    rows = [state for state in states if state in before and has_rows(typing.type(state), axis)]
+    found = [state for state in rows if _features(state, typing) == wide]
     if not found:
         return None
     # Of one value, the view with its streams side by side as features comes before the one with them apart.
     *earlier, state = found
     return earlier[-1] if state.target in VIEWS and earlier and state.args[0] is earlier[-1] else state
+
+
+def _features(state: fx.Node, typing: WholeTyping) -> int:
+    """Return how many features a token has in a state [images, tokens, features…]."""
+    return math.prod(map(whole_size, typing.type(state)[2:]))
 
 
 def _queries(attention: fx.Node, typing: WholeTyping) -> TokenAxis | None:

@@ -64,7 +64,7 @@ class BranchCost:
     images: images in one run; 1 where the batch is symbolic.
     windows: windows of one image.
     tokens: patches of one window.
-    others: tokens of one window that go through the branch, whichever patches skip it.
+    others: tokens of one image that go through the branch, whichever patches skip it.
     features: features of the branch's result.
     scoring: FLOPs that ranking the tokens adds to this block's own attention.
     """
@@ -86,6 +86,6 @@ class BranchCost:
         if not skipping:
             return 0
         kept = self.tokens - skipping
-        windows = self.images * self.windows
-        recovering = 2 * windows * kept * skipping * self.features
-        return windows * (kept + self.others) * self.per_token - self.whole + recovering + self.scoring
+        rows = self.images * self.windows * kept
+        through = (rows + self.images * self.others) * self.per_token
+        return through - self.whole + 2 * rows * skipping * self.features + self.scoring

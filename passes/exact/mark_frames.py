@@ -12,17 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.edit import copy_of
-from gtp_fx.graph.nodes import count_nodes, tensors_of
-from gtp_fx.graph.operators import ATTENTION, SOFTMAXES
+from gtp_fx.graph.nodes import ancestors, count_nodes, tensors_of
+from gtp_fx.graph.operators import ATTENTION, GRID_MAKERS, MATRIX_PRODUCTS, SOFTMAXES
 from gtp_fx.passes.exact.mark_tokens import blocks_of, with_blocks_marked
 from gtp_fx.types.axes import GridAxis, split_tokens
 from gtp_fx.types.coercions import find_coercions
 from gtp_fx.types.frames import FRAMES
 
+_LAYERS = (aten.linear.default, *MATRIX_PRODUCTS, *ATTENTION)
 _FEWEST_SIDES = 3
 """Of a grid that holds frames: theirs, and two of a picture."""
 
@@ -48,6 +50,15 @@ def mark_frames(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
+def _may_be_born(node: fx.Node) -> bool:
+    """Tell whether a value has sides, a batch and features, before any layer, or as one that works on the sides."""
+    if max((value.dim() for value in tensors_of(node.meta.get("val"))), default=0) < _FEWEST_SIDES + 2:
+        return False
+    return node.target in GRID_MAKERS or not any(
+        before.target in (*GRID_MAKERS, *_LAYERS) for before in ancestors(node)
+    )
+
+
 def _obstructed(gm: fx.GraphModule, blocks: Sequence[AttentionBlock]) -> bool:
     """Tell whether something needs tokens that these blocks would remove, and can't get them back."""
     sites = frozenset(block.site for block in blocks if block.site is not None)
@@ -56,8 +67,7 @@ def _obstructed(gm: fx.GraphModule, blocks: Sequence[AttentionBlock]) -> bool:
 
 def _births(gm: fx.GraphModule) -> Iterator[tuple[str, int]]:
     """Yield the name of each node at which a grid of three or more sides is born, and how many those are."""
-    ranks = [value.dim() for node in gm.graph.nodes for value in tensors_of(node.meta.get("val"))]
-    if max(ranks, default=0) < _FEWEST_SIDES + 2:  # sides, a batch and features, in one value
+    if not any(map(_may_be_born, gm.graph.nodes)):
         return
     typing = typed_graph(gm.graph).whole
     for node in gm.graph.nodes:

@@ -10,19 +10,20 @@ For each block whose site in the plan is on a branch:
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
-from gtp_fx.analysis.branches import Branch, with_fewer_dimensions
+from gtp_fx.analysis.branches import Branch, patches_at, patches_of, with_fewer_dimensions
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of, written
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import Attention, Emit, Strategy
-from gtp_fx.types.axes import Plain, whole_size
+from gtp_fx.types.axes import Plain, TensorType, whole_size
 from gtp_fx.types.infer import WholeTyping, infer_types
 from gtp_fx.types.layouts import by_window, convert, grid_of, image_layout, made_from
 
@@ -86,9 +87,10 @@ def _insert(graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.
     with graph.inserting_before(shares.next):
         # Arrange what enters the branch by window, and take the kept tokens.
         replacement: dict[fx.Node, fx.Node] = {}
+        ends = _ends(graph, call, branch, typing)
         for entry in branch.entries:
-            kind = typing.type(entry)
-            rows = convert(call, entry, kind, (*branch.rows, kind[-1]))
+            patches, kind = _patches(call, entry, branch, typing)
+            rows = convert(call, patches, kind, (*branch.rows, kind[-1]))
             replacement[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, *branch.around)
         # The branch is token-wise, so its nodes run on these as they are.
         for node in branch.inside:
@@ -96,16 +98,55 @@ def _insert(graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.
             for shared in node.all_input_nodes:
                 if shared not in replacement and len(shape_of(shared)) > _RANK:
                     replacement[shared] = call(aten.reshape.default, shared, [shape_of(shared)[-1]])
-            copy = graph.node_copy(node, lambda n: replacement.get(n, n))
+            replacement[node] = copy = _copy(graph, node, replacement)
             copy.args = fx.map_arg(with_fewer_dimensions(node), lambda n: replacement.get(n, n))
-            copy.meta = {key: node.meta[key] for key in edit.META_KEYS if key in node.meta}
-            replacement[node] = copy
         # Fill in the skipped tokens, and return to the layout of the stream.
         where = (kept, skipped, _IMAGES, _ROWS, *branch.around)
         filled = call(gtp_fx.recover.default, replacement[result], shares, *where)
-        kind = typing.type(result)
+        kind = patches_of(typing.type(result)) if any(branch.apart) else typing.type(result)
         arranged = convert(call, filled, (*branch.rows, kind[-1]), kind)
+        if ends:
+            before, after = ends
+            arranged = call(aten.cat.default, [*before, arranged, *after], patches_at(typing.type(result)))
     result.replace_all_uses_with(arranged)
+
+
+def _copy(graph: fx.Graph, node: fx.Node, of: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Insert a copy of a node that reads other values. of: what to read in the place of which node."""
+    copy = graph.node_copy(node, lambda n: of.get(n, n))
+    copy.meta = {key: node.meta[key] for key in edit.META_KEYS if key in node.meta}
+    return copy
+
+
+def _patches(call: Emit, entry: fx.Node, branch: Branch, typing: WholeTyping) -> tuple[fx.Node, TensorType]:
+    """Return an entry without the tokens that go through the branch on their own, and its type."""
+    kind = typing.type(entry)
+    if not any(branch.apart):
+        return entry, kind
+    at, (prefix, _) = patches_at(kind), branch.apart
+    patches = patches_of(kind)
+    return call(aten.slice.Tensor, entry, at, prefix, prefix + whole_size(patches[at])), patches
+
+
+def _ends(
+    graph: fx.Graph, call: Emit, branch: Branch, typing: WholeTyping
+) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """Return what the branch makes of tokens before and after the patches, each a list of one or none; None of neither.
+
+    The branch is token-wise, so its nodes run on these few as they are.
+    """
+    made: list[list[fx.Node]] = []
+    for count, last in zip(branch.apart, (False, True), strict=True):
+        copies: dict[fx.Node, fx.Node] = {}
+        for entry in branch.entries if count else ():
+            at = patches_at(typing.type(entry))
+            whole = shape_of(entry)[at]
+            bounds = (whole - count, whole) if last else (0, count)
+            copies[entry] = call(aten.slice.Tensor, entry, at, *bounds)
+        for node in branch.inside if count else ():
+            copies[node] = _copy(graph, node, copies)
+        made.append([copies[branch.result]] if count else [])
+    return (made[0], made[1]) if any(branch.apart) else None
 
 
 def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: Strategy, typing: WholeTyping) -> fx.Node:

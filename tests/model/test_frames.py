@@ -36,7 +36,7 @@ def test_frames_that_nothing_looks_across_lose_tokens_of_their_own(read: str, by
         assert apart(fast.graph_module(video), net.by_hand(video, [5, 4, 0])) < TOLERANCE
 
 
-@pytest.mark.parametrize(("kind", "skipping"), [("between", [6, 6, 6]), ("windows", [2, 1])])
+@pytest.mark.parametrize(("kind", "skipping"), [("between", [6, 6, 6]), ("divided", [7, 5]), ("windows", [2, 1])])
 @torch.no_grad()
 def test_tokens_skip_the_mlp_beside_their_window_s_own(kind: str, skipping: list[int]) -> None:
     source = Video(kind)

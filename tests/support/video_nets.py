@@ -112,6 +112,45 @@ class Between(nn.Module):
         return self.frames.after(x)
 
 
+class Divided(nn.Module):
+    """One CLS for the video and patches place by place, [B, 1 + N * F, C]: attention over time, over space, an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, WIDTH, PATCH, PATCH)
+        self.cls = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.space, self.time = (nn.ModuleList(Block() for _ in range(2)) for _ in range(2))
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, video: Tensor, skipping: Sequence[int] = (0, 0)) -> Tensor:
+        """video: [B, F, 3, H, W]. skipping: patches of each frame that skip a block's MLP, by hand."""
+        places, images = GRID * GRID, video.shape[0]
+        x = self.patches(video.flatten(0, 1)).flatten(2).mT.unflatten(0, (-1, FRAMES))
+        x = torch.cat([self.cls.expand(images, -1, -1), x.transpose(1, 2).flatten(1, 2)], 1)
+        for space, time, count in zip(self.space, self.time, skipping, strict=True):
+            over_time = x[:, 1:].reshape(-1, FRAMES, WIDTH)
+            y = time.out(nn.functional.scaled_dot_product_attention(*heads_of(time, over_time)).mT.flatten(1, 2).mT)
+            patches = x[:, 1:] + y.reshape(images, -1, WIDTH)
+            frames = patches.unflatten(1, (places, FRAMES)).transpose(1, 2).reshape(-1, places, WIDTH)
+            cls = x[:, :1].expand(-1, FRAMES, -1).reshape(-1, 1, WIDTH)
+            frames = torch.cat([cls, frames], 1)
+            if count:
+                joined, counts = masked_branch(space, frames, count, 1)
+                y = joined - frames
+                counts = counts[:, 1:].unflatten(0, (images, FRAMES)).transpose(1, 2).flatten(1, 2)
+                counts = torch.cat([torch.ones_like(counts[:, :1]), counts], 1)
+            else:
+                q, k, v = heads_of(space, frames)
+                y = space.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+                counts = y.new_ones(())
+            of_cls = y[:, :1].reshape(images, FRAMES, WIDTH).mean(1, keepdim=True)
+            of_patches = y[:, 1:].unflatten(0, (-1, FRAMES)).transpose(1, 2).flatten(1, 2)
+            x = torch.cat([x[:, :1], patches], 1) + torch.cat([of_cls, of_patches], 1)
+            added = space.mlp(space.norms[1](x))
+            x = x + (added * counts if count else added)
+        return self.head(x[:, 0] + x[:, 1:].mean(1))
+
+
 class Registers(nn.Module):
     """Windows of 2 x 2 over a picture's grid, then places far apart; registers are joined to each for one block."""
 
@@ -148,10 +187,11 @@ class Video:
     def model(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            own = {"between": Between, "windows": Registers}.get(self.kind)
+            own = {"between": Between, "divided": Divided, "windows": Registers}.get(self.kind)
             return (Frames(self.kind, self.by_views) if own is None else own()).eval().requires_grad_(False)
 
     def inputs(self, batch: int = 2) -> Tensor:
-        frames = () if self.kind == "windows" else (FRAMES,)
-        shape = (batch, 3, *frames, GRID * PATCH, GRID * PATCH)
+        side = GRID * PATCH
+        layouts = {"windows": (3, side, side), "divided": (FRAMES, 3, side, side)}
+        shape = (batch, *layouts.get(self.kind, (3, FRAMES, side, side)))
         return torch.randn(shape, generator=torch.Generator().manual_seed(batch))

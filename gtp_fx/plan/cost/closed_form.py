@@ -60,8 +60,8 @@ def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strat
     whole, per_token = (sum(column) for column in zip(*parts, strict=True))
     keys = math.prod(branch.cells) if branch.cells else branch.attended
     scoring = int(flops_of(strategy.scoring_works(heads, branch.attended, keys, images * branch.windows, "float32")))
-    others = sum(branch.around)
-    return BranchCost(whole, per_token, images, branch.windows, branch.tokens, others, features, scoring)
+    sizes = (images, branch.windows, branch.tokens, branch.others)
+    return BranchCost(whole, per_token, *sizes, features, scoring)
 
 
 def _token_wise_flops(node: fx.Node, typing: WholeTyping) -> tuple[int, int]:

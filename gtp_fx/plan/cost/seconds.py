@@ -151,7 +151,7 @@ def _branch_change(
     assert site.branch is not None
     tokens, windows = branch.tokens, branch.windows * site.branch.images * batch
     kept = np.arange(tokens + 1)
-    others = sum(branch.around)
+    others = branch.others / branch.windows
     share = (kept + others) / (tokens + others)
     # The branch itself, over the tokens kept instead of all.
     spent: Any = 0.0

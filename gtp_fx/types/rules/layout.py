@@ -146,16 +146,23 @@ def _require_one_place(output: TensorType) -> None:
 def _end_to_end(dim: Dim, birth: str) -> Dim:
     """Return the tokens of several images (frames, groups of bands) that follow each other in one sequence as one axis.
 
-    Any other dimension is returned as it is. Raises NoRule where tokens have been removed, of each image others.
+    They come image by image, or, place by place, those of all images. Any other dimension is returned as it is. Raises
+    NoRule where tokens have been removed, of each image others.
     """
-    several, axis = dim if len(dim) == 2 else (None, None)
+    by_place = len(dim) == 2 and isinstance(dim[0], TokenAxis)
+    several, axis = (dim[::-1] if by_place else dim) if len(dim) == 2 else (None, None)
     if not isinstance(several, Plain) or not several.images or is_symbolic(several.size):
         return dim
     if not isinstance(axis, TokenAxis) or axis.prefix or axis.suffix or axis.domain.grid.parts:
         return dim
     if axis.domain.level:
         raise NoRule("it puts the tokens of several images in one sequence, and each keeps tokens of its own")
-    return (TokenAxis(TokenDomain(Grid.of_several(birth, [axis.domain.grid] * several.size))),)
+    grid = Grid.of_several(birth, [axis.domain.grid] * several.size)
+    if by_place and not grid.apart:
+        raise NoRule("it puts places of several images side by side that aren't known to be on a picture")
+    if by_place:
+        return merge_grids(tuple(GridAxis(grid, side) for side in (*range(1, len(grid.shape)), 0)))
+    return (TokenAxis(TokenDomain(grid)),)
 
 
 @rule(*FLATTENINGS)
