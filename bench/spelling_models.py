@@ -220,6 +220,14 @@ def _with_zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (_scaled_logits(q, k) + (1.0 - seen[:, None, None, :]) * -10000.0).softmax(-1) @ v
 
 
+def _added_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A bias of nothing, added to the logits between patches in place, seen by row and by column."""
+    logits = _scaled_logits(q, k)
+    apart = logits[:, :, 1:, 1:].view(q.shape[0], HEADS, GRID * GRID, GRID, GRID) + torch.zeros(HEADS, 1, GRID, 1)
+    logits[:, :, 1:, 1:] = apart.flatten(3)
+    return logits.softmax(-1) @ v
+
+
 def _seen_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     logits = _scaled_logits(*_merged(q, k, v)[:2]).view(-1, 1, HEADS, TOKENS, TOKENS) + torch.zeros(1, 1, TOKENS, 1)
     return (logits.view(-1, TOKENS, TOKENS).softmax(-1) @ _merged(q, k, v)[2]).view(-1, HEADS, TOKENS, FEATURES)
@@ -259,6 +267,7 @@ ATTENTIONS: Part = {
     "additive mask": _with_zeros,
     "a number added": lambda q, k, v: torch.softmax(3 - -_scaled_logits(q, k) + 1, -1) @ v,
     "seen apart": _seen_apart,
+    "added in place": _added_in_place,
     "one window": _one_window,
     "heads in groups": _in_groups,
 }

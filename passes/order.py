@@ -29,6 +29,7 @@ from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.exact.matmul_to_linear import matmul_to_linear
 from gtp_fx.passes.exact.normalise import normalise
 from gtp_fx.passes.exact.pointwise_convolutions import pointwise_convolutions
+from gtp_fx.passes.exact.scatter_to_sum import scatter_to_sum
 from gtp_fx.passes.exact.split_projections import split_projections
 from gtp_fx.passes.exact.turn_streams import turn_streams
 from gtp_fx.passes.lower.functional_linear import functional_linear
@@ -83,6 +84,7 @@ class Pass:
 # linear layers are fused last, since only those that still read the same tokens can be.
 ORDER = (
     Pass(normalise, "exact", "one spelling: no asserts, no copies, no dropout that is off"),
+    Pass(scatter_to_sum, "exact", "what is added to a part in place is added to all, with zeros", optional=True),
     Pass(
         drop_trivial_masks,
         "exact",

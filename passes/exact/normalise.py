@@ -51,6 +51,8 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             gm.graph.erase_node(node)
         elif node.target is operator.getitem:
             _take_by_place(gm.graph, node)
+        elif _overwrites(node):
+            edit.replace(node, node.args[1])
         elif _changes_nothing(node):
             edit.replace(node, node.all_input_nodes[0])
         elif (before := _undone(node)) is not None:
@@ -177,6 +179,17 @@ def _place(stack: fx.Node) -> int:
     return int(place) % len(shape_of(stack))
 
 
+def _overwrites(node: fx.Node) -> bool:
+    """Tell whether a call writes its second argument over all of its first: what is left of `x[:, :] = y`."""
+    if node.target not in (aten.copy.default, aten.slice_scatter.default):
+        return False
+    written, value = node.args[1], node.meta["val"]
+    if not isinstance(written, fx.Node) or nodes.is_input(written):
+        return False
+    source = written.meta["val"]
+    return source.dtype == value.dtype and tuple(source.shape) == tuple(value.shape)
+
+
 def _changes_nothing(node: fx.Node) -> bool:
     """Tell whether a call returns its first argument unchanged."""
     if node.target is aten.dropout.default:
@@ -184,7 +197,7 @@ def _changes_nothing(node: fx.Node) -> bool:
         return not training or probability in (0, 0.0)
     if node.target in (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar):
         of_number = isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int | float)
-        return of_number and node.args[1] == 0 and _source(node).meta["val"].dtype == node.meta["val"].dtype
+        return bool(of_number and node.args[1] == 0 and _source(node).meta["val"].dtype == node.meta["val"].dtype)
     if node.target in SCALINGS and isinstance(node.args[1], int | float):
         return node.args[1] == 1 and not node.kwargs and _source(node).meta["val"].dtype == node.meta["val"].dtype
     if node.target in PERMUTATIONS:
