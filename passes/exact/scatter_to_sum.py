@@ -54,10 +54,11 @@ def _added(emit: edit.Emitter, node: Any, part: Any) -> fx.Node | None:
     """
     if not isinstance(node, fx.Node):
         raise _Other
+    args: tuple[Any, ...] = node.args
     if node is part or _same_slice(node, part):
         return None
     if node.target is _SCATTER:
-        base, update, *_ = node.args
+        base, update, *_ = args
         if base is not part and not _same_slice(base, part):
             raise _Other
         return _padded(emit, node, _filled(emit, _added(emit, update, _slice_of(node)), update))
@@ -66,7 +67,7 @@ def _added(emit: edit.Emitter, node: Any, part: Any) -> fx.Node | None:
         found = _filled(emit, _added(emit, inner, part), inner)
         return None if found is None else _viewed(emit, found, inner, node)
     if node.target is aten.add.Tensor and not node.kwargs:
-        for one, other in (node.args[:2], node.args[1::-1]):
+        for one, other in (args[:2], args[1::-1]):
             try:
                 found = _added(emit, one, part)
             except _Other:
@@ -79,7 +80,8 @@ def _added(emit: edit.Emitter, node: Any, part: Any) -> fx.Node | None:
 
 def _slice_of(scatter: fx.Node) -> tuple[Any, ...]:
     """Return the arguments of the slice that a scatter writes to: the tensor, dimension, start, stop and step."""
-    base, _, *rest = scatter.args
+    arguments: Any = scatter.args
+    base, _, *rest = arguments
     return _bounds(base, *rest)
 
 
@@ -99,13 +101,14 @@ def _same_slice(node: Any, part: Any) -> bool:
     """Tell whether a node is the slice that `part` describes."""
     if not isinstance(part, tuple) or not isinstance(node, fx.Node) or node.target is not aten.slice.Tensor:
         return False
-    base, *rest = node.args
+    arguments: Any = node.args
+    base, *rest = arguments
     if base is not part[0] and not (isinstance(base, fx.Node) and _alike(base, part[0])):
         return False
     return _bounds(base, *rest)[1:] == part[1:]
 
 
-def _alike(one: fx.Node, other: Any) -> bool:
+def _alike(one: Any, other: Any) -> bool:
     """Tell whether two nodes are the same slice of one tensor."""
     both = isinstance(other, fx.Node) and one.target is aten.slice.Tensor is other.target
     return both and one.args[0] is other.args[0] and _bounds(*one.args) == _bounds(*other.args)
