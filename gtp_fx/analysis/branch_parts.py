@@ -16,7 +16,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.errors import NotApplicable
 from gtp_fx.graph.nodes import ancestors, descendants, operator_name, source_line
 from gtp_fx.graph.operators import ATTENTION, CONVOLUTIONS, NAMED_DIMENSIONS, PERMUTATIONS, REARRANGED, SOFTMAXES
-from gtp_fx.types.axes import TensorType, is_plain, whole_size
+from gtp_fx.types.axes import TensorType, is_plain, token_axis, whole_size
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.rules.layout import is_view
 
@@ -63,13 +63,15 @@ def with_fewer_dimensions(node: fx.Node) -> tuple[Any, ...]:
 def parts_after(site: fx.Node, typing: WholeTyping) -> list[Part]:
     """Return the token-wise ends of the branches after `site` and before the next attention, one at least.
 
-    There may be other branches in between that have none, such as a position encoding by convolution.
+    There may be other branches in between that have none, such as a position encoding by convolution, and before the
+    first one attention that isn't over patches of one picture, such as that over the frames of each place.
 
     Raises NoBranch.
     """
     after = descendants(site)
     reason = NoBranch("no residual branch follows its attention's")
     parts: list[Part] = []
+    passed: set[fx.Node] = set()
     for node in site.graph.nodes:
         if node not in after or node.target is not aten.add.Tensor or not typing.is_tensor(node):
             continue
@@ -81,14 +83,18 @@ def parts_after(site: fx.Node, typing: WholeTyping) -> list[Part]:
             within = ancestors(result)
             if start not in within or start not in after | {site}:
                 continue
-            if any(_attends(n, typing) for n in within & after):
+            attending = {n for n in within & after if _attends(n, typing)}
+            if any(_is_over_patches(n, typing) for n in attending) or (parts and attending - passed):
                 return _some(parts, reason)
+            if attending & descendants(start):
+                continue  # over the frames of each place, say: the branch that follows it is still this block's
             try:
                 part = _token_wise_tail(result, after, typing)
             except NoBranch as why:
                 reason = why
                 continue
             if not any(set(part.inside) & set(other.inside) for other in parts):
+                passed = passed or attending
                 parts.append(part)
     return _some(parts, reason)
 
@@ -105,6 +111,14 @@ def _attends(node: fx.Node, typing: WholeTyping) -> bool:
     if node.target in SOFTMAXES and node in typing.answers:
         return typing.answers[node].prefix_operands is not None
     return node.target in ATTENTION
+
+
+def _is_over_patches(node: fx.Node, typing: WholeTyping) -> bool:
+    """Return whether the queries of an attention are patches of a picture or a window; of a softmax that is assumed."""
+    if node.target in SOFTMAXES:
+        return True
+    queries = typing.type(node.args[0])  # type: ignore[arg-type]
+    return token_axis(queries[-2]) is not None
 
 
 def _origin(node: fx.Node) -> fx.Node:

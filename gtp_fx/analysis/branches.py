@@ -5,7 +5,8 @@
 
 The attention before the branch ranks the tokens of each window, or of the whole grid where it attends over all of it.
 The branch follows that attention's residual add. It is as much of what runs beside the stream as is token-wise, from
-its end backward, here and at every residual add before the next attention (`branch_parts`).
+its end backward, here and at every residual add before the next attention (`branch_parts`). Tokens that are no patches
+(registers of a window, the CLS of a frame or of a clip) never skip it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gtp_fx.types.axes import (
     GridAxis,
     Plain,
     TensorType,
+    TokenAxis,
     holds_images,
     is_plain,
     split_tokens,
@@ -39,38 +41,50 @@ class Branch:
     """The part of one block that only the kept tokens of each window go through.
 
     parts: what they go through, in graph order: the MLP, and any that follow before the next attention.
-    scores: the type of the attention's scores, [images and windows, tokens].
-    region: the layout in which tokens are chosen, [images and windows, patches row by row]; features follow.
-    windows: number of windows in an image.
-    tokens: number of patches in a window.
+    scores: the type of the attention's scores, [images and windows, patches].
+    region: the layout in which tokens are chosen, [images and windows, patches]; features follow.
+    rows: the same with the prefix and suffix tokens that each window has in the branch; where there are some, patches
+        are in the branch's own order, and else row by row.
+    attended: number of tokens in a window of the attention, those that are no patches among them.
     lead: dimensions of the attention's query that are images and windows.
     heads: the dimension of the query that is heads; none where there is one head without a dimension.
     cells: the shape of the coarser grid that keys are pooled to; () where keys are the tokens themselves.
-    others: tokens that attend together with the patches and are none.
-    beside: tokens before and after the patches of each window in the branch itself. None of them skips it, and where
-        there are any, the region is the branch's own layout.
+    apart: prefix and suffix tokens of no window of the attention (the CLS of a clip whose frames it attends in). They
+        go through the branch on their own, and are in one dimension with the patches.
+    others: how many tokens of an image are no patches and go through the branch, whichever patches skip it.
     """
 
     parts: tuple[Part, ...]
     scores: TensorType
     region: TensorType
-    windows: int
-    tokens: int
+    rows: TensorType
+    attended: int
     lead: tuple[int, ...]
     heads: tuple[int, ...]
     cells: tuple[int, ...] = ()
+    apart: tuple[int, int] = (0, 0)
     others: int = 0
-    beside: tuple[int, int] = (0, 0)
 
     @property
-    def attending(self) -> int:
-        """The number of tokens of one window of the attention, whose windows may be others than the branch's."""
-        return whole_size(self.scores[1]) + self.others
+    def windows(self) -> int:
+        """The number of windows in an image, of each of which equally many patches skip."""
+        return _windows(self.region[0])
+
+    @property
+    def tokens(self) -> int:
+        """The number of patches in a window."""
+        return whole_size(self.region[1])
 
     @property
     def attentions(self) -> int:
-        """The number of windows in which an image's tokens attend."""
+        """The number of windows in which an image's tokens attend; they may be larger than those of the branch."""
         return _windows(self.scores[0])
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """How many prefix and suffix tokens each window has in the branch."""
+        axis = token_axis(self.rows[1])
+        return (0, 0) if axis is None else (axis.prefix, axis.suffix)
 
     @property
     def inside(self) -> tuple[fx.Node, ...]:
@@ -90,80 +104,82 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
 
     Raises NoBranch, with the reason, where there is none.
     """
-    parts = parts_after(site, typing)
+    first, *later = parts_after(site, typing)
     operands = Attention.of(attention)
     query = typing.type(operands.q)
     if attention_dropout(attention):
         raise NoBranch("attention dropout is active, which attention with scores does not have")
-    patches = _patches(query[-2])
+    attended = token_axis(query[-2])
+    patches = query[-2] if attended is None else _patches(attended)
     if not all(isinstance(f, GridAxis) for f in split_tokens(patches)):
         raise NoBranch("its queries are merged with something else, or some of them have left")
     if keys_beside(query, typing.type(operands.k)) not in (None, (0, 0)):
         raise NoBranch("its keys hold more than its tokens")
     lead, heads = _lead_and_heads(query)
     scores: TensorType = (tuple(f for dim in lead for f in query[dim]), patches)
-    result = typing.type(parts[0].result)
-    beside = _beside(result)
-    if any(beside):
-        region = _own_region(result)
-        _check_layouts(scores, region, [])
-    else:
-        # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order.
-        sides = [f for f in split_tokens(patches) if isinstance(f, GridAxis)]
-        in_rows = sorted(sides, key=lambda f: (f.side, -f.stride))
-        region = (scores[0], tuple(in_rows))
-        _check_layouts(scores, region, _values(parts[0], typing))
-    parts = [parts[0], *(part for part in parts[1:] if _is_chosen_alike(part, parts[0], scores, region, typing))]
-    count = whole_size(region[1])
+    of_first = typing.type(first.result)[:-1]
+    region, rows, apart, others = _layouts(scores, of_first)
+    _check_layouts(scores, region, rows, patches_of(of_first) if any(apart) else of_first)
+
+    def is_chosen_alike(part: Part) -> bool:
+        """Return whether the tokens that a later part keeps can be those of the first one."""
+        own = typing.type(part.result)[:-1]
+        return own == of_first or (not any(apart) and _fits(scores, region, rows, own))
+
+    parts = (first, *filter(is_chosen_alike, later))
     cells = pooled_to(query, typing.type(operands.k))
-    others = whole_size(query[-2]) - whole_size(patches)
-    windows = _windows(region[0])
-    return Branch(tuple(parts), scores, region, windows, count, lead, heads, cells, others, beside)
+    return Branch(parts, scores, region, rows, whole_size(query[-2]), lead, heads, cells, apart, others)
 
 
-def _values(part: Part, typing: WholeTyping) -> list[TensorType]:
-    """Return the types of the values that are arranged by window."""
-    return [typing.type(node) for node in (*part.entries, part.result)]
+def _layouts(scores: TensorType, lead: TensorType) -> tuple[TensorType, TensorType, tuple[int, int], int]:
+    """Return `region`, `rows`, `apart` and `others` of a branch whose values have the dimensions `lead`, and features.
+
+    Raises NoBranch where tokens that are no patches can't be told from the others.
+    """
+    beside = [axis for axis in token_axes(lead) if axis.prefix or axis.suffix]
+    axis = beside[0] if beside else None
+    others = 0
+    if axis is not None:
+        own: Dim = tuple(f for dim in lead for f in dim if f is not axis)
+        others = (axis.prefix + axis.suffix) * _windows(own)
+        # Of windows within windows, the smaller ones: the tokens of more than one frame aren't ranked together.
+        if len(beside) == 1 and whole_size(_patches(axis)) <= whole_size(scores[1]):
+            images = _images_first(own)
+            return (images, split_tokens(_patches(axis))), (images, (axis,)), (0, 0), others
+        if len(beside) > 1 or (axis,) not in lead:
+            raise NoBranch("tokens that are no patches are merged with something in it")
+    # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order.
+    sides = [f for f in split_tokens(scores[1]) if isinstance(f, GridAxis)]
+    region = (_images_first(scores[0]), tuple(sorted(sides, key=lambda f: (f.side, -f.stride))))
+    return region, region, (0, 0) if axis is None else (axis.prefix, axis.suffix), others
 
 
-def _is_chosen_alike(part: Part, first: Part, scores: TensorType, region: TensorType, typing: WholeTyping) -> bool:
-    """Return whether the tokens that a later part keeps can be those of the first one."""
-    lead, of_first = (typing.type(of.result)[:-1] for of in (part, first))
-    if lead == of_first:
-        return True
-    try:
-        _check_layouts(scores, region, _values(part, typing))
-    except NoBranch:
-        return False
-    return not any(_beside(lead)) and not any(_beside(of_first))
+def patches_at(kind: TensorType) -> int:
+    """Return the dimension in which prefix or suffix tokens stand beside the patches."""
+    return next(d for d, dim in enumerate(kind) if any(axis.prefix or axis.suffix for axis in token_axes((dim,))))
+
+
+def patches_of(kind: TensorType) -> TensorType:
+    """Return the type without the prefix and suffix tokens that stand beside the patches."""
+    at = patches_at(kind)
+    axis = token_axis(kind[at])
+    assert axis is not None
+    return (*kind[:at], _patches(axis), *kind[at + 1 :])
+
+
+def _patches(axis: TokenAxis) -> Dim:
+    """Return a dimension of tokens without those before and after the patches."""
+    return (replace(axis, prefix=0, suffix=0),)
+
+
+def _images_first(dim: Dim) -> Dim:
+    """Return images and windows with all windows of an image after each other."""
+    return tuple(sorted(dim, key=lambda f: not isinstance(f, Plain)))
 
 
 def _windows(dim: Dim) -> int:
     """Return how many windows of one image a dimension of images and windows runs over."""
     return whole_size(tuple(f for f in split_tokens(dim) if isinstance(f, GridAxis)))
-
-
-def _patches(dim: Dim) -> Dim:
-    """Return a dimension of tokens without those before and after the patches."""
-    axis = token_axis(dim)
-    return dim if axis is None else (replace(axis, prefix=0, suffix=0),)
-
-
-def _beside(result: TensorType) -> tuple[int, int]:
-    """Return how many tokens stand before and after the patches of each window in a branch."""
-    axes = token_axes(result)
-    return (axes[0].prefix, axes[0].suffix) if len(axes) == 1 else (0, 0)
-
-
-def _own_region(result: TensorType) -> TensorType:
-    """Return the layout [images and windows, patches] of a branch [images and windows, tokens, features].
-
-    Raises NoBranch where it is laid out otherwise.
-    """
-    patches = [split_tokens(_patches(dim)) for dim in result[1:2]]
-    if len(result) != 3 or _mixes(result[0]) or not all(isinstance(f, GridAxis) for dim in patches for f in dim):
-        raise NoBranch("the branch after its attention isn't [windows, tokens, features], and has tokens of no patch")
-    return result[0], patches[0]
 
 
 def pooled_to(query: TensorType, key: TensorType) -> tuple[int, ...]:
@@ -212,8 +228,17 @@ def _mixes(dim: Dim) -> bool:
     return any(isinstance(f, Plain) and not f.images and f.size != 1 for f in dim) and len(dim) > 1
 
 
-def _check_layouts(scores: TensorType, region: TensorType, values: list[TensorType]) -> None:
-    """Raise NoBranch where scores, or one of the branch's values, can't be arranged by window, or not back.
+def _fits(scores: TensorType, region: TensorType, rows: TensorType, lead: TensorType) -> bool:
+    """Return whether values with the dimensions `lead`, and features, can be arranged by window."""
+    try:
+        _check_layouts(scores, region, rows, lead)
+    except NoBranch:
+        return False
+    return True
+
+
+def _check_layouts(scores: TensorType, region: TensorType, rows: TensorType, lead: TensorType) -> None:
+    """Raise NoBranch where scores, or values [*lead, features], can't be arranged by window, or these not back.
 
     The conversions are tried without a graph to emit into.
     """
@@ -221,11 +246,11 @@ def _check_layouts(scores: TensorType, region: TensorType, values: list[TensorTy
     def nowhere(*_: object) -> None:
         return None
 
+    feature, coordinates = (Plain(1),), (Plain(2),)
     try:
-        convert(nowhere, None, (*scores, (Plain(1),)), (*region, (Plain(1),)))
-        for kind in values:
-            convert(nowhere, None, kind, (*region, kind[-1]))
-            convert(nowhere, None, (*region, kind[-1]), kind)
-        convert(nowhere, None, (*image_layout(region), (Plain(2),)), by_window(region, (Plain(2),)))
+        convert(nowhere, None, (*scores, feature), (*region, feature))
+        convert(nowhere, None, (*lead, feature), (*rows, feature))
+        convert(nowhere, None, (*rows, feature), (*lead, feature))
+        convert(nowhere, None, (*image_layout(region), coordinates), by_window(region, coordinates))
     except NoLayout as reason:
         raise NoBranch(f"its tokens can't be arranged by window: {reason}") from reason

@@ -64,10 +64,10 @@ class BranchCost:
     images: images in one run; 1 where the batch is symbolic.
     windows: windows of one image.
     tokens: patches of one window.
+    others: tokens of one image that go through the branch, whichever patches skip it.
     features: features of the branch's result.
     recovered: features of all its results that skipped tokens get from their neighbours; 0 where they get nothing.
     scoring: FLOPs that ranking the tokens adds to this block's own attention.
-    others: tokens of one window that are no patches; none of them skips.
     """
 
     whole: int
@@ -75,10 +75,10 @@ class BranchCost:
     images: int
     windows: int
     tokens: int
+    others: int
     features: int
     recovered: int
     scoring: int
-    others: int = 0
 
     def change(self, skipping: int) -> int:
         """Return the change in FLOPs when `skipping` tokens of each window skip the branch; negative where that saves.
@@ -89,5 +89,6 @@ class BranchCost:
             return 0
         kept = self.tokens - skipping
         windows = self.images * self.windows
+        through = windows * kept + self.images * self.others
         recovering = 2 * windows * kept * skipping * self.recovered
-        return windows * (kept + self.others) * self.per_token - self.whole + recovering + self.scoring
+        return through * self.per_token - self.whole + recovering + self.scoring

@@ -3,6 +3,7 @@
 For each block whose site in the plan is on a branch:
   1. Its attention also scores its tokens, window by window.
   2. The branch's entries are arranged by window, and the kept tokens are taken from each window, equally many in all.
+     Tokens that are no patches are taken along, or go through the branch on their own where no window has them.
   3. The branch's nodes run on these tokens.
   4. Skipped tokens get their neighbours' results, or none if the strategy says so. All tokens return to their places.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -18,7 +20,7 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.branch_parts import Part, with_fewer_dimensions
-from gtp_fx.analysis.branches import Branch
+from gtp_fx.analysis.branches import Branch, patches_at, patches_of
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of
@@ -26,7 +28,7 @@ from gtp_fx.passes.exact.attention_layout import Layout
 from gtp_fx.passes.exact.build_attention import Sized
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import Attention, Emit, Strategy
-from gtp_fx.types.axes import Plain, whole_size
+from gtp_fx.types.axes import Plain, TensorType, whole_size
 from gtp_fx.types.infer import WholeTyping, infer_types
 from gtp_fx.types.layouts import by_window, convert, grid_of, image_layout, made_from
 
@@ -95,33 +97,69 @@ def _insert(
     call = edit.Emitter(graph, like=part.inside[0])
 
     with graph.inserting_before(skipped.next if part is branch.parts[0] else result.next):
+        before, after = (_apart(graph, call, part, branch, typing, last) for last in (False, True))
         # Arrange what enters the branch by window, and take the kept tokens.
         replacement: dict[fx.Node, fx.Node] = {}
         for entry in part.entries:
-            kind = typing.type(entry)
-            rows = entry if any(branch.beside) else convert(call, entry, kind, (*branch.region, kind[-1]))
-            replacement[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, *branch.beside)
+            patches, kind = _patches(call, entry, branch, typing)
+            rows = convert(call, patches, kind, (*branch.rows, kind[-1]))
+            replacement[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, *branch.around)
         # The branch is token-wise, so its nodes run on these as they are.
         for node in part.inside:
             # A parameter of more dimensions, [1, 1, 1, C], would give them to the tokens.
             for shared in node.all_input_nodes:
                 if shared not in replacement and len(shape_of(shared)) > _RANK:
                     replacement[shared] = call(aten.reshape.default, shared, [shape_of(shared)[-1]])
-            copy = graph.node_copy(node, lambda n: replacement.get(n, n))
+            replacement[node] = copy = _copy(graph, node, replacement)
             copy.args = fx.map_arg(with_fewer_dimensions(node), lambda n: replacement.get(n, n))
-            copy.meta = {key: node.meta[key] for key in edit.META_KEYS if key in node.meta}
-            replacement[node] = copy
         # Fill in the skipped tokens, and return to the layout of the stream.
         if strategy.recovers_branches:
             shares = call(gtp_fx.region_shares.default, chosen.places, kept, skipped)
-            at = (_IMAGES, _ROWS, *branch.beside)
+            at = (_IMAGES, _ROWS, *branch.around)
             filled = call(gtp_fx.recover.default, replacement[result], shares, kept, skipped, *at)
         else:
-            among = (chosen.places, kept, skipped, *branch.beside)
+            among = (chosen.places, kept, skipped, *branch.around)
             filled = call(gtp_fx.idle.default, replacement[result], *among)
-        kind = typing.type(result)
-        arranged = filled if any(branch.beside) else convert(call, filled, (*branch.region, kind[-1]), kind)
+        own = typing.type(result)
+        kind = patches_of(own) if any(branch.apart) else own
+        joined = [*before, convert(call, filled, (*branch.rows, kind[-1]), kind), *after]
+        arranged = call(aten.cat.default, joined, patches_at(own)) if len(joined) > 1 else joined[0]
     result.replace_all_uses_with(arranged)
+
+
+def _copy(graph: fx.Graph, node: fx.Node, of: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Insert a copy of a node that reads other values. of: what to read in the place of which node."""
+    copy = graph.node_copy(node, lambda n: of.get(n, n))
+    copy.meta = {key: node.meta[key] for key in edit.META_KEYS if key in node.meta}
+    return copy
+
+
+def _patches(call: Emit, entry: fx.Node, branch: Branch, typing: WholeTyping) -> tuple[fx.Node, TensorType]:
+    """Return an entry without the tokens that go through the branch on their own, and its type."""
+    kind = typing.type(entry)
+    if not any(branch.apart):
+        return entry, kind
+    at, (prefix, _) = patches_at(kind), branch.apart
+    patches = patches_of(kind)
+    return call(aten.slice.Tensor, entry, at, prefix, prefix + whole_size(patches[at])), patches
+
+
+def _apart(graph: fx.Graph, call: Emit, part: Part, branch: Branch, typing: WholeTyping, last: bool) -> list[fx.Node]:
+    """Return what a part makes of the tokens apart before the patches, or after (`last`): one node, or none.
+
+    The branch is token-wise, so its nodes run on these few as they are.
+    """
+    count = branch.apart[last]
+    if not count:
+        return []
+    copies: dict[fx.Node, fx.Node] = {}
+    for entry in part.entries:
+        at = patches_at(typing.type(entry))
+        whole = shape_of(entry)[at]
+        copies[entry] = call(aten.slice.Tensor, entry, at, *((whole - count, whole) if last else (0, count)))
+    for node in part.inside:
+        copies[node] = _copy(graph, node, copies)
+    return [copies[part.result]]
 
 
 def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: Strategy) -> fx.Node:

@@ -144,7 +144,8 @@ def ranges() -> Iterator[Row]:
     for op in (aten.pad.default, aten.constant_pad_nd.default):
         yield Row(op, lambda x, op=op: op(x, [1, 2]), "B, 2+n1, 11")
         yield Row(op, lambda x, op=op: op(x, [0, 0, 0, 0, 0, 0]), STREAM)
-        yield Row(op, lambda x, op=op: op(x, [0, 1, 1, 0]), "B, 15, 9", "it pads the token axis")
+        yield Row(op, lambda x, op=op: op(x, [0, 1, 1, 0]), "B, 3+n1, 9")
+        yield Row(op, lambda x, op=op: op(x, [0, 0, -1, 0]), "B, 13, 8", "it cuts the token axis")
 
 
 def splits() -> Iterator[Row]:

@@ -59,12 +59,11 @@ def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strat
     recovered = sum(features) if strategy.recovers_branches else 0
     parts = [_token_wise_flops(node, typing) for node in branch.inside]
     whole, per_token = (sum(column) for column in zip(*parts, strict=True))
-    queries = branch.attending
-    keys = math.prod(branch.cells) if branch.cells else queries
-    scoring = int(flops_of(strategy.scoring_works(heads, queries, keys, images * branch.attentions, "float32")))
-    return BranchCost(
-        whole, per_token, images, branch.windows, branch.tokens, features[0], recovered, scoring, sum(branch.beside)
-    )
+    keys = math.prod(branch.cells) if branch.cells else branch.attended
+    attentions = images * branch.attentions
+    scoring = int(flops_of(strategy.scoring_works(heads, branch.attended, keys, attentions, "float32")))
+    sizes = (images, branch.windows, branch.tokens, branch.others)
+    return BranchCost(whole, per_token, *sizes, features[0], recovered, scoring)
 
 
 def _token_wise_flops(node: fx.Node, typing: WholeTyping) -> tuple[int, int]:

@@ -151,7 +151,7 @@ def _branch_change(
     assert site.branch is not None
     tokens, windows = branch.tokens, branch.windows * site.branch.images * batch
     kept = np.arange(tokens + 1)
-    others = site.branch.others
+    others = branch.others / branch.windows
     share = (kept + others) / (tokens + others)
     # The branch itself, over the tokens kept instead of all.
     spent: Any = 0.0
@@ -161,12 +161,11 @@ def _branch_change(
         spent = spent + seconds(fewer, target) - seconds(work, target)
     # What is new: scoring and sorting the tokens, taking and returning rows, and the shares [skipped, kept].
     size = getattr(torch, site.dtype).itemsize
-    values = windows * tokens * site.channels * size
-    queries = branch.attending
-    keys = math.prod(branch.cells) if branch.cells else queries
+    values = windows * (tokens + others) * site.channels * size
+    keys = math.prod(branch.cells) if branch.cells else branch.attended
     attentions = branch.attentions * site.branch.images * batch
     added = [
-        *strategy.scoring_works(site.heads, queries, keys, attentions, site.dtype),
+        *strategy.scoring_works(site.heads, branch.attended, keys, attentions, site.dtype),
         Work("sort", bytes=windows * tokens * size),
         Work("gather", bytes=values * (2 + 2 * share), launches=3),
     ]
