@@ -169,6 +169,7 @@ def _end_to_end(graph: fx.Graph, stack: fx.Node) -> None:
     """
     emit = edit.Emitter(graph, like=stack, before=stack)
     row = emit(aten.cat.default, stack.args[0], _place(stack))
+    row.meta["val"] = stack.meta["val"].flatten(_place(stack), _place(stack) + 1)  # what follows asks for its shape
     apart = emit(aten.reshape.default, row, written(shape_of(stack)))
     edit.replace(stack, apart)
 
