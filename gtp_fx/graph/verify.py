@@ -50,6 +50,7 @@ def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
 
 def _run(node: fx.Node, after: str) -> Any:
     """Run a node on its operands' fake values. Raises InconsistentGraph where it can't run."""
+    args: Any
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     try:
         if (shape := _shape_like_first(node.target, args)) is not None:
@@ -69,6 +70,8 @@ def _shape_like_first(target: Any, args: tuple[Any, ...]) -> tuple[int, ...] | N
     each block. Sizes that don't fit are left for the operator itself to refuse.
     """
     if target not in (aten.linear.default, aten.layer_norm.default) or not args[0].is_contiguous():
+        return None
+    if torch.is_autocast_enabled(args[0].device.type):
         return None
     shape, weight = tuple(args[0].shape), args[1]
     if target is aten.layer_norm.default:
