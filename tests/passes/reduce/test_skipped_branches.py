@@ -204,6 +204,23 @@ class TokenInWindowsThatAreOne(TokenInWindows):
         return torch.cat([y[:, :1].expand(-1, many, -1).reshape(-1, 1, WIDTH), patches], 1)
 
 
+class TokensOfTheImage(TokenInWindows):
+    """The stream is [B, 1 + patches + 1, C]: patches attend in windows, and there are two MLPs, for all tokens."""
+
+    def halves(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x, token = self.patches(image).flatten(2).mT, self.token.expand(image.shape[0], -1, -1)
+        x = torch.cat([token, x, -token], 1)
+        y = into_windows(self.norms[0](x)[:, 1:-1].mT.unflatten(2, (GRID, GRID)))
+        y = self.through(self.out, out_of_windows(self.attend(self.qkv(y))).flatten(2).mT)
+        attended = x = x + F.pad(y, (0, 0, 1, 1))
+        for norm in self.norms:
+            x = x + self.through(self.down, F.gelu(self.through(self.up, norm(x))))
+        return attended, x
+
+    def chosen_from(self, x: Tensor) -> Tensor:
+        return into_windows(x[:, 1:-1].mT.unflatten(2, (GRID, GRID))).flatten(2).mT
+
+
 class WindowsOfTheirOwn(TokenInWindows):
     """The stream is [B, windows, N, C], and attention [B, windows, heads, N, D], with a bias of each window."""
 
@@ -252,6 +269,7 @@ KINDS = [
     TokenBesideWindows,
     pytest.param(TokenInWindows, marks=pytest.mark.nightly),
     TokenInWindowsThatAreOne,
+    TokensOfTheImage,
     WindowsOfTheirOwn,
     pytest.param(HeadsBeforeWindows, marks=pytest.mark.nightly),
     OneHead,
@@ -288,6 +306,16 @@ def test_the_same_tokens_skip_every_mlp_before_the_next_attention() -> None:
     assert not torch.allclose(made(images()), model(images()), atol=1e-2)
     ratio = flops(made, [images()]) / flops(model, [images()])
     assert ratio == pytest.approx(made.report.flops_ratio, abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("branch", ["idle", pytest.param("recover", marks=pytest.mark.nightly)])
+def test_tokens_that_are_no_patches_never_skip(branch: str) -> None:
+    model, x, strategy = built(TokensOfTheImage), images(3), gtp_fx.GTP(branch=branch)
+    made = gtp_fx.optimize(model, schedule=[5], strategy=strategy, example_inputs=images(), compile=False)
+    torch.testing.assert_close(made(x)[:, [0, -1]], model(x)[:, [0, -1]], rtol=1e-4, atol=1e-5)
+    ratio = flops(made, [x]) / flops(model, [x])
+    assert ratio == pytest.approx(made.report.flops_ratio, abs=1e-6) and ratio < 1
 
 
 @torch.no_grad()
