@@ -220,6 +220,14 @@ def _with_zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (_scaled_logits(q, k) + (1.0 - seen[:, None, None, :]) * -10000.0).softmax(-1) @ v
 
 
+def _added_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A bias of nothing, added to the logits between patches in place, seen by row and by column."""
+    logits = _scaled_logits(q, k)
+    apart = logits[:, :, 1:, 1:].view(q.shape[0], HEADS, GRID * GRID, GRID, GRID) + torch.zeros(HEADS, 1, GRID, 1)
+    logits[:, :, 1:, 1:] = apart.flatten(3)
+    return logits.softmax(-1) @ v
+
+
 def _seen_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     logits = _scaled_logits(*_merged(q, k, v)[:2]).view(-1, 1, HEADS, TOKENS, TOKENS) + torch.zeros(1, 1, TOKENS, 1)
     return (logits.view(-1, TOKENS, TOKENS).softmax(-1) @ _merged(q, k, v)[2]).view(-1, HEADS, TOKENS, FEATURES)
@@ -259,6 +267,7 @@ ATTENTIONS: Part = {
     "additive mask": _with_zeros,
     "a number added": lambda q, k, v: torch.softmax(3 - -_scaled_logits(q, k) + 1, -1) @ v,
     "seen apart": _seen_apart,
+    "added in place": _added_in_place,
     "one window": _one_window,
     "heads in groups": _in_groups,
 }
@@ -285,6 +294,10 @@ RESIDUALS: Part = {
     "lerp, by difference": lambda x, y: 2 * (x + 0.5 * (y - x)),
     "stack, sum": lambda x, y: torch.stack([x, y]).sum(0),
     "x + 0 + y": lambda x, y: x + torch.zeros_like(x) + y,
+    "x + 0 + y, a number": lambda x, y: x + 0 + (y - 0),
+    "one stream of several": lambda x, y: (x.unsqueeze(2) + y.unsqueeze(2)).squeeze(2),
+    "a factor by token": lambda x, y: x * torch.ones_like(x[..., :1]).exp().log() + y,
+    "streams mixed": lambda x, y: (torch.stack([x, y], 2) * torch.ones(2, 1)).sum(2),
 }
 
 # ---- activations

@@ -22,11 +22,14 @@ from gtp_fx.passes.exact.einsum_to_matmul import einsum_to_matmul
 from gtp_fx.passes.exact.fold_views import fold_views
 from gtp_fx.passes.exact.fuse_attention import fuse_attention
 from gtp_fx.passes.exact.fuse_projections import fuse_projections
+from gtp_fx.passes.exact.join_streams import join_streams
 from gtp_fx.passes.exact.mark_blocks import mark_blocks
+from gtp_fx.passes.exact.mark_frames import mark_frames
 from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.exact.matmul_to_linear import matmul_to_linear
 from gtp_fx.passes.exact.normalise import normalise
 from gtp_fx.passes.exact.pointwise_convolutions import pointwise_convolutions
+from gtp_fx.passes.exact.scatter_to_sum import scatter_to_sum
 from gtp_fx.passes.exact.split_projections import split_projections
 from gtp_fx.passes.exact.turn_streams import turn_streams
 from gtp_fx.passes.lower.functional_linear import functional_linear
@@ -81,6 +84,7 @@ class Pass:
 # linear layers are fused last, since only those that still read the same tokens can be.
 ORDER = (
     Pass(normalise, "exact", "one spelling: no asserts, no copies, no dropout that is off"),
+    Pass(scatter_to_sum, "exact", "what is added to a part in place is added to all, with zeros", optional=True),
     Pass(
         drop_trivial_masks,
         "exact",
@@ -96,6 +100,7 @@ ORDER = (
         optional=True,
         reads="prefix_tokens",
     ),
+    Pass(mark_frames, "exact", "marks frames that nothing attends across as pictures; changes nothing", optional=True),
     Pass(
         pointwise_convolutions,
         "exact",
@@ -111,6 +116,7 @@ ORDER = (
         optional=True,
     ),
     Pass(fold_views, "exact", "dimensions that are merged and taken apart again stay apart", optional=True),
+    Pass(join_streams, "exact", "streams side by side, [B, N, S, C], become one of S·C features", optional=True),
     Pass(
         split_projections,
         "exact",

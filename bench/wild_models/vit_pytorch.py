@@ -127,7 +127,17 @@ MODELS = (
         temporal_depth=2,
         variant="factorized_self_attention",
     ),
-    _vit("vivit_with_moss", "ViViT", _VIDEO, **_SPACE, depth=None, spatial_depth=2, temporal_depth=2),
+    # Its default is causal with the class token first in time, which then doesn't depend on the video.
+    _vit(
+        "vivit_with_moss",
+        "ViViT",
+        _VIDEO,
+        **_SPACE,
+        depth=None,
+        spatial_depth=2,
+        temporal_depth=2,
+        moss_causal=False,
+    ),
     WildModel("vit-pytorch", "accept_video_wrapper.AcceptVideoWrapper", _video_wrapper, ((3, 4, 64, 64),)),
     WildModel("vit-pytorch", "extractor.Extractor", partial(_around, "extractor", "Extractor"), (_IMAGE,)),
     WildModel("vit-pytorch", "recorder.Recorder", partial(_around, "recorder", "Recorder"), (_IMAGE,)),

@@ -10,7 +10,9 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.attention_maps import AttentionMap, find_map
-from gtp_fx.analysis.branches import Branch, NoBranch, find_branch, keys_beside, pooled_to
+from gtp_fx.analysis.branch_parts import NoBranch
+from gtp_fx.analysis.branches import Branch, find_branch, keys_beside, pooled_to
+from gtp_fx.analysis.token_states import state_before
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import (
     ancestors,
@@ -56,8 +58,9 @@ class AttentionBlock:
     index: its number in graph order, from 0.
     layer: module path of its attention.
     attention: the attention node; where it is spelled out, the product of its map and values.
-    site: the residual add after the attention; None where there is none.
-    stream: the block's input, which is the other operand of that add.
+    site: the residual add after the attention, or the first state of the tokens (`gtp_fx.analysis.token_states`);
+        None where there is neither.
+    stream: the block's input, which is the other operand of that add, or the state before.
     axis: the tokens it attends over, with all of them in place.
     refusal: why tokens can't be removed at this block; None where they can.
     dead: no patch token is alive after the block, so what a schedule would remove there is dead already.
@@ -111,9 +114,13 @@ def read_blocks(typing: WholeTyping, with_sites: SitesTyped) -> tuple[AttentionB
     for (role, index), attention in marked.items():
         if role == "attention":
             site = marked.get(("site", index))
-            stream = None if site is None else stream_of(site, attention, typing)
-            refusal = _why_not(attention, site, typing)
             axis = attention.meta[MARK].axis
+            stream = None if site is None else stream_of(site, attention, typing)
+            if stream is None and site is not None:
+                stream = state_before(attention, site, axis, typing)
+            refusal = _why_not(attention, site, typing)
+            if stream is None and refusal is None:
+                refusal = _refusal(attention, "no one value is all that is left of its tokens before this attention")
             if refusal is None and base_of(axis.domain.grid) in windowed:
                 refusal = _refusal(
                     attention, "other blocks attend within windows of these tokens, so their grid has to stay whole"
@@ -208,6 +215,9 @@ def stream_of(add: fx.Node, attention: fx.Node, typing: WholeTyping) -> fx.Node 
     # Go back through what only scales or turns: a share of the stream may be computed beside the attention.
     while stream is not None and stream not in before:
         tokens = [x for x in stream.all_input_nodes if typing.is_tensor(x) and not all(map(is_plain, typing.type(x)))]
+        # Patches that the attention read, joined with a prefix that it read another way, are the stream as well.
+        if stream.target is aten.cat.default and len(tokens) == 1 and tokens[0] in before:
+            break
         if stream.target not in _SHARES or len(tokens) != 1 or tokens[0] is not stream.args[0]:
             return None
         stream = tokens[0]

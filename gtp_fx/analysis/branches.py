@@ -5,95 +5,95 @@
 
 The attention before the branch ranks the tokens of each window, or of the whole grid where it attends over all of it.
 The branch follows that attention's residual add. It is as much of what runs beside the stream as is token-wise, from
-its end backward.
+its end backward, here and at every residual add before the next attention (`branch_parts`). Tokens that are no patches
+(registers of a window, the CLS of a frame or of a clip) never skip it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx
-from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.errors import NotApplicable
-from gtp_fx.graph.nodes import ancestors, attention_dropout, descendants
-from gtp_fx.graph.operators import NAMED_DIMENSIONS, PERMUTATIONS, REARRANGED
+from gtp_fx.analysis.branch_parts import NoBranch, Part, parts_after
+from gtp_fx.graph.nodes import attention_dropout
 from gtp_fx.strategies.protocol import Attention
 from gtp_fx.types.axes import (
     Dim,
     GridAxis,
     Plain,
     TensorType,
+    TokenAxis,
     holds_images,
     is_plain,
     split_tokens,
+    token_axes,
     token_axis,
     whole_size,
 )
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.layouts import NoLayout, by_window, convert, image_layout
-from gtp_fx.types.rules.layout import is_view
-
-
-def with_fewer_dimensions(node: fx.Node) -> tuple[Any, ...]:
-    """Return the arguments of a branch's node where tokens have another number of dimensions before the features.
-
-    Dimensions that it names are counted from the end.
-    """
-    at = NAMED_DIMENSIONS.get(node.target, len(node.args))
-    if at >= len(node.args) or node.args[at] is None:
-        return node.args
-    rank = node.all_input_nodes[0].meta["val"].dim()
-    named: Any = node.args[at]
-    dims = named % rank - rank if isinstance(named, int) else [dim % rank - rank for dim in named]
-    return (*node.args[:at], dims, *node.args[at + 1 :])
 
 
 @dataclass(frozen=True)
 class Branch:
     """The part of one block that only the kept tokens of each window go through.
 
-    entries: the values it starts from.
-    inside: its token-wise nodes, in graph order; the last is its result.
-    scores: the type of the attention's scores, [images and windows, tokens].
-    region: the layout in which tokens are chosen, [images and windows, tokens row by row]; features follow.
-    windows: number of windows in an image.
-    tokens: number of tokens in a window.
+    parts: what they go through, in graph order: the MLP, and any that follow before the next attention.
+    scores: the type of the attention's scores, [images and windows, patches].
+    region: the layout in which tokens are chosen, [images and windows, patches]; features follow.
+    rows: the same with the prefix and suffix tokens that each window has in the branch; where there are some, patches
+        are in the branch's own order, and else row by row.
+    attended: number of tokens in a window of the attention, those that are no patches among them.
     lead: dimensions of the attention's query that are images and windows.
-    heads: the dimension of the query that is heads.
+    heads: the dimension of the query that is heads; none where there is one head without a dimension.
     cells: the shape of the coarser grid that keys are pooled to; () where keys are the tokens themselves.
+    apart: prefix and suffix tokens of no window of the attention (the CLS of a clip whose frames it attends in). They
+        go through the branch on their own, and are in one dimension with the patches.
+    others: how many tokens of an image are no patches and go through the branch, whichever patches skip it.
     """
 
-    entries: tuple[fx.Node, ...]
-    inside: tuple[fx.Node, ...]
+    parts: tuple[Part, ...]
     scores: TensorType
     region: TensorType
-    windows: int
-    tokens: int
+    rows: TensorType
+    attended: int
     lead: tuple[int, ...]
-    heads: int
+    heads: tuple[int, ...]
     cells: tuple[int, ...] = ()
+    apart: tuple[int, int] = (0, 0)
+    others: int = 0
 
     @property
-    def result(self) -> fx.Node:
-        """The node whose value is added to the stream."""
-        return self.inside[-1]
+    def windows(self) -> int:
+        """The number of windows in an image, of each of which equally many patches skip."""
+        return _windows(self.region[0])
 
     @property
-    def order(self) -> tuple[int, ...]:
-        """The query's dimensions in the order [images and windows…, heads, tokens, features]."""
-        rank = len(self.lead) + 3
-        return (*self.lead, self.heads, rank - 2, rank - 1)
+    def tokens(self) -> int:
+        """The number of patches in a window."""
+        return whole_size(self.region[1])
+
+    @property
+    def attentions(self) -> int:
+        """The number of windows in which an image's tokens attend; they may be larger than those of the branch."""
+        return _windows(self.scores[0])
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """How many prefix and suffix tokens each window has in the branch."""
+        axis = token_axis(self.rows[1])
+        return (0, 0) if axis is None else (axis.prefix, axis.suffix)
+
+    @property
+    def inside(self) -> tuple[fx.Node, ...]:
+        """The nodes of all parts."""
+        return tuple(node for part in self.parts for node in part.inside)
 
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> Branch:
         """Return this branch in a copy of the graph. at: each node's copy."""
-        return replace(self, entries=tuple(at[n] for n in self.entries), inside=tuple(at[n] for n in self.inside))
-
-
-class NoBranch(NotApplicable):
-    """Raised where a block has no branch that tokens can skip; the message is the reason that a user reads."""
+        return replace(self, parts=tuple(part.copied(at) for part in self.parts))
 
 
 def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branch:
@@ -104,28 +104,82 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
 
     Raises NoBranch, with the reason, where there is none.
     """
-    entries, inside = _next_branch(site, typing)
-    result = inside[-1]
+    first, *later = parts_after(site, typing)
     operands = Attention.of(attention)
     query = typing.type(operands.q)
     if attention_dropout(attention):
         raise NoBranch("attention dropout is active, which attention with scores does not have")
-    if not all(isinstance(f, GridAxis) for f in split_tokens(query[-2])):
-        raise NoBranch("tokens that are no patches attend together with the patches")
+    attended = token_axis(query[-2])
+    patches = query[-2] if attended is None else _patches(attended)
+    if not all(isinstance(f, GridAxis) for f in split_tokens(patches)):
+        raise NoBranch("its queries are merged with something else, or some of them have left")
     if keys_beside(query, typing.type(operands.k)) not in (None, (0, 0)):
         raise NoBranch("its keys hold more than its tokens")
     lead, heads = _lead_and_heads(query)
-    if len(query) > 4 and operands.bias is not None:
-        raise NoBranch("its attention has a bias and more than four dimensions")
-    scores: TensorType = (tuple(f for dim in lead for f in query[dim]), query[-2])
-    # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order.
-    tokens = sorted((f for f in split_tokens(query[-2]) if isinstance(f, GridAxis)), key=lambda f: (f.side, -f.stride))
-    region: TensorType = (scores[0], tuple(tokens))
-    _check_layouts(scores, region, [typing.type(node) for node in entries], typing.type(result))
-    count = whole_size(region[1])
-    windows = whole_size(tuple(f for f in split_tokens(scores[0]) if isinstance(f, GridAxis)))
+    scores: TensorType = (tuple(f for dim in lead for f in query[dim]), patches)
+    of_first = typing.type(first.result)[:-1]
+    region, rows, apart, others = _layouts(scores, of_first)
+    _check_layouts(scores, region, rows, patches_of(of_first) if any(apart) else of_first)
+
+    def is_chosen_alike(part: Part) -> bool:
+        """Return whether the tokens that a later part keeps can be those of the first one."""
+        own = typing.type(part.result)[:-1]
+        return own == of_first or (not any(apart) and _fits(scores, region, rows, own))
+
+    parts = (first, *filter(is_chosen_alike, later))
     cells = pooled_to(query, typing.type(operands.k))
-    return Branch(tuple(entries), tuple(inside), scores, region, windows, count, lead, heads, cells)
+    return Branch(parts, scores, region, rows, whole_size(query[-2]), lead, heads, cells, apart, others)
+
+
+def _layouts(scores: TensorType, lead: TensorType) -> tuple[TensorType, TensorType, tuple[int, int], int]:
+    """Return `region`, `rows`, `apart` and `others` of a branch whose values have the dimensions `lead`, and features.
+
+    Raises NoBranch where tokens that are no patches can't be told from the others.
+    """
+    beside = [axis for axis in token_axes(lead) if axis.prefix or axis.suffix]
+    axis = beside[0] if beside else None
+    others = 0
+    if axis is not None:
+        own: Dim = tuple(f for dim in lead for f in dim if f is not axis)
+        others = (axis.prefix + axis.suffix) * _windows(own)
+        # Of windows within windows, the smaller ones: the tokens of more than one frame aren't ranked together.
+        if len(beside) == 1 and whole_size(_patches(axis)) <= whole_size(scores[1]):
+            images = _images_first(own)
+            return (images, split_tokens(_patches(axis))), (images, (axis,)), (0, 0), others
+        if len(beside) > 1 or (axis,) not in lead:
+            raise NoBranch("tokens that are no patches are merged with something in it")
+    # Scores come in the order of the query's tokens; tokens are chosen in row-by-row order.
+    sides = [f for f in split_tokens(scores[1]) if isinstance(f, GridAxis)]
+    region = (_images_first(scores[0]), tuple(sorted(sides, key=lambda f: (f.side, -f.stride))))
+    return region, region, (0, 0) if axis is None else (axis.prefix, axis.suffix), others
+
+
+def patches_at(kind: TensorType) -> int:
+    """Return the dimension in which prefix or suffix tokens stand beside the patches."""
+    return next(d for d, dim in enumerate(kind) if any(axis.prefix or axis.suffix for axis in token_axes((dim,))))
+
+
+def patches_of(kind: TensorType) -> TensorType:
+    """Return the type without the prefix and suffix tokens that stand beside the patches."""
+    at = patches_at(kind)
+    axis = token_axis(kind[at])
+    assert axis is not None
+    return (*kind[:at], _patches(axis), *kind[at + 1 :])
+
+
+def _patches(axis: TokenAxis) -> Dim:
+    """Return a dimension of tokens without those before and after the patches."""
+    return (replace(axis, prefix=0, suffix=0),)
+
+
+def _images_first(dim: Dim) -> Dim:
+    """Return images and windows with all windows of an image after each other."""
+    return tuple(sorted(dim, key=lambda f: not isinstance(f, Plain)))
+
+
+def _windows(dim: Dim) -> int:
+    """Return how many windows of one image a dimension of images and windows runs over."""
+    return whole_size(tuple(f for f in split_tokens(dim) if isinstance(f, GridAxis)))
 
 
 def pooled_to(query: TensorType, key: TensorType) -> tuple[int, ...]:
@@ -154,108 +208,19 @@ def keys_beside(query: TensorType, key: TensorType) -> tuple[int, int] | None:
     return (before, after) if min(before, after) >= 0 else None
 
 
-def _next_branch(site: fx.Node, typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return entries and nodes of the first branch after `site` with a token-wise end, and before the next attention.
-
-    There may be other branches in between that have none, such as a position encoding by convolution.
-
-    Raises NoBranch.
-    """
-    after = descendants(site)
-    reason = NoBranch("no residual branch follows its attention's")
-    for node in site.graph.nodes:
-        if node not in after or node.target is not aten.add.Tensor or not typing.is_tensor(node):
-            continue
-        # An addition closes a branch where one operand, the stream, is what the other was computed from.
-        for stream, branch in (node.args[:2], node.args[1::-1]):
-            if not isinstance(stream, fx.Node) or not isinstance(branch, fx.Node):
-                continue
-            start, result = _origin(stream), _origin(branch)
-            within = ancestors(result)
-            if start not in within or start not in after | {site}:
-                continue
-            if any(n.target is aten.scaled_dot_product_attention.default for n in within & descendants(start)):
-                raise reason
-            try:
-                return _token_wise_tail(result, after, typing)
-            except NoBranch as why:
-                reason = why
-    raise reason
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    """Return the node whose value `node` holds in another arrangement."""
-    while (is_view(node) or node.target in (*PERMUTATIONS, *REARRANGED)) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
-def _token_wise_tail(result: fx.Node, after: set[fx.Node], typing: WholeTyping) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return the longest token-wise part that ends in `result`: its entries and its nodes, in graph order.
-
-    after: the nodes that may be part of it, those after the attention's residual add.
-
-    Raises NoBranch.
-    """
-    kind = typing.type(result)
-    if not is_plain(kind[-1]) or all(map(is_plain, kind[:-1])):
-        raise NoBranch("the branch after its attention isn't laid out as tokens with features last")
-    lead = kind[:-1]
-    inside: list[fx.Node] = []
-    entries: list[fx.Node] = []
-    for node in reversed(result.graph.nodes):  # users come before their operands
-        if node is not result and not any(user in inside for user in node.users):
-            continue
-        if not _runs_over(node, lead, typing):
-            continue  # a parameter, or a table that all tokens share
-        # A value that is also read outside the branch has to be computed for every token anyway.
-        alone = node is result or all(user in inside for user in node.users)
-        part = alone and node in after and _is_token_wise(node, lead, typing)
-        (inside if part else entries).append(node)
-    if not any(node.target is aten.linear.default for node in inside):
-        raise NoBranch("the branch after its attention is not token-wise at its end (a convolution, say)")
-    return entries[::-1], inside[::-1]
-
-
-def _is_token_wise(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
-    """Return whether a node computes each token from that token alone.
-
-    Its other operands have to be the same for every token.
-    """
-    answer = typing.answers.get(node)
-    if (
-        answer is None
-        or answer.barrier
-        or answer.prefix_operands is not None
-        or answer.repair is not None
-        or not answer.operands
-    ):
-        return False
-    if is_view(node) or node.target in (*PERMUTATIONS, *REARRANGED) or not _runs_over(node, lead, typing):
-        return False
-    others = [n for n in node.all_input_nodes if typing.is_tensor(n) and not _runs_over(n, lead, typing)]
-    if node.target is aten.linear.default:
-        return node.args[0] not in others
-    return all(all(whole_size(dim) == 1 for dim in typing.type(other)[:-1]) for other in others)
-
-
-def _runs_over(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
-    """Return whether a value has the dimensions `lead`, followed by features."""
-    return typing.is_tensor(node) and typing.type(node)[:-1] == lead and is_plain(typing.type(node)[-1])
-
-
-def _lead_and_heads(query: TensorType) -> tuple[tuple[int, ...], int]:
+def _lead_and_heads(query: TensorType) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return which dimensions of a query [..., tokens, features] are images and windows, and which one is heads.
 
     Raises NoBranch.
     """
     before = range(len(query) - 2)
     plain = [d for d in before if d and is_plain(query[d]) and not holds_images(query[d])]
-    heads = [d for d in plain if whole_size(query[d]) > 1] or plain[:1]
+    heads = tuple(d for d in plain if whole_size(query[d]) > 1) or tuple(plain[:1])
     lead = tuple(d for d in before if d not in heads)
-    if len(heads) != 1 or not lead or any(_mixes(query[d]) for d in lead):
+    shown = heads or any(holds_images(query[d]) for d in lead)
+    if len(heads) > 1 or not lead or not shown or any(_mixes(query[d]) for d in lead):
         raise NoBranch("queries have no dimension of their own for heads")
-    return lead, heads[0]
+    return lead, heads
 
 
 def _mixes(dim: Dim) -> bool:
@@ -263,8 +228,17 @@ def _mixes(dim: Dim) -> bool:
     return any(isinstance(f, Plain) and not f.images and f.size != 1 for f in dim) and len(dim) > 1
 
 
-def _check_layouts(scores: TensorType, region: TensorType, entries: list[TensorType], result: TensorType) -> None:
-    """Raise NoBranch where an entry can't be arranged by window, or the result can't be arranged back.
+def _fits(scores: TensorType, region: TensorType, rows: TensorType, lead: TensorType) -> bool:
+    """Return whether values with the dimensions `lead`, and features, can be arranged by window."""
+    try:
+        _check_layouts(scores, region, rows, lead)
+    except NoBranch:
+        return False
+    return True
+
+
+def _check_layouts(scores: TensorType, region: TensorType, rows: TensorType, lead: TensorType) -> None:
+    """Raise NoBranch where scores, or values [*lead, features], can't be arranged by window, or these not back.
 
     The conversions are tried without a graph to emit into.
     """
@@ -272,11 +246,11 @@ def _check_layouts(scores: TensorType, region: TensorType, entries: list[TensorT
     def nowhere(*_: object) -> None:
         return None
 
+    feature, coordinates = (Plain(1),), (Plain(2),)
     try:
-        convert(nowhere, None, (*scores, (Plain(1),)), (*region, (Plain(1),)))
-        for kind in entries:
-            convert(nowhere, None, kind, (*region, kind[-1]))
-        convert(nowhere, None, (*region, result[-1]), result)
-        convert(nowhere, None, (*image_layout(region), (Plain(2),)), by_window(region, (Plain(2),)))
+        convert(nowhere, None, (*scores, feature), (*region, feature))
+        convert(nowhere, None, (*lead, feature), (*rows, feature))
+        convert(nowhere, None, (*rows, feature), (*lead, feature))
+        convert(nowhere, None, (*image_layout(region), coordinates), by_window(region, coordinates))
     except NoLayout as reason:
         raise NoBranch(f"its tokens can't be arranged by window: {reason}") from reason

@@ -249,6 +249,7 @@ MASK_ARITHMETIC: Family = (
     aten.logical_not.default,
     aten.neg.default,
     aten.cat.default,
+    aten.constant_pad_nd.default,
     aten.expand.default,
     aten.repeat.default,
     aten.reshape.default,

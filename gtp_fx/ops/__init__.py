@@ -14,6 +14,7 @@
     recovery_weights            shares of the kept tokens in each recovered one
     recover                     a newer value with its removed tokens back in place
     put_back                    a stream of all tokens, updated at those that took part
+    idle                        a branch's results, and nothing for the tokens that skipped it
     weighted_mean               average pooling in which a token is weighted by those it stands for
     region_shares               `recovery_weights` for a window's tokens that skip a branch
     grid_places                 rows and columns of a grid's patches

@@ -1,4 +1,4 @@
-"""Changes of level: `take_tokens` to a newer one, `recover` to the one before, `put_back` to all tokens.
+"""Changes of level: `take_tokens` to a newer one, `recover` to the one before, `put_back` and `idle` to all tokens.
 
 The first two work on any value that runs over a stream's tokens, wherever its token axis is: a residual stream [B, N,
 C], a rotary table [1, 1, N, D], one side of a relative-position bias [1, H, N, N]. Their arguments `images` and
@@ -141,6 +141,26 @@ def put_back(whole_BNC: Tensor, x_BKC: Tensor, index_BK: Tensor, prefix: int, su
     after = torch.arange(count - suffix, count, device=whole_BNC.device).expand(batch, suffix)
     rows_BK = torch.cat([before, index_BK + prefix, after], dim=1)
     return whole_BNC.scatter(1, rows_BK[..., None].expand(-1, -1, channels), x_BKC)
+
+
+def _idle_shapes(x_BKC, places_WnR, kept_BK, skipped_BP, prefix, suffix):  # type: ignore[no-untyped-def]
+    return x_BKC.new_empty(x_BKC.shape[0], x_BKC.shape[1] + skipped_BP.shape[1], x_BKC.shape[2])
+
+
+@operator(_idle_shapes)
+def idle(x_BKC: Tensor, places_WnR: Tensor, kept_BK: Tensor, skipped_BP: Tensor, prefix: int, suffix: int) -> Tensor:
+    """Return a branch's results with every token in its place, and nothing (zeros) for those that skipped it.
+
+    x_BKC: [B, prefix + K + suffix, C], the results.
+    places_WnR: as in `region_shares`. No number of the result depends on it; pictures of what was skipped read it.
+    kept_BK, skipped_BP: from `select`, indices into the n = K + P patches.
+    prefix, suffix: tokens before and after the patches.
+
+    Returns [B, prefix + n + suffix, C].
+    """
+    batch, count, channels = x_BKC.shape
+    nothing_BNC = x_BKC.new_zeros(batch, count + skipped_BP.shape[1], channels)
+    return put_back(nothing_BNC, x_BKC, kept_BK, prefix, suffix)  # type: ignore[no-any-return]
 
 
 def _tokens_first(x: Tensor, images: int, tokens: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -136,9 +137,10 @@ def _cuts(blocks: Sequence[AttentionBlock], strategy: Strategy) -> dict[int, fx.
 
 def _skip_site(block: AttentionBlock, branch: Branch, typing: WholeTyping, strategy: Strategy, blocks: int) -> Site:
     """Make the site where tokens skip `branch`. blocks: number of attention blocks in the model."""
-    heads = whole_size(typing.type(block.attention)[branch.heads])
+    query = typing.type(block.attention)
+    heads = math.prod(whole_size(query[dim]) for dim in branch.heads)
     cost = branch_cost(branch, typing, heads, strategy)
-    dtype = _dtype(branch.result)
+    dtype = _dtype(branch.parts[0].result)
     return Site(block.index, block.axis, cost.features, heads, 1, cost, dtype, block.index / blocks)
 
 

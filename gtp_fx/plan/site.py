@@ -63,8 +63,10 @@ class BranchCost:
     per_token: FLOPs for one token.
     images: images in one run; 1 where the batch is symbolic.
     windows: windows of one image.
-    tokens: tokens of one window.
+    tokens: patches of one window.
+    others: tokens of one image that go through the branch, whichever patches skip it.
     features: features of the branch's result.
+    recovered: features of all its results that skipped tokens get from their neighbours; 0 where they get nothing.
     scoring: FLOPs that ranking the tokens adds to this block's own attention.
     """
 
@@ -73,7 +75,9 @@ class BranchCost:
     images: int
     windows: int
     tokens: int
+    others: int
     features: int
+    recovered: int
     scoring: int
 
     def change(self, skipping: int) -> int:
@@ -84,5 +88,7 @@ class BranchCost:
         if not skipping:
             return 0
         kept = self.tokens - skipping
-        rows = self.images * self.windows * kept
-        return rows * self.per_token - self.whole + 2 * rows * skipping * self.features + self.scoring
+        windows = self.images * self.windows
+        through = windows * kept + self.images * self.others
+        recovering = 2 * windows * kept * skipping * self.recovered
+        return through * self.per_token - self.whole + recovering + self.scoring

@@ -96,7 +96,7 @@ def token_flow(
     if not rows:
         raise OptionError("no token leaves at this budget, so there is nothing to draw: give a lower one")
     nodes = calls_of(gm.graph)
-    skips = [number for number, node in enumerate(nodes) if node.target is gtp_fx.region_shares.default]
+    skips = _skipping(nodes)
 
     def wanted(copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
         calls = [copies[node] for node in nodes]
@@ -159,15 +159,27 @@ def _values(records: Sequence[SiteRecord], calls: Sequence[fx.Node]) -> list[fx.
     return [calls[number] for number in wanted if number is not None]
 
 
-def _places_and_skipped(shares: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Return two operands of a `region_shares` call: the places of each window's tokens, and which of them skip."""
-    places, _, skipped = shares.all_input_nodes
+def _skipping(nodes: Sequence[fx.Node]) -> list[int]:
+    """Return the number of the first call of each site that says which tokens skip; a branch may have several parts."""
+    calls = {
+        n: node for n, node in enumerate(nodes) if node.target in (gtp_fx.region_shares.default, gtp_fx.idle.default)
+    }
+    first: dict[fx.Node, int] = {}
+    for number, node in calls.items():
+        first.setdefault(_places_and_skipped(node)[1], number)
+    return list(first.values())
+
+
+def _places_and_skipped(call: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Return the places of each window's tokens and which of them skip: operands of `region_shares` or `idle`."""
+    operands: Any = call.args[-3:] if call.target is gtp_fx.region_shares.default else call.args[1:4]
+    places, _, skipped = operands
     return places, skipped
 
 
-def _grid_of(shares: fx.Node) -> tuple[int, ...]:
-    """Return the sides of the image grid whose places a `region_shares` call reads."""
-    node = shares
+def _grid_of(call: fx.Node) -> tuple[int, ...]:
+    """Return the sides of the image grid whose places a call of `region_shares` or `idle` reads."""
+    node = _places_and_skipped(call)[0]
     while node.target is not gtp_fx.grid_places.default:
         node = node.all_input_nodes[0]
     shape: Any = node.args[0]

@@ -316,7 +316,8 @@ def merge_grids(dim: Dim) -> Dim:
     """Join parts of a side, and replace each full row-major run of a grid's sides by the token axis that it is.
 
     This is where a domain is born: (GridAxis(g, 0), GridAxis(g, 1)) is the patch tokens of g. A dimension made of parts
-    of every side is the tokens of a region. Where it holds anything else (images), its parts stay as they are.
+    of two sides or more is the tokens of a region: of a window, or of one frame of a video. Where it holds anything
+    else (images), its parts stay as they are.
     """
     merged: list[Factor] = []
     for factor in dim:
@@ -359,13 +360,13 @@ def in_rows(kind: TensorType) -> TensorType:
 
 
 def _region(dim: Dim) -> Dim:
-    """Return the token axis of a region where `dim` is parts of every side of a grid, in any order; else `dim`."""
+    """Return the token axis of a region where `dim` is parts of several sides of a grid, in any order; else `dim`."""
     parts = tuple(factor for factor in dim if isinstance(factor, GridAxis))
     if not parts or len(parts) != len(dim) or len({part.grid for part in parts}) > 1:
         return dim
     grid = parts[0].grid
     long = {side for side, size in enumerate(grid.shape) if size != 1}
-    if {part.side for part in parts} != long or len(long) < 2:
+    if len({part.side for part in parts} & long) < 2:
         return dim
     shape = tuple(part.whole_size for part in parts)
     strides = "x".join(f"{part.side}_{part.whole_size}by{part.stride}" for part in parts)

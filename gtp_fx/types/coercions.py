@@ -67,8 +67,8 @@ class Coercion:
     updates: the operand is a residual stream; a removed token becomes what it was plus its neighbours' mean change.
     repeats: how often each image follows in a row in the images' dimension afterwards: as often as the reader has
         heads, where it has them merged with images and the value is shared by all.
-    rearranged: where `node` reads a value in which images are spread over several dimensions, the views and
-        permutations that made it of `operand`, to be done again on what the steps give.
+    rearranged: where `node` reads a value in which images are spread over several dimensions, the views, permutations
+        and slices that made it of `operand`, to be done again on what the steps give.
     """
 
     node: fx.Node
@@ -132,7 +132,7 @@ def _before_the_batch_was_spread(
     if wanted != whole(own):
         return None
     source = operand
-    while source.target in (*VIEWS, *FLATTENINGS, *PERMUTATIONS, aten.unsqueeze.default):
+    while source.target in (*VIEWS, *FLATTENINGS, *PERMUTATIONS, aten.unsqueeze.default, aten.slice.Tensor):
         rearranged.insert(0, source)
         source = source.all_input_nodes[0]
         kind = typing.type(source)

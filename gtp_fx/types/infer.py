@@ -17,6 +17,7 @@ from torch import fx
 from gtp_fx.graph.nodes import is_input
 from gtp_fx.types import rules as _rules
 from gtp_fx.types.axes import Dim, Grid, Plain, TensorType, TokenAxis, as_images, plain, token_axes, whole_size
+from gtp_fx.types.frames import FRAMES, frames_told_apart
 from gtp_fx.types.images import told_apart
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, Output, RuleResult, TypeList, find
 
@@ -147,6 +148,8 @@ def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> RuleResult | None:
         answer = told_apart(rule(call), call)
     except NoRule as reason:
         return _with_everything_back(call, str(reason))
+    if FRAMES in node.meta and isinstance(answer.output, tuple):
+        answer = replace(answer, output=frames_told_apart(answer.output, node.name, node.meta[FRAMES]))
     if answer.barrier:
         return replace(answer, operands=_whole_operands(call), prefix_operands=NEEDS_ALL)
     return answer

@@ -61,6 +61,8 @@ def convert(call: Call, value: Any, own: TensorType, wanted: TensorType) -> Any:
     Each type has one grid, whole, and both have the same images and features. One grid may be the other, rolled,
     flipped or padded. Raises NoLayout where they hold other tokens.
     """
+    if own == wanted:
+        return value
     from_grid, to_grid = grid_of(own), grid_of(wanted)
     # One grid, cut alike: no step between is needed.
     if from_grid == to_grid and not _overlap(own, wanted):

@@ -18,6 +18,7 @@ from torch import fx
 
 from gtp_fx.analysis.attention_maps import find_map
 from gtp_fx.analysis.blocks import MARK, Mark, residual_add, self_attention_axis
+from gtp_fx.analysis.token_states import state_after
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.edit import copy_of
 from gtp_fx.graph.operators import ATTENTION, MATRIX_PRODUCTS
@@ -37,7 +38,7 @@ def mark_blocks(gm: fx.GraphModule) -> fx.GraphModule:
         for over_row in () if spelled is None else spelled.over_rows:
             over_row.meta[WEIGHS] = True
         node.meta[MARK] = Mark(index, "attention", axis)
-        site = residual_add(node, typing)
+        site = residual_add(node, typing) or state_after(node, axis, typing)
         if site is not None and MARK not in site.meta:
             site.meta[MARK] = Mark(index, "site", axis)
         index += 1

@@ -29,7 +29,7 @@ def mark_tokens(gm: fx.GraphModule, prefix: int | None = None) -> fx.GraphModule
     prefix: prefix tokens of each, where the user said how many.
     """
     names = [node.name for node in gm.graph.nodes if argument_rank_fits(node)]
-    if not names or not count_nodes(gm.graph, (*ATTENTION, *SOFTMAXES)) or _blocks(_spelled(gm)):
+    if not names or not count_nodes(gm.graph, (*ATTENTION, *SOFTMAXES)) or blocks_of(with_blocks_marked(gm)):
         return gm
     for name in names:
         trial = copy_of(gm)
@@ -41,9 +41,9 @@ def mark_tokens(gm: fx.GraphModule, prefix: int | None = None) -> fx.GraphModule
                 gm = trial
             continue
         tokens.meta[TOKENS] = axis
-        spelled = _spelled(trial)
+        spelled = with_blocks_marked(trial)
         # A block at which nothing can be removed proves nothing: channels may have been taken for tokens.
-        if not any(b.axis.domain.grid == axis.domain.grid and b.refusal is None for b in _blocks(spelled)):
+        if not any(b.axis.domain.grid == axis.domain.grid and b.refusal is None for b in blocks_of(spelled)):
             continue
         if reason := why_no_image(_argument(spelled, name), spelled):
             del tokens.meta[TOKENS]
@@ -52,7 +52,7 @@ def mark_tokens(gm: fx.GraphModule, prefix: int | None = None) -> fx.GraphModule
     return gm
 
 
-def _spelled(gm: fx.GraphModule) -> fx.GraphModule:
+def with_blocks_marked(gm: fx.GraphModule) -> fx.GraphModule:
     """Return the graph with its attention in one spelling and its blocks marked, as the next passes would make it."""
     fused = fuse_attention(gm)
     if fused is not gm:
@@ -60,7 +60,7 @@ def _spelled(gm: fx.GraphModule) -> fx.GraphModule:
     return mark_blocks(fused)
 
 
-def _blocks(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
+def blocks_of(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
     return typed_graph(gm.graph).blocks
 
 

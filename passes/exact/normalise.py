@@ -51,8 +51,10 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             gm.graph.erase_node(node)
         elif node.target is operator.getitem:
             _take_by_place(gm.graph, node)
+        elif _overwrites(node):
+            edit.replace(node, node.args[1])
         elif _changes_nothing(node):
-            edit.replace(node, node.args[0])
+            edit.replace(node, node.all_input_nodes[0])
         elif (before := _undone(node)) is not None:
             edit.replace(node, before)
         elif node.target in VIEWS:
@@ -167,6 +169,7 @@ def _end_to_end(graph: fx.Graph, stack: fx.Node) -> None:
     """
     emit = edit.Emitter(graph, like=stack, before=stack)
     row = emit(aten.cat.default, stack.args[0], _place(stack))
+    row.meta["val"] = stack.meta["val"].flatten(_place(stack), _place(stack) + 1)  # what follows asks for its shape
     apart = emit(aten.reshape.default, row, written(shape_of(stack)))
     edit.replace(stack, apart)
 
@@ -177,11 +180,25 @@ def _place(stack: fx.Node) -> int:
     return int(place) % len(shape_of(stack))
 
 
+def _overwrites(node: fx.Node) -> bool:
+    """Tell whether a call writes its second argument over all of its first: what is left of `x[:, :] = y`."""
+    if node.target not in (aten.copy.default, aten.slice_scatter.default):
+        return False
+    written, value = node.args[1], node.meta["val"]
+    if not isinstance(written, fx.Node) or nodes.is_input(written):
+        return False
+    source = written.meta["val"]
+    return source.dtype == value.dtype and tuple(source.shape) == tuple(value.shape)
+
+
 def _changes_nothing(node: fx.Node) -> bool:
     """Tell whether a call returns its first argument unchanged."""
     if node.target is aten.dropout.default:
         _, probability, training = node.args
         return not training or probability in (0, 0.0)
+    if node.target in (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar):
+        of_number = isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int | float)
+        return bool(of_number and node.args[1] == 0 and _source(node).meta["val"].dtype == node.meta["val"].dtype)
     if node.target in SCALINGS and isinstance(node.args[1], int | float):
         return node.args[1] == 1 and not node.kwargs and _source(node).meta["val"].dtype == node.meta["val"].dtype
     if node.target in PERMUTATIONS:
@@ -190,10 +207,18 @@ def _changes_nothing(node: fx.Node) -> bool:
         return _same_shape(node) and node.args[4:] in ((), (1,))
     if node.target in (*VIEWS, *SQUEEZES, aten.expand.default):
         return _same_shape(node)
+    if node.target is aten.cat.default and len(node.all_input_nodes) == 1:
+        (part,) = node.all_input_nodes
+        return _is_one(node.args[0]) and not nodes.is_input(part)
     # The graph is functional, so a copy of a value that it computed is as good as the value. A copy of an argument
     # isn't: the graph may return it, and the caller may write to it.
     copies = node.target in COPIES or (node.target is aten.to.dtype and _source(node).meta["val"].dtype == node.args[1])
     return copies and not nodes.is_input(_source(node))
+
+
+def _is_one(parts: object) -> bool:
+    """Tell whether a list, of what is joined, has one item."""
+    return isinstance(parts, list | tuple) and len(parts) == 1
 
 
 def _undone(node: fx.Node) -> fx.Node | None:

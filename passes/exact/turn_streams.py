@@ -7,13 +7,13 @@ Maps [B, C, H, W] are turned to [B, H, W, C] where tokens can then skip a branch
 
 A stream is turned once, before its first block. From there on what follows is done in the new layout, operator by
 operator, and turned back only for an operator that can't be (a view that merges tokens with images, a convolution over
-neighbours). So later passes know one layout. Convolutions with a kernel of one become linear layers. An add of the
-stream and a branch turns the branch's result.
+neighbours); what such an operator makes of a map is turned again. So later passes know one layout.
+Convolutions with a kernel of one become linear layers. An add of the stream and a branch turns the branch's result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import fx
@@ -25,13 +25,17 @@ from gtp_fx.graph.symbols import shape_of
 from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.turned_layout import Order, Walk, changes
 from gtp_fx.passes.exact.turned_operators import rule_of
-from gtp_fx.types.axes import GridAxis, TensorType, holds_images, is_plain, token_axis
+from gtp_fx.types.axes import Grid, GridAxis, Plain, TensorType, holds_images, is_plain, split_tokens
+from gtp_fx.types.infer import WholeTyping
+
+_RANK = 3
+"""Dimensions of a stream whose tokens are a row."""
 
 
 def turn_streams(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of `gm`, whose blocks are marked, with residual streams [B, N, C]; `gm` itself where all are."""
     orders = _streams(gm.graph)
-    rows = {stream: order for stream, order in orders.items() if len(order) == 3}
+    rows = {stream: order for stream, order in orders.items() if len(order) == _RANK}
     if len(rows) < len(orders):
         turned = _turned(gm, orders)
         propagate_shapes(turned, after=turn_streams.__name__)
@@ -47,14 +51,33 @@ def _blocks_losing_tokens(gm: fx.GraphModule) -> int:
 
 def _turned(gm: fx.GraphModule, orders: Mapping[fx.Node, Order]) -> fx.GraphModule:
     """Return a copy of `gm` with these streams turned. orders: what turns each."""
+    typing = typed_graph(gm.graph).whole
     gm, copies = edit.copy_with_nodes(gm)
     walk = Walk(gm.graph, {node: shape_of(node) for node in gm.graph.nodes if _is_tensor(node)}, rule_of)
     starts = {copies[node]: order for node, order in orders.items()}
+    again = {copies[node]: order for node, order in _maps(typing, orders).items()}
     for node in list(gm.graph.nodes):
+        reads_turned = any(operand in walk.turned for operand in node.all_input_nodes)
         walk.turn(node)
-        if node in starts and node not in walk.turned:
-            walk.begin(node, starts[node])
+        if node not in walk.turned and (order := starts.get(node) or (again.get(node) if reads_turned else None)):
+            walk.begin(node, order)
     return edit.finish(gm)
+
+
+def _maps(typing: WholeTyping, streams: Iterable[fx.Node]) -> dict[fx.Node, Order]:
+    """Return the maps over the grids of some streams, and what turns each.
+
+    What follows a convolution over neighbours in a branch works token by token again.
+    """
+    grids = {grid for stream in streams for grid in _grids(typing.type(stream))}
+    found = [node for node in typing.graph.nodes if typing.is_tensor(node) and len(typing.type(node)) > _RANK]
+    orders = {node: _to_turn(typing.type(node)) for node in found if _grids(typing.type(node)) & grids}
+    return {node: order for node, order in orders.items() if order is not None}
+
+
+def _grids(kind: TensorType) -> set[Grid]:
+    """Return the grids whose sides a type has."""
+    return {factor.grid for dim in kind for factor in split_tokens(dim) if isinstance(factor, GridAxis)}
 
 
 def _streams(graph: fx.Graph) -> dict[fx.Node, Order]:
@@ -74,15 +97,17 @@ def _streams(graph: fx.Graph) -> dict[fx.Node, Order]:
 
 
 def _to_turn(stream: TensorType) -> Order | None:
-    """Return the order that makes a stream [B, N, C] or [B, *sides, C]; None where it is so, or no order does."""
-    tokens = [d for d, dim in enumerate(stream) if token_axis(dim) is not None]
-    sides = [d for d, dim in enumerate(stream) if all(isinstance(factor, GridAxis) for factor in dim)]
-    others = [d for d, dim in enumerate(stream) if is_plain(dim)]
-    if len(others) != 2 or (len(tokens), len(sides)) not in ((1, 0), (0, len(stream) - 2)):
+    """Return the order that makes a stream [B, N, C] or [B, *sides, C]; None where it is so, or no order does.
+
+    Windows may be a dimension, or merged with the images that they are of.
+    """
+    others = [d for d, dim in enumerate(stream) if is_plain(dim) or holds_images(dim)]
+    tokens = [d for d in range(len(stream)) if d not in others]
+    if len(others) != 2 or not tokens or any(isinstance(f, Plain) for d in tokens for f in stream[d]):
         return None
     images = [d for d in others if holds_images(stream[d])] or others[:1]
     features = [d for d in others if d not in images]
-    order = (*images, *tokens, *sides, *features)
+    order = (*images, *tokens, *features)
     return None if len(images) != 1 or not changes(order) else order
 
 

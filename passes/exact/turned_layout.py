@@ -37,9 +37,10 @@ class Walk:
     back: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def begin(self, stream: fx.Node, order: Order) -> None:
-        """Turn a stream after it was computed."""
+        """Turn a stream after it was computed; readers that need it as it was still read that."""
         emit = edit.Emitter(self.graph, like=stream, before=stream.next)
         self.turned[stream] = emit(aten.permute.default, stream, list(order)), inverse(order)
+        self.back[stream] = stream
 
     def turn(self, node: fx.Node) -> None:
         """Let a node work on turned operands, or give it back the layout that it needs."""

@@ -3,26 +3,32 @@
 For each block whose site in the plan is on a branch:
   1. Its attention also scores its tokens, window by window.
   2. The branch's entries are arranged by window, and the kept tokens are taken from each window, equally many in all.
+     Tokens that are no patches are taken along, or go through the branch on their own where no window has them.
   3. The branch's nodes run on these tokens.
   4. Skipped tokens get their neighbours' results, or none if the strategy says so. All tokens return to their places.
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
-from gtp_fx.analysis.branches import Branch, with_fewer_dimensions
+from gtp_fx.analysis.branch_parts import Part, with_fewer_dimensions
+from gtp_fx.analysis.branches import Branch, patches_at, patches_of
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
-from gtp_fx.graph.symbols import shape_of, written
+from gtp_fx.graph.symbols import shape_of
+from gtp_fx.passes.exact.attention_layout import Layout
+from gtp_fx.passes.exact.build_attention import Sized
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import Attention, Emit, Strategy
-from gtp_fx.types.axes import Plain, whole_size
+from gtp_fx.types.axes import Plain, TensorType, whole_size
 from gtp_fx.types.infer import WholeTyping, infer_types
 from gtp_fx.types.layouts import by_window, convert, grid_of, image_layout, made_from
 
@@ -43,71 +49,120 @@ def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         skipping = plan.skipping.get(block.index)
         if block.branch is None or skipping is None:
             continue
-        scores = _scored(gm.graph, block, block.branch, plan.strategy, typing)
-        chosen = _choose(gm.graph, scores, block.branch, skipping, plan.strategy)
-        _insert(gm.graph, block.branch, chosen, typing)
+        scores = _scored(gm.graph, block, block.branch, plan.strategy)
+        chosen = _choose(gm.graph, scores, block.branch, skipping)
+        for part in block.branch.parts:
+            _insert(gm.graph, part, block.branch, chosen, plan.strategy, typing)
     return edit.finish(gm)
 
 
-def _choose(
-    graph: fx.Graph, scores: fx.Node, branch: Branch, skipping: int, strategy: Strategy
-) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Choose the tokens that skip the branch, by lowest score; return the nodes kept, skipped and shares.
+@dataclass(frozen=True)
+class Chosen:
+    """Which tokens skip a branch, as nodes.
 
-    kept [R, K] and skipped [R, P] are indices into the tokens of each of R windows of all images. shares [R, P, K] says
-    how much of each kept token's result a skipped one gets. The nodes are inserted after the branch.
+    kept [R, K] and skipped [R, P] are indices into the tokens of each of R windows of all images. places: coordinates
+    of an image's tokens by window.
+    """
+
+    kept: fx.Node
+    skipped: fx.Node
+    places: fx.Node
+
+
+def _choose(graph: fx.Graph, scores: fx.Node, branch: Branch, skipping: int) -> Chosen:
+    """Choose the tokens that skip the branch, by lowest score. The nodes are inserted after the branch's first part.
 
     scores: scores of type `branch.scores`.
     skipping: P, how many tokens of each window skip.
     """
+    result = branch.parts[0].result
+    call = edit.Emitter(graph, like=result)
 
-    call = edit.Emitter(graph, like=branch.result)
-
-    with graph.inserting_before(branch.result.next):
+    with graph.inserting_before(result.next):
         scores = _by_window(call, scores, branch)
+        places = _places(call, branch, scores)
         if _is_padded(branch):
-            scores = _padding_first(call, scores, branch)
+            scores = _padding_first(call, scores, places, branch)
         split = call(gtp_fx.select.default, scores, skipping)
-        kept, skipped = call(operator.getitem, split, 0), call(operator.getitem, split, 1)
-        return kept, skipped, _shares(call, kept, skipped, branch, strategy, like=scores)
+        return Chosen(call(operator.getitem, split, 0), call(operator.getitem, split, 1), places)
 
 
-def _insert(graph: fx.Graph, branch: Branch, chosen: tuple[fx.Node, fx.Node, fx.Node], typing: WholeTyping) -> None:
-    """Replace the branch by one that runs on the kept tokens alone, inserted after it.
+def _insert(
+    graph: fx.Graph, part: Part, branch: Branch, chosen: Chosen, strategy: Strategy, typing: WholeTyping
+) -> None:
+    """Replace a part of the branch by one that runs on the kept tokens alone, inserted after it."""
+    kept, skipped = chosen.kept, chosen.skipped
+    result = part.result
 
-    chosen: the results of `_choose`.
-    """
-    kept, skipped, shares = chosen
-    first = next(node for node in graph.nodes if node in branch.inside)
-    result = branch.result
+    call = edit.Emitter(graph, like=part.inside[0])
 
-    call = edit.Emitter(graph, like=first)
-
-    with graph.inserting_before(shares.next):
+    with graph.inserting_before(skipped.next if part is branch.parts[0] else result.next):
+        before, after = (_apart(graph, call, part, branch, typing, last) for last in (False, True))
         # Arrange what enters the branch by window, and take the kept tokens.
         replacement: dict[fx.Node, fx.Node] = {}
-        for entry in branch.entries:
-            kind = typing.type(entry)
-            rows = convert(call, entry, kind, (*branch.region, kind[-1]))
-            replacement[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, 0, 0)
+        for entry in part.entries:
+            patches, kind = _patches(call, entry, branch, typing)
+            rows = convert(call, patches, kind, (*branch.rows, kind[-1]))
+            replacement[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, *branch.around)
         # The branch is token-wise, so its nodes run on these as they are.
-        for node in branch.inside:
+        for node in part.inside:
             # A parameter of more dimensions, [1, 1, 1, C], would give them to the tokens.
             for shared in node.all_input_nodes:
                 if shared not in replacement and len(shape_of(shared)) > _RANK:
                     replacement[shared] = call(aten.reshape.default, shared, [shape_of(shared)[-1]])
-            copy = graph.node_copy(node, lambda n: replacement.get(n, n))
+            replacement[node] = copy = _copy(graph, node, replacement)
             copy.args = fx.map_arg(with_fewer_dimensions(node), lambda n: replacement.get(n, n))
-            copy.meta = {key: node.meta[key] for key in edit.META_KEYS if key in node.meta}
-            replacement[node] = copy
         # Fill in the skipped tokens, and return to the layout of the stream.
-        filled = call(gtp_fx.recover.default, replacement[result], shares, kept, skipped, _IMAGES, _ROWS, 0, 0)
-        kind = typing.type(result)
-        arranged = convert(call, filled, (*branch.region, kind[-1]), kind)
+        if strategy.recovers_branches:
+            shares = call(gtp_fx.region_shares.default, chosen.places, kept, skipped)
+            at = (_IMAGES, _ROWS, *branch.around)
+            filled = call(gtp_fx.recover.default, replacement[result], shares, kept, skipped, *at)
+        else:
+            among = (chosen.places, kept, skipped, *branch.around)
+            filled = call(gtp_fx.idle.default, replacement[result], *among)
+        own = typing.type(result)
+        kind = patches_of(own) if any(branch.apart) else own
+        joined = [*before, convert(call, filled, (*branch.rows, kind[-1]), kind), *after]
+        arranged = call(aten.cat.default, joined, patches_at(own)) if len(joined) > 1 else joined[0]
     result.replace_all_uses_with(arranged)
 
 
-def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: Strategy, typing: WholeTyping) -> fx.Node:
+def _copy(graph: fx.Graph, node: fx.Node, of: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Insert a copy of a node that reads other values. of: what to read in the place of which node."""
+    copy = graph.node_copy(node, lambda n: of.get(n, n))
+    copy.meta = {key: node.meta[key] for key in edit.META_KEYS if key in node.meta}
+    return copy
+
+
+def _patches(call: Emit, entry: fx.Node, branch: Branch, typing: WholeTyping) -> tuple[fx.Node, TensorType]:
+    """Return an entry without the tokens that go through the branch on their own, and its type."""
+    kind = typing.type(entry)
+    if not any(branch.apart):
+        return entry, kind
+    at, (prefix, _) = patches_at(kind), branch.apart
+    patches = patches_of(kind)
+    return call(aten.slice.Tensor, entry, at, prefix, prefix + whole_size(patches[at])), patches
+
+
+def _apart(graph: fx.Graph, call: Emit, part: Part, branch: Branch, typing: WholeTyping, last: bool) -> list[fx.Node]:
+    """Return what a part makes of the tokens apart before the patches, or after (`last`): one node, or none.
+
+    The branch is token-wise, so its nodes run on these few as they are.
+    """
+    count = branch.apart[last]
+    if not count:
+        return []
+    copies: dict[fx.Node, fx.Node] = {}
+    for entry in part.entries:
+        at = patches_at(typing.type(entry))
+        whole = shape_of(entry)[at]
+        copies[entry] = call(aten.slice.Tensor, entry, at, *((whole - count, whole) if last else (0, count)))
+    for node in part.inside:
+        copies[node] = _copy(graph, node, copies)
+    return [copies[part.result]]
+
+
+def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: Strategy) -> fx.Node:
     """Replace the block's attention by one that scores its tokens; return the scores.
 
     The scores are [images and windows, tokens], in the attention's own order.
@@ -117,31 +172,29 @@ def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: St
 
     call = edit.Emitter(graph, like=attention)
 
-    order = list(branch.order)
-    plain = order == [0, 1, 2, 3]
+    layout = _layout(original.q, branch)
     with graph.inserting_before(attention):
-        q, k, v = (_heads_first(call, x, branch, typing) for x in (original.q, original.k, original.v))
-        operands = replace(original, q=q, k=k, v=v)
+
+        def arranged(x: fx.Node) -> fx.Node:
+            return layout.arranged(call, Sized(x, shape_of(x)), original.q)
+
+        q, k, v = map(arranged, (original.q, original.k, original.v))
+        bias = None if original.bias is None else arranged(original.bias)
+        operands = replace(original, q=q, k=k, v=v, bias=bias)
         if branch.cells:
             output, scores = strategy.attend_cells(call, operands, block.axis.domain.grid.shape, branch.cells)
         else:
             output, scores = strategy.attend(call, operands, block.axis, True)
-        if not plain:  # undo what `_heads_first` did
-            shape = shape_of(attention)
-            sizes = written(shape[d] for d in order)
-            output = call(aten.reshape.default, output, sizes)
-            output = call(aten.permute.default, output, [order.index(d) for d in range(len(order))])
+        output = layout.restored(call, output, shape_of(attention)[-2:])
     edit.replace(attention, output)
     return scores
 
 
-def _heads_first(call: Emit, x: fx.Node, branch: Branch, typing: WholeTyping) -> fx.Node:
-    """Bring a query, key or value to [images * windows, heads, tokens, features] from any order of its dimensions."""
-    order = branch.order
-    if order == (0, 1, 2, 3):
-        return x
-    sizes = [whole_size(typing.type(x)[d]) for d in order[-3:]]
-    return call(aten.reshape.default, call(aten.permute.default, x, list(order)), [-1, *sizes])
+def _layout(query: fx.Node, branch: Branch) -> Layout:
+    """Return how an attention's operands come to be [images * windows, heads, tokens, features]."""
+    shape = shape_of(query)
+    first, heads = (math.prod(shape[dim] for dim in dims) for dims in (branch.lead, branch.heads))
+    return Layout(shape[:-2], (*branch.lead, *branch.heads), (first, heads))
 
 
 def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
@@ -154,9 +207,9 @@ def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
     return call(aten.squeeze.dim, column, 2)
 
 
-def _padding_first(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
+def _padding_first(call: Emit, scores: fx.Node, places: fx.Node, branch: Branch) -> fx.Node:
     """Give padding the score -1, so that it skips before any patch does; scores of patches are 0 or more."""
-    inside = call(aten.ge.Scalar, call(aten.select.int, _places(call, branch, scores), 2, 0), 0)
+    inside = call(aten.ge.Scalar, call(aten.select.int, places, 2, 0), 0)
     by_image = call(aten.reshape.default, scores, [-1, branch.windows, branch.tokens])
     least = call(aten.sub.Scalar, call(aten.zeros_like.default, by_image), 1.0)
     ranked = call(aten.where.self, inside, by_image, least)
@@ -180,11 +233,3 @@ def _places(call: Emit, branch: Branch, like: fx.Node) -> fx.Node:
 def _is_padded(branch: Branch) -> bool:
     """Tell whether the branch's windows contain padding."""
     return any(grid.inside is not None for grid in made_from(grid_of(branch.region)))
-
-
-def _shares(call: Emit, kept: fx.Node, skipped: fx.Node, branch: Branch, strategy: Strategy, like: fx.Node) -> fx.Node:
-    """Return how much of each kept token's result a skipped one gets: [images and windows, P, K]."""
-    shares = call(gtp_fx.region_shares.default, _places(call, branch, like), kept, skipped)
-    if not strategy.recovers_branches:
-        shares = call(aten.zeros_like.default, shares)
-    return shares

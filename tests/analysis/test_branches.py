@@ -26,12 +26,12 @@ def refusals(model: nn.Module, x: Tensor) -> str:
 
 
 class GroupNormed(nn.Module):
-    """A map [B, C, H, W] whose MLP has a norm over groups of channels and all places, which needs the map as it is."""
+    """A map [B, C, H, W] whose MLP ends in a norm over groups of channels and all places, which needs the whole map."""
 
     def __init__(self) -> None:
         super().__init__()
         self.patches, self.qkv, self.out = nn.Conv2d(3, 32, 8, 8), nn.Conv2d(32, 96, 1), nn.Conv2d(32, 32, 1)
-        self.mlp = nn.Sequential(nn.Conv2d(32, 64, 1), nn.GELU(), nn.GroupNorm(4, 64), nn.Conv2d(64, 32, 1))
+        self.mlp = nn.Sequential(nn.Conv2d(32, 64, 1), nn.GELU(), nn.Conv2d(64, 32, 1), nn.GroupNorm(4, 32))
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.patches(image)
@@ -47,7 +47,7 @@ SEGFORMER = from_hf("SegformerForImageClassification", depths=[1] * 4, num_label
 @pytest.mark.parametrize(
     ("make", "shape", "reason"),
     [
-        (GroupNormed, (3, 64, 64), "isn't laid out as tokens with features last"),
+        (GroupNormed, (3, 64, 64), "ends in aten.group_norm.default .*, which needs all of its tokens in their places"),
         # Convolutions with stride 8, 4 and 2 over 50, 25 and 13 rows: the keys' cells are not all alike.
         pytest.param(
             SEGFORMER,
@@ -62,7 +62,7 @@ SEGFORMER = from_hf("SegformerForImageClassification", depths=[1] * 4, num_label
             marks=pytest.mark.nightly,
         ),
     ],
-    ids=["channels first", "cells that don't divide", "queries that are pooled"],
+    ids=["a norm over all places", "cells that don't divide", "queries that are pooled"],
 )
 def test_why_a_block_has_no_branch(make: Callable[[], nn.Module], shape: tuple[int, ...], reason: str) -> None:
     assert re.search(reason, refusals(make(), torch.randn(2, *shape)))
@@ -84,5 +84,5 @@ def test_a_convolution_at_the_end_of_a_branch_is_named() -> None:
     model: Any = SAM.model()
     for block in model.blocks:
         block.mlp = ConvMlp(64, (10, 12))
-    with pytest.raises(gtp_fx.UnsupportedModelError, match=r"not token-wise at its end \(a convolution, say\)"):
+    with pytest.raises(gtp_fx.UnsupportedModelError, match=r"ends in aten.conv2d.default \[.*\], which needs all"):
         gtp_fx.optimize(model, schedule=[3, 3], example_inputs=SAM.inputs(), compile=False)

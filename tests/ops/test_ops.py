@@ -251,6 +251,14 @@ def test_recovering_where_nothing_left_changes_nothing() -> None:
     assert torch.equal(ops.recover(x, shares, kept, nobody, 0, 1, 1, 0), x)
 
 
+def test_a_branch_gives_nothing_to_tokens_that_skipped_it() -> None:
+    x = random(2, 1 + 3 + 1, 4)
+    kept, skipped = torch.tensor([[0, 2, 4], [1, 2, 3]]), torch.tensor([[1, 3, 5], [0, 4, 5]])
+    whole = ops.idle(x, torch.zeros(1, 6, 2, dtype=torch.int64), kept, skipped, 1, 1)
+    assert torch.equal(whole[0, [0, 1, 3, 5, 7]], x[0]) and torch.equal(whole[1, [0, 2, 3, 4, 7]], x[1])
+    assert not whole[0, [2, 4, 6]].any() and not whole[1, [1, 5, 6]].any()
+
+
 def arguments() -> dict[str, tuple[Any, ...]]:
     """One call of each operator, with gradients where they flow."""
     x = random(2, 13, 8).requires_grad_()
@@ -271,6 +279,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "weighted_mean": (x, scores + 1, 0, 1, 1, 0, True),
         "take_tokens": (x[None], kept, 1, 2, 1, 0),
         "recovery_weights": (weights, kept, propagated, GRID),
+        "idle": (x[:, :9], torch.zeros(1, 12, 2, dtype=torch.int64), kept, propagated, 1, 0),
         "recover": (x[:, :9], ops.recovery_weights(weights, kept, propagated, GRID), kept, propagated, 0, 1, 1, 0),
     }
 

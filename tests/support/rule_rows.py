@@ -182,7 +182,8 @@ def contraction() -> Iterator[Row]:
     yield Row(matmul, lambda x, memory: x @ memory.transpose(1, 2), "B, 2+n1, 2+n0")
     yield Row(matmul, lambda x: heads(x) @ heads(x).transpose(2, 3), "B, 2, 2+n1, 2+n1")
     yield Row(matmul, lambda x: x.transpose(1, 2) @ x, "B, 8, 8", ADDS_UP)
-    yield Row(matmul, lambda x, w: x @ w[0], "B, 14", "a product with a vector is not followed")
+    yield Row(matmul, lambda x, w: x @ w[0], "B, 2+n1")
+    yield Row(matmul, lambda x, w: w[0] @ x.transpose(1, 2), "B, 14", "a vector times a matrix is not followed")
     yield Row(
         matmul,
         lambda x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
@@ -242,6 +243,7 @@ def einsum() -> Iterator[Row]:
         "it reads one tensor in two ways",
     )
     yield Row(op, lambda x: torch.einsum("bnc,bnd->bcd", x, x), "B, 8, 8", ADDS_UP)
+    yield Row(op, lambda x, memory: torch.einsum("bnc,bmc->bnc", x, memory), STREAM)  # all of memory's are there
     yield Row(op, lambda x, w: torch.einsum("...c,cd->...d", x, w), STREAM)
     yield Row(op, lambda x, old: torch.einsum("...nc, ... n c -> n...", x, old).t(), "2+n1, B")
     yield Row(op, lambda x, w: torch.einsum("bnc,cd", x, w), "B, 8, 2+n1")  # alphabetical

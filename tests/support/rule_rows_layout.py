@@ -73,9 +73,14 @@ def layout() -> Iterator[Row]:
     yield Row(aten.unflatten.int, lambda x: flat(x).unflatten(0, (x.shape[0], 14)), "B, 14, 8", "it names a number of")
     yield Row(
         aten.conv2d.default,
-        lambda x, w: F.conv2d(flat(x).unflatten(1, (2, 2, 2)), w[:2, :2].reshape(2, 2, 1, 1)),
-        "14B, 2, 2, 2",
+        lambda x, w: F.conv2d(flat(x).unflatten(1, (2, 2, 2)), w[:2].reshape(2, 2, 2, 2)),
+        "14B, 2, 1, 1",
         "a convolution over tokens that were moved into the batch",
+    )
+    yield Row(
+        aten.conv2d.default,
+        lambda x, w: F.conv2d(flat(x).unflatten(1, (2, 2, 2)), w[:2, :2].reshape(2, 2, 1, 1)).mean(0),
+        "B*(2+n1), 2, 2, 2",
     )
     yield Row(aten.view_as_complex.default, lambda x: torch.view_as_complex(x.unflatten(2, (4, 2))).abs(), "B, 2+n1, 4")
     yield Row(
@@ -144,7 +149,8 @@ def ranges() -> Iterator[Row]:
     for op in (aten.pad.default, aten.constant_pad_nd.default):
         yield Row(op, lambda x, op=op: op(x, [1, 2]), "B, 2+n1, 11")
         yield Row(op, lambda x, op=op: op(x, [0, 0, 0, 0, 0, 0]), STREAM)
-        yield Row(op, lambda x, op=op: op(x, [0, 1, 1, 0]), "B, 15, 9", "it pads the token axis")
+        yield Row(op, lambda x, op=op: op(x, [0, 1, 1, 0]), "B, 3+n1, 9")
+        yield Row(op, lambda x, op=op: op(x, [0, 0, -1, 0]), "B, 13, 8", "it cuts the token axis")
 
 
 def splits() -> Iterator[Row]:

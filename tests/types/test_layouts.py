@@ -46,7 +46,7 @@ def test_tokens_painted_with_their_places_are_found_again(family: Family) -> Non
         tokens = painted(parts)
         by_hand = windows.of(tokens).flatten(0, 1)
         assert (branch.windows, branch.tokens) == tuple(windows.index_Wn.shape)
-        for node in (*branch.entries, branch.result):
+        for node in (node for part in branch.parts for node in (*part.entries, part.result)):
             kind: TensorType = typing.type(node)
             own = tokens.reshape(2, *node.meta["val"].shape[1:-1], 3)
             region: TensorType = (*branch.region, (Plain(3),))

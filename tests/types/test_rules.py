@@ -353,7 +353,7 @@ def test_refused_behind_a_site(row: Refused) -> None:
         (lambda x: strip(x).mean(2).transpose(1, 2), "B, m0, 3"),
         (lambda x: strip(x).mean(2), "B, 3, h1"),
         (lambda x: torch.stack([in_a_row(x), in_a_row(x + 1)], 1).reshape(-1, 24, 3), "B, m0, 3"),
-        (lambda x: torch.stack([in_a_row(x), in_a_row(x + 1)], 2).reshape(-1, 24, 3), "B, 2*m0, 3"),
+        (lambda x: torch.stack([in_a_row(x), in_a_row(x + 1)], 2).reshape(-1, 24, 3), "B, m0, 3"),
     ],
     ids=[
         "patches",

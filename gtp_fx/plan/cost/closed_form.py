@@ -55,12 +55,15 @@ def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strat
     typing: types with every token in place. heads: of the attention whose scores rank the tokens.
     """
     images = per_image(math.prod(f.whole_size for f in branch.region[0] if isinstance(f, Plain)))
-    features = whole_size(typing.type(branch.result)[-1])
+    features = [whole_size(typing.type(part.result)[-1]) for part in branch.parts]
+    recovered = sum(features) if strategy.recovers_branches else 0
     parts = [_token_wise_flops(node, typing) for node in branch.inside]
     whole, per_token = (sum(column) for column in zip(*parts, strict=True))
-    keys = math.prod(branch.cells) if branch.cells else branch.tokens
-    scoring = int(flops_of(strategy.scoring_works(heads, branch.tokens, keys, images * branch.windows, "float32")))
-    return BranchCost(whole, per_token, images, branch.windows, branch.tokens, features, scoring)
+    keys = math.prod(branch.cells) if branch.cells else branch.attended
+    attentions = images * branch.attentions
+    scoring = int(flops_of(strategy.scoring_works(heads, branch.attended, keys, attentions, "float32")))
+    sizes = (images, branch.windows, branch.tokens, branch.others)
+    return BranchCost(whole, per_token, *sizes, features[0], recovered, scoring)
 
 
 def _token_wise_flops(node: fx.Node, typing: WholeTyping) -> tuple[int, int]:

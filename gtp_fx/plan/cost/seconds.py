@@ -151,22 +151,29 @@ def _branch_change(
     assert site.branch is not None
     tokens, windows = branch.tokens, branch.windows * site.branch.images * batch
     kept = np.arange(tokens + 1)
-    share = kept / tokens
+    others = branch.others / branch.windows
+    share = (kept + others) / (tokens + others)
     # The branch itself, over the tokens kept instead of all.
     spent: Any = 0.0
     for work in works:
         rows = np.maximum(work.rows * share, 1)
         fewer = replace(work, flops=work.flops * share, bytes=work.bytes * share, rows=rows)
         spent = spent + seconds(fewer, target) - seconds(work, target)
-    # What is new: scoring and sorting the tokens, the shares [skipped, kept], and taking and recovering rows.
+    # What is new: scoring and sorting the tokens, taking and returning rows, and the shares [skipped, kept].
     size = getattr(torch, site.dtype).itemsize
-    values = windows * tokens * site.channels * size
-    keys = math.prod(branch.cells) or tokens
+    values = windows * (tokens + others) * site.channels * size
+    keys = math.prod(branch.cells) if branch.cells else branch.attended
+    attentions = branch.attentions * site.branch.images * batch
     added = [
-        *strategy.scoring_works(site.heads, tokens, keys, windows, site.dtype),
+        *strategy.scoring_works(site.heads, branch.attended, keys, attentions, site.dtype),
         Work("sort", bytes=windows * tokens * size),
-        Work("stream", bytes=windows * (tokens - kept) * kept * size * 3, launches=2),
-        Work("gather", 2 * windows * (tokens - kept) * kept * site.channels, values * (2 + 2 * share), launches=3),
+        Work("gather", bytes=values * (2 + 2 * share), launches=3),
     ]
+    if strategy.recovers_branches:
+        edges = windows * (tokens - kept) * kept
+        added += [
+            Work("stream", bytes=edges * size * 3, launches=2),
+            Work("gather", 2 * edges * site.branch.recovered, launches=0),
+        ]
     changed = spent + sum(seconds(work, target) for work in added)
     return np.where(kept == tokens, 0.0, changed)

@@ -35,14 +35,18 @@ def linear(call: Call) -> RuleResult:
 
 @rule(*MATRIX_PRODUCTS)
 def matmul(call: Call) -> RuleResult:
-    """Type a[..., m, k] @ b[..., k, n].
+    """Type a[..., m, k] @ b[..., k, n], or a[..., k] @ b[k].
 
     A sum over tokens depends on how many remain, so they have to be whole, unless it ends an attention that is spelled
     out.
     """
     a, b = call.type(0), call.type(1)
+    if len(a) >= 2 and len(b) == 1:
+        require_plain((a[-1], b[0]), "the features that a product with a vector adds up")
+        require_own_images(a, a[-1:], "the features that a product with a vector adds up")
+        return RuleResult(a[:-1], operands={call.operand(0): a})
     if len(a) < 2 or len(b) < 2:
-        raise NoRule("a product with a vector is not followed")
+        raise NoRule("a vector times a matrix is not followed")
     inner = _join_dim(a[-1], b[-2])
     if any(axis.domain.level for axis in token_axes((a[-1], b[-2]))) and WEIGHS not in call.node.meta:
         if _is_softmax(call.operand(0)):
@@ -96,9 +100,9 @@ def attention(call: Call) -> RuleResult:
         require_own_images(kind, (q[-2], keys), "the queries and keys of an attention")
     batch = join(join(q[:-2], k[:-2]), v[:-2])
     wanted: list[tuple[fx.Node, TensorType]] = [
-        (call.operand(0), q),
-        (call.operand(1), (*k[:-2], keys, k[-1])),
-        (call.operand(2), (*v[:-2], keys, v[-1])),
+        (call.operand(0), (*broadcast_to(q[:-2], batch), *q[-2:])),
+        (call.operand(1), (*broadcast_to(k[:-2], batch), keys, k[-1])),
+        (call.operand(2), (*broadcast_to(v[:-2], batch), keys, v[-1])),
     ]
     mask = call.arg(3)
     if mask is not None:

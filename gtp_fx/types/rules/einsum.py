@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.types.axes import Dim, Plain, is_plain, whole_size
+from gtp_fx.types.axes import Dim, Plain, is_plain, token_axes, whole_size
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, join, require_own_images, rule, wanting
 
 
@@ -52,7 +52,7 @@ class Equation:
 
 @rule(aten.einsum.default)
 def einsum(call: Call) -> RuleResult:
-    """Keep the type of every label in the output. The other labels are summed over, and must be plain."""
+    """Keep the type of every label in the output. The others are summed over: no tokens, or all of them."""
     operands = call.arg(1)
     equation = Equation.parse(call.arg(0), [len(call.type_of(operand)) for operand in operands])
     if equation is None:
@@ -62,7 +62,8 @@ def einsum(call: Call) -> RuleResult:
     for term, operand in zip(equation.terms, operands, strict=True):
         for label, dim in zip(term, call.type_of(operand), strict=True):
             labels[label] = join((labels.get(label, (Plain(1),)),), (dim,))[0]
-    if not all(is_plain(dim) for label, dim in labels.items() if label not in equation.result):
+    added_up = [dim for label, dim in labels.items() if label not in equation.result]
+    if any(axis.domain.level for axis in token_axes(tuple(added_up))):
         raise NoRule("it adds up tokens, so its value depends on how many are left")
     for term, operand in zip(equation.terms, operands, strict=True):
         # A label that one operand has alone pairs each of its images with all of another operand's.
@@ -79,4 +80,5 @@ def einsum(call: Call) -> RuleResult:
         for term, operand in zip(equation.terms, operands, strict=True)
     )
     output = tuple(labels[label] for label in equation.result)
-    return RuleResult(output, operands=wanted, prefix_operands=None if len(operands) == 1 else NEEDS_ALL)
+    token_wise = len(operands) == 1 and all(map(is_plain, added_up))
+    return RuleResult(output, operands=wanted, prefix_operands=None if token_wise else NEEDS_ALL)

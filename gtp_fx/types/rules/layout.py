@@ -128,22 +128,41 @@ def view(call: Call) -> RuleResult:
     # What all images of a batch are merged with is rows for a matrix product, and is taken apart again.
     own = [any(map(holds_images, output[:place])) for place in range(len(output))]
     output = tuple(_end_to_end(dim, call.node.name) if of else dim for dim, of in zip(output, own, strict=True))
+    _require_one_place(output)
     return RuleResult(output, operands={call.operand(0): x}, repair=resize(call, 1, output))
+
+
+def _require_one_place(output: TensorType) -> None:
+    """Refuse places merged with some images of a batch beside the others, [B * N, F, C] of F frames, once tokens left.
+
+    Each frame has tokens of its own then, so a row of the merged dimension is no longer one place in all of them.
+    """
+    for dim in output:
+        shortened = any(axis.domain.level for axis in token_axes((dim,)))
+        if shortened and holds_images(dim) and any(holds_images(other) for other in output if other is not dim):
+            raise NoRule("it puts one place of several frames side by side, and each frame keeps tokens of its own")
 
 
 def _end_to_end(dim: Dim, birth: str) -> Dim:
     """Return the tokens of several images (frames, groups of bands) that follow each other in one sequence as one axis.
 
-    Any other dimension is returned as it is. Raises NoRule where tokens have been removed, of each image others.
+    They come image by image, or, place by place, those of all images. Any other dimension is returned as it is. Raises
+    NoRule where tokens have been removed, of each image others.
     """
-    several, axis = dim if len(dim) == 2 else (None, None)
+    by_place = len(dim) == 2 and isinstance(dim[0], TokenAxis)
+    several, axis = (dim[::-1] if by_place else dim) if len(dim) == 2 else (None, None)
     if not isinstance(several, Plain) or not several.images or is_symbolic(several.size):
         return dim
     if not isinstance(axis, TokenAxis) or axis.prefix or axis.suffix or axis.domain.grid.parts:
         return dim
     if axis.domain.level:
         raise NoRule("it puts the tokens of several images in one sequence, and each keeps tokens of its own")
-    return (TokenAxis(TokenDomain(Grid.of_several(birth, [axis.domain.grid] * several.size))),)
+    grid = Grid.of_several(birth, [axis.domain.grid] * several.size)
+    if by_place and not grid.apart:
+        raise NoRule("it puts places of several images side by side that aren't known to be on a picture")
+    if by_place:
+        return merge_grids(tuple(GridAxis(grid, side) for side in (*range(1, len(grid.shape)), 0)))
+    return (TokenAxis(TokenDomain(grid)),)
 
 
 @rule(*FLATTENINGS)
@@ -154,6 +173,7 @@ def flatten(call: Call) -> RuleResult:
     """
     x = call.type(0)
     output = regroup([factor for dim in x for factor in split_tokens(dim)], call.output_shape())
+    _require_one_place(output)
     if call.node.target is aten.unflatten.int:
         start = call.arg(1) % len(x)
         if token_axes(output[start : start + len(call.arg(2))]):

@@ -217,16 +217,27 @@ def stack(call: Call) -> RuleResult:
 
 @rule(*PADDINGS)
 def pad(call: Call) -> RuleResult:
-    """Pad plain dimensions, or a grid at its ends. New tokens on a token axis would have no place on the grid."""
+    """Pad plain dimensions, or a grid at its ends. What is added to a token axis becomes prefix and suffix of it."""
     x, amounts = call.type(0), list(call.arg(1))
     dims = [len(x) - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
     if any(is_side(x[dim]) for dim in dims):
         return padded(call, x, amounts)
-    if not all(is_plain(x[dim]) for dim in dims):
-        raise NoRule("it pads the token axis")
     shape = call.output_shape()
-    output = tuple((Plain(shape[d]),) if d in dims else dim for d, dim in enumerate(x))
-    return RuleResult(output, operands={call.operand(0): x})
+    output = list(x)
+    tokens = False
+    for d in dims:
+        place = 2 * (len(x) - 1 - d)
+        before, after = amounts[place : place + 2]
+        axis = token_axis(x[d])
+        if not is_plain(x[d]) and (axis is None or min(before, after) < 0):
+            raise NoRule("it cuts the token axis, or pads tokens that are merged with something")
+        output[d] = (
+            (Plain(shape[d]),)
+            if axis is None
+            else (replace(axis, prefix=axis.prefix + before, suffix=axis.suffix + after),)
+        )
+        tokens = tokens or axis is not None
+    return RuleResult(tuple(output), operands={call.operand(0): x}, prefix_operands=NEEDS_ALL if tokens else None)
 
 
 def _concatenate(dims: list[Dim], birth: str) -> Dim:

@@ -22,7 +22,7 @@ from gtp_fx.types.axes import (
     token_axes,
     whole_size,
 )
-from gtp_fx.types.rules.registry import Call, NoRule, RuleResult, TypeList, require_plain, rule
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, TypeList, require_plain, rule
 
 
 @rule(*GRID_MAKERS)
@@ -37,11 +37,11 @@ def convolution(call: Call) -> RuleResult:
     shape = call.output_shape()
     if len(shape) < 3 or len(shape) != len(x) or len(x) != _rank(call.node.target):
         raise NoRule("a grid without a batch")
-    if not is_plain(x[0]):
-        raise NoRule("a convolution over tokens that were moved into the batch")
-    if not all(map(is_plain, x[2:])) and is_pointwise(call.node):
+    if not all(map(is_plain, (x[0], *x[2:]))) and is_pointwise(call.node):  # also over windows that are a batch
         require_plain(x[1:2], "the channels that a convolution mixes")
         return RuleResult((x[0], (Plain(shape[1]),), *x[2:]), operands={call.operand(0): x})
+    if not is_plain(x[0]):
+        raise NoRule("a convolution over tokens that were moved into the batch")
     # Where a whole older grid comes in and keeps its shape, it is still that grid.
     came = [split_tokens(dim) for dim in x[2:]]
     before = {factor.grid for dim in came for factor in dim if isinstance(factor, GridAxis)}
@@ -109,7 +109,9 @@ def channel_norm(call: Call) -> RuleResult:
     values = call.node.meta["val"]
     several = isinstance(values, list | tuple)  # the result, and statistics that it saves
     output = TypeList((x, *(plain(*value.shape) for value in values[1:]))) if several else x
-    return RuleResult(output, operands={call.operand(0): x})
+    averages = call.node.target is aten.group_norm.default or _own_statistics(call)
+    whole = averages and not all(map(is_plain, x))  # a map's places, since no tokens are averaged
+    return RuleResult(output, operands={call.operand(0): x}, prefix_operands=NEEDS_ALL if whole else None)
 
 
 def _rank(operator: object) -> int:

@@ -23,6 +23,7 @@ TWICE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "split": lambda x, w: x.split([3, 5], -1)[1].split(2, -1)[1] @ w[:2],
     "unbind": lambda x, w: torch.stack(x.unflatten(-1, (2, 4)).unbind(2)[1].unbind(1)),
     "sum of a stack": lambda x, w: torch.stack([torch.stack([x, x @ w]).sum(0), x]).sum(0),
+    "stack, merged": lambda x, w: torch.stack([x, x @ w], 1).flatten(1, 2) @ w,
     "views": lambda x, w: x.unflatten(-1, (2, 4)).flatten(2).unflatten(-1, (4, 2)).flatten(2).unflatten(1, (3, 3)) * 2,
     "attention": lambda x, w: (lambda y: (y @ y.mT).softmax(-1) @ y)((x @ x.mT).softmax(-1) @ x),
     "linear": lambda x, w: F.linear(F.linear(x, w), w) + F.linear(F.linear(x, w), w.mT),

@@ -61,13 +61,15 @@ class Series(nn.Module):
 
 
 class Convolved(nn.Module):
-    """Patches by a convolution: of each of several groups of channels, end to end."""
+    """Patches by a convolution: of each of several groups of channels, end to end, or stacked in a dimension."""
 
-    def __init__(self, convolution: nn.Module, groups: int = 1) -> None:
+    def __init__(self, convolution: nn.Module, groups: int = 1, stacked_in: int = 0) -> None:
         super().__init__()
-        self.convolution, self.groups = convolution, groups
+        self.convolution, self.groups, self.stacked_in = convolution, groups, stacked_in
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.stacked_in:
+            return torch.stack(self.parts(x), self.stacked_in).flatten(1, 2)
         return torch.cat(self.parts(x), 1)
 
     def parts(self, x: Tensor) -> list[Tensor]:
@@ -149,6 +151,15 @@ def test_patches_of_several_pictures() -> None:
     assert fast.report.flops_ratio <= 0.74
     assert [provenance.grid for provenance in fast.provenance(x)] == [(2, GRID, GRID)]
     assert 0 < (fast(x) - model(x)).abs().max() < 1
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("stacked_in", [1, 2])
+def test_patches_of_several_pictures_after_each_other_or_by_turns(stacked_in: int) -> None:
+    made, known = (
+        same(lambda dim=dim: Series(Convolved(nn.Conv2d(3, WIDTH, SIDE, SIDE), 2, dim))) for dim in (stacked_in, 0)
+    )
+    must_agree(made, known, 6, GRID * SIDE, GRID * SIDE)
 
 
 @pytest.mark.nightly

@@ -90,7 +90,7 @@ def test_recovering_nothing_everywhere_is_the_original(family: Family) -> None:
     model, x = shared_model(family), family.inputs(batch=3)
     gm = marked(family)
     indices = [block.index for block in typed_graph(gm.graph).blocks if block.branch is not None]
-    plan: Any = Skips(dict.fromkeys(indices, 0), gtp_fx.GTP())
+    plan: Any = Skips(dict.fromkeys(indices, 0), gtp_fx.GTP(branch="recover"))
     whole = skip_branches(gm, plan)
     recovers = [node for node in whole.graph.nodes if node.target is torch.ops.gtp_fx.recover.default]
     assert len(recovers) == len(indices) == len(family.branched)
