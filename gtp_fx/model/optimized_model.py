@@ -29,7 +29,7 @@ from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import tracing_lock
 from gtp_fx.model import following
 from gtp_fx.model.internal_errors import internal_errors_told
-from gtp_fx.model.parameters import SHARED, class_like, lend, read_from, stand_for
+from gtp_fx.model.parameters import SHARED, class_like, lend, names_of, names_read, read_from, stand_for
 from gtp_fx.model.pipeline import Optimised, run_passes
 from gtp_fx.model.rollback import put_back_on_error
 from gtp_fx.model.runner import make_runner
@@ -245,8 +245,9 @@ class OptimizedModel(nn.Module):
         twin = replace(state, original=copy.deepcopy(state.original, memo), graphs={}, runners={}, methods={})
         new.__setstate__((twin, own))
         for mode, made in state.graphs.items():
-            over = (edit.copy_of(gm) for gm in (made.captured, made.optimised.graph_module))
-            captured, graph_module = (read_from(gm, new) for gm in over)
+            captured, graph_module = map(edit.copy_of, (made.captured, made.optimised.graph_module))
+            for gm in (captured, graph_module):
+                edit.share(gm, new)
             twin.graphs[mode] = Made(captured, replace(made.optimised, graph_module=graph_module))
             if mode[1] == dtype_of(new):
                 new._runner(mode[0])  # from now on it is noticed what is changed in the copy
@@ -285,7 +286,8 @@ class OptimizedModel(nn.Module):
         made = state.graphs.get(mode)
         if made is None:
             with internal_errors_told():
-                captured = read_from(capture_module(state.original, self.signature, training), self)
+                captured = capture_module(state.original, self.signature, training)
+                read_from(captured, self, names_of(state.original))
                 made = state.graphs[mode] = self._rewritten(captured)
         elif not state.own_calls <= made.captured.meta[OWN_CALLS]:
             with internal_errors_told():
@@ -301,7 +303,7 @@ class OptimizedModel(nn.Module):
         state.own_calls |= following.own_calls(captured, state.original)
         captured.meta[OWN_CALLS] = state.own_calls
         made = run_passes(captured, options, state.blocks_needed)
-        read_from(made.graph_module, self)
+        read_from(made.graph_module, self, names_read(captured))
         if state.chosen is None:
             state.chosen = Chosen(made.schedule, made.strategy, made.report)
         return Made(captured, made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Collection
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -34,21 +35,30 @@ def stand_for(module: nn.Module, original: nn.Module) -> None:
     module.__dict__.update({name: value for name, value in vars(original).items() if name in SHARED})
 
 
-def read_from(graph_module: fx.GraphModule, owner: nn.Module) -> fx.GraphModule:
-    """Let `graph_module` read its parameters from `owner`, in place, and return it.
+def names_of(module: nn.Module) -> set[str]:
+    """Return the names of all parameters and buffers; shared ones appear under each of their names."""
+    everything = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return {name for named in everything for name, _ in named}
+
+
+def names_read(graph_module: fx.GraphModule) -> set[str]:
+    """Return the names of what a graph reads."""
+    return {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+
+
+def read_from(graph_module: fx.GraphModule, owner: nn.Module, names: Collection[str]) -> fx.GraphModule:
+    """Let `graph_module` read what is in `names` from `owner`, in place, and return it.
 
     Whatever else it reads (constants lifted into it) becomes an attribute of its own, `CONSTANT` and a number.
     """
-    names = {name for name, _ in owner.named_parameters(remove_duplicate=False)}
-    names |= {name for name, _ in owner.named_buffers(remove_duplicate=False)}
     constants: dict[str, Any] = {}
+    free = (name for name in map(f"{CONSTANT}{{}}".format, itertools.count()) if name not in names)
     for node in graph_module.graph.find_nodes(op="get_attr"):
-        if node.target in names:
-            continue
-        value = attrgetter(node.target)(graph_module)
-        known = [name for name, constant in constants.items() if constant is value]
-        node.target = known[0] if known else f"{CONSTANT}{len(constants)}"
-        constants[node.target] = value
+        if node.target not in names:
+            value = attrgetter(node.target)(graph_module)
+            known = next((name for name, constant in constants.items() if constant is value), None)
+            node.target = known or next(free)
+            constants[node.target] = value
     share(graph_module, owner)
     graph_module.__dict__.update(constants)
     graph_module.recompile()
