@@ -100,8 +100,7 @@ def test_a_remade_model_keeps_what_was_quantised() -> None:
     after = {name for name, p in fast.named_parameters() if type(p).__module__.startswith("torchao")}
     assert fast(noise()).shape == (3, 7) and len(before) > 8
     assert before - after == {"head.weight"}, "the new head is what the original has now"
-    fast.to(torch.float64)
-    assert fast.mix is fast._gtp.original.mix and fast.mix.dtype == torch.float64
+    assert fast.mix is fast._gtp.original.mix
 
 
 @torch.no_grad()
