@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import register_module_forward_hook
 
 from gtp_fx.graph.nodes import tensors_of
 
@@ -54,19 +53,21 @@ class Layer:
 
 
 @contextlib.contextmanager
-def plain_calls() -> Iterator[dict[nn.Module, bool]]:
-    """Record the modules that are called within the context: whether always with one tensor alone, returning one."""
+def plain_calls(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
+    """Record the leaf modules that are called within the context: whether always with one tensor, returning one."""
     plain: dict[nn.Module, bool] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         one = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs and isinstance(output, Tensor)
         plain[module] = one and plain.get(module, True)
 
-    handle = register_module_forward_hook(note, with_kwargs=True)  # type: ignore[arg-type]
+    leaves = [module for module in model.modules() if _is_leaf(module)]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in leaves]
     try:
         yield plain
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def mark_layers(gm: fx.GraphModule, model: nn.Module, plain: Collection[nn.Module]) -> None:
@@ -82,7 +83,7 @@ def mark_layers(gm: fx.GraphModule, model: nn.Module, plain: Collection[nn.Modul
     for nodes in calls.values():
         path = str(list(nodes[0].meta["nn_module_stack"].values())[-1][0])
         module = modules.get(path)
-        if len(nodes) != 1 or module is None or module not in plain or not _is_leaf(module):
+        if len(nodes) != 1 or module is None or module not in plain:
             continue
         (node,) = nodes
         found = _split(node)

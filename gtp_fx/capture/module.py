@@ -60,7 +60,7 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
         without_user_hooks(model),
     ):
         try:
-            with plain_calls() as called:
+            with plain_calls(model) as called:
                 program, attributes = _exported(model, signature)
             # A change at the first call alone (a cache, a flag) is harmless, so the model is run twice and compared.
             call = functools.partial(model, *signature.args, **signature.kwargs)

@@ -14,6 +14,7 @@ from gtp_fx.graph.nodes import attention_dropout
 from gtp_fx.graph.symbols import names_a_symbol
 from gtp_fx.graph.torch_internals import return_flat, take_signature
 
+_ATTRIBUTES = ("get_attr", "call_module")
 CONSTANT = "gtp_fx_constant_"
 """What names of a graph's own constants begin with, which are no parameters or buffers of the model."""
 
@@ -89,9 +90,20 @@ def copy_with_nodes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
     take_signature(graph, gm.graph)
-    new = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    # What a graph reads may be gone for now: a layer was replaced, which is called. So attributes are given one by one.
+    held = {str(node.target): _attribute(gm, str(node.target)) for node in graph.nodes if node.op in _ATTRIBUTES}
+    new = fx.GraphModule(held, graph, class_name=type(gm).__name__)
+    new.training = gm.training
     new.meta.update(gm.meta)
     return new, dict(zip(gm.graph.nodes, graph.nodes, strict=True))
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> Any:
+    """Return what `gm` has at a path; an empty tensor where it has nothing there."""
+    value: Any = gm
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return torch.empty(0) if value is None else value
 
 
 def returning(gm: fx.GraphModule, results: Callable[[dict[fx.Node, fx.Node]], list[fx.Node]]) -> fx.GraphModule:

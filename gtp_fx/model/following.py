@@ -36,10 +36,13 @@ def must_be_made_anew(state: State, watch: Watch) -> bool:
                 f"result does so by itself"
             )
         state.forget()
-    elif changes.joined or changes.replaced:
+        return True
+    # Code that is compiled has the hooks in it that there were.
+    if changes.joined or changes.replaced or (changes.hooked and state.compile):
         state.own_calls |= frozenset(changes.joined)
         state.runners.clear()
-    return bool(changes.attributes or changes.joined or changes.replaced)
+        return True
+    return False
 
 
 def own_calls(captured: fx.GraphModule, model: nn.Module) -> frozenset[str]:

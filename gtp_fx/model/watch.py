@@ -49,12 +49,14 @@ class Changes:
     replaced: paths of layers that the graph calls, in whose place others stand.
     joined: paths of layers whose parameters the graph reads itself, and that were replaced or have hooks now.
     unheard: paths of modules that the graph doesn't call and on which hooks were set since.
+    hooked: whether hooks were set or removed anywhere, also on layers that are called.
     """
 
     attributes: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
     joined: tuple[str, ...] = ()
     unheard: tuple[str, ...] = ()
+    hooked: bool = False
 
 
 NOTHING = Changes()
@@ -108,6 +110,7 @@ class Watch:
             replaced=tuple(path for path in paths if path in self._called),
             joined=tuple(path for path in (*paths, *with_hooks) if path in self._joined),
             unheard=tuple(path for path in with_hooks if path not in self._joined),
+            hooked=hooked,
         )
 
     def hooks(self, of: Callable[[nn.Module], object] = user_hooks) -> list[str]:

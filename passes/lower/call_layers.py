@@ -29,6 +29,9 @@ def call_layers(gm: fx.GraphModule, owner: nn.Module) -> fx.GraphModule:
             call = gm.graph.call_module(layer.path, (layer.input_of(node),))
         call.meta = {**node.meta}
         edit.replace(node, call)
+    for node in gm.graph.find_nodes(op="get_attr"):  # of which some may be gone, with the layers they were of
+        if not node.users:
+            gm.graph.erase_node(node)
     return edit.finish(gm)
 
 
