@@ -70,6 +70,8 @@ def _shape_like_first(target: Any, args: tuple[Any, ...]) -> tuple[int, ...] | N
     """
     if target not in (aten.linear.default, aten.layer_norm.default) or not args[0].is_contiguous():
         return None
+    if torch.is_autocast_enabled(args[0].device.type):
+        return None
     shape, weight = tuple(args[0].shape), args[1]
     if target is aten.layer_norm.default:
         return shape if list(shape[-len(weight) :]) == list(weight) else None

@@ -60,3 +60,10 @@ def test_sizes_that_do_not_fit_are_found(target, args):
     graph_module, _ = _graph(target, *args)
     with pytest.raises(InconsistentGraph, match="after here"):
         propagate_shapes(graph_module, after="here")
+
+
+def test_autocast_decides_of_dtypes():
+    graph_module, call = _graph(aten.linear.default, x, W, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        propagate_shapes(graph_module, after="here")
+    assert call.meta["val"].dtype == torch.bfloat16
