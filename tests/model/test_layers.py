@@ -249,7 +249,7 @@ def test_weights_that_are_assigned_to_the_original_are_followed() -> None:
 @pytest.mark.nightly
 @torch.no_grad()
 def test_averages_of_weights_are_models_of_their_own() -> None:
-    model, fast = made()
+    _, fast = made()
     average = torch.optim.swa_utils.AveragedModel(fast)
     before = average(noise())
     torch.testing.assert_close(before, fast(noise()))
