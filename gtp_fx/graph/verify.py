@@ -50,6 +50,7 @@ def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
 
 def _run(node: fx.Node, after: str) -> Any:
     """Run a node on its operands' fake values. Raises InconsistentGraph where it can't run."""
+    args: Any
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     try:
         if (shape := _shape_like_first(node.target, args)) is not None:
