@@ -122,7 +122,8 @@ def _split(node: fx.Node) -> tuple[int, tuple[Any, ...]] | None:
     if len(given) != 1 or len(places) != 1:
         return None
     others = node.args[: places[0]] + node.args[places[0] + 1 :], sorted(node.kwargs.items())
-    return places[0], _frozen(fx.map_arg(others, lambda n: _Parameter(str(n.target))))
+    named: Any = fx.map_arg(others, lambda n: _Parameter(str(n.target)))  # type: ignore[arg-type,return-value]
+    return places[0], _frozen(named)
 
 
 def _frozen(values: Any) -> tuple[Any, ...]:
