@@ -32,6 +32,7 @@ from gtp_fx.passes.exact.pointwise_convolutions import pointwise_convolutions
 from gtp_fx.passes.exact.scatter_to_sum import scatter_to_sum
 from gtp_fx.passes.exact.split_projections import split_projections
 from gtp_fx.passes.exact.turn_streams import turn_streams
+from gtp_fx.passes.lower.call_layers import call_layers
 from gtp_fx.passes.lower.functional_linear import functional_linear
 from gtp_fx.passes.lower.triton_kernels import triton_kernels
 from gtp_fx.passes.reduce.remove_tokens import remove_tokens
@@ -147,6 +148,7 @@ ORDER = (
         needed=lambda plan: bool(plan.propagated) or plan.strategy.rewrites_every_attention,
     ),
     Pass(triton_kernels, "lower", "on a GPU, GTP's operators become Triton kernels", optional=True),
+    Pass(call_layers, "lower", "an operator that is a layer's whole forward becomes a call of the layer"),
     Pass(
         functional_linear, "lower", "linear layers become torch.nn.functional.linear, which quantised weights override"
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,18 @@ def cache_folder() -> Path:
 
 
 def keep_json(file: Path, value: Any) -> None:
-    """Write `value` to `file` at once, because another process may be reading; make its folders."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write `value` to `file` at once, because another process may be reading; make its folders.
+
+    Warns where that can't be done: a cache is a convenience.
+    """
     written = file.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps(value, indent=2) + "\n")
-    written.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text(json.dumps(value, indent=2) + "\n")
+        written.replace(file)
+    except OSError as error:
+        warnings.warn(
+            f"{file.name} can't be kept in {file.parent} ({error.strerror or error}), so the next run measures it "
+            f"again; the environment variable GTP_FX_CACHE names another folder",
+            stacklevel=2,
+        )

@@ -25,7 +25,9 @@ from torch.utils import _pytree as pytree
 
 from gtp_fx.capture.called_as import CalledAs
 from gtp_fx.capture.fused_layers import without_fused_layers
+from gtp_fx.capture.hooks import without_user_hooks
 from gtp_fx.capture.inputs import CallSignature, describe
+from gtp_fx.capture.layers import LAYER, mark_layers, plain_calls
 from gtp_fx.capture.regions import AUTOCAST, opened, write_out
 from gtp_fx.capture.side_effects import Left, left_by_each_call, watched
 from gtp_fx.capture.vocabulary import open_composites
@@ -40,6 +42,8 @@ log = logging.getLogger(__name__)
 
 NOT_KEPT = "not_kept"
 """Key in a captured graph's `meta`: paths of what forward leaves on its modules, and the graph doesn't."""
+WRITTEN = "written"
+"""Key in a captured graph's `meta`: paths of all attributes that forward sets, at its first call or at each."""
 
 
 def capture_module(model: nn.Module, signature: CallSignature, training: bool = False) -> fx.GraphModule:
@@ -48,9 +52,16 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
     Raises CaptureError where torch.export fails, or where the forward changes the model's state at every call.
     """
     # Fused layers are only for calls without gradients: with gradients on, and torch's switch off, they stay open.
-    with tracing_lock(), _mode(model, training), torch.enable_grad(), without_fused_layers():
+    with (
+        tracing_lock(),
+        _mode(model, training),
+        torch.enable_grad(),
+        without_fused_layers(),
+        without_user_hooks(model),
+    ):
         try:
-            program, attributes = _exported(model, signature)
+            with plain_calls(model) as called:
+                program, attributes = _exported(model, signature)
             # A change at the first call alone (a cache, a flag) is harmless, so the model is run twice and compared.
             call = functools.partial(model, *signature.args, **signature.kwargs)
             left = left_by_each_call(model, call) if attributes else Left()
@@ -82,8 +93,12 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
         if touched:
             captured.meta[AUTOCAST] = frozenset({*captured.meta.get(AUTOCAST, ()), *touched})
         captured.meta[NOT_KEPT] = (*left.unread, *buffers)
+        captured.meta[WRITTEN] = tuple(attributes)
         open_composites(captured)
         fix_symbols(captured)
+        mark_layers(captured, model, {module for module, plain in called.items() if plain})
+        for node in captured.graph.nodes:  # torch's other notes keep tensors of the tracing alive
+            node.meta = {key: value for key, value in node.meta.items() if key in (*edit.META_KEYS, "val", LAYER)}
         return captured
 
 

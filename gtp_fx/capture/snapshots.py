@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 DEPTH = 4
 """Levels of nested containers that a snapshot includes."""
 _VALUES = (int, float, complex, str, bytes, bool, type(None))
-_OWN = frozenset(vars(nn.Module())) - {"training"}
+OWN = frozenset(vars(nn.Module())) - {"training"}
 """Names of nn.Module's internal attributes: parameters, buffers, submodules, hooks."""
 _WHOLE = (Tensor, nn.Module, type, types.ModuleType)
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
     """Return the module's attributes by name, without its parameters, buffers and submodules."""
-    return {name: value for name, value in vars(module).items() if name not in _OWN}
+    return {name: value for name, value in vars(module).items() if name not in OWN}
 
 
 def snapshot(value: Any, depth: int = DEPTH, objects: bool = False) -> Any:
@@ -39,6 +40,22 @@ def snapshot(value: Any, depth: int = DEPTH, objects: bool = False) -> Any:
     if depth and objects and hasattr(value, "__dict__") and not isinstance(value, _WHOLE) and not callable(value):
         return _Same(value), snapshot(vars(value), depth - 1, objects)
     return _Same(value)
+
+
+def inside(value: Any, path: str, known: set[int], depth: int = DEPTH) -> Iterator[tuple[str, Any]]:
+    """Yield the dicts and lists in `value`, and the attributes of plain objects such as a configuration, with paths.
+
+    known: ids of what was yielded before, which isn't again; filled.
+    """
+    plain = not isinstance(value, (*_VALUES, *_WHOLE)) and not callable(value)
+    held = value if isinstance(value, dict | list) else vars(value) if plain and hasattr(value, "__dict__") else None
+    if not depth or held is None or id(held) in known:
+        return
+    known.add(id(held))
+    yield path, held
+    joint = "." if held is not value else ""
+    for key, item in held.items() if isinstance(held, dict) else enumerate(held):
+        yield from inside(item, f"{path}{joint}{key}" if joint else f"{path}[{key!r}]", known, depth - 1)
 
 
 class _Same:

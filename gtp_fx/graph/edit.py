@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from gtp_fx.graph.nodes import attention_dropout
 from gtp_fx.graph.symbols import names_a_symbol
 from gtp_fx.graph.torch_internals import return_flat, take_signature
+
+_ATTRIBUTES = ("get_attr", "call_module")
+CONSTANT = "gtp_fx_constant_"
+"""What names of a graph's own constants begin with, which are no parameters or buffers of the model."""
 
 META_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 """The metadata that tells where in the model a node comes from."""
@@ -86,9 +90,20 @@ def copy_with_nodes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
     take_signature(graph, gm.graph)
-    new = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    # What a graph reads may be gone for now: a layer was replaced, which is called. So attributes are given one by one.
+    held = {str(node.target): _attribute(gm, str(node.target)) for node in graph.nodes if node.op in _ATTRIBUTES}
+    new = fx.GraphModule(held, graph, class_name=type(gm).__name__)
+    new.training = gm.training
     new.meta.update(gm.meta)
     return new, dict(zip(gm.graph.nodes, graph.nodes, strict=True))
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> Any:
+    """Return what `gm` has at a path; an empty tensor where it has nothing there."""
+    value: Any = gm
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return torch.empty(0) if value is None else value
 
 
 def returning(gm: fx.GraphModule, results: Callable[[dict[fx.Node, fx.Node]], list[fx.Node]]) -> fx.GraphModule:
@@ -123,3 +138,15 @@ def _is_impure(node: fx.Node) -> bool:
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return bool(attention_dropout(node))
     return bool(node.is_impure())
+
+
+def share(gm: fx.GraphModule, owner: nn.Module) -> None:
+    """Let `gm` read everything but its constants from `owner`, in place, and follow whatever is put into that.
+
+    It holds the very same dicts. Its constants are plain attributes.
+    """
+    held = {**gm._parameters, **gm._buffers, **gm._modules}  # a copy has registered what were plain attributes
+    constants = {name: value for name, value in held.items() if name.startswith(CONSTANT)}
+    gm.__dict__.update(constants)
+    gm._parameters, gm._buffers, gm._modules = owner._parameters, owner._buffers, owner._modules
+    gm._non_persistent_buffers_set = owner._non_persistent_buffers_set

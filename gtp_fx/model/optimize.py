@@ -36,12 +36,15 @@ def optimize(
     prefix_tokens: int | None = DEFAULTS["prefix_tokens"],
     mode: str | None = DEFAULTS["mode"],
     compile: bool = True,
+    recapture: bool = False,
 ) -> OptimizedModel:
     """Make a faster replacement for a vision transformer, over the same parameters.
 
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the size that the model will be
         called with; None derives them from timm's `pretrained_cfg` or HF's `config`. The result takes any batch.
     compile: let Inductor compile the graph at its first call; False gives an eager FX module.
+    recapture: make a new graph where the model was changed in a way that the graph doesn't follow (a flag that forward
+        reads, a block replaced); False raises InputError at the next call.
     The others are the fields of `gtp_fx.options.options.Options`:
 
     {options}
@@ -77,7 +80,9 @@ def optimize(
     )
     must_be_optional(options.disabled_passes)
     with internal_errors_told():
-        return OptimizedModel(model, call_signature(model, example_inputs), options, compile)
+        return OptimizedModel(
+            model, call_signature(model, example_inputs), options, compile=compile, recapture=recapture
+        )
 
 
 def _no_module(model: Any) -> str:

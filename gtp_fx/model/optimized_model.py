@@ -1,17 +1,17 @@
 """The nn.Module that `optimize` returns, which replaces the original.
 
-It has the original's call, output type and shapes, and its parameters (names, order, storage). It takes any batch and
-supports both modes, `.to()` and `state_dict()`. It has the original's attributes (`config`, `pretrained_cfg`, …) and
-methods; methods that take tensors are optimised as well (`gtp_fx.capture.called_as`).
+It has the original's call, output type and shapes, and its parameters and modules: the very same ones, under the same
+names. Layers are called by its graph as they are, with their hooks; what holds them (a block) isn't called. It takes
+any batch and supports both modes, `.to()` and `state_dict()`. It has the original's attributes (`config`,
+`pretrained_cfg`, …) and methods; methods that take tensors are optimised as well (`gtp_fx.capture.called_as`).
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import functools
 import inspect
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,29 +21,23 @@ from torch import fx, nn
 from gtp_fx.capture.autocast_casts import clashes
 from gtp_fx.capture.called_as import CalledAs
 from gtp_fx.capture.inputs import CallSignature, call_signature, device_of, dtype_of, tensors_in
+from gtp_fx.capture.layers import OWN_CALLS
 from gtp_fx.capture.module import capture_module
-from gtp_fx.capture.regions import AUTOCAST
 from gtp_fx.capture.snapshots import attributes_of
 from gtp_fx.errors import InputError, ScheduleError
-from gtp_fx.model.contents import Contents
+from gtp_fx.graph import edit
+from gtp_fx.graph.torch_internals import tracing_lock
+from gtp_fx.model import following
 from gtp_fx.model.internal_errors import internal_errors_told
-from gtp_fx.model.parameters import (
-    ModuleMap,
-    class_like,
-    copy_replaced,
-    names_of,
-    parameter_tree,
-    share,
-    shared_tensors,
-    use_parameters_of,
-)
+from gtp_fx.model.parameters import SHARED, class_like, lend, names_of, names_read, read_from, stand_for
 from gtp_fx.model.pipeline import Optimised, run_passes
-from gtp_fx.model.state import State, settled
+from gtp_fx.model.rollback import put_back_on_error
+from gtp_fx.model.runner import make_runner
+from gtp_fx.model.state import Chosen, Made, Mode, Runner, State, settled
+from gtp_fx.model.watch import NOTHING
 from gtp_fx.options.calibration import bound
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import AUTO, Schedule
-from gtp_fx.passes.lower.functional_linear import functional_linear
-from gtp_fx.passes.lower.triton_kernels import lowered
 from gtp_fx.report.provenance import Provenance, SiteRecord, output_and_provenance_runner, provenance_runner
 from gtp_fx.report.report import Report
 from gtp_fx.strategies import Strategy
@@ -64,25 +58,27 @@ class OptimizedModel(nn.Module):
         options: Options,
         compile: bool,
         blocks_needed: bool = True,
+        recapture: bool = False,
+        chosen: Chosen | None = None,
     ) -> None:
         """Capture `original` and rewrite its evaluation graph.
 
         signature: how the original is called, with examples.
         blocks_needed: whether a model without attention over patches is refused.
+        recapture: whether a change of the model that its graph can't follow makes a new graph, and is no error.
         """
-        super().__init__()
-        self.__class__ = class_like(OptimizedModel, type(original))
-        twins: ModuleMap = {}
-        tree = parameter_tree(original, twins)
-        # The graphs and this module hold the very same dicts, so `.to()` and `load_state_dict` reach all of them.
-        self._parameters, self._buffers, self._modules = tree._parameters, tree._buffers, tree._modules
-        self._non_persistent_buffers_set = tree._non_persistent_buffers_set
-        twins[original] = self
-        # Set past nn.Module, which would register the original as a child and double every name.
+        training = original.training
         self._gtp: State
-        object.__setattr__(self, "_gtp", State(original, signature, options, compile, blocks_needed, twins))
-        self._gtp.first = self._optimised(training=False)
-        self.training = original.training
+        # Set past nn.Module, which would register the original as a child and double every name.
+        state = State(original, signature, dtype_of(original), options, compile, recapture, blocks_needed, chosen)
+        object.__setattr__(self, "_gtp", state)
+        super().__init__()
+        original.training = training  # nn.Module's __init__ sets it, and it is the original's
+        self.__class__ = class_like(OptimizedModel, type(original))
+        stand_for(self, original)
+        self._runner(training=False)
+        for path in state.runners[self._mode(training=False), device_of(self)].watch.hooks():
+            following.tell_of_hooks([path])
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -92,12 +88,12 @@ class OptimizedModel(nn.Module):
     @property
     def report(self) -> Report:
         """FLOPs, sites, passes and refusals."""
-        return self._gtp.chosen.report
+        return self._gtp.settled.report
 
     @property
     def schedule(self) -> Schedule:
         """Number of patch tokens that each attention block removes."""
-        return self._gtp.chosen.schedule
+        return self._gtp.settled.schedule
 
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
@@ -107,7 +103,7 @@ class OptimizedModel(nn.Module):
     @property
     def strategy(self) -> Strategy:
         """The strategy that was given, or the one that calibration chose."""
-        return self._gtp.chosen.strategy
+        return self._gtp.settled.strategy
 
     @property
     def inductor_options(self) -> dict[str, Any]:
@@ -116,15 +112,32 @@ class OptimizedModel(nn.Module):
 
     @property
     def signature(self) -> CallSignature:
-        """The call's form, with examples of two images."""
-        return self._gtp.signature
+        """The call's form, with examples of two images, on the model's device and in its dtype."""
+        return self._gtp.signature.like(self._gtp.original, self._gtp.dtype)
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The original's mode."""
+        return self._gtp.original.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self._gtp.original.training = mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph of the current mode. Raises InputError where the call's form differs from the captured one."""
+        """Run the graph of the current mode.
+
+        Raises InputError where the call's form differs from the captured one, or where the model was changed in a way
+        that its graph doesn't follow.
+        """
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
-        if clash := clashes(self._gtp.chosen.graph_module.meta.get(AUTOCAST, ())):
+        runner = self._runner(self.training)
+        if not torch.compiler.is_compiling() and following.must_be_made_anew(self._gtp, runner.watch):
+            runner = self._runner(self.training)
+        lend(runner.graph_module, self, runner.top)
+        if runner.casts and (clash := clashes(runner.casts)):
             raise InputError(clash)
-        return self._runner()(*args, **kwargs)
+        return runner.run(*args, **kwargs)
 
     def provenance(self, *args: Any, **kwargs: Any) -> tuple[Provenance, ...]:
         """Return, for each stream of tokens, which patches each remaining token stands for, and by how much.
@@ -169,11 +182,21 @@ class OptimizedModel(nn.Module):
             self._changing(setattr, state.original, name, value)
 
     def _changing(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `do`, which may change the original, and rebuild the graphs where it has; return what `do` returns."""
-        before = Contents.of(self._gtp.original)
-        result = do(*args, **kwargs)
-        if not before.same(Contents.of(self._gtp.original)):
-            self._remake(before)
+        """Call `do`, which may change the original, and make the graphs anew where it has; return what `do` returns.
+
+        Where that fails, the original is put back as it was.
+        """
+        state = self._gtp
+        graphs = dict(state.graphs), dict(state.runners), dict(state.methods)
+        with put_back_on_error(state.original):
+            result = do(*args, **kwargs)
+            if any(runner.watch.changes() is not NOTHING for runner in state.runners.values()):
+                state.forget()
+                try:
+                    self._runner(training=False)
+                except BaseException:
+                    state.graphs, state.runners, state.methods = graphs
+                    raise
         return result
 
     def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -199,126 +222,103 @@ class OptimizedModel(nn.Module):
         state = self._gtp
         module = CalledAs(state.original, getattr(state.original, name))
         example: Any = args if not kwargs else inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        options = settled(state.options, state.chosen)
-        if not any(state.chosen.schedule):  # remove nothing here either, whatever blocks the method has
+        options = settled(state.options, state.settled)
+        if not any(state.settled.schedule):  # remove nothing here either, whatever blocks the method has
             options = replace(options, schedule=AUTO, flops_budget=1.0)
         try:
             with internal_errors_told():
                 given = call_signature(module, example)
-                fast = OptimizedModel(module, given, options, state.compile, blocks_needed=False)
+                fast = OptimizedModel(module, given, options, state.compile, False, state.recapture)
         except ScheduleError as error:
             raise ScheduleError(f"{module._get_name()}: {error}") from error
-        # The method's graphs and this model hold the very same dicts of parameters.
-        fast._gtp.compile &= fast.report.blocks > 0
-        fast._parameters, fast._buffers, fast._modules = self._parameters, self._buffers, self._modules
-        fast._non_persistent_buffers_set = self._non_persistent_buffers_set
-        for made in fast._gtp.by_mode.values():
-            use_parameters_of(made.graph_module, self, names_of(state.original))
+        if not fast.report.blocks and state.compile:  # nothing to gain
+            fast._gtp.compile = False
+            fast._gtp.runners.clear()
         return fast
 
-    def _remake(self, before: Contents) -> None:
-        """Capture and rewrite the original anew, with the same schedule, after it has changed.
-
-        What the original still holds from `before` stays as this model holds it, possibly in another form (quantised).
-        """
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
+        """Copy everything but compiled code; the graphs are the same, over the copy's parameters."""
         state = self._gtp
-        with internal_errors_told():
-            made = self._rewritten(training=False)  # first, since it may fail: this model stays whole then
-        twins: ModuleMap = {}
-        tree = parameter_tree(state.original, twins)
-        copy_replaced(state.twins, twins, before.tensors)
-        # Refill this module's dicts in place: others hold them too.
-        for mine, new in (
-            (self._parameters, tree._parameters),
-            (self._buffers, tree._buffers),
-            (self._modules, tree._modules),
-        ):
-            mine.clear()
-            mine.update(new)  # type: ignore[arg-type]
-        state.twins = {**twins, state.original: self}
-        state.forget()
-        use_parameters_of(made.graph_module, self, names_of(state.original))
-        state.first = state.by_mode[False] = made
-
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
-        """Run nn.Module's `_apply` (`.to()` and the like), and let the original follow."""
-        with self._together():
-            return super()._apply(fn, recurse)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load as nn.Module does, and let the original follow."""
-        with self._together():
-            return super().load_state_dict(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
-        """Keep the tensors that this model shares with the original shared, across a change of them.
-
-        Parameters mostly change in place, but buffers are replaced, and with assign=True everything is. The examples
-        move as well, since later captures run the original with them. A graph has dtypes written into it
-        (`x.to(torch.float32)`), so a change of dtype discards the graphs.
-        """
-        state = self._gtp
-        both, was = shared_tensors(state.twins), dtype_of(state.original)
-        try:
-            yield
-        finally:
-            for mine, theirs, name in both:
-                theirs[name] = mine[name]
-            for each in (self, *itertools.chain(*state.methods.values())):
-                each._gtp.signature = each._gtp.signature.like(state.original, was)
-            if dtype_of(state.original) != was:
-                state.forget()
+        new = _bare(type(state.original))
+        memo[id(self)] = new
+        own = copy.deepcopy(self._own(), memo)
+        twin = replace(state, original=copy.deepcopy(state.original, memo), graphs={}, runners={}, methods={})
+        new.__setstate__((twin, own))
+        for mode, made in state.graphs.items():
+            captured, graph_module = map(edit.copy_of, (made.captured, made.optimised.graph_module))
+            for gm in (captured, graph_module):
+                edit.share(gm, new)
+            twin.graphs[mode] = Made(captured, replace(made.optimised, graph_module=graph_module))
+            if mode[1] == dtype_of(new):
+                new._runner(mode[0])  # from now on it is noticed what is changed in the copy
+        return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy or pickle everything but compiled code."""
-        state = {**self.__dict__, "_gtp": replace(self._gtp, runners={})}
-        return _bare, (type(self._gtp.original),), state
+        """Pickle everything but graphs and code, which are made anew, with the same schedule."""
+        state = replace(self._gtp, graphs={}, runners={}, methods={})
+        return _bare, (type(self._gtp.original),), (state, self._own())
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and let the graphs share this module's dicts again."""
-        super().__setstate__(state)
-        for made in self._gtp.by_mode.values():  # graph modules copy their dicts
-            share(made.graph_module, self)
+    def __setstate__(self, state: tuple[State, dict[str, Any]]) -> None:
+        """Take a state, and let this module have the parameters and modules of the original in it."""
+        object.__setattr__(self, "_gtp", state[0])
+        self.__dict__.update(state[1])
+        stand_for(self, state[0].original)
+
+    def _own(self) -> dict[str, Any]:
+        """Return this module's own attributes, beside those that it has from the original."""
+        return {name: value for name, value in self.__dict__.items() if name not in SHARED and name != "_gtp"}
 
     def extra_repr(self) -> str:
         """Return the line that nn.Module's repr shows."""
         return f"optimised by gtp_fx, at {self.report.flops_ratio:.4f} of its FLOPs"
 
-    def _optimised(self, training: bool) -> Optimised:
-        """Return the rewritten graph of one mode, made at its first use."""
-        state = self._gtp
-        if training not in state.by_mode:
-            with internal_errors_told():
-                made = self._rewritten(training)
-                use_parameters_of(made.graph_module, self, names_of(state.original))
-            state.by_mode[training] = made
-        return state.by_mode[training]
+    def _mode(self, training: bool) -> Mode:
+        """Return the key of the graph for one mode and the weights' present dtype."""
+        return training, dtype_of(self)
 
-    def _rewritten(self, training: bool) -> Optimised:
-        """Capture the original and rewrite its graph, with the schedule of the first graph once there is one."""
+    def _optimised(self, training: bool) -> Optimised:
+        """Return the rewritten graph of one mode."""
+        return self._made(training).optimised
+
+    def _made(self, training: bool) -> Made:
+        """Return the graphs of one mode, made at their first use, or anew where a layer's own call is wanted since."""
+        state, mode = self._gtp, self._mode(training)
+        made = state.graphs.get(mode)
+        if made is None:
+            with internal_errors_told():
+                captured = capture_module(state.original, self.signature, training)
+                read_from(captured, self, names_of(state.original))
+                made = state.graphs[mode] = self._rewritten(captured)
+        elif not state.own_calls <= made.captured.meta[OWN_CALLS]:
+            with internal_errors_told():
+                made = state.graphs[mode] = self._rewritten(made.captured)
+        return made
+
+    def _rewritten(self, captured: fx.GraphModule) -> Made:
+        """Rewrite a captured graph, with the schedule of the first one once there is one."""
         state = self._gtp
-        options = state.options if state.first is None else settled(state.options, state.first)
+        options = state.options if state.chosen is None else settled(state.options, state.chosen)
         if options.calibration is not None:
             options = replace(options, calibration=bound(options.calibration, state.signature.canonical))
-        return run_passes(capture_module(state.original, state.signature, training), options, state.blocks_needed)
+        state.own_calls |= following.own_calls(captured, state.original)
+        captured.meta[OWN_CALLS] = state.own_calls
+        made = run_passes(captured, options, state.blocks_needed)
+        read_from(made.graph_module, self, names_read(captured))
+        if state.chosen is None:
+            state.chosen = Chosen(made.schedule, made.strategy, made.report)
+        return Made(captured, made)
 
-    def _runner(self) -> Any:
-        """Return what runs the current mode on this device: the graph module, or its compiled form."""
-        state, training, device = self._gtp, self.training, device_of(self)
-        if (training, device) not in state.runners:
-            optimised = self._optimised(training)
-            with internal_errors_told():
-                runner: Any = functional_linear(
-                    lowered(optimised.graph_module, device, state.options.disabled_passes, state.options.target.told)
-                    if state.compile
-                    else optimised.graph_module
-                )
-                share(runner, self)
-            if state.compile:
-                runner = torch.compile(runner, options=self.inductor_options or None)
-            state.runners[training, device] = runner
-        return state.runners[training, device]
+    def _runner(self, training: bool) -> Runner:
+        """Return what runs one mode on the present device, made at its first use."""
+        state, mode, device = self._gtp, self._mode(training), device_of(self)
+        found = state.runners.get((mode, device))
+        if found is None:
+            with tracing_lock(), internal_errors_told():
+                if (mode, device) not in state.runners:  # another thread may have made it meanwhile
+                    made = self._made(training)
+                    state.runners[mode, device] = make_runner(made, state, self, device, self.inductor_options)
+                found = state.runners[mode, device]
+        return found
 
 
 def _bare(original: type[nn.Module]) -> OptimizedModel:

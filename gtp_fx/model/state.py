@@ -6,12 +6,63 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from gtp_fx.capture.inputs import CallSignature
-from gtp_fx.model.parameters import ModuleMap
 from gtp_fx.model.pipeline import Optimised
+from gtp_fx.model.watch import Watch
 from gtp_fx.options.options import Options
+from gtp_fx.options.schedule import Schedule
+from gtp_fx.report.report import Report
+from gtp_fx.strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was decided when a model was made, which all of its graphs carry out.
+
+    schedule: tokens that each block removes.
+    strategy: how.
+    report: what was done.
+    """
+
+    schedule: Schedule
+    strategy: Strategy
+    report: Report
+
+
+@dataclass(frozen=True)
+class Made:
+    """One graph of a model, before and after it was rewritten.
+
+    captured: the graph as it was captured; it is rewritten anew where somebody reads a layer that was joined.
+    optimised: the rewritten graph.
+    """
+
+    captured: fx.GraphModule
+    optimised: Optimised
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What runs one graph on one device.
+
+    run: the graph module, or its compiled form.
+    graph_module: the graph module.
+    top: names of the parameters that it reads from the model itself, and not from its modules.
+    watch: what the graph takes for granted of the model.
+    casts: autocast states that the graph was captured in.
+    """
+
+    run: Any
+    graph_module: fx.GraphModule
+    top: tuple[str, ...]
+    watch: Watch
+    casts: Any = ()
+
+
+Mode = tuple[bool, "torch.dtype | None"]
+"""What a graph is captured for: `training`, and the weights' dtype, which is written into it (`x.to(float32)`)."""
 
 
 @dataclass
@@ -20,47 +71,51 @@ class State:
 
     original: the model it was made from.
     signature: how it is called, with examples.
+    dtype: of the weights when the examples were given.
     options: the options it was made with.
     compile: whether Inductor compiles its graphs.
+    recapture: whether a change of the model that its graph can't follow makes a new graph, and is no error.
     blocks_needed: whether a graph without attention over patches is refused.
-    twins: from each module of the original to the one that replaces it.
-    first: the first optimised graph. Later ones (training mode, other dtypes) reuse its schedule and strategy.
-    by_mode: the optimised graphs, by `training`.
-    runners: what runs them, compiled or not, by `training` and device.
+    chosen: schedule, strategy and report, once the first graph is made.
+    own_calls: paths of layers that no pass may join with others, since somebody reads or replaces what they do.
+    graphs: the graphs, by mode.
+    runners: what runs them, by mode and device.
     methods: optimised methods of the original, by name, one for each form of arguments.
     """
 
     original: nn.Module
     signature: CallSignature
+    dtype: torch.dtype | None
     options: Options
     compile: bool
-    blocks_needed: bool
-    twins: ModuleMap
-    first: Optimised | None = None
-    by_mode: dict[bool, Optimised] = field(default_factory=dict)
-    runners: dict[tuple[bool, torch.device], Any] = field(default_factory=dict)
+    recapture: bool = False
+    blocks_needed: bool = True
+    chosen: Chosen | None = None
+    own_calls: frozenset[str] = frozenset()
+    graphs: dict[Mode, Made] = field(default_factory=dict)
+    runners: dict[tuple[Mode, torch.device], Runner] = field(default_factory=dict)
     methods: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
-    def chosen(self) -> Optimised:
-        """The first optimised graph, whose schedule and strategy all others have."""
-        assert self.first is not None, "set when the model is made"
-        return self.first
+    def settled(self) -> Chosen:
+        """What was decided when the model was made."""
+        assert self.chosen is not None, "set when the model is made"
+        return self.chosen
 
     def forget(self) -> None:
         """Discard all graphs; they are made anew when they are needed."""
-        self.by_mode.clear()
+        self.graphs.clear()
         self.runners.clear()
         self.methods.clear()
 
 
-def settled(options: Options, made: Optimised) -> Options:
-    """Return options that reproduce `made`: its schedule and strategy, without budgets or calibration."""
+def settled(options: Options, chosen: Chosen) -> Options:
+    """Return options that reproduce a schedule and strategy, without budgets or calibration."""
     return replace(
         options,
         flops_budget=None,
         latency_budget=None,
         calibration=None,
-        schedule=made.schedule,
-        strategy=made.strategy,
+        schedule=chosen.schedule,
+        strategy=chosen.strategy,
     )

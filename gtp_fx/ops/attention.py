@@ -68,7 +68,10 @@ def attention_with_scores(
     # Sparsification comes before the product with v, and scores read the sparse map too.
     if sparsity < 1.0 and (dropped := entries_dropped(q.shape[-2] * k.shape[-2], sparsity)):
         exp_BHNN = above(exp_BHNN, inverse_BHN1, smallest_kept(exp_BHNN, inverse_BHN1, dropped))
-    out = torch.matmul(exp_BHNN.to(v.dtype), v) * inverse_BHN1.to(v.dtype)
+    if v.dtype == torch.float16:  # sums of many tokens before the division may be beyond its range
+        out = torch.matmul((exp_BHNN * inverse_BHN1).to(v.dtype), v)
+    else:
+        out = torch.matmul(exp_BHNN.to(v.dtype), v) * inverse_BHN1.to(v.dtype)
     exp_BHNN = exp_BHNN[..., before : exp_BHNN.shape[-1] - after]
     return out, _scores(exp_BHNN, inverse_BHN1, score, prefix, exp_BHNN.shape[-1] - suffix)
 
@@ -117,7 +120,8 @@ def attention_map(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None
     Products with the map are divided after they are multiplied, which saves a pass over N x M each time.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits_BHNM = torch.matmul(q, k.transpose(-2, -1)).float() * scale
+    # Queries are scaled before the product, as in fused attention: float16 may not hold q·kᵀ itself.
+    logits_BHNM = torch.matmul(q * scale, k.transpose(-2, -1)).float()
     if bias is not None:
         logits_BHNM = logits_BHNM + _additive(bias)
     exp_BHNM = (logits_BHNM - logits_BHNM.detach().amax(dim=-1, keepdim=True)).exp()

@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
+from gtp_fx.capture.layers import stays_whole
 from gtp_fx.graph import edit, nodes
 from gtp_fx.graph.symbols import per_image, shape_of
 
@@ -28,19 +29,19 @@ After `drop_dead_tokens` some layers compute a single token; their product is no
 
 def fuse_projections(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of `gm` in which linear layers that share an input are one; `gm` itself where none do."""
-    if not _groups(gm.graph):
+    if not _groups(gm):
         return gm
     gm = edit.copy_of(gm)
-    for linears in _groups(gm.graph):
+    for linears in _groups(gm):
         _fuse(gm.graph, linears)
     return edit.finish(gm)
 
 
-def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
+def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
     """Return groups of two or more linear layers that read the same value."""
     by_input: dict[Any, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.target is aten.linear.default and _fusable(node):
+    for node in gm.graph.nodes:
+        if node.target is aten.linear.default and _fusable(node) and not stays_whole(gm, node):
             by_input.setdefault(node.args[0], []).append(node)
     return [linears for linears in by_input.values() if len(linears) > 1]
 

@@ -20,6 +20,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.typed_graph import typed_graph
+from gtp_fx.capture.layers import stays_whole
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import PERMUTATIONS, REARRANGED, SQUEEZES
 from gtp_fx.graph.rearrangements import order_of
@@ -71,7 +72,7 @@ def split_projections(gm: fx.GraphModule, needs_full_maps: bool = False) -> fx.G
     differing = {}
     for node in gm.graph.nodes:
         fused = match_fused(node)
-        if fused is not None:
+        if fused is not None and not stays_whole(gm, node):
             needs = [needed.get(part.node, 0) for part in fused.parts]
             if len(set(needs)) > 1:
                 differing[node] = needs

@@ -1,0 +1,69 @@
+"""What runs an optimised graph on one device: its layers called, its operators the processor's, compiled or not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gtp_fx.capture.layers import LAYER, OWN_CALLS
+from gtp_fx.capture.module import WRITTEN
+from gtp_fx.capture.regions import AUTOCAST
+from gtp_fx.graph.edit import CONSTANT, share
+from gtp_fx.model.parameters import lend, top_names
+from gtp_fx.model.state import Made, Runner, State
+from gtp_fx.model.watch import Watch
+from gtp_fx.passes.lower.call_layers import call_layers, called_layers, joined_layers
+from gtp_fx.passes.lower.functional_linear import functional_linear
+from gtp_fx.passes.lower.triton_kernels import lowered
+
+
+def make_runner(
+    made: Made, state: State, owner: nn.Module, device: torch.device, inductor: Mapping[str, Any]
+) -> Runner:
+    """Return what runs a graph over `owner`'s parameters and modules on `device`. Nothing is compiled yet.
+
+    inductor: Inductor's options, where the state asks for compiling.
+    """
+    options, graph_module = state.options, made.optimised.graph_module
+    lend(graph_module, owner, top_names(graph_module))
+    if state.compile:
+        graph_module = lowered(graph_module, device, options.disabled_passes, options.target.told)
+    graph_module = functional_linear(call_layers(graph_module, owner))
+    share(graph_module, owner)
+    _move_constants(graph_module, device)
+    # The graph depends on all that it neither calls nor reads. A method's depends on what the method belongs to.
+    called = called_layers(graph_module)
+    layers = {node.meta[LAYER].path for node in made.captured.graph.nodes if LAYER in node.meta}
+    joined = (joined_layers(graph_module) & layers) - called - made.captured.meta[OWN_CALLS]
+    watch = Watch(getattr(state.original, "_owner", state.original), called, joined, made.captured.meta[WRITTEN])
+    run: Any = graph_module
+    if state.compile:
+        run = _Once(torch.compile(graph_module, options=dict(inductor) or None))
+    casts = frozenset(made.captured.meta.get(AUTOCAST, ()))
+    return Runner(run, graph_module, top_names(graph_module), watch, casts)
+
+
+class _Once:
+    """A compiled function, whose first call compiles; threads that call it at the same time wait for that one."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function, self._lock, self._is_ready = function, threading.Lock(), False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_ready or torch.compiler.is_compiling():
+            return self._function(*args, **kwargs)
+        with self._lock:
+            result = self._function(*args, **kwargs)
+            self._is_ready = True
+        return result
+
+
+def _move_constants(gm: fx.GraphModule, device: torch.device) -> None:
+    """Move the graph's own tensors to the device that its parameters are on; in place."""
+    for name, value in vars(gm).items():
+        if name.startswith(CONSTANT) and isinstance(value, Tensor) and value.ndim and not value.is_meta:
+            gm.__dict__[name] = value.to(device)
