@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -28,11 +28,20 @@ def _package(name: str) -> str:
 
 def user_hooks(module: nn.Module) -> dict[str, list[int]]:
     """Return the keys of the user's own forward hooks, by the dict they are in; empty where there are none."""
-    found = {}
-    for name in FORWARD:
-        if keys := [key for key, hook in module.__dict__[name].items() if not _is_part_of(module, hook)]:
-            found[name] = keys
-    return found
+    return _hooks(module, lambda hook: not _is_torchs(hook) and not _is_librarys(module, hook))
+
+
+def added_hooks(module: nn.Module) -> dict[str, list[int]]:
+    """Return the keys of forward hooks that aren't the model's library's: the user's, and those of torch's utilities.
+
+    Where they come after a capture, neither is in its graph.
+    """
+    return _hooks(module, lambda hook: not _is_librarys(module, hook))
+
+
+def _hooks(module: nn.Module, is_wanted: Callable[[Any], bool]) -> dict[str, list[int]]:
+    found = {name: [key for key, hook in module.__dict__[name].items() if is_wanted(hook)] for name in FORWARD}
+    return {name: keys for name, keys in found.items() if keys}
 
 
 @contextlib.contextmanager
@@ -53,10 +62,17 @@ def without_user_hooks(model: nn.Module) -> Iterator[None]:
             hooks.update(before)
 
 
-def _is_part_of(module: nn.Module, hook: Any) -> bool:
-    """Return whether a hook is part of a module's forward, since torch's utilities or the module's library set it."""
+def _origins(hook: Any) -> set[str]:
+    """Return the names of the modules that a hook's function and class are from."""
     while isinstance(hook, functools.partial):
         hook = hook.func
-    names = {getattr(getattr(hook, "__func__", hook), "__module__", None) or "", type(hook).__module__}
+    return {getattr(getattr(hook, "__func__", hook), "__module__", None) or "", type(hook).__module__}
+
+
+def _is_torchs(hook: Any) -> bool:
+    return any(f"{name}.".startswith(_OF_TORCH) for name in _origins(hook))
+
+
+def _is_librarys(module: nn.Module, hook: Any) -> bool:
     own = _package(type(module).__module__)
-    return any(f"{name}.".startswith(_OF_TORCH) or (own and _package(name) == own) for name in names)
+    return bool(own) and own != "torch" and own in map(_package, _origins(hook))

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from gtp_fx.graph.nodes import tensors_of
@@ -58,6 +59,8 @@ def plain_calls(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
     plain: dict[nn.Module, bool] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():  # inside of torch.cond, say, which calls no layers
+            return
         one = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs and isinstance(output, Tensor)
         plain[module] = one and plain.get(module, True)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from gtp_fx.capture.hooks import FORWARD, user_hooks
+from gtp_fx.capture.hooks import FORWARD, added_hooks, user_hooks
 from gtp_fx.capture.snapshots import OWN, inside
 
 
@@ -87,7 +87,7 @@ class Watch:
             for name in vars(module).keys() - ours:
                 at = f"{path}.{name}".removeprefix(".")
                 self._seen += [_Seen(live, live.copy(), where) for where, live in inside(vars(module)[name], at, known)]
-        self._count, self._told = self._counted(), set(self.hooks(_any_hooks))
+        self._count, self._told = self._counted(), set(self.hooks(added_hooks))
 
     def changes(self) -> Changes:
         """Return what has changed since the last time; attributes that aren't as they were, each time."""
@@ -103,7 +103,7 @@ class Watch:
         if not paths and not hooked:
             return NOTHING
         self._count = self._counted()
-        with_hooks = [path for path in self.hooks(_any_hooks) if path not in self._told] if hooked else []
+        with_hooks = [path for path in self.hooks(added_hooks) if path not in self._told] if hooked else []
         self._told.update(with_hooks)
         return Changes(
             attributes=tuple(path for path in paths if path not in self._called and path not in self._joined),
@@ -134,11 +134,6 @@ def _modules(model: nn.Module, called: Collection[str]) -> Iterator[tuple[str, n
         if path not in called:
             children = module._modules.items()
             stack += [(f"{path}.{name}".removeprefix("."), child) for name, child in children if child is not None]
-
-
-def _any_hooks(module: nn.Module) -> bool:
-    """Return whether a module has hooks: those of torch's own utilities count, if they came after the capture."""
-    return any(vars(module)[name] for name in FORWARD)
 
 
 def _parted(path: str) -> tuple[str, str, str]:
