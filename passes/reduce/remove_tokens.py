@@ -137,10 +137,12 @@ class _Walk:
         given = value = self.current(operand)
         for dims in range(coercion.lead):
             value = self._once((operand, dims), emit, aten.unsqueeze.default, value, 0)
-        # One operator per level and dimension; the key says what was done so far, so that equal work is shared.
+        # One operator per level and dimension; the key says what was done so far, so that equal work is shared. It
+        # names the tokens: two streams of one size may read one table.
         for i, step in enumerate(coercion.steps):
             for level in _levels_between(step):
-                key = (operand, coercion.lead, coercion.steps[:i], step.dim, level, coercion.updates)
+                grid = step.axis.domain.grid
+                key = (operand, coercion.lead, coercion.steps[:i], step.dim, grid, level, coercion.updates)
                 if coercion.updates and step.recovers:
                     value = self._updated(key, emit, value, coercion.images, step, level)
                 else:
