@@ -248,7 +248,7 @@ def test_a_graph_of_code_that_is_not_here_says_so() -> None:
         gtp_fx.OptionError,
         match=r"made with 'wrong:0123456789ab', and registered here is wrong:\w{12}: register the same",
     ):
-        fast(images(CLIP))
+        fast.graph_module(images(CLIP))
 
 
 @pytest.mark.nightly
