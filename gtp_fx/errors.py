@@ -105,7 +105,7 @@ class NoBlocksError(UnsupportedModelError):
 
 
 class PieceError(GtpError):
-    """A piece of a model between graph breaks, whose tokens come in as an argument, can't be reduced as required."""
+    """A piece of a model between graph breaks, whose inputs come in as arguments, can't be reduced as required."""
 
 
 class InternalError(GtpError):

@@ -16,10 +16,11 @@ from gtp_fx.capture.fused_layers import open_layers
 from gtp_fx.capture.module import _changed, _first_lines, _hold_again, _refuse_changes
 from gtp_fx.capture.regions import AUTOCAST, has_regions, inlined, opened
 from gtp_fx.capture.vocabulary import open_composites
-from gtp_fx.errors import CaptureError, GtpError
+from gtp_fx.errors import CaptureError, GtpError, PieceError
 from gtp_fx.graph import edit
+from gtp_fx.graph.nodes import operator_name, source_line
 from gtp_fx.graph.operators import GRID_MAKERS
-from gtp_fx.graph.symbols import fix_symbols
+from gtp_fx.graph.symbols import contradiction, fix_symbols
 from gtp_fx.graph.torch_internals import (
     ENTER_AUTOCAST,
     ENTER_INFERENCE,
@@ -36,7 +37,8 @@ from gtp_fx.graph.torch_internals import (
 def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     """Return the ATen graph of Dynamo's `gm`. Placeholders keep their order and their metadata.
 
-    Raises CaptureError where the model changes its state when it runs, or holds what torch can't trace.
+    Raises CaptureError where the model changes its state when it runs, or holds what torch can't trace, and PieceError
+    where the graph doesn't say how its open sizes belong together.
     """
     gm = _without_regions(gm)
     old = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -61,6 +63,11 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     copy_parameter_sources(graph_module, gm)
     open_composites(graph_module)
     fix_symbols(graph_module)
+    if view := contradiction(graph_module.graph):
+        raise PieceError(
+            f"{operator_name(view)} [{source_line(view)}] is known to fit by how two open sizes belong together, which "
+            f"the graph doesn't say: give a batch of one size, without mark_dynamic, or optimise the whole model"
+        )
     return cast("fx.GraphModule", graph_module)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gtp_fx.errors import CaptureError
+from gtp_fx.graph.operators import VIEWS
 from gtp_fx.graph.torch_internals import fake_mode, floor_divided
 
 _SMALLEST = 1_000_000
@@ -80,6 +81,19 @@ def fix_symbols(gm: fx.GraphModule) -> None:
         for node in gm.graph.nodes:
             if "val" in node.meta:
                 node.meta["val"] = primes.in_place_of_symbols(node.meta["val"])
+
+
+def contradiction(graph: fx.Graph) -> fx.Node | None:
+    """Return the first view that has another number of elements than what it is of, by the primes; None where none has.
+
+    Torch may know of two symbols that one size is the other's multiple, by a guard that no symbol was replaced for.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in VIEWS:
+            source, result = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")
+            if isinstance(source, Tensor) and isinstance(result, Tensor) and source.numel() != result.numel():
+                return node
+    return None
 
 
 class Primes:
