@@ -6,6 +6,7 @@ BUDGET no more than its share of the FLOPs, by torch's own counter. What Dynamo 
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -257,5 +258,6 @@ def _crash(error: Exception) -> str:
 
 
 def _first_line(error: BaseException, lines: int = 1) -> str:
+    """Return an error's first lines as one, with files by their place in a library."""
     told = " ".join(" ".join(str(error).strip().splitlines()[:lines]).split())
-    return told[:400] or type(error).__name__
+    return re.sub(r"[^\s\[]*/(?:site|dist)-packages/", "", told)[:400] or type(error).__name__

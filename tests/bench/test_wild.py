@@ -155,7 +155,6 @@ def test_the_command_goes_on_where_it_stopped_and_fails_on_a_fault(
     assert unknown.exit_code == 2 and "nonesuch" in unknown.output
 
 
-@pytest.mark.skipif(not RESULT.exists(), reason="the first full run is not committed yet")
 def test_the_committed_result_has_no_fault_and_is_what_the_docs_show() -> None:
     rows = [Row(**row) for row in json.loads(RESULT.read_text())["rows"]]
     assert {(row.library, row.name) for row in rows} == {model.key for model in every()}
