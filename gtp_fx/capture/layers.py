@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gtp_fx.graph.nodes import tensors_of
+from gtp_fx.graph.torch_internals import is_higher_order
 
 LAYER = "gtp_fx_layer"
 """Key in a node's `meta`: the `Layer` whose whole call the node is."""
@@ -26,6 +27,12 @@ OWN_CALLS = "gtp_fx_own_calls"
 """Key in a graph module's `meta`: paths of layers that no pass may join with others or take apart.
 
 Somebody reads or replaces what they do: by a hook, a subclass, an adapter.
+"""
+
+
+USED = "gtp_fx_used"
+"""Key in a captured graph's `meta`: paths of the modules that forward calls or reads, and of those that hold them; None
+where that isn't known.
 """
 
 
@@ -55,17 +62,19 @@ class Layer:
 
 @contextlib.contextmanager
 def plain_calls(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
-    """Record the leaf modules that are called within the context: whether always with one tensor, returning one."""
+    """Record the modules that are called within the context: whether always with one tensor, returning one.
+
+    Only leaf modules are plain.
+    """
     plain: dict[nn.Module, bool] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_dynamo_compiling():  # inside of torch.cond, say, which calls no layers
             return
         one = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs and isinstance(output, Tensor)
-        plain[module] = one and plain.get(module, True)
+        plain[module] = one and plain.get(module, True) and _is_leaf(module)
 
-    leaves = [module for module in model.modules() if _is_leaf(module)]
-    handles = [module.register_forward_hook(note, with_kwargs=True) for module in leaves]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
     try:
         yield plain
     finally:
@@ -95,6 +104,20 @@ def mark_layers(gm: fx.GraphModule, model: nn.Module, plain: Collection[nn.Modul
         position, others = found
         if all(name.startswith(f"{path}.") for name in _names(others)):
             node.meta[LAYER] = Layer(path, node.target, position, others)
+
+
+def used_paths(gm: fx.GraphModule, model: nn.Module, called: Collection[nn.Module]) -> frozenset[str] | None:
+    """Return the paths of modules for `USED`.
+
+    called: the modules that were called while `model` was traced; none where the trace doesn't tell.
+    """
+    if not called or any(is_higher_order(node.target) for node in gm.graph.nodes):
+        return None
+    paths = {path for path, module in model.named_modules(remove_duplicate=False) if module in called}
+    read = [node for node in gm.graph.find_nodes(op="get_attr") if node.users]  # torch.export lists all there are
+    paths |= {str(node.target).rpartition(".")[0] for node in read}
+    parts = (path.split(".") for path in paths)
+    return frozenset(".".join(names[:end]) for names in parts for end in range(len(names) + 1))
 
 
 def stays_whole(gm: fx.GraphModule, node: fx.Node) -> bool:

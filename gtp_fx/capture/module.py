@@ -27,7 +27,7 @@ from gtp_fx.capture.called_as import CalledAs
 from gtp_fx.capture.fused_layers import without_fused_layers
 from gtp_fx.capture.hooks import without_user_hooks
 from gtp_fx.capture.inputs import CallSignature, describe
-from gtp_fx.capture.layers import LAYER, mark_layers, plain_calls
+from gtp_fx.capture.layers import LAYER, USED, mark_layers, plain_calls, used_paths
 from gtp_fx.capture.regions import AUTOCAST, opened, write_out
 from gtp_fx.capture.side_effects import Left, left_by_each_call, watched
 from gtp_fx.capture.vocabulary import open_composites
@@ -97,6 +97,7 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
         open_composites(captured)
         fix_symbols(captured)
         mark_layers(captured, model, {module for module, plain in called.items() if plain})
+        captured.meta[USED] = used_paths(captured, model, called)
         for node in captured.graph.nodes:  # torch's other notes keep tensors of the tracing alive
             node.meta = {key: value for key, value in node.meta.items() if key in (*edit.META_KEYS, "val", LAYER)}
         return captured

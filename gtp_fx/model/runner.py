@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gtp_fx.capture.layers import LAYER, OWN_CALLS
+from gtp_fx.capture.layers import LAYER, OWN_CALLS, USED
 from gtp_fx.capture.module import WRITTEN
 from gtp_fx.capture.regions import AUTOCAST
 from gtp_fx.graph.edit import CONSTANT, share
@@ -39,7 +39,8 @@ def make_runner(
     called = called_layers(graph_module)
     layers = {node.meta[LAYER].path for node in made.captured.graph.nodes if LAYER in node.meta}
     joined = (joined_layers(graph_module) & layers) - called - made.captured.meta[OWN_CALLS]
-    watch = Watch(getattr(state.original, "_owner", state.original), called, joined, made.captured.meta[WRITTEN])
+    known = made.captured.meta
+    watch = Watch(getattr(state.original, "_owner", state.original), called, joined, known[WRITTEN], known[USED])
     run: Any = graph_module
     if state.compile:
         run = _Once(torch.compile(graph_module, options=dict(inductor) or None))

@@ -68,10 +68,16 @@ class Watch:
     called: paths of the layers that the graph calls: what they hold, and which they are, is their own affair.
     joined: paths of modules whose parameters the graph reads itself.
     written: paths of the attributes that the model's own forward sets.
+    used: paths of the modules that forward calls or reads, and of those that hold them; None for all.
     """
 
     def __init__(
-        self, model: nn.Module, called: Collection[str], joined: Collection[str], written: Collection[str] = ()
+        self,
+        model: nn.Module,
+        called: Collection[str],
+        joined: Collection[str],
+        written: Collection[str] = (),
+        used: Collection[str] | None = None,
     ) -> None:
         self._model, self._called, self._joined = model, called, joined
         self._seen: list[_Seen] = []
@@ -83,7 +89,9 @@ class Watch:
                 continue
             ours = {*OWN, "training", *(leaf for parent, _, leaf in map(_parted, written) if parent == path)}
             self._seen.append(_Seen(vars(module), dict(vars(module)), path, ours))
-            self._seen.append(_Seen(module._modules, dict(module._modules), path))
+            paths = {name: f"{path}.{name}".removeprefix(".") for name in module._modules}
+            idle = {name for name, where in paths.items() if used is not None and where not in used}
+            self._seen.append(_Seen(module._modules, dict(module._modules), path, idle))
             for name in vars(module).keys() - ours:
                 at = f"{path}.{name}".removeprefix(".")
                 self._seen += [_Seen(live, live.copy(), where) for where, live in inside(vars(module)[name], at, known)]
