@@ -132,9 +132,10 @@ class OptimizedModel(nn.Module):
         """
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
         runner = self._runner(self.training)
-        if not torch.compiler.is_compiling() and following.must_be_made_anew(self._gtp, runner.watch):
-            runner = self._runner(self.training)
-        lend(runner.graph_module, self, runner.top)
+        if not torch.compiler.is_compiling():  # what traces this has guards of its own
+            if following.must_be_made_anew(self._gtp, runner.watch):
+                runner = self._runner(self.training)
+            lend(runner.graph_module, self, runner.top)
         if runner.casts and (clash := clashes(runner.casts)):
             raise InputError(clash)
         return runner.run(*args, **kwargs)
