@@ -88,6 +88,7 @@ def contradiction(graph: fx.Graph) -> fx.Node | None:
 
     Torch may know of two symbols that one size is the other's multiple, by a guard that no symbol was replaced for.
     """
+    node: fx.Node
     for node in graph.nodes:
         if node.op == "call_function" and node.target in VIEWS:
             source, result = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")
