@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from gtp_fx.capture.hooks import FORWARD, added_hooks, user_hooks
@@ -138,6 +139,8 @@ def _modules(model: nn.Module, called: Collection[str]) -> Iterator[tuple[str, n
     stack = [("", model)]
     while stack:
         path, module = stack.pop()
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # what it is made of is no Python
         yield path, module
         if path not in called:
             children = module._modules.items()
