@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gtp_fx.capture.snapshots import is_same
 from gtp_fx.capture.wrapped import must_be_traceable
 from gtp_fx.errors import CaptureError, InputError
 
@@ -109,7 +110,7 @@ def canonical_arguments(
     for name in list(bound.arguments):
         default = parameters.parameters[name].default
         value = bound.arguments[name]
-        if default is not inspect.Parameter.empty and not isinstance(value, Tensor) and _is(value, default):
+        if default is not inspect.Parameter.empty and not isinstance(value, Tensor) and is_same(value, default):
             del bound.arguments[name]
     return bound.args, bound.kwargs
 
@@ -157,20 +158,10 @@ def _same_form(mine: Any, theirs: Any) -> bool:
     if isinstance(mine, Tensor) != isinstance(theirs, Tensor):
         return False
     if not isinstance(mine, Tensor):
-        return _is(mine, theirs)
+        return is_same(mine, theirs)
     # Floating-point dtypes may differ: under autocast, or where the weights were replaced by some of another dtype.
     same_kind = mine.dtype == theirs.dtype or (mine.is_floating_point() and theirs.is_floating_point())
     return bool(same_kind and mine.shape[1:] == theirs.shape[1:] and mine.ndim == theirs.ndim)
-
-
-def _is(value: Any, other: Any) -> bool:
-    """Return whether both are the same, or equal and of one type. A forward may treat 3, 3.0 and True differently."""
-    if value is other or type(value) is not type(other):
-        return value is other
-    try:
-        return bool(value == other)
-    except Exception:  # arrays have no one answer, and a user's own class may have none
-        return False
 
 
 def _split(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -29,7 +29,6 @@ OWN_CALLS = "gtp_fx_own_calls"
 Somebody reads or replaces what they do: by a hook, a subclass, an adapter.
 """
 
-
 USED = "gtp_fx_used"
 """Key in a captured graph's `meta`: paths of the modules that forward calls or reads, and of those that hold them; None
 where that isn't known.
@@ -104,6 +103,11 @@ def mark_layers(gm: fx.GraphModule, model: nn.Module, plain: Collection[nn.Modul
         position, others = found
         if all(name.startswith(f"{path}.") for name in _names(others)):
             node.meta[LAYER] = Layer(path, node.target, position, others)
+
+
+def layer_paths(gm: fx.GraphModule) -> set[str]:
+    """Return the paths of the layers that a captured graph calls."""
+    return {node.meta[LAYER].path for node in gm.graph.nodes if LAYER in node.meta}
 
 
 def used_paths(gm: fx.GraphModule, model: nn.Module, called: Collection[nn.Module]) -> frozenset[str] | None:

@@ -21,25 +21,32 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in OWN}
 
 
-def snapshot(value: Any, depth: int = DEPTH, objects: bool = False) -> Any:
+def snapshot(value: Any, depth: int = DEPTH) -> Any:
     """Return a snapshot of `value`. Two snapshots are equal if the value did not change between them.
 
     Plain values compare by type and value, containers by their items, everything else by identity.
 
     depth: levels of nested containers to include.
-    objects: also include the attributes of plain objects, such as a configuration.
     """
     if isinstance(value, _VALUES):
         return type(value), repr(value)
     if depth and isinstance(value, list | tuple):
-        return type(value), [snapshot(item, depth - 1, objects) for item in value]
+        return type(value), [snapshot(item, depth - 1) for item in value]
     if depth and isinstance(value, dict):
-        return type(value), [(key, snapshot(item, depth - 1, objects)) for key, item in value.items()]
+        return type(value), [(key, snapshot(item, depth - 1)) for key, item in value.items()]
     if isinstance(value, set | frozenset):
         return type(value), frozenset(value)
-    if depth and objects and hasattr(value, "__dict__") and not isinstance(value, _WHOLE) and not callable(value):
-        return _Same(value), snapshot(vars(value), depth - 1, objects)
     return _Same(value)
+
+
+def is_same(value: Any, other: Any) -> bool:
+    """Return whether both are the same, or equal and of one type. A forward may treat 3, 3.0 and True differently."""
+    if value is other or type(value) is not type(other):
+        return value is other
+    try:
+        return bool(value == other)
+    except Exception:  # arrays have no one answer, and a user's own class may have none
+        return False
 
 
 def inside(value: Any, path: str, known: set[int], depth: int = DEPTH) -> Iterator[tuple[str, Any]]:

@@ -67,8 +67,8 @@ def _shape_like_first(target: Any, args: tuple[Any, ...]) -> tuple[int, ...] | N
     """Return the shape of what a linear layer or a norm makes of contiguous tokens; None where it has to be run.
 
     Torch opens both for each new size of a fake tensor, which takes milliseconds; a shortened stream has a size for
-    each block. Sizes that don't fit are left for the operator itself to refuse, and casts for
-    autocast to make.
+    each block. Sizes that don't fit are left for the operator itself to refuse, and casts for autocast to
+    make.
     """
     if target not in (aten.linear.default, aten.layer_norm.default) or not args[0].is_contiguous():
         return None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import fx, nn
 
 from gtp_fx.capture.hooks import FORWARD
-from gtp_fx.capture.layers import LAYER
+from gtp_fx.capture.layers import layer_paths
 from gtp_fx.errors import InputError
 from gtp_fx.model.state import State
 from gtp_fx.model.watch import NOTHING, Watch
@@ -38,7 +38,7 @@ def must_be_made_anew(state: State, watch: Watch) -> bool:
         state.forget()
         return True
     # Code that is compiled has the hooks in it that there were.
-    if changes.joined or changes.replaced or (changes.hooked and state.compile):
+    if changes.joined or changes.replaced or (changes.hooked and state.compiles):
         state.own_calls |= frozenset(changes.joined)
         state.runners.clear()
         return True
@@ -51,8 +51,7 @@ def own_calls(captured: fx.GraphModule, model: nn.Module) -> frozenset[str]:
     Quantisers that replace the weights of a plain layer leave its class; its product may be joined, by how it is run.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers = {node.meta[LAYER].path for node in captured.graph.nodes if LAYER in node.meta}
-    return frozenset(path for path in layers if path in modules and not _is_plain(modules[path]))
+    return frozenset(path for path in layer_paths(captured) if path in modules and not _is_plain(modules[path]))
 
 
 def tell_of_hooks(paths: Sequence[str]) -> None:

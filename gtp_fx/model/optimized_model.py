@@ -59,7 +59,6 @@ class OptimizedModel(nn.Module):
         compile: bool,
         blocks_needed: bool = True,
         recapture: bool = False,
-        chosen: Chosen | None = None,
     ) -> None:
         """Capture `original` and rewrite its evaluation graph.
 
@@ -70,14 +69,13 @@ class OptimizedModel(nn.Module):
         training = original.training
         self._gtp: State
         # Set past nn.Module, which would register the original as a child and double every name.
-        state = State(original, signature, dtype_of(original), options, compile, recapture, blocks_needed, chosen)
+        state = State(original, signature, dtype_of(original), options, compile, recapture, blocks_needed)
         object.__setattr__(self, "_gtp", state)
         super().__init__()
         original.training = training  # nn.Module's __init__ sets it, and it is the original's
         self.__class__ = class_like(OptimizedModel, type(original))
         stand_for(self, original)
-        self._runner(training=False)
-        for path in state.runners[self._mode(training=False), device_of(self)].watch.hooks():
+        for path in self._runner(training=False).watch.hooks():
             following.tell_of_hooks([path])
 
     @property
@@ -136,7 +134,7 @@ class OptimizedModel(nn.Module):
             if following.must_be_made_anew(self._gtp, runner.watch):
                 runner = self._runner(self.training)
             lend(runner.graph_module, self, runner.top)
-        if runner.casts and (clash := clashes(runner.casts)):
+        if clash := clashes(runner.casts):
             raise InputError(clash)
         return runner.run(*args, **kwargs)
 
@@ -229,13 +227,9 @@ class OptimizedModel(nn.Module):
         try:
             with internal_errors_told():
                 given = call_signature(module, example)
-                fast = OptimizedModel(module, given, options, state.compile, False, state.recapture)
+                return OptimizedModel(module, given, options, state.compile, False, state.recapture)
         except ScheduleError as error:
             raise ScheduleError(f"{module._get_name()}: {error}") from error
-        if not fast.report.blocks and state.compile:  # nothing to gain
-            fast._gtp.compile = False
-            fast._gtp.runners.clear()
-        return fast
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         """Copy everything but compiled code; the graphs are the same, over the copy's parameters."""

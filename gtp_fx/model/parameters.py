@@ -46,8 +46,8 @@ def names_read(graph_module: fx.GraphModule) -> set[str]:
     return {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
 
 
-def read_from(graph_module: fx.GraphModule, owner: nn.Module, names: Collection[str]) -> fx.GraphModule:
-    """Let `graph_module` read what is in `names` from `owner`, in place, and return it.
+def read_from(graph_module: fx.GraphModule, owner: nn.Module, names: Collection[str]) -> None:
+    """Let `graph_module` read what is in `names` from `owner`, in place.
 
     Whatever else it reads (constants lifted into it) becomes an attribute of its own, `CONSTANT` and a number.
     """
@@ -62,7 +62,6 @@ def read_from(graph_module: fx.GraphModule, owner: nn.Module, names: Collection[
     share(graph_module, owner)
     graph_module.__dict__.update(constants)
     graph_module.recompile()
-    return graph_module
 
 
 def lend(graph_module: fx.GraphModule, owner: nn.Module, names: Collection[str]) -> None:
@@ -79,8 +78,7 @@ def lend(graph_module: fx.GraphModule, owner: nn.Module, names: Collection[str])
 
 def top_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
     """Return the names that a graph reads from its owner itself."""
-    names = dict.fromkeys(str(node.target) for node in graph_module.graph.find_nodes(op="get_attr"))
-    return tuple(name for name in names if "." not in name and not name.startswith(CONSTANT))
+    return tuple(name for name in names_read(graph_module) if "." not in name and not name.startswith(CONSTANT))
 
 
 def _new_class(base: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:

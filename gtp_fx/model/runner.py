@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gtp_fx.capture.layers import LAYER, OWN_CALLS, USED
+from gtp_fx.capture.layers import OWN_CALLS, USED, layer_paths
 from gtp_fx.capture.module import WRITTEN
 from gtp_fx.capture.regions import AUTOCAST
 from gtp_fx.graph.edit import CONSTANT, share
@@ -30,22 +30,19 @@ def make_runner(
     """
     options, graph_module = state.options, made.optimised.graph_module
     lend(graph_module, owner, top_names(graph_module))
-    if state.compile:
+    if state.compiles:
         graph_module = lowered(graph_module, device, options.disabled_passes, options.target.told)
     graph_module = functional_linear(call_layers(graph_module, owner))
     share(graph_module, owner)
     _move_constants(graph_module, device)
     # The graph depends on all that it neither calls nor reads. A method's depends on what the method belongs to.
-    called = called_layers(graph_module)
-    layers = {node.meta[LAYER].path for node in made.captured.graph.nodes if LAYER in node.meta}
-    joined = (joined_layers(graph_module) & layers) - called - made.captured.meta[OWN_CALLS]
-    known = made.captured.meta
+    known, called = made.captured.meta, called_layers(graph_module)
+    joined = (joined_layers(graph_module) & layer_paths(made.captured)) - called - known[OWN_CALLS]
     watch = Watch(getattr(state.original, "_owner", state.original), called, joined, known[WRITTEN], known[USED])
     run: Any = graph_module
-    if state.compile:
+    if state.compiles:
         run = _Once(torch.compile(graph_module, options=dict(inductor) or None))
-    casts = frozenset(made.captured.meta.get(AUTOCAST, ()))
-    return Runner(run, graph_module, top_names(graph_module), watch, casts)
+    return Runner(run, graph_module, top_names(graph_module), watch, frozenset(known.get(AUTOCAST, ())))
 
 
 class _Once:

@@ -102,6 +102,11 @@ class State:
         assert self.chosen is not None, "set when the model is made"
         return self.chosen
 
+    @property
+    def compiles(self) -> bool:
+        """Whether Inductor compiles the graphs: not those of a method without attention, which has nothing to gain."""
+        return self.compile and (self.blocks_needed or self.settled.report.blocks > 0)
+
     def forget(self) -> None:
         """Discard all graphs; they are made anew when they are needed."""
         self.graphs.clear()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gtp_fx.capture.hooks import FORWARD, added_hooks, user_hooks
-from gtp_fx.capture.snapshots import OWN, inside
+from gtp_fx.capture.snapshots import OWN, inside, is_same
 
 
 @dataclass
@@ -34,8 +34,8 @@ class _Seen:
     def changed(self) -> list[str]:
         """Return the paths of what isn't as it was; what was only added is taken as seen."""
         if isinstance(self.live, list):
-            return [] if _equal(self.live, self.saved) else [self.path]
-        gone = [key for key, value in self.saved.items() if not _equal(self.live.get(key, self), value)]
+            return [] if is_same(self.live, self.saved) else [self.path]
+        gone = [key for key, value in self.saved.items() if not is_same(self.live.get(key, self), value)]
         gone = [key for key in gone if key not in self.ignored]
         if not gone:
             self.saved = dict(self.live)
@@ -88,7 +88,8 @@ class Watch:
             self._hooks += [module.__dict__[name] for name in FORWARD]
             if path in called:
                 continue
-            ours = {*OWN, "training", *(leaf for parent, _, leaf in map(_parted, written) if parent == path)}
+            parted = (name.rpartition(".") for name in written)
+            ours = {*OWN, "training", *(leaf for parent, _, leaf in parted if parent == path)}
             self._seen.append(_Seen(vars(module), dict(vars(module)), path, ours))
             paths = {name: f"{path}.{name}".removeprefix(".") for name in module._modules}
             idle = {name for name, where in paths.items() if used is not None and where not in used}
@@ -145,16 +146,3 @@ def _modules(model: nn.Module, called: Collection[str]) -> Iterator[tuple[str, n
         if path not in called:
             children = module._modules.items()
             stack += [(f"{path}.{name}".removeprefix("."), child) for name, child in children if child is not None]
-
-
-def _parted(path: str) -> tuple[str, str, str]:
-    return path.rpartition(".")
-
-
-def _equal(value: Any, other: Any) -> bool:
-    if value is other or type(value) is not type(other):
-        return value is other
-    try:
-        return bool(value == other)
-    except Exception:  # arrays have no one answer
-        return False

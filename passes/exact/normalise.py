@@ -207,18 +207,13 @@ def _changes_nothing(node: fx.Node) -> bool:
         return _same_shape(node) and node.args[4:] in ((), (1,))
     if node.target in (*VIEWS, *SQUEEZES, aten.expand.default):
         return _same_shape(node)
-    if node.target is aten.cat.default and len(node.all_input_nodes) == 1:
-        (part,) = node.all_input_nodes
-        return _is_one(node.args[0]) and not nodes.is_input(part)
+    if node.target is aten.cat.default:
+        parts: Any = node.args[0]
+        return len(parts) == 1 and not nodes.is_input(parts[0])
     # The graph is functional, so a copy of a value that it computed is as good as the value. A copy of an argument
     # isn't: the graph may return it, and the caller may write to it.
     copies = node.target in COPIES or (node.target is aten.to.dtype and _source(node).meta["val"].dtype == node.args[1])
     return copies and not nodes.is_input(_source(node))
-
-
-def _is_one(parts: object) -> bool:
-    """Tell whether a list, of what is joined, has one item."""
-    return isinstance(parts, list | tuple) and len(parts) == 1
 
 
 def _undone(node: fx.Node) -> fx.Node | None:
