@@ -24,6 +24,7 @@ from gtp_fx.capture.inputs import CallSignature, call_signature, device_of, dtyp
 from gtp_fx.capture.layers import OWN_CALLS
 from gtp_fx.capture.module import capture_module
 from gtp_fx.capture.snapshots import attributes_of
+from gtp_fx.capture.turns import modules_of, running, tracing
 from gtp_fx.errors import InputError, ScheduleError
 from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import tracing_lock
@@ -129,14 +130,18 @@ class OptimizedModel(nn.Module):
         that its graph doesn't follow.
         """
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
-        runner = self._runner(self.training)
-        if not torch.compiler.is_compiling():  # what traces this has guards of its own
-            if following.must_be_made_anew(self._gtp, runner.watch):
-                runner = self._runner(self.training)
-            lend(runner.graph_module, self, runner.top)
-        if clash := clashes(runner.casts):
-            raise InputError(clash)
-        return runner.run(*args, **kwargs)
+        if torch.compiler.is_compiling():  # what traces this has guards of its own
+            return self._runner(self.training).run(*args, **kwargs)
+        while True:
+            with running(self._gtp.modules):  # not while another thread traces them
+                training = self.training
+                runner = self._gtp.runners.get((self._mode(training), device_of(self)))
+                if runner is not None and not following.must_be_made_anew(self._gtp, runner.watch):
+                    lend(runner.graph_module, self, runner.top)
+                    if clash := clashes(runner.casts):
+                        raise InputError(clash)
+                    return runner.run(*args, **kwargs)
+            self._runner(training)
 
     def provenance(self, *args: Any, **kwargs: Any) -> tuple[Provenance, ...]:
         """Return, for each stream of tokens, which patches each remaining token stands for, and by how much.
@@ -308,9 +313,10 @@ class OptimizedModel(nn.Module):
         state, mode, device = self._gtp, self._mode(training), device_of(self)
         found = state.runners.get((mode, device))
         if found is None:
-            with tracing_lock(), internal_errors_told():
+            with tracing(state.original), tracing_lock(), internal_errors_told():
                 if (mode, device) not in state.runners:  # another thread may have made it meanwhile
                     made = self._made(training)
+                    state.modules = modules_of(state.original)
                     state.runners[mode, device] = make_runner(made, state, self, device, self.inductor_options)
                 found = state.runners[mode, device]
         return found

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from gtp_fx.capture.inputs import CallSignature
+from gtp_fx.capture.turns import Modules
 from gtp_fx.model.pipeline import Optimised
 from gtp_fx.model.watch import Watch
 from gtp_fx.options.options import Options
@@ -78,6 +79,7 @@ class State:
     blocks_needed: whether a graph without attention over patches is refused.
     chosen: schedule, strategy and report, once the first graph is made.
     own_calls: paths of layers that no pass may join with others, since somebody reads or replaces what they do.
+    modules: identities of the original's modules, by which threads take turns.
     graphs: the graphs, by mode.
     runners: what runs them, by mode and device.
     methods: optimised methods of the original, by name, one for each form of arguments.
@@ -92,6 +94,7 @@ class State:
     blocks_needed: bool = True
     chosen: Chosen | None = None
     own_calls: frozenset[str] = frozenset()
+    modules: Modules = frozenset()
     graphs: dict[Mode, Made] = field(default_factory=dict)
     runners: dict[tuple[Mode, torch.device], Runner] = field(default_factory=dict)
     methods: dict[str, list[Any]] = field(default_factory=dict)
