@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.tapped import check_taps
 from gtp_fx.errors import OptionError
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
@@ -37,6 +38,7 @@ def optimize(
     mode: str | None = DEFAULTS["mode"],
     compile: bool = True,
     recapture: bool = False,
+    taps: Sequence[str] = (),
 ) -> OptimizedModel:
     """Make a faster replacement for a vision transformer, over the same parameters.
 
@@ -45,6 +47,8 @@ def optimize(
     compile: let Inductor compile the graph at its first call; False gives an eager FX module.
     recapture: make a new graph where the model was changed in a way that the graph doesn't follow (a flag that forward
         reads, a block replaced); False raises InputError at the next call.
+    taps: paths of modules ("blocks.5") whose outputs are wanted, too: `fast.with_taps(x)` returns them, with removed
+        tokens put back, and forward hooks on those modules fire.
     The others are the fields of `gtp_fx.options.options.Options`:
 
     {options}
@@ -79,10 +83,10 @@ def optimize(
         mode=mode,
     )
     must_be_optional(options.disabled_passes)
+    tapped = check_taps(model, taps)
     with internal_errors_told():
-        return OptimizedModel(
-            model, call_signature(model, example_inputs), options, compile=compile, recapture=recapture
-        )
+        signature = call_signature(model, example_inputs)
+        return OptimizedModel(model, signature, options, compile=compile, recapture=recapture, taps=tapped)
 
 
 def _no_module(model: Any) -> str:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from gtp_fx.capture.autocast_casts import clashes
 from gtp_fx.capture.called_as import CalledAs
@@ -24,6 +24,7 @@ from gtp_fx.capture.inputs import CallSignature, call_signature, device_of, dtyp
 from gtp_fx.capture.layers import OWN_CALLS
 from gtp_fx.capture.module import capture_module
 from gtp_fx.capture.snapshots import attributes_of
+from gtp_fx.capture.tapped import with_taps
 from gtp_fx.capture.turns import modules_of, running, tracing
 from gtp_fx.errors import InputError, ScheduleError
 from gtp_fx.graph import edit
@@ -35,10 +36,12 @@ from gtp_fx.model.pipeline import Optimised, run_passes
 from gtp_fx.model.rollback import put_back_on_error
 from gtp_fx.model.runner import make_runner
 from gtp_fx.model.state import Chosen, Made, Mode, Runner, State, settled
+from gtp_fx.model.tapping import fire_hooks
 from gtp_fx.model.watch import NOTHING
 from gtp_fx.options.calibration import bound
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import AUTO, Schedule
+from gtp_fx.report.attention_maps import attention_maps_runner
 from gtp_fx.report.provenance import Provenance, SiteRecord, output_and_provenance_runner, provenance_runner
 from gtp_fx.report.report import Report
 from gtp_fx.strategies import Strategy
@@ -49,7 +52,7 @@ class OptimizedModel(nn.Module):
 
     `graph_module` is the rewritten graph, in `gtp_fx` and ATen operators; `report` says what was done to it. `schedule`
     and `strategy` say how many tokens each block removes, and how. Where it was made with `compile`, Inductor compiles
-    the graph at the first call.
+    the graph at the first call. With taps, the graph returns (output, {path: output of that module}).
     """
 
     def __init__(
@@ -60,17 +63,19 @@ class OptimizedModel(nn.Module):
         compile: bool,
         blocks_needed: bool = True,
         recapture: bool = False,
+        taps: tuple[str, ...] = (),
     ) -> None:
         """Capture `original` and rewrite its evaluation graph.
 
         signature: how the original is called, with examples.
         blocks_needed: whether a model without attention over patches is refused.
         recapture: whether a change of the model that its graph can't follow makes a new graph, and is no error.
+        taps: paths of modules whose outputs the graph returns, too.
         """
         training = original.training
         self._gtp: State
         # Set past nn.Module, which would register the original as a child and double every name.
-        state = State(original, signature, dtype_of(original), options, compile, recapture, blocks_needed)
+        state = State(original, signature, dtype_of(original), options, compile, recapture, blocks_needed, taps)
         object.__setattr__(self, "_gtp", state)
         super().__init__()
         original.training = training  # nn.Module's __init__ sets it, and it is the original's
@@ -129,6 +134,25 @@ class OptimizedModel(nn.Module):
         Raises InputError where the call's form differs from the captured one, or where the model was changed in a way
         that its graph doesn't follow.
         """
+        output = self._run(args, kwargs)
+        return self._told(*output)[0] if self._gtp.taps else output
+
+    def with_taps(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Return the model's output and those of the modules that `optimize` was told to tap, by path, from one run.
+
+        Takes the model's own arguments. Tokens that were removed by then are put back. Forward hooks on those modules
+        fire, here and when the model is called.
+        """
+        output = self._run(args, kwargs)
+        return self._told(*output) if self._gtp.taps else (output, {})
+
+    def _told(self, output: Any, tapped: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return what a graph with taps does, after the hooks on the tapped modules."""
+        fire_hooks(self._gtp.original, tapped)
+        return output, tapped
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the graph of the current mode does."""
         args, kwargs = self._gtp.signature.canonical(args, kwargs)
         if torch.compiler.is_compiling():  # what traces this has guards of its own
             return self._runner(self.training).run(*args, **kwargs)
@@ -154,6 +178,18 @@ class OptimizedModel(nn.Module):
             run = provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))
         return run(*args, **kwargs)
 
+    def attention_maps(self, layers: Sequence[str | int], *args: Any, **kwargs: Any) -> dict[str | int, Tensor]:
+        """Return attention maps of some blocks, each [B, H, N, N] in float32, over all tokens, by what `layers` named.
+
+        layers: paths of attention layers, or of modules with one inside, or numbers of blocks as in the report.
+
+        Tokens that were removed before a block have zeros in its map. Takes the model's own arguments after `layers`.
+        Runs the evaluation graph eagerly. Raises InputError for what names no attention block.
+        """
+        args, kwargs = self._gtp.signature.canonical(args, kwargs)
+        evaluation = self._optimised(training=False)
+        return attention_maps_runner(evaluation.graph_module, evaluation.attention, layers)(*args, **kwargs)
+
     def with_provenance(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Provenance, ...]]:
         """Return the model's output and its `provenance`, from one run.
 
@@ -165,7 +201,8 @@ class OptimizedModel(nn.Module):
         evaluation = self._optimised(training=False)
         with internal_errors_told():
             run = output_and_provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))
-        return run(*args, **kwargs)
+        output, provenance = run(*args, **kwargs)
+        return output[0] if self._gtp.taps else output, provenance
 
     def __getattr__(self, name: str) -> Any:
         """Look up what this module lacks on the original; its methods become optimised ones."""
@@ -286,7 +323,8 @@ class OptimizedModel(nn.Module):
         made = state.graphs.get(mode)
         if made is None:
             with internal_errors_told():
-                captured = capture_module(state.original, self.signature, training)
+                whole = with_taps(state.original, state.taps) if state.taps else state.original
+                captured = capture_module(whole, self.signature, training)
                 read_from(captured, self, names_of(state.original))
                 made = state.graphs[mode] = self._rewritten(captured)
         elif not state.own_calls <= made.captured.meta[OWN_CALLS]:

@@ -77,6 +77,7 @@ class State:
     compile: whether Inductor compiles its graphs.
     recapture: whether a change of the model that its graph can't follow makes a new graph, and is no error.
     blocks_needed: whether a graph without attention over patches is refused.
+    taps: paths of modules whose outputs the graphs return, too.
     chosen: schedule, strategy and report, once the first graph is made.
     own_calls: paths of layers that no pass may join with others, since somebody reads or replaces what they do.
     modules: identities of the original's modules, by which threads take turns.
@@ -92,6 +93,7 @@ class State:
     compile: bool
     recapture: bool = False
     blocks_needed: bool = True
+    taps: tuple[str, ...] = ()
     chosen: Chosen | None = None
     own_calls: frozenset[str] = frozenset()
     modules: Modules = frozenset()
