@@ -142,7 +142,13 @@ def _reduced(
     row: Row, model: nn.Module, fast: Any, calls: list[tuple[Tensor, ...]], wanted: list[Any], budget: float
 ) -> Row:
     report = fast.report
-    ratio = _flops(fast, calls[0]) / _flops(model, calls[0])
+    try:
+        before = _flops(model, calls[0])
+    except TypeError as error:  # torch's counter can't run what calls flex_attention; the optimised graph holds none
+        if "flex_attention" not in str(error):
+            raise
+        before = report.flops_before
+    ratio = _flops(fast, calls[0]) / before
     moved = difference(_run(fast, calls[1]), wanted[1])
     row = replace(row, ratio=ratio, moved=moved, sites=len(report.sites), blocks=report.blocks)
     if not ratio <= budget + 1e-3:

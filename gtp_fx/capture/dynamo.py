@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from gtp_fx.capture.autocast_casts import clashes
+from gtp_fx.capture.flex_attention import open_flex_attention
 from gtp_fx.capture.fused_layers import open_layers
 from gtp_fx.capture.module import _changed, _first_lines, _hold_again, _refuse_changes
 from gtp_fx.capture.regions import AUTOCAST, has_regions, inlined, opened
@@ -99,11 +100,13 @@ def _told(error: Exception) -> str:
 def _without_regions(gm: fx.GraphModule) -> fx.GraphModule:
     """Return Dynamo's graph with what AOT can't trace opened; `gm` itself where it holds nothing of the kind.
 
-    These are graphs that operators call (recomputed or compiled regions), fused layers, inference mode, which becomes a
-    region without gradients, autocast, which AOT would record and not switch on, and dropouts that are off.
+    These are graphs that operators call (recomputed or compiled regions, flex_attention's), fused layers, inference
+    mode, which becomes a region without gradients, autocast, which AOT would record and not switch on, and dropouts
+    that are off.
     """
     new = inlined(gm) if has_regions(gm) else edit.copy_of(gm)
     changed = open_layers(new.graph) or has_regions(gm)
+    changed = open_flex_attention(new, "example_value") or changed
     changed = _without_idle_dropouts(new.graph) or changed
     for node in new.graph.nodes:
         if node.target is ENTER_INFERENCE:

@@ -24,6 +24,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from torch.utils import _pytree as pytree
 
 from gtp_fx.capture.called_as import CalledAs
+from gtp_fx.capture.flex_attention import open_flex_attention
 from gtp_fx.capture.fused_layers import without_fused_layers
 from gtp_fx.capture.hooks import without_user_hooks
 from gtp_fx.capture.inputs import CallSignature, describe
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 
 NOT_KEPT = "not_kept"
 """Key in a captured graph's `meta`: paths of what forward leaves on its modules, and the graph doesn't."""
+_WITHOUT_GRADIENTS = ("Inference tensor", "does not support backward")
 WRITTEN = "written"
 """Key in a captured graph's `meta`: paths of all attributes that forward sets, at its first call or at each."""
 
@@ -102,6 +104,7 @@ def _captured(model: nn.Module, signature: CallSignature, training: bool) -> fx.
         captured.meta[NOT_KEPT] = (*left.unread, *buffers)
         captured.meta[WRITTEN] = tuple(attributes)
         open_composites(captured)
+        open_flex_attention(captured)
         fix_symbols(captured)
         mark_layers(captured, model, {module for module, plain in called.items() if plain})
         captured.meta[USED] = used_paths(captured, model, called)
@@ -121,11 +124,14 @@ def _unread_buffers(program: torch.export.ExportedProgram) -> list[str]:
 
 
 def _exported(model: nn.Module, signature: CallSignature) -> tuple[torch.export.ExportedProgram, list[str]]:
-    """Return what `export_batched` does; without gradients where the model only runs so, by its inference tensors."""
+    """Return what `export_batched` does; without gradients where the model only runs so.
+
+    Such are models that hold inference tensors, and flex_attention on a CPU, which is opened and has gradients then.
+    """
     try:
         return export_batched(model, signature)
     except RuntimeError as error:
-        if "Inference tensor" not in str(error):
+        if not any(reason in str(error) for reason in _WITHOUT_GRADIENTS):
             raise
     with torch.no_grad():
         return export_batched(model, signature)

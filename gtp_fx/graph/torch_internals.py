@@ -65,6 +65,15 @@ def is_higher_order(target: Any) -> bool:
     return isinstance(target, HigherOrderOperator)
 
 
+def indexing_by_tensors() -> AbstractContextManager[Any]:
+    """Return a context in which `table[i]` takes a tensor of one number as an index, as in flex_attention's functions.
+
+    Public: none.
+    """
+    module = importlib.import_module("torch._dynamo._trace_wrapped_higher_order_op")
+    return cast("AbstractContextManager[Any]", module.TransformGetItemToIndex())
+
+
 def is_functorch(target: Any) -> bool:
     """Return whether a call is one by which torch.func (`vmap`, `grad`) goes in and out of its levels. Public: none."""
     return str(getattr(target, "__module__", "")).startswith(("torch._functorch", "torch._C._functorch"))
