@@ -147,7 +147,7 @@ def _reduced(
     except TypeError as error:  # torch's counter can't run what calls flex_attention; the optimised graph holds none
         if "flex_attention" not in str(error):
             raise
-        before = report.flops_before
+        before = report.flops_before * len(calls[0][0])
     ratio = _flops(fast, calls[0]) / before
     moved = difference(_run(fast, calls[1]), wanted[1])
     row = replace(row, ratio=ratio, moved=moved, sites=len(report.sites), blocks=report.blocks)
