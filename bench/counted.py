@@ -19,7 +19,8 @@ _FUSED = {
 
 def flops(run: Callable[..., Any], inputs: Sequence[Any]) -> int:
     """Count the FLOPs of one call, by attention's math; fused layers of nn.Transformer, which have no formula, open."""
-    # Without gradients: the counter hooks them, which fails on what inference_mode made.
+    # Nothing that requires gradients: the counter hooks those, which fails within inference_mode.
+    inputs = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
     counter = FlopCounterMode(display=False, custom_mapping=_FUSED)
     with torch.no_grad(), without_fused_layers(), sdpa_kernel(SDPBackend.MATH), counter:
         run(*inputs)

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-FORWARD = ("_forward_pre_hooks", "_forward_hooks")
-"""nn.Module's dicts of hooks on a forward."""
+KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""nn.Module's dicts of hooks."""
 _OF_TORCH = ("torch.nn.utils.", "torch.ao.")
 
 
@@ -27,12 +27,12 @@ def _package(name: str) -> str:
 
 
 def user_hooks(module: nn.Module) -> dict[str, list[int]]:
-    """Return the keys of the user's own forward hooks, by the dict they are in; empty where there are none."""
+    """Return the keys of the user's own hooks, by the dict they are in; empty where there are none."""
     return _hooks(module, lambda hook: not _is_torchs(hook) and not _is_librarys(module, hook))
 
 
 def added_hooks(module: nn.Module) -> dict[str, list[int]]:
-    """Return the keys of forward hooks that aren't the model's library's: the user's, and those of torch's utilities.
+    """Return the keys of hooks that aren't the model's library's: the user's, and those of torch's utilities.
 
     Where they come after a capture, neither is in its graph.
     """
@@ -40,13 +40,13 @@ def added_hooks(module: nn.Module) -> dict[str, list[int]]:
 
 
 def _hooks(module: nn.Module, is_wanted: Callable[[Any], bool]) -> dict[str, list[int]]:
-    found = {name: [key for key, hook in module.__dict__[name].items() if is_wanted(hook)] for name in FORWARD}
+    found = {name: [key for key, hook in module.__dict__[name].items() if is_wanted(hook)] for name in KINDS}
     return {name: keys for name, keys in found.items() if keys}
 
 
 @contextlib.contextmanager
 def without_user_hooks(model: nn.Module) -> Iterator[None]:
-    """Take the user's forward hooks off every module within the context, and put them back in their order."""
+    """Take the user's hooks off every module within the context, and put them back in their order."""
     taken: list[tuple[dict[int, Any], dict[int, Any]]] = []
     for module in model.modules():
         for name, keys in user_hooks(module).items():

@@ -30,6 +30,7 @@ from gtp_fx.capture.inputs import CallSignature, describe
 from gtp_fx.capture.layers import LAYER, USED, mark_layers, plain_calls, used_paths
 from gtp_fx.capture.regions import AUTOCAST, opened, write_out
 from gtp_fx.capture.side_effects import Left, left_by_each_call, watched
+from gtp_fx.capture.turns import tracing
 from gtp_fx.capture.vocabulary import open_composites
 from gtp_fx.capture.wrapped import what_to_give
 from gtp_fx.errors import CaptureError
@@ -51,6 +52,12 @@ def capture_module(model: nn.Module, signature: CallSignature, training: bool = 
 
     Raises CaptureError where torch.export fails, or where the forward changes the model's state at every call.
     """
+    with tracing(model):
+        return _captured(model, signature, training)
+
+
+def _captured(model: nn.Module, signature: CallSignature, training: bool) -> fx.GraphModule:
+    """Do what `capture_module` does, alone with the model."""
     # Fused layers are only for calls without gradients: with gradients on, and torch's switch off, they stay open.
     with (
         tracing_lock(),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from gtp_fx.capture.hooks import FORWARD
+from gtp_fx.capture.hooks import KINDS
 from gtp_fx.capture.layers import layer_paths
 from gtp_fx.errors import InputError
 from gtp_fx.model.rollback import put_back_on_error
@@ -80,14 +80,15 @@ def own_calls(captured: fx.GraphModule, model: nn.Module) -> frozenset[str]:
 def tell_of_hooks(paths: Sequence[str]) -> None:
     """Warn that the user's hooks on some modules won't run."""
     warnings.warn(
-        f"forward hooks on {_named(paths)} don't run: the optimised graph has no call for that module. Hooks on layers "
-        f"that it calls do (linear layers, norms, activations)",
+        f"hooks on {_named(paths)} don't run: the optimised graph has no call for that module. Hooks on layers that it "
+        f"calls do (linear layers, norms, activations), and forward hooks on modules that optimize was told to tap: "
+        f"taps={list(paths[:_MOST])}",
         stacklevel=4,
     )
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.modules.") and not any(vars(module)[name] for name in FORWARD)
+    return type(module).__module__.startswith("torch.nn.modules.") and not any(vars(module)[name] for name in KINDS)
 
 
 def _refuse_sharded(model: nn.Module, paths: Sequence[str]) -> None:

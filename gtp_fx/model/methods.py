@@ -54,7 +54,7 @@ def _optimised(state: State, name: str, call: Call, make: Make) -> Any:
         if not any(chosen.schedule):  # remove nothing here either, whatever blocks the method has
             options = replace(options, schedule=AUTO, flops_budget=1.0)
         try:
-            return make(module, signature, options, False)
+            return make(module, signature, options, False, ())
         except ScheduleError as error:
             first = first or error
     raise ScheduleError(f"{module._get_name()}: {first}") from first

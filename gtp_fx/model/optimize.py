@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gtp_fx.capture.inputs import call_signatures
+from gtp_fx.capture.tapped import check_taps
 from gtp_fx.errors import OptionError
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
@@ -38,6 +39,7 @@ def optimize(
     mode: str | None = DEFAULTS["mode"],
     compile: bool = True,
     recapture: bool = False,
+    taps: Sequence[str] = (),
     sizes: str = "given",
 ) -> OptimizedModel:
     """Make a faster replacement for a vision transformer, over the same parameters.
@@ -48,6 +50,8 @@ def optimize(
     compile: let Inductor compile the graph at its first call; False gives an eager FX module.
     recapture: make a new graph where the model was changed in a way that the graph doesn't follow (a flag that forward
         reads, a block replaced); False raises InputError at the next call.
+    taps: paths of modules ("blocks.5") whose outputs are wanted, too: `fast.with_taps(x)` returns them, with removed
+        tokens put back, and forward hooks on those modules fire.
     sizes: "given" takes the examples' image sizes alone and raises InputError for another; "any" makes a graph and a
         schedule for a new size at its first call, and keeps the eight of these that were called last.
     The others are the fields of `gtp_fx.options.options.Options`:
@@ -84,12 +88,12 @@ def optimize(
         mode=mode,
     )
     must_be_optional(options.disabled_passes)
-    any_size = checked_sizes(sizes)
+    any_size, tapped = checked_sizes(sizes), check_taps(model, taps)
     with internal_errors_told():
         first, *others = call_signatures(model, example_inputs)
         must_be_calibrated_for(options, (first, *others), any_size)
         return OptimizedModel(
-            model, first, options, compile=compile, recapture=recapture, others=others, any_size=any_size
+            model, first, options, compile, recapture=recapture, taps=tapped, others=others, any_size=any_size
         )
 
 

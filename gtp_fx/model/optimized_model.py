@@ -17,13 +17,15 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from gtp_fx.capture.autocast_casts import clashes
 from gtp_fx.capture.inputs import CallSignature, describe, device_of, dtype_of, tensors_in
 from gtp_fx.capture.layers import OWN_CALLS
 from gtp_fx.capture.module import capture_module
 from gtp_fx.capture.snapshots import attributes_of
+from gtp_fx.capture.tapped import with_taps
+from gtp_fx.capture.turns import modules_of, running, tracing
 from gtp_fx.errors import InputError
 from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import tracing_lock
@@ -35,9 +37,11 @@ from gtp_fx.model.pipeline import Optimised, run_passes
 from gtp_fx.model.runner import make_runner
 from gtp_fx.model.sizes import add_form, form_taking
 from gtp_fx.model.state import Chosen, Made, Mode, Runner, State, settled
+from gtp_fx.model.tapping import fire_hooks
 from gtp_fx.options.calibration import bound_where
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import Schedule
+from gtp_fx.report.attention_maps import attention_maps_runner
 from gtp_fx.report.provenance import Provenance, SiteRecord, output_and_provenance_runner, provenance_runner
 from gtp_fx.report.report import Report
 from gtp_fx.strategies import Strategy
@@ -50,7 +54,7 @@ class OptimizedModel(nn.Module):
 
     `graph_module` is the rewritten graph, in `gtp_fx` and ATen operators; `report` says what was done to it. `schedule`
     and `strategy` say how many tokens each block removes, and how. Where it was made with `compile`, Inductor compiles
-    the graph at the first call.
+    the graph at the first call. With taps, the graph returns (output, {path: output of that module}).
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class OptimizedModel(nn.Module):
         compile: bool,
         blocks_needed: bool = True,
         recapture: bool = False,
+        taps: tuple[str, ...] = (),
         others: Sequence[CallSignature] = (),
         any_size: bool = False,
     ) -> None:
@@ -69,6 +74,7 @@ class OptimizedModel(nn.Module):
         signature: how the original is called, with examples.
         blocks_needed: whether a model without attention over patches is refused.
         recapture: whether a change of the model that its graph can't follow makes a new graph, and is no error.
+        taps: paths of modules whose outputs the graph returns, too.
         others: other forms in which it is called, such as image sizes.
         any_size: whether a call of another image size makes a form for it.
         """
@@ -76,7 +82,7 @@ class OptimizedModel(nn.Module):
         super().__init__()
         # Set past nn.Module, which would register the original as a child and double every name.
         dtype = dtype_of(original)
-        state = State(original, signature, dtype, options, compile, recapture, blocks_needed, any_size=any_size)
+        state = State(original, signature, dtype, options, compile, recapture, blocks_needed, taps, any_size=any_size)
         object.__setattr__(self, "_gtp", state)
         self.__class__ = class_like(OptimizedModel, type(original))
         stand_for(self, original)
@@ -145,24 +151,57 @@ class OptimizedModel(nn.Module):
         Raises InputError where the call's form differs from the captured one, or where the model was changed in a way
         that its graph doesn't follow.
         """
+        output = self._run(args, kwargs)
+        return self._told(*output)[0] if self._gtp.taps else output
+
+    def with_taps(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Return the model's output and those of the modules that `optimize` was told to tap, by path, from one run.
+
+        Takes the model's own arguments. Tokens that were removed by then are put back. Forward hooks on those modules
+        fire, here and when the model is called.
+        """
+        output = self._run(args, kwargs)
+        return self._told(*output) if self._gtp.taps else (output, {})
+
+    def _told(self, output: Any, tapped: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return what a graph with taps does, after the hooks on the tapped modules."""
+        fire_hooks(self._gtp.original, tapped)
+        return output, tapped
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the graph of the current mode does."""
         form, args, kwargs = self._form_taking(args, kwargs)
         if form is not self:
-            return form.forward(*args, **kwargs)
-        runner = self._runner(self.training)
-        if not torch.compiler.is_compiling():  # what traces this has guards of its own
-            if following.must_be_made_anew(self._gtp, runner.watch):
-                runner = self._runner(self.training)
-            lend(runner.graph_module, self, runner.top)
-        if clash := clashes(runner.casts):
-            raise InputError(clash)
-        return runner.run(*args, **kwargs)
+            return form._run(args, kwargs)
+        if torch.compiler.is_compiling():  # what traces this has guards of its own
+            return self._runner(self.training).run(*args, **kwargs)
+        while True:
+            with running(self._gtp.modules):  # not while another thread traces them
+                training = self.training
+                runner = self._gtp.runners.get((self._mode(training), device_of(self)))
+                if runner is not None and not following.must_be_made_anew(self._gtp, runner.watch):
+                    lend(runner.graph_module, self, runner.top)
+                    if clash := clashes(runner.casts):
+                        raise InputError(clash)
+                    return runner.run(*args, **kwargs)
+            self._runner(training)
 
     def provenance(self, *args: Any, **kwargs: Any) -> tuple[Provenance, ...]:
         """Return, for each stream of tokens, which patches each remaining token stands for, and by how much.
 
         Takes the model's own arguments. Runs the evaluation graph eagerly. Empty where no token is removed.
         """
-        return self._told_by(provenance_runner, args, kwargs)
+        return self._told_by(lambda e: provenance_runner(e.graph_module, e.sites, device_of(self)), args, kwargs)
+
+    def attention_maps(self, layers: Sequence[str | int], *args: Any, **kwargs: Any) -> dict[str | int, Tensor]:
+        """Return attention maps of some blocks, each [B, H, N, N] in float32, over all tokens, by what `layers` named.
+
+        layers: paths of attention layers, or of modules with one inside, or numbers of blocks as in the report.
+
+        Tokens that were removed before a block have zeros in its map. Takes the model's own arguments after `layers`.
+        Runs the evaluation graph eagerly. Raises InputError for what names no attention block.
+        """
+        return self._told_by(lambda e: attention_maps_runner(e.graph_module, e.attention, layers), args, kwargs)
 
     def with_provenance(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Provenance, ...]]:
         """Return the model's output and its `provenance`, from one run.
@@ -171,14 +210,19 @@ class OptimizedModel(nn.Module):
         the tokens that remained to the end are those at `index`, after the prefix tokens: a reader of fewer tokens
         takes them.
         """
-        return self._told_by(output_and_provenance_runner, args, kwargs)
+        output, provenance = self._told_by(
+            lambda e: output_and_provenance_runner(e.graph_module, e.sites, device_of(self)), args, kwargs
+        )
+        return output[0] if self._gtp.taps else output, provenance
 
-    def _told_by(self, make: Callable[..., Callable[..., Told]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Told:
+    def _told_by(
+        self, make: Callable[[Optimised], Callable[..., Told]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Told:
         """Run what `make` makes of the evaluation graph that takes a call."""
         form, args, kwargs = self._form_taking(args, kwargs)
         evaluation = form._optimised(training=False)
         with internal_errors_told():
-            run = make(evaluation.graph_module, evaluation.sites, device_of(self))
+            run = make(evaluation)
         return run(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -222,11 +266,12 @@ class OptimizedModel(nn.Module):
         return self if state.signature.is_form_of(call) else form_taking(state, call, self._beside), *call
 
     def _beside(
-        self, module: nn.Module, signature: CallSignature, options: Options, blocks_needed: bool
+        self, module: nn.Module, signature: CallSignature, options: Options, blocks_needed: bool, taps: tuple[str, ...]
     ) -> OptimizedModel:
         """Optimise another form of call, or a method, as this model was."""
+        state = self._gtp
         with internal_errors_told(), torch.inference_mode(False):
-            return OptimizedModel(module, signature, options, self._gtp.compile, blocks_needed, self._gtp.recapture)
+            return OptimizedModel(module, signature, options, state.compile, blocks_needed, state.recapture, taps)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         """Copy everything but compiled code; the graphs are the same, over the copy's parameters."""
@@ -279,7 +324,8 @@ class OptimizedModel(nn.Module):
         made = state.graphs.get(mode)
         if made is None:
             with internal_errors_told():
-                captured = capture_module(state.original, self.signature, training)
+                whole = with_taps(state.original, state.taps) if state.taps else state.original
+                captured = capture_module(whole, self.signature, training)
                 read_from(captured, self, names_of(state.original))
                 made = state.graphs[mode] = self._rewritten(captured)
         elif not state.own_calls <= made.captured.meta[OWN_CALLS]:
@@ -307,9 +353,10 @@ class OptimizedModel(nn.Module):
         state, mode, device = self._gtp, self._mode(training), device_of(self)
         found = state.runners.get((mode, device))
         if found is None:
-            with tracing_lock(), internal_errors_told():
+            with tracing(state.original), tracing_lock(), internal_errors_told():
                 if (mode, device) not in state.runners:  # another thread may have made it meanwhile
                     made = self._made(training)
+                    state.modules = modules_of(state.original)
                     state.runners[mode, device] = make_runner(made, state, self, device, self.inductor_options)
                 found = state.runners[mode, device]
         return found

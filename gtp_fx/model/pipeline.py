@@ -23,6 +23,7 @@ from gtp_fx.passes.runner import PassStep, apply_plan, apply_plan_unverified, ru
 from gtp_fx.plan.cost.count import count_flops
 from gtp_fx.plan.make_plan import Original, make_plan
 from gtp_fx.plan.plan import Plan
+from gtp_fx.report.attention_maps import AttentionRecord, record_attention
 from gtp_fx.report.forecasting import forecast
 from gtp_fx.report.provenance import SiteRecord, record_sites
 from gtp_fx.report.report import Report, SiteRow
@@ -40,6 +41,7 @@ class Optimised:
     strategy: how it removes them.
     report: what was done.
     sites: the sites that remove tokens, for `gtp_fx.report.provenance`.
+    attention: the blocks' attention, for `gtp_fx.report.attention_maps`.
     """
 
     graph_module: fx.GraphModule
@@ -47,6 +49,7 @@ class Optimised:
     strategy: Strategy
     report: Report
     sites: tuple[SiteRecord, ...] = ()
+    attention: tuple[AttentionRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool =
     )
     exact.journal.note("schedule", plan.schedule.to_json())
     exact.journal.note("report", str(report))
-    return Optimised(result, plan.schedule, plan.strategy, report, record_sites(result))
+    return Optimised(result, plan.schedule, plan.strategy, report, record_sites(result), record_attention(result))
 
 
 def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
@@ -141,6 +144,7 @@ def _recovered(graph: fx.Graph) -> tuple[str, ...]:
         if RECOVERED in node.meta
         for user in node.users
         if not any(node.target is gtp_fx.recover.default for node in (user, *user.users))  # one step of several
+        if user.target is not gtp_fx.take_tokens.default  # by which a stream is tied to its output
     ]
     return tuple(dict.fromkeys(readers))
 

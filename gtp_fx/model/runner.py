@@ -38,7 +38,9 @@ def make_runner(
     # The graph depends on all that it neither calls nor reads. A method's depends on what the method belongs to.
     known, called = made.captured.meta, called_layers(graph_module)
     joined = (joined_layers(graph_module) & layer_paths(made.captured)) - called - known[OWN_CALLS]
-    watch = Watch(getattr(state.original, "_owner", state.original), called, joined, known[WRITTEN], known[USED])
+    watch = Watch(
+        getattr(state.original, "_owner", state.original), called, joined, known[WRITTEN], known[USED], state.taps
+    )
     run: Any = graph_module
     if state.compiles:
         run = _Once(torch.compile(graph_module, options=dict(inductor) or None))

@@ -18,9 +18,9 @@ from gtp_fx.options.options import Options
 SIZES = ("given", "any")
 """Values of `optimize`'s `sizes`: those of the examples, or any."""
 
-Make = Callable[[Any, CallSignature, Options, bool], Any]
+Make = Callable[[Any, CallSignature, Options, bool, tuple[str, ...]], Any]
 """Makes an OptimizedModel of a module, over the same parameters: the module, how it is called, with which options, and
-whether a graph without attention over patches is refused."""
+whether a graph without attention over patches is refused, and its taps."""
 
 MAKING = threading.RLock()
 """Held while a form or a method is made, so that threads that call it first at once make it once."""
@@ -87,7 +87,7 @@ def add_form(state: State, signature: CallSignature, make: Make, for_good: bool 
     if not isinstance(options.schedule, str):
         options = replace(options, schedule=state.settled.schedule)
     try:
-        model = make(state.original, signature, options, state.blocks_needed)
+        model = make(state.original, signature, options, state.blocks_needed, state.taps)
     except ScheduleError as error:
         first = describe(state.signature.args, state.signature.kwargs)
         raise ScheduleError(

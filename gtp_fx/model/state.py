@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from gtp_fx.capture.inputs import CallSignature
+from gtp_fx.capture.turns import Modules
 from gtp_fx.model.forms import Forms
 from gtp_fx.model.pipeline import Optimised
 from gtp_fx.model.watch import Watch
@@ -77,8 +78,10 @@ class State:
     compile: whether Inductor compiles its graphs.
     recapture: whether a change of the model that its graph can't follow makes a new graph, and is no error.
     blocks_needed: whether a graph without attention over patches is refused.
+    taps: paths of modules whose outputs the graphs return, too.
     chosen: schedule, strategy and report, once the first graph is made.
     own_calls: paths of layers that no pass may join with others, since somebody reads or replaces what they do.
+    modules: identities of the original's modules, by which threads take turns.
     graphs: the graphs, by mode.
     runners: what runs them, by mode and device.
     methods: optimised methods of the original, by name.
@@ -93,8 +96,10 @@ class State:
     compile: bool
     recapture: bool = False
     blocks_needed: bool = True
+    taps: tuple[str, ...] = ()
     chosen: Chosen | None = None
     own_calls: frozenset[str] = frozenset()
+    modules: Modules = frozenset()
     graphs: dict[Mode, Made] = field(default_factory=dict)
     runners: dict[tuple[Mode, torch.device], Runner] = field(default_factory=dict)
     methods: dict[str, Forms] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gtp_fx.capture.hooks import FORWARD, added_hooks, user_hooks
+from gtp_fx.capture.hooks import KINDS, added_hooks, user_hooks
 from gtp_fx.capture.snapshots import OWN, inside, is_same
 
 
@@ -70,6 +70,7 @@ class Watch:
     joined: paths of modules whose parameters the graph reads itself.
     written: paths of the attributes that the model's own forward sets.
     used: paths of the modules that forward calls or reads, and of those that hold them; None for all.
+    tapped: paths of modules whose forward hooks fire with what the graph returns of them.
     """
 
     def __init__(
@@ -79,13 +80,14 @@ class Watch:
         joined: Collection[str],
         written: Collection[str] = (),
         used: Collection[str] | None = None,
+        tapped: Collection[str] = (),
     ) -> None:
-        self._model, self._called, self._joined = model, called, joined
+        self._model, self._called, self._joined, self._tapped = model, called, joined, tapped
         self._seen: list[_Seen] = []
         self._hooks: list[dict[int, Any]] = []
         known: set[int] = set()
         for path, module in _modules(model, called):
-            self._hooks += [module.__dict__[name] for name in FORWARD]
+            self._hooks += [module.__dict__[name] for name in KINDS if not self._hears(path, [name])]
             if path in called:
                 continue
             parted = (name.rpartition(".") for name in written)
@@ -123,13 +125,17 @@ class Watch:
             hooked=hooked,
         )
 
-    def hooks(self, of: Callable[[nn.Module], object] = user_hooks) -> list[str]:
+    def hooks(self, of: Callable[[nn.Module], dict[str, list[int]]] = user_hooks) -> list[str]:
         """Return the paths of the modules inside the model that have hooks and that the graph doesn't call.
 
         of: returns a module's hooks.
         """
         others = ((path, module) for path, module in _modules(self._model, self._called) if path not in self._called)
-        return [path for path, module in others if path and of(module)]
+        return [path for path, module in others if path and (found := of(module)) and not self._hears(path, found)]
+
+    def _hears(self, path: str, kinds: Collection[str]) -> bool:
+        """Return whether hooks of these kinds on a module fire, though the graph has no call for it."""
+        return path in self._tapped and set(kinds) <= {"_forward_hooks"}
 
     def _counted(self) -> int:
         return sum(map(len, self._hooks))

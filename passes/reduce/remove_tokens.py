@@ -7,6 +7,7 @@ The graph is typed with the plan's sites, then walked once in order. At each nod
   3. Attention over shortened keys gets their token scales. Where its block has a site, it is replaced by an attention
      that also scores its tokens; attention that is spelled out stays so, and its map gives the scores.
   4. After a site, every later reader gets the shortened stream instead of the whole one.
+Outputs that later layers read are tied to what those read (`tie_outputs`), for gradients.
 
 The level of a stream is the number of its sites so far; at level 0 it has all tokens.
 """
@@ -20,7 +21,7 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.attention_maps import AttentionMap
-from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.blocks import MARK, AttentionBlock
 from gtp_fx.analysis.branches import keys_beside
 from gtp_fx.analysis.placement import cut_of, ends_of, updated_edges
 from gtp_fx.analysis.typed_graph import typed_graph
@@ -28,6 +29,7 @@ from gtp_fx.errors import UnsupportedModelError
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.graph.torch_internals import is_higher_order
+from gtp_fx.passes.reduce.tie_outputs import tie_outputs
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import AtSite, Attention, StreamState
 from gtp_fx.types.axes import Grid, TensorType, images_dims, token_axis
@@ -38,6 +40,9 @@ from gtp_fx.types.places import home_of, places_of
 SITE = "gtp_site"
 """Meta key of a node after which tokens have been removed: the grid they were on, the state of what remains, and the
 node of all patches' places (`gtp_fx.types.places`), None where they are in order."""
+
+ATTENDS = "gtp_attends"
+"""Meta key of an attention that the strategy put in the place of torch's: its operands."""
 
 RECOVERED = "gtp_recovered"
 """Meta key of a value in which removed tokens have been put back for a reader."""
@@ -92,6 +97,7 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             walk.shorten_after(node, sites[node])
         if node in ends:
             walk.put_back_after(node, ends[node])
+    tie_outputs(gm.graph)
     return edit.finish(gm)
 
 
@@ -229,6 +235,7 @@ class _Walk:
         scored = block is not None and block.index in self.plan.propagated and strategy.score != "none"
         if block is not None and (scored or strategy.rewrites_every_attention):
             output, self.scores[block.index] = strategy.attend(emit, operands, block.axis, scored)
+            output.meta[MARK], output.meta[ATTENDS] = node.meta[MARK], operands
             node.replace_all_uses_with(output)
             self.replacement[node] = output
             self.graph.erase_node(node)  # dead code elimination keeps attention, which may draw random numbers

@@ -350,3 +350,12 @@ def test_the_backend_plans_each_size_too(model: nn.Module, both: gtp_fx.Optimize
     compiled = torch.compile(model, backend="gtp", options={"flops_budget": 0.5})
     for size in (48, 64):
         torch.testing.assert_close(compiled(images(size)), both(images(size)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.nightly
+@torch.no_grad()
+def test_taps_and_maps_are_of_the_size_that_is_called(model: nn.Module) -> None:
+    fast = optimised(model, sizes="any", taps=["blocks.1"])
+    output, tapped = fast.with_taps(images(64))
+    assert tapped["blocks.1"].shape == (2, 65, 32) and torch.equal(fast(images(64)), output)
+    assert fast.attention_maps([0], images(64))[0].shape == (2, 2, 65, 65)
