@@ -20,6 +20,10 @@ _BATCH = 2
 """Images in an example input. torch.export would specialise the graph to a batch of one."""
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call."""
+
+
 @dataclass(frozen=True)
 class CallSignature:
     """The form in which a model is called. Two calls have the same form if only batch size and tensor values differ.
@@ -48,70 +52,120 @@ class CallSignature:
         args, kwargs = pytree.tree_map_only(Tensor, moved, (self.args, self.kwargs))
         return CallSignature(self.parameters, args, kwargs)
 
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Return a call's arguments in canonical form. Raises InputError where forward doesn't take them."""
+        try:
+            return canonical_arguments(self.parameters, args, kwargs)
+        except TypeError as error:
+            raise InputError(f"the model can't be called like this: {error}") from error
+
+    def is_form_of(self, call: Call, any_size: bool = False) -> bool:
+        """Return whether a call in canonical form has this form, or differs from it only in the tensors' sizes.
+
+        any_size: whether sizes may differ.
+        """
+        mine, my_spec = pytree.tree_flatten((self.args, self.kwargs))
+        theirs, their_spec = pytree.tree_flatten(call)
+        return my_spec == their_spec and all(_same_form(*leaves, any_size) for leaves in zip(mine, theirs, strict=True))
+
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether a call has this form."""
         try:
-            self.canonical(args, kwargs)
+            return self.is_form_of(self.bound(args, kwargs))
         except InputError:
             return False
-        return True
 
-    def canonical(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def canonical(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Return a call's arguments in canonical form. Raises InputError where the call has another form."""
+        call = self.bound(args, kwargs)
+        if not self.is_form_of(call):
+            raise InputError(refusal([self], call))
+        return call
+
+    def resized(self, call: Call) -> CallSignature:
+        """Return the signature of a call that differs from this one only in sizes, with examples of its own.
+
+        They hold no more than two images where each tensor holds as many, so that a large batch isn't kept, and are of
+        this signature's dtypes, whatever the call's are under autocast.
+        """
+        batches = {tensor.shape[0] for tensor in tensors_in(call) if tensor.ndim}
+        most = _BATCH if len(batches) == 1 else None
+
+        def example(mine: Any, theirs: Any) -> Any:
+            if not isinstance(theirs, Tensor):
+                return theirs
+            return _two_images(theirs.detach()[:most].clone() if theirs.ndim else theirs).to(mine.dtype)
+
+        with torch.inference_mode(False):  # what is made in it can't be traced with gradients
+            args, kwargs = pytree.tree_map(example, (self.args, self.kwargs), call)
+        return CallSignature(self.parameters, args, kwargs)
+
+
+def call_signatures(model: nn.Module, example_inputs: Any) -> tuple[CallSignature, ...]:
+    """Return the signatures of the calls that a user gives examples of: one, or a list of several, each form once.
+
+    Raises what `call_signature` raises, of each of them.
+    """
+    if not isinstance(example_inputs, list) or not example_inputs:
+        return (call_signature(model, example_inputs),)
+    found: list[CallSignature] = []
+    for example in example_inputs:
         try:
-            found = canonical_arguments(self.parameters, args, kwargs)
-        except TypeError as error:
-            raise InputError(f"the model can't be called like this: {error}") from error
-        mine, my_spec = pytree.tree_flatten((self.args, self.kwargs))
-        theirs, their_spec = pytree.tree_flatten(found)
-        if my_spec != their_spec or not all(map(_same_form, mine, theirs)):
-            raise InputError(
-                f"this model was optimised for {describe(self.args, self.kwargs)} and called with {describe(*found)}: "
-                f"the graph accepts any batch size, but only this form; for another, call gtp_fx.optimize(model, "
-                f"example_inputs=…) again with such inputs"
-            )
-        return found
+            signature = call_signature(model, example)
+        except CaptureError as error:
+            raise CaptureError(f"{error} (a list holds several examples; the arguments of one are a tuple)") from error
+        if not any(known.takes(signature.args, signature.kwargs) for known in found):
+            found.append(signature)
+    return tuple(found)
 
 
 def call_signature(model: nn.Module, example_inputs: Any) -> CallSignature:
     """Return the signature of a call with `example_inputs`.
 
-    example_inputs: a tensor, a sequence of positional arguments, a mapping of keyword arguments, or None to derive an
+    example_inputs: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or None to derive an
         image batch from the model's configuration.
 
     Raises CaptureError where they hold no tensor or don't fit the model's forward.
     """
-    args, kwargs = _split(model, example_inputs)
-    if not tensors_in((args, kwargs)):
+    call = _split(model, example_inputs)
+    if not tensors_in(call):
         raise CaptureError(
             f"example_inputs={shown(example_inputs)} hold no tensor; give an image batch such as [2, 3, 224, 224]"
         )
+    return signature_of(model, call)
+
+
+def signature_of(model: nn.Module, call: Call) -> CallSignature:
+    """Return the signature of a call. Raises CaptureError where it doesn't fit the model's forward."""
     must_be_traceable(model)
     try:
         parameters = inspect.signature(model.forward)
     except (TypeError, ValueError) as error:
         raise CaptureError(f"{type(model).__name__}.forward has no signature to call it by: {error}") from error
     try:
-        args, kwargs = canonical_arguments(parameters, args, kwargs)
+        args, kwargs = canonical_arguments(parameters, *call)
     except TypeError as error:
         raise CaptureError(f"example_inputs don't fit {type(model).__name__}.forward{parameters}: {error}") from error
     args, kwargs = pytree.tree_map_only(Tensor, _two_images, (args, kwargs))
     return CallSignature(parameters, args, kwargs)
 
 
-def canonical_arguments(
-    parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return arguments in canonical form: positional where possible, without those equal to the default.
+def canonical_arguments(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Return arguments in canonical form: positional where possible, without those equal to the default, in one order.
 
     Raises TypeError where the arguments don't fit `parameters`.
     """
     bound = parameters.bind(*args, **kwargs)
-    for name in list(bound.arguments):
-        default = parameters.parameters[name].default
-        value = bound.arguments[name]
-        if default is not inspect.Parameter.empty and not isinstance(value, Tensor) and is_same(value, default):
+    needed = False  # whether a later argument, which can be given by its place alone, needs the earlier ones
+    for name in reversed(list(bound.arguments)):
+        parameter, value = parameters.parameters[name], bound.arguments[name]
+        has_default = parameter.default is not parameter.empty
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound.arguments[name] = {key: value[key] for key in sorted(value)}
+        elif has_default and not needed and not isinstance(value, Tensor) and is_same(value, parameter.default):
             del bound.arguments[name]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+            needed = True
     return bound.args, bound.kwargs
 
 
@@ -153,15 +207,28 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return f"({', '.join(parts)})"
 
 
-def _same_form(mine: Any, theirs: Any) -> bool:
-    """Return whether two leaves differ at most in batch size, values and floating-point dtype."""
+def refusal(forms: Sequence[CallSignature], call: Call) -> str:
+    """Return the message for a call that has none of the forms that a model was optimised for."""
+    known = " or ".join(describe(form.args, form.kwargs) for form in forms)
+    if any(form.is_form_of(call, any_size=True) for form in forms):
+        what = "sizes='any' takes any size, with a graph for each, and example_inputs=[…] those that you give"
+    else:
+        what = "for another, call gtp_fx.optimize(model, example_inputs=…) again with such inputs"
+    return (
+        f"this model was optimised for {known} and called with {describe(*call)}: a graph accepts any batch size, but "
+        f"only its own form; {what}"
+    )
+
+
+def _same_form(mine: Any, theirs: Any, any_size: bool = False) -> bool:
+    """Return whether two leaves differ at most in batch size, values and floating-point dtype, or in all sizes."""
     if isinstance(mine, Tensor) != isinstance(theirs, Tensor):
         return False
     if not isinstance(mine, Tensor):
         return is_same(mine, theirs)
     # Floating-point dtypes may differ: under autocast, or where the weights were replaced by some of another dtype.
     same_kind = mine.dtype == theirs.dtype or (mine.is_floating_point() and theirs.is_floating_point())
-    return bool(same_kind and mine.shape[1:] == theirs.shape[1:] and mine.ndim == theirs.ndim)
+    return bool(same_kind and mine.ndim == theirs.ndim and (any_size or mine.shape[1:] == theirs.shape[1:]))
 
 
 def _split(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -172,8 +239,8 @@ def _split(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
-    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        return tuple(example_inputs), {}
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
     raise CaptureError(
         f"example_inputs={shown(example_inputs)}: give a tensor, a tuple of arguments or a dict of keyword arguments"
     )

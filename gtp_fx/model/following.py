@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import fx, nn
 
 from gtp_fx.capture.hooks import KINDS
 from gtp_fx.capture.layers import layer_paths
 from gtp_fx.errors import InputError
+from gtp_fx.model.rollback import put_back_on_error
 from gtp_fx.model.state import State
 from gtp_fx.model.watch import NOTHING, Watch
 
@@ -43,6 +45,27 @@ def must_be_made_anew(state: State, watch: Watch) -> bool:
         state.runners.clear()
         return True
     return False
+
+
+def changing(state: State, remake: Callable[[], object], do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `do`, which may change the original, and make the graphs anew where it has; return what `do` returns.
+
+    Where that fails, the original is put back as it was.
+
+    remake: makes the graph for evaluation.
+    """
+    graphs = dict(state.graphs), dict(state.runners), dict(state.methods)
+    with put_back_on_error(state.original):
+        result = do(*args, **kwargs)
+        runners = [runner for form in state.of_each_form for runner in form.runners.values()]
+        if any(runner.watch.changes() is not NOTHING for runner in runners):
+            state.forget()
+            try:
+                remake()
+            except BaseException:
+                state.graphs, state.runners, state.methods = graphs
+                raise
+    return result
 
 
 def own_calls(captured: fx.GraphModule, model: nn.Module) -> frozenset[str]:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.inputs import call_signatures
 from gtp_fx.capture.tapped import check_taps
 from gtp_fx.errors import OptionError
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
+from gtp_fx.model.sizes import checked_sizes, must_be_calibrated_for
 from gtp_fx.options.options import DEFAULTS, HELP, Options
 from gtp_fx.options.schedule import Schedule
 from gtp_fx.passes.order import must_be_optional
@@ -39,16 +40,20 @@ def optimize(
     compile: bool = True,
     recapture: bool = False,
     taps: Sequence[str] = (),
+    sizes: str = "given",
 ) -> OptimizedModel:
     """Make a faster replacement for a vision transformer, over the same parameters.
 
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the size that the model will be
-        called with; None derives them from timm's `pretrained_cfg` or HF's `config`. The result takes any batch.
+        called with; None derives them from timm's `pretrained_cfg` or HF's `config`. The result takes any batch. A list
+        has several such examples: each size gets a graph and a schedule, over the same parameters.
     compile: let Inductor compile the graph at its first call; False gives an eager FX module.
     recapture: make a new graph where the model was changed in a way that the graph doesn't follow (a flag that forward
         reads, a block replaced); False raises InputError at the next call.
     taps: paths of modules ("blocks.5") whose outputs are wanted, too: `fast.with_taps(x)` returns them, with removed
         tokens put back, and forward hooks on those modules fire.
+    sizes: "given" takes the examples' image sizes alone and raises InputError for another; "any" makes a graph and a
+        schedule for a new size at its first call, and keeps the eight of these that were called last.
     The others are the fields of `gtp_fx.options.options.Options`:
 
     {options}
@@ -83,10 +88,13 @@ def optimize(
         mode=mode,
     )
     must_be_optional(options.disabled_passes)
-    tapped = check_taps(model, taps)
+    any_size, tapped = checked_sizes(sizes), check_taps(model, taps)
     with internal_errors_told():
-        signature = call_signature(model, example_inputs)
-        return OptimizedModel(model, signature, options, compile=compile, recapture=recapture, taps=tapped)
+        first, *others = call_signatures(model, example_inputs)
+        must_be_calibrated_for(options, (first, *others), any_size)
+        return OptimizedModel(
+            model, first, options, compile, recapture=recapture, taps=tapped, others=others, any_size=any_size
+        )
 
 
 def _no_module(model: Any) -> str:

@@ -11,40 +11,42 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from gtp_fx.capture.autocast_casts import clashes
-from gtp_fx.capture.called_as import CalledAs
-from gtp_fx.capture.inputs import CallSignature, call_signature, device_of, dtype_of, tensors_in
+from gtp_fx.capture.inputs import CallSignature, describe, device_of, dtype_of, tensors_in
 from gtp_fx.capture.layers import OWN_CALLS
 from gtp_fx.capture.module import capture_module
 from gtp_fx.capture.snapshots import attributes_of
 from gtp_fx.capture.tapped import with_taps
 from gtp_fx.capture.turns import modules_of, running, tracing
-from gtp_fx.errors import InputError, ScheduleError
+from gtp_fx.errors import InputError
 from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import tracing_lock
 from gtp_fx.model import following
 from gtp_fx.model.internal_errors import internal_errors_told
+from gtp_fx.model.methods import method_taking
 from gtp_fx.model.parameters import SHARED, class_like, lend, names_of, names_read, read_from, stand_for
 from gtp_fx.model.pipeline import Optimised, run_passes
-from gtp_fx.model.rollback import put_back_on_error
 from gtp_fx.model.runner import make_runner
+from gtp_fx.model.sizes import add_form, form_taking
 from gtp_fx.model.state import Chosen, Made, Mode, Runner, State, settled
 from gtp_fx.model.tapping import fire_hooks
-from gtp_fx.model.watch import NOTHING
-from gtp_fx.options.calibration import bound
+from gtp_fx.options.calibration import bound_where
 from gtp_fx.options.options import Options
-from gtp_fx.options.schedule import AUTO, Schedule
+from gtp_fx.options.schedule import Schedule
 from gtp_fx.report.attention_maps import attention_maps_runner
 from gtp_fx.report.provenance import Provenance, SiteRecord, output_and_provenance_runner, provenance_runner
 from gtp_fx.report.report import Report
 from gtp_fx.strategies import Strategy
+
+Told = TypeVar("Told")
 
 
 class OptimizedModel(nn.Module):
@@ -64,6 +66,8 @@ class OptimizedModel(nn.Module):
         blocks_needed: bool = True,
         recapture: bool = False,
         taps: tuple[str, ...] = (),
+        others: Sequence[CallSignature] = (),
+        any_size: bool = False,
     ) -> None:
         """Capture `original` and rewrite its evaluation graph.
 
@@ -71,18 +75,21 @@ class OptimizedModel(nn.Module):
         blocks_needed: whether a model without attention over patches is refused.
         recapture: whether a change of the model that its graph can't follow makes a new graph, and is no error.
         taps: paths of modules whose outputs the graph returns, too.
+        others: other forms in which it is called, such as image sizes.
+        any_size: whether a call of another image size makes a form for it.
         """
-        training = original.training
         self._gtp: State
-        # Set past nn.Module, which would register the original as a child and double every name.
-        state = State(original, signature, dtype_of(original), options, compile, recapture, blocks_needed, taps)
-        object.__setattr__(self, "_gtp", state)
         super().__init__()
-        original.training = training  # nn.Module's __init__ sets it, and it is the original's
+        # Set past nn.Module, which would register the original as a child and double every name.
+        dtype = dtype_of(original)
+        state = State(original, signature, dtype, options, compile, recapture, blocks_needed, taps, any_size=any_size)
+        object.__setattr__(self, "_gtp", state)
         self.__class__ = class_like(OptimizedModel, type(original))
         stand_for(self, original)
         for path in self._runner(training=False).watch.hooks():
             following.tell_of_hooks([path])
+        for other in others:
+            add_form(state, other, self._beside, for_good=True)
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -120,13 +127,23 @@ class OptimizedModel(nn.Module):
         return self._gtp.signature.like(self._gtp.original, self._gtp.dtype)
 
     @property
+    def forms(self) -> Mapping[str, OptimizedModel]:
+        """The optimised model of each form of call: "(float32[*, 3, 224, 224])". The first is this one.
+
+        Each has a graph, a schedule and a report of its own, over the same parameters.
+        """
+        forms = (self, *self._gtp.forms)
+        return MappingProxyType({describe(f._gtp.signature.args, f._gtp.signature.kwargs): f for f in forms})
+
+    @property
     def training(self) -> bool:  # type: ignore[override]
         """The original's mode."""
         return self._gtp.original.training
 
     @training.setter
     def training(self, mode: bool) -> None:
-        self._gtp.original.training = mode
+        if "_gtp" in self.__dict__:  # nn.Module's own __init__ sets a mode, and it is the original's
+            self._gtp.original.training = mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph of the current mode.
@@ -153,7 +170,9 @@ class OptimizedModel(nn.Module):
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the graph of the current mode does."""
-        args, kwargs = self._gtp.signature.canonical(args, kwargs)
+        form, args, kwargs = self._form_taking(args, kwargs)
+        if form is not self:
+            return form._run(args, kwargs)
         if torch.compiler.is_compiling():  # what traces this has guards of its own
             return self._runner(self.training).run(*args, **kwargs)
         while True:
@@ -172,11 +191,7 @@ class OptimizedModel(nn.Module):
 
         Takes the model's own arguments. Runs the evaluation graph eagerly. Empty where no token is removed.
         """
-        args, kwargs = self._gtp.signature.canonical(args, kwargs)
-        evaluation = self._optimised(training=False)
-        with internal_errors_told():
-            run = provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))
-        return run(*args, **kwargs)
+        return self._told_by(lambda e: provenance_runner(e.graph_module, e.sites, device_of(self)), args, kwargs)
 
     def attention_maps(self, layers: Sequence[str | int], *args: Any, **kwargs: Any) -> dict[str | int, Tensor]:
         """Return attention maps of some blocks, each [B, H, N, N] in float32, over all tokens, by what `layers` named.
@@ -186,9 +201,7 @@ class OptimizedModel(nn.Module):
         Tokens that were removed before a block have zeros in its map. Takes the model's own arguments after `layers`.
         Runs the evaluation graph eagerly. Raises InputError for what names no attention block.
         """
-        args, kwargs = self._gtp.signature.canonical(args, kwargs)
-        evaluation = self._optimised(training=False)
-        return attention_maps_runner(evaluation.graph_module, evaluation.attention, layers)(*args, **kwargs)
+        return self._told_by(lambda e: attention_maps_runner(e.graph_module, e.attention, layers), args, kwargs)
 
     def with_provenance(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Provenance, ...]]:
         """Return the model's output and its `provenance`, from one run.
@@ -197,12 +210,20 @@ class OptimizedModel(nn.Module):
         the tokens that remained to the end are those at `index`, after the prefix tokens: a reader of fewer tokens
         takes them.
         """
-        args, kwargs = self._gtp.signature.canonical(args, kwargs)
-        evaluation = self._optimised(training=False)
-        with internal_errors_told():
-            run = output_and_provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))
-        output, provenance = run(*args, **kwargs)
+        output, provenance = self._told_by(
+            lambda e: output_and_provenance_runner(e.graph_module, e.sites, device_of(self)), args, kwargs
+        )
         return output[0] if self._gtp.taps else output, provenance
+
+    def _told_by(
+        self, make: Callable[[Optimised], Callable[..., Told]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Told:
+        """Run what `make` makes of the evaluation graph that takes a call."""
+        form, args, kwargs = self._form_taking(args, kwargs)
+        evaluation = form._optimised(training=False)
+        with internal_errors_told():
+            run = make(evaluation)
+        return run(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Look up what this module lacks on the original; its methods become optimised ones."""
@@ -223,22 +244,8 @@ class OptimizedModel(nn.Module):
             self._changing(setattr, state.original, name, value)
 
     def _changing(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `do`, which may change the original, and make the graphs anew where it has; return what `do` returns.
-
-        Where that fails, the original is put back as it was.
-        """
-        state = self._gtp
-        graphs = dict(state.graphs), dict(state.runners), dict(state.methods)
-        with put_back_on_error(state.original):
-            result = do(*args, **kwargs)
-            if any(runner.watch.changes() is not NOTHING for runner in state.runners.values()):
-                state.forget()
-                try:
-                    self._runner(training=False)
-                except BaseException:
-                    state.graphs, state.runners, state.methods = graphs
-                    raise
-        return result
+        """Call `do`, which may change the original, and follow the change."""
+        return following.changing(self._gtp, lambda: self._runner(training=False), do, *args, **kwargs)
 
     def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a method of the original: optimised where it takes tensors, else on the original itself."""
@@ -246,32 +253,25 @@ class OptimizedModel(nn.Module):
         # A method without tensors (`reset_classifier`) reads the original or changes it.
         if not tensors_in((args, kwargs)):
             return self._changing(method, *args, **kwargs)
-        made = state.methods.setdefault(name, [])
-        fast = next((fast for fast in made if fast.signature.takes(args, kwargs)), None)
-        if fast is None:
-            fast = self._optimised_method(name, args, kwargs)
-            made.append(fast)
+        fast = method_taking(state, name, (args, kwargs), self._beside)
         fast.training = self.training
         return fast(*args, **kwargs)
 
-    def _optimised_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OptimizedModel:
-        """Optimise a method of the original, over this model's parameters.
-
-        It follows this model's schedule. A method without attention over patches has nothing to gain and runs eagerly.
-        Raises ScheduleError where its blocks differ from the schedule's.
-        """
+    def _form_taking(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[OptimizedModel, tuple[Any, ...], dict[str, Any]]:
+        """Return the model of the form that a call has, and its arguments in canonical form."""
         state = self._gtp
-        module = CalledAs(state.original, getattr(state.original, name))
-        example: Any = args if not kwargs else inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        options = settled(state.options, state.settled)
-        if not any(state.settled.schedule):  # remove nothing here either, whatever blocks the method has
-            options = replace(options, schedule=AUTO, flops_budget=1.0)
-        try:
-            with internal_errors_told():
-                given = call_signature(module, example)
-                return OptimizedModel(module, given, options, state.compile, False, state.recapture)
-        except ScheduleError as error:
-            raise ScheduleError(f"{module._get_name()}: {error}") from error
+        call = state.signature.bound(args, kwargs)
+        return self if state.signature.is_form_of(call) else form_taking(state, call, self._beside), *call
+
+    def _beside(
+        self, module: nn.Module, signature: CallSignature, options: Options, blocks_needed: bool, taps: tuple[str, ...]
+    ) -> OptimizedModel:
+        """Optimise another form of call, or a method, as this model was."""
+        state = self._gtp
+        with internal_errors_told(), torch.inference_mode(False):
+            return OptimizedModel(module, signature, options, state.compile, blocks_needed, state.recapture, taps)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         """Copy everything but compiled code; the graphs are the same, over the copy's parameters."""
@@ -280,6 +280,7 @@ class OptimizedModel(nn.Module):
         memo[id(self)] = new
         own = copy.deepcopy(self._own(), memo)
         twin = replace(state, original=copy.deepcopy(state.original, memo), graphs={}, runners={}, methods={})
+        twin.forms = copy.deepcopy(state.forms, memo)
         new.__setstate__((twin, own))
         for mode, made in state.graphs.items():
             captured, graph_module = map(edit.copy_of, (made.captured, made.optimised.graph_module))
@@ -337,7 +338,8 @@ class OptimizedModel(nn.Module):
         state = self._gtp
         options = state.options if state.chosen is None else settled(state.options, state.chosen)
         if options.calibration is not None:
-            options = replace(options, calibration=bound(options.calibration, state.signature.canonical))
+            form = state.signature
+            options = replace(options, calibration=bound_where(options.calibration, form.takes, form.canonical))
         state.own_calls |= following.own_calls(captured, state.original)
         captured.meta[OWN_CALLS] = state.own_calls
         made = run_passes(captured, options, state.blocks_needed)

@@ -102,7 +102,7 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
     The model isn't changed, and may be on the meta device.
 
-    example_inputs: as for `optimize`.
+    example_inputs: as for `optimize`, of one size.
 
     Raises CaptureError where the graph can't be captured.
     """

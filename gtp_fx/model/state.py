@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from gtp_fx.capture.inputs import CallSignature
 from gtp_fx.capture.turns import Modules
+from gtp_fx.model.forms import Forms
 from gtp_fx.model.pipeline import Optimised
 from gtp_fx.model.watch import Watch
 from gtp_fx.options.options import Options
@@ -83,7 +84,9 @@ class State:
     modules: identities of the original's modules, by which threads take turns.
     graphs: the graphs, by mode.
     runners: what runs them, by mode and device.
-    methods: optimised methods of the original, by name, one for each form of arguments.
+    methods: optimised methods of the original, by name.
+    any_size: whether a call of another image size makes a form for it.
+    forms: the optimised models of other forms of call, over the same original.
     """
 
     original: nn.Module
@@ -99,7 +102,9 @@ class State:
     modules: Modules = frozenset()
     graphs: dict[Mode, Made] = field(default_factory=dict)
     runners: dict[tuple[Mode, torch.device], Runner] = field(default_factory=dict)
-    methods: dict[str, list[Any]] = field(default_factory=dict)
+    methods: dict[str, Forms] = field(default_factory=dict)
+    any_size: bool = False
+    forms: Forms = field(default_factory=Forms)
 
     @property
     def settled(self) -> Chosen:
@@ -112,11 +117,17 @@ class State:
         """Whether Inductor compiles the graphs: not those of a method without attention, which has nothing to gain."""
         return self.compile and (self.blocks_needed or self.settled.report.blocks > 0)
 
+    @property
+    def of_each_form(self) -> list[State]:
+        """This state, and that of each other form of call."""
+        return [self, *(model._gtp for model in self.forms)]
+
     def forget(self) -> None:
-        """Discard all graphs; they are made anew when they are needed."""
-        self.graphs.clear()
-        self.runners.clear()
-        self.methods.clear()
+        """Discard all graphs, also the other forms'; they are made anew when they are needed."""
+        for state in self.of_each_form:
+            state.graphs.clear()
+            state.runners.clear()
+            state.methods.clear()
 
 
 def settled(options: Options, chosen: Chosen) -> Options:

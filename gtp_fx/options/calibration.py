@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,15 +67,29 @@ class Calibration:
         return found
 
 
+def calls_of(calibration: Calibration) -> Iterator[Call]:
+    """Yield the batches as calls."""
+    for batch in calibration.batches():
+        if isinstance(batch, Mapping):
+            yield (), dict(batch)
+        else:
+            yield tuple(batch) if isinstance(batch, list | tuple) else (batch,), {}
+
+
 def bound(calibration: Calibration, canonical: Callable[..., Call]) -> Calibration:
     """Return `calibration` with its batches as calls in the model's captured form.
 
     canonical: `CallSignature.canonical` of the captured model; its errors propagate to the caller.
     """
-    calls = []
-    for batch in calibration.batches():
-        if isinstance(batch, Mapping):
-            calls.append(canonical((), dict(batch)))
-        else:
-            calls.append(canonical(tuple(batch) if isinstance(batch, list | tuple) else (batch,), {}))
-    return replace(calibration, images=tuple(calls))
+    return replace(calibration, images=tuple(canonical(*call) for call in calls_of(calibration)))
+
+
+def bound_where(
+    calibration: Calibration, takes: Callable[..., bool], canonical: Callable[..., Call]
+) -> Calibration | None:
+    """Return `calibration` with the batches of one form alone, as calls in that form; None where there is none.
+
+    takes, canonical: of the `CallSignature`.
+    """
+    images = tuple(canonical(*call) for call in calls_of(calibration) if takes(*call))
+    return replace(calibration, images=images) if images else None
