@@ -190,7 +190,7 @@ def _example_image(model: nn.Module) -> Tensor:
 
     Raises CaptureError where the model has neither.
     """
-    shape = _timm_shape(model) or _hf_shape(model)
+    shape = timm_shape(model) or _hf_shape(model)
     if shape is None:
         raise CaptureError(
             f"{type(model).__name__} has neither timm's pretrained_cfg nor a HF config that gives its input size: give "
@@ -201,7 +201,7 @@ def _example_image(model: nn.Module) -> Tensor:
     return torch.zeros(_BATCH, *shape, dtype=like.dtype, device=like.device)
 
 
-def _timm_shape(model: nn.Module) -> tuple[int, ...] | None:
+def timm_shape(model: nn.Module) -> tuple[int, ...] | None:
     """Return (channels, height, width) of a timm model, or None where it has no `pretrained_cfg`."""
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(config, Mapping) or "input_size" not in config:

@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from gtp_fx.model.parameters import SHARED, class_like, lend, names_of, names_re
 from gtp_fx.model.pipeline import Optimised, run_passes
 from gtp_fx.model.rollback import put_back_on_error
 from gtp_fx.model.runner import make_runner
+from gtp_fx.model.saving.write import save
 from gtp_fx.model.state import Chosen, Made, Mode, Runner, State, settled
 from gtp_fx.model.watch import NOTHING
 from gtp_fx.options.calibration import bound
@@ -59,17 +61,21 @@ class OptimizedModel(nn.Module):
         compile: bool,
         blocks_needed: bool = True,
         recapture: bool = False,
+        own_calls: frozenset[str] = frozenset(),
     ) -> None:
         """Capture `original` and rewrite its evaluation graph.
 
         signature: how the original is called, with examples.
         blocks_needed: whether a model without attention over patches is refused.
         recapture: whether a change of the model that its graph can't follow makes a new graph, and is no error.
+        own_calls: paths of layers that no pass may join with others, beside those that aren't plain.
         """
         training = original.training
         self._gtp: State
         # Set past nn.Module, which would register the original as a child and double every name.
-        state = State(original, signature, dtype_of(original), options, compile, recapture, blocks_needed)
+        state = State(
+            original, signature, dtype_of(original), options, compile, recapture, blocks_needed, None, own_calls
+        )
         object.__setattr__(self, "_gtp", state)
         super().__init__()
         original.training = training  # nn.Module's __init__ sets it, and it is the original's
@@ -82,6 +88,11 @@ class OptimizedModel(nn.Module):
     def graph_module(self) -> fx.GraphModule:
         """The rewritten evaluation graph, in `gtp_fx` and ATen operators."""
         return self._optimised(training=False).graph_module
+
+    @property
+    def captured_graph(self) -> fx.GraphModule:
+        """The evaluation graph as it was captured, before it was rewritten."""
+        return self._made(training=False).captured
 
     @property
     def report(self) -> Report:
@@ -161,6 +172,20 @@ class OptimizedModel(nn.Module):
         with internal_errors_told():
             run = output_and_provenance_runner(evaluation.graph_module, evaluation.sites, device_of(self))
         return run(*args, **kwargs)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write the whole into a folder, from which `gtp_fx.load` makes it again: the same schedule and result.
+
+        A model with a save_pretrained of its own (Hugging Face's) is written by that as well: the folder is also one
+        of the original. Others' weights are in model.safetensors. A save that is broken off leaves nothing to load.
+
+        options: what the original's own takes, such as `max_shard_size`.
+
+        Raises SaveError where something of the model can't be in files.
+        """
+        state = self._gtp
+        with internal_errors_told():
+            self._changing(save, state, self.signature, Path(folder), options)
 
     def __getattr__(self, name: str) -> Any:
         """Look up what this module lacks on the original; its methods become optimised ones."""
