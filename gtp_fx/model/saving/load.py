@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gtp_fx.capture.inputs import CallSignature, canonical_arguments
+from gtp_fx.capture.wrapped import without_compiling
 from gtp_fx.errors import GtpError, LoadError
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
@@ -42,6 +43,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, compile: bool | 
     path = Path(folder)
     if model is not None and (not isinstance(model, nn.Module) or isinstance(model, OptimizedModel)):
         raise LoadError(f"model is a {type(model).__name__}: give the nn.Module that gtp_fx.optimize was given")
+    model = None if model is None else without_compiling(model)
     saved = Record.read(path)
     try:
         options = _options(saved)
