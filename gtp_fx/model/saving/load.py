@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gtp_fx.capture.inputs import CallSignature, canonical_arguments
 from gtp_fx.capture.wrapped import without_compiling
-from gtp_fx.errors import GtpError, LoadError
+from gtp_fx.errors import GtpError, LoadError, SaveError
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.model.saving import tensors
@@ -41,9 +41,9 @@ def load(folder: str | Path, model: nn.Module | None = None, *, compile: bool | 
     forward aren't what was saved; a model given is as it was then. OptionError where the strategy isn't registered.
     """
     path = Path(folder)
+    model = without_compiling(model) if isinstance(model, nn.Module) else model
     if model is not None and (not isinstance(model, nn.Module) or isinstance(model, OptimizedModel)):
         raise LoadError(f"model is a {type(model).__name__}: give the nn.Module that gtp_fx.optimize was given")
-    model = None if model is None else without_compiling(model)
     saved = Record.read(path)
     try:
         options = _options(saved)
@@ -82,7 +82,10 @@ def _options(saved: Record) -> Options:
 
 def _must_have(model: nn.Module, saved: Record, what: str, advice: str) -> dict[str, Tensor]:
     """Return a model's tensors. Raises LoadError where its class, or their names or forms, aren't those saved."""
-    held = tensors.state_of(model)
+    try:
+        held = tensors.state_of(model)
+    except SaveError as error:
+        raise LoadError(f"{what}: its {error}") from error
     forms = {name: tensors.form(tensor) for name, tensor in held.items()}
     wanted = {name: form for name, (form, _) in saved.tensors.items()}
     differ = [f"no {name}" for name in wanted if name not in forms]
