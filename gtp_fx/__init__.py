@@ -36,14 +36,17 @@ from gtp_fx.errors import (  # noqa: E402
     GtpError,
     InputError,
     InternalError,
+    LoadError,
     OptionError,
     Refusal,
+    SaveError,
     ScheduleError,
     UnsupportedModelError,
 )
 from gtp_fx.model.exporting import Exported, ExportError, export, exported_program  # noqa: E402
 from gtp_fx.model.optimize import optimize  # noqa: E402
 from gtp_fx.model.optimized_model import OptimizedModel  # noqa: E402
+from gtp_fx.model.saving.load import load  # noqa: E402
 from gtp_fx.options.calibration import Calibration  # noqa: E402
 from gtp_fx.options.schedule import BlockShape, Schedule  # noqa: E402
 from gtp_fx.report.provenance import Provenance  # noqa: E402
@@ -63,11 +66,13 @@ __all__ = [
     "GtpError",
     "InputError",
     "InternalError",
+    "LoadError",
     "OptimizedModel",
     "OptionError",
     "Provenance",
     "Refusal",
     "Report",
+    "SaveError",
     "Schedule",
     "ScheduleError",
     "ToMe",
@@ -75,5 +80,6 @@ __all__ = [
     "UnsupportedModelError",
     "export",
     "exported_program",
+    "load",
     "optimize",
 ]

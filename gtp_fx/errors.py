@@ -79,6 +79,14 @@ class CaptureError(GtpError):
     """The model's graph could not be captured with the given example inputs."""
 
 
+class SaveError(GtpError):
+    """An optimised model can't be saved whole."""
+
+
+class LoadError(GtpError):
+    """A model can't be loaded: its name is unknown, or its files are missing, unreadable or another model's."""
+
+
 class InputError(GtpError):
     """An optimised model was called with inputs of a form it was not specialised for."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gtp_fx.capture.snapshots import is_same
-from gtp_fx.capture.wrapped import must_be_traceable
+from gtp_fx.capture.wrapped import must_be_traceable, passed_on
 from gtp_fx.errors import CaptureError, InputError
 
 _BATCH = 2
@@ -127,6 +127,7 @@ def call_signature(model: nn.Module, example_inputs: Any) -> CallSignature:
 
     Raises CaptureError where they hold no tensor or don't fit the model's forward.
     """
+    must_be_traceable(model)
     call = _split(model, example_inputs)
     if not tensors_in(call):
         raise CaptureError(
@@ -234,7 +235,8 @@ def _same_form(mine: Any, theirs: Any, any_size: bool = False) -> bool:
 def _split(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Split what the user gave into positional and keyword arguments. Raises CaptureError for an unusable type."""
     if example_inputs is None:
-        return (), {_image_argument(model): _example_image(model)}
+        image, name = _example_image(model), _image_argument(model)
+        return ((image,), {}) if name is None else ((), {name: image})
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -246,18 +248,33 @@ def _split(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict
     )
 
 
-def _image_argument(model: nn.Module) -> str:
-    """Return the name of the image argument: HF's `main_input_name` ("pixel_values"), or the first parameter."""
-    named = getattr(model, "main_input_name", None)
-    return str(named) if named else next(iter(inspect.signature(model.forward).parameters), "x")
+def _image_argument(model: nn.Module) -> str | None:
+    """Return the name of the image argument: HF's `main_input_name` ("pixel_values"), or the first parameter.
+
+    None where the first is any number of them, which a wrapper passes on.
+    """
+    named = next((n for part in _inwards(model) if (n := getattr(part, "main_input_name", None))), None)
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    if named:
+        return str(named)
+    return None if first is not None and first.kind is first.VAR_POSITIONAL else first.name if first else "x"
+
+
+def _inwards(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a model, and what is inside of it as long as that is called with the same."""
+    inside: nn.Module | None = model
+    while inside is not None:
+        yield inside
+        inside = passed_on(inside)
 
 
 def _example_image(model: nn.Module) -> Tensor:
     """Return zeros [2, channels, height, width], sized by timm's `pretrained_cfg` or HF's `config`.
 
-    Raises CaptureError where the model has neither.
+    Of the model, or of the one inside of a wrapper. Raises CaptureError where there is neither.
     """
-    shape = _timm_shape(model) or _hf_shape(model)
+    found = (timm_shape(part) or _hf_shape(part) for part in _inwards(model))
+    shape = next(filter(None, found), None)
     if shape is None:
         raise CaptureError(
             f"{type(model).__name__} has neither timm's pretrained_cfg nor a HF config that gives its input size: give "
@@ -268,7 +285,7 @@ def _example_image(model: nn.Module) -> Tensor:
     return torch.zeros(_BATCH, *shape, dtype=like.dtype, device=like.device)
 
 
-def _timm_shape(model: nn.Module) -> tuple[int, ...] | None:
+def timm_shape(model: nn.Module) -> tuple[int, ...] | None:
     """Return (channels, height, width) of a timm model, or None where it has no `pretrained_cfg`."""
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(config, Mapping) or "input_size" not in config:

@@ -2,17 +2,63 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import warnings
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from gtp_fx.capture.hooks import user_hooks
 from gtp_fx.errors import CaptureError
+from gtp_fx.graph.torch_internals import given_to_compile
+
+_DATA_PARALLEL = (
+    "DataParallel can't be traced on GPUs, among which it divides the batch: optimise the module inside, model.module, "
+    "and wrap the result in DistributedDataParallel"
+)
+
+
+def without_compiling(model: nn.Module) -> nn.Module:
+    """Return the module that torch.compile was given, where `model` is what it returned; else `model`.
+
+    Warns of hooks on what it returned, since that isn't called any more.
+    """
+    inside = given_to_compile(model)
+    if inside is None:
+        return model
+    if user_hooks(model):
+        warnings.warn(
+            "forward hooks on what torch.compile returned don't run: it is the module inside that is optimised",
+            stacklevel=3,
+        )
+    return without_compiling(inside)
+
+
+def passed_on(model: nn.Module) -> nn.Module | None:
+    """Return the module inside of one that takes any arguments, holds nothing else and no parameter; None else.
+
+    Such are DataParallel, AveragedModel, and wrappers like them: what they are called with is for the module inside.
+    """
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # a forward that isn't written in Python
+        return None
+    children = list(model.children())
+    passes_on = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+    return without_compiling(children[0]) if passes_on and len(children) == 1 and not model._parameters else None
 
 
 def must_be_traceable(model: nn.Module) -> None:
-    """Raise CaptureError where TorchScript has compiled `model`, or where it has weights that aren't made yet."""
+    """Raise CaptureError where `model` is compiled by TorchScript, distributed, or has weights that aren't made yet."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise CaptureError(
+            "DistributedDataParallel can't be traced: optimise the module inside and wrap the result, "
+            "DistributedDataParallel(gtp_fx.optimize(model.module, …))"
+        )
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise CaptureError(_DATA_PARALLEL)
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
             f"this {_script_name(model)} is compiled by TorchScript, which can't be traced: give the module that "
@@ -25,8 +71,8 @@ def must_be_traceable(model: nn.Module) -> None:
 
 def what_to_give(model: nn.Module) -> str:
     """Return what stands in the way of tracing `model`, by its class or its parts', and what to give; "" if unknown."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return "DistributedDataParallel can't be traced: optimise the module inside, model.module, and wrap the result"
+    if isinstance(model, nn.DataParallel):
+        return _DATA_PARALLEL
     for name, part in model.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
             return (

@@ -22,7 +22,6 @@ from torch import nn
 
 from gtp_fx.cli.weights import (
     LoadedModel,
-    LoadError,
     build_on_meta,
     fill,
     first_line,
@@ -32,6 +31,7 @@ from gtp_fx.cli.weights import (
     read_state_dict,
     seeded,
 )
+from gtp_fx.errors import LoadError
 
 
 def load_named(name: str, *, pretrained: bool = False, weights: str | Path | None = None) -> LoadedModel:

@@ -12,15 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gtp_fx.errors import GtpError
+from gtp_fx.errors import LoadError
 
 _SEED = 0
 _LISTED, _WIDTH = 3, 160
 """Most names, and most letters of a line of torch's, in an error: enough to recognise the wrong checkpoint."""
-
-
-class LoadError(GtpError):
-    """A model can't be loaded: its name is unknown, or its weights are missing, unreadable or another model's."""
 
 
 @dataclass(frozen=True)

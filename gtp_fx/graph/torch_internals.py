@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeGuard, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -245,6 +245,12 @@ def package_aoti(program: torch.export.ExportedProgram, file: str) -> None:
 def load_aoti(file: str) -> Callable[..., Any]:
     """Load an AOTInductor package as a function. Documented, under a private module's name."""
     return cast("Callable[..., Any]", importlib.import_module("torch._inductor").aoti_load_package(file))
+
+
+def given_to_compile(module: nn.Module) -> nn.Module | None:
+    """Return the module that torch.compile was given, where `module` is what it returned. Public: none."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    return cast("nn.Module", module._orig_mod) if frames and isinstance(module, frames.OptimizedModule) else None
 
 
 # ---- counting

@@ -11,6 +11,7 @@ from torch import nn
 
 from gtp_fx.capture.inputs import call_signatures
 from gtp_fx.capture.tapped import check_taps
+from gtp_fx.capture.wrapped import without_compiling
 from gtp_fx.errors import OptionError
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
@@ -44,9 +45,11 @@ def optimize(
 ) -> OptimizedModel:
     """Make a faster replacement for a vision transformer, over the same parameters.
 
+    model: what torch.compile returned stands for the module inside.
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the size that the model will be
-        called with; None derives them from timm's `pretrained_cfg` or HF's `config`. The result takes any batch. A list
-        has several such examples: each size gets a graph and a schedule, over the same parameters.
+        called with; None derives them from timm's `pretrained_cfg` or HF's `config`, of the model or of the one
+        inside that it passes its arguments on to. The result takes any batch. A list has several such examples: each
+        size gets a graph and a schedule, over the same parameters.
     compile: let Inductor compile the graph at its first call; False gives an eager FX module.
     recapture: make a new graph where the model was changed in a way that the graph doesn't follow (a flag that forward
         reads, a block replaced); False raises InputError at the next call.
@@ -64,6 +67,7 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise OptionError(_no_module(model))
+    model = without_compiling(model)
     if isinstance(model, OptimizedModel):
         raise OptionError(
             f"this {type(model).__name__} is optimised already, to {model.report.flops_ratio:.3f} of its FLOPs: "

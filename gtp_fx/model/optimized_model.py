@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ from gtp_fx.model.methods import method_taking
 from gtp_fx.model.parameters import SHARED, class_like, lend, names_of, names_read, read_from, stand_for
 from gtp_fx.model.pipeline import Optimised, run_passes
 from gtp_fx.model.runner import make_runner
+from gtp_fx.model.saving.write import save
 from gtp_fx.model.sizes import add_form, form_taking
 from gtp_fx.model.state import Chosen, Made, Mode, Runner, State, settled
 from gtp_fx.model.tapping import fire_hooks
@@ -68,6 +70,7 @@ class OptimizedModel(nn.Module):
         taps: tuple[str, ...] = (),
         others: Sequence[CallSignature] = (),
         any_size: bool = False,
+        own_calls: frozenset[str] = frozenset(),
     ) -> None:
         """Capture `original` and rewrite its evaluation graph.
 
@@ -77,12 +80,24 @@ class OptimizedModel(nn.Module):
         taps: paths of modules whose outputs the graph returns, too.
         others: other forms in which it is called, such as image sizes.
         any_size: whether a call of another image size makes a form for it.
+        own_calls: paths of layers that no pass may join with others, beside those that aren't plain.
         """
         self._gtp: State
         super().__init__()
         # Set past nn.Module, which would register the original as a child and double every name.
         dtype = dtype_of(original)
-        state = State(original, signature, dtype, options, compile, recapture, blocks_needed, taps, any_size=any_size)
+        state = State(
+            original,
+            signature,
+            dtype,
+            options,
+            compile,
+            recapture=recapture,
+            blocks_needed=blocks_needed,
+            taps=taps,
+            any_size=any_size,
+            own_calls=own_calls,
+        )
         object.__setattr__(self, "_gtp", state)
         self.__class__ = class_like(OptimizedModel, type(original))
         stand_for(self, original)
@@ -95,6 +110,11 @@ class OptimizedModel(nn.Module):
     def graph_module(self) -> fx.GraphModule:
         """The rewritten evaluation graph, in `gtp_fx` and ATen operators."""
         return self._optimised(training=False).graph_module
+
+    @property
+    def captured_graph(self) -> fx.GraphModule:
+        """The evaluation graph as it was captured, before it was rewritten."""
+        return self._made(training=False).captured
 
     @property
     def report(self) -> Report:
@@ -224,6 +244,20 @@ class OptimizedModel(nn.Module):
         with internal_errors_told():
             run = make(evaluation)
         return run(*args, **kwargs)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write the whole into a folder, from which `gtp_fx.load` makes it again: the same schedule and result.
+
+        A model with a save_pretrained of its own (Hugging Face's) is written by that as well: the folder is also one
+        of the original. Others' weights are in model.safetensors. A save that is broken off leaves nothing to load.
+
+        options: what the original's own takes, such as `max_shard_size`.
+
+        Raises SaveError where something of the model can't be in files.
+        """
+        state = self._gtp
+        with internal_errors_told():
+            self._changing(save, state, self.signature, Path(folder), options)
 
     def __getattr__(self, name: str) -> Any:
         """Look up what this module lacks on the original; its methods become optimised ones."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from gtp_fx.capture.inputs import CallSignature, call_signature
 from gtp_fx.capture.module import capture_module
+from gtp_fx.capture.wrapped import without_compiling
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.pipeline import run_exact_passes
 from gtp_fx.options.calibration import bound
@@ -23,6 +24,7 @@ class Planner:
     """A captured model, to be planned for any number of budgets and targets."""
 
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
+        model = without_compiling(model)
         with internal_errors_told():
             self._signature: CallSignature = call_signature(model, example_inputs)
             self._captured = capture_module(model, self._signature, training=False)

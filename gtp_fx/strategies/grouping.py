@@ -94,8 +94,13 @@ class Grouping:
     recovers_updates: ClassVar[bool] = False
 
     @property
+    def code_keys(self) -> tuple[str, ...]:
+        """Return the keys (`gtp_fx.strategies.keys`) of all the code that this strategy runs."""
+        return (key_of(type(self)),)
+
+    @property
     def code(self) -> str:
-        return key_of(type(self))
+        return "".join(self.code_keys)
 
     def group(self, tokens: Tokens) -> Groups:
         """Decide which tokens a site removes, and what becomes of them."""

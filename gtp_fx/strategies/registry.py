@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import TypeVar
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from gtp_fx.errors import OptionError
 from gtp_fx.strategies.group_operator import written
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.gtp import GTP
-from gtp_fx.strategies.keys import enter
+from gtp_fx.strategies.keys import enter, lasting
 from gtp_fx.strategies.protocol import Strategy
 
 STRATEGIES: dict[str, type] = {GTP.name: GTP}
@@ -87,3 +90,49 @@ def _of_defaults(name: str) -> Strategy:
         raise OptionError(
             f"strategy={name!r}: {STRATEGIES[name].__name__} has fields without defaults, so give a value ({error})"
         ) from error
+
+
+def to_plain(strategy: Strategy) -> dict[str, Any]:
+    """Return a strategy as plain values, from which `of_plain` makes it again in another process.
+
+    Raises OptionError where its class isn't registered or can't be recognised elsewhere, or a field is no plain value.
+    """
+    name, cls = strategy.name, type(strategy)
+    if STRATEGIES.get(name) is not cls:
+        raise OptionError(
+            f"strategy {name!r} is a {cls.__name__}, and the name is not registered for that class, by which a file "
+            f"could have it: write it as a gtp_fx.strategies.Grouping with @gtp_fx.strategies.register_strategy"
+        )
+    plain = {
+        "name": name,
+        "code": lasting(getattr(strategy, "code_keys", ())),
+        "fields": {field.name: getattr(strategy, field.name) for field in fields(strategy)},  # type: ignore[arg-type]
+    }
+    try:
+        if of_plain(json.loads(json.dumps(plain))) == strategy:
+            return plain
+        why = "read again, they are others"
+    except (TypeError, ValueError) as error:
+        why = str(error)
+    raise OptionError(f"{strategy!r} can't be written down: its fields have to be numbers, strings or None ({why})")
+
+
+def of_plain(plain: Mapping[str, Any]) -> Strategy:
+    """Return the strategy that `to_plain` described.
+
+    Raises OptionError where nothing is registered by its name, or other code than was.
+    """
+    name, codes = plain["name"], plain["code"]
+    if name not in STRATEGIES:
+        raise OptionError(
+            f"strategy {name!r} is not registered here ({', '.join(map(repr, STRATEGIES))} are): import the module "
+            f"that registers it first"
+        )
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in plain["fields"].items()}
+    made: Strategy = STRATEGIES[name](**given)
+    if (found := lasting(getattr(made, "code_keys", ()))) != codes:
+        raise OptionError(
+            f"strategy {name!r} was saved with the code {', '.join(codes)}, and here is {', '.join(found)}: register "
+            f"the same code, or optimize the model again"
+        )
+    return made

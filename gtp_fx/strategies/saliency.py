@@ -121,8 +121,8 @@ class Saliency(Grouping):
             raise OptionError(f"Saliency(fused={self.fused!r}): give an integer of 1 or more")
 
     @property
-    def code(self) -> str:
-        return super().code + MAPS[self.map]
+    def code_keys(self) -> tuple[str, ...]:
+        return (*super().code_keys, MAPS[self.map])
 
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
         grid = axis.domain.grid

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gtp_fx.cli.weights import LoadError, load_model, read_state_dict
-from gtp_fx.errors import GtpError
+from gtp_fx.cli.weights import load_model, read_state_dict
+from gtp_fx.errors import GtpError, LoadError
 
 NAME = "test_vit"  # timm's own for tests: 0.4 M parameters
 

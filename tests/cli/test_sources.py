@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from gtp_fx.cli import app as cli
 from gtp_fx.cli.models import load_named, named_on_meta
-from gtp_fx.cli.weights import LoadError
+from gtp_fx.errors import LoadError
 
 TINY = transformers.ViTConfig(
     hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=96, num_labels=7

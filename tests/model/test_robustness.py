@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import gtp_fx
 from gtp_fx.cli.models import load_named
-from gtp_fx.cli.weights import LoadError
+from gtp_fx.errors import LoadError
 
 from support.zoo import enliven
 
