@@ -49,21 +49,25 @@ WRITTEN = "written"
 """Key in a captured graph's `meta`: paths of all attributes that forward sets, at its first call or at each."""
 
 
-def capture_module(model: nn.Module, signature: CallSignature, training: bool = False) -> fx.GraphModule:
+def capture_module(
+    model: nn.Module, signature: CallSignature, training: bool = False, apart: Sequence[str] = ()
+) -> fx.GraphModule:
     """Return the graph of `model` called with `signature`, in training or evaluation mode. `model` is not changed.
+
+    apart: paths of modules that are in the other mode, each by itself.
 
     Raises CaptureError where torch.export fails, or where the forward changes the model's state at every call.
     """
     with tracing(model):
-        return _captured(model, signature, training)
+        return _captured(model, signature, training, apart)
 
 
-def _captured(model: nn.Module, signature: CallSignature, training: bool) -> fx.GraphModule:
+def _captured(model: nn.Module, signature: CallSignature, training: bool, apart: Sequence[str]) -> fx.GraphModule:
     """Do what `capture_module` does, alone with the model."""
     # Fused layers are only for calls without gradients: with gradients on, and torch's switch off, they stay open.
     with (
         tracing_lock(),
-        _mode(model, training),
+        _mode(model, training, apart),
         torch.enable_grad(),
         without_fused_layers(),
         without_user_hooks(model),
@@ -292,8 +296,8 @@ def _named_arguments(model: nn.Module, signature: CallSignature) -> tuple[nn.Mod
 
 
 @contextlib.contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module into one mode within the context, and each back into its own afterwards.
+def _mode(model: nn.Module, training: bool, apart: Sequence[str]) -> Iterator[None]:
+    """Put every module into one mode within the context, those at some paths into the other, and back afterwards.
 
     A module without modes stays as it is: torch.export has written the mode into those that it returns.
     """
@@ -301,6 +305,8 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     try:
         with contextlib.suppress(NotImplementedError):
             model.train(training)
+        for path in apart:
+            model.get_submodule(path).training = not training
         yield
     finally:
         for module, mode in before.items():

@@ -33,6 +33,7 @@ from gtp_fx.graph.torch_internals import tracing_lock
 from gtp_fx.model import following
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.methods import method_taking
+from gtp_fx.model.modes import parts_apart, parts_with_modes
 from gtp_fx.model.parameters import SHARED, class_like, lend, names_of, names_read, read_from, stand_for
 from gtp_fx.model.pipeline import Optimised, run_passes
 from gtp_fx.model.runner import make_runner
@@ -101,7 +102,7 @@ class OptimizedModel(nn.Module):
         object.__setattr__(self, "_gtp", state)
         self.__class__ = class_like(OptimizedModel, type(original))
         stand_for(self, original)
-        for path in self._runner(training=False).watch.hooks():
+        for path in self._runner(self._mode(training=False)).watch.hooks():
             following.tell_of_hooks([path])
         for other in others:
             add_form(state, other, self._beside, for_good=True)
@@ -109,12 +110,12 @@ class OptimizedModel(nn.Module):
     @property
     def graph_module(self) -> fx.GraphModule:
         """The rewritten evaluation graph, in `gtp_fx` and ATen operators."""
-        return self._optimised(training=False).graph_module
+        return self._optimised().graph_module
 
     @property
     def captured_graph(self) -> fx.GraphModule:
         """The evaluation graph as it was captured, before it was rewritten."""
-        return self._made(training=False).captured
+        return self._made(self._mode(training=False)).captured
 
     @property
     def report(self) -> Report:
@@ -129,7 +130,7 @@ class OptimizedModel(nn.Module):
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
         """The sites that remove tokens, as numbers of the graph's calls; none where tokens only skip branches."""
-        return self._optimised(training=False).sites
+        return self._optimised().sites
 
     @property
     def strategy(self) -> Strategy:
@@ -194,17 +195,17 @@ class OptimizedModel(nn.Module):
         if form is not self:
             return form._run(args, kwargs)
         if torch.compiler.is_compiling():  # what traces this has guards of its own
-            return self._runner(self.training).run(*args, **kwargs)
+            return self._runner(self._mode()).run(*args, **kwargs)
         while True:
             with running(self._gtp.modules):  # not while another thread traces them
-                training = self.training
-                runner = self._gtp.runners.get((self._mode(training), device_of(self)))
+                mode = self._mode()
+                runner = self._gtp.runners.get((mode, device_of(self)))
                 if runner is not None and not following.must_be_made_anew(self._gtp, runner.watch):
                     lend(runner.graph_module, self, runner.top)
                     if clash := clashes(runner.casts):
                         raise InputError(clash)
                     return runner.run(*args, **kwargs)
-            self._runner(training)
+            self._runner(mode)
 
     def provenance(self, *args: Any, **kwargs: Any) -> tuple[Provenance, ...]:
         """Return, for each stream of tokens, which patches each remaining token stands for, and by how much.
@@ -240,7 +241,7 @@ class OptimizedModel(nn.Module):
     ) -> Told:
         """Run what `make` makes of the evaluation graph that takes a call."""
         form, args, kwargs = self._form_taking(args, kwargs)
-        evaluation = form._optimised(training=False)
+        evaluation = form._optimised()
         with internal_errors_told():
             run = make(evaluation)
         return run(*args, **kwargs)
@@ -279,7 +280,7 @@ class OptimizedModel(nn.Module):
 
     def _changing(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `do`, which may change the original, and follow the change."""
-        return following.changing(self._gtp, lambda: self._runner(training=False), do, *args, **kwargs)
+        return following.changing(self._gtp, lambda: self._runner(self._mode(training=False)), do, *args, **kwargs)
 
     def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a method of the original: optimised where it takes tensors, else on the original itself."""
@@ -322,7 +323,7 @@ class OptimizedModel(nn.Module):
                 edit.share(gm, new)
             twin.graphs[mode] = Made(captured, replace(made.optimised, graph_module=graph_module))
             if mode[1] == dtype_of(new):
-                new._runner(mode[0])  # from now on it is noticed what is changed in the copy
+                new._runner(mode)  # from now on it is noticed what is changed in the copy
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -344,22 +345,24 @@ class OptimizedModel(nn.Module):
         """Return the line that nn.Module's repr shows."""
         return f"optimised by gtp_fx, at {self.report.flops_ratio:.4f} of its FLOPs"
 
-    def _mode(self, training: bool) -> Mode:
-        """Return the key of the graph for one mode and the weights' present dtype."""
-        return training, dtype_of(self)
+    def _mode(self, training: bool | None = None) -> Mode:
+        """Return the key of the graph for the present mode, or for the whole model in one, and the present dtype."""
+        if training is not None:
+            return training, dtype_of(self), ()
+        return self.training, dtype_of(self), parts_apart(self._gtp.parts, self.training)
 
-    def _optimised(self, training: bool) -> Optimised:
-        """Return the rewritten graph of one mode."""
-        return self._made(training).optimised
+    def _optimised(self) -> Optimised:
+        """Return the rewritten graph of the whole model's evaluation mode."""
+        return self._made(self._mode(training=False)).optimised
 
-    def _made(self, training: bool) -> Made:
+    def _made(self, mode: Mode) -> Made:
         """Return the graphs of one mode, made at their first use, or anew where a layer's own call is wanted since."""
-        state, mode = self._gtp, self._mode(training)
+        state = self._gtp
         made = state.graphs.get(mode)
         if made is None:
             with internal_errors_told():
                 whole = with_taps(state.original, state.taps) if state.taps else state.original
-                captured = capture_module(whole, self.signature, training)
+                captured = capture_module(whole, self.signature, mode[0], mode[2])
                 read_from(captured, self, names_of(state.original))
                 made = state.graphs[mode] = self._rewritten(captured)
         elif not state.own_calls <= made.captured.meta[OWN_CALLS]:
@@ -382,15 +385,15 @@ class OptimizedModel(nn.Module):
             state.chosen = Chosen(made.schedule, made.strategy, made.report)
         return Made(captured, made)
 
-    def _runner(self, training: bool) -> Runner:
+    def _runner(self, mode: Mode) -> Runner:
         """Return what runs one mode on the present device, made at its first use."""
-        state, mode, device = self._gtp, self._mode(training), device_of(self)
+        state, device = self._gtp, device_of(self)
         found = state.runners.get((mode, device))
         if found is None:
             with tracing(state.original), tracing_lock(), internal_errors_told():
                 if (mode, device) not in state.runners:  # another thread may have made it meanwhile
-                    made = self._made(training)
-                    state.modules = modules_of(state.original)
+                    made = self._made(mode)
+                    state.modules, state.parts = modules_of(state.original), parts_with_modes(state.original)
                     state.runners[mode, device] = make_runner(made, state, self, device, self.inductor_options)
                 found = state.runners[mode, device]
         return found

@@ -11,6 +11,7 @@ from torch import fx, nn
 from gtp_fx.capture.inputs import CallSignature
 from gtp_fx.capture.turns import Modules
 from gtp_fx.model.forms import Forms
+from gtp_fx.model.modes import Part
 from gtp_fx.model.pipeline import Optimised
 from gtp_fx.model.watch import Watch
 from gtp_fx.options.options import Options
@@ -63,8 +64,9 @@ class Runner:
     casts: Any = ()
 
 
-Mode = tuple[bool, "torch.dtype | None"]
-"""What a graph is captured for: `training`, and the weights' dtype, which is written into it (`x.to(float32)`)."""
+Mode = tuple[bool, "torch.dtype | None", tuple[str, ...]]
+"""What a graph is captured for: `training`, the weights' dtype, which is written into it (`x.to(float32)`), and the
+paths of parts that are in the other mode."""
 
 
 @dataclass
@@ -82,6 +84,7 @@ class State:
     chosen: schedule, strategy and report, once the first graph is made.
     own_calls: paths of layers that no pass may join with others, since somebody reads or replaces what they do.
     modules: identities of the original's modules, by which threads take turns.
+    parts: the modules inside whose forward may depend on their mode.
     graphs: the graphs, by mode.
     runners: what runs them, by mode and device.
     methods: optimised methods of the original, by name.
@@ -100,6 +103,7 @@ class State:
     chosen: Chosen | None = None
     own_calls: frozenset[str] = frozenset()
     modules: Modules = frozenset()
+    parts: tuple[Part, ...] = ()
     graphs: dict[Mode, Made] = field(default_factory=dict)
     runners: dict[tuple[Mode, torch.device], Runner] = field(default_factory=dict)
     methods: dict[str, Forms] = field(default_factory=dict)

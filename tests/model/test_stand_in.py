@@ -325,3 +325,29 @@ def test_parts_are_the_originals() -> None:
     assert [*fast.named_modules()][1:] == [*model.named_modules()][1:]
     assert fast.blocks[-1] is model.blocks[-1] and len(fast.blocks) == 2
     assert torch.equal(fast.patch_embed(noise()), model.patch_embed(noise()))
+
+
+def test_parts_in_a_mode_of_their_own() -> None:
+    """Dropout that stays on in evaluation, and a frozen part in training: each is the original's."""
+    model = enliven(timm.create_model(NAME, depth=2, proj_drop_rate=0.5)).eval()
+    # Where dead tokens are dropped, fewer random numbers are drawn.
+    fast = gtp_fx.optimize(model, flops_budget=1.0, compile=False, disabled_passes=["drop_dead_tokens"])
+    wanted, x = model(noise()), noise()
+    torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-4)
+    for module in fast.modules():  # as Monte Carlo dropout does
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+    assert not fast.training
+    fast(x)  # makes its graph
+    torch.manual_seed(0)
+    dropped = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(fast(x), dropped, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(dropped, wanted)
+    fast.train()
+    for block in fast.blocks:
+        block.eval()
+    torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-4)
+    assert fast.training and not fast.blocks[0].training
+    fast.eval()
+    torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-4)
