@@ -45,7 +45,8 @@ def open_flex_attention(gm: fx.GraphModule, key: str = "val") -> bool:
     key: the key of values in its nodes' metadata.
     """
     found = [node for node in gm.graph.nodes if region_operator(node.target) == "flex_attention"]
-    read: list[fx.Node] = [mask for node in found for mask in node.args[4] if isinstance(mask, fx.Node)]  # type: ignore
+    masks = (mask for node in found for mask in node.args[4])
+    read = [mask for mask in masks if isinstance(mask, fx.Node)]
     opened = [_open(gm, node, key) for node in found]
     if any(opened):
         _drop_block_masks(gm.graph, read)
@@ -73,7 +74,7 @@ def _open(gm: fx.GraphModule, node: fx.Node, key: str) -> bool:
     change, mask = parts
     if change is None or mask is None:
         return False
-    # Scores are computed in float32 where the numbers are halves, as the operator does.
+    wide = query.dtype if query.dtype is torch.float64 else torch.float32  # of scores, as in the operator
     emit = edit.Emitter(gm.graph, like=node, before=node)
     places = [emit(aten.arange.default, _size(emit, q_BHND, query, dim)) for dim in range(3)]
     places.append(emit(aten.arange.default, _size(emit, k_BGMD, keys, 2)))
@@ -82,36 +83,31 @@ def _open(gm: fx.GraphModule, node: fx.Node, key: str) -> bool:
     where = [emit(aten.reshape.default, at, [-1, *(1 for _ in range(3 - dim))]) for dim, at in enumerate(places)]
     counts = None if _returns(mask, _TRUE) else _copied(emit, mask, (*where, *mask_others))
     groups = int(query.shape[1]) // int(keys.shape[1])
-    if _output(change).op == "placeholder":
+    if _output(change) is change.graph.find_nodes(op="placeholder")[0]:
         out = emit(aten.scaled_dot_product_attention.default, q_BHND, k_BGMD, v_BGMD, counts)
         out.kwargs = {"scale": scale, **({"enable_gqa": True} if groups > 1 else {})}
     else:
         if groups > 1:
             k_BGMD, v_BGMD = (emit(aten.repeat_interleave.self_int, x, groups, 1) for x in (k_BGMD, v_BGMD))
         logits = emit(aten.matmul.default, q_BHND, emit(aten.transpose.int, k_BGMD, -2, -1))
-        half = query.dtype not in (torch.float32, torch.float64)
-        if half:
-            logits = emit(aten.to.dtype, logits, torch.float32)
-        logits = _copied(emit, change, (emit(aten.mul.Tensor, logits, scale), *where, *change_others))
+        logits = emit(aten.mul.Tensor, _cast(emit, logits, query.dtype, wide), scale)
+        logits = _copied(emit, change, (logits, *where, *change_others))
         if counts is not None:
             logits = emit(aten.where.ScalarOther, counts, logits, -float("inf"))
-        weights = emit(aten.softmax.int, logits, -1)
-        if half:
-            weights = emit(aten.to.dtype, weights, query.dtype)
+        weights = _cast(emit, emit(aten.softmax.int, logits, -1), wide, query.dtype)
         out = emit(aten.matmul.default, weights, v_BGMD)
-    for first in firsts:
-        out.meta[key] = first.meta[key]  # with its strides, by which views after it were traced
-        first.replace_all_uses_with(out)
+    for reader in firsts:
+        out.meta[key] = reader.meta[key]  # with its strides, by which views after it were traced
+        reader.replace_all_uses_with(out)
     for user in list(node.users):
         gm.graph.erase_node(user)
     gm.graph.erase_node(node)
-    inserted = [at for at in gm.graph.nodes if at in emit.inserted]
-    for unread in reversed(inserted):
+    for unread in reversed([at for at in gm.graph.nodes if at in emit.inserted]):
         if not unread.users and unread is not out:
             gm.graph.erase_node(unread)
     with mode_of(query), torch.no_grad():
-        for made in inserted:
-            if not made._erased and key not in made.meta:
+        for made in (at for at in gm.graph.nodes if at in emit.inserted):
+            if key not in made.meta:
                 args, kwargs = fx.map_arg((made.args, made.kwargs), lambda read: read.meta[key])
                 made.meta[key] = made.target(*args, **kwargs)  # type: ignore[operator]
     return True
@@ -126,6 +122,11 @@ def _size(emit: edit.Emitter, node: fx.Node, value: Tensor, dim: int) -> Any:
     """Return a size, as a node where it is open."""
     size = value.shape[dim]
     return emit(aten.sym_size.int, node, dim) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _cast(emit: edit.Emitter, value: fx.Node, before: torch.dtype, after: torch.dtype) -> fx.Node:
+    """Cast a value of one dtype to another, where that is another."""
+    return value if before is after else emit(aten.to.dtype, value, after)
 
 
 def _by_element(body: fx.GraphModule, values: Sequence[Tensor]) -> fx.GraphModule | None:
@@ -151,6 +152,7 @@ def _by_element(body: fx.GraphModule, values: Sequence[Tensor]) -> fx.GraphModul
 def _output(traced: fx.GraphModule) -> fx.Node:
     """Return what a traced function returns."""
     (output,) = traced.graph.output_node().all_input_nodes
+    assert isinstance(output, fx.Node)
     return output
 
 
@@ -161,7 +163,7 @@ def _returns(traced: fx.GraphModule, targets: Sequence[Any]) -> bool:
 
 def _copied(emit: edit.Emitter, traced: fx.GraphModule, given: Sequence[fx.Node]) -> fx.Node:
     """Copy a traced function's operators into a graph, and return its result."""
-    copies = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
+    copies: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
     for node in traced.graph.nodes:
         if node.op == "call_function":
             copies[node] = emit(node.target, *fx.map_arg(node.args, copies.__getitem__))

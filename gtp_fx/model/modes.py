@@ -18,7 +18,7 @@ Part = tuple[str, nn.Module]
 
 def parts_with_modes(model: nn.Module) -> tuple[Part, ...]:
     """Return the modules inside of a model whose forward may depend on their mode."""
-    return tuple((path, module) for path, module in model.named_modules() if path and _may_read(type(module)))
+    return tuple((path, module) for path, module in model.named_modules() if path and _may_read(module.__class__))
 
 
 def parts_apart(parts: Sequence[Part], training: bool) -> tuple[str, ...]:
@@ -27,7 +27,7 @@ def parts_apart(parts: Sequence[Part], training: bool) -> tuple[str, ...]:
 
 
 @functools.cache
-def _may_read(cls: type) -> bool:
+def _may_read(cls: Any) -> bool:
     """Return whether modules of a class may depend on their mode: others' all may, of torch's those that name it."""
-    forward: Any = getattr(cls.forward, "__code__", None)  # type: ignore[attr-defined]
+    forward: Any = getattr(cls.forward, "__code__", None)
     return not cls.__module__.startswith("torch.nn.modules.") or forward is None or "training" in forward.co_names

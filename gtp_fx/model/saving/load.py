@@ -164,7 +164,7 @@ def _made(
     """Return the optimised model. Raises LoadError where its forward isn't the saved one's."""
     parameters = inspect.signature(model.forward)
     compiles = saved.options["compile"] if compile is None else compile
-    made = []
+    made: list[OptimizedModel] = []
     for form in forms:
         try:
             signature = CallSignature(parameters, *canonical_arguments(parameters, *form.call)).like(model, None)
