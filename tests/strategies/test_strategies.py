@@ -85,7 +85,14 @@ CASES: dict[str, Callable[[], Made]] = {
 }
 
 
-VARIANTS = ("tome-not-told", "tome-more-than-half", "topk-normalised", "topk-received", "ppt-pools", "regeneration-not-told")
+VARIANTS = (
+    "tome-not-told",
+    "tome-more-than-half",
+    "topk-normalised",
+    "topk-received",
+    "ppt-pools",
+    "regeneration-not-told",
+)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def mergence(seen: Seen) -> Choice:
 
 
 def regeneration(seen: Seen, difficulty: float = 1.0) -> Choice:
-    """What a token receives, times the distance to the nearest that receives more: lost if that one stands in for it."""
+    """What a token receives, times how far the nearest that receives more is: lost if that one stands in for it."""
     n, keys_nD, received = len(seen.sizes), seen.k_HnD.mean(0), seen.received
     unit_nD = keys_nD / keys_nD.norm(dim=1, keepdim=True)
     alike = (unit_nD @ unit_nD.T).tolist()
