@@ -64,9 +64,9 @@ class Regeneration(Grouping):
         # Rounding takes the cosine of equal keys past 1.
         difficulty_Bn = (1.0 - nearest_Bn).clamp(min=0.0) ** self.difficulty
         kept_BK, removed_BP = split(attention_Bn * difficulty_Bn, tokens.removed)
-        to_kept_BnK = cosine_Bnn.gather(2, kept_BK[:, None, :].expand(-1, cosine_Bnn.shape[1], -1))
-        into_Bn = to_kept_BnK.argmax(dim=-1)
-        return averaged(tokens, kept_BK, removed_BP, into_Bn.gather(1, removed_BP))
+        to_all_BPn = cosine_Bnn.gather(1, removed_BP[..., None].expand(-1, -1, tokens.count))
+        to_kept_BPK = to_all_BPn.gather(2, kept_BK[:, None, :].expand(-1, tokens.removed, -1))
+        return averaged(tokens, kept_BK, removed_BP, to_kept_BPK.argmax(dim=-1))
 
     def group_flops(self, site: SiteShape) -> Any:
         return 2 * site.images * site.patches_in * site.patches_in * site.key_features
