@@ -1,12 +1,13 @@
 """Benchmark: what does each strategy cost in accuracy, without fine-tuning, at equal FLOPs?
 
     python -m bench.accuracy --out bench/results/accuracy.json --plot bench/results/accuracy.png \\
-        --table bench/results/accuracy.md
+        --table bench/results/accuracy.md --data cifar10.tar.xz --weights cifar10_postnorm.pth
 
 It runs every strategy of `bench.contenders` on every schedule and budget, on the nets of `bench.digit_nets`, which are
-trained in a minute or two each where the cache doesn't have them. Scores are on canvases of digits that no net has
-seen. One process per core works on (net, seed) pairs. Rows that --out has already are not measured again, so that seeds
-and strategies can be added later. `bench.accuracy_times` adds compiled time.
+trained in a minute or two each where the cache doesn't have them, and on one net that somebody else trained on
+photographs (`bench.photographs`), where --data and --weights say where these are. Scores are on canvases of digits, or
+photographs, that no net has seen. One process per core works on (net, seed) pairs. Rows that --out has already are not
+measured again, so that seeds and strategies can be added later. `bench.accuracy_times` adds compiled time.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import fx
+from torch import Tensor, fx, nn
 
 from bench.contenders import CONTENDERS, Contender, contenders
 from bench.digit_nets import NETS, load_or_train
 from bench.digits import Split
 from bench.environment import Environment
 from bench.output import publish
-from bench.tasks import TASKS, outputs_of
+from bench.photographs import load_net, load_photographs
+from bench.tasks import TASKS, Task, outputs_of
 from gtp_fx.capture.inputs import call_signature
 from gtp_fx.capture.module import capture_module
 from gtp_fx.errors import BudgetError, UnsupportedModelError
@@ -39,14 +41,39 @@ from gtp_fx.options.progress import progress_bar
 from gtp_fx.plan.damage.divergence import divergence
 
 BUDGETS = (0.85, 0.7, 0.55, 0.4, 0.3)
+PHOTOGRAPHS = "photographs"
+SUBJECTS = (*NETS, PHOTOGRAPHS)
+"""Names of nets: those trained here, and the one of `bench.photographs`."""
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Where the net of `bench.photographs` is.
+
+    data: photographs, a folder or a tar. weights: the net's state dict.
+    """
+
+    data: Path
+    weights: Path
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A net and the images that it is judged by. class_token: whether it has one."""
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    task: Task
+    class_token: bool
 
 
 @dataclass(frozen=True)
 class Row:
     """Result of one strategy on one schedule, for one net and seed, at one budget.
 
-    net: a name in `NETS`.
-    seed: seed of the net's training.
+    net: a name in `SUBJECTS`.
+    seed: seed of the net's training; 0 where somebody else trained it.
     strategy: a name in `CONTENDERS`.
     schedule: a name in `bench.contenders.SCHEDULES`.
     budget: FLOPs budget, as a share of the original's.
@@ -80,10 +107,12 @@ def main(
     seed: Annotated[
         list[int] | None, typer.Option(help="Seeds, each its own nets; 0, 1 and 2 where none is given.")
     ] = None,
-    net: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(NETS)}; all where none is given.")] = None,
+    net: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SUBJECTS)}; all where none is given.")] = None,
     strategy: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(CONTENDERS)}; all.")] = None,
     budget: Annotated[list[float] | None, typer.Option(help="Instead of 0.85, 0.7, 0.55, 0.4 and 0.3.")] = None,
-    test_images: Annotated[int, typer.Option(help="Canvases that scores are measured on.")] = 1000,
+    test_images: Annotated[int, typer.Option(help="Canvases or photographs that scores are measured on.")] = 1000,
+    data: Annotated[Path | None, typer.Option(help="CIFAR-10 as JPEGs, a folder or a tar, for photographs.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Of the net for them (`bench.photographs`).")] = None,
     workers: Annotated[int, typer.Option(help="Processes; one a core where 0.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file; rows it has stay.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw scores against FLOPs to this PNG.")] = None,
@@ -92,18 +121,27 @@ def main(
     """Measure the score that every strategy keeps."""
     from bench import accuracy_report
 
-    for name, known in ((net, NETS), (strategy, CONTENDERS)):
-        if unknown := [value for value in name or [] if value not in known]:
+    for given, known in ((net, SUBJECTS), (strategy, tuple(CONTENDERS))):
+        if unknown := [value for value in given or [] if value not in known]:
             raise typer.BadParameter(f"{unknown[0]!r} is unknown; give some of {', '.join(known)}")
+    photographs = None if data is None or weights is None else Photographs(data, weights)
+    if photographs is None and (net is None or PHOTOGRAPHS in net):
+        lacking = f"{PHOTOGRAPHS} needs --data and --weights, which aren't part of this repository"
+        if net is not None:
+            raise typer.BadParameter(lacking)
+        typer.echo(f"left out: {lacking}", err=True)
     rows = {row.key: row for row in known_rows(out)}
     asked = contenders(strategy or CONTENDERS)
     budgets = tuple(budget or BUDGETS)
-    pairs = [(name, number) for number in seed or (0, 1, 2) for name in net or NETS]
+    pairs = [(name, number) for number in seed or (0, 1, 2) for name in net or NETS if name != PHOTOGRAPHS]
+    if photographs is not None and (net is None or PHOTOGRAPHS in net):
+        pairs.append((PHOTOGRAPHS, 0))
     jobs = [(name, number, [c for c in asked if _is_missing(rows, name, number, c, budgets)]) for name, number in pairs]
-    for found in _worked_at([job for job in jobs if job[2]], budgets, test_images, workers or os.cpu_count() or 1):
+    waiting = [job for job in jobs if job[2]]
+    for found in _worked_at(waiting, budgets, test_images, photographs, workers or os.cpu_count() or 1):
         rows |= {row.key: row for row in found}
         _write(list(rows.values()), test_images, out)
-    every = sorted(rows.values(), key=lambda row: (list(NETS).index(row.net), row.seed))
+    every = sorted(rows.values(), key=lambda row: (SUBJECTS.index(row.net), row.seed))
     text = accuracy_report.markdown(every)
     typer.echo(text, err=out is None)
     if out is None:
@@ -114,29 +152,45 @@ def main(
         accuracy_report.draw(every, plot)
 
 
-def measure(name: str, seed: int, asked: Sequence[Contender], budgets: Sequence[float], test_images: int) -> list[Row]:
+def measure(
+    name: str,
+    seed: int,
+    asked: Sequence[Contender],
+    budgets: Sequence[float],
+    test_images: int,
+    photographs: Photographs | None = None,
+) -> list[Row]:
     """Return the rows of all contenders at all budgets on one net."""
     torch.set_num_threads(1)  # the nets are too small for a second thread to help
-    config = NETS[name]
-    task = TASKS[config.task]
-    model = load_or_train(config, seed)
-    images, labels = task.draw(Split.test, 0, test_images, config.look, config.patch)
-    original = outputs_of(model, images)
-    base = task.score(original, labels)
-    captured = capture_module(model, call_signature(model, images[:2]))
+    of = _subject(name, seed, test_images, photographs)
+    original = outputs_of(of.model, of.images)
+    base = of.task.score(original, of.labels)
+    captured = capture_module(of.model, call_signature(of.model, of.images[:2]))
     rows = []
     for contender in asked:
         for ratio in budgets:
             key = (name, seed, contender.strategy, contender.schedule, ratio, base)
             try:
-                found = _optimised(captured, contender, ratio, config.class_token)
+                found = _optimised(captured, contender, ratio, of.class_token)
             except (BudgetError, UnsupportedModelError) as error:
                 rows.append(Row(*key, refusal=str(error).splitlines()[0]))
                 continue
-            outputs = outputs_of(found.graph_module, images)
-            moved = divergence(outputs, original)
-            rows.append(Row(*key, found.report.flops_ratio, task.score(outputs, labels), moved, tuple(found.schedule)))
+            outputs = outputs_of(found.graph_module, of.images)
+            score, moved = of.task.score(outputs, of.labels), divergence(outputs, original)
+            rows.append(Row(*key, found.report.flops_ratio, score, moved, tuple(found.schedule)))
     return rows
+
+
+def _subject(name: str, seed: int, test_images: int, photographs: Photographs | None) -> Subject:
+    """Return a net by its name in `SUBJECTS`, and its images."""
+    if name == PHOTOGRAPHS:
+        assert photographs is not None, "main() asks for --data and --weights"
+        images, labels = load_photographs(photographs.data, "test", test_images // 10)
+        return Subject(load_net(photographs.weights), images, labels, TASKS["digits"], class_token=True)
+    config = NETS[name]
+    task = TASKS[config.task]
+    images, labels = task.draw(Split.test, 0, test_images, config.look, config.patch)
+    return Subject(load_or_train(config, seed), images, labels, task, config.class_token)
 
 
 def _optimised(captured: fx.GraphModule, contender: Contender, ratio: float, class_token: bool) -> Any:
@@ -146,11 +200,15 @@ def _optimised(captured: fx.GraphModule, contender: Contender, ratio: float, cla
 
 
 def _worked_at(
-    jobs: Sequence[tuple[str, int, list[Contender]]], budgets: tuple[float, ...], test_images: int, workers: int
+    jobs: Sequence[tuple[str, int, list[Contender]]],
+    budgets: tuple[float, ...],
+    test_images: int,
+    photographs: Photographs | None,
+    workers: int,
 ) -> Iterator[list[Row]]:
     """Run the jobs in parallel processes and yield the rows of each when it is done."""
     with progress_bar() as show, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        waiting = {pool.submit(measure, name, seed, c, budgets, test_images): (name, seed) for name, seed, c in jobs}
+        waiting = {pool.submit(measure, *job, budgets, test_images, photographs): job[:2] for job in jobs}
         show("nets", 0, len(jobs))
         for done, future in enumerate(as_completed(waiting), start=1):
             yield future.result()
@@ -172,7 +230,7 @@ def known_rows(out: Path | None) -> list[Row]:
 def _write(rows: Sequence[Row], test_images: int, out: Path | None) -> None:
     result = {
         "bench": "accuracy",
-        "nets": {name: asdict(NETS[name]) for name in dict.fromkeys(row.net for row in rows)},
+        "nets": {name: asdict(NETS[name]) for name in dict.fromkeys(row.net for row in rows) if name in NETS},
         "test_images": test_images,
         "environment": asdict(Environment.here("cpu")),
         "rows": [asdict(row) for row in rows],

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
+from gtp_fx.options.options import DEFAULTS
+
 if TYPE_CHECKING:
     from bench.accuracy import Row
 
@@ -180,8 +182,8 @@ def draw(rows: Sequence[Row], file: Path) -> None:
                 label=f"{strategy} ({own[0].schedule})",
                 color=f"C{number % 10}",
                 linestyle="-" if number < 10 else "--",
-                marker="o" if strategy == "gtp" else ".",
-                linewidth=2.5 if strategy == "gtp" else 1.2,
+                marker="o" if strategy == DEFAULTS["strategy"] else ".",
+                linewidth=2.5 if strategy == DEFAULTS["strategy"] else 1.2,
                 capsize=2,
             )
         axes.axhline(100 * _base(rows, net), color="0.5", linewidth=1)

@@ -30,7 +30,7 @@ from gtp_fx.capture.inputs import call_signature
 from gtp_fx.capture.module import capture_module
 from gtp_fx.measure.timing import clock_for, interleave
 from gtp_fx.model.pipeline import run_passes
-from gtp_fx.options.options import Options
+from gtp_fx.options.options import DEFAULTS, Options
 from gtp_fx.options.progress import progress_bar
 
 
@@ -68,6 +68,8 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Draw scores against time to this PNG.")] = None,
 ) -> None:
     """Time the strategies of one net, each on gtp_fx's own schedule."""
+    if net not in NETS:
+        raise typer.BadParameter(f"{net!r} is none of the nets trained here: {', '.join(NETS)}")
     wanted = budget or [0.7, 0.4]
     chosen = [
         row
@@ -158,7 +160,7 @@ def draw(rows: Sequence[TimedRow], file: Path) -> None:
             label=strategy,
             color=f"C{number}",
             marker="o",
-            linewidth=2.5 if strategy == "gtp" else 1.2,
+            linewidth=2.5 if strategy == DEFAULTS["strategy"] else 1.2,
             capsize=2,
         )
     axes.axhline(100 * rows[0].base, color="0.5", linewidth=1)

@@ -15,6 +15,7 @@ Made = Callable[[str], Strategy]
 """Makes a strategy from the name of the score that a net supports."""
 
 CONTENDERS: Mapping[str, Made] = {
+    "regeneration": lambda _: gtp_fx.strategies.Regeneration(),
     "gtp": lambda _: gtp_fx.GTP(),
     "tome": lambda _: gtp_fx.ToMe(),
     "topk": lambda score: gtp_fx.TopK(score=score),

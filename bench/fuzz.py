@@ -22,6 +22,7 @@ from bench import spellings
 from bench.fuzz_checks import Case, check
 from bench.fuzz_models import Architecture
 from bench.outcomes import tally
+from gtp_fx.options.options import DEFAULTS
 from gtp_fx.strategies import STRATEGIES
 
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -70,15 +71,19 @@ def architectures(draw: Any) -> Architecture:
 
 @st.composite
 def cases(draw: Any, compiled: st.SearchStrategy[bool]) -> Case:
-    """Draw a case. Half of them use GTP itself. In windowed models, few other strategies work, so few are tried."""
+    """Draw a case. Half of them use the default, or GTP as published.
+
+    In windowed models, few other strategies work, so few are tried.
+    """
     architecture = draw(architectures())
-    others = [name for name in STRATEGIES if name != "gtp"]
+    usual = [DEFAULTS["strategy"], "gtp"]
+    others = [name for name in STRATEGIES if name not in usual]
     if architecture.window:
         others = ["topk", "idle", draw(st.sampled_from(others))]
     return Case(
         architecture=architecture,
         flops_budget=draw(st.sampled_from(BUDGETS)),
-        strategy=draw(st.sampled_from(["gtp"] * len(others) + others)),
+        strategy=draw(st.sampled_from((usual * len(others))[: len(others)] + others)),
         batch=draw(st.integers(2, 4)),
         compiled=draw(compiled),
     )

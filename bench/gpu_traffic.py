@@ -171,7 +171,7 @@ def count(net: Net, batch: int, budget: float, keep: Path | None = None) -> Traf
     fake = fake_on_gpu(made)
     captured = capture_module(fake.module, call_signature(fake.module, fake.images(2, net.side, DTYPE)))
     how: dict[str, Any] = {"flops_budget": budget} if net.schedule == "auto" else {"schedule": net.schedule}
-    optimised = run_passes(captured, Options.of(**how, target="h100", batch=batch))
+    optimised = run_passes(captured, Options.of(**how, strategy="gtp", target="h100", batch=batch))
     marked = mark(optimised.graph_module)
     with absent_h100():
         on_gpu = mark(lowered(marked, torch.device("cuda")))

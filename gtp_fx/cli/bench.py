@@ -60,7 +60,7 @@ def bench(
             raise OptionError(f"--rounds {rounds}: give at least one")
         if mode is not None and eager:
             raise OptionError(f"--mode {mode} is how to compile, but --eager compiles nothing: leave one of them out")
-        wanted = itertools.product(strategy or ["gtp"], budgets(flops_budget, latency_budget, schedule))
+        wanted = itertools.product(strategy or [DEFAULTS["strategy"]], budgets(flops_budget, latency_budget, schedule))
         options = {
             _named(how, *budget): option_values(*budget, schedule, how, target, batch, mode) for how, budget in wanted
         }

@@ -128,9 +128,10 @@ class Options:
         "attention block, in order.",
     )
     strategy: Strategy = _option(
-        "gtp",
+        "regeneration",
         strategy_named,
-        'Which tokens are removed, and what becomes of them: "gtp", or a value such as GTP(alpha=0.2).',
+        'Which tokens are removed, and what becomes of them: "regeneration", "gtp" (as published), …, or a value such '
+        "as GTP(alpha=0.2).",
     )
     target: Target = _option(
         "auto",

@@ -2,16 +2,17 @@
 
 `protocol` defines what a strategy is. Each of these files is one:
 
-    gtp         removed tokens are propagated to their neighbours               arXiv 2311.03035
-    tome        every second token may merge into the one most similar to it    arXiv 2210.09461
-    topk        tokens that CLS attends to are kept, the rest fused into one    arXiv 2202.07800
-    ppt         tokens are pruned or pooled, decided for each image             arXiv 2310.01812
-    mergence    other tokens merge into the most similar crucial token          arXiv 2306.04897
-    cluster     tokens are clustered once, around density peaks                 arXiv 2311.01197
-    idle        tokens that aren't chosen skip blocks, and may come back        arXiv 2310.05654
-    halting     tokens with the largest accumulated halting score are removed   arXiv 2112.07658
-    saliency    a saliency map of the image decides before the first block      arXiv 2305.09924
-    random      tokens are removed at random
+    regeneration  tokens that others can stand for merge into the most similar one
+    gtp           removed tokens are propagated to their neighbours               arXiv 2311.03035
+    tome          every second token may merge into the one most similar to it    arXiv 2210.09461
+    topk          tokens that CLS attends to are kept, the rest fused into one    arXiv 2202.07800
+    ppt           tokens are pruned or pooled, decided for each image             arXiv 2310.01812
+    mergence      other tokens merge into the most similar crucial token          arXiv 2306.04897
+    cluster       tokens are clustered once, around density peaks                 arXiv 2311.01197
+    idle          tokens that aren't chosen skip blocks, and may come back        arXiv 2310.05654
+    halting       tokens with the largest accumulated halting score are removed   arXiv 2112.07658
+    saliency      a saliency map of the image decides before the first block      arXiv 2305.09924
+    random        tokens are removed at random
 
 All but `gtp` are one function from tokens to groups (`grouping`, `tokens`). A user's own strategies are registered in
 the same way.
@@ -26,6 +27,7 @@ from gtp_fx.strategies.mergence import Mergence
 from gtp_fx.strategies.ppt import PPT
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.strategies.random import Random
+from gtp_fx.strategies.regeneration import Regeneration
 from gtp_fx.strategies.registry import STRATEGIES, register_strategy, strategy_named
 from gtp_fx.strategies.saliency import Saliency, register_saliency
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, dropped
@@ -43,6 +45,7 @@ __all__ = [
     "Idle",
     "Mergence",
     "Random",
+    "Regeneration",
     "Saliency",
     "Strategy",
     "ToMe",

@@ -57,7 +57,7 @@ class Grouping:
     carries: `group` returns numbers for its own next site.
     before_attention: sites are at a block's input.
     skips_branches: where a grid has to stay whole, tokens may skip branches by `score`, and get their neighbours'
-        results.
+        results where `recovers_branches`, or nothing.
     returns: removed tokens may be chosen again, and are back in place after the last block.
     score: what attention ranks tokens by, a name in `gtp_fx.ops.attention.SCORES`; "none" where that is the class's
         default, because its `group` reads no scores.
@@ -125,7 +125,7 @@ class Grouping:
         if skipping and not self.skips_branches:
             return (
                 f"{self.name} shortens a stream, and here the grid has to stay whole, so that tokens can only skip "
-                f"branches: strategies 'gtp', 'idle' and 'topk' do that"
+                f"branches: strategies 'regeneration', 'gtp', 'idle' and 'topk' do that"
             )
         if self.score.startswith("cls") and axis.domain.grid.guarded:
             return unknown_prefix(self.score)

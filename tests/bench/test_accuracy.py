@@ -6,13 +6,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import typer
+from PIL import Image
 
 from bench import accuracy, accuracy_report, tuning
-from bench.accuracy import Row, measure
+from bench.accuracy import Photographs, Row, measure
 from bench.contenders import CONTENDERS, Contender, contenders
 from bench.digit_nets import NETS, NetConfig
 from bench.digits import Look
+from bench.photographs import PostNormNet
 
 TINY = NetConfig(
     look=Look(side=32, pieces=2, strokes=1), width=16, depth=3, heads=2, close_ups=1, close_up=24, steps=1, batch=4
@@ -54,6 +59,33 @@ def test_rows_that_are_there_stay(tmp_path: Path) -> None:
     accuracy.main(**options, strategy=None, out=out, table=tmp_path / "a.md", plot=tmp_path / "a.png")
     assert {row["score"] for row in json.loads(out.read_text())["rows"]} == {0.25}, "nothing was left to measure"
     assert "-25.0" in (tmp_path / "a.md").read_text() and (tmp_path / "a.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Photographs:
+    """Two photographs of noise a class, and a net that was never trained."""
+    noise = np.random.default_rng(0)
+    for label in range(10):
+        folder = tmp_path / "data" / "test" / f"class{label}"
+        folder.mkdir(parents=True)
+        for number in range(2):
+            pixels = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    torch.manual_seed(0)
+    torch.save(PostNormNet().state_dict(), tmp_path / "net.pth")
+    return Photographs(tmp_path / "data", tmp_path / "net.pth")
+
+
+@pytest.mark.nightly
+def test_a_net_of_somebody_elses_is_measured_on_photographs(photographs: Photographs) -> None:
+    (row,) = measure("photographs", 0, [Contender("regeneration", "auto")], (0.6,), 20, photographs)
+    assert row.refusal == "" and 0.5 < row.flops_ratio <= 0.6 and row.moved > 0
+    assert round(20 * row.base) == 20 * row.base, "a share of the twenty photographs"
+
+
+def test_photographs_that_are_not_given_are_asked_for() -> None:
+    with pytest.raises(typer.BadParameter, match="photographs needs --data and --weights"):
+        accuracy.main(net=["photographs"])
 
 
 def test_what_is_not_reached_counts_as_the_worst() -> None:

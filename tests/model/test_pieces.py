@@ -157,7 +157,7 @@ def test_a_piece_that_cannot_be_reduced_is_compiled_as_it_is(monkeypatch: pytest
     """A piece must not stop the others; never silent."""
     monkeypatch.setattr(backend, "compile_with_inductor", lambda gm, inputs, options: gm)
     block, x = small(1).blocks[0], noise(2, 12, 64)
-    compiled = torch.compile(block, backend=backend.gtp, options={"flops_budget": BUDGET})
+    compiled = torch.compile(block, backend=backend.gtp, options={"flops_budget": BUDGET, "strategy": "gtp"})
     with pytest.warns(UserWarning, match="(?s)compiles this graph as it is: .*neighbors=8 needs more than 8"):
         found = compiled(x)
     torch.testing.assert_close(found, block(x), rtol=1e-4, atol=1e-4)

@@ -33,7 +33,7 @@ def test_every_graph_is_written_on_request(tmp_path: Path) -> None:
     names = [step.name for step in fast.report.passes]
     assert pages == [f"{number:02d}_{name}.py" for number, name in enumerate(["captured", *names])]
     last = (tmp_path / "graphs" / "graph_0" / pages[-1]).read_text()
-    assert "gtp_fx.select" in last and "gtp_fx.select" not in (tmp_path / "graphs" / "graph_0" / pages[-2]).read_text()
+    assert "gtp_fx.group" in last and "gtp_fx.group" not in (tmp_path / "graphs" / "graph_0" / pages[-2]).read_text()
     assert json.loads((tmp_path / "graphs" / "graph_0" / "schedule.txt").read_text())["propagated"] == list(
         fast.schedule
     )
@@ -63,7 +63,7 @@ def test_a_pass_can_be_left_out_by_name() -> None:
 def test_the_log_tells_what_each_pass_did(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="gtp_fx"):
         gtp_fx.optimize(model(), flops_budget=0.7, compile=False, disabled_passes=["fuse_projections"])
-    assert "remove_tokens: added" in caplog.text and "gtp_fx.select.default" in caplog.text
+    assert "remove_tokens: added" in caplog.text and "gtp_fx.group.default" in caplog.text
     assert "fuse_projections: disabled" in caplog.text
     assert "of the FLOPs" in caplog.text and "tokens out" in caplog.text
 

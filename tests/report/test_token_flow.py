@@ -36,7 +36,9 @@ def skipping_by_hand(parts: Parts, count: int) -> list[int]:
 def test_journeys_say_which_patches_skip(family: Family, tmp_path: Path) -> None:
     """Rolled, padded, pooled: where on the image a window's tokens are, and padding is nowhere."""
     model, x = family.model(), family.inputs(batch=1)
-    fast = gtp_fx.optimize(model, schedule=family.schedule, example_inputs=family.inputs(), compile=False)
+    fast = gtp_fx.optimize(
+        model, schedule=family.schedule, strategy="gtp", example_inputs=family.inputs(), compile=False
+    )
     views = token_flow(fast.graph_module, fast.sites, fast.report.sites, x)
     hand = on(family, model, family.blocks, idle=True)
     hand(x)

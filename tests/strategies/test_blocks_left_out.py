@@ -139,7 +139,7 @@ def test_who_asks_for_others_is_served() -> None:
 
 def test_a_budget_out_of_reach_names_both_reasons() -> None:
     with pytest.raises(gtp_fx.BudgetError, match=r"lowest ratio .*(?s:.*)late\.0.*: neighbors=8 .*(?s:.*)late\.1"):
-        optimised(PLAIN, flops_budget=0.1)
+        optimised(PLAIN, strategy="gtp", flops_budget=0.1)
 
 
 def test_where_no_block_is_left_the_model_is_refused() -> None:

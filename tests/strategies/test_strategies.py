@@ -61,6 +61,16 @@ CASES: dict[str, Callable[[], Made]] = {
         (0, 50, 60, 40),
     ),
     "mergence": lambda: (gtp_fx.strategies.Mergence(), Told(by_hand.mergence), (20, 0, 60, 10)),
+    "regeneration": lambda: (
+        gtp_fx.strategies.Regeneration(),
+        Told(by_hand.regeneration, told=True),
+        (20, 0, 60, 10),
+    ),
+    "regeneration-not-told": lambda: (
+        gtp_fx.strategies.Regeneration(token_scale=False, difficulty=2.0),
+        Told(functools.partial(by_hand.regeneration, difficulty=2.0)),
+        (0, 150, 20, 10),
+    ),
     "cluster": lambda: (
         gtp_fx.strategies.Cluster(after=1),
         Told(functools.partial(by_hand.cluster, sides=(14, 14))),
@@ -75,7 +85,14 @@ CASES: dict[str, Callable[[], Made]] = {
 }
 
 
-VARIANTS = ("tome-not-told", "tome-more-than-half", "topk-normalised", "topk-received", "ppt-pools")
+VARIANTS = (
+    "tome-not-told",
+    "tome-more-than-half",
+    "topk-normalised",
+    "topk-received",
+    "ppt-pools",
+    "regeneration-not-told",
+)
 
 
 @pytest.mark.parametrize(

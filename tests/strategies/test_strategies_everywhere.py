@@ -113,7 +113,7 @@ def test_what_a_strategy_cannot_do_is_named() -> None:
         with pytest.raises(gtp_fx.UnsupportedModelError, match="no prefix token here: score='broadcast-mean'"):
             optimised(pooled, strategy=name, flops_budget=0.8)
     for name in ("tome", "mergence", "cluster", "halting", "saliency", "random", "ppt"):
-        with pytest.raises(gtp_fx.UnsupportedModelError, match="strategies 'gtp', 'idle' and 'topk' do that"):
+        with pytest.raises(gtp_fx.UnsupportedModelError, match="'regeneration', 'gtp', 'idle' and 'topk' do that"):
             optimised(SWIN, strategy=name, flops_budget=0.9)
     with pytest.raises(gtp_fx.ScheduleError, match="strategy 'saliency' takes them at blocks 0 alone"):
         optimised(pooled, strategy="saliency", schedule=[0, 5, 0])

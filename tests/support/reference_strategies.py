@@ -147,6 +147,22 @@ def mergence(seen: Seen) -> Choice:
     return mean_of(seen, members)
 
 
+def regeneration(seen: Seen, difficulty: float = 1.0) -> Choice:
+    """What a token receives, times how far the nearest that receives more is: lost if that one stands in for it."""
+    n, keys_nD, received = len(seen.sizes), seen.k_HnD.mean(0), seen.received
+    unit_nD = keys_nD / keys_nD.norm(dim=1, keepdim=True)
+    alike = (unit_nD @ unit_nD.T).tolist()
+    scores = []
+    for i in range(n):
+        nearest = max((alike[i][j] for j in range(n) if received[j] > received[i]), default=-1.0)
+        scores.append(received[i] * (1 - nearest) ** difficulty)
+    others = lowest(scores, seen.removed)
+    members: dict[int, list[int]] = {i: [] for i in range(n) if i not in others}
+    for j in others:
+        members[max(members, key=lambda i: alike[i][j])].append(j)
+    return mean_of(seen, members)
+
+
 def cluster(seen: Seen, neighbors: int = 5, spatial: float = 1.0, sides: tuple[int, int] = (0, 0)) -> Choice:
     """AiluRus: density peaks, with a distance that knows places."""
     n = len(seen.sizes)

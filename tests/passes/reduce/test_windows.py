@@ -78,7 +78,7 @@ def test_padding_is_nobodys_neighbour(family: Family, blocks: dict[str, int]) ->
 @families(SWIN, SAM, by_default=(SWIN,))
 def test_idle_tokens_keep_the_residual_alone(family: Family) -> None:
     model, x = shared_model(family), family.inputs()
-    idle = optimised(family, schedule=family.schedule).graph_module
+    idle = optimised(family, schedule=family.schedule, strategy="gtp").graph_module
     assert error(idle(x), on(family, model, family.blocks, idle=True)(x)) < 1e-5
     assert error(idle(x), on(family, model, family.blocks)(x)) > 1e-4
 

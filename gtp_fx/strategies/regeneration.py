@@ -1,0 +1,87 @@
+"""Tokens that get little attention, or that another one can stand for, merge into the most similar kept one.
+
+GTP's premise (arXiv 2311.03035) is that a token may go where the others can regenerate it. The publication takes a
+token's attention to itself for how difficult that is. Here it is measured between tokens, by their keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gtp_fx.errors import OptionError
+from gtp_fx.strategies.grouping import Grouping
+from gtp_fx.strategies.protocol import SiteShape
+from gtp_fx.strategies.registry import register_strategy
+from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
+
+
+@register_strategy
+@dataclass(frozen=True)
+class Regeneration(Grouping):
+    """Removal by what would be lost if another token stood in for this one, and merging into the most similar kept one.
+
+        score_i  =  a_i · d_i^difficulty        d_i  =  1 - max cos(k_i, k_j)  over all j with a_j > a_i
+
+    a_i is the attention that a token receives (`score`), and k_i its key, averaged over heads. d_i is its difficulty of
+    regeneration: the distance to the nearest token that receives more. Only those count, since of two equal tokens one
+    has to stay. The lowest scores are removed. Each removed token merges into the kept one of the most similar key,
+    which becomes the mean of all its members, weighted by the patches that each one stands for.
+
+    In windows and maps, where tokens can only skip a branch, attention alone ranks them, and one that skips stays what
+    it was.
+
+    score: what attention says of a token; by default what it receives from all tokens, averaged over heads.
+    token_scale: adds the log of a token's patch count to attention's logits.
+    difficulty: exponent of d_i, 0 or more; at 0 attention alone decides.
+    """
+
+    name: ClassVar[str] = "regeneration"
+    merges: ClassVar[bool] = True
+    sized: ClassVar[bool] = True
+    skips_branches: ClassVar[bool] = True
+    recovers_branches: ClassVar[bool] = False
+    recovers_updates: ClassVar[bool] = True
+    score: str = "broadcast-mean"
+    difficulty: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number = isinstance(self.difficulty, int | float) and not isinstance(self.difficulty, bool)
+        if not number or not 0 <= self.difficulty < float("inf"):
+            raise OptionError(f"Regeneration(difficulty={self.difficulty!r}): give a finite number of 0 or more")
+
+    def group(self, tokens: Tokens) -> Groups:
+        attention_Bn = tokens.score_Bn
+        assert attention_Bn is not None
+        unit_BnD = F.normalize(tokens.keys_BnD, dim=-1)
+        cosine_Bnn = torch.matmul(unit_BnD, unit_BnD.transpose(-2, -1))
+        nearest_Bn = torch.where(_above(attention_Bn), cosine_Bnn, -1.0).amax(dim=-1)
+        # Rounding takes the cosine of equal keys past 1.
+        difficulty_Bn = (1.0 - nearest_Bn).clamp(min=0.0) ** self.difficulty
+        kept_BK, removed_BP = split(attention_Bn * difficulty_Bn, tokens.removed)
+        to_all_BPn = cosine_Bnn.gather(1, removed_BP[..., None].expand(-1, -1, tokens.count))
+        to_kept_BPK = to_all_BPn.gather(2, kept_BK[:, None, :].expand(-1, tokens.removed, -1))
+        return averaged(tokens, kept_BK, removed_BP, to_kept_BPK.argmax(dim=-1))
+
+    def group_flops(self, site: SiteShape) -> Any:
+        return 2 * site.images * site.patches_in * site.patches_in * site.key_features
+
+    def variants(self) -> list[Regeneration]:
+        changes: list[dict[str, Any]] = [{"difficulty": value} for value in (0.5, 1.0, 2.0)]
+        changes += [{"token_scale": told} for told in (True, False)]
+        changes += [{"score": score} for score in ("broadcast-mean", "broadcast-max", "cls-mean")]
+        varied = [replace(self, **change) for change in changes]
+        return [variant for variant in dict.fromkeys(varied) if variant != self]
+
+
+def _above(score_Bn: Tensor) -> Tensor:
+    """Return [B, n, n]: whether token j is above token i. Of equal scores the earlier one is, as in `split`."""
+    place_n = torch.arange(score_Bn.shape[1], device=score_Bn.device)
+    mine_Bn1, theirs_B1n = score_Bn[:, :, None], score_Bn[:, None, :]
+    earlier_nn = place_n[None, :] < place_n[:, None]
+    return (theirs_B1n > mine_Bn1) | ((theirs_B1n == mine_Bn1) & earlier_nn)
