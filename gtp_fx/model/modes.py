@@ -7,7 +7,7 @@ schedule.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,9 +16,16 @@ Part = tuple[str, nn.Module]
 """A module and its path."""
 
 
-def parts_with_modes(model: nn.Module) -> tuple[Part, ...]:
-    """Return the modules inside of a model whose forward may depend on their mode."""
-    return tuple((path, module) for path, module in model.named_modules() if path and _may_read(module.__class__))
+def parts_with_modes(model: nn.Module, called: Collection[str]) -> tuple[Part, ...]:
+    """Return the modules inside of a model whose forward may depend on their mode.
+
+    called: paths of the layers that the graph of the evaluation mode calls: theirs are their own affair.
+    """
+    inside = tuple(f"{path}." for path in called)
+    named = ((path, module) for path, module in model.named_modules() if path and path not in called)
+    return tuple(
+        (path, module) for path, module in named if _may_read(module.__class__) and not path.startswith(inside)
+    )
 
 
 def parts_apart(parts: Sequence[Part], training: bool) -> tuple[str, ...]:

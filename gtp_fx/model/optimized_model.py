@@ -393,8 +393,11 @@ class OptimizedModel(nn.Module):
             with tracing(state.original), tracing_lock(), internal_errors_told():
                 if (mode, device) not in state.runners:  # another thread may have made it meanwhile
                     made = self._made(mode)
-                    state.modules, state.parts = modules_of(state.original), parts_with_modes(state.original)
-                    state.runners[mode, device] = make_runner(made, state, self, device, self.inductor_options)
+                    state.modules = modules_of(state.original)
+                    runner = make_runner(made, state, self, device, self.inductor_options)
+                    if mode == self._mode(training=False):  # whose graph calls no layer that depends on its mode
+                        state.parts = parts_with_modes(state.original, runner.watch.called)
+                    state.runners[mode, device] = runner
                 found = state.runners[mode, device]
         return found
 

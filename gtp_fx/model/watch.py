@@ -82,7 +82,7 @@ class Watch:
         used: Collection[str] | None = None,
         tapped: Collection[str] = (),
     ) -> None:
-        self._model, self._called, self._joined, self._tapped = model, called, joined, tapped
+        self._model, self.called, self._joined, self._tapped = model, called, joined, tapped
         self._seen: list[_Seen] = []
         self._hooks: list[dict[int, Any]] = []
         known: set[int] = set()
@@ -118,8 +118,8 @@ class Watch:
         with_hooks = [path for path in self.hooks(added_hooks) if path not in self._told] if hooked else []
         self._told.update(with_hooks)
         return Changes(
-            attributes=tuple(path for path in paths if path not in self._called and path not in self._joined),
-            replaced=tuple(path for path in paths if path in self._called),
+            attributes=tuple(path for path in paths if path not in self.called and path not in self._joined),
+            replaced=tuple(path for path in paths if path in self.called),
             joined=tuple(path for path in (*paths, *with_hooks) if path in self._joined),
             unheard=tuple(path for path in with_hooks if path not in self._joined),
             hooked=hooked,
@@ -130,7 +130,7 @@ class Watch:
 
         of: returns a module's hooks.
         """
-        others = ((path, module) for path, module in _modules(self._model, self._called) if path not in self._called)
+        others = ((path, module) for path, module in _modules(self._model, self.called) if path not in self.called)
         return [path for path, module in others if path and (found := of(module)) and not self._hears(path, found)]
 
     def _hears(self, path: str, kinds: Collection[str]) -> bool:
