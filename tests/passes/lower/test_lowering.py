@@ -230,7 +230,7 @@ def test_a_compiler_traces_stock_attention_and_its_gradient(kernel: str) -> None
 )
 def test_the_add_before_a_site_and_the_norm_behind_it_are_the_kernels(name: str, fewer: tuple[int, ...]) -> None:
     """Of two sites: norms, adds, and LayerScale's products where there are any."""
-    fast = gtp_fx.optimize(build(BY_NAME[name]), schedule=[20, 20, 0], compile=False)
+    fast = gtp_fx.optimize(build(BY_NAME[name]), schedule=[20, 20, 0], strategy="gtp", compile=False)
     before, after = (
         Counter(node.target for node in gm.graph.nodes) for gm in (fast.graph_module, triton_kernels(fast.graph_module))
     )

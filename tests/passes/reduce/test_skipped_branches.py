@@ -300,7 +300,7 @@ def check(model: nn.Module, skipping: int) -> None:
 @torch.no_grad()
 def test_the_same_tokens_skip_every_mlp_before_the_next_attention() -> None:
     model = built(TwoMlps)
-    made = gtp_fx.optimize(model, schedule=[7], example_inputs=images(), compile=False)
+    made = gtp_fx.optimize(model, schedule=[7], strategy="gtp", example_inputs=images(), compile=False)
     for count in (2, 3):
         torch.testing.assert_close(made(images(count)), model(images(count), 7), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(made(images()), model(images()), atol=1e-2)
