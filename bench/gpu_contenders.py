@@ -40,6 +40,7 @@ ATTENTION: Mapping[str, list[SDPBackend]] = {
 """Kernels that torch may use, in order of preference. Where flash attention can't be used (masks), the others are."""
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "regeneration": {"strategy": "regeneration"},
     "spatial": {"strategy": GTP(graph="spatial")},
     "untold": {"strategy": GTP(token_scale=False)},
     **{f"told{form}": {"strategy": GTP(token_scale=True), "told": form} for form in SCALE_FORMS},

@@ -213,10 +213,14 @@ def prepare(
 
 
 def _options(variant: str, subject: Subject, schedule: Sequence[int]) -> dict[str, Any]:
-    """Return the backend's options of a variant. The schedule is fixed, so that a variant differs in one thing only."""
+    """Return the backend's options of a variant. The schedule is fixed, so that a variant differs in one thing only.
+
+    What has no variant is GTP as published, the strategy that has kernels.
+    """
     block, removed = subject.border
     border = [removed if place == block else 0 for place in range(len(schedule))]
-    return {"schedule": border if variant in AT_BORDER else list(schedule), **VARIANTS.get(variant, {})}
+    chosen = border if variant in AT_BORDER else list(schedule)
+    return {"schedule": chosen, "strategy": "gtp", **VARIANTS.get(variant, {})}
 
 
 def _first_run(made: Compiled, wanted: torch.Tensor) -> Entry:

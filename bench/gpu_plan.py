@@ -32,8 +32,8 @@ from bench.inductor_candidates import CANDIDATES
 SIZES = (("S", 256), ("B", 256), ("L", 64), ("D", 32))
 """Each net at its most informative batch."""
 VARIANTS = {
-    "B": ("spatial", "nokernels", "border", "all"),
-    "D": ("spatial", "nokernels", "border", "all", "toldmask", "toldkernel", "toldchannel"),
+    "B": ("regeneration", "spatial", "nokernels", "border", "all"),
+    "D": ("regeneration", "spatial", "nokernels", "border", "all", "toldmask", "toldkernel", "toldchannel"),
 }
 """Variants in `bench.gpu_contenders.VARIANTS` to run on each net. Token scales cost most where attention does."""
 OPTIONS = {"_".join(name.replace(",", "").split()): more for name, more in CANDIDATES["h100"].items()}
