@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gtp_fx.errors import OptionError
+from gtp_fx.strategies.plain_numbers import plain
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one model call, which is one batch."""
@@ -38,7 +39,8 @@ class Calibration:
 
     def __post_init__(self) -> None:
         for option, least in (("points", 1), ("refine", 0)):
-            value = getattr(self, option)
+            value = plain(getattr(self, option))
+            object.__setattr__(self, option, value)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"Calibration({option}={value!r}): give an integer of at least {least}")
         if self.strategy and not self.refine:

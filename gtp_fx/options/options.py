@@ -19,6 +19,7 @@ from gtp_fx.options.inductor import check_target, checked_mode, inductor_options
 from gtp_fx.options.latency_budget import LatencyBudget
 from gtp_fx.options.schedule import AUTO, SCHEDULES, Schedule
 from gtp_fx.strategies import Strategy, strategy_named
+from gtp_fx.strategies.plain_numbers import plain
 from gtp_fx.targets import Target, target_named
 
 # ---- checks: each takes what the user wrote, and returns a value or raises OptionError
@@ -176,7 +177,9 @@ class Options:
         """Check each value separately, then the combinations that exclude each other."""
         given_schedule, given_latency = self.schedule, self.latency_budget
         for option in fields(self):
-            object.__setattr__(self, option.name, option.metadata["check"](getattr(self, option.name)))
+            value = getattr(self, option.name)
+            value = value if option.name == "calibration" else plain(value)
+            object.__setattr__(self, option.name, option.metadata["check"](value))
         if self.flops_budget is None and self.latency_budget is None and isinstance(self.schedule, str):
             raise OptionError(
                 f"schedule={self.schedule!r} needs a budget: give flops_budget=0.74 (a ratio in (0, 1]) or "

@@ -30,6 +30,7 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.strategies.group_operator import key_of, written
+from gtp_fx.strategies.plain_numbers import take_plain_numbers
 from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
 from gtp_fx.strategies.protocol import (
     AtSite,
@@ -76,6 +77,7 @@ class Grouping:
     token_scale: bool = True
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         owner, usual = type(self).__name__, type(self).score
         if not isinstance(self.token_scale, bool):
             raise OptionError(f"{owner}(token_scale={self.token_scale!r}): give True or False")

@@ -15,6 +15,7 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.token_graph import GRAPHS
+from gtp_fx.strategies.plain_numbers import take_plain_numbers
 from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
 from gtp_fx.strategies.protocol import (
     AtSite,
@@ -81,6 +82,7 @@ class GTP:
     restores_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         _one_of("score", self.score, SCORES)
         _one_of("graph", self.graph, GRAPHS)
         if isinstance(self.neighbors, bool) or not isinstance(self.neighbors, int) or self.neighbors < 1:
