@@ -31,6 +31,7 @@ from bench.digits import Split
 from bench.environment import Environment
 from bench.output import publish
 from bench.tasks import TASKS, outputs_of
+from gtp_fx.options.options import DEFAULTS
 from gtp_fx.options.progress import Progress, progress_bar
 
 _SEEDS = 900_000_000
@@ -83,7 +84,7 @@ def main(
     net: Annotated[str, typer.Option(help=f"Of {', '.join(NETS)}.")] = "digits-cls",
     seed: Annotated[list[int] | None, typer.Option(help="Nets; 0 where none is given.")] = None,
     flops_budget: Annotated[float, typer.Option()] = 0.3,
-    strategy: Annotated[str, typer.Option()] = "gtp",
+    strategy: Annotated[str, typer.Option()] = DEFAULTS["strategy"],
     steps: Annotated[int, typer.Option(min=10)] = Training().steps,
     test_images: Annotated[int, typer.Option()] = 1000,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,

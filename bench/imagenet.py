@@ -34,6 +34,7 @@ from bench.imagenet_record import Found, Record, StateError
 from bench.output import publish
 from gtp_fx.cli.weights import load_model
 from gtp_fx.errors import GtpError
+from gtp_fx.options.options import DEFAULTS
 from gtp_fx.options.progress import progress_bar
 
 _WARM_UP = 3
@@ -82,7 +83,7 @@ def main(
     model: Annotated[str, typer.Option(help="timm's name of it.")],
     data: Annotated[Path, typer.Option(help="A folder of class folders, or of webdataset shards.")],
     flops_budget: Annotated[float, typer.Option(help="In (0, 1].")],
-    strategy: Annotated[str, typer.Option(help="A strategy's name.")] = "gtp",
+    strategy: Annotated[str, typer.Option(help="A strategy's name.")] = DEFAULTS["strategy"],
     schedule: Annotated[str, typer.Option(help="auto, uniform or even.")] = "auto",
     pretrained: Annotated[bool, typer.Option(help="timm's weights, downloaded.")] = False,
     weights: Annotated[Path | None, typer.Option(help="Or weights from a file.")] = None,
