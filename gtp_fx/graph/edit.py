@@ -22,6 +22,10 @@ META_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 """The metadata that tells where in the model a node comes from."""
 
 
+RECORDED = "gtp_recorded"
+"""Meta key of a value that nothing in the graph may read, and that a record of the graph names."""
+
+
 def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node) -> fx.Node:
     """Insert a call at the graph's insertion point, with the origin (layer, stack trace) of the node `like`."""
     _name_no_symbol(target, args)
@@ -133,11 +137,11 @@ def finish(gm: fx.GraphModule) -> fx.GraphModule:
 def _is_impure(node: fx.Node) -> bool:
     """Return whether a node has an effect beside its value.
 
-    Torch keeps attention because it may draw random numbers; without dropout it draws none.
+    Torch keeps attention because it may draw random numbers; without dropout it draws none. What a record names stays.
     """
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return bool(attention_dropout(node))
-    return bool(node.is_impure())
+    return bool(node.is_impure()) or RECORDED in node.meta
 
 
 def share(gm: fx.GraphModule, owner: nn.Module) -> None:

@@ -335,7 +335,9 @@ class _Walk:
         first = streams[0]
         assert first.stream is not None
         emit = edit.Emitter(self.graph, like=first.stream, before=first.stream.next)
-        self.places[grid] = places_of(emit, grid, first.stream, self._node_named)
+        places = self.places[grid] = places_of(emit, grid, first.stream, self._node_named)
+        if places is not None:  # provenance reads it, whether the strategy does or not
+            places.meta[edit.RECORDED] = True
         return self.plan.strategy.start(emit, first.stream, first.axis, self.places[grid])
 
     def _node_named(self, name: str) -> fx.Node:
