@@ -36,5 +36,7 @@ def parts_apart(parts: Sequence[Part], training: bool) -> tuple[str, ...]:
 @functools.cache
 def _may_read(cls: Any) -> bool:
     """Return whether modules of a class may depend on their mode: others' all may, of torch's those that name it."""
+    if not cls.__module__.startswith("torch.nn.modules."):
+        return True
     forward: Any = getattr(cls.forward, "__code__", None)
-    return not cls.__module__.startswith("torch.nn.modules.") or forward is None or "training" in forward.co_names
+    return forward is None or "training" in forward.co_names
