@@ -37,7 +37,8 @@ from support.zoo import BY_NAME, build, enliven, images, in_tiers
 def test_torchao_quantises_what_was_optimised(config: str, family: str) -> None:
     """Every linear layer, including those on a part of their weight (dead tokens) or joined with others (q, k, v)."""
     quantization = pytest.importorskip("torchao.quantization")
-    fast = small() if family == "timm" else gtp_fx.optimize(hf_models.build("vit"), flops_budget=0.7, compile=False)
+    options = {"flops_budget": 0.7, "compile": False, "strategy": "random"}  # which rounding doesn't sway
+    fast = small(**options) if family == "timm" else gtp_fx.optimize(hf_models.build("vit"), **options)
     call: dict[str, Tensor] = {"x": noise()} if family == "timm" else hf_models.inputs("vit")
     layers = sum(isinstance(module, nn.Linear) for module in fast.modules())
     before = fast(**call)
