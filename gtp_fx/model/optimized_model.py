@@ -38,7 +38,7 @@ from gtp_fx.model.parameters import SHARED, class_like, lend, names_of, names_re
 from gtp_fx.model.pipeline import Optimised, run_passes
 from gtp_fx.model.runner import make_runner
 from gtp_fx.model.saving.write import save
-from gtp_fx.model.sizes import add_form, form_taking
+from gtp_fx.model.sizes import add_form, form_taking, prepare
 from gtp_fx.model.state import Chosen, Made, Mode, Runner, State, settled
 from gtp_fx.model.tapping import fire_hooks
 from gtp_fx.options.calibration import bound_where
@@ -85,6 +85,7 @@ class OptimizedModel(nn.Module):
         """
         self._gtp: State
         super().__init__()
+        prepare()
         # Set past nn.Module, which would register the original as a child and double every name.
         dtype = dtype_of(original)
         state = State(
@@ -333,6 +334,7 @@ class OptimizedModel(nn.Module):
 
     def __setstate__(self, state: tuple[State, dict[str, Any]]) -> None:
         """Take a state, and let this module have the parameters and modules of the original in it."""
+        prepare()
         object.__setattr__(self, "_gtp", state[0])
         self.__dict__.update(state[1])
         stand_for(self, state[0].original)

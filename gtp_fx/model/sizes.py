@@ -26,6 +26,20 @@ MAKING = threading.RLock()
 """Held while a form or a method is made, so that threads that call it first at once make it once."""
 
 
+_UNTRACED: list[Callable[..., Any]] = []
+"""`_at_first_call` as Dynamo leaves it alone, once there is a model: to say so imports Dynamo, which takes a second."""
+
+
+def prepare() -> None:
+    """Prepare `form_taking`; a model does so when it is made or loaded."""
+    if not _UNTRACED:
+        reason = (
+            "gtp_fx makes a graph for a new image size at its first call: call the model with it once, before it is "
+            "compiled with fullgraph=True"
+        )
+        _UNTRACED.append(torch.compiler.disable(_at_first_call, reason=reason))
+
+
 def checked_sizes(value: Any) -> bool:
     """Return whether a new size makes a graph, by `optimize`'s `sizes`. Raises OptionError for any other value."""
     if value not in SIZES:
@@ -53,13 +67,9 @@ def form_taking(state: State, call: Call, make: Make) -> Any:
     like = next((form for form in forms if form.signature.is_form_of(call, any_size=True)), None)
     if like is None or not state.any_size:
         raise InputError(refusal([form.signature for form in forms], call))
-    return _at_first_call(state, like, call, make)
+    return _UNTRACED[0](state, like, call, make)
 
 
-@torch.compiler.disable(
-    reason="gtp_fx makes a graph for a new image size at its first call: call the model with it once, before it is "
-    "compiled with fullgraph=True"
-)
 def _at_first_call(state: State, like: State, call: Call, make: Make) -> Any:
     """Make the form for a call of a new size, or return what another thread has made of it meanwhile.
 
