@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit
-from gtp_fx.graph.nodes import ancestors
+from gtp_fx.graph.nodes import ancestors, names_in_place
 from gtp_fx.graph.torch_internals import (
     indexing_by_tensors,
     is_functorch,
@@ -33,7 +33,6 @@ from gtp_fx.graph.torch_internals import (
 _NUMBERS = (aten.new_ones.default, aten.new_zeros.default, aten.new_full.default, aten.full.default)
 """Operators that make a number, which is one for all scores as well."""
 _CALLS = ("call_function", "call_method")
-_TRUE = (aten.new_ones.default, aten.ones.default)
 
 
 def open_flex_attention(gm: fx.GraphModule, key: str = "val") -> bool:
@@ -81,7 +80,9 @@ def _open(gm: fx.GraphModule, node: fx.Node, key: str) -> bool:
     for place in places:
         place.kwargs = {"device": query.device}
     where = [emit(aten.reshape.default, at, [-1, *(1 for _ in range(3 - dim))]) for dim, at in enumerate(places)]
-    counts = None if _returns(mask, _TRUE) else _copied(emit, mask, (*where, *mask_others))
+    counts = None
+    if _output(mask).target is not aten.new_ones.default:  # else every score counts
+        counts = _copied(emit, mask, (*where, *mask_others))
     groups = int(query.shape[1]) // int(keys.shape[1])
     if _output(change) is change.graph.find_nodes(op="placeholder")[0]:
         out = emit(aten.scaled_dot_product_attention.default, q_BHND, k_BGMD, v_BGMD, counts)
@@ -156,11 +157,6 @@ def _output(traced: fx.GraphModule) -> fx.Node:
     return output
 
 
-def _returns(traced: fx.GraphModule, targets: Sequence[Any]) -> bool:
-    """Return whether a traced function returns what one of some operators makes."""
-    return _output(traced).target in targets
-
-
 def _copied(emit: edit.Emitter, traced: fx.GraphModule, given: Sequence[fx.Node]) -> fx.Node:
     """Copy a traced function's operators into a graph, and return its result."""
     copies: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
@@ -176,8 +172,7 @@ def _drop_block_masks(graph: fx.Graph, read: Sequence[fx.Node]) -> None:
 
     read: what the calls read of block masks.
     """
-    masks = [mask for mask in read if mask in graph.nodes]
-    made = {node for mask in masks for node in (mask, *ancestors(mask)) if node.op in _CALLS}
+    made = {node for mask in read for node in (mask, *ancestors(mask)) if node.op in _CALLS}
     if not made:
         return
     live, nodes = ancestors(graph.output_node()), list(graph.nodes)
@@ -185,11 +180,6 @@ def _drop_block_masks(graph: fx.Graph, read: Sequence[fx.Node]) -> None:
     for number, node in reversed(list(enumerate(nodes))):
         between = first <= number <= last or (number > last and is_functorch(node.target))
         if node.op in _CALLS and between and node not in live and not node.users:
-            if _in_place(node) and not live.isdisjoint(node.all_input_nodes):
-                continue
-            graph.erase_node(node)
-
-
-def _in_place(node: fx.Node) -> bool:
-    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
-    return node.target is operator.setitem or name.endswith("_")
+            target = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+            if not (names_in_place(target) and not live.isdisjoint(node.all_input_nodes)):
+                graph.erase_node(node)

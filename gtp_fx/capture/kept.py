@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from gtp_fx.graph.nodes import names_in_place
+
 MOST_DECISIONS = 4
 """Decisions of one call that are tried both ways, in 2 ** n calls; beyond them, what decides counts as read."""
 
@@ -93,9 +95,7 @@ class Kept:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = pytree.tree_leaves((args, kwargs or {}), is_leaf=lambda leaf: isinstance(leaf, Kept))
         witness = next(leaf._witness for leaf in given if isinstance(leaf, Kept))
-        name = getattr(func, "__name__", "")
-        in_place = (name.endswith("_") and not name.startswith("__")) or name == "__setitem__"
-        if (in_place and not isinstance(args[0], Kept)) or "out" in (kwargs or {}):
+        if (names_in_place(getattr(func, "__name__", "")) and not isinstance(args[0], Kept)) or "out" in (kwargs or {}):
             witness.refuse()  # a tensor of this call would hold it
         return Kept(witness)
 

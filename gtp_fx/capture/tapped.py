@@ -27,10 +27,12 @@ def check_taps(model: nn.Module, taps: Sequence[str]) -> tuple[str, ...]:
 
 
 def with_taps(model: nn.Module, taps: Sequence[str]) -> nn.Module:
-    """Return a view of `model` whose forward returns (output, {path: output of the module there}).
+    """Return a view of `model` whose forward returns (output, {path: output of the module there}); itself without taps.
 
     Its forward raises CaptureError where a tapped module isn't called, or more than once.
     """
+    if not taps:
+        return model
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         found: dict[str, list[Any]] = {path: [] for path in taps}

@@ -58,6 +58,11 @@ def bodies_of(node: fx.Node) -> list[fx.Graph]:
     return bodies + [inside for body in bodies for call in body.nodes for inside in bodies_of(call)]
 
 
+def names_in_place(name: str) -> bool:
+    """Return whether a function's name says that it changes its first argument: "add_", "setitem"."""
+    return (name.endswith("_") and not name.startswith("__")) or name.strip("_") == "setitem"
+
+
 def refusal(node: fx.Node, reason: str) -> Refusal:
     """Return a refusal: what the compiler doesn't change at `node`, and why."""
     return Refusal(layer_name(node), operator_name(node), reason, source_line(node))

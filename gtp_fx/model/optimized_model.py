@@ -173,8 +173,7 @@ class OptimizedModel(nn.Module):
         Raises InputError where the call's form differs from the captured one, or where the model was changed in a way
         that its graph doesn't follow.
         """
-        output = self._run(args, kwargs)
-        return self._told(*output)[0] if self._gtp.taps else output
+        return self.with_taps(*args, **kwargs)[0]
 
     def with_taps(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Return the model's output and those of the modules that `optimize` was told to tap, by path, from one run.
@@ -182,11 +181,10 @@ class OptimizedModel(nn.Module):
         Takes the model's own arguments. Tokens that were removed by then are put back. Forward hooks on those modules
         fire, here and when the model is called.
         """
-        output = self._run(args, kwargs)
-        return self._told(*output) if self._gtp.taps else (output, {})
-
-    def _told(self, output: Any, tapped: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Return what a graph with taps does, after the hooks on the tapped modules."""
+        result = self._run(args, kwargs)
+        if not self._gtp.taps:
+            return result, {}
+        output, tapped = result
         fire_hooks(self._gtp.original, tapped)
         return output, tapped
 
@@ -363,8 +361,8 @@ class OptimizedModel(nn.Module):
         made = state.graphs.get(mode)
         if made is None:
             with internal_errors_told():
-                whole = with_taps(state.original, state.taps) if state.taps else state.original
-                captured = capture_module(whole, self.signature, mode[0], mode[2])
+                whole, (training, _, apart) = with_taps(state.original, state.taps), mode
+                captured = capture_module(whole, self.signature, training, apart)
                 read_from(captured, self, names_of(state.original))
                 made = state.graphs[mode] = self._rewritten(captured)
         elif not state.own_calls <= made.captured.meta[OWN_CALLS]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,32 +32,33 @@ class AttentionRecord:
     """One block's attention, as numbers of nodes in its graph. They stay valid when the graph is copied or saved.
 
     layer: module path of the attention.
-    spelled: [B, H, n, m], the map of an attention that is spelled out; else None.
-    q, k: [B, H, n, D] and [B, H, m, D]; None where it is spelled out.
-    bias: [B, H, n, m] or fewer, on the logits, or which of them count; None where there is none.
-    scale: factor of the logits; D^-0.5 where None.
-    causal: whether tokens attend to those before them alone.
-    beside: keys before and after those of the tokens.
     tokens: N.
     prefix: tokens before the patches.
     suffix: tokens after them.
     kept: for each site before, [B, K], the patches that it kept of those that it had.
     of_whole: whether each of these counts in the whole grid.
+    spelled: [B, H, n, m], the map of an attention that is spelled out; None where it is an operator, to which alone the
+        others belong.
+    q, k: [B, H, n, D] and [B, H, m, D].
+    bias: [B, H, n, m] or fewer, on the logits, or which of them count; None where there is none.
+    scale: factor of the logits; D^-0.5 where None.
+    causal: whether tokens attend to those before them alone.
+    beside: keys before and after those of the tokens.
     """
 
     layer: str
-    spelled: int | None
-    q: int | None
-    k: int | None
-    bias: int | None
-    scale: float | None
-    causal: bool
-    beside: tuple[int, int]
     tokens: int
     prefix: int
     suffix: int
     kept: tuple[int, ...]
     of_whole: tuple[bool, ...]
+    spelled: int | None = None
+    q: int | None = None
+    k: int | None = None
+    bias: int | None = None
+    scale: float | None = None
+    causal: bool = False
+    beside: tuple[int, int] = (0, 0)
 
     @property
     def read(self) -> list[int]:
@@ -77,24 +78,29 @@ def record_attention(gm: fx.GraphModule) -> tuple[AttentionRecord, ...]:
         mark = node.meta.get(MARK)
         if mark is None or mark.role != "attention":
             continue
+        before = sites.get(mark.axis.domain.grid, [])
+        record = AttentionRecord(
+            layer=layer_name(node),
+            tokens=mark.axis.whole_size,
+            prefix=mark.axis.prefix,
+            suffix=mark.axis.suffix,
+            kept=tuple(number[removal.kept] for removal in before),
+            of_whole=tuple(removal.of_whole for removal in before),
+        )
         stock = Attention.of(node) if node.target in ATTENTION else None
         operands = node.meta.get(ATTENDS, stock)
-        before = sites.get(mark.axis.domain.grid, [])
+        if operands is None:
+            records.append(replace(record, spelled=number[node.args[0]]))
+            continue
         records.append(
-            AttentionRecord(
-                layer=layer_name(node),
-                spelled=None if operands is not None else number[node.args[0]],
-                q=None if operands is None else number[operands.q],
-                k=None if operands is None else number[operands.k],
-                bias=None if operands is None or operands.bias is None else number[operands.bias],
-                scale=None if operands is None else operands.scale,
+            replace(
+                record,
+                q=number[operands.q],
+                k=number[operands.k],
+                bias=None if operands.bias is None else number[operands.bias],
+                scale=operands.scale,
                 causal=stock is not None and len(node.args) > 5 and bool(node.args[5]),
-                beside=(0, 0) if operands is None else operands.beside,
-                tokens=mark.axis.whole_size,
-                prefix=mark.axis.prefix,
-                suffix=mark.axis.suffix,
-                kept=tuple(number[removal.kept] for removal in before),
-                of_whole=tuple(removal.of_whole for removal in before),
+                beside=operands.beside,
             )
         )
     return tuple(records)

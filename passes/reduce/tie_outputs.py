@@ -14,7 +14,7 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit
-from gtp_fx.graph.nodes import ancestors
+from gtp_fx.graph.nodes import ancestors, descendants
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _read(output: fx.Node) -> _Recovery | None:
 def _tie(graph: fx.Graph, recovery: _Recovery) -> None:
     """Insert the output's remaining tokens after the stream, and let the stream's other readers read those."""
     stream, output = recovery.stream, recovery.output
-    between = {node for node in (*ancestors(output), output) if stream in ancestors(node)}
+    between = {output, *(ancestors(output) & descendants(stream))}
     others = [user for user in stream.users if user not in between]
     if not others:
         return
@@ -79,6 +79,6 @@ def _hoist(output: fx.Node, stream: fx.Node) -> None:
     order = {node: number for number, node in enumerate(output.graph.nodes)}
     late = [node for node in (*ancestors(output), output) if order[node] > order[stream]]
     place = stream
-    for node in sorted(set(late), key=order.__getitem__):
+    for node in sorted(late, key=order.__getitem__):
         place.append(node)
         place = node

@@ -108,7 +108,7 @@ def _form(state: State, signature: CallSignature) -> dict[str, Any]:
     """Return what the record has of one form of call."""
     model = state.original
     # Captured anew: the graphs there are call layers, whatever has been put in a layer's place since.
-    captured = capture_module(with_taps(model, state.taps) if state.taps else model, signature)
+    captured = capture_module(with_taps(model, state.taps), signature)
     return {
         "inputs": {"args": list(map(to_plain, signature.args)), "kwargs": to_plain(signature.kwargs)["dict"]},
         "schedule": json.loads(state.settled.schedule.to_json()),
