@@ -141,7 +141,7 @@ def _windowed(config: NetConfig) -> SwinTransformer:
 
 def train(config: NetConfig, seed: int, progress: Progress | None = None) -> Net:
     """Train a net from scratch and return it in eval mode."""
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, task = build(config).train(), TASKS[config.task]
         optimizer = torch.optim.AdamW(model.parameters(), config.rate, betas=(0.9, 0.98), weight_decay=0.05)
@@ -220,7 +220,7 @@ def _waves(side: int, width: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Use one thread within the context.
 
     Sums are then in the same order on every machine, and parallel trainings don't compete for threads.
