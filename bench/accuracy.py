@@ -8,6 +8,10 @@ trained in a minute or two each where the cache doesn't have them, and on one ne
 photographs (`bench.photographs`), where --data and --weights say where these are. Scores are on canvases of digits, or
 photographs, that no net has seen. One process per core works on (net, seed) pairs. Rows that --out has already are not
 measured again, so that seeds and strategies can be added later. `bench.accuracy_times` adds compiled time.
+
+`--strategy auto` adds strategy="auto", which chooses strategy and schedule on 64 calibration images: canvases of the
+calibration split, or training photographs, without their labels. The report compares it with the best of the others in
+hindsight.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import torch
 import typer
 from torch import Tensor, fx, nn
 
-from bench.contenders import CONTENDERS, Contender, contenders
+from bench.contenders import CALIBRATED, CHOSEN, CONTENDERS, Contender, contenders
 from bench.digit_nets import NETS, load_or_train
 from bench.digits import Split
 from bench.environment import Environment
@@ -36,11 +40,14 @@ from gtp_fx.capture.inputs import call_signature
 from gtp_fx.capture.module import capture_module
 from gtp_fx.errors import BudgetError, UnsupportedModelError
 from gtp_fx.model.pipeline import run_passes
+from gtp_fx.options.calibration import Calibration, bound
 from gtp_fx.options.options import Options
 from gtp_fx.options.progress import progress_bar
 from gtp_fx.plan.damage.divergence import divergence
 
 BUDGETS = (0.85, 0.7, 0.55, 0.4, 0.3)
+_CALIBRATION = 64
+"""Images without labels that strategy="auto" may look at."""
 PHOTOGRAPHS = "photographs"
 SUBJECTS = (*NETS, PHOTOGRAPHS)
 """Names of nets: those trained here, and the one of `bench.photographs`."""
@@ -59,13 +66,17 @@ class Photographs:
 
 @dataclass(frozen=True)
 class Subject:
-    """A net and the images that it is judged by. class_token: whether it has one."""
+    """A net and the images that it is judged by.
+
+    class_token: whether it has one. unlabelled: images for calibration, as `measure` needs them.
+    """
 
     model: nn.Module
     images: Tensor
     labels: Tensor
     task: Task
     class_token: bool
+    unlabelled: Tensor
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,7 @@ class Row:
 
     net: a name in `SUBJECTS`.
     seed: seed of the net's training; 0 where somebody else trained it.
-    strategy: a name in `CONTENDERS`.
-    schedule: a name in `bench.contenders.SCHEDULES`.
+    strategy, schedule: as in `bench.contenders.Contender`.
     budget: FLOPs budget, as a share of the original's.
     base: the original's score, in [0, 1].
     flops_ratio: FLOPs of the optimised model / the original's.
@@ -83,6 +93,7 @@ class Row:
     moved: divergence of the outputs from the original's: in nats for logits, in relative squares otherwise.
     counts: removed tokens at each attention block.
     refusal: why there is no score, or "".
+    chosen: the strategy in words, where it was chosen.
     """
 
     net: str
@@ -96,6 +107,7 @@ class Row:
     moved: float = 0.0
     counts: tuple[int, ...] = ()
     refusal: str = ""
+    chosen: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -108,7 +120,9 @@ def main(
         list[int] | None, typer.Option(help="Seeds, each its own nets; 0, 1 and 2 where none is given.")
     ] = None,
     net: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SUBJECTS)}; all where none is given.")] = None,
-    strategy: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(CONTENDERS)}; all.")] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join((*CONTENDERS, CHOSEN))}; all but the last.")
+    ] = None,
     budget: Annotated[list[float] | None, typer.Option(help="Instead of 0.85, 0.7, 0.55, 0.4 and 0.3.")] = None,
     test_images: Annotated[int, typer.Option(help="Canvases or photographs that scores are measured on.")] = 1000,
     data: Annotated[Path | None, typer.Option(help="CIFAR-10 as JPEGs, a folder or a tar, for photographs.")] = None,
@@ -121,7 +135,7 @@ def main(
     """Measure the score that every strategy keeps."""
     from bench import accuracy_report
 
-    for given, known in ((net, SUBJECTS), (strategy, tuple(CONTENDERS))):
+    for given, known in ((net, SUBJECTS), (strategy, (*CONTENDERS, CHOSEN))):
         if unknown := [value for value in given or [] if value not in known]:
             raise typer.BadParameter(f"{unknown[0]!r} is unknown; give some of {', '.join(known)}")
     photographs = None if data is None or weights is None else Photographs(data, weights)
@@ -165,19 +179,22 @@ def measure(
     of = _subject(name, seed, test_images, photographs)
     original = outputs_of(of.model, of.images)
     base = of.task.score(original, of.labels)
-    captured = capture_module(of.model, call_signature(of.model, of.images[:2]))
+    signature = call_signature(of.model, of.images[:2])
+    captured = capture_module(of.model, signature)
+    calibration = bound(Calibration(of.unlabelled, progress=False), signature.canonical)
     rows = []
     for contender in asked:
         for ratio in budgets:
             key = (name, seed, contender.strategy, contender.schedule, ratio, base)
             try:
-                found = _optimised(captured, contender, ratio, of.class_token)
+                found = _optimised(captured, contender, ratio, of.class_token, calibration)
             except (BudgetError, UnsupportedModelError) as error:
                 rows.append(Row(*key, refusal=str(error).splitlines()[0]))
                 continue
             outputs = outputs_of(found.graph_module, of.images)
             score, moved = of.task.score(outputs, of.labels), divergence(outputs, original)
-            rows.append(Row(*key, found.report.flops_ratio, score, moved, tuple(found.schedule)))
+            chosen = str(found.strategy) if contender.schedule == CALIBRATED else ""
+            rows.append(Row(*key, found.report.flops_ratio, score, moved, tuple(found.schedule), chosen=chosen))
     return rows
 
 
@@ -186,17 +203,24 @@ def _subject(name: str, seed: int, test_images: int, photographs: Photographs | 
     if name == PHOTOGRAPHS:
         assert photographs is not None, "main() asks for --data and --weights"
         images, labels = load_photographs(photographs.data, "test", test_images // 10)
-        return Subject(load_net(photographs.weights), images, labels, TASKS["digits"], class_token=True)
+        some = load_photographs(photographs.data, "train", _CALIBRATION // 10 + 1)[0]
+        net, unlabelled = load_net(photographs.weights), some[:: len(some) // _CALIBRATION][:_CALIBRATION]
+        return Subject(net, images, labels, TASKS["digits"], class_token=True, unlabelled=unlabelled)
     config = NETS[name]
     task = TASKS[config.task]
     images, labels = task.draw(Split.test, 0, test_images, config.look, config.patch)
-    return Subject(load_or_train(config, seed), images, labels, task, config.class_token)
+    unlabelled, _ = task.draw(Split.calibration, 0, _CALIBRATION, config.look, config.patch)
+    return Subject(load_or_train(config, seed), images, labels, task, config.class_token, unlabelled)
 
 
-def _optimised(captured: fx.GraphModule, contender: Contender, ratio: float, class_token: bool) -> Any:
+def _optimised(
+    captured: fx.GraphModule, contender: Contender, ratio: float, class_token: bool, calibration: Calibration
+) -> Any:
     """Return the optimised graph. One capture serves every strategy, since passes don't change their input."""
-    strategy = contender.made(class_token)
-    return run_passes(captured, Options.of(flops_budget=ratio, schedule=contender.schedule, strategy=strategy))
+    options: dict[str, Any] = {"flops_budget": ratio, "strategy": contender.made(class_token)}
+    if contender.schedule == CALIBRATED:
+        return run_passes(captured, Options.of(**options, calibration=calibration))
+    return run_passes(captured, Options.of(**options, schedule=contender.schedule))
 
 
 def _worked_at(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
+from bench.contenders import CHOSEN
 from gtp_fx.options.options import DEFAULTS
 
 if TYPE_CHECKING:
@@ -149,7 +150,33 @@ def markdown(rows: Sequence[Row]) -> str:
                 lines.append([strategy, schedule, *texts])
         headers = [f"{net}, {_base(rows, net):.1%}", "", *(f"{budget:g}" for budget in budgets)]
         parts += ["", tabulate(lines, headers, tablefmt="github", disable_numparse=True)]
+    if any(row.strategy == CHOSEN for row in rows):
+        parts += ["", hindsight(rows)]
     return "\n".join(parts)
+
+
+def hindsight(rows: Sequence[Row]) -> str:
+    """Return a table of what strategy="auto" keeps beside the best other, net by net: a column a budget.
+
+    The best is the curve with the highest mean score over seeds at that budget, which nobody knows beforehand. Of many
+    curves that are equally good the highest is above the truth, by about as much as scores scatter.
+    """
+    found = [s for s in summaries(rows) if s.reached]
+    budgets = sorted({s.budget for s in found if s.strategy == CHOSEN}, reverse=True)
+    lines = []
+    for net in dict.fromkeys(s.net for s in found if s.strategy == CHOSEN):
+        cells = []
+        for budget in budgets:
+            here = [s for s in found if (s.net, s.budget) == (net, budget)]
+            own = next((s for s in here if s.strategy == CHOSEN), None)
+            best = max((s for s in here if s.strategy != CHOSEN), key=lambda s: s.score, default=None)
+            if own is None or best is None:
+                cells.append("–")
+            else:
+                cells.append(f"{own.points:+.1f}; {best.points:+.1f} ({best.strategy}, {best.schedule})")
+        lines.append([net, *cells])
+    headers = ["auto; the best in hindsight", *(f"{budget:g}" for budget in budgets)]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:

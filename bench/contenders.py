@@ -29,12 +29,20 @@ CONTENDERS: Mapping[str, Made] = {
 }
 SCHEDULES = ("auto", "even")
 """gtp_fx's own choice, and the publications' constant count per block, spread exactly to the token."""
+CHOSEN, CALIBRATED = "auto", "calibrated"
+"""strategy="auto", which chooses strategy and schedule together on calibration images, and what its schedule is called.
+
+It is no rival of the others but chosen among them, and takes a minute or more for each budget, so that it has to be
+asked for."""
 
 
 def contenders(strategies: Iterable[str]) -> list[Contender]:
     """Return each strategy on every schedule, or on one where it has a single site, so that schedules can't differ."""
     found = []
     for strategy in strategies:
+        if strategy == CHOSEN:
+            found.append(Contender(CHOSEN, CALIBRATED))
+            continue
         single = len(list(CONTENDERS[strategy]("cls-mean").positions(_DEEP))) == 1
         found += [Contender(strategy, schedule) for schedule in (SCHEDULES[:1] if single else SCHEDULES)]
     return found
@@ -48,8 +56,8 @@ _DEEP = 12
 class Contender:
     """A strategy on a schedule, which is one curve.
 
-    strategy: a name in `CONTENDERS`.
-    schedule: a name in `SCHEDULES`.
+    strategy: a name in `CONTENDERS`, or `CHOSEN`.
+    schedule: a name in `SCHEDULES`; `CALIBRATED` with `CHOSEN`, and with nothing else.
 
     Raises ValueError for other names.
     """
@@ -58,12 +66,15 @@ class Contender:
     schedule: str
 
     def __post_init__(self) -> None:
-        if self.strategy not in CONTENDERS or self.schedule not in SCHEDULES:
+        known = self.strategy in CONTENDERS and self.schedule in SCHEDULES
+        if not known and (self.strategy, self.schedule) != (CHOSEN, CALIBRATED):
             raise ValueError(f"{self}: strategies are {', '.join(CONTENDERS)}, schedules {' and '.join(SCHEDULES)}")
 
     def __str__(self) -> str:
         return f"{self.strategy}, {self.schedule}"
 
-    def made(self, class_token: bool) -> Strategy:
+    def made(self, class_token: bool) -> Strategy | gtp_fx.strategies.Auto:
         """Return the strategy for a net with or without a CLS token."""
+        if self.strategy == CHOSEN:
+            return gtp_fx.strategies.Auto()
         return CONTENDERS[self.strategy]("cls-mean" if class_token else "broadcast-mean")

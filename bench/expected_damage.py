@@ -34,7 +34,7 @@ from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.inputs import call_signature
 from gtp_fx.capture.module import capture_module
 from gtp_fx.model.pipeline import run_exact_passes
-from gtp_fx.options.calibration import Calibration, bound
+from gtp_fx.options.calibration import Calibration
 from gtp_fx.options.options import Options
 from gtp_fx.options.progress import progress_bar
 from gtp_fx.passes.runner import apply_plan_unverified
@@ -121,7 +121,6 @@ def measure(name: str, model: nn.Module, unlabelled: Tensor, images: Tensor, sch
     found = find_sites(typed_graph(gm.graph), strategy)
     costs = flops_model(found.typing, found.sites, strategy, exact.original.flops)
     original = outputs_of(model, images)
-    calibration = bound(Calibration.of(unlabelled), signature.canonical)
 
     def moved(counts: Sequence[int], on: Tensor, wanted: Tensor) -> float:
         return divergence(
@@ -129,8 +128,8 @@ def measure(name: str, model: nn.Module, unlabelled: Tensor, images: Tensor, sch
         )
 
     wanted = outputs_of(model, unlabelled)
-    judged = lambda counts, _: moved(counts, unlabelled, wanted)  # noqa: E731
-    tables = measured_damage(gm, found.sites, shapes, strategy, calibration, judged, None)
+    judged = lambda counts: moved(counts, unlabelled, wanted)  # noqa: E731
+    tables = measured_damage(found.sites, Calibration(unlabelled).points, judged, len(unlabelled))
     prior = prior_damage(found.sites)
     rows, generator = [], random.Random(0)
     for budget in BUDGETS:

@@ -46,7 +46,7 @@ def _models(incomplete: str) -> list[str]:
 def _strategies(incomplete: str) -> list[str]:
     from gtp_fx.strategies import STRATEGIES
 
-    return [name for name in STRATEGIES if name.startswith(incomplete)]
+    return [name for name in ("auto", *STRATEGIES) if name.startswith(incomplete)]
 
 
 def _targets(incomplete: str) -> list[str]:
@@ -86,6 +86,10 @@ ScheduleText = Annotated[
 ]
 Strategy = Annotated[str, typer.Option(help=HELP["strategy"], autocompletion=_strategies)]
 Strategies = Annotated[list[str] | None, typer.Option(help=HELP["strategy"] + _REPEATED, autocompletion=_strategies)]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="Folder of photographs, without labels: 64 of them choose the schedule, and --strategy auto."),
+]
 Target = Annotated[str, typer.Option(help=HELP["target"], autocompletion=_targets)]
 Targets = Annotated[list[str] | None, typer.Option(help=HELP["target"] + _REPEATED, autocompletion=_targets)]
 Mode = Annotated[str | None, typer.Option(help=HELP["mode"], autocompletion=_modes)]

@@ -13,6 +13,7 @@ import gtp_fx
 from gtp_fx.cli.arguments import (
     AsJson,
     Batch,
+    Calibration,
     Device,
     Dtype,
     FlopsBudget,
@@ -30,7 +31,7 @@ from gtp_fx.cli.arguments import (
     option_values,
 )
 from gtp_fx.errors import OptionError
-from gtp_fx.options.options import DEFAULTS
+from gtp_fx.options.options import DEFAULTS, Options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,7 @@ def optimize(
     latency_budget: LatencyBudget = DEFAULTS["latency_budget"],
     schedule: ScheduleText = DEFAULTS["schedule"],
     strategy: Strategy = DEFAULTS["strategy"],
+    calibration: Calibration = None,
     target: Target = DEFAULTS["target"],
     mode: Mode = DEFAULTS["mode"],
     batch: Batch = DEFAULTS["batch"],
@@ -59,7 +61,7 @@ def optimize(
     as_json: AsJson = False,
 ) -> None:
     """Optimise MODEL, check it on a photograph, and time it against the original, eager and compiled."""
-    from gtp_fx.cli.photo import photo_batch
+    from gtp_fx.cli.photo import photo_batch, pictures_in, prepared_batch
     from gtp_fx.measure.compare import agreement
     from gtp_fx.report.plots import must_draw
 
@@ -73,9 +75,13 @@ def optimize(
         if mode is not None and no_time:
             raise OptionError(f"--mode {mode} is how to compile, but --no-time compiles nothing: leave one of them out")
         options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch, mode)
+        pictures = None if calibration is None else pictures_in(calibration)
+        Options.of(**options, calibration=pictures)  # before the model is loaded: do they go together?
         must_draw(plot)
         loaded = load(model, pretrained, weights, dtype, device)
         say(f"{loaded.name}, weights: {loaded.weights_origin}; {dtype.value} on {device.value}\n")
+        if pictures is not None:
+            options["calibration"] = prepared_batch(loaded.model, pictures)
         fast = gtp_fx.optimize(loaded.model, **options)
         say(f"{fast.report}\n")
         if plot is not None:

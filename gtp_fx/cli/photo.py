@@ -7,7 +7,7 @@ data/, with its source.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,11 @@ from gtp_fx.errors import OptionError
 
 _LEAST_SCALE = 0.6
 """Smallest crop, as a share of the photograph's sides. The subject stays visible."""
+
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+"""Suffixes of picture files."""
+_MOST = 64
+"""The most pictures that are taken from a folder."""
 
 _UNKNOWN: dict[str, Any] = {
     "mean": (0.5,) * 3,
@@ -57,6 +62,26 @@ def prepared(model: nn.Module, picture: Image.Image) -> Tensor:
     example = _image_example(model)
     image = _preparation(model, tuple(example.shape[1:]))(picture.convert("RGB"))
     return image[None].to(example.device, example.dtype)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Return the picture files in a folder and the folders inside, by name; up to 64, evenly spaced.
+
+    Raises OptionError where there are none.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _PICTURES)
+    if not files:
+        raise OptionError(f"{folder} holds no pictures ({', '.join(_PICTURES)}): give a folder of photographs")
+    count = min(_MOST, len(files))
+    return [files[i * len(files) // count] for i in range(count)]
+
+
+def prepared_batch(model: nn.Module, pictures: Sequence[Path]) -> Tensor:
+    """Return picture files as [pictures, 3, height, width], as `prepared` returns one.
+
+    Raises as `read_picture` and `prepared` do.
+    """
+    return torch.cat([prepared(model, read_picture(file)) for file in pictures])
 
 
 def as_seen(model: nn.Module, image: Tensor) -> Tensor:

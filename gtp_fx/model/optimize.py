@@ -19,7 +19,7 @@ from gtp_fx.model.sizes import checked_sizes, must_be_calibrated_for
 from gtp_fx.options.options import DEFAULTS, HELP, Options
 from gtp_fx.options.schedule import Schedule
 from gtp_fx.passes.order import must_be_optional
-from gtp_fx.strategies import Strategy
+from gtp_fx.strategies import Auto, Strategy
 from gtp_fx.targets import Target
 
 
@@ -30,7 +30,7 @@ def optimize(
     latency_budget: float | str | None = DEFAULTS["latency_budget"],
     batch: int = DEFAULTS["batch"],
     schedule: str | Schedule | Sequence[int] = DEFAULTS["schedule"],
-    strategy: str | Strategy = DEFAULTS["strategy"],
+    strategy: str | Strategy | Auto = DEFAULTS["strategy"],
     target: str | Target = DEFAULTS["target"],
     example_inputs: Any = None,
     disabled_passes: Sequence[str] = DEFAULTS["disabled_passes"],

@@ -21,13 +21,14 @@ from gtp_fx.passes.order import must_be_optional
 from gtp_fx.passes.reduce.remove_tokens import RECOVERED
 from gtp_fx.passes.runner import PassStep, apply_plan, apply_plan_unverified, run_exact_tier
 from gtp_fx.plan.cost.count import count_flops
-from gtp_fx.plan.make_plan import Original, make_plan
+from gtp_fx.plan.make_plan import Planned, make_plan
 from gtp_fx.plan.plan import Plan
+from gtp_fx.plan.problem import Original
 from gtp_fx.report.attention_maps import AttentionRecord, record_attention
 from gtp_fx.report.forecasting import forecast
 from gtp_fx.report.provenance import SiteRecord, record_sites
 from gtp_fx.report.report import Report, SiteRow
-from gtp_fx.strategies import Grouping, Strategy
+from gtp_fx.strategies import Auto, Grouping, Strategy
 from gtp_fx.strategies.trial import try_out
 from gtp_fx.types.infer import TOKENS
 
@@ -113,6 +114,8 @@ def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool =
         batch=options.batch,
         forecast=forecast(gm, exact.original, planned, options),
         moved=planned.moved,
+        strategy_from=_strategy_from(options, planned),
+        contenders=planned.contenders,
         not_kept=captured.meta.get(NOT_KEPT, ()),
     )
     exact.journal.note("schedule", plan.schedule.to_json())
@@ -131,9 +134,21 @@ def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
     original = Original(spelled.graph, count_flops(spelled.graph))
     journal = Journal.beginning(captured, options.dump_graphs)
     gm, steps = run_exact_tier(
-        captured, options.strategy, original.flops, journal, options.disabled_passes, options.prefix_tokens
+        captured, options.first_strategy, original.flops, journal, options.disabled_passes, options.prefix_tokens
     )
     return Exact(gm, original, steps, journal)
+
+
+def _strategy_from(options: Options, planned: Planned) -> str:
+    """Say what the strategy was chosen by; empty where it was given."""
+    if not isinstance(options.strategy, Auto):
+        return ""
+    if planned.contenders:
+        judged = [row for row in planned.contenders if row.moved is not None]
+        return f"the one that moves outputs least on {judged[0].images} images, of {len(judged)} contenders"
+    if options.calibration is None:
+        return "the default, as there are no calibration images to choose by"
+    return "the default, as no tokens have to be removed"
 
 
 def _recovered(graph: fx.Graph) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from gtp_fx.errors import GtpError, InputError, OptionError, ScheduleError
 from gtp_fx.model.state import State
 from gtp_fx.options.calibration import calls_of
 from gtp_fx.options.options import Options
+from gtp_fx.strategies import Auto
 
 SIZES = ("given", "any")
 """Values of `optimize`'s `sizes`: those of the examples, or any."""
@@ -87,7 +88,8 @@ def _at_first_call(state: State, like: State, call: Call, make: Make) -> Any:
 def add_form(state: State, signature: CallSignature, make: Make, for_good: bool = False) -> Any:
     """Make the optimised model of a form and add it to the state's forms.
 
-    Its schedule is planned for it by the same options. Counts that were given hold where it has as many tokens.
+    Its schedule is planned for it by the same options, under the first form's strategy where that was to be chosen.
+    Counts that were given hold where it has as many tokens.
 
     for_good: whether it is never dropped for another.
 
@@ -96,6 +98,8 @@ def add_form(state: State, signature: CallSignature, make: Make, for_good: bool 
     form, options = describe(signature.args, signature.kwargs), state.options
     if not isinstance(options.schedule, str):
         options = replace(options, schedule=state.settled.schedule)
+    if isinstance(options.strategy, Auto):  # chosen once, for the first form
+        options = replace(options, strategy=state.settled.strategy)
     try:
         model = make(state.original, signature, options, state.blocks_needed, state.taps)
     except ScheduleError as error:

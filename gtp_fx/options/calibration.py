@@ -1,4 +1,4 @@
-"""Calibration: unlabelled images on which schedule="auto" measures what removing tokens changes."""
+"""Calibration: unlabelled images on which schedule="auto" and strategy="auto" measure what removing tokens changes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Calibration images and how to use them, for schedule="auto".
+    """Calibration images and how to use them, for schedule="auto", and for strategy="auto" with it.
 
     images: batches of the model's inputs, each a tensor, a tuple of arguments or a dict of keyword arguments. Some
         dozens of images are enough; no labels are needed.
     points: token counts measured at each block.
-    refine: most evaluations of whole schedules afterwards; 0 for none.
-    strategy: whether these evaluations also choose GTP's alpha, M and theta.
-    cache: whether to keep measurements in the user's cache, keyed by weights and images.
+    refine: most evaluations of whole schedules afterwards; 0 for none. strategy="auto" takes at least a few
+        (`gtp_fx.plan.contest`).
+    cache: whether to keep judgments in the user's cache, keyed by weights and images.
     progress: whether to show a progress bar.
 
     Raises OptionError for a value out of range.
@@ -33,7 +33,6 @@ class Calibration:
     images: Any
     points: int = 6
     refine: int = 0
-    strategy: bool = False
     cache: bool = True
     progress: bool = True
 
@@ -43,8 +42,6 @@ class Calibration:
             object.__setattr__(self, option, value)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"Calibration({option}={value!r}): give an integer of at least {least}")
-        if self.strategy and not self.refine:
-            raise OptionError("Calibration(strategy=True) chooses by evaluating: give refine=30, say, too")
 
     @classmethod
     def of(cls, value: Any) -> Calibration:

@@ -18,7 +18,7 @@ from gtp_fx.options.calibration import Calibration
 from gtp_fx.options.inductor import check_target, checked_mode, inductor_options
 from gtp_fx.options.latency_budget import LatencyBudget
 from gtp_fx.options.schedule import AUTO, SCHEDULES, Schedule
-from gtp_fx.strategies import Strategy, strategy_named
+from gtp_fx.strategies import Auto, Strategy, strategy_named
 from gtp_fx.strategies.plain_numbers import plain
 from gtp_fx.targets import Target, target_named
 
@@ -71,6 +71,12 @@ def _prefix(value: Any) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise OptionError(f"prefix_tokens={value!r}: give the tokens before the patches, an integer of 0 or more")
     return value
+
+
+def _strategy(value: Any) -> Strategy | Auto:
+    if isinstance(value, str) and value == Auto.name:
+        return Auto()
+    return value if isinstance(value, Auto) else strategy_named(value)
 
 
 def _target(value: Any) -> Target:
@@ -128,11 +134,12 @@ class Options:
         "(uniform, with the remainder spread token by token), a Schedule, or the number of tokens removed at each "
         "attention block, in order.",
     )
-    strategy: Strategy = _option(
+    strategy: Strategy | Auto = _option(
         "regeneration",
-        strategy_named,
-        'Which tokens are removed, and what becomes of them: "regeneration", "gtp" (as published), …, or a value such '
-        "as GTP(alpha=0.2).",
+        _strategy,
+        'Which tokens are removed, and what becomes of them: "regeneration", "gtp" (as published), …, a value such '
+        'as GTP(alpha=0.2), or "auto": with calibration images, the one that moves outputs least of all strategies, '
+        "their variants and schedules; without any, the default.",
     )
     target: Target = _option(
         "auto",
@@ -190,7 +197,8 @@ class Options:
             raise OptionError(f"latency_budget={given_latency!r} and {other}: give one of them")
         if self.calibration is not None and self.schedule != AUTO:
             raise OptionError(
-                f"calibration= is what schedule='auto' learns from, and the schedule is {given_schedule!r}: give one"
+                f"calibration= is what schedule='auto' learns from, alone or together with strategy='auto', and the "
+                f"schedule is {given_schedule!r}: give one"
             )
 
     @classmethod
@@ -215,6 +223,11 @@ class Options:
                 f"unknown option {', '.join(map(repr, unknown))}{meant} The backend knows {', '.join(known)}"
             )
         return cls(**given)
+
+    @property
+    def first_strategy(self) -> Strategy:
+        """Return the strategy given, or the one that "auto" is without calibration images."""
+        return self.strategy.first if isinstance(self.strategy, Auto) else self.strategy
 
     @property
     def exact_only(self) -> bool:

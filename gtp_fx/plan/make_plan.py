@@ -10,24 +10,22 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock
-from gtp_fx.analysis.typed_graph import typed_graph
+from gtp_fx.analysis.typed_graph import TypedGraph, typed_graph
 from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError, UnsupportedModelError, merged
 from gtp_fx.graph.nodes import bodies_of, operator_name
 from gtp_fx.options.options import Options
+from gtp_fx.options.progress import progress_bar
 from gtp_fx.options.schedule import AUTO, BlockShape, Schedule
-from gtp_fx.plan.choose import ApplyPlan, Choice, by_calibration, by_prior
-from gtp_fx.plan.cost.chains import CostModel
+from gtp_fx.plan.choose import Choice, Contender, by_calibration, by_prior
+from gtp_fx.plan.contest import by_contest
 from gtp_fx.plan.cost.closed_form import flops_model
 from gtp_fx.plan.cost.count import count_flops, uncounted
-from gtp_fx.plan.cost.seconds import graph_seconds, seconds_model
-from gtp_fx.plan.damage.tables import Damage
-from gtp_fx.plan.fastest import fastest_alike
-from gtp_fx.plan.find_sites import Candidates, block_shape, find_sites
-from gtp_fx.plan.least_damage import least_damage, least_damage_few_sites
-from gtp_fx.plan.plan import Plan, removed_by_stream
+from gtp_fx.plan.damage.judge import ApplyPlan, Judge
+from gtp_fx.plan.find_sites import Candidates, block_shape
+from gtp_fx.plan.plan import Plan
+from gtp_fx.plan.problem import Original, Problem
 from gtp_fx.plan.shortest_path import OverBudget
-from gtp_fx.plan.uniform import SCHEDULE_FAMILIES, mildest_within
-from gtp_fx.strategies import Strategy
+from gtp_fx.strategies import Auto
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class Planned:
     seconds: predicted for the original and for the result; None unless a latency budget was set.
     moved: divergence of the outputs on calibration's images; None without calibration.
     found: the candidate sites; None where nothing was to be removed and none were searched for.
+    contenders: what strategy="auto" chose from, the best first; empty where it had nothing to choose by.
     """
 
     plan: Plan
@@ -50,18 +49,7 @@ class Planned:
     seconds: tuple[float, float] | None = None
     moved: float | None = None
     found: Candidates | None = None
-
-
-@dataclass(frozen=True)
-class Original:
-    """The original model, which ratios refer to.
-
-    graph: its graph, in the operators that `normalise` leaves.
-    flops: per image.
-    """
-
-    graph: fx.Graph
-    flops: int
+    contenders: tuple[Contender, ...] = ()
 
 
 def make_plan(
@@ -69,7 +57,7 @@ def make_plan(
 ) -> Planned:
     """Plan the removal of tokens from `gm`, which has marked blocks and the exact passes applied, and stays unchanged.
 
-    apply_plan: returns the graph that a plan gives, by which calibration judges schedules.
+    apply_plan: returns the graph that a plan gives, by which calibration judges schedules and strategies.
     blocks_needed: whether a graph without attention blocks is an error; else its plan changes nothing.
 
     Raises UnsupportedModelError, BudgetError or ScheduleError.
@@ -77,9 +65,10 @@ def make_plan(
     typed = typed_graph(gm.graph)
     blocks, others = typed.blocks, typed.unsupported_attention
     flops_now, unknown = count_flops(gm.graph), uncounted(gm.graph)
+    strategy = options.first_strategy
     # Return without sites where the model has no blocks, or where the counts or the budget leave nothing to remove.
     if not blocks and not blocks_needed:
-        return Planned(Plan.of((), (), (), options.strategy), flops_now, others)
+        return Planned(Plan.of((), (), (), strategy), flops_now, others)
     if not blocks and not (others and options.exact_only):
         raise NoBlocksError(_no_blocks(gm.graph, others), others)
     shapes = tuple(map(block_shape, blocks))
@@ -92,28 +81,25 @@ def make_plan(
             unknown,
         )
     if _nothing_to_remove(given, options, flops_now / original.flops):
-        return Planned(Plan.of((), (), shapes, options.strategy), flops_now, (*others, *unknown))
+        return Planned(Plan.of((), (), shapes, strategy), flops_now, (*others, *unknown))
     # Price every schedule over the candidate sites, then choose one.
-    found = find_sites(typed, options.strategy)
-    options = replace(options, strategy=_settled_early(options.strategy, found))
-    flops = flops_model(found.typing, found.sites, options.strategy, original.flops)
-    timed = None if options.latency_budget is None else _seconds(found, options, original)
     if given is not None:
-        choice = Choice(_split(given, blocks, flops, found, options), options.strategy, "")
+        problem = Problem.of(typed, strategy, options, original)
+        choice = Choice(_split(given, blocks, problem, options), problem)
     else:
-        model = flops if timed is None else timed
-        choice = _choose_for_any_batch(
-            found, options, original, lambda asked: _choose(gm, found, shapes, model, asked, original, apply_plan)
-        )
-    plan = Plan.of(found.sites, choice.counts, shapes, choice.strategy)
-    if plan.strategy != options.strategy:  # the chosen strategy, settled for the counts, may cost something else
-        flops = flops_model(found.typing, found.sites, plan.strategy, original.flops)
+        choice = _choose_for_any_batch(options, original, lambda asked: _choose(gm, typed, asked, original, apply_plan))
+    problem = choice.problem
+    plan = problem.plan(choice.counts)
+    flops = problem.flops
+    if plan.strategy != problem.strategy:  # settled for the counts, it may cost something else
+        flops = flops_model(problem.found.typing, problem.found.sites, plan.strategy, original.flops)
     refusals = [
         *(block.refusal for block in blocks if block.refusal is not None and block.branch is None),
-        *found.left_out.values(),
+        *problem.found.left_out.values(),
         *others,
         *unknown,
     ]
+    timed = None if options.latency_budget is None else problem.model
     return Planned(
         plan,
         flops.cost(choice.counts),
@@ -121,22 +107,12 @@ def make_plan(
         choice.origin,
         None if timed is None else (timed.original, timed.cost(choice.counts)),
         choice.moved,
-        found,
+        problem.found,
+        choice.contenders,
     )
 
 
-def _settled_early(strategy: Strategy, found: Candidates) -> Strategy:
-    """Settle what holds under every schedule before anything is priced.
-
-    Where token scales would be too small to matter even if every site removed all but one token, they are never read.
-    """
-    worst = strategy.settled(removed_by_stream(found.sites, [site.whole - 1 for site in found.sites]))
-    return strategy if worst.reads_scales else worst
-
-
-def _choose_for_any_batch(
-    found: Candidates, options: Options, original: Original, choose: Callable[[Options], Choice]
-) -> Choice:
+def _choose_for_any_batch(options: Options, original: Original, choose: Callable[[Options], Choice]) -> Choice:
     """Choose counts that keep to a FLOPs budget with one image in a batch and with any number.
 
     Where a batch holds images of the model's own beside those of the call (B + 1), each part of the graph grows by
@@ -151,8 +127,9 @@ def _choose_for_any_batch(
         return choose(options)
     while True:
         choice = choose(asked)
+        found = choice.problem.found
         costs = [
-            flops_model(found.typing, found.sites, choice.strategy, original.flops, batch).cost(choice.counts)
+            flops_model(found.typing, found.sites, choice.problem.strategy, original.flops, batch).cost(choice.counts)
             for batch in (1, 2)
         ]
         over = (costs[1] - costs[0]) / rest - budget
@@ -163,58 +140,47 @@ def _choose_for_any_batch(
 
 
 def _choose(
-    gm: fx.GraphModule,
-    found: Candidates,
-    shapes: tuple[BlockShape, ...],
-    model: CostModel,
-    options: Options,
-    original: Original,
-    apply_plan: ApplyPlan,
+    gm: fx.GraphModule, typed: TypedGraph, options: Options, original: Original, apply_plan: ApplyPlan
 ) -> Choice:
     """Choose the counts of a schedule given by name ("auto", "uniform", "even") under the budget.
 
-    model: prices schedules in the budget's currency. Raises BudgetError where no schedule is within the budget.
+    Raises BudgetError where no schedule is within the budget.
     """
-    limit = options.limit(model.original)
-
-    def model_of(strategy: Strategy) -> CostModel:
-        if strategy == options.strategy:
-            return model
-        if options.latency_budget is not None:
-            return _seconds(found, replace(options, strategy=strategy), original)
-        return flops_model(found.typing, found.sites, strategy, original.flops)
-
-    # Cached, because calibration solves many times.
-    timed = functools.cache(lambda: _seconds(found, options, original))
-
-    # The currency of the budget and the target decide what "best" means beside damage: see each function.
-    def solve(damage: Damage) -> tuple[int, ...]:
-        if options.latency_budget is not None:
-            return least_damage(model, damage, limit)
-        if options.target.has_kernels:
-            return fastest_alike(model, timed(), damage, limit)
-        return least_damage_few_sites(model, damage, limit)
-
+    problem_of = functools.cache(lambda strategy: Problem.of(typed, strategy, options, original))
+    auto = options.strategy if isinstance(options.strategy, Auto) and options.calibration is not None else None
     assert isinstance(options.schedule, str)
     try:
-        if options.schedule != AUTO:
-            return Choice(mildest_within(model, limit, SCHEDULE_FAMILIES[options.schedule]), options.strategy, "")
-        if options.calibration is None:
-            return by_prior(model, options.strategy, solve)
-        return by_calibration(
-            gm, found, shapes, model_of, options.strategy, limit, options.calibration, solve, apply_plan
-        )
+        if auto is None:
+            problem = problem_of(options.first_strategy)
+            if options.schedule != AUTO:
+                return Choice(problem.by_rule(options.schedule), problem)
+            if options.calibration is None:
+                return by_prior(problem)
+        assert options.calibration is not None
+        judge = Judge.of(gm, options.calibration, apply_plan)
+        try:
+            with progress_bar(shown=options.calibration.progress) as show:
+                if auto is None:
+                    return by_calibration(problem, judge, options.calibration, show)
+                return by_contest(auto, problem_of, judge, options.calibration, show)
+        finally:  # what was judged stays known, also where it was interrupted
+            judge.kept.write()
     except OverBudget as over:
-        on = "" if options.latency_budget is None else f" on target {options.target.name!r}, {options.batch} images,"
-        advice = "" if options.schedule == AUTO else "; schedule='auto' may go lower"
-        absolute = options.latency_budget is not None and options.latency_budget.seconds is not None
-        lowest = f" ({_round_up(over.cost * 1e3):.3f} ms)" if absolute else ""
-        ratio = _round_up(over.cost / model.original)
-        raise BudgetError(
-            f"{options.budget}{on} can't be reached: the lowest ratio that schedule={options.schedule!r} gives "
-            f"on this model is {ratio:.3f}{lowest}{advice}{_left_out(found)}",
-            lowest=ratio,
-        ) from None
+        raise _budget_error(over, options, problem_of(options.first_strategy)) from None
+
+
+def _budget_error(over: OverBudget, options: Options, problem: Problem) -> BudgetError:
+    """Return the error for a budget that no schedule keeps. problem: of the strategy, or the first of several."""
+    on = "" if options.latency_budget is None else f" on target {options.target.name!r}, {options.batch} images,"
+    advice = "" if options.schedule == AUTO else "; schedule='auto' may go lower"
+    absolute = options.latency_budget is not None and options.latency_budget.seconds is not None
+    lowest = f" ({_round_up(over.cost * 1e3):.3f} ms)" if absolute else ""
+    ratio = _round_up(over.cost / problem.model.original)
+    return BudgetError(
+        f"{options.budget}{on} can't be reached: the lowest ratio that schedule={options.schedule!r} gives "
+        f"on this model is {ratio:.3f}{lowest}{advice}{_left_out(problem.found)}",
+        lowest=ratio,
+    )
 
 
 def _left_out(found: Candidates) -> str:
@@ -222,12 +188,6 @@ def _left_out(found: Candidates) -> str:
     if not found.left_out:
         return ""
     return "\n  - ".join(["; these blocks take no part in it", *map(str, found.left_out.values())])
-
-
-def _seconds(found: Candidates, options: Options, original: Original) -> CostModel:
-    target, batch = options.target, options.batch
-    before = graph_seconds(original.graph, target, batch)
-    return seconds_model(found.typing, found.sites, options.strategy, target, batch, before, found.branches)
 
 
 def _given_counts(schedule: str | Schedule | tuple[int, ...], shapes: tuple[BlockShape, ...]) -> tuple[int, ...] | None:
@@ -256,7 +216,7 @@ def _nothing_to_remove(given: tuple[int, ...] | None, options: Options, ratio: f
 
 
 def _split(
-    given: tuple[int, ...], blocks: Sequence[AttentionBlock], model: CostModel, found: Candidates, options: Options
+    given: tuple[int, ...], blocks: Sequence[AttentionBlock], problem: Problem, options: Options
 ) -> tuple[int, ...]:
     """Return a user's counts, one per site.
 
@@ -264,6 +224,7 @@ def _split(
     a FLOPs budget was set as well and the counts are over it.
     """
     removed = Counter[object]()
+    model, found = problem.flops, problem.found
     sites = {site.block for site in model.sites}
     for block, count in zip(blocks, given, strict=True):
         if count and block.refusal is not None and block.branch is None and not block.dead:
@@ -272,7 +233,7 @@ def _split(
             raise ScheduleError(f"block {block.index} can't remove {count} tokens: {found.left_out[block.index]}")
         if count and block.refusal is None and not block.dead and block.index not in sites:
             raise ScheduleError(
-                f"block {block.index} can't remove {count} tokens: strategy {options.strategy.name!r} "
+                f"block {block.index} can't remove {count} tokens: strategy {problem.strategy.name!r} "
                 f"takes them at blocks {', '.join(map(str, sorted(sites)))} alone"
             )
         # Count along each stream, or on a branch's own block: a schedule has to keep one patch of each.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -16,8 +15,10 @@ from gtp_fx.plan.cost.closed_form import flops_of
 from gtp_fx.plan.cost.seconds import branch_seconds, graph_seconds, total_seconds
 from gtp_fx.plan.cost.terms import Term, terms_of
 from gtp_fx.plan.find_sites import Candidates, no_sites
-from gtp_fx.plan.make_plan import Original, Planned
+from gtp_fx.plan.make_plan import Planned
+from gtp_fx.plan.problem import Original
 from gtp_fx.report.forecast import BlockForecast, Cost, Forecast
+from gtp_fx.strategies import Strategy
 from gtp_fx.types.axes import whole_count
 
 
@@ -28,15 +29,15 @@ def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: 
     planned: the plan, with the sites it was made from.
     """
     typed, target, batch = typed_graph(gm.graph), options.target, options.batch
-    options = replace(options, strategy=planned.plan.strategy)
+    strategy = planned.plan.strategy
     blocks = typed.blocks
     found = planned.found or no_sites(typed)
     counts = [planned.plan.schedule.propagated[site.block] for site in found.sites]
     owner = _owners(typed)
-    flops = _by_block(found, counts, owner, options, flops_of, 1)
+    flops = _by_block(found, counts, owner, strategy, flops_of, 1)
     weigh = lambda works: total_seconds(works, target)  # noqa: E731
-    seconds = _by_block(found, counts, owner, options, weigh, batch, target.has_kernels)
-    skipped = branch_seconds(typed.graph, found.sites, options.strategy, target, batch, found.branches)
+    seconds = _by_block(found, counts, owner, strategy, weigh, batch, target.has_kernels)
+    skipped = branch_seconds(typed.graph, found.sites, strategy, target, batch, found.branches)
     # Branches have no terms: what their skipped tokens save is added to the plan's side of their block.
     for site, count in zip(found.sites, counts, strict=True):
         if site.branch is not None:
@@ -63,7 +64,7 @@ def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: 
         target=target.name,
         measured=target.measured,
         batch=batch,
-        strategy=str(options.strategy),
+        strategy=str(strategy),
         damage_from=planned.damage_from,
         schedule=planned.plan.schedule,
         original=Cost(original.flops, graph_seconds(original.graph, target, batch)),
@@ -76,7 +77,7 @@ def _by_block(
     found: Candidates,
     counts: Sequence[int],
     owner: Callable[[Term], int],
-    options: Options,
+    strategy: Strategy,
     weigh: Callable[[Any], Any],
     batch: int,
     kernels: bool = False,
@@ -90,7 +91,7 @@ def _by_block(
     """
     after = counts_after(found.sites, counts)
     spent: dict[int, list[Any]] = defaultdict(lambda: [0, 0])
-    for term in terms_of(found.typing, found.sites, options.strategy, batch, kernels):
+    for term in terms_of(found.typing, found.sites, strategy, batch, kernels):
         row = spent[owner(term) if term.site is None else found.sites[term.site].block]
         # A site's own work exists only with the plan: where it removes something and, for what a stream computes once,
         # at the first site that does.

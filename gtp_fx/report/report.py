@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from gtp_fx.errors import Refusal
 from gtp_fx.passes.runner import PassStep
+from gtp_fx.plan.choose import Contender
 from gtp_fx.report.forecast import Forecast, ratio
 
 
@@ -57,6 +58,9 @@ class Report:
     forecast: FLOPs and predicted time of every block, before and after.
     moved: how far the outputs moved on the calibration images (`gtp_fx.plan.damage.divergence`); None where that
         wasn't measured.
+    strategy_from: what strategy="auto" chose the strategy by; empty where it was given.
+    contenders: what it was chosen from, the best first, and what was left out; empty where there was nothing to choose
+        by.
     not_kept: what the original's forward leaves on its layers and never reads (a map kept for inspection, a counter);
         the result doesn't leave it. Attributes by path.
     """
@@ -79,6 +83,8 @@ class Report:
     forecast: Forecast | None = None
     moved: float | None = None
     not_kept: tuple[str, ...] = ()
+    strategy_from: str = ""
+    contenders: tuple[Contender, ...] = ()
 
     @property
     def flops_ratio(self) -> float:
@@ -123,6 +129,8 @@ class Report:
             f"{self.flops_ratio:.4f} of the original's{budget}",
             f"strategy {self.strategy}; target {self.target}; {self._placements()} of {self.blocks} attention blocks",
         ]
+        if self.strategy_from:
+            lines.append(f'strategy="auto": {self.strategy_from}')
         if self.seconds is not None:
             before, after = (seconds * 1e3 for seconds in self.seconds)
             lines.append(
@@ -146,6 +154,8 @@ class Report:
             ]
             headers = ["block", "layer", "tokens in", "propagated", "tokens out", *(["where"] if branches else [])]
             lines += ["", tabulate(rows, headers)]
+        if self.contenders:
+            lines += ["", *_contest(self.contenders)]
         if self.token_inputs:
             lines += ["", "tokens come in as arguments:", *(f"  - {tokens}" for tokens in self.token_inputs)]
         if self.recovered:
@@ -164,3 +174,15 @@ class Report:
 def _where(site: SiteRow) -> str:
     """Say whether a site works on the stream or on a branch."""
     return f"branch, in each of {site.windows} windows" if site.windows else "stream"
+
+
+def _contest(contenders: tuple[Contender, ...]) -> list[str]:
+    """Return the lines on what strategy="auto" chose from: the best contender of each strategy, or why it has none."""
+    judged = {row.name: row for row in reversed(contenders) if row.moved is not None}
+    best = sorted(judged.values(), key=contenders.index)
+    rows = [[f"{row.moved:.4g}", row.images, row.schedule, row.strategy] for row in best]
+    refused = {row.name: row.refused for row in contenders if row.name not in judged}
+    return [
+        tabulate(rows, ["divergence", "images", "schedule", "the best of each strategy"], disable_numparse=True),
+        *(f"left out: {name}: {why}" for name, why in refused.items()),
+    ]

@@ -14,10 +14,13 @@
     saliency      a saliency map of the image decides before the first block      arXiv 2305.09924
     random        tokens are removed at random
 
+`auto` is a choice among them.
+
 All but `gtp` are one function from tokens to groups (`grouping`, `tokens`). A user's own strategies are registered in
 the same way.
 """
 
+from gtp_fx.strategies.auto import Auto
 from gtp_fx.strategies.cluster import Cluster
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.gtp import GTP
@@ -38,6 +41,7 @@ __all__ = [
     "GTP",
     "PPT",
     "STRATEGIES",
+    "Auto",
     "Cluster",
     "Grouping",
     "Groups",

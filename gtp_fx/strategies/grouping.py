@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import fx
@@ -212,7 +212,11 @@ class Grouping:
         raise AssertionError(f"tokens that {self.name!r} takes away don't return")
 
     def variants(self) -> Sequence[Strategy]:
-        return ()
+        """Return the strategy with sizes told to attention or not, and with the scores that nets with CLS and without
+        support."""
+        changes: list[dict[str, Any]] = [{"token_scale": not self.token_scale}] if self.sized else []
+        changes += [{"score": score} for score in ("cls-mean", "broadcast-mean") if self.score not in ("none", score)]
+        return [replace(self, **change) for change in changes]
 
     def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str, kernels: bool) -> list[Work]:
         return []

@@ -242,14 +242,17 @@ class GTP:
         return self.graph if grid.placed else "semantic"
 
     def variants(self) -> Sequence[GTP]:
-        """Return strategies that differ from this one in one number or in the score.
+        """Return strategies that differ from this one in one number, in the score, in the graph, or in whether scales
+        are told.
 
-        The values are those of the paper's tables, and column sums alone as a score. The sparsity theta is varied only
-        where this strategy has one.
+        The values are those of the paper's tables, all that a token holds and fewer neighbours, and column sums alone
+        as a score. The sparsity theta is varied only where this strategy has one.
         """
-        changes: list[dict[str, Any]] = [{"alpha": alpha} for alpha in (0.0, 0.05, 0.1, 0.2, 0.4)]
+        changes: list[dict[str, Any]] = [{"alpha": alpha} for alpha in (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)]
         if self.graph != "spatial":
-            changes += [{"neighbors": count} for count in (4, 8, 16)]
+            changes += [{"neighbors": count} for count in (2, 4, 8, 16)]
+        changes += [{"graph": graph} for graph in GRAPHS]
+        changes += [{"token_scale": told} for told in (AUTO, True)]
         changes += [
             {"score": score} for score in ("mixed-max", "mixed-mean", "broadcast-max", "broadcast-mean", "cls-mean")
         ]

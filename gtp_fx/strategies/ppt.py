@@ -12,7 +12,7 @@ from torch import Tensor
 from gtp_fx.errors import OptionError
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.matching import bipartite_matching, matching_flops
-from gtp_fx.strategies.protocol import SiteShape
+from gtp_fx.strategies.protocol import SiteShape, Strategy
 from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 
@@ -76,6 +76,7 @@ class PPT(Grouping):
         removed = site.patches_in - site.patches_out
         return site.images * matching_flops(site.patches_in, removed, site.key_features, site.prefix)
 
-    def variants(self) -> list[PPT]:
+    def variants(self) -> list[Strategy]:
         thresholds = (0.0, 1e-5, 7e-5, 5e-4, 4e-3, float("inf"))
-        return [replace(self, threshold=value) for value in thresholds if value != self.threshold]
+        others = [replace(self, threshold=value) for value in thresholds if value != self.threshold]
+        return [*super().variants(), *others]

@@ -17,6 +17,8 @@ from gtp_fx.strategies.protocol import Strategy
 
 STRATEGIES: dict[str, type] = {GTP.name: GTP}
 """The class of each name. `strategy="name"` means its defaults."""
+AUTO = "auto"
+"""What `strategy=` takes beside these names (`gtp_fx.strategies.auto`)."""
 
 C = TypeVar("C", bound=type[Grouping])
 
@@ -34,6 +36,8 @@ def register_strategy(cls: C) -> C:
         raise OptionError(
             f"{cls.__name__} is no dataclass over gtp_fx.strategies.Grouping: write @dataclass(frozen=True) above it"
         )
+    if name == AUTO:
+        raise OptionError(f"{cls.__name__}.name={name!r} means a choice among all strategies; give another")
     before = STRATEGIES.get(name)
     if before is not None and is_own(before) and before is not cls:
         own = ", ".join(name for name, known in STRATEGIES.items() if is_own(known))
@@ -80,7 +84,7 @@ def strategy_named(strategy: str | Strategy) -> Strategy:
 
 def _of_defaults(name: str) -> Strategy:
     if name not in STRATEGIES:
-        known = ", ".join(map(repr, STRATEGIES))
+        known = ", ".join(map(repr, (AUTO, *STRATEGIES)))
         raise OptionError(
             f"strategy={name!r} is unknown; give one of {known}, or a value such as gtp_fx.GTP(alpha=0.2)"
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from gtp_fx.strategies.grouping import Grouping
+from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.tokens import Groups, Tokens, joins, split
 
@@ -46,3 +47,6 @@ class TopK(Grouping):
             share_BP, share_B1 = share_BP / total_B1, share_B1 / total_B1
         weights_BKP = torch.where(carries_BK[..., None], share_BP[:, None, :], 0.0)
         return Groups(kept_BK, removed_BP, weights_BKP, torch.where(carries_BK, share_B1, 1.0))
+
+    def variants(self) -> list[Strategy]:
+        return [*super().variants(), replace(self, normalised=not self.normalised)]

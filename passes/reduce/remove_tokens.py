@@ -317,6 +317,7 @@ class _Walk:
     def put_back_after(self, end: fx.Node, grid: Grid) -> None:
         """Put every token back in its place after the last block of a stream, where it has had a site."""
         if grid in self.states:
+            end = self.current(end)  # where the last site is the block's end, behind it
             emit = edit.Emitter(self.graph, like=end, before=end.next)
             block = next(b for b in self.blocks.values() if b.axis.domain.grid == grid)
             whole = self.plan.strategy.put_back(emit, end, self.states[grid][-1], block.axis)

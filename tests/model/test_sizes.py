@@ -292,6 +292,11 @@ def test_calibration_images_plan_the_sizes_that_they_have(model: nn.Module) -> N
         calibration = gtp_fx.Calibration(batches, points=2, cache=False, progress=False)
         return optimised(model, calibration=calibration, example_inputs=[images(48), images(64)], **options)
 
+    auto = gtp_fx.strategies.Auto(["tome"])
+    chosen = made(48, strategy=auto)
+    assert len({form.strategy for form in chosen.forms.values()}) == 1, "chosen for the first form, and kept"
+    assert chosen.report.contenders and not chosen.forms[described(64)].report.contenders
+
     def sources(fast: gtp_fx.OptimizedModel) -> list[str]:
         return [form.report.damage_from for form in fast.forms.values()]
 

@@ -40,8 +40,9 @@ from gtp_fx.passes.exact.mark_blocks import mark_blocks
 from gtp_fx.passes.reduce.remove_tokens import SITE, remove_tokens
 from gtp_fx.passes.runner import apply_plan_unverified
 from gtp_fx.plan.cost.count import count_flops
-from gtp_fx.plan.make_plan import Original, Planned, make_plan
+from gtp_fx.plan.make_plan import Planned, make_plan
 from gtp_fx.plan.plan import Plan
+from gtp_fx.plan.problem import Original
 from gtp_fx.types.axes import Dim, Grid, GridAxis, Plain, TokenAxis, plain, token_axis
 from gtp_fx.types.coercions import find_coercions
 from gtp_fx.types.infer import SiteTyping, infer_types, infer_with_sites

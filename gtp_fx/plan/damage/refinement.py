@@ -8,7 +8,7 @@ is within the budget, because the solver returns no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from gtp_fx.options.progress import Progress
 from gtp_fx.plan.damage.tables import Damage
-from gtp_fx.strategies.protocol import Strategy
 
 Counts = tuple[int, ...]
 
@@ -24,38 +23,29 @@ _WIDEST, _NARROWEST = 0.8, 0.15
 """Standard deviation of the logarithm of a block's weight, at the first and the last evaluation."""
 _TOGETHER = 0.5
 """Correlation between the weights of neighbouring blocks."""
-_TURNS = 4
-"""Rounds of coordinate search over strategy variants."""
-_BETTER = 0.98
-"""A variant is taken where it lowers the divergence to below this share of the best.
-
-The margin is there because the same images judge many variants."""
 
 
 @dataclass
 class Search:
-    """A search over schedules and strategies that remembers every schedule it tried.
+    """A search over schedules that remembers every one it tried.
 
-    judge: returns how far outputs move under a schedule and a strategy.
-    strategy: the strategy at present; `vary_strategy` may change it.
+    judge: returns how far outputs move under a schedule.
     total: number of evaluations planned, for the progress bar.
     progress: called before each evaluation, or None.
-    seen: divergence of each schedule tried, under the first strategy.
-    done: evaluations so far.
+    seen: divergence of each schedule tried.
     """
 
-    judge: Callable[[Counts, Strategy], float]
-    strategy: Strategy
-    total: int
+    judge: Callable[[Counts], float]
+    total: int = 0
     progress: Progress | None = None
     seen: dict[Counts, float] = field(default_factory=dict)
-    done: int = 0
-    _least: float | None = None
 
     def try_out(self, counts: Counts) -> float:
         """Return the divergence under a schedule, evaluated once."""
         if counts not in self.seen:
-            self.seen[counts] = self._judged(counts, self.strategy)
+            if self.progress is not None:
+                self.progress("trying schedules", len(self.seen), max(self.total, len(self.seen)))
+            self.seen[counts] = self.judge(counts)
         return self.seen[counts]
 
     @property
@@ -65,8 +55,8 @@ class Search:
 
     @property
     def least(self) -> float:
-        """The divergence of the best schedule under the present strategy."""
-        return self._least if self._least is not None else self.seen[self.best]
+        """The divergence of the best schedule."""
+        return self.seen[self.best]
 
     def weigh_anew(self, damage: Damage, solve: Callable[[Damage], Counts], evaluations: int) -> None:
         """Search around the best schedule so far, by solving with tables weighted at random; the seed is fixed.
@@ -75,42 +65,13 @@ class Search:
         """
         random = np.random.default_rng(0)
         weights = np.zeros(len(damage.tables))
-        least = self.seen[self.best]
+        least = self.least
         for turn in range(evaluations):
             width = _WIDEST * (_NARROWEST / _WIDEST) ** (turn / max(evaluations - 1, 1))
             found = weights + width * _smooth(random.standard_normal(len(weights)))
             value = self.try_out(solve(_weighted(damage, found)))
             if value < least:
                 least, weights = value, found
-
-    def vary_strategy(self, variants_of: Callable[[Strategy], Iterable[Strategy]]) -> int:
-        """Change the strategy one field at a time while that lowers the divergence of the best schedule.
-
-        variants_of: returns the variants of a strategy to try.
-
-        Returns how many were tried.
-        """
-        counts = self.best
-        least = self.seen[counts]
-        tried = {self.strategy}
-        for _ in range(_TURNS):
-            before = self.strategy
-            for variant in variants_of(before):
-                if variant in tried:
-                    continue
-                tried.add(variant)
-                value = self._judged(counts, variant)
-                if value < _BETTER * least:
-                    self._least, least, self.strategy = value, value, variant
-            if self.strategy == before:
-                break
-        return len(tried) - 1
-
-    def _judged(self, counts: Counts, strategy: Strategy) -> float:
-        if self.progress is not None:
-            self.progress("trying schedules", self.done, self.total)
-        self.done += 1
-        return self.judge(counts, strategy)
 
 
 def _smooth(noise: NDArray[np.float64]) -> NDArray[np.float64]:
