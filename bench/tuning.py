@@ -5,8 +5,8 @@
 default    GTP as it comes, on the schedule that the prior chooses
 agreement  the same with M and alpha as the agreement of graph neighbours proposes (`bench.agreement`)
 grid       the best of alpha x M x score by the labels of calibration canvases, on the prior's schedule
-unlabelled `gtp_fx.Calibration(refine=16, strategy=True)` on the same canvases without labels: schedule, alpha, M, score
-refined    the better of that and of the same begun at the agreement's proposal
+unlabelled `Auto([GTP()])` on the same canvases without labels: schedule, alpha, M, score, graph
+refined    the same with the agreement's proposal and its variants among what it chooses from
 
 Scores are of canvases whose digits none of them has seen.
 """
@@ -39,6 +39,7 @@ from gtp_fx.options.calibration import bound
 from gtp_fx.options.options import Options
 from gtp_fx.options.progress import progress_bar
 from gtp_fx.plan.damage.divergence import divergence
+from gtp_fx.strategies import Auto
 
 ALPHAS, NEIGHBORS = (0.0, 0.1, 0.2, 0.4), (4, 8, 16)
 SCORES = ("mixed-max", "mixed-mean", "broadcast-mean")
@@ -106,7 +107,7 @@ def measure(name: str, seed: int, budgets: Sequence[float], calibration_images: 
     known = task.draw(Split.calibration, 0, calibration_images, config.look, config.patch)
     signature = call_signature(model, images[:2])
     captured = capture_module(model, signature)
-    calibration = bound(gtp_fx.Calibration(known[0], refine=16, strategy=True, progress=False), signature.canonical)
+    calibration = bound(gtp_fx.Calibration(known[0], refine=16, progress=False), signature.canonical)
     proposed = neighbour_agreement(model, known[0]).proposed()
     rows = []
     for ratio in budgets:
@@ -114,8 +115,8 @@ def measure(name: str, seed: int, budgets: Sequence[float], calibration_images: 
             "default": {"strategy": gtp_fx.GTP(), "flops_budget": ratio},
             "agreement": {"strategy": proposed, "flops_budget": ratio},
             "grid": {"strategy": _by_grid(captured, task, known, ratio), "flops_budget": ratio},
-            "unlabelled": _unlabelled(captured, calibration, ratio, [gtp_fx.GTP()]),
-            "refined": _unlabelled(captured, calibration, ratio, [gtp_fx.GTP(), proposed]),
+            "unlabelled": {"strategy": Auto([gtp_fx.GTP()]), "flops_budget": ratio, "calibration": calibration},
+            "refined": {"strategy": Auto([gtp_fx.GTP(), proposed]), "flops_budget": ratio, "calibration": calibration},
         }
         for way, options in chosen.items():
             made = run_passes(captured, Options.of(**options))
@@ -138,15 +139,6 @@ def _by_grid(captured: fx.GraphModule, task: Task, known: tuple[Tensor, Tensor],
         return task.score(outputs_of(made.graph_module, images), labels)
 
     return max(grid, key=score)
-
-
-def _unlabelled(
-    captured: fx.GraphModule, calibration: gtp_fx.Calibration, ratio: float, starts: Sequence[gtp_fx.GTP]
-) -> dict[str, Any]:
-    """What moves outputs least on the calibration's images, of what is found from each start."""
-    options = [Options.of(flops_budget=ratio, strategy=start, calibration=calibration) for start in starts]
-    found = min((run_passes(captured, each) for each in options), key=lambda made: made.report.moved or 0.0)
-    return {"strategy": found.strategy, "schedule": found.schedule}
 
 
 def table(rows: Sequence[Row]) -> str:

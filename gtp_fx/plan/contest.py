@@ -218,7 +218,5 @@ def _varied(contest: _Contest, problem_of: ProblemOf) -> None:
 
 
 def _reason(error: GtpError) -> str:
-    """Return why a strategy can't take part, in one line."""
-    if isinstance(error, UnsupportedModelError) and error.refusals:
-        return error.refusals[0].reason
-    return str(error).splitlines()[0]
+    """Return why a strategy can't take part, in one line: what the error says, and the first of several causes."""
+    return " ".join(line.removeprefix("  - ") for line in str(error).splitlines()[:2])

@@ -64,6 +64,8 @@ def test_json_is_all_there_is_on_stdout() -> None:
         ([NAME, "--flops-budget", "0.7", "--weights", "no/such/file"], "can't be read"),
         ([NAME, "--flops-budget", "0.7", "--mode", "fastest"], "mode='fastest' is unknown"),
         ([NAME, "--flops-budget", "0.7", "--mode", "max-autotune", "--no-time"], "--no-time compiles nothing"),
+        ([NAME, "--flops-budget", "0.7", "--calibration", "no/such/folder"], "no/such/folder holds no pictures (.jpg"),
+        ([NAME, "--flops-budget", "0.7", "--calibration", str(PHOTO), "--schedule", "even"], "is 'even': give one"),
         (["test_convnext", "--flops-budget", "0.7"], "no self-attention over patch tokens"),
     ],
 )
@@ -73,6 +75,20 @@ def test_a_users_error_is_one_message_and_exit_code_2(arguments: list[str], told
     assert done.stderr.startswith("gtp-fx: ")
     assert told in done.stderr
     assert "Traceback" not in done.output
+
+
+@pytest.mark.nightly
+def test_photographs_in_a_folder_choose_the_strategy(tmp_path: Path) -> None:
+    for number in range(3):
+        folder = tmp_path / "photographs" / str(number)
+        folder.mkdir(parents=True)
+        load_photo().rotate(30 * number).save(folder / "a.JPG", format="JPEG")
+    (tmp_path / "photographs" / "labels.txt").write_text("0 1 2")
+    budget = ("--flops-budget", "0.7", "--strategy", "auto", "--no-time", "--batch", "1")
+    done = run("optimize", NAME, *budget, "--calibration", str(tmp_path / "photographs"), "--json")
+    report = json.loads(done.stdout)["report"]
+    best = report["contenders"][0]
+    assert best["images"] == 3 and best["moved"] == report["moved"] and best["strategy"] == report["strategy"]
 
 
 def test_weights_from_a_file(tmp_path: Path) -> None:
