@@ -103,6 +103,27 @@ def test_what_is_not_reached_counts_as_the_worst() -> None:
     assert next(iter(accuracy_report.overall(rows)))[0] == "gtp"
 
 
+def test_what_was_chosen_is_held_against_the_best_in_hindsight() -> None:
+    rows = [
+        Row("a", 0, "gtp", "even", 0.5, 0.9, 0.5, 0.88),
+        Row("a", 0, "tome", "auto", 0.5, 0.9, 0.5, 0.89),
+        Row("a", 0, "auto", "calibrated", 0.5, 0.9, 0.5, 0.87, chosen="GTP()"),
+        Row("b", 0, "gtp", "even", 0.5, 0.9, 0.5, 0.88),
+    ]
+    table = accuracy_report.hindsight(rows)
+    assert "| a" in table and "-3.0; -1.0 (tome, auto)" in table and "| b" not in table
+    assert table in accuracy_report.markdown(rows) and "hindsight" not in accuracy_report.markdown(rows[:2])
+    assert [str(c) for c in contenders(["auto"])] == ["auto, calibrated"]
+    with pytest.raises(ValueError, match="strategies are"):
+        Contender("auto", "even")
+
+
+@pytest.mark.nightly
+def test_auto_is_chosen_on_the_calibration_split() -> None:
+    (row,) = measure("digits-cls", 0, contenders(["auto"]), (0.7,), 16)
+    assert row.flops_ratio <= 0.7 and row.chosen and row.schedule == "calibrated"
+
+
 @pytest.mark.nightly
 def test_ways_of_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "ALPHAS", (0.1,))

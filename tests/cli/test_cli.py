@@ -18,9 +18,11 @@ from typer.testing import CliRunner, Result
 import gtp_fx
 from bench.eager_vs_compiled import main as bench_main
 from gtp_fx.cli import app as cli
+from gtp_fx.cli.photo import load_photo
 
 from support.checkout import ROOT
 
+DATA = str(ROOT / "gtp_fx" / "cli" / "data")  # the packaged photograph's folder
 NAME = "test_vit"  # timm's own for tests: 0.4 M parameters
 
 
@@ -65,7 +67,7 @@ def test_json_is_all_there_is_on_stdout() -> None:
         ([NAME, "--flops-budget", "0.7", "--mode", "fastest"], "mode='fastest' is unknown"),
         ([NAME, "--flops-budget", "0.7", "--mode", "max-autotune", "--no-time"], "--no-time compiles nothing"),
         ([NAME, "--flops-budget", "0.7", "--calibration", "no/such/folder"], "no/such/folder holds no pictures (.jpg"),
-        ([NAME, "--flops-budget", "0.7", "--calibration", str(PHOTO), "--schedule", "even"], "is 'even': give one"),
+        ([NAME, "--flops-budget", "0.7", "--calibration", DATA, "--schedule", "even"], "is 'even': give one"),
         (["test_convnext", "--flops-budget", "0.7"], "no self-attention over patch tokens"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import timm
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +18,8 @@ from bench.dynamo_door import Door
 from gtp_fx.strategies import STRATEGIES
 from gtp_fx.strategies.protocol import SiteShape
 
-from support.captured import optimised
+from support.captured import Built, optimised
+from support.plain_vit import built
 from support.window_families import SWIN
 from support.zoo import BY_NAME, WITH_DEAD_TOKENS, Row, build, enliven, images, in_tiers
 
@@ -104,6 +106,34 @@ def test_idle_tokens_come_back_as_they_were() -> None:
         idle = sorted(set(range(81)) - set(provenance.index[image].tolist()))
         assert len(idle) == 60
         torch.testing.assert_close(found[image, idle], behind_attention[image, idle], rtol=1e-4, atol=1e-5)
+
+
+class PostNorm(nn.Module):
+    """Three layers with their norms behind, of whose last only CLS is read: [B, 3, 24, 24] -> [B, 7]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.cls = nn.Conv2d(3, 32, 4, 4), nn.Parameter(torch.randn(1, 1, 32))
+        layer = nn.TransformerEncoderLayer(32, 4, dim_feedforward=64, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 7)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patches(image).flatten(2).transpose(1, 2)
+        found: Tensor = self.head(self.layers(torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1))[:, 0])
+        return found
+
+
+def test_idle_tokens_are_back_where_the_last_site_is_the_blocks_end() -> None:
+    """With norms behind, a layer's first add begins and ends it: what is removed there is back at once."""
+    source = Built(lambda: built(PostNorm), (3, 24, 24))
+    x = source.inputs()
+    first, both, none = (
+        optimised(source, strategy="idle", schedule=counts).graph_module(x)
+        for counts in ([9, 0, 0], [9, 9, 0], [0, 0, 0])
+    )
+    torch.testing.assert_close(both, first, rtol=1e-5, atol=1e-5)
+    assert (both - none).abs().max() > 1e-4
 
 
 @pytest.mark.xdist_group("swin")
