@@ -147,7 +147,9 @@ class AtSite:
 
 
 class Strategy(Protocol):
-    """One way of shortening a stream."""
+    """One way of shortening a stream: a value, equal to any other with the same fields."""
+
+    def __hash__(self) -> int: ...
 
     @property
     def name(self) -> str: ...

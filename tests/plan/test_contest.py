@@ -25,7 +25,7 @@ from support.plain_vit import PlainViT, built
 
 pytestmark = pytest.mark.xdist_group("plain-vit-contest")
 
-SOURCE = Built(lambda: built(lambda: PlainViT(depth=4)), (3, 24, 24))
+SOURCE = Built(lambda: built(lambda: PlainViT(depth=3)), (3, 24, 24))
 NOWHERE = PPT(blocks=(99,))
 """A strategy without a block that is there."""
 AMONG = (Random(), ToMe(), NOWHERE)
@@ -34,7 +34,8 @@ AMONG = (Random(), ToMe(), NOWHERE)
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GTP_FX_CACHE", str(tmp_path))
-    monkeypatch.setattr(contest, "_REFINE", 2)
+    for name, less in (("_FINALISTS", 2), ("_CALIBRATED", 1), ("_REFINE", 2)):
+        monkeypatch.setattr(contest, name, less)
 
 
 def pictures(count: int = 12) -> Tensor:
@@ -58,13 +59,13 @@ def test_the_least_divergence_wins_and_the_report_says_so() -> None:
     assert report.flops_ratio <= 0.7
     # The first round's worse contenders were judged on its images alone.
     cheap = [row for row in report.contenders if row.moved is not None and row.schedule in ("auto", "even")]
-    assert sum(row.images == 8 for row in cheap) == len(cheap) - 4 > 0, "four go on, which are half or more"
+    assert 0 < sum(row.images == 8 for row in cheap) <= len(cheap) // 2
     assert {"calibrated", "refined"} & {row.schedule for row in report.contenders}
     # Those left out are named, with the reason.
     (nowhere,) = [row for row in report.contenders if row.strategy == str(NOWHERE)]
     assert "none can lose tokens" in nowhere.refused and nowhere.moved is None and nowhere.images == 0
     text = str(report)
-    assert "left out: ppt: this model has 4 blocks" in text and f"{best.moved:.4g} " in text
+    assert "left out: ppt: this model has 3 blocks" in text and f"{best.moved:.4g} " in text
     assert report.to_dict()["contenders"][0]["strategy"] == best.strategy
 
 
