@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from gtp_fx.cli import completion
 from gtp_fx.errors import CheckError, GtpError, InternalError, OptionError
-from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.options.options import HELP, Options
-from gtp_fx.options.schedule import SCHEDULES, Schedule
+from gtp_fx.options.schedule import Schedule
 
 if TYPE_CHECKING:
     from gtp_fx.cli.weights import LoadedModel
@@ -34,43 +34,12 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-def _models(incomplete: str) -> list[str]:
-    """Return timm's names that complete what was typed. None before three letters, since there are many."""
-    if len(incomplete) < 3:
-        return []
-    import timm
-
-    return [name for name in timm.list_models() if name.startswith(incomplete)]
-
-
-def _strategies(incomplete: str) -> list[str]:
-    from gtp_fx.strategies import STRATEGIES
-
-    return [name for name in STRATEGIES if name.startswith(incomplete)]
-
-
-def _targets(incomplete: str) -> list[str]:
-    from gtp_fx.targets import TARGETS
-
-    return [name for name in ("auto", *TARGETS) if name.startswith(incomplete)]
-
-
-def _schedules(incomplete: str) -> list[str]:
-    return [name for name in SCHEDULES if name.startswith(incomplete)]
-
-
-def _modes(incomplete: str) -> list[str]:
-    from gtp_fx.graph.torch_internals import inductor_modes
-
-    return [name for name in inductor_modes() if name.startswith(incomplete)]
-
-
 Model = Annotated[
     str,
     typer.Argument(
         help="timm's name (deit_small_patch16_224), a Hugging Face directory, name or class "
         "(ViTForImageClassification), or package.module:factory.",
-        autocompletion=_models,
+        autocompletion=completion.models,
     ),
 ]
 _REPEATED = " May be repeated."
@@ -81,14 +50,17 @@ LatencyBudgets = Annotated[list[str] | None, typer.Option(help=HELP["latency_bud
 ScheduleText = Annotated[
     str,
     typer.Option(
-        help=HELP["schedule"] + " Counts are written 8,8,8; a Schedule is a file, x.json.", autocompletion=_schedules
+        help=HELP["schedule"] + " Counts are written 8,8,8; a Schedule is a file, x.json.",
+        autocompletion=completion.schedules,
     ),
 ]
-Strategy = Annotated[str, typer.Option(help=HELP["strategy"], autocompletion=_strategies)]
-Strategies = Annotated[list[str] | None, typer.Option(help=HELP["strategy"] + _REPEATED, autocompletion=_strategies)]
-Target = Annotated[str, typer.Option(help=HELP["target"], autocompletion=_targets)]
-Targets = Annotated[list[str] | None, typer.Option(help=HELP["target"] + _REPEATED, autocompletion=_targets)]
-Mode = Annotated[str | None, typer.Option(help=HELP["mode"], autocompletion=_modes)]
+Strategy = Annotated[str, typer.Option(help=HELP["strategy"], autocompletion=completion.strategies)]
+Strategies = Annotated[
+    list[str] | None, typer.Option(help=HELP["strategy"] + _REPEATED, autocompletion=completion.strategies)
+]
+Target = Annotated[str, typer.Option(help=HELP["target"], autocompletion=completion.targets)]
+Targets = Annotated[list[str] | None, typer.Option(help=HELP["target"] + _REPEATED, autocompletion=completion.targets)]
+Mode = Annotated[str | None, typer.Option(help=HELP["mode"], autocompletion=completion.modes)]
 Batch = Annotated[int, typer.Option(help="Images per run.")]
 Rounds = Annotated[int, typer.Option(help="Rounds of timing; each runs every contender once.")]
 Weights = Annotated[str | None, typer.Option(help="File of weights: safetensors or a torch state dict.")]
@@ -189,6 +161,8 @@ def explaining(model: str = "") -> Iterator[None]:
 
     model: name that precedes the message of a CheckError.
     """
+    from gtp_fx.model.internal_errors import internal_errors_told
+
     try:
         with internal_errors_told():
             yield

@@ -27,10 +27,7 @@ from gtp_fx.cli.arguments import (
     option_values,
 )
 from gtp_fx.errors import OptionError
-from gtp_fx.model.exporting import FORMATS
-from gtp_fx.model.exporting.files import format_of
 from gtp_fx.options.options import DEFAULTS
-from gtp_fx.report.plots import must_have_folder
 
 
 def export(
@@ -62,6 +59,9 @@ def export(
 
     The file is read back and run as a check.
     """
+    from gtp_fx.model.exporting.files import FORMATS, format_of
+    from gtp_fx.report.plots import must_have_folder
+
     with explaining(model):
         if format is not None and format not in FORMATS:
             raise OptionError(f"--format {format}: give {', '.join(FORMATS)}")

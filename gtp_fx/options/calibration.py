@@ -6,10 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from gtp_fx.errors import OptionError
-from gtp_fx.strategies.plain_numbers import plain
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one model call, which is one batch."""
@@ -38,6 +35,8 @@ class Calibration:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        from gtp_fx.strategies.plain_numbers import plain  # which imports torch: this module's names cost nothing
+
         for option, least in (("points", 1), ("refine", 0)):
             value = plain(getattr(self, option))
             object.__setattr__(self, option, value)
@@ -53,6 +52,8 @@ class Calibration:
 
     def batches(self) -> list[Any]:
         """Return the images as a list of batches. Raises OptionError where there is none."""
+        from torch import Tensor
+
         images = self.images
         found = (
             [images]

@@ -1,6 +1,7 @@
 """The user's options: one dataclass whose fields carry their defaults, help texts and checks.
 
-`gtp_fx.optimize`, the backend's `options={…}` and the command line take all three from here.
+`gtp_fx.optimize`, the backend's `options={…}` and the command line take all three from here. Names, defaults and help
+texts are there without torch, which a check imports when it is needed: `gtp-fx --help` needs none.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from gtp_fx.errors import OptionError
 from gtp_fx.options.calibration import Calibration
-from gtp_fx.options.inductor import check_target, checked_mode, inductor_options
 from gtp_fx.options.latency_budget import LatencyBudget
 from gtp_fx.options.schedule import AUTO, SCHEDULES, Schedule
-from gtp_fx.strategies import Strategy, strategy_named
-from gtp_fx.strategies.plain_numbers import plain
 from gtp_fx.targets import Target, target_named
+
+if TYPE_CHECKING:
+    import torch
+
+    from gtp_fx.strategies import Strategy
 
 # ---- checks: each takes what the user wrote, and returns a value or raises OptionError
 
@@ -73,7 +74,21 @@ def _prefix(value: Any) -> int | None:
     return value
 
 
+def _strategy(value: Any) -> Strategy:
+    from gtp_fx.strategies import strategy_named
+
+    return strategy_named(value)
+
+
+def _mode(value: Any) -> str | None:
+    from gtp_fx.options.inductor import checked_mode
+
+    return checked_mode(value)
+
+
 def _target(value: Any) -> Target:
+    from gtp_fx.options.inductor import check_target
+
     target = target_named(value)
     check_target(target)
     return target
@@ -130,7 +145,7 @@ class Options:
     )
     strategy: Strategy = _option(
         "regeneration",
-        strategy_named,
+        _strategy,
         'Which tokens are removed, and what becomes of them: "regeneration", "gtp" (as published), …, or a value such '
         "as GTP(alpha=0.2).",
     )
@@ -162,7 +177,7 @@ class Options:
     )
     mode: str | None = _option(
         None,
-        checked_mode,
+        _mode,
         "torch.compile's mode: reduce-overhead (CUDA graphs, for small batches), max-autotune, …; it overrides the "
         "target's options for Inductor.",
     )
@@ -175,6 +190,8 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check each value separately, then the combinations that exclude each other."""
+        from gtp_fx.strategies.plain_numbers import plain
+
         given_schedule, given_latency = self.schedule, self.latency_budget
         for option in fields(self):
             value = getattr(self, option.name)
@@ -230,6 +247,8 @@ class Options:
 
     def inductor(self, device: torch.device) -> dict[str, Any]:
         """Return the options for Inductor, for a graph that runs on `device`."""
+        from gtp_fx.options.inductor import inductor_options
+
         return inductor_options(self.target, self.mode, device)
 
     def limit(self, original: float) -> float:

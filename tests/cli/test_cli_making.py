@@ -1,11 +1,8 @@
-"""`gtp-fx bench`, `export` and `show`: what they write, print and refuse; and what a shell completes."""
+"""`gtp-fx bench`, `export` and `show`: what they write, print and refuse."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,23 +162,3 @@ def test_a_plan_names_what_it_leaves_as_it_is() -> None:
     done = run("plan", NAME, "--schedule", "1,1,1,1,1,1", "--target", "h100")
     assert done.exit_code == 0 and "left as it was:" in done.stdout and "blocks.5.attn" in done.stdout
     assert "predicted slower than the original" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [
-        pytest.param("gtp-fx pl", "plan", marks=pytest.mark.nightly),
-        pytest.param("gtp-fx plan deit_small_patch16_2", "deit_small_patch16_224", marks=pytest.mark.nightly),
-        ("gtp-fx optimize x --strategy to", "tome"),
-    ],
-)
-def test_a_shell_completes_commands_models_and_names(typed: str, offered: str) -> None:
-    environment = {
-        **os.environ,
-        "_GTP_FX_COMPLETE": "complete_bash",
-        "COMP_WORDS": typed,
-        "COMP_CWORD": str(len(typed.split()) - 1),
-    }
-    code = "import sys; sys.argv[0] = 'gtp-fx'; from gtp_fx.cli.app import main; main(prog_name='gtp-fx')"
-    done = subprocess.run((sys.executable, "-c", code), env=environment, capture_output=True, text=True)
-    assert offered in done.stdout.split(), done.stderr

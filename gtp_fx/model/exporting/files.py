@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from gtp_fx.capture.inputs import tensors_in
+from gtp_fx.errors import ExportError
 from gtp_fx.graph.torch_internals import load_aoti, package_aoti
 from gtp_fx.graph.verify import rounding_tolerance
 from gtp_fx.model.exporting.onnx import must_have_packages, run_onnx, write_onnx
-from gtp_fx.model.exporting.program import ExportError, Program, program_of
+from gtp_fx.model.exporting.program import Program, program_of
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
 
