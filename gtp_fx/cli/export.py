@@ -15,13 +15,18 @@ from gtp_fx.cli.arguments import (
     Device,
     Dtype,
     FlopsBudget,
+    ImgSize,
     LatencyBudget,
     Model,
+    ModelArgs,
+    NumClasses,
     Pretrained,
     ScheduleText,
     Strategy,
     Target,
     Weights,
+    WeightsKey,
+    built_with,
     explaining,
     load,
     option_values,
@@ -46,7 +51,11 @@ def export(
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     device: Annotated[Device, typer.Option()] = Device.cpu,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    model_arg: ModelArgs = None,
     save_schedule: Annotated[
         Path | None,
         typer.Option(
@@ -68,7 +77,8 @@ def export(
         options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch)
         format_of(file, format)
         must_have_folder(save_schedule)
-        loaded = load(model, pretrained, weights, dtype, device)
+        arguments = built_with(num_classes, img_size, model_arg)
+        loaded = load(model, arguments, pretrained, weights, weights_key, dtype, device)
         fast = gtp_fx.optimize(loaded.model, **options, compile=False)
         written = gtp_fx.export(fast, file, format)
         if save_schedule is not None:

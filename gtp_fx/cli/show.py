@@ -15,13 +15,18 @@ from gtp_fx.cli.arguments import (
     Device,
     Dtype,
     FlopsBudget,
+    ImgSize,
     LatencyBudget,
     Model,
+    ModelArgs,
+    NumClasses,
     Pretrained,
     ScheduleText,
     Strategy,
     Target,
     Weights,
+    WeightsKey,
+    built_with,
     explaining,
     load,
     option_values,
@@ -40,7 +45,11 @@ def show(
     target: Target = DEFAULTS["target"],
     batch: Batch = DEFAULTS["batch"],
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    model_arg: ModelArgs = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw what becomes of IMAGE's tokens in MODEL.
@@ -57,7 +66,8 @@ def show(
         options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch)
         must_draw(out)
         picture = load_photo() if image is None else read_picture(image)
-        loaded = load(model, pretrained, weights, Dtype.float32, Device.cpu)
+        arguments = built_with(num_classes, img_size, model_arg)
+        loaded = load(model, arguments, pretrained, weights, weights_key, Dtype.float32, Device.cpu)
         fast = gtp_fx.optimize(loaded.model, **options, compile=False)
         pixels = prepared(loaded.model, picture)
         views = token_flow(fast.graph_module, fast.sites, fast.report.sites, pixels)

@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gtp_fx.errors import OptionError
@@ -54,15 +55,21 @@ def _flag(value: Any) -> bool:
 
 
 def _schedule(value: Any) -> str | Schedule | tuple[int, ...]:
+    if isinstance(value, Path) or (isinstance(value, str) and value.endswith(".json")):
+        return Schedule.from_file(value)
     if isinstance(value, str):
         if value not in SCHEDULES:
             names = ", ".join(map(repr, SCHEDULES))
-            raise OptionError(f"schedule={value!r} is unknown; give one of {names}, or tokens per block, [8, 8, …]")
+            raise OptionError(
+                f"schedule={value!r} is unknown; give one of {names}, tokens per block, [8, 8, …], or a file, 'x.json'"
+            )
         return value
     if isinstance(value, Schedule):
         return value
     if not isinstance(value, Sequence):
-        raise OptionError(f"schedule={value!r}: give 'auto', 'uniform', 'even', a Schedule, or a sequence of integers")
+        raise OptionError(
+            f"schedule={value!r}: give 'auto', 'uniform', 'even', a Schedule, its JSON file, or a sequence of integers"
+        )
     if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in value):
         raise OptionError(f"schedule={list(value)}: every entry counts tokens, an integer of 0 or more")
     return tuple(value)
@@ -140,8 +147,8 @@ class Options:
         AUTO,
         _schedule,
         '"auto" (least expected damage within the budget), "uniform" (the paper\'s constant count per block), "even" '
-        "(uniform, with the remainder spread token by token), a Schedule, or the number of tokens removed at each "
-        "attention block, in order.",
+        "(uniform, with the remainder spread token by token), the number of tokens removed at each attention block, in "
+        "order, or a Schedule, also as a file of its JSON, x.json.",
     )
     strategy: Strategy = _option(
         "regeneration",
