@@ -64,6 +64,7 @@ def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: 
         measured=target.measured,
         batch=batch,
         strategy=str(options.strategy),
+        strategy_name=options.strategy.name,
         damage_from=planned.damage_from,
         schedule=planned.plan.schedule,
         original=Cost(original.flops, graph_seconds(original.graph, target, batch)),

@@ -139,7 +139,7 @@ def test_what_the_model_sees_is_the_photograph() -> None:
         (["bench", NAME, "--flops-budget", "2"], "flops_budget=2.0 is no ratio"),
         (["export", NAME, "x.tflite", "--flops-budget", "0.7"], "give .pt2 or .onnx"),
         (["export", NAME, "x.pt2", "--flops-budget", "0.7", "--format", "tf"], "--format tf: give torch, aoti, onnx"),
-        (["export", NAME, "x.pt2", "--schedule", "no.json"], "--schedule no.json"),
+        (["export", NAME, "x.pt2", "--schedule", "no.json"], "schedule='no.json' can't be read"),
         (["show", NAME, "no.png", "--flops-budget", "0.7"], "no.png can't be read"),
         (["show", NAME, __file__, "--flops-budget", "0.7"], "is no picture that Pillow reads"),
         (["show", NAME, "--flops-budget", "1.0"], "no token leaves"),
