@@ -31,6 +31,7 @@ from gtp_fx.cli.arguments import (
     load,
     option_values,
 )
+from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS
 
 
@@ -44,6 +45,7 @@ def show(
     strategy: Strategy = DEFAULTS["strategy"],
     target: Target = DEFAULTS["target"],
     batch: Batch = DEFAULTS["batch"],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture if it is there.")] = False,
     weights: Weights = None,
     weights_key: WeightsKey = None,
     pretrained: Pretrained = False,
@@ -65,6 +67,8 @@ def show(
     with explaining(model):
         options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch)
         must_draw(out)
+        if out.exists() and not overwrite:
+            raise OptionError(f"{out} is there: give --out another.png, or --overwrite to replace it")
         picture = load_photo() if image is None else read_picture(image)
         arguments = built_with(num_classes, img_size, model_arg)
         loaded = load(model, arguments, pretrained, weights, weights_key, Dtype.float32, Device.cpu)

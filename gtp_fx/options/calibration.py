@@ -65,7 +65,8 @@ class Calibration:
         if not found:
             raise OptionError(
                 f"calibration={repr(images) if isinstance(images, str) else type(images).__name__}: give a tensor of "
-                f"images, or a list of batches, each a tensor, a tuple of arguments or a dict of keyword arguments"
+                f"images, or a list of batches, each a tensor, a tuple of arguments or a dict of keyword arguments; of "
+                f"a DataLoader with labels, [images for images, labels in loader]"
             )
         return found
 

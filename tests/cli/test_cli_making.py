@@ -98,6 +98,13 @@ def test_show_draws_and_says_who_received_whom(tmp_path: Path) -> None:
     assert len(sites[-1]["scale"]) == len(before)
 
 
+def test_show_replaces_no_picture_in_silence(tmp_path: Path) -> None:
+    out = tmp_path / "tokens.png"
+    out.write_bytes(b"mine")
+    done = run("show", NAME, "--flops-budget", "0.7", "--out", str(out))
+    assert done.exit_code == 2 and "tokens.png is there: give --out" in done.stderr and out.read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize("strategy", in_tiers(["gtp", "tome", "topk"], "gtp", "tome"))
 def test_a_journeys_end_is_its_provenance(strategy: str) -> None:
     row = BY_NAME["deit"]

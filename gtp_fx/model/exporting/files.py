@@ -85,8 +85,8 @@ def export(model: OptimizedModel, file: str | Path, format: str | None = None) -
 def format_of(file: str | Path, format: str | None) -> str:
     """Return the format in which `export` would write `file`; cheap, for checks before any work is done.
 
-    Raises ExportError where the format is unknown or doesn't match the suffix, the folder doesn't exist, or a package
-    that ONNX needs is missing.
+    Raises ExportError where the format is unknown or doesn't match the suffix, the folder doesn't exist or
+    can't be written to, or a package that ONNX needs is missing.
     """
     path = Path(file)
     if format is None:
@@ -102,9 +102,20 @@ def format_of(file: str | Path, format: str | None) -> str:
         raise ExportError(f"{path}: a file of format {format!r} ends in {_SUFFIX[format]}")
     if not path.parent.is_dir():
         raise ExportError(f"{path}: {path.parent} is no directory; make it first")
+    _must_be_writable(path)
     if format == "onnx":
         must_have_packages()
     return format
+
+
+def _must_be_writable(path: Path) -> None:
+    """Check that files can be written where `path` is. Raises ExportError, which names that place."""
+    try:
+        tempfile.TemporaryDirectory(dir=path.parent).cleanup()
+    except OSError as error:
+        raise ExportError(
+            f"{path} can't be written: {error.strerror or error} in {path.parent.resolve()}; give another folder"
+        ) from error
 
 
 def _error(found: list[Tensor], made: Program) -> float:
