@@ -131,6 +131,10 @@ class InternalError(GtpError):
         super().__init__(message)
 
 
+class BusyError(GtpError):
+    """This machine is too busy with other work to be measured."""
+
+
 class CheckError(RuntimeError):
     """A model's output is wrong. Not a GtpError, because the user can't fix it."""
 

@@ -80,7 +80,7 @@ def export(
         arguments = built_with(num_classes, img_size, model_arg)
         loaded = load(model, arguments, pretrained, weights, weights_key, dtype, device)
         fast = gtp_fx.optimize(loaded.model, **options, compile=False)
-        written = gtp_fx.export(fast, file, format)
+        written = gtp_fx.export(fast, file, format, progress=True)
         if save_schedule is not None:
             save_schedule.write_text(fast.schedule.to_json() + "\n")
     if as_json:

@@ -22,7 +22,7 @@ class Calibration:
     refine: most evaluations of whole schedules afterwards; 0 for none.
     strategy: whether these evaluations also choose GTP's alpha, M and theta.
     cache: whether to keep measurements in the user's cache, keyed by weights and images.
-    progress: whether to show a progress bar.
+    progress: whether to show a progress bar, where stderr is a terminal.
 
     Raises OptionError for a value out of range.
     """
@@ -32,7 +32,7 @@ class Calibration:
     refine: int = 0
     strategy: bool = False
     cache: bool = True
-    progress: bool = True
+    progress: bool = False
 
     def __post_init__(self) -> None:
         from gtp_fx.strategies.plain_numbers import plain  # which imports torch: this module's names cost nothing

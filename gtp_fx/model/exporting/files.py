@@ -20,6 +20,7 @@ from gtp_fx.model.exporting.onnx import must_have_packages, run_onnx, write_onnx
 from gtp_fx.model.exporting.program import Program, program_of
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
+from gtp_fx.options.progress import Steps, progress_bar
 
 FORMATS = {
     "torch": "a torch.export program, .pt2: torch.export.load(file).module()",
@@ -58,25 +59,39 @@ class Exported:
         return f"{self.file}: {FORMATS[self.format]}\n{self.bytes / 2**20:.1f} MiB; {checked}"
 
 
-def export(model: OptimizedModel, file: str | Path, format: str | None = None) -> Exported:
+def export(model: OptimizedModel, file: str | Path, format: str | None = None, *, progress: bool = False) -> Exported:
     """Write an optimised model to a file that can be loaded without gtp_fx.
 
     The file has the evaluation graph for any batch, in plain ATen or ONNX operators. That holds for an AOTInductor
     package on a GPU as well: gtp_fx's kernels are used under `torch.compile` only.
 
     format: a name in `FORMATS`; None takes it from the file's suffix, where .pt2 stands for "torch".
+    progress: show a progress bar, where stderr is a terminal.
 
     The file is read back and run. Raises ExportError where it can't be written or computes something else; nothing is
     written in that case.
     """
     path, chosen = Path(file), format_of(file, format)
-    made = program_of(model)
+    with progress_bar(progress) as show:
+        steps = Steps(3, show)
+        steps.begin("tracing, for any batch")
+        made = program_of(model)
+        steps.done()
+        return _written(made, path, chosen, steps)
+
+
+def _written(made: Program, path: Path, chosen: str, steps: Steps) -> Exported:
+    """Write a program, read it back and compare it. Raises ExportError."""
     # Work in a scratch folder on the same file system, and move the files into place only after the check.
     with internal_errors_told(), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         draft = Path(scratch) / path.name
+        steps.begin(f"writing {chosen}")
         _WRITE[chosen](made, draft)
+        steps.done()
+        steps.begin("reading back, checking")
         found = _RUN[chosen](draft, made)
         error = None if isinstance(found, str) else _error(found, made)
+        steps.done()
         for part in Path(scratch).iterdir():
             part.replace(path.parent / part.name)
     return Exported(str(path), chosen, path.stat().st_size, error, found if isinstance(found, str) else "")
