@@ -37,6 +37,7 @@ class Device(str, Enum):
 Model = Annotated[
     str,
     typer.Argument(
+        metavar="MODEL",
         help="timm's name (deit_small_patch16_224), a Hugging Face directory, name or class "
         "(ViTForImageClassification), or package.module:factory.",
         autocompletion=completion.models,
@@ -54,10 +55,9 @@ ScheduleText = Annotated[
         autocompletion=completion.schedules,
     ),
 ]
-Strategy = Annotated[str, typer.Option(help=HELP["strategy"], autocompletion=completion.strategies)]
-Strategies = Annotated[
-    list[str] | None, typer.Option(help=HELP["strategy"] + _REPEATED, autocompletion=completion.strategies)
-]
+_STRATEGY = f"Which tokens are removed, and what becomes of them: {', '.join(completion.STRATEGIES)}."
+Strategy = Annotated[str, typer.Option(help=_STRATEGY, autocompletion=completion.strategies)]
+Strategies = Annotated[list[str] | None, typer.Option(help=_STRATEGY + _REPEATED, autocompletion=completion.strategies)]
 Target = Annotated[str, typer.Option(help=HELP["target"], autocompletion=completion.targets)]
 Targets = Annotated[list[str] | None, typer.Option(help=HELP["target"] + _REPEATED, autocompletion=completion.targets)]
 Mode = Annotated[str | None, typer.Option(help=HELP["mode"], autocompletion=completion.modes)]

@@ -37,7 +37,7 @@ from gtp_fx.options.options import DEFAULTS
 
 def export(
     model: Model,
-    file: Annotated[Path, typer.Argument(help="What to write: x.pt2 or x.onnx.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write: x.pt2 or x.onnx.")],
     flops_budget: FlopsBudget = DEFAULTS["flops_budget"],
     latency_budget: LatencyBudget = DEFAULTS["latency_budget"],
     schedule: ScheduleText = DEFAULTS["schedule"],

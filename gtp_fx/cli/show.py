@@ -37,7 +37,9 @@ from gtp_fx.options.options import DEFAULTS
 
 def show(
     model: Model,
-    image: Annotated[Path | None, typer.Argument(help="A JPEG or PNG. Default: the package's photograph.")] = None,
+    image: Annotated[
+        Path | None, typer.Argument(metavar="IMAGE", help="A JPEG or PNG. Default: the package's photograph.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("tokens.png"),
     flops_budget: FlopsBudget = DEFAULTS["flops_budget"],
     latency_budget: LatencyBudget = DEFAULTS["latency_budget"],

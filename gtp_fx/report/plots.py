@@ -38,8 +38,9 @@ def plot_tokens(forecasts: Sequence[Forecast], title: str, file: Path) -> None:
 def plot_blocks(found: Forecast, file: Path) -> None:
     """Plot one plan: each block's share of tokens in its later half, and its predicted time before and after.
 
-    Raises OptionError where matplotlib isn't installed or can't write files of this suffix.
+    Raises OptionError where the folder doesn't exist, and where matplotlib isn't installed or can't write such a file.
     """
+    must_have_folder(file)
     pyplot = matplotlib_pyplot()
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 6.4), sharex=True, layout="constrained")
     figure.suptitle(
@@ -117,7 +118,6 @@ def must_have_folder(file: Path | None) -> None:
 
 def save(figure: Any, file: Path) -> None:
     """Write a figure to `file` and close it. Raises OptionError where matplotlib can't write such a file there."""
-    must_have_folder(file)
     try:
         figure.savefig(file, dpi=150)
     except OSError as error:

@@ -95,6 +95,14 @@ def test_a_prefix_stays_where_the_model_has_it_or_some_names_lack_it(tmp_path: P
         fill(inside, read_checkpoint(tmp_path / "b.pth"), "it")
 
 
+def test_a_head_for_other_classes_that_has_no_weights_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **others: create(name, **others))
+    assert load_model(NAME, pretrained=True).weights_origin == f"pretrained (timm {timm.__version__})"
+    seven = load_model(NAME, pretrained=True, built_with={"num_classes": 7}).weights_origin
+    assert seven.endswith("; the head of 7 classes is random (seed 0)")
+
+
 def test_weights_for_other_classes_say_what_to_give(tmp_path: Path) -> None:
     torch.save(timm.create_model(NAME, num_classes=7).state_dict(), tmp_path / "seven.pth")
     with pytest.raises(LoadError, match="weights for 7 classes: --num-classes 7 builds"):
