@@ -23,9 +23,10 @@ def main(
     flops_budget: Annotated[float, typer.Option(help="FLOPs after / before at most.")] = 0.74,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Download its weights.")] = False,
     weights: Annotated[str | None, typer.Option(help="Or a file of them.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="By Inductor, in minutes: for many pictures.")] = False,
 ) -> None:
     loaded = load_named(model, pretrained=pretrained, weights=weights)
-    fast = gtp_fx.optimize(loaded.model, flops_budget=flops_budget)
+    fast = gtp_fx.optimize(loaded.model, flops_budget=flops_budget, compile=compiled)
     print(f"{loaded.name}, weights: {loaded.weights_origin}; {fast.report.flops_ratio:.3f} of its FLOPs")
     images = torch.cat([prepared(loaded.model, read_picture(picture)) for picture in pictures])
     for picture, before, after in zip(pictures, loaded.model(images), fast(images), strict=True):

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import torch
 import typer
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import gtp_fx
@@ -36,12 +36,25 @@ def main(
     alike = torch.cosine_similarity(before, after, dim=1)
     directions = torch.pca_lowrank(before, q=3)[2]
     views = [_coloured(features @ directions, grid) for features in (before, after)]
-    Image.fromarray(torch.cat(views, dim=1).numpy()).resize((1024, 512), Image.Resampling.NEAREST).save(out)
+    _side_by_side(views, ["every token", f"{fast.report.flops_ratio:.3f} of the FLOPs"]).save(out)
     print(f"{loaded.name}, weights: {loaded.weights_origin}; {fast.report.flops_ratio:.3f} of its FLOPs")
     print(
         f"cosine of each patch's features with the original's: {alike.mean():.4f} (least {alike.min():.4f}); "
         f"written: {out}"
     )
+
+
+def _side_by_side(views: list[Tensor], titles: list[str]) -> Image.Image:
+    """Views [rows, columns, 3] of bytes as one picture, each under its title."""
+    side, above = 512, 40
+    whole = Image.new("RGB", (side * len(views), above + side), "white")
+    write, font = ImageDraw.Draw(whole), ImageFont.load_default(size=22)
+    for number, (view, title) in enumerate(zip(views, titles, strict=True)):
+        whole.paste(
+            Image.fromarray(view.numpy()).resize((side, side), Image.Resampling.NEAREST), (side * number, above)
+        )
+        write.text((side * number + side // 2, above // 2), title, fill="black", font=font, anchor="mm")
+    return whole
 
 
 def _coloured(components: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -6,6 +6,7 @@ python examples/own_model.py
 from __future__ import annotations
 
 import torch
+import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,6 +46,7 @@ class MyViT(nn.Module):
 
 
 def main() -> None:
+    """Look at a model of your own, optimise it, and see what a refusal says."""
     model = MyViT().eval()
     images = torch.randn(2, 3, 96, 96)  # a model without timm's or Hugging Face's configuration needs an example
     print(inspect_model(model, images), end="\n\n")
@@ -58,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

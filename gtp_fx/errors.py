@@ -83,6 +83,10 @@ class SaveError(GtpError):
     """An optimised model can't be saved whole."""
 
 
+class ExportError(GtpError):
+    """An optimised model can't be written to a file: its format is unknown, or can't hold this model."""
+
+
 class LoadError(GtpError):
     """A model can't be loaded: its name is unknown, or its files are missing, unreadable or another model's."""
 
@@ -125,6 +129,10 @@ class InternalError(GtpError):
     def __init__(self, message: str, where: str = "") -> None:
         self.where = where
         super().__init__(message)
+
+
+class BusyError(GtpError):
+    """This machine is too busy with other work to be measured."""
 
 
 class CheckError(RuntimeError):

@@ -9,8 +9,6 @@ generic         any GPU that has no file of its own yet
 tuned, cache    curves measured on this machine, and the user's cache where they are kept
 """
 
-import torch
-
 from gtp_fx.errors import OptionError
 from gtp_fx.targets.a100 import A100
 from gtp_fx.targets.cpu import CPU
@@ -44,6 +42,8 @@ def listed(device: str = "auto") -> Target:
 
     device: as in `detect`.
     """
+    import torch  # here, so that names of targets cost nothing
+
     if device == "cpu" or not torch.cuda.is_available():
         return CPU.on_threads(torch.get_num_threads())
     name = torch.cuda.get_device_name()
@@ -61,6 +61,8 @@ def target_named(target: str | Target) -> Target:
         return detect()
     if target not in TARGETS:
         raise OptionError(f"target={target!r} is unknown; give 'auto' or one of {', '.join(map(repr, TARGETS))}")
+    import torch
+
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         if listed(device).name == target:
             return detect(device)

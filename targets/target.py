@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from gtp_fx.errors import OptionError
 from gtp_fx.targets.work import KINDS
 
@@ -34,6 +32,8 @@ class Curve:
 
     def __call__(self, amount: Any) -> Any:
         """Return the share at an amount, or at each of an array of them."""
+        import numpy as np  # here, so that names of targets cost nothing
+
         amounts, shares = zip(*self.points, strict=True)
         return np.interp(np.log(np.maximum(amount, 1)), np.log(amounts), shares)
 

@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gtp_fx.errors import OptionError
 from gtp_fx.targets.cache import cache_folder, keep_json
 from gtp_fx.targets.target import Curve, Target
@@ -20,6 +18,8 @@ _VERSION = 1
 
 def machine_key(target: Target) -> str:
     """Return what measured curves belong to: the processor, its number of threads, and the torch whose kernels ran."""
+    import torch  # here, so that names of targets cost nothing
+
     if target.device == "cuda":
         processor = torch.cuda.get_device_name()
     else:

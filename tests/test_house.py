@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import gtp_fx
 from gtp_fx.options.schedule import AUTO, SCHEDULES
 from gtp_fx.passes.order import as_table
 from gtp_fx.plan.uniform import SCHEDULE_FAMILIES
@@ -126,6 +127,29 @@ def test_imports_make_no_circle_of_files() -> None:
         lines[found.importer, found.imported] = found.where
     around = circle(arrows)
     assert not around, "\n".join(f"{lines[pair]}: imports {pair[1]}" for pair in itertools.pairwise(around))
+
+
+def test_names_imported_later_are_those_that_type_checkers_see() -> None:
+    """PEP 562: `gtp_fx.optimize` imports its module at the first look, and these imports are never run."""
+    seen: dict[str, tuple[str, ...]] = {}
+    for node in ast.parse((ROOT / "gtp_fx" / "__init__.py").read_text()).body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for entry in node.body:
+                if isinstance(entry, ast.ImportFrom) and entry.module:
+                    seen[entry.module] = tuple(sorted(alias.name for alias in entry.names))
+    assert seen == {module: tuple(sorted(names)) for module, names in gtp_fx._LATER.items()}
+    assert set(itertools.chain(*seen.values())) <= set(gtp_fx.__all__)
+
+
+def test_no_module_looks_at_the_package_itself_as_it_is_imported() -> None:
+    """`from gtp_fx import …` would import everything, in the midst of an import of a part."""
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for module, file in modules().items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module == "gtp_fx"
+    ]
+    assert not found
 
 
 def test_schedules_by_rule_are_those_that_options_name() -> None:

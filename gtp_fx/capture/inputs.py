@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,10 @@ class CallSignature:
         theirs, their_spec = pytree.tree_flatten(call)
         return my_spec == their_spec and all(_same_form(*leaves, any_size) for leaves in zip(mine, theirs, strict=True))
 
-    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a call has this form."""
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any], any_size: bool = False) -> bool:
+        """Return whether a call has this form, or differs from it only in the tensors' sizes where `any_size`."""
         try:
-            return self.is_form_of(self.bound(args, kwargs))
+            return self.is_form_of(self.bound(args, kwargs), any_size)
         except InputError:
             return False
 
@@ -186,32 +186,56 @@ def dtype_of(model: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
-def shown(value: Any) -> str:
-    """Return a value's repr, in one short line; of an object whose repr fails, its class."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = f"<{type(value).__name__}>"
+def shown(value: Any, tensor: Callable[[Tensor], str] | None = None) -> str:
+    """Return a value in one short line: what holds numbers by its type, dtype and shape; of a failing repr, its class.
+
+    tensor: shows a tensor in another way.
+    """
+    text = _text(value, tensor or (lambda held: f"{_dtype(held)}{list(held.shape)}"))
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _text(value: Any, tensor: Callable[[Tensor], str]) -> str:
+    if isinstance(value, Tensor):
+        return tensor(value)
+    if type(value) in (list, tuple):
+        inside = ", ".join(_text(part, tensor) for part in value)
+        return f"[{inside}]" if type(value) is list else f"({inside}{',' * (len(value) == 1)})"
+    if type(value) is dict:
+        return "{" + ", ".join(f"{key!r}: {_text(part, tensor)}" for key, part in value.items()) + "}"
+    if is_array(value):
+        return f"{type(value).__module__.partition('.')[0]}.{type(value).__name__} {value.dtype}{list(value.shape)}"
+    try:
+        return repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+
+
+def is_array(value: Any) -> bool:
+    """Return whether a value is another library's array, of which torch.as_tensor makes a tensor."""
+    return not isinstance(value, Tensor | type) and all(hasattr(value, name) for name in ("shape", "dtype"))
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Return the arguments' form as text, with * for the batch: "(float32[*, 3, 224, 224])"."""
 
-    def show(value: Any) -> str:
-        if not isinstance(value, Tensor):
-            return shown(value)
-        sides = ", ".join(["*", *map(str, value.shape[1:])]) if value.ndim else ""
-        return f"{str(value.dtype).removeprefix('torch.')}[{sides}]"
+    def of_any_batch(value: Tensor) -> str:
+        return f"{_dtype(value)}[{', '.join(['*', *map(str, value.shape[1:])]) if value.ndim else ''}]"
 
-    parts = [show(v) for v in pytree.tree_leaves(args)] + [f"{k}={show(v)}" for k, v in kwargs.items()]
+    parts = [shown(v, of_any_batch) for v in args] + [f"{k}={shown(v, of_any_batch)}" for k, v in kwargs.items()]
     return f"({', '.join(parts)})"
 
 
 def refusal(forms: Sequence[CallSignature], call: Call) -> str:
     """Return the message for a call that has none of the forms that a model was optimised for."""
     known = " or ".join(describe(form.args, form.kwargs) for form in forms)
-    if any(form.is_form_of(call, any_size=True) for form in forms):
+    if any(map(is_array, pytree.tree_leaves(call))):
+        what = "torch.as_tensor makes a tensor of an array"
+    elif any(form.is_form_of(call, any_size=True) for form in forms):
         what = "sizes='any' takes any size, with a graph for each, and example_inputs=[…] those that you give"
     else:
         what = "for another, call gtp_fx.optimize(model, example_inputs=…) again with such inputs"

@@ -42,8 +42,16 @@ def _root(
 
 
 _root.__doc__ = app.info.help
-for command in (optimize, inspect, plan, tune, bench, export, show):
-    app.command()(command)
+for command, summary in (
+    (optimize, "Optimise MODEL, check it on a photograph, time it."),
+    (inspect, "Print MODEL's attention blocks, and what can be done at each."),
+    (plan, "Print what a budget would do to MODEL, without compiling."),
+    (bench, "Time MODEL against its optimised forms, by budget."),
+    (show, "Draw which of a photograph's tokens go, and where to."),
+    (export, "Optimise MODEL and write it as ONNX or .pt2."),
+    (tune, "Measure this machine, so that predictions for it are right."),
+):
+    app.command(short_help=summary)(command)  # whole in 80 columns, where a docstring is cut
 
 
 if __name__ == "__main__":

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import traceback
 from collections.abc import Iterator
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from gtp_fx.cli import completion
 from gtp_fx.errors import CheckError, GtpError, InternalError, OptionError
-from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.options.options import HELP, Options
-from gtp_fx.options.schedule import SCHEDULES, Schedule
+from gtp_fx.options.schedule import Schedule
 
 if TYPE_CHECKING:
     from gtp_fx.cli.weights import LoadedModel
@@ -34,43 +34,13 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-def _models(incomplete: str) -> list[str]:
-    """Return timm's names that complete what was typed. None before three letters, since there are many."""
-    if len(incomplete) < 3:
-        return []
-    import timm
-
-    return [name for name in timm.list_models() if name.startswith(incomplete)]
-
-
-def _strategies(incomplete: str) -> list[str]:
-    from gtp_fx.strategies import STRATEGIES
-
-    return [name for name in ("auto", *STRATEGIES) if name.startswith(incomplete)]
-
-
-def _targets(incomplete: str) -> list[str]:
-    from gtp_fx.targets import TARGETS
-
-    return [name for name in ("auto", *TARGETS) if name.startswith(incomplete)]
-
-
-def _schedules(incomplete: str) -> list[str]:
-    return [name for name in SCHEDULES if name.startswith(incomplete)]
-
-
-def _modes(incomplete: str) -> list[str]:
-    from gtp_fx.graph.torch_internals import inductor_modes
-
-    return [name for name in inductor_modes() if name.startswith(incomplete)]
-
-
 Model = Annotated[
     str,
     typer.Argument(
+        metavar="MODEL",
         help="timm's name (deit_small_patch16_224), a Hugging Face directory, name or class "
         "(ViTForImageClassification), or package.module:factory.",
-        autocompletion=_models,
+        autocompletion=completion.models,
     ),
 ]
 _REPEATED = " May be repeated."
@@ -81,21 +51,41 @@ LatencyBudgets = Annotated[list[str] | None, typer.Option(help=HELP["latency_bud
 ScheduleText = Annotated[
     str,
     typer.Option(
-        help=HELP["schedule"] + " Counts are written 8,8,8; a Schedule is a file, x.json.", autocompletion=_schedules
+        help=HELP["schedule"] + " Counts are written 8,8,8.",
+        autocompletion=completion.schedules,
     ),
 ]
-Strategy = Annotated[str, typer.Option(help=HELP["strategy"], autocompletion=_strategies)]
-Strategies = Annotated[list[str] | None, typer.Option(help=HELP["strategy"] + _REPEATED, autocompletion=_strategies)]
+_STRATEGY = f"Which tokens are removed, and what becomes of them: {', '.join(completion.STRATEGIES)}."
+Strategy = Annotated[str, typer.Option(help=_STRATEGY, autocompletion=completion.strategies)]
+Strategies = Annotated[list[str] | None, typer.Option(help=_STRATEGY + _REPEATED, autocompletion=completion.strategies)]
 Calibration = Annotated[
     Path | None,
     typer.Option(help="Folder of photographs, without labels: 64 of them choose the schedule, and --strategy auto."),
 ]
-Target = Annotated[str, typer.Option(help=HELP["target"], autocompletion=_targets)]
-Targets = Annotated[list[str] | None, typer.Option(help=HELP["target"] + _REPEATED, autocompletion=_targets)]
-Mode = Annotated[str | None, typer.Option(help=HELP["mode"], autocompletion=_modes)]
+Target = Annotated[str, typer.Option(help=HELP["target"], autocompletion=completion.targets)]
+Targets = Annotated[list[str] | None, typer.Option(help=HELP["target"] + _REPEATED, autocompletion=completion.targets)]
+Mode = Annotated[str | None, typer.Option(help=HELP["mode"], autocompletion=completion.modes)]
 Batch = Annotated[int, typer.Option(help="Images per run.")]
 Rounds = Annotated[int, typer.Option(help="Rounds of timing; each runs every contender once.")]
-Weights = Annotated[str | None, typer.Option(help="File of weights: safetensors or a torch state dict.")]
+Weights = Annotated[str | None, typer.Option(help="File of weights: safetensors, or a torch checkpoint.")]
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        help="Which entry of the checkpoint. Default: averaged weights (state_dict_ema, model_ema) where it has some, "
+        "else state_dict or model."
+    ),
+]
+NumClasses = Annotated[int | None, typer.Option(help="Classes of the head, where they aren't the name's.")]
+ImgSize = Annotated[str | None, typer.Option(help="Side of the images, 384, or height and width, 384x256.")]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        metavar="KEY=VALUE",
+        help="An argument that the model is built with: timm's, a field of transformers' configuration, or the "
+        "factory's; the value is JSON, or else text." + _REPEATED,
+    ),
+]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the model's weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")]
 
@@ -108,10 +98,7 @@ def parse_schedule(text: str) -> str | tuple[int, ...] | Schedule:
     if text.isalpha():
         return text
     if text.endswith(".json"):
-        try:
-            return Schedule.from_json(Path(text).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"--schedule {text}: {error}; give a file that `gtp-fx plan --save` wrote") from error
+        return Schedule.from_file(text)
     try:
         return tuple(int(entry) for entry in text.split(","))
     except ValueError:
@@ -119,6 +106,42 @@ def parse_schedule(text: str) -> str | tuple[int, ...] | Schedule:
             f"--schedule {text!r} is neither auto, uniform, even nor a list of counts; give the tokens removed at each "
             f"attention block, such as 8,8,8, or a file that ends in .json"
         ) from None
+
+
+def built_with(num_classes: int | None, img_size: str | None, others: list[str] | None) -> dict[str, Any]:
+    """Return the arguments that a model is built with, by timm's names.
+
+    others: as typed, KEY=VALUE. Values are JSON or Python's True, False and None, and text where they are neither.
+
+    Raises OptionError where one isn't of that form, or is given twice.
+    """
+    found: dict[str, Any] = {}
+    if num_classes is not None:
+        if num_classes < 0:
+            raise OptionError(f"--num-classes {num_classes}: give the classes of the head, or 0 for none")
+        found["num_classes"] = num_classes
+    if img_size is not None:
+        sides = [int(side) for side in img_size.split("x") if side.isdecimal() and int(side)]
+        if len(sides) != img_size.count("x") + 1 or len(sides) > 2:
+            raise OptionError(f"--img-size {img_size}: give a side in pixels, 384, or height and width, 384x256")
+        found["img_size"] = sides[0] if len(sides) == 1 else tuple(sides)
+    for typed in others or []:
+        key, equals, value = typed.partition("=")
+        if not equals or not key.isidentifier():
+            raise OptionError(f"--model-arg {typed}: give a name and a value, such as depth=6")
+        if key in found:
+            raise OptionError(f"--model-arg {typed}: {key} is given twice")
+        found[key] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    """Return what was typed as JSON, as one of Python's three constants, or as text."""
+    constants = {"True": True, "False": False, "None": None}
+    try:
+        return constants[text] if text in constants else json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def parse_latency(text: str) -> float | str:
@@ -172,7 +195,15 @@ def option_values(
     return found
 
 
-def load(name: str, pretrained: bool, weights: str | None, dtype: Dtype, device: Device) -> LoadedModel:
+def load(
+    name: str,
+    arguments: dict[str, Any],
+    pretrained: bool,
+    weights: str | None,
+    weights_key: str | None,
+    dtype: Dtype,
+    device: Device,
+) -> LoadedModel:
     """Load a model onto a device in a dtype. Raises OptionError where there is no GPU, and LoadError."""
     import torch
 
@@ -180,7 +211,7 @@ def load(name: str, pretrained: bool, weights: str | None, dtype: Dtype, device:
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise OptionError("--device cuda: torch finds no GPU here; give --device cpu")
-    loaded = load_named(name, pretrained=pretrained, weights=weights)
+    loaded = load_named(name, pretrained=pretrained, weights=weights, weights_key=weights_key, built_with=arguments)
     loaded.model.to(device.value, getattr(torch, dtype.value))
     return loaded
 
@@ -193,6 +224,8 @@ def explaining(model: str = "") -> Iterator[None]:
 
     model: name that precedes the message of a CheckError.
     """
+    from gtp_fx.model.internal_errors import internal_errors_told
+
     try:
         with internal_errors_told():
             yield

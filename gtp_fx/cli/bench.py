@@ -15,16 +15,21 @@ from gtp_fx.cli.arguments import (
     Device,
     Dtype,
     FlopsBudgets,
+    ImgSize,
     LatencyBudgets,
     Mode,
     Model,
+    ModelArgs,
+    NumClasses,
     Pretrained,
     Rounds,
     ScheduleText,
     Strategies,
     Target,
     Weights,
+    WeightsKey,
     budgets,
+    built_with,
     explaining,
     load,
     option_values,
@@ -46,7 +51,11 @@ def bench(
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     device: Annotated[Device, typer.Option()] = Device.cpu,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    model_arg: ModelArgs = None,
     eager: Annotated[bool, typer.Option("--eager", help="Compile nothing: eager against eager.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -64,7 +73,8 @@ def bench(
         options = {
             _named(how, *budget): option_values(*budget, schedule, how, target, batch, mode) for how, budget in wanted
         }
-        loaded = load(model, pretrained, weights, dtype, device)
+        arguments = built_with(num_classes, img_size, model_arg)
+        loaded = load(model, arguments, pretrained, weights, weights_key, dtype, device)
         made = {name: gtp_fx.optimize(loaded.model, **chosen) for name, chosen in options.items()}
         images = photo_batch(loaded.model, batch)
         with progress_bar() as show:

@@ -15,27 +15,29 @@ from gtp_fx.cli.arguments import (
     Device,
     Dtype,
     FlopsBudget,
+    ImgSize,
     LatencyBudget,
     Model,
+    ModelArgs,
+    NumClasses,
     Pretrained,
     ScheduleText,
     Strategy,
     Target,
     Weights,
+    WeightsKey,
+    built_with,
     explaining,
     load,
     option_values,
 )
 from gtp_fx.errors import OptionError
-from gtp_fx.model.exporting import FORMATS
-from gtp_fx.model.exporting.files import format_of
 from gtp_fx.options.options import DEFAULTS
-from gtp_fx.report.plots import must_have_folder
 
 
 def export(
     model: Model,
-    file: Annotated[Path, typer.Argument(help="What to write: x.pt2 or x.onnx.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write: x.pt2 or x.onnx.")],
     flops_budget: FlopsBudget = DEFAULTS["flops_budget"],
     latency_budget: LatencyBudget = DEFAULTS["latency_budget"],
     schedule: ScheduleText = DEFAULTS["schedule"],
@@ -49,7 +51,11 @@ def export(
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     device: Annotated[Device, typer.Option()] = Device.cpu,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    model_arg: ModelArgs = None,
     save_schedule: Annotated[
         Path | None,
         typer.Option(
@@ -62,15 +68,19 @@ def export(
 
     The file is read back and run as a check.
     """
+    from gtp_fx.model.exporting.files import FORMATS, format_of
+    from gtp_fx.report.plots import must_have_folder
+
     with explaining(model):
         if format is not None and format not in FORMATS:
             raise OptionError(f"--format {format}: give {', '.join(FORMATS)}")
         options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch)
         format_of(file, format)
         must_have_folder(save_schedule)
-        loaded = load(model, pretrained, weights, dtype, device)
+        arguments = built_with(num_classes, img_size, model_arg)
+        loaded = load(model, arguments, pretrained, weights, weights_key, dtype, device)
         fast = gtp_fx.optimize(loaded.model, **options, compile=False)
-        written = gtp_fx.export(fast, file, format)
+        written = gtp_fx.export(fast, file, format, progress=True)
         if save_schedule is not None:
             save_schedule.write_text(fast.schedule.to_json() + "\n")
     if as_json:

@@ -17,15 +17,20 @@ from gtp_fx.cli.arguments import (
     Device,
     Dtype,
     FlopsBudget,
+    ImgSize,
     LatencyBudget,
     Mode,
     Model,
+    ModelArgs,
+    NumClasses,
     Pretrained,
     Rounds,
     ScheduleText,
     Strategy,
     Target,
     Weights,
+    WeightsKey,
+    built_with,
     explaining,
     load,
     option_values,
@@ -55,7 +60,11 @@ def optimize(
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     device: Annotated[Device, typer.Option()] = Device.cpu,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    model_arg: ModelArgs = None,
     no_time: Annotated[bool, typer.Option("--no-time", help="Optimise and check; compile and time nothing.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw tokens and predicted time per block to this PNG.")] = None,
     as_json: AsJson = False,
@@ -78,7 +87,8 @@ def optimize(
         pictures = None if calibration is None else pictures_in(calibration)
         Options.of(**options, calibration=pictures)  # before the model is loaded: do they go together?
         must_draw(plot)
-        loaded = load(model, pretrained, weights, dtype, device)
+        arguments = built_with(num_classes, img_size, model_arg)
+        loaded = load(model, arguments, pretrained, weights, weights_key, dtype, device)
         say(f"{loaded.name}, weights: {loaded.weights_origin}; {dtype.value} on {device.value}\n")
         if pictures is not None:
             options["calibration"] = prepared_batch(loaded.model, pictures)

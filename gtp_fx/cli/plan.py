@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,12 +14,16 @@ from gtp_fx.cli.arguments import (
     Batch,
     Dtype,
     FlopsBudgets,
+    ImgSize,
     LatencyBudgets,
     Model,
+    ModelArgs,
+    NumClasses,
     ScheduleText,
     Strategy,
     Targets,
     budgets,
+    built_with,
     explaining,
     option_values,
 )
@@ -45,12 +49,16 @@ def plan(
     save: Annotated[
         Path | None, typer.Option(help="Write the schedule to this JSON file; one budget and one target only.")
     ] = None,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    model_arg: ModelArgs = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what a budget would do to MODEL: the removed tokens, FLOPs and predicted time of every block.
 
     Nothing is compiled. The model is built without its weights, so even a large one takes seconds.
     """
+    from gtp_fx.cli.weights import with_arguments
     from gtp_fx.report.plots import must_draw, must_have_folder, plot_tokens
 
     with explaining():
@@ -64,26 +72,28 @@ def plan(
             )
         must_draw(plot)
         must_have_folder(save)
-        forecasts = _forecasts(model, dtype, options)
+        arguments = built_with(num_classes, img_size, model_arg)
+        forecasts = _forecasts(model, arguments, dtype, options)
+        name = with_arguments(model, arguments)
         if plot is not None:
-            plot_tokens(forecasts, model, plot)
+            plot_tokens(forecasts, name, plot)
         if save is not None:
             save.write_text(forecasts[0].schedule.to_json() + "\n")
     if as_json:
-        typer.echo(json.dumps({"model": model, "plans": [found.to_dict() for found in forecasts]}, indent=2))
+        typer.echo(json.dumps({"model": name, "plans": [found.to_dict() for found in forecasts]}, indent=2))
         return
-    typer.echo("\n\n".join([model, *map(str, forecasts)]))
+    typer.echo("\n\n".join([name, *map(str, forecasts)]))
     for file in filter(None, (plot, save)):
         typer.echo(f"\nwritten: {file}")
 
 
-def _forecasts(model: str, dtype: Dtype, wanted: list[Options]) -> list[Forecast]:
+def _forecasts(model: str, arguments: dict[str, Any], dtype: Dtype, wanted: list[Options]) -> list[Forecast]:
     """Return the forecast for each of `wanted`, from one capture of the model on the meta device."""
     import torch
 
     from gtp_fx.cli.models import named_on_meta
     from gtp_fx.model.planner import Planner
 
-    built = named_on_meta(model).to(getattr(torch, dtype.value))
+    built = named_on_meta(model, arguments).to(getattr(torch, dtype.value))
     planner = Planner(built)
     return [planner.plan(options) for options in wanted]

@@ -15,23 +15,31 @@ from gtp_fx.cli.arguments import (
     Device,
     Dtype,
     FlopsBudget,
+    ImgSize,
     LatencyBudget,
     Model,
+    ModelArgs,
+    NumClasses,
     Pretrained,
     ScheduleText,
     Strategy,
     Target,
     Weights,
+    WeightsKey,
+    built_with,
     explaining,
     load,
     option_values,
 )
+from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS
 
 
 def show(
     model: Model,
-    image: Annotated[Path | None, typer.Argument(help="A JPEG or PNG. Default: the package's photograph.")] = None,
+    image: Annotated[
+        Path | None, typer.Argument(metavar="IMAGE", help="A JPEG or PNG. Default: the package's photograph.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("tokens.png"),
     flops_budget: FlopsBudget = DEFAULTS["flops_budget"],
     latency_budget: LatencyBudget = DEFAULTS["latency_budget"],
@@ -39,8 +47,13 @@ def show(
     strategy: Strategy = DEFAULTS["strategy"],
     target: Target = DEFAULTS["target"],
     batch: Batch = DEFAULTS["batch"],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture if it is there.")] = False,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    model_arg: ModelArgs = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw what becomes of IMAGE's tokens in MODEL.
@@ -56,8 +69,11 @@ def show(
     with explaining(model):
         options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch)
         must_draw(out)
+        if out.exists() and not overwrite:
+            raise OptionError(f"{out} is there: give --out another.png, or --overwrite to replace it")
         picture = load_photo() if image is None else read_picture(image)
-        loaded = load(model, pretrained, weights, Dtype.float32, Device.cpu)
+        arguments = built_with(num_classes, img_size, model_arg)
+        loaded = load(model, arguments, pretrained, weights, weights_key, Dtype.float32, Device.cpu)
         fast = gtp_fx.optimize(loaded.model, **options, compile=False)
         pixels = prepared(loaded.model, picture)
         views = token_flow(fast.graph_module, fast.sites, fast.report.sites, pixels)

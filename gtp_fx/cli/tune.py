@@ -19,11 +19,12 @@ def tune(
     device: Annotated[str, typer.Option(help="cpu or cuda; auto is the GPU where there is one.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Dtype of products and attention.")] = Dtype.float32,
     rounds: Annotated[int, typer.Option(help="Rounds of timing; each runs every probe once.")] = 9,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Keep what is measured on a busy machine, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure this machine's rates with a minute or two of small kernels, and save them for later predictions.
 
-    On a GPU, tune the kernels' tiles too.
+    On a GPU, tune the kernels' tiles too. A machine too busy to be measured is refused.
     """
     import torch
 
@@ -44,7 +45,7 @@ def tune(
                 from gtp_fx.measure.tune_kernels import tune_kernels  # which imports Triton
 
                 tune_kernels(torch.device("cuda"), getattr(torch, dtype.value), rounds, show)
-            tuned = tune_target(listed(device), getattr(torch, dtype.value), rounds, show)
+            tuned = tune_target(listed(device), getattr(torch, dtype.value), rounds, show, anyway)
         file = save_tuned(tuned)
     if as_json:
         typer.echo(json.dumps(as_dict(tuned), indent=2))

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from gtp_fx.errors import OptionError
@@ -16,6 +15,7 @@ from gtp_fx.measure.compare import Agreement, agreement, compile_checked
 from gtp_fx.measure.timing import Run, Timings, interleave, model_clock
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.options.progress import Progress, Steps
+from gtp_fx.report.text import number, table
 
 ORIGINAL = "original"
 _WARMUP = 1
@@ -73,29 +73,27 @@ class Benchmark:
         }
 
     def __str__(self) -> str:
-        own = self.timings.spread(ORIGINAL)
-        rows = [[ORIGINAL, "1", f"{own.median * 1e3:.1f}", f"{self.batch / own.median:.1f}", "1", "", "", "", ""]]
+        rows = [[ORIGINAL, "1", number(self.timings.spread(ORIGINAL).median * 1e3), "1", "", "", "", ""]]
         for entry in self.entries:
             time, gain = self.timings.spread(entry.name), self.timings.speed_up(entry.name, ORIGINAL)
             rows.append(
                 [
                     entry.name,
                     f"{entry.flops_ratio:.4f}",
-                    f"{time.median * 1e3:.1f}",
-                    f"{self.batch / time.median:.1f}",
+                    number(time.median * 1e3),
                     f"{gain.median:.3f}×",
-                    f"{gain.lower:.3f} – {gain.upper:.3f}",
-                    f"{gain.median * entry.flops_ratio:.1%}",
+                    f"{gain.lower:.2f}–{gain.upper:.2f}",
+                    f"{gain.median * entry.flops_ratio:.0%}",
                     f"{1 / entry.predicted:.3f}×",
                     f"{entry.agreement.cosine_mean:.4f}",
                 ]
             )
-        headers = ["", "FLOPs", "ms per batch", "images/s", "speed-up", "quartiles", "of limit", "predicted", "cosine"]
-        table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * 8))
+        headers = ["", "FLOPs", "ms", "speed-\nup", "quartiles", "of\nlimit", "pre-\ndicted", "cosine"]
         return (
-            f"{table}\n{self.how} against {self.how}, medians of {self.timings.rounds} interleaved rounds, batch "
-            f"{self.batch}; speed-ups within rounds; predicted: compiled; limit: 1 / FLOPs; cosine: of outputs with "
-            f"the original's, on a photograph: agreement, not accuracy"
+            f"{table(headers, rows, shortened=0)}\n"
+            f"ms for a batch of {self.batch}, {self.how} against {self.how}; medians of {self.timings.rounds} "
+            f"interleaved rounds,\nspeed-ups within rounds; predicted: compiled; limit: 1 / FLOPs;\n"
+            f"cosine: of outputs with the original's, on a photograph: agreement, not accuracy"
         )
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from gtp_fx.capture.inputs import tensors_in
@@ -22,6 +21,7 @@ from gtp_fx.graph.verify import rounding_tolerance
 from gtp_fx.measure.timing import Run, Spread, Timings, interleave, model_clock
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.options.progress import Progress, Steps
+from gtp_fx.report.text import number, table
 
 ORIGINAL_EAGER, OPTIMISED_EAGER = "original eager", "optimised eager"
 ORIGINAL_COMPILED, OPTIMISED_COMPILED = "original compiled", "optimised compiled"
@@ -115,23 +115,21 @@ class Comparison:
 
     def __str__(self) -> str:
         rows = [self._row(name) for name in (ORIGINAL_EAGER, OPTIMISED_EAGER, ORIGINAL_COMPILED, OPTIMISED_COMPILED)]
-        header = ["", "ms per batch", "quartiles", "images/s", "speed-up", "quartiles", "of limit", "first call"]
-        align = ("left", *("right",) * (len(header) - 1))
+        headers = ["", "ms per\nbatch", "images/s", "speed-\nup", "quartiles", "of\nlimit", "first\ncall"]
         return "\n".join(
             [
-                tabulate(rows, header, disable_numparse=True, colalign=align),
-                f"medians of {self.timings.rounds} interleaved rounds, batch {self.batch}; like against like; FLOPs "
-                f"limit 1/{self.flops_ratio:.4f} = {self.limit:.3f}×",
+                table(headers, rows),
+                f"medians of {self.timings.rounds} interleaved rounds, batch {self.batch}; like against like;",
+                f"limit: 1 / {self.flops_ratio:.4f} of the FLOPs = {self.limit:.3f}×",
             ]
         )
 
     def _row(self, name: str) -> list[str]:
         own = self.timings.spread(name)
-        row = [name, f"{own.median * 1e3:.1f}", f"{own.lower * 1e3:.1f} – {own.upper * 1e3:.1f}"]
-        row.append(f"{self.batch / own.median:.1f}")
+        row = [name, number(own.median * 1e3), f"{self.batch / own.median:.1f}"]
         if name in BASELINES:
             gain = self.speed_up(name)
-            row += [f"{gain.median:.3f}×", f"{gain.lower:.3f} – {gain.upper:.3f}", f"{self.share_of_limit(name):.1%}"]
+            row += [f"{gain.median:.3f}×", f"{gain.lower:.2f}–{gain.upper:.2f}", f"{self.share_of_limit(name):.0%}"]
         else:
             row += ["1", "", ""]
         return [*row, f"{self.compilations[name].seconds:.1f} s" if name in self.compilations else ""]

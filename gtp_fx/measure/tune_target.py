@@ -7,7 +7,9 @@ measured compiled, since that is how it will run.
 
 from __future__ import annotations
 
+import re
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -15,13 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor
 
 from gtp_fx.kernels.available import has_kernels
 from gtp_fx.measure.site_probes import propagation, scored_attention, selection, similar_tokens, stream_pass
+from gtp_fx.measure.steadiness import Steadiness, processor_share
 from gtp_fx.measure.timing import clock_for, interleave
 from gtp_fx.options.progress import Progress
+from gtp_fx.report.text import table
 from gtp_fx.strategies import GTP
 from gtp_fx.strategies.protocol import SiteShape
 from gtp_fx.targets.target import MOST_SHARE, Curve, Target
@@ -58,18 +61,27 @@ class Probe:
 
 
 def tune_target(
-    target: Target, dtype: torch.dtype = torch.float32, rounds: int = ROUNDS, progress: Progress | None = None
+    target: Target,
+    dtype: torch.dtype = torch.float32,
+    rounds: int = ROUNDS,
+    progress: Progress | None = None,
+    anyway: bool = False,
 ) -> Target:
     """Return `target` with rates and curves measured on this machine's `target.device`.
 
     dtype: dtype of products and attention.
     rounds: rounds of timing; each runs every probe once.
     progress: called at every step.
+    anyway: return what was measured on a busy machine, too.
+
+    Raises BusyError where the machine is too busy.
     """
     device = torch.device(target.device)
     clock = clock_for(device)
     with torch.no_grad():
         probes = list(_probes(device, dtype))
+        if device.type == "cpu" and not anyway:  # don't let anybody wait for a refusal
+            _must_be_idle(next(probe for probe in probes if probe.kind == "product"))
         total = len(probes) * (rounds + 2)
         done = 0
 
@@ -88,9 +100,23 @@ def tune_target(
             repeats[probe.name] = max(1, min(_MOST_REPEATS, round(_LONG_ENOUGH / max(taken, 1e-9))))
             step(f"compiling ({probe.kind or 'launches'})")
         runs = {probe.name: _repeated(probe.run, repeats[probe.name]) for probe in probes}
-        timings = interleave(runs, rounds=rounds, warmup=1, clock=clock, progress=lambda: step("timing"))
+        with processor_share() as share:
+            timings = interleave(runs, rounds=rounds, warmup=1, clock=clock, progress=lambda: step("timing"))
+    steady = Steadiness.of(timings, share.value if device.type == "cpu" else None)
+    if not anyway:
+        steady.must_be_steady()
     seconds = {name: statistics.median(values) / repeats[name] for name, values in timings.seconds.items()}
-    return fitted(target, probes, seconds, str(dtype).removeprefix("torch."), rounds)
+    made = fitted(target, probes, seconds, str(dtype).removeprefix("torch."), rounds)
+    return replace(made, measured=f"{made.measured}, {steady}")
+
+
+def _must_be_idle(probe: Probe) -> None:
+    """Raise BusyError where this thread hasn't a processor of its own for half a second of a probe."""
+    with processor_share() as share:
+        end = time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            probe.run()
+    Steadiness(None, share.value).must_be_steady()
 
 
 def fitted(target: Target, probes: Sequence[Probe], seconds: dict[str, float], dtype: str, rounds: int) -> Target:
@@ -277,19 +303,14 @@ def describe(target: Target) -> str:
     """Return a table of a measured target's rates and curves."""
     rates = ", ".join(f"{rate / 1e9:.4g} GFLOP/s in {dtype}" for dtype, rate in target.dense.items())
     rows = [
-        [kind, KINDS[kind].partition(";")[0], " … ".join(f"{share:.2g}" for _, share in _ends(curve))]
+        [kind, re.split("[;,]", KINDS[kind])[0], *(f"{share:.2g}" for _, share in (curve.points[0], curve.points[-1]))]
         for kind, curve in target.curves.items()
     ]
     return "\n".join(
         [
-            f"{target.name}: {rates}; {target.bandwidth / 1e9:.4g} GB/s; {target.launch * 1e6:.3g} us a kernel "
+            f"{target.name}: {rates}; {target.bandwidth / 1e9:.4g} GB/s; {target.launch * 1e6:.3g} us a kernel",
             f"({target.measured})",
             "",
-            tabulate(rows, ["kind of work", "", "share of the roof, least … largest amount"], disable_numparse=True),
+            table(["kind of work", "", "share of the roof:\nleast amount", "largest"], rows, left=(0, 1)),
         ]
     )
-
-
-def _ends(curve: Curve) -> list[tuple[float, float]]:
-    """Return a curve's first and last points, or the only one."""
-    return [curve.points[0], curve.points[-1]] if len(curve.points) > 1 else list(curve.points)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def optimize(
     flops_budget: float | None = DEFAULTS["flops_budget"],
     latency_budget: float | str | None = DEFAULTS["latency_budget"],
     batch: int = DEFAULTS["batch"],
-    schedule: str | Schedule | Sequence[int] = DEFAULTS["schedule"],
+    schedule: str | Path | Schedule | Sequence[int] = DEFAULTS["schedule"],
     strategy: str | Strategy | Auto = DEFAULTS["strategy"],
     target: str | Target = DEFAULTS["target"],
     example_inputs: Any = None,

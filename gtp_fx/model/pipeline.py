@@ -101,6 +101,7 @@ def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool =
         flops_after=after,
         flops_budget=options.flops_budget,
         strategy=str(plan.strategy),
+        strategy_name=plan.strategy.name,
         target=options.target.name,
         blocks=len(plan.schedule),
         passes=(*exact.steps, *steps),

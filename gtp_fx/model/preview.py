@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tabulate import tabulate
 from torch import nn
 
 from gtp_fx.analysis.blocks import AttentionBlock
@@ -17,6 +16,7 @@ from gtp_fx.graph.symbols import shape_of
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.pipeline import run_exact_passes
 from gtp_fx.options.options import Options
+from gtp_fx.report.text import table
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Inspection:
             f"takes {self.inputs}; {self.flops / 1e9:.3f} GFLOPs per image, "
             f"{self.exact_flops / self.flops:.4f} of that after the exact passes",
             "",
-            tabulate(rows, headers, disable_numparse=True)
+            table(headers, rows, left=range(6), shortened=1)
             if rows
             else "no self-attention over patch tokens" + " was recognised, but attention" * bool(self.other),
         ]

@@ -51,9 +51,15 @@ def checked_sizes(value: Any) -> bool:
 def must_be_calibrated_for(options: Options, signatures: Sequence[CallSignature], any_size: bool) -> None:
     """Raise InputError where a batch of calibration images has no form that the model is called in."""
     for args, kwargs in () if options.calibration is None else calls_of(options.calibration):
-        call = signatures[0].bound(args, kwargs)
-        if not any(form.is_form_of(call, any_size) for form in signatures):
-            raise InputError(f"calibration: {refusal(signatures, call)}")
+        if any(signature.takes(args, kwargs, any_size) for signature in signatures):
+            continue
+        known = " or ".join(describe(form.args, form.kwargs) for form in signatures)
+        same = any(len(args) == len(form.args) and kwargs.keys() == form.kwargs.keys() for form in signatures)
+        advice = "with images of the size that the model is called with" if same else "without labels and the like"
+        raise InputError(
+            f"calibration: a batch of the calibration images is {describe(args, kwargs)}, and the model is optimised "
+            f"for {known}: give batches {advice}" + ("" if same else ", [images for images, labels in loader]")
+        )
 
 
 def form_taking(state: State, call: Call, make: Make) -> Any:

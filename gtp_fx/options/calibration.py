@@ -6,10 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from gtp_fx.errors import OptionError
-from gtp_fx.strategies.plain_numbers import plain
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one model call, which is one batch."""
@@ -25,7 +22,7 @@ class Calibration:
     refine: most evaluations of whole schedules afterwards; 0 for none. strategy="auto" takes at least a few
         (`gtp_fx.plan.contest`).
     cache: whether to keep judgments in the user's cache, keyed by weights and images.
-    progress: whether to show a progress bar.
+    progress: whether to show a progress bar, where stderr is a terminal.
 
     Raises OptionError for a value out of range.
     """
@@ -34,9 +31,11 @@ class Calibration:
     points: int = 6
     refine: int = 0
     cache: bool = True
-    progress: bool = True
+    progress: bool = False
 
     def __post_init__(self) -> None:
+        from gtp_fx.strategies.plain_numbers import plain  # which imports torch: this module's names cost nothing
+
         for option, least in (("points", 1), ("refine", 0)):
             value = plain(getattr(self, option))
             object.__setattr__(self, option, value)
@@ -50,6 +49,8 @@ class Calibration:
 
     def batches(self) -> list[Any]:
         """Return the images as a list of batches. Raises OptionError where there is none."""
+        from torch import Tensor
+
         images = self.images
         found = (
             [images]
@@ -61,7 +62,8 @@ class Calibration:
         if not found:
             raise OptionError(
                 f"calibration={repr(images) if isinstance(images, str) else type(images).__name__}: give a tensor of "
-                f"images, or a list of batches, each a tensor, a tuple of arguments or a dict of keyword arguments"
+                f"images, or a list of batches, each a tensor, a tuple of arguments or a dict of keyword arguments; of "
+                f"a DataLoader with labels, [images for images, labels in loader]"
             )
         return found
 

@@ -1,6 +1,7 @@
 """The user's options: one dataclass whose fields carry their defaults, help texts and checks.
 
-`gtp_fx.optimize`, the backend's `options={…}` and the command line take all three from here.
+`gtp_fx.optimize`, the backend's `options={…}` and the command line take all three from here. Names, defaults and help
+texts are there without torch, which a check imports when it is needed: `gtp-fx --help` needs none.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
-
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gtp_fx.errors import OptionError
 from gtp_fx.options.calibration import Calibration
-from gtp_fx.options.inductor import check_target, checked_mode, inductor_options
 from gtp_fx.options.latency_budget import LatencyBudget
 from gtp_fx.options.schedule import AUTO, SCHEDULES, Schedule
-from gtp_fx.strategies import Auto, Strategy, strategy_named
-from gtp_fx.strategies.plain_numbers import plain
 from gtp_fx.targets import Target, target_named
+
+if TYPE_CHECKING:
+    import torch
+
+    from gtp_fx.strategies import Auto, Strategy
 
 # ---- checks: each takes what the user wrote, and returns a value or raises OptionError
 
@@ -53,15 +55,21 @@ def _flag(value: Any) -> bool:
 
 
 def _schedule(value: Any) -> str | Schedule | tuple[int, ...]:
+    if isinstance(value, Path) or (isinstance(value, str) and value.endswith(".json")):
+        return Schedule.from_file(value)
     if isinstance(value, str):
         if value not in SCHEDULES:
             names = ", ".join(map(repr, SCHEDULES))
-            raise OptionError(f"schedule={value!r} is unknown; give one of {names}, or tokens per block, [8, 8, …]")
+            raise OptionError(
+                f"schedule={value!r} is unknown; give one of {names}, tokens per block, [8, 8, …], or a file, 'x.json'"
+            )
         return value
     if isinstance(value, Schedule):
         return value
     if not isinstance(value, Sequence):
-        raise OptionError(f"schedule={value!r}: give 'auto', 'uniform', 'even', a Schedule, or a sequence of integers")
+        raise OptionError(
+            f"schedule={value!r}: give 'auto', 'uniform', 'even', a Schedule, its JSON file, or a sequence of integers"
+        )
     if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in value):
         raise OptionError(f"schedule={list(value)}: every entry counts tokens, an integer of 0 or more")
     return tuple(value)
@@ -74,12 +82,22 @@ def _prefix(value: Any) -> int | None:
 
 
 def _strategy(value: Any) -> Strategy | Auto:
+    from gtp_fx.strategies import Auto, strategy_named
+
     if isinstance(value, str) and value == Auto.name:
         return Auto()
     return value if isinstance(value, Auto) else strategy_named(value)
 
 
+def _mode(value: Any) -> str | None:
+    from gtp_fx.options.inductor import checked_mode
+
+    return checked_mode(value)
+
+
 def _target(value: Any) -> Target:
+    from gtp_fx.options.inductor import check_target
+
     target = target_named(value)
     check_target(target)
     return target
@@ -131,8 +149,8 @@ class Options:
         AUTO,
         _schedule,
         '"auto" (least expected damage within the budget), "uniform" (the paper\'s constant count per block), "even" '
-        "(uniform, with the remainder spread token by token), a Schedule, or the number of tokens removed at each "
-        "attention block, in order.",
+        "(uniform, with the remainder spread token by token), the number of tokens removed at each attention block, in "
+        "order, or a Schedule, also as a file of its JSON, x.json.",
     )
     strategy: Strategy | Auto = _option(
         "regeneration",
@@ -169,7 +187,7 @@ class Options:
     )
     mode: str | None = _option(
         None,
-        checked_mode,
+        _mode,
         "torch.compile's mode: reduce-overhead (CUDA graphs, for small batches), max-autotune, …; it overrides the "
         "target's options for Inductor.",
     )
@@ -182,6 +200,8 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check each value separately, then the combinations that exclude each other."""
+        from gtp_fx.strategies.plain_numbers import plain
+
         given_schedule, given_latency = self.schedule, self.latency_budget
         for option in fields(self):
             value = getattr(self, option.name)
@@ -227,6 +247,8 @@ class Options:
     @property
     def first_strategy(self) -> Strategy:
         """Return the strategy given, or the one that "auto" is without calibration images."""
+        from gtp_fx.strategies import Auto
+
         return self.strategy.first if isinstance(self.strategy, Auto) else self.strategy
 
     @property
@@ -243,6 +265,8 @@ class Options:
 
     def inductor(self, device: torch.device) -> dict[str, Any]:
         """Return the options for Inductor, for a graph that runs on `device`."""
+        from gtp_fx.options.inductor import inductor_options
+
         return inductor_options(self.target, self.mode, device)
 
     def limit(self, original: float) -> float:

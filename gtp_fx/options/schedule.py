@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from gtp_fx.errors import ScheduleError
+from gtp_fx.errors import OptionError, ScheduleError
 
 AUTO = "auto"
 SCHEDULES = (AUTO, "even", "uniform")
@@ -106,6 +107,24 @@ class Schedule:
             return cls(tuple(data["propagated"]), blocks)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ScheduleError(f"not a schedule's JSON: {error!r}; Schedule.to_json() writes one") from error
+
+    @classmethod
+    def from_file(cls, file: str | Path) -> Schedule:
+        """Return the schedule in a file that holds its JSON.
+
+        Raises OptionError where the file can't be read, and ScheduleError where it holds no schedule.
+        """
+        try:
+            text = Path(file).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(
+                f"schedule={str(file)!r} can't be read: {getattr(error, 'strerror', None) or error}; give a file that "
+                f"`gtp-fx plan --save` wrote, or Schedule.to_json()"
+            ) from error
+        try:
+            return cls.from_json(text)
+        except ScheduleError as error:
+            raise ScheduleError(f"{file}: {error}") from error
 
 
 def _is_count(value: object) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tabulate import tabulate
-
 from gtp_fx.errors import Refusal
 from gtp_fx.options.schedule import Schedule
+from gtp_fx.report.text import described, number, table
+
+_LITTLE = 1.05
+"""A predicted speed-up below this one is hardly worth what it costs."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Forecast:
     target: the target's name.
     measured: the machine that the target's curves were measured on; empty where they come from its table.
     batch: images in a run.
-    strategy: the strategy in words.
+    strategy: the strategy as Python writes it, with its values.
+    strategy_name: its name.
     damage_from: source of the expected damage that schedule="auto" minimised; empty where it had nothing to choose.
     schedule: patch tokens that each block removes, and the blocks' shapes.
     original: cost of the model as it was captured.
@@ -77,6 +80,7 @@ class Forecast:
     measured: str
     batch: int
     strategy: str
+    strategy_name: str
     damage_from: str
     schedule: Schedule
     original: Cost
@@ -105,10 +109,15 @@ class Forecast:
         return ratio(self.original.seconds, self.after.seconds)
 
     @property
-    def slower(self) -> str:
-        """Warning where the plan is predicted to lose time; empty where it isn't."""
-        if self.speed_up >= 1:
+    def hint(self) -> str:
+        """Warning where the plan is predicted to lose time, or to gain hardly any; empty where it isn't."""
+        if self.speed_up >= _LITTLE or (self.speed_up >= 1 and self.schedule.removes_nothing):
             return ""
+        if self.speed_up >= 1:
+            return (
+                f"predicted to gain only {self.speed_up - 1:.1%}: a lower budget, a larger batch, image or model has "
+                f"more to gain, and flops_budget=1.0 changes no number"
+            )
         return (
             f"predicted slower than the original on target {self.target!r} for a batch of {self.batch}, "
             f"{self.speed_up:.3f}×: a larger batch, image or model has more to gain; latency_budget= removes tokens "
@@ -127,25 +136,25 @@ class Forecast:
 
     def __str__(self) -> str:
         """Return the table that `gtp-fx plan` prints."""
-        rows = [_row(row) for row in self.blocks]
-        total = ["", "together", "", "", "", *_costs(sum((r.before for r in self.blocks), Cost(0, 0.0)), self.after)]
-        headers = ["block", "layer", "patches in", "leave", "out", "GFLOPs", "then", "ms", "then", "of limit"]
-        table = tabulate([*rows, total], headers, disable_numparse=True, colalign=("right", "left", *("right",) * 8))
-        rates = (
-            f"measured {self.measured}" if self.measured else "from its table: `gtp-fx tune` measures it where it is"
-        )
+        whole = sum((row.before for row in self.blocks), Cost(0, 0.0))
+        rows = [*map(_row, self.blocks), ["", "together", "", "", *_costs(whole, self.after)]]
+        headers = ["#", "layer", "tokens\nin", "leave", "GFLOPs\nbefore", "after", "ms\nbefore", "after", "of\nlimit"]
+        rates = f"measured {self.measured}" if self.measured else "its table's rates; `gtp-fx tune` measures this one's"
         return "\n".join(
             [
-                f"{self.budget}: {self.original.flops / 1e9:.3f} GFLOPs per image, {self.after.flops / 1e9:.3f} then: "
-                f"{self.flops_ratio:.4f}, a limit of {ratio(self.original.flops, self.after.flops):.3f}×",
-                f"predicted for {self.batch} images, compiled: {self.original.seconds * 1e3:.4g} ms, "
-                f"{self.after.seconds * 1e3:.4g} ms then: {self.speed_up:.3f}×, {self.share_of_limit:.1%} of the limit",
-                f"target {self.target} ({rates}); strategy {self.strategy}",
+                f"{self.budget}: {self.original.flops / 1e9:.3f} GFLOPs per image before, "
+                f"{self.after.flops / 1e9:.3f} after: {self.flops_ratio:.4f}",
+                f"predicted for {self.batch} images, compiled: {number(self.original.seconds * 1e3)} ms before, "
+                f"{number(self.after.seconds * 1e3)} ms after:",
+                f"  {self.speed_up:.3f}×, {self.share_of_limit:.1%} of the limit, "
+                f"{ratio(self.original.flops, self.after.flops):.3f}×",
+                f"target {self.target} ({rates})",
+                *described(self.strategy_name, self.strategy),
                 *([f"schedule: least damage expected by {self.damage_from}"] if self.damage_from else []),
                 "",
-                table,
-                "the last block's row has the head in it; ms and GFLOPs are with the exact passes done",
-                *([self.slower] if self.slower else []),
+                table(headers, rows, left=(1,), shortened=1),
+                "the last block's row has the head in it; ms and GFLOPs: exact passes done",
+                *([self.hint] if self.hint else []),
                 *(["", "left as it was:", *(f"  - {refusal}" for refusal in self.refusals)] if self.refusals else []),
             ]
         )
@@ -153,11 +162,10 @@ class Forecast:
 
 def _row(row: BlockForecast) -> list[str]:
     """Return a block's cells in the table."""
-    number = str(row.block) if row.block >= 0 else ""
-    tokens = ["", "", ""] if row.block < 0 else [str(row.tokens_in), str(row.removed), str(row.tokens_in - row.removed)]
-    if row.windows:
-        tokens = [f"{row.windows}×{row.tokens_in}", str(row.removed), f"{row.windows}×{row.tokens_in - row.removed}"]
-    return [number, row.layer, *tokens, *_costs(row.before, row.after)]
+    if row.block < 0:
+        return ["", row.layer, "", "", *_costs(row.before, row.after)]
+    tokens = f"{row.windows}×{row.tokens_in}" if row.windows else str(row.tokens_in)
+    return [str(row.block), row.layer, tokens, str(row.removed), *_costs(row.before, row.after)]
 
 
 def _costs(before: Cost, after: Cost) -> list[str]:
@@ -168,5 +176,6 @@ def _costs(before: Cost, after: Cost) -> list[str]:
     share = ""
     if after.flops < before.flops and after.seconds > 0:
         share = f"{before.seconds / after.seconds * after.flops / before.flops:.0%}"
-    costs = [f"{before.flops / 1e9:.3f}", f"{after.flops / 1e9:.3f}"]
-    return [*costs, f"{before.seconds * 1e3:.3g}", f"{after.seconds * 1e3:.3g}", share]
+    figures = (before.flops / 1e9, after.flops / 1e9)
+    costs = [f"{value:.3f}" if value < 100 else number(value) for value in figures]
+    return [*costs, number(before.seconds * 1e3), number(after.seconds * 1e3), share]

@@ -65,6 +65,7 @@ def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: 
         measured=target.measured,
         batch=batch,
         strategy=str(strategy),
+        strategy_name=strategy.name,
         damage_from=planned.damage_from,
         schedule=planned.plan.schedule,
         original=Cost(original.flops, graph_seconds(original.graph, target, batch)),

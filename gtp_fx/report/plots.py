@@ -38,8 +38,9 @@ def plot_tokens(forecasts: Sequence[Forecast], title: str, file: Path) -> None:
 def plot_blocks(found: Forecast, file: Path) -> None:
     """Plot one plan: each block's share of tokens in its later half, and its predicted time before and after.
 
-    Raises OptionError where matplotlib isn't installed or can't write files of this suffix.
+    Raises OptionError where the folder doesn't exist, and where matplotlib isn't installed or can't write such a file.
     """
+    must_have_folder(file)
     pyplot = matplotlib_pyplot()
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 6.4), sharex=True, layout="constrained")
     figure.suptitle(
@@ -48,8 +49,8 @@ def plot_blocks(found: Forecast, file: Path) -> None:
     )
     blocks, kept = _kept(found)
     if blocks:
-        above.bar(blocks, [1.0] * len(blocks), color="0.88", label="every token")
-        above.bar(blocks, kept, color="C0", label="as planned")
+        above.bar(blocks, [1.0] * len(blocks), color="0.8")
+        above.bar(blocks, kept, color="C0")
     above.set(ylabel="share of patch tokens\nthat go on", ylim=(0, 1.05))
     # Below: predicted times, in pairs of bars beside each block's number.
     numbers = [row.block for row in found.blocks]
@@ -58,8 +59,8 @@ def plot_blocks(found: Forecast, file: Path) -> None:
         [n - half / 2 for n in numbers],
         [row.before.seconds * 1e3 for row in found.blocks],
         half,
-        color="0.75",
-        label="every token, exact passes done",
+        color="0.8",
+        label="every token (times: exact passes done)",
     )
     below.bar(
         [n + half / 2 for n in numbers],
@@ -73,7 +74,7 @@ def plot_blocks(found: Forecast, file: Path) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.3, axis="y")
         axes.set_axisbelow(True)
-    below.legend()
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2)  # beside the axes: no bar is hidden
     save(figure, file)
 
 
@@ -116,9 +117,11 @@ def must_have_folder(file: Path | None) -> None:
 
 
 def save(figure: Any, file: Path) -> None:
-    """Write a figure to `file` and close it. Raises OptionError where matplotlib can't write such a file."""
+    """Write a figure to `file` and close it. Raises OptionError where matplotlib can't write such a file there."""
     try:
         figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise OptionError(f"plot {file} can't be written: {error.strerror or error}") from error
     except ValueError as error:
         raise OptionError(f"plot {file}: {error}") from error
     finally:

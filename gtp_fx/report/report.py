@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from gtp_fx.errors import Refusal
 from gtp_fx.passes.runner import PassStep
 from gtp_fx.plan.choose import Contender
 from gtp_fx.report.forecast import Forecast, ratio
+from gtp_fx.report.text import described, number, table
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Report:
     flops_before: FLOPs of the original.
     flops_after: FLOPs of the result.
     flops_budget: the FLOPs budget that was given, or None.
-    strategy: the strategy in words.
+    strategy: the strategy as Python writes it, with its values.
+    strategy_name: its name.
     target: the target's name.
     blocks: how many attention blocks the model has.
     passes: the passes that ran, in order.
@@ -69,6 +69,7 @@ class Report:
     flops_after: int
     flops_budget: float | None
     strategy: str
+    strategy_name: str
     target: str
     blocks: int
     passes: tuple[PassStep, ...]
@@ -127,33 +128,33 @@ class Report:
         lines = [
             f"{self.flops_before / 1e9:.3f} GFLOPs per image before, {self.flops_after / 1e9:.3f} after: "
             f"{self.flops_ratio:.4f} of the original's{budget}",
-            f"strategy {self.strategy}; target {self.target}; {self._placements()} of {self.blocks} attention blocks",
+            f"target {self.target}; {self._placements()} of {self.blocks} attention blocks",
+            *described(self.strategy_name, self.strategy),
         ]
         if self.strategy_from:
             lines.append(f'strategy="auto": {self.strategy_from}')
         if self.seconds is not None:
             before, after = (seconds * 1e3 for seconds in self.seconds)
             lines.append(
-                f"predicted for {self.batch} images, compiled: {before:.3g} ms before, {after:.3g} ms after, "
-                f"{ratio(after, before):.4f} of it (budget {self.latency_budget})"
+                f"predicted for {self.batch} images, compiled: {number(before)} ms before, "
+                f"{number(after)} ms after,\n  {ratio(after, before):.4f} of it (budget {self.latency_budget})"
             )
-        if self.forecast is not None and self.forecast.slower:
-            lines.append(self.forecast.slower)
+        if self.forecast is not None and self.forecast.hint:
+            lines.append(self.forecast.hint)
         if self.damage_from:
             lines.append(f"schedule: least damage expected by {self.damage_from}")
         steps = [
             [s.name, s.tier, f"{s.flops / 1e9:.3f}", f"{self._ratio(s.flops):.4f}", s.operators] for s in self.passes
         ]
-        headers = ["pass", "tier", "GFLOPs after", "ratio", "operators"]
-        lines += ["", tabulate(steps, headers, disable_numparse=True, colalign=("left",) * 2 + ("right",) * 3)]
+        lines += ["", table(["pass", "tier", "GFLOPs after", "ratio", "operators"], steps, left=(0, 1))]
         if self.sites:
             branches = any(s.windows for s in self.sites)
             rows = [
                 [s.block, s.layer, s.tokens_in, s.propagated, s.tokens_out, *([_where(s)] if branches else [])]
                 for s in self.sites
             ]
-            headers = ["block", "layer", "tokens in", "propagated", "tokens out", *(["where"] if branches else [])]
-            lines += ["", tabulate(rows, headers)]
+            headers = ["block", "layer", "tokens\nin", "leave", "out", *(["where"] if branches else [])]
+            lines += ["", table(headers, rows, left=(1, 5), shortened=1)]
         if self.contenders:
             lines += ["", *_contest(self.contenders)]
         if self.token_inputs:
@@ -173,16 +174,16 @@ class Report:
 
 def _where(site: SiteRow) -> str:
     """Say whether a site works on the stream or on a branch."""
-    return f"branch, in each of {site.windows} windows" if site.windows else "stream"
+    return f"branch, {site.windows} windows" if site.windows else "stream"
 
 
 def _contest(contenders: tuple[Contender, ...]) -> list[str]:
     """Return the lines on what strategy="auto" chose from: the best contender of each strategy, or why it has none."""
     judged = {row.name: row for row in reversed(contenders) if row.moved is not None}
     best = sorted(judged.values(), key=contenders.index)
-    rows = [[f"{row.moved:.4g}", row.images, row.schedule, row.strategy] for row in best]
+    rows = [[row.name, f"{row.moved:.4g}", row.images, row.schedule] for row in best]
     refused = {row.name: row.refused for row in contenders if row.name not in judged}
     return [
-        tabulate(rows, ["divergence", "images", "schedule", "the best of each strategy"], disable_numparse=True),
+        table(["the best of\neach strategy", "diver-\ngence", "images", "schedule"], rows, left=(0, 3)),
         *(f"left out: {name}: {why}" for name, why in refused.items()),
     ]

@@ -39,7 +39,10 @@ def test_optimises_checks_and_says_what_the_weights_are() -> None:
     assert done.exit_code == 0, done.output
     assert f"{NAME}, weights: random (seed 0), not a trained model; float32 on cpu" in done.stdout
     assert "budget 0.7" in done.stdout
-    assert "tokens out" in done.stdout
+    assert "blocks.0.attn" in done.stdout
+    assert "strategy regeneration\n  score='broadcast-mean'," in done.stdout
+    tables = [line for line in done.stdout.splitlines() if "  " in line.strip()]
+    assert len(tables) > 20 and max(map(len, tables)) <= 80
     assert "on 3 views of the photograph" in done.stdout
 
 

@@ -11,6 +11,7 @@ import transformers
 from typer.testing import CliRunner
 
 from gtp_fx.cli import app as cli
+from gtp_fx.cli.arguments import built_with
 from gtp_fx.cli.models import load_named, named_on_meta
 from gtp_fx.errors import LoadError
 
@@ -62,6 +63,53 @@ def test_a_class_and_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ):
         with pytest.raises(LoadError, match=message):
             load_named(name)
+
+
+def test_arguments_build_a_model_of_every_kind_or_are_refused_by_name(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "takes_arguments.py").write_text(
+        "import timm\ndef tiny(num_classes, depth=2):\n"
+        "    return timm.create_model('test_vit', num_classes=num_classes, depth=depth)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    seven = {"num_classes": 7, "depth": 3}
+    assert len(load_named("test_vit", built_with={**seven, "img_size": (96, 64)}).model.blocks) == 3
+    assert named_on_meta("takes_arguments:tiny", seven).num_classes == 7
+    small = {"num_classes": 7, "img_size": 64, "num_hidden_layers": 1}
+    config = named_on_meta("ViTForImageClassification", small).config
+    assert (config.num_labels, config.image_size, config.num_hidden_layers) == (7, 64, 1)
+    assert load_named(str(saved), built_with={"hidden_act": "relu"}).model.config.hidden_act == "relu"
+    for name, given, message in (
+        ("test_vit", {"detph": 3}, r"test_vit\(detph=3\) can't be built: TypeError: .*'detph'"),
+        ("test_vit", {"checkpoint_path": "x"}, "checkpoint_path: this is timm.create_model's own"),
+        ("takes_arguments:tiny", {"width": 3}, "when it is called with width"),
+        ("ViTForImageClassification", {"hiden_size": 48}, "has no field 'hiden_size'.*did you mean 'hidden_size'"),
+        ("ViTForImageClassification", {"num_hidden_layers": "x"}, "num_hidden_layers=.x.. can.t be built"),
+        (str(saved), {"num_classes": 9}, r"num_classes=9\) can't be loaded"),
+    ):
+        with pytest.raises(LoadError, match=message):
+            load_named(name, built_with=given)
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["--img-size", "224x"], "--img-size 224x: give a side"),
+        (["--num-classes", "-1"], "--num-classes -1"),
+        (["--model-arg", "depth"], "--model-arg depth: give a name and a value"),
+        (["--num-classes", "7", "--model-arg", "num_classes=8"], "num_classes is given twice"),
+    ],
+)
+def test_arguments_of_another_form_are_named(typed: list[str], told: str) -> None:
+    done = CliRunner().invoke(cli.app, ["inspect", "test_vit", *typed])
+    assert done.exit_code == 2 and told in done.stderr
+
+
+def test_values_of_arguments_are_json_or_text() -> None:
+    typed = ["depth=3", "qkv_bias=False", "global_pool=avg", "window=[7, 7]", "norm=null"]
+    values = {"depth": 3, "qkv_bias": False, "global_pool": "avg", "window": [7, 7], "norm": None}
+    assert built_with(None, "96x64", typed) == {"img_size": (96, 64), **values}
 
 
 def test_what_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_dense_features(photo: str, tmp_path: Path) -> None:
     out = tmp_path / "features.png"
     told = run_example("dense_features.py", photo, "--model", "test_vit", "--out", str(out))
     assert "cosine of each patch's features" in told
-    assert Image.open(out).size == (1024, 512)
+    assert Image.open(out).size == (1024, 552)
 
 
 def test_vlm_tower(photo: str, clip: str) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 import gtp_fx
 from gtp_fx.model import exporting
+from gtp_fx.model.exporting import files
 from gtp_fx.strategies import STRATEGIES
 
 from support import hf_models
@@ -55,6 +56,26 @@ def test_every_strategy_is_written_out_in_aten(strategy: str) -> None:
     assert [name for name, _ in program.named_parameters()] == [name for name, _ in fast.named_parameters()]
     for x, wanted in batches(fast):
         close(program.module()(x), wanted)
+
+
+def test_progress_is_shown_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[bool] = []
+    bar = files.progress_bar
+
+    def asked_for(shown: bool) -> Any:
+        asked.append(shown)
+        return bar(shown)
+
+    monkeypatch.setattr(files, "progress_bar", asked_for)
+    monkeypatch.setattr(files, "program_of", lambda model: model)
+    monkeypatch.setattr(files, "_written", lambda made, path, chosen, steps: (chosen, steps.label, steps.finished))
+    model: Any = None
+    assert gtp_fx.export(model, tmp_path / "x.pt2") == ("torch", "tracing, for any batch", 1)
+    gtp_fx.export(model, tmp_path / "x.pt2", progress=True)
+    assert asked == [False, True] and not gtp_fx.Calibration(None).progress
+    assert capfd.readouterr().err == ""  # which is no terminal
 
 
 def test_a_program_is_saved_and_loaded(tmp_path: Path) -> None:

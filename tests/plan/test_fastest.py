@@ -99,7 +99,7 @@ def test_what_is_predicted_slower_is_said_before_anything_is_compiled() -> None:
     fast = gtp_fx.optimize(model, flops_budget=0.74, target="h100", batch=1, compile=False)
     assert "predicted slower than the original on target 'h100' for a batch of 1" in str(fast.report)
     large = Planner(meta_deit(), torch.empty(2, 3, 224, 224, device="meta", dtype=torch.bfloat16))
-    assert not large.plan(Options.of(flops_budget=0.74, target="h100", batch=256)).slower
+    assert not large.plan(Options.of(flops_budget=0.74, target="h100", batch=256)).hint
     with pytest.raises(
         gtp_fx.BudgetError, match=r"latency_budget=0\.9 of the original's time on target 'h100', 1 images"
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 import gtp_fx
+from gtp_fx.errors import BusyError
 from gtp_fx.measure import tune_target as tuning
+from gtp_fx.measure.steadiness import Share
 from gtp_fx.plan.cost.seconds import seconds
 from gtp_fx.targets import CPU, TARGETS, Curve, Target, detect, listed, target_named
 from gtp_fx.targets.tuned import as_dict, from_dict, load_tuned, save_tuned, tuned_file
@@ -174,12 +177,19 @@ def test_a_file_that_is_no_measurement_counts_as_none(cache: Path, text: str) ->
     assert detect("cpu") == listed("cpu")
 
 
+def test_tune_refuses_a_busy_machine_before_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "processor_share", lambda: contextlib.nullcontext(Share(0.6)))
+    with pytest.raises(BusyError, match="60% of a processor"):
+        tuning.tune_target(listed("cpu"), rounds=1, progress=lambda *step: pytest.fail("it went on"))
+
+
 def test_tune_measures_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled and one round: that it runs and covers all kinds; its figures are for a quiet machine."""
     monkeypatch.setattr(tuning, "_compiled", tuning._bound)
     steps: list[tuple[str, int, int]] = []
-    target = tuning.tune_target(listed("cpu"), rounds=1, progress=lambda *step: steps.append(step))
+    target = tuning.tune_target(listed("cpu"), rounds=1, progress=lambda *step: steps.append(step), anyway=True)
     assert set(target.curves) == set(KINDS)
-    assert target.measured.endswith("float32, medians of 1 rounds")
+    assert "float32, medians of 1 rounds, too few to tell their spread, " in target.measured
+    assert target.measured.endswith("% of a processor")
     assert steps[-1][1] == steps[-1][2], "the bar ends full"
     assert "GFLOP/s in float32" in tuning.describe(target)

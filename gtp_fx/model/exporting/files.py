@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from gtp_fx.capture.inputs import tensors_in
+from gtp_fx.errors import ExportError
 from gtp_fx.graph.torch_internals import load_aoti, package_aoti
 from gtp_fx.graph.verify import rounding_tolerance
 from gtp_fx.model.exporting.onnx import must_have_packages, run_onnx, write_onnx
-from gtp_fx.model.exporting.program import ExportError, Program, program_of
+from gtp_fx.model.exporting.program import Program, program_of
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
+from gtp_fx.options.progress import Steps, progress_bar
 
 FORMATS = {
     "torch": "a torch.export program, .pt2: torch.export.load(file).module()",
@@ -57,25 +59,39 @@ class Exported:
         return f"{self.file}: {FORMATS[self.format]}\n{self.bytes / 2**20:.1f} MiB; {checked}"
 
 
-def export(model: OptimizedModel, file: str | Path, format: str | None = None) -> Exported:
+def export(model: OptimizedModel, file: str | Path, format: str | None = None, *, progress: bool = False) -> Exported:
     """Write an optimised model to a file that can be loaded without gtp_fx.
 
     The file has the evaluation graph for any batch, in plain ATen or ONNX operators. That holds for an AOTInductor
     package on a GPU as well: gtp_fx's kernels are used under `torch.compile` only.
 
     format: a name in `FORMATS`; None takes it from the file's suffix, where .pt2 stands for "torch".
+    progress: show a progress bar, where stderr is a terminal.
 
     The file is read back and run. Raises ExportError where it can't be written or computes something else; nothing is
     written in that case.
     """
     path, chosen = Path(file), format_of(file, format)
-    made = program_of(model)
+    with progress_bar(progress) as show:
+        steps = Steps(3, show)
+        steps.begin("tracing, for any batch")
+        made = program_of(model)
+        steps.done()
+        return _written(made, path, chosen, steps)
+
+
+def _written(made: Program, path: Path, chosen: str, steps: Steps) -> Exported:
+    """Write a program, read it back and compare it. Raises ExportError."""
     # Work in a scratch folder on the same file system, and move the files into place only after the check.
     with internal_errors_told(), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         draft = Path(scratch) / path.name
+        steps.begin(f"writing {chosen}")
         _WRITE[chosen](made, draft)
+        steps.done()
+        steps.begin("reading back, checking")
         found = _RUN[chosen](draft, made)
         error = None if isinstance(found, str) else _error(found, made)
+        steps.done()
         for part in Path(scratch).iterdir():
             part.replace(path.parent / part.name)
     return Exported(str(path), chosen, path.stat().st_size, error, found if isinstance(found, str) else "")
@@ -84,8 +100,8 @@ def export(model: OptimizedModel, file: str | Path, format: str | None = None) -
 def format_of(file: str | Path, format: str | None) -> str:
     """Return the format in which `export` would write `file`; cheap, for checks before any work is done.
 
-    Raises ExportError where the format is unknown or doesn't match the suffix, the folder doesn't exist, or a package
-    that ONNX needs is missing.
+    Raises ExportError where the format is unknown or doesn't match the suffix, the folder doesn't exist or
+    can't be written to, or a package that ONNX needs is missing.
     """
     path = Path(file)
     if format is None:
@@ -101,9 +117,20 @@ def format_of(file: str | Path, format: str | None) -> str:
         raise ExportError(f"{path}: a file of format {format!r} ends in {_SUFFIX[format]}")
     if not path.parent.is_dir():
         raise ExportError(f"{path}: {path.parent} is no directory; make it first")
+    _must_be_writable(path)
     if format == "onnx":
         must_have_packages()
     return format
+
+
+def _must_be_writable(path: Path) -> None:
+    """Check that files can be written where `path` is. Raises ExportError, which names that place."""
+    try:
+        tempfile.TemporaryDirectory(dir=path.parent).cleanup()
+    except OSError as error:
+        raise ExportError(
+            f"{path} can't be written: {error.strerror or error} in {path.parent.resolve()}; give another folder"
+        ) from error
 
 
 def _error(found: list[Tensor], made: Program) -> float:

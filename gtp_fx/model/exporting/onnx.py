@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from gtp_fx.model.exporting.program import ExportError, Program, required
+from gtp_fx.errors import ExportError
+from gtp_fx.model.exporting.program import Program, required
 
 _SLOW = ("ScatterElements", "ScatterND")
 """Operators that runtimes run slowly, or not at all, when they have a reduction."""

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from gtp_fx.capture.called_as import CalledAs
 from gtp_fx.capture.inputs import CallSignature, device_of, tensors_in
 from gtp_fx.capture.module import export_batched
-from gtp_fx.errors import CaptureError, GtpError
+from gtp_fx.errors import CaptureError, ExportError
 from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, tracing_lock
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.optimized_model import OptimizedModel
@@ -23,10 +23,6 @@ from gtp_fx.ops.register import written_in_aten
 
 _IMAGES = 3
 """Batch of the example: not one, which broadcasts, and not two, which the model was captured with."""
-
-
-class ExportError(GtpError):
-    """The model can't be written in the requested format."""
 
 
 @dataclass(frozen=True, eq=False)

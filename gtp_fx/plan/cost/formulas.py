@@ -17,7 +17,7 @@ import numpy as np
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx import ops
+import gtp_fx.ops as ops
 from gtp_fx.graph.operators import CONVOLUTIONS, MATRIX_PRODUCTS, PRODUCTS_ADDED_TO, TRANSPOSED_CONVOLUTIONS
 from gtp_fx.plan.cost.opened import opened
 
