@@ -43,6 +43,8 @@ from gtp_fx.errors import (  # noqa: E402
     ScheduleError,
     UnsupportedModelError,
 )
+from gtp_fx.measure.evaluation.evaluate import evaluate  # noqa: E402
+from gtp_fx.measure.evaluation.evaluation import Evaluation  # noqa: E402
 from gtp_fx.model.exporting import Exported, ExportError, export, exported_program  # noqa: E402
 from gtp_fx.model.optimize import optimize  # noqa: E402
 from gtp_fx.model.optimized_model import OptimizedModel  # noqa: E402
@@ -61,6 +63,7 @@ __all__ = [
     "BudgetError",
     "Calibration",
     "CaptureError",
+    "Evaluation",
     "ExportError",
     "Exported",
     "GtpError",
@@ -78,6 +81,7 @@ __all__ = [
     "ToMe",
     "TopK",
     "UnsupportedModelError",
+    "evaluate",
     "export",
     "exported_program",
     "load",

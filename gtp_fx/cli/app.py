@@ -12,6 +12,7 @@ import typer
 
 import gtp_fx
 from gtp_fx.cli.bench import bench
+from gtp_fx.cli.eval import evaluate
 from gtp_fx.cli.export import export
 from gtp_fx.cli.inspect import inspect
 from gtp_fx.cli.optimize import optimize
@@ -44,6 +45,7 @@ def _root(
 _root.__doc__ = app.info.help
 for command in (optimize, inspect, plan, tune, bench, export, show):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 if __name__ == "__main__":
