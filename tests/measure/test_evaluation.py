@@ -92,6 +92,8 @@ def test_intervals_are_those_published() -> None:
     }.items():
         found = share(right, of)
         assert (round(found.low, 4), round(found.high, 4)) == (low, high)
+    whole = share(24, 24)
+    assert whole.low < whole.value == whole.high == 1
     changed = difference(150, 86, 1600)
     assert changed.value == -0.04 and changed.low == pytest.approx(-0.059, abs=5e-4)
     assert changed.high == pytest.approx(-0.021, abs=5e-4)

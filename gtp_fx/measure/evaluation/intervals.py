@@ -25,7 +25,8 @@ def share(right: float, images: float) -> Estimate:
     p, z2 = right / images, _Z * _Z / images
     middle = (p + z2 / 2) / (1 + z2)
     half = _Z / (1 + z2) * math.sqrt(p * (1 - p) / images + z2 / (4 * images))
-    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half))
+    # At shares of 0 and 1 the interval ends there, but for rounding.
+    return Estimate(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))
 
 
 def difference(lost: float, won: float, images: float) -> Estimate:

@@ -90,6 +90,6 @@ def _read(file: Path, run: Mapping[str, object]) -> dict[int, Found]:
         except ValueError:
             continue  # the last line of a run that was cut off while it wrote
         for place, one, five, now_one, now_five, same, divergence, cosine in rows:
-            flags = map(bool, (one, five, now_one, now_five, same))
-            found[place] = Found(place, *flags, divergence=divergence, cosine=cosine)
+            right = bool(one), bool(five), bool(now_one), bool(now_five)
+            found[place] = Found(place, *right, bool(same), divergence, cosine)
     return found
