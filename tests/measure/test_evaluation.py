@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ from typer.testing import CliRunner
 
 import gtp_fx
 from gtp_fx.cli import app as cli
+from gtp_fx.measure.evaluation import draw
 from gtp_fx.measure.evaluation.evaluation import Evaluation
 from gtp_fx.measure.evaluation.found import Found, Outputs, Sums, outputs_of
 from gtp_fx.measure.evaluation.image_set import NO_LABEL, read_set
 from gtp_fx.measure.evaluation.intervals import difference, mean, share
 from gtp_fx.measure.evaluation.record import Record
+from gtp_fx.measure.evaluation.rows import About, Row
+from gtp_fx.measure.evaluation.times import Times
+from gtp_fx.measure.timing import Spread
 from gtp_fx.plan.damage.divergence import divergence
+from gtp_fx.report import plots
 from gtp_fx.strategies import GTP, ToMe
 
 from support.tiny_vit import TinyViT
@@ -105,9 +111,17 @@ def test_intervals_are_those_published() -> None:
     assert math.isnan(mean(1, 2.0, 4.0).low) and math.isnan(share(0, 0).value)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where matplotlib isn't installed, which costs a second to import."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
 @torch.no_grad()
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.filterwarnings("ignore:.*evaluation.png wasn't drawn")
 def test_a_row_is_what_a_loop_finds(pictures: Path, tmp_path: Path) -> None:
-    """With labels of folders; the picture, the table and the JSON are there."""
+    """With labels of folders; the table and the JSON are there."""
     from gtp_fx.cli.photo import prepared
 
     model = Classifier().eval()
@@ -131,12 +145,7 @@ def test_a_row_is_what_a_loop_finds(pictures: Path, tmp_path: Path) -> None:
         "won": int((now_right & ~right).sum()),
     }
     assert row.sums.mean_divergence.value == pytest.approx(divergence(after, before), rel=1e-4)
-    assert {file.name for file in (tmp_path / "out").glob("evaluation*")} == {
-        "evaluation.json",
-        "evaluation.md",
-        "evaluation.png",
-    }
-    assert Image.open(tmp_path / "out" / "evaluation.png").size[0] > 500
+    assert "| random 0.8" in (tmp_path / "out" / "evaluation.md").read_text()
     read = Evaluation.read(tmp_path / "out" / "evaluation.json")
     assert read is not None and str(read) == str(found) and read.rows[0].sums == found.rows[0].sums
     told = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"][1]["estimates"]["top1"]
@@ -152,6 +161,53 @@ def test_a_table_fits_80_columns_and_says_what_it_lacks(pictures: Path, classes:
     assert ("it has 3 folders and the model 5 outputs: give --class-map FILE" in plain) == (classes == 5)
     assert "No regeneration 0.01: flops_budget=0.01 can't be reached: the lowest ratio" in plain
     assert "Times were not measured; outputs are those of eager models" in plain
+
+
+def test_memory_of_a_gpu_has_a_column() -> None:
+    """Values made by hand; with digits enough for a large model."""
+    sums = Sums.of([Found(0, True, True, False, True, False, 0.123456, 0.9876), Found(1, *[True] * 5, 1e-5, 1.0)])
+    spread = Spread(1.0123, 1.2345, 1.3456)
+    times = Times(512, 15, spread, 1.5, spread, 81_559 * 2**20)
+    about = About("ViT", {"dtype": "bfloat16", "how": "compiled"}, "a folder", 2, "", "", Outputs.classes, 9, "a GPU")
+    text = str(Evaluation(about, (Row("regeneration 0.74", {}, "", (), 0.74, sums, times),)))
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"regeneration 0\.74 +0\.7400 +1234\.5 +414\.7 +1\.234× +1\.012 – 1\.346 +81559", text)
+    assert "MiB: most memory of the GPU" in " ".join(text.split()) and "isn't measured" not in text
+
+
+@pytest.mark.parametrize(
+    ("outputs", "unlabelled", "timed", "told"),
+    [
+        (Outputs.classes, "", True, "top-1, %"),
+        (Outputs.classes, "no labels", False, "same class as the original, %"),
+        pytest.param(Outputs.features, "features", True, "cosine", marks=pytest.mark.nightly),
+    ],
+)
+def test_the_picture(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outputs: Outputs,
+    unlabelled: str,
+    timed: bool,
+    told: str,
+) -> None:
+    """A point for each row, at its share of the time (of the FLOPs where no time is known), and the original's at 1."""
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(draw, "save", lambda figure, file: (drawn.append(figure), plots.save(figure, file)))
+    sums = Sums.of([Found(i, True, True, i > 0, True, i > 1, 0.1, 0.9) for i in range(4)])
+    times = Times(8, 3, Spread(0.4, 0.5, 0.6), 1.0, Spread(1.8, 2.0, 2.5), None) if timed else None
+    about = About("ViT", {"dtype": "float32", "how": "eager"}, "a folder", 4, "", unlabelled, outputs, 9, "cpu")
+    rows = (Row("tome 0.7", {"strategy": "tome"}, "", (), 0.7, sums, times), Row("tome 0.1", {}, reason="can't"))
+    Evaluation(about, rows).plot(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size[0] > 500
+    (axes,) = drawn[0].axes
+    points = [tuple(zip(*line.get_data(), strict=True)) for line in axes.lines if line.get_marker() in ("o", "s")]
+    height = 75 if not unlabelled else 50 if outputs is Outputs.classes else 90
+    assert points[0] == ((0.5 if timed else 0.7, pytest.approx(height)),) and points[1] == ((1, 100),)
+    assert axes.get_ylabel().startswith(told) and ("FLOPs" in axes.get_xlabel()) == (not timed)
+    with pytest.raises(gtp_fx.OptionError, match="nothing to draw"):
+        Evaluation(about, rows[1:]).plot(tmp_path / "b.png")
 
 
 @pytest.mark.nightly
@@ -172,6 +228,8 @@ def test_nothing_is_measured_twice(pictures: Path, tmp_path: Path) -> None:
     assert Counting.seen - seen > 12 and again.about.run["weights"] != before["weights"]
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.filterwarnings("ignore:.*evaluation.png wasn't drawn")
 def test_an_evaluation_that_was_broken_off_goes_on(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +393,7 @@ def test_a_record_is_of_one_run(tmp_path: Path) -> None:
 
 
 def test_the_command(pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     given = ["eval", "test_vit", "--data", str(pictures), "--flops-budget", "0.8", "--strategy", "tome", "--no-timing"]
     out = tmp_path / "out"
     done = CliRunner().invoke(cli.app, [*given, "--limit", "6", "--out", str(out)])

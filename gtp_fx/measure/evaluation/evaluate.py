@@ -247,4 +247,4 @@ def _write(evaluation: Evaluation, folder: Path, whole: bool = True) -> None:
     try:
         evaluation.plot(folder / PICTURE)
     except OptionError as error:
-        warnings.warn(f"{folder / PICTURE} wasn't drawn: {error}", stacklevel=3)
+        warnings.warn(f"{folder / PICTURE} wasn't drawn: {error}", stacklevel=4)

@@ -95,7 +95,7 @@ def _notes(about: About, rows: Sequence[Row]) -> list[str]:
         f"{about.model}, {run['dtype']} on {about.machine}; {about.parameters / 1e6:.2f} M parameters, "
         f"the same in every row. {about.images} images of {about.data}{prepared}."
     ]
-    if about.unlabelled:
+    if about.unlabelled and is_classes:
         notes.append(f"No top-1 and top-5 of {about.data}: {about.unlabelled}.")
     notes.append(
         "Intervals are of 95 %: Wilson's for shares, a paired one for the change (both models saw the same images). "
