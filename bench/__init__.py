@@ -7,7 +7,7 @@
     schedules           what each way of choosing a schedule costs in accuracy, on the digit nets
     accuracy            what every strategy costs in accuracy, at equal FLOPs, on nets trained on three tasks
     tuning              GTP's parameters chosen without labels, against a grid search with labels
-    imagenet            top-1 and top-5 of a model and its optimised form on a real image set; torchrun
+    imagenet            top-1 and top-5, or agreement, of a model and its optimised form on a real image set; torchrun
     finetune            self-distillation through the optimised graph
     digit_nets          small nets trained on scikit-learn's digits, to measure accuracy; `pip install -e ".[bench]"`
     export_times        speed-up in onnxruntime and as an AOTInductor package

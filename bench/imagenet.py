@@ -1,10 +1,12 @@
-"""Top-1 and top-5 of a model and of what gtp_fx makes of it, on a real image set.
+"""Top-1 and top-5 of a model and of what gtp_fx makes of it, on a real image set; without labels their agreement.
 
     python -m bench.imagenet --model deit_small_patch16_224 --pretrained --data imagenet/val --flops-budget 0.74
+    python -m bench.imagenet --model … --pretrained --data photographs --flops-budget 0.74 --agreement-only
     torchrun --nproc-per-node 8 -m bench.imagenet --model … --data … --flops-budget 0.74 --device cuda
 
 timm's own transforms for the model, bfloat16, compiled. With --state FILE an interrupted run continues where it
-stopped. Under torchrun processes share the images; the counts are the same as one process finds.
+stopped, and the original's outputs are kept for the next strategy. Under torchrun processes share the images; the
+counts are the same as one process finds. `gtp-fx eval` compares several budgets and strategies at once, in one process.
 """
 
 from __future__ import annotations
@@ -14,28 +16,34 @@ import hashlib
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import timm.data
 import torch
 import torch.distributed as dist
 import typer
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 import gtp_fx
 from bench.environment import Environment
-from bench.imagenet_data import DataError, ImageSet, Transformed, read_set
-from bench.imagenet_record import Found, Record, StateError
 from bench.output import publish
 from gtp_fx.cli.weights import load_model
-from gtp_fx.errors import GtpError
+from gtp_fx.errors import CheckError, GtpError, OptionError
+from gtp_fx.measure.benchmark import ORIGINAL
+from gtp_fx.measure.evaluation.base_outputs import BaseOutputs
+from gtp_fx.measure.evaluation.data import Data
+from gtp_fx.measure.evaluation.evaluate import folder_of_images, identity
+from gtp_fx.measure.evaluation.found import Outputs, Sums
+from gtp_fx.measure.evaluation.intervals import Estimate
+from gtp_fx.measure.evaluation.passing import evaluate_on
+from gtp_fx.measure.evaluation.record import Record
+from gtp_fx.measure.evaluation.subject import Subject
 from gtp_fx.options.options import DEFAULTS
 from gtp_fx.options.progress import progress_bar
+from gtp_fx.targets.cache import cache_folder
 
 _WARM_UP = 3
 """Batches that aren't timed: compiling, and what the first calls allocate."""
@@ -48,40 +56,45 @@ class Workers:
     rank: int
     count: int
 
-    def total(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+    def total(self, sums: Sums, device: torch.device) -> Sums:
         """Sums over all processes."""
-        values = torch.tensor(numbers, dtype=torch.int64, device=device)
-        if self.count > 1:
-            dist.all_reduce(values)
-        return [int(value) for value in values]
+        if self.count == 1:
+            return sums
+        values = torch.tensor(astuple(sums), dtype=torch.float64, device=device)
+        dist.all_reduce(values)
+        return Sums(*values.tolist())
+
+    def share(self, data: Data) -> Data:
+        """Of the images that are asked for, this process's."""
+        return replace(data, batches=lambda places: data.batches(sorted(places or ())[self.rank :: self.count]))
 
 
-@dataclass(frozen=True)
-class Score:
-    """Of `images` images, how many were right, and the 95 % interval of the share that is (Wilson's)."""
+@dataclass
+class Clocked:
+    """A model that keeps the seconds of every call but the first ones."""
 
-    right: int
-    images: int
+    model: Callable[[Tensor], Any]
+    device: torch.device
+    seconds: list[float] = field(default_factory=list)
+    calls: int = 0
 
-    @property
-    def share(self) -> float:
-        return self.right / max(self.images, 1)
+    def __call__(self, images: Tensor) -> Any:
+        started = _now(self.device)
+        output = self.model(images)
+        spent = _now(self.device) - started
+        self.calls += 1
+        if self.calls > _WARM_UP:
+            self.seconds.append(spent)
+        return output
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        z, n = 1.959964, max(self.images, 1)
-        middle = (self.share + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * (self.share * (1 - self.share) / n + z * z / (4 * n * n)) ** 0.5
-        return middle - half, middle + half
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{100 * self.share:.2f} % ({100 * low:.2f} – {100 * high:.2f})"
+    def rate(self, batch: int) -> float | None:
+        """Images a second; None where there were too few batches."""
+        return batch / statistics.median(self.seconds) if self.seconds else None
 
 
 def main(
     model: Annotated[str, typer.Option(help="timm's name of it.")],
-    data: Annotated[Path, typer.Option(help="A folder of class folders, or of webdataset shards.")],
+    data: Annotated[Path, typer.Option(help="A folder of class folders, of images, or of webdataset shards.")],
     flops_budget: Annotated[float, typer.Option(help="In (0, 1].")],
     strategy: Annotated[str, typer.Option(help="A strategy's name.")] = DEFAULTS["strategy"],
     schedule: Annotated[str, typer.Option(help="auto, uniform or even.")] = "auto",
@@ -95,7 +108,10 @@ def main(
     dtype: Annotated[str, typer.Option()] = "bfloat16",
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
     compile: Annotated[bool, typer.Option(help="Compile both models.")] = True,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
+    agreement_only: Annotated[
+        bool, typer.Option("--agreement-only", help="Labels aren't needed: how often both models say the same.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, evenly spaced.")] = None,
     state: Annotated[
         Path | None, typer.Option(help="Keep what is found in files of this name, and go on from them.")
     ] = None,
@@ -108,21 +124,25 @@ def main(
                 torch.device(device, us.rank % torch.cuda.device_count()) if device == "cuda" else torch.device(device)
             )
             loaded = load_model(model, pretrained=pretrained, weights=weights)
-            config = timm.data.resolve_model_data_config(loaded.model)
-            original = loaded.model.to(place, getattr(torch, dtype))
-            images = read_set(data, int(original.num_classes), class_map)
-            if limit is not None:
-                images = ImageSet(images.root, images.items[:limit])
-            blank = torch.zeros(2, *config["input_size"], device=place, dtype=getattr(torch, dtype))
+            subject = Subject.of(loaded.model.to(place, getattr(torch, dtype)), None)
+            original, classes = subject.model, int(loaded.model.num_classes)
+            if not classes:
+                raise OptionError(f"{model} has no classes: gtp-fx eval compares features")
+            images, prepared = folder_of_images(
+                original, data, classes, class_map=class_map, limit=limit, transform=None, batch=batch, workers=workers
+            )
+            if images.unlabelled and not agreement_only:
+                raise OptionError(
+                    f"data {str(data)!r} has no labels for this model: {images.unlabelled}; --agreement-only needs none"
+                )
             options: dict[str, Any] = {"flops_budget": flops_budget, "strategy": strategy, "schedule": schedule}
-            optimised = gtp_fx.optimize(original, **options, example_inputs=blank, compile=compile)
+            optimised = gtp_fx.optimize(original, **options, compile=compile)
+            about = {**identity(subject, images, prepared, Outputs.classes, compile), "model": model}
+            digest = hashlib.sha256((optimised.captured_graph.code + str(about)).encode()).hexdigest()[:32]
             run = {
-                "model": model,
-                "weights": loaded.weights_origin,
-                "data": images.fingerprint,
-                "images": len(images.items),
-                "class_map": "" if class_map is None else hashlib.sha256(class_map.read_bytes()).hexdigest()[:16],
-                "dtype": dtype,
+                **about,
+                "origin": loaded.weights_origin,
+                "agreement_only": agreement_only,
                 "flops_budget": flops_budget,
                 "strategy": str(optimised.strategy),
                 "schedule": list(optimised.schedule),
@@ -131,73 +151,37 @@ def main(
             before = set(record.found)
             if us.count > 1:
                 dist.barrier()  # nobody writes before everybody has read
-            transform = timm.data.create_transform(**config, is_training=False)
-            todo = [i for i in range(len(images.items)) if i not in before][us.rank :: us.count]
-            loader = DataLoader(Transformed(images, todo, transform), batch, num_workers=workers)
-            baseline: Any = torch.compile(original) if compile else original
-            seconds = _evaluate(baseline, optimised, loader, record, place, getattr(torch, dtype), us.rank == 0)
-            rates = {name: batch / statistics.median(times) if times else None for name, times in seconds.items()}
-            new = [row for place_, row in record.found.items() if place_ not in before]
-            old = [row for place_, row in record.found.items() if place_ in before]
-            counts = [a + b for a, b in zip(us.total(_counts(new), place), _counts(old), strict=True)]
+            models = {
+                ORIGINAL: Clocked(torch.compile(original) if compile else original, place),
+                "optimised": Clocked(optimised, place),
+            }
+            kept = cache_folder() / "base_outputs" / digest / f"{us.rank}of{us.count}"
+            with progress_bar(us.rank == 0) as show, torch.no_grad():
+                _, _, wrong = evaluate_on(
+                    us.share(images),
+                    models,
+                    {"optimised": record},
+                    Outputs.classes,
+                    BaseOutputs(kept, images.images or 0),
+                    subject.placed,
+                    size=batch if compile else 0,
+                    progress=show,
+                )
+            for reason in wrong.values():
+                raise CheckError(reason)
+            new, old = ([row for at, row in record.found.items() if (at in before) is known] for known in (False, True))
+            sums = us.total(Sums.of(new), place).plus(astuple(Sums.of(old)))
+            rates = {name: clocked.rate(batch) for name, clocked in models.items()}
             if us.rank == 0:
-                _publish(run, counts, rates, optimised.report.flops_ratio, us.count, device, batch, out)
-    except (GtpError, DataError, StateError) as error:
+                _publish(run, sums, rates, optimised.report.flops_ratio, us.count, device, batch, out)
+    except (GtpError, CheckError) as error:
         typer.echo(f"imagenet: {error}", err=True)
         raise typer.Exit(2) from error
 
 
-@torch.no_grad()
-def _evaluate(
-    original: nn.Module,
-    optimised: nn.Module,
-    loader: DataLoader[Any],
-    record: Record,
-    device: torch.device,
-    dtype: torch.dtype,
-    shown: bool,
-) -> dict[str, list[float]]:
-    """Seconds of every full batch but the first ones; what is found goes to the record."""
-    seconds: dict[str, list[float]] = {"original": [], "optimised": []}
-    with progress_bar(shown) as show:
-        for number, (images, labels, places) in enumerate(loader):
-            images = images.to(device, dtype)
-            best = {}
-            for name, model in (("original", original), ("optimised", optimised)):
-                started = _now(device)
-                outputs = model(images)
-                spent = _now(device) - started
-                if number >= _WARM_UP and len(images) == loader.batch_size:
-                    seconds[name].append(spent)
-                best[name] = outputs.float().topk(min(5, outputs.shape[1]), dim=1).indices.cpu()
-            record.add(_found(best["original"], best["optimised"], labels, places))
-            show("images", (number + 1) * (loader.batch_size or 1), len(loader) * (loader.batch_size or 1))
-    return seconds
-
-
-def _found(original_B5: Tensor, optimised_B5: Tensor, labels_B: Tensor, places_B: Tensor) -> Iterator[Found]:
-    rows = zip(original_B5.tolist(), optimised_B5.tolist(), labels_B.tolist(), places_B.tolist(), strict=True)
-    for mine, theirs, label, place in rows:
-        yield Found(place, mine[0] == label, label in mine, theirs[0] == label, label in theirs, mine[0] == theirs[0])
-
-
-def _counts(rows: Sequence[Found]) -> list[int]:
-    """Images; right at 1 and 5 by each model; same class; right by the one alone."""
-    return [
-        len(rows),
-        sum(r.original_1 for r in rows),
-        sum(r.original_5 for r in rows),
-        sum(r.optimised_1 for r in rows),
-        sum(r.optimised_5 for r in rows),
-        sum(r.same for r in rows),
-        sum(r.original_1 and not r.optimised_1 for r in rows),
-        sum(r.optimised_1 and not r.original_1 for r in rows),
-    ]
-
-
 def _publish(
     run: dict[str, object],
-    counts: list[int],
+    sums: Sums,
     rates: dict[str, float | None],
     ratio: float,
     processes: int,
@@ -205,29 +189,46 @@ def _publish(
     batch: int,
     out: Path | None,
 ) -> None:
-    images, *right, same, lost, won = counts
-    scores = [Score(count, images) for count in right]
-    told = [f"{rate:.1f}" if rate else "too few batches" for rate in rates.values()]
-    rows = [["original", *scores[:2], told[0]], ["optimised", *scores[2:], told[1]]]
-    table = tabulate(rows, ["", "top-1", "top-5", "images/s a process"], disable_numparse=True)
-    told_below = (
-        f"{images} images, {ratio:.4f} of the FLOPs; same class for {same / max(images, 1):.2%}; "
-        f"right before alone {lost}, since alone {won}; 95 % intervals; {processes} processes, batch {batch}"
+    told = [f"{rate:.1f}" if rate else "not timed" for rate in rates.values()]
+    same, moved = _percent(sums.agreement), sums.mean_divergence
+    below = (
+        f"{int(sums.images)} images, {ratio:.4f} of the FLOPs; same class for {same}; divergence {moved.value:.4g} "
+        f"({moved.low:.4g} – {moved.high:.4g}); 95 % intervals; {processes} processes, batch {batch}"
     )
-    typer.echo(f"{table}\n{told_below}", err=out is None)
-    names = ("images", "original_1", "original_5", "optimised_1", "optimised_5", "same", "lost", "won")
+    estimates = {"same": sums.agreement, "divergence": moved}
+    if run["agreement_only"]:
+        rows, headers = [[ORIGINAL, told[0]], ["optimised", told[1]]], ["", "images/s a process"]
+    else:
+        (one, five), (now_one, now_five) = sums.original, sums.optimised
+        rows = [
+            [ORIGINAL, _percent(one), _percent(five), told[0]],
+            ["optimised", _percent(now_one), _percent(now_five), told[1]],
+        ]
+        headers = ["", "top-1", "top-5", "images/s a process"]
+        below += (
+            f"; right before alone {int(sums.lost)}, since alone {int(sums.won)}: {_percent(sums.gained, '+')} of top-1"
+        )
+        estimates |= {"original_1": one, "original_5": five, "optimised_1": now_one, "optimised_5": now_five}
+        estimates["gained"] = sums.gained
+    typer.echo(f"{tabulate(rows, headers, disable_numparse=True)}\n{below}", err=out is None)
+    counts = sums.counts()
     result = {
         "bench": "imagenet",
         **run,
         "flops_ratio": ratio,
-        "counts": dict(zip(names, counts, strict=True)),
-        "intervals": {name: score.interval for name, score in zip(names[1:5], scores, strict=True)},
+        "counts": {name: counts[name] for name in ("images", "same")} if run["agreement_only"] else counts,
+        "estimates": {name: asdict(estimate) for name, estimate in estimates.items()},
         "images_per_second": rates,
         "batch": batch,
         "processes": processes,
         "environment": asdict(Environment.here(device)),
     }
     publish(result, out)
+
+
+def _percent(estimate: Estimate, sign: str = "") -> str:
+    value, low, high = (f"{100 * part:{sign}.2f}" for part in astuple(estimate))
+    return f"{value} % ({low} – {high})"
 
 
 @contextlib.contextmanager

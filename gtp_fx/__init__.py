@@ -55,6 +55,8 @@ from gtp_fx.errors import (  # noqa: E402
 )
 
 if _typing.TYPE_CHECKING:
+    from gtp_fx.measure.evaluation.evaluate import evaluate
+    from gtp_fx.measure.evaluation.evaluation import Evaluation
     from gtp_fx.model.exporting import Exported, export, exported_program
     from gtp_fx.model.optimize import optimize
     from gtp_fx.model.optimized_model import OptimizedModel
@@ -73,6 +75,7 @@ __all__ = [
     "BudgetError",
     "Calibration",
     "CaptureError",
+    "Evaluation",
     "ExportError",
     "Exported",
     "GtpError",
@@ -90,6 +93,7 @@ __all__ = [
     "ToMe",
     "TopK",
     "UnsupportedModelError",
+    "evaluate",
     "export",
     "exported_program",
     "load",
@@ -97,6 +101,8 @@ __all__ = [
 ]
 
 _LATER = {
+    "gtp_fx.measure.evaluation.evaluate": ("evaluate",),
+    "gtp_fx.measure.evaluation.evaluation": ("Evaluation",),
     "gtp_fx.model.exporting": ("Exported", "export", "exported_program"),
     "gtp_fx.model.optimize": ("optimize",),
     "gtp_fx.model.optimized_model": ("OptimizedModel",),

@@ -12,6 +12,7 @@ import typer
 
 import gtp_fx
 from gtp_fx.cli.bench import bench
+from gtp_fx.cli.eval import evaluate
 from gtp_fx.cli.export import export
 from gtp_fx.cli.inspect import inspect
 from gtp_fx.cli.optimize import optimize
@@ -47,11 +48,14 @@ for command, summary in (
     (inspect, "Print MODEL's attention blocks, and what can be done at each."),
     (plan, "Print what a budget would do to MODEL, without compiling."),
     (bench, "Time MODEL against its optimised forms, by budget."),
+    (evaluate, "Measure accuracy or agreement on your images, by budget."),
     (show, "Draw which of a photograph's tokens go, and where to."),
     (export, "Optimise MODEL and write it as ONNX or .pt2."),
     (tune, "Measure this machine, so that predictions for it are right."),
 ):
-    app.command(short_help=summary)(command)  # whole in 80 columns, where a docstring is cut
+    app.command("eval" if command is evaluate else None, short_help=summary)(
+        command
+    )  # whole in 80 columns, where a docstring is cut
 
 
 if __name__ == "__main__":

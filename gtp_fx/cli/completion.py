@@ -21,7 +21,7 @@ STRATEGIES = (
     "tome",
     "topk",
 )
-"""Names that a strategy may have: "auto", and this package's strategies, as `gtp_fx.strategies.STRATEGIES` has them, which imports torch."""
+"""Names that a strategy may have: "auto" and those in `gtp_fx.strategies.STRATEGIES`, which imports torch."""
 MODES = ("default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 """torch.compile's modes, as torch lists them."""
 _FEWEST = 3

@@ -37,6 +37,7 @@ from gtp_fx.model.modes import parts_apart, parts_with_modes
 from gtp_fx.model.parameters import SHARED, class_like, lend, names_of, names_read, read_from, stand_for
 from gtp_fx.model.pipeline import Optimised, run_passes
 from gtp_fx.model.runner import make_runner
+from gtp_fx.model.saving.card import Evaluated
 from gtp_fx.model.saving.write import save
 from gtp_fx.model.sizes import add_form, form_taking, prepare
 from gtp_fx.model.state import Chosen, Made, Mode, Runner, State, settled
@@ -245,19 +246,22 @@ class OptimizedModel(nn.Module):
             run = make(evaluation)
         return run(*args, **kwargs)
 
-    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+    def save_pretrained(self, folder: str | Path, *, evaluation: Evaluated | None = None, **options: Any) -> None:
         """Write the whole into a folder, from which `gtp_fx.load` makes it again: the same schedule and result.
 
         A model with a save_pretrained of its own (Hugging Face's) is written by that as well: the folder is also one
         of the original. Others' weights are in model.safetensors. A save that is broken off leaves nothing to load.
 
+        evaluation: what `gtp_fx.evaluate` found of this model, for a section of README.md, the model card.
         options: what the original's own takes, such as `max_shard_size`.
 
-        Raises SaveError where something of the model can't be in files.
+        Raises SaveError where something of the model can't be in files, and OptionError where the evaluation is of
+        other models.
         """
         state = self._gtp
+        card = "" if evaluation is None else evaluation.model_card(self)
         with internal_errors_told():
-            self._changing(save, state, self.signature, Path(folder), options)
+            self._changing(save, state, self.signature, Path(folder), options, card)
 
     def __getattr__(self, name: str) -> Any:
         """Look up what this module lacks on the original; its methods become optimised ones."""

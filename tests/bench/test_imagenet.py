@@ -21,14 +21,20 @@ from typer.testing import CliRunner
 
 import gtp_fx
 from bench import imagenet
-from bench.imagenet_data import DataError, read_set
-from bench.imagenet_record import Found, Record, StateError
 from gtp_fx.cli.weights import load_model
+from gtp_fx.measure.evaluation.record import Record
+from gtp_fx.plan.damage.divergence import divergence
 
 pytestmark = pytest.mark.nightly
 
 MODEL = "vit_tiny_patch16_224"
 CLASSES = ("apple", "bread", "cloud", "dune")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is kept from one case to the next."""
+    monkeypatch.setenv("GTP_FX_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +116,36 @@ def test_counts_are_those_by_hand(data: Path, labels: Path, tmp_path: Path) -> N
     assert counts["original_1"] - counts["lost"] + counts["won"] == counts["optimised_1"]
 
 
+@torch.no_grad()
+def test_without_labels_agreement_is_counted_and_the_original_runs_once(data: Path, tmp_path: Path) -> None:
+    """On a folder of images alone; and what is found of the base is kept for the next strategy."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for folder in CLASSES:
+        for file in (data / folder).iterdir():
+            (flat / f"{folder}{file.name}").write_bytes(file.read_bytes())
+    app, out = typer.Typer(), tmp_path / "a.json"
+    app.command()(imagenet.main)
+    given = [word for word in arguments(flat, tmp_path, out) if word not in ("--class-map", str(tmp_path))]
+    refused = CliRunner().invoke(app, given)
+    assert refused.exit_code == 2 and "has no class folders; --agreement-only needs none" in refused.output
+    found = []
+    for strategy in ("regeneration", "tome", "tome"):
+        done = CliRunner().invoke(app, [*given, "--agreement-only", "--strategy", strategy], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        found.append(json.loads(out.read_text()))
+    assert [result["images_per_second"]["original"] is None for result in found] == [False, True, True]
+    assert found[1]["estimates"] == found[2]["estimates"] != found[0]["estimates"]
+    transform, model = _transform(), load_model(MODEL).model
+    x = torch.stack([transform(Image.open(file)) for file in sorted(flat.iterdir())])
+    before, after = model(x), gtp_fx.optimize(model, flops_budget=0.7, strategy="tome", compile=False)(x)
+    same = found[1]["estimates"]["same"]
+    assert found[1]["counts"] == {"images": 24, "same": int((before.argmax(1) == after.argmax(1)).sum())}
+    assert same["low"] < same["value"] <= same["high"] and "original_1" not in found[1]["estimates"]
+    moved = found[1]["estimates"]["divergence"]
+    assert moved["value"] == pytest.approx(divergence(after, before), rel=1e-3) and moved["low"] < moved["high"]
+
+
 def test_two_processes_find_the_same(data: Path, labels: Path, tmp_path: Path) -> None:
     alone = run(data, labels, tmp_path / "one.json")
     state = tmp_path / "state"
@@ -177,20 +213,3 @@ def test_shards_are_the_folder(data: Path, labels: Path, tmp_path: Path) -> None
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
     assert run(shards, labels, tmp_path / "b.json")["counts"] == run(data, labels, tmp_path / "a.json")["counts"]
-
-
-def test_what_is_wrong_is_named(data: Path, labels: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no folder"):
-        read_set(tmp_path / "nowhere", 1000)
-    with pytest.raises(DataError, match="has 4 folders and the model 1000 outputs: give --class-map"):
-        read_set(data, 1000)
-    with pytest.raises(DataError, match="holds no image"):
-        read_set(tmp_path, 0)
-    short = tmp_path / "short.txt"
-    short.write_text("apple bread")
-    with pytest.raises(DataError, match="has 2 names and the model 4 outputs"):
-        read_set(data, 4, short)
-    Record.of(tmp_path / "state", {"model": "a", "dtype": "float32"}).add([Found(0, True, True, False, True, False)])
-    assert Record.of(tmp_path / "state", {"model": "a", "dtype": "float32"}).found[0].optimised_5
-    with pytest.raises(StateError, match="of a run with dtype='float32', and this one has dtype='bfloat16'"):
-        Record.of(tmp_path / "state", {"model": "a", "dtype": "bfloat16"})

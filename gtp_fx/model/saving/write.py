@@ -20,6 +20,7 @@ from gtp_fx.capture.tapped import with_taps
 from gtp_fx.errors import SaveError
 from gtp_fx.model.saving import record, tensors
 from gtp_fx.model.saving.build import recipe_of
+from gtp_fx.model.saving.card import write_card
 from gtp_fx.model.saving.plain import graph_to_plain, to_plain
 from gtp_fx.model.saving.record import Record, versions_of
 from gtp_fx.model.state import State
@@ -40,11 +41,12 @@ _WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?|gtp_fx)\.safetensors(\.index\.json)
 """Names of the files that a saved model's weights are in."""
 
 
-def save(state: State, signature: CallSignature, folder: Path, options: Mapping[str, Any]) -> None:
+def save(state: State, signature: CallSignature, folder: Path, options: Mapping[str, Any], card: str = "") -> None:
     """Write an optimised model into a folder, which is made where there is none.
 
     signature: how it is called, on its device.
     options: what the original's own save_pretrained is called with, where it has one.
+    card: a section for README.md; "" for none.
 
     Raises SaveError, OptionError where the strategy can't be written down, and CaptureError.
     """
@@ -71,6 +73,8 @@ def save(state: State, signature: CallSignature, folder: Path, options: Mapping[
             else:
                 _write_own(model, draft, options)
             _complete(described, model, draft)
+            if card:
+                write_card(card, draft, folder)
             _move(draft, folder)
     except OSError as error:
         raise SaveError(f"{folder}: {error.strerror or error}; nothing that can be loaded was written") from error
