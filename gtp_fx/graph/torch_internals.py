@@ -226,6 +226,126 @@ def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], options: Ma
     return cast("Callable[..., Any]", compile_fx(gm, list(inputs), config_patches=dict(options)))
 
 
+def fill_values(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Note every node's value, as fake tensors, where Dynamo hasn't: for inputs of a backend, in its own fake mode.
+
+    Public: `torch.fx.passes.fake_tensor_prop`, undocumented.
+    """
+    from torch._guards import detect_fake_mode
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    own = (node for node in gm.graph.nodes if node.op != "output")
+    if all("example_value" in node.meta for node in own) or (mode := detect_fake_mode(list(inputs))) is None:
+        return
+    for node in gm.graph.nodes:
+        node.meta.pop("val", None)
+        node.meta.pop("example_value", None)
+    fakes = [  # parameters come as they are
+        mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) and not is_fake(value) else value
+        for value in inputs
+    ]
+    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)
+
+
+def hint_of(size: Any) -> int:
+    """Return the size that a symbolic one has in the first run, without a guard on it. Public: `int`, which guards."""
+    return int(cast(Any, size.node.hint)) if isinstance(size, torch.SymInt) else int(size)
+
+
+class OpenSizes:
+    """Sizes that a compiled function takes as symbols, and what its compilation came to assume of them.
+
+    Public: `torch._dynamo.mark_dynamic`, for sizes of one function's arguments that nothing relates.
+    """
+
+    def __init__(self) -> None:
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        # Sizes that happen to be equal aren't the same: another section has others.
+        self._shapes = ShapeEnv(duck_shape=False)
+        self._mode = FakeTensorMode(shape_env=self._shapes)
+        self._symbols: dict[Any, Any] = {}
+        self._fakes: list[Any] = []
+        self._guards: str | None = None
+
+    def integer(self, value: int, key: Any) -> Any:
+        """Return a symbolic integer for an argument; one for all arguments, sizes and strides of the same key."""
+        from torch._dynamo.source import LocalSource
+
+        fake = self._symbol(value, key, LocalSource(self._argument))
+        self._fakes.append(fake)
+        return fake
+
+    def fake(self, value: Any, keys: Sequence[Any]) -> Any:
+        """Return a fake of an argument, whose sizes and strides are symbolic where they have a key."""
+        if not isinstance(value, Tensor):
+            return self.integer(value, keys[0])
+        if all(key is None for key in keys):
+            fake: Tensor = self._mode.from_tensor(value, static_shapes=True)
+        else:
+            sizes = [
+                self._symbol(n, key, self._source("SIZE", dim))
+                for dim, (n, key) in enumerate(zip(value.shape, keys[: value.dim()], strict=True))
+            ]
+            with self._mode:
+                fake = torch.empty_strided(
+                    sizes, self._strides(value, keys, sizes), dtype=value.dtype, device=value.device
+                )
+            fake.requires_grad_(value.requires_grad)
+        self._fakes.append(fake)
+        return fake
+
+    def _strides(self, value: Tensor, keys: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:
+        """Return strides as products of sizes, as a contiguous tensor has them; else symbols of their own."""
+        found: list[Any] = []
+        for dim, (stride, key) in enumerate(zip(value.stride(), keys[value.dim() :], strict=True)):
+            order = [(theirs, -d) for d, theirs in enumerate(value.stride())]
+            inner = [d for d in range(value.dim()) if order[d] < order[dim]]
+            product, number = 1, 1
+            for d in inner:
+                product, number = product * sizes[d], number * value.shape[d]
+            if key is None:
+                found.append(stride)
+            elif number and stride % number == 0:
+                found.append(product * (stride // number))
+            else:
+                found.append(self._symbol(stride, key, self._source("STRIDE", dim)))
+        return found
+
+    @property
+    def _argument(self) -> str:
+        """Return the next argument's name, as the guards are evaluated with."""
+        return f"t{len(self._fakes)}"
+
+    def _source(self, kind: str, dim: int) -> Any:
+        from torch._dynamo.source import LocalSource, TensorProperty, TensorPropertySource
+
+        return TensorPropertySource(LocalSource(self._argument), TensorProperty[kind], dim)
+
+    def _symbol(self, value: int, key: Any, source: Any) -> Any:
+        """Return a number, or the symbol of its key; `source` is where a guard finds a new one."""
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+        if key is None:
+            return value
+        if key not in self._symbols:
+            symbol = self._shapes.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC)
+            self._symbols[key] = self._shapes.create_symintnode(symbol, hint=value, source=source)
+        return self._symbols[key]
+
+    def tracing(self) -> AbstractContextManager[Any]:
+        """Return the context in which to compile for these arguments."""
+        from torch._guards import TracingContext, tracing
+
+        return tracing(TracingContext(self._mode))
+
+    def hold_for(self, values: Sequence[Any]) -> bool:
+        """Return whether other arguments are within what was assumed while compiling."""
+        if self._guards is None:
+            self._guards = self._shapes.produce_guards_expression(self._fakes, ignore_static=False) or "True"
+        return bool(self._shapes.evaluate_guards_expression(self._guards, values))
+
+
 def inductor_config() -> dict[str, Any]:
     """Return every option of Inductor with its value. Public: `torch._inductor.list_options`, names alone."""
     config: Any = importlib.import_module("torch._inductor.config")

@@ -39,6 +39,7 @@ def optimize(
     calibration: Any = DEFAULTS["calibration"],
     prefix_tokens: int | None = DEFAULTS["prefix_tokens"],
     mode: str | None = DEFAULTS["mode"],
+    shapes: str = DEFAULTS["shapes"],
     compile: bool = True,
     recapture: bool = False,
     taps: Sequence[str] = (),
@@ -91,6 +92,7 @@ def optimize(
         calibration=calibration,
         prefix_tokens=prefix_tokens,
         mode=mode,
+        shapes=shapes,
     )
     must_be_optional(options.disabled_passes)
     any_size, tapped = checked_sizes(sizes), check_taps(model, taps)

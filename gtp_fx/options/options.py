@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from gtp_fx.strategies import Auto, Strategy
 
+SHAPES = ("auto", "shared", "static")
+"""How sizes are compiled; see `Options.shapes`."""
+
 # ---- checks: each takes what the user wrote, and returns a value or raises OptionError
 
 
@@ -52,6 +55,12 @@ def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise OptionError(f"strict={value!r}: give True or False")
     return value
+
+
+def _shapes(value: Any) -> str:
+    if value not in SHAPES:
+        raise OptionError(f"shapes={value!r} is unknown; give one of {', '.join(map(repr, SHAPES))}")
+    return str(value)
 
 
 def _schedule(value: Any) -> str | Schedule | tuple[int, ...]:
@@ -190,6 +199,13 @@ class Options:
         _mode,
         "torch.compile's mode: reduce-overhead (CUDA graphs, for small batches), max-autotune, …; it overrides the "
         "target's options for Inductor.",
+    )
+    shapes: str = _option(
+        "auto",
+        _shapes,
+        '"shared": blocks that differ in nothing but their number of tokens share compiled code, which shortens the '
+        'first call; "static": every number of tokens has code of its own; "auto": shared on a CPU, where runs take '
+        "long enough that it costs them nothing.",
     )
     strict: bool = _option(
         False,

@@ -86,7 +86,7 @@ def _contender(name: str, strategy: str, options: Mapping[str, Any]) -> Contende
 def _told(value: Any) -> str:
     """Return an option's value as text; of tensors in it, a digest."""
     if isinstance(value, Calibration):
-        value = (value.points, value.refine, value.strategy, value.images)
+        value = (value.points, value.refine, value.images)
     leaves = pytree.tree_leaves(value)
     held = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not held:

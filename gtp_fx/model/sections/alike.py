@@ -1,0 +1,149 @@
+"""Sections that are alike: the same operators on values of the same form, which differ in nothing but some numbers.
+
+    number    an integer in a node's arguments, a size or stride of a tensor that comes into a section, or an integer
+              that comes in: 178, or an expression of the batch where that is open
+    column    one number's values in all sections of a kind, in order
+
+A number with the same integer in its whole column is part of the code. Every other is open: what compiles the kind
+takes it as a symbol, the same one for equal columns, so that it knows which sizes are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gtp_fx.model.sections.cut import OUTSIDE, sites, value_of
+
+Number = Hashable
+"""An int, or the expression of a symbolic one."""
+Column = tuple[Number, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Consecutive nodes of a graph.
+
+    nodes: in order.
+    inputs: values of other nodes that they read, in the order of their first use.
+    outputs: places in `nodes` of the values that are read outside.
+    numbers: the integers in their arguments, in order.
+    form: what sections that are alike have in common.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[int, ...]
+    numbers: tuple[int, ...]
+    form: str
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Sections that are alike, and one graph for all of them.
+
+    sections: in the graph's order.
+    graph_module: takes the inputs, and then each open number of the arguments, once per column; returns the outputs.
+    sizes: for each input, the columns of its sizes and strides; for an integer, its own column alone.
+    given: the columns of the open numbers that the graph module takes.
+    as_it_is: whether compiling would cost more than it saves: a site's own operators.
+    """
+
+    sections: tuple[Section, ...]
+    graph_module: fx.GraphModule
+    sizes: tuple[tuple[Column, ...], ...]
+    given: tuple[Column, ...]
+    as_it_is: bool
+
+
+def section(nodes: Sequence[fx.Node]) -> Section:
+    """Describe some consecutive nodes of a graph."""
+    place = {node: i for i, node in enumerate(nodes)}
+    inputs: dict[fx.Node, int] = {}
+    numbers: list[int] = []
+
+    def described(leaf: Any) -> Any:
+        if isinstance(leaf, fx.Node):
+            return f"%{place[leaf]}" if leaf in place else f"input {inputs.setdefault(leaf, len(inputs))}"
+        if type(leaf) is int:
+            numbers.append(leaf)
+            return "#"
+        return repr(leaf)
+
+    calls = [
+        (node.op, str(node.target), id(node.target), fx.node.map_aggregate((node.args, node.kwargs), described))
+        for node in nodes
+    ]
+    outputs = tuple(i for i, node in enumerate(nodes) if any(user not in place for user in node.users))
+    form = str((calls, outputs, [_form(node) for node in inputs]))
+    return Section(tuple(nodes), tuple(inputs), outputs, tuple(numbers), form)
+
+
+def kinds(parts: Iterable[Sequence[fx.Node]]) -> list[Kind]:
+    """Return the sections of a graph by kind."""
+    found: dict[str, list[Section]] = {}
+    for part in parts:
+        described = section(part)
+        found.setdefault(described.form, []).append(described)
+    return [_kind(alike) for alike in found.values()]
+
+
+def is_open(column: Column) -> bool:
+    """Return whether a number differs among sections, or is known only when the graph runs."""
+    return any(type(value) is not int or value != column[0] for value in column)
+
+
+def _form(node: fx.Node) -> Any:
+    """Return what the values of alike sections have in common. Parameters have their sizes, by which layers differ."""
+    value = value_of(node)
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    own = tuple(map(number, value.shape)) if node.op in OUTSIDE else value.dim()
+    return str(value.dtype), str(value.device), value.requires_grad, own
+
+
+def number(value: Any) -> Number:
+    """Return an integer, or the expression of a symbolic one."""
+    return value.node.expr if isinstance(value, torch.SymInt) else int(value)
+
+
+def _kind(alike: Sequence[Section]) -> Kind:
+    """Return the kind of some sections of one form."""
+    first = alike[0]
+    sizes = tuple(
+        tuple(zip(*(_numbers_of(part.inputs[i]) for part in alike), strict=True)) for i in range(len(first.inputs))
+    )
+    columns: list[Column] = list(zip(*(part.numbers for part in alike), strict=True))
+    given = tuple(dict.fromkeys(column for column in columns if is_open(column)))
+    as_it_is = bool(sites(first.nodes))
+    return Kind(tuple(alike), _graph_module(first, columns, given), sizes, given, as_it_is)
+
+
+def _numbers_of(node: fx.Node) -> tuple[Number, ...]:
+    value = value_of(node)
+    return tuple(map(number, (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)))
+
+
+def _graph_module(first: Section, columns: Sequence[Column], given: Sequence[Column]) -> fx.GraphModule:
+    """Return the graph of a section, with what comes in and the open numbers as its arguments."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(f"value_{i}") for i, node in enumerate(first.inputs)}
+    taken: Mapping[Column, fx.Node] = {column: graph.placeholder(f"number_{i}") for i, column in enumerate(given)}
+    remaining = iter(columns)
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, fx.Node):
+            return copies[leaf]
+        if type(leaf) is int:
+            return taken.get(next(remaining), leaf)
+        return leaf
+
+    for node in first.nodes:
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), copied)  # type: ignore[misc]
+        copies[node] = graph.create_node(node.op, node.target, args, kwargs)
+    graph.output(tuple(copies[first.nodes[i]] for i in first.outputs))
+    return fx.GraphModule({}, graph)

@@ -1,0 +1,125 @@
+"""Where a graph is cut into sections: between the parts of its blocks, where little but the stream is alive.
+
+At such a place few values pass from one side to the other, and nearly nothing is lost that a compiler could have fused
+across it. The cuts depend on the graph's form alone, so blocks of one form are cut alike.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+from torch.utils import _pytree as pytree
+
+from gtp_fx.graph.torch_internals import hint_of, is_higher_order
+from gtp_fx.strategies import group_operator as _registers_group  # noqa: F401
+
+OUTSIDE = ("placeholder", "get_attr", "output")
+"""Kinds of nodes that belong to no section."""
+
+_OF_A_SITE = (operator.getitem, gtp_fx.group.default, gtp_fx.propagate.default, aten.gather.default)
+"""Operators that belong to a site where they follow `group`."""
+
+
+def value_of(node: fx.Node) -> Any:
+    """Return what is known of a node's value: a fake tensor, a symbolic integer, or a structure of those."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def can_be_cut(graph: fx.Graph) -> bool:
+    """Return whether a graph can be run in sections.
+
+    It can't where a node calls a module or another graph, or changes a setting (autocast) for those after it.
+    """
+    for node in graph.nodes:
+        if node.op == "call_module" or (node.op != "output" and value_of(node) is None):
+            return False
+        if node.op == "call_function" and is_higher_order(node.target):
+            return False
+        if node.op == "get_attr" and not isinstance(value_of(node), Tensor):
+            return False
+    return True
+
+
+def cut(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Return the graph's calls, in order, in sections.
+
+    A cut lies where fewer values are alive than at the places before and after. A site's own operators are a section.
+    """
+    nodes = [node for node in graph.nodes if node.op not in OUTSIDE]
+    alive = _alive_after(nodes)
+    # Runs of places with equally many values: a cut lies at the end of one between two with more.
+    runs: list[tuple[int, int]] = []
+    for i, count in enumerate(alive[:-1]):
+        if count is None:
+            continue
+        if runs and runs[-1][1] == count:
+            runs[-1] = (i, count)
+        else:
+            runs.append((i, count))
+    cuts = {
+        i + 1
+        for (_, more), (i, count), (_, again) in zip(runs, runs[1:], runs[2:], strict=False)
+        if more > count < again
+    }
+    for start, end in sites(nodes):
+        cuts = {place for place in cuts if not start < place < end} | {start, end}
+    ends = [*sorted(cuts - {0, len(nodes)}), len(nodes)]
+    return [nodes[start:end] for start, end in zip([0, *ends], ends, strict=False) if start < end]
+
+
+def sites(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
+    """Return where the operators of each site begin and end, as places in `nodes`.
+
+    They are those of a strategy's `group`: some thirty small ones, which take longer to compile than all of a block.
+    """
+    found, place = [], 0
+    while place < len(nodes):
+        if nodes[place].target is gtp_fx.group.default:
+            start = place
+            while place < len(nodes) and nodes[place].target in _OF_A_SITE:
+                place += 1
+            found.append((start, place))
+        place += 1
+    return found
+
+
+def _alive_after(nodes: Sequence[fx.Node]) -> list[int | None]:
+    """Return how many values are alive after each node; None where one of them is neither a tensor nor a number."""
+    place = {node: i for i, node in enumerate(nodes)}
+    starts, ends, barred = [0] * (len(nodes) + 1), [0] * (len(nodes) + 1), [0] * (len(nodes) + 1)
+    for node, i in place.items():
+        last = max((place.get(user, len(nodes)) for user in node.users), default=i)
+        starts[i] += 1
+        ends[last] += 1
+        if not isinstance(value_of(node), Tensor | int | torch.SymInt):
+            barred[i] += 1
+            barred[last] -= 1
+    alive, within, found = 0, 0, []
+    for i in range(len(nodes)):
+        alive += starts[i] - ends[i]
+        within += barred[i]
+        found.append(None if within else alive)
+    return found
+
+
+def work(graph: fx.Graph) -> int:
+    """Return the FLOPs of a graph's linear layers and convolutions, at the sizes of its first run."""
+    total = 0
+    for node in graph.nodes:
+        weights = [value_of(source) for source in node.all_input_nodes if source.op in OUTSIDE]
+        weights = [weight for weight in weights if isinstance(weight, torch.nn.Parameter) and weight.dim() > 1]
+        result = value_of(node)
+        if node.op not in OUTSIDE and isinstance(result, Tensor) and weights:
+            total += 2 * math.prod(map(hint_of, result.shape)) * math.prod(map(hint_of, weights[0].shape[1:]))
+    return total
+
+
+def leaves(values: Any) -> list[Any]:
+    """Return the leaves of a node's arguments."""
+    return list(pytree.tree_leaves(values))

@@ -1,0 +1,170 @@
+"""Running a graph in sections: each kind is compiled at its first use, and serves every section of its kind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gtp_fx.graph.torch_internals import OpenSizes, compile_with_inductor, fill_values
+from gtp_fx.model.sections.alike import Column, Kind, is_open, kinds
+from gtp_fx.model.sections.cut import can_be_cut, cut, leaves, work
+
+
+def compile_in_sections(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any], least_work: int = 0
+) -> Callable[..., Any] | None:
+    """Compile a graph that a backend was given, in sections, of which those that are alike share their code.
+
+    inputs: fake tensors and symbolic integers, as Dynamo gives them.
+    options: Inductor's.
+    least_work: FLOPs of a run below which it isn't worth it.
+
+    Returns None there, and where the graph can't be cut or has no sections that are alike: then nothing is gained.
+    """
+    fill_values(gm, inputs)
+    if not can_be_cut(gm.graph) or work(gm.graph) < least_work:
+        return None
+    found = kinds(cut(gm.graph))
+    if all(len(kind.sections) == 1 for kind in found if not kind.as_it_is):
+        return None
+    return Program(gm, found, options)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A section at work.
+
+    code: of its kind.
+    reads, writes: slots of its inputs and outputs.
+    numbers: what it gives for its kind's open numbers.
+    done: slots that nothing reads any more.
+    """
+
+    code: _Code
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    numbers: tuple[int, ...]
+    done: tuple[int, ...]
+
+
+class Program:
+    """A graph's sections in order, as a function of its inputs that returns its outputs."""
+
+    def __init__(self, gm: fx.GraphModule, found: Sequence[Kind], options: Mapping[str, Any]) -> None:
+        slots: dict[fx.Node, int] = {}
+        # Inputs come first, then the tensors that the graph itself holds, then what sections return.
+        for op in ("placeholder", "get_attr"):
+            for node in gm.graph.nodes:
+                if node.op == op:
+                    slots[node] = len(slots)
+        self._held = [_held(gm, str(node.target)) for node in slots if node.op == "get_attr"]
+        place = {node: i for i, node in enumerate(gm.graph.nodes)}
+        order = sorted(
+            ((part, i, kind) for kind in found for i, part in enumerate(kind.sections)),
+            key=lambda at: place[at[0].nodes[0]],
+        )
+        for part, _, _ in order:
+            for output in part.outputs:
+                slots[part.nodes[output]] = len(slots)
+        (returned,) = gm.graph.find_nodes(op="output")
+        self._returned = [slots[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves(returned.args[0])]
+        self._is_node = [isinstance(leaf, fx.Node) for leaf in leaves(returned.args[0])]
+        codes = {id(kind): _Code(kind, options) for kind in found}
+        last = {slots[node]: step for step, (part, _, _) in enumerate(order) for node in part.inputs}
+        lasting = {slots[leaf] for leaf in leaves(returned.args[0]) if isinstance(leaf, fx.Node)}
+        self._steps = [
+            _Step(
+                codes[id(kind)],
+                tuple(slots[node] for node in part.inputs),
+                tuple(slots[part.nodes[output]] for output in part.outputs),
+                tuple(int(column[i]) for column in kind.given),  # type: ignore[call-overload]
+                tuple(slots[node] for node in part.inputs if last[slots[node]] == step and slots[node] not in lasting),
+            )
+            for step, (part, i, kind) in enumerate(order)
+        ]
+        self._slots = len(slots)
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        """Run the sections."""
+        values = [*inputs, *self._held]
+        values += [None] * (self._slots - len(values))
+        for step in self._steps:
+            results = step.code([values[slot] for slot in step.reads], step.numbers)
+            for slot, result in zip(step.writes, results, strict=True):
+                values[slot] = result
+            for slot in step.done:
+                values[slot] = None
+        return tuple(
+            values[leaf] if is_node else leaf for leaf, is_node in zip(self._returned, self._is_node, strict=True)
+        )
+
+
+@dataclass
+class _Code:
+    """The code of a kind: compiled for its first section, and again for one that the compiler's assumptions exclude.
+
+    ready: compiled functions with what each assumes of the open sizes.
+    known: which of them serves some sizes.
+    """
+
+    kind: Kind
+    options: Mapping[str, Any]
+    ready: list[tuple[OpenSizes, Callable[..., Any]]] = field(default_factory=list)
+    known: dict[tuple[int, ...], Callable[..., Any]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        # Where each open number is found: an input, and which of its sizes and strides.
+        self._open = [
+            (i, j) for i, columns in enumerate(self.kind.sizes) for j, column in enumerate(columns) if is_open(column)
+        ]
+
+    def __call__(self, values: list[Any], numbers: tuple[int, ...]) -> Sequence[Any]:
+        if self.kind.as_it_is:
+            return self.kind.graph_module(*values, *numbers)  # type: ignore[no-any-return]
+        sizes = tuple(_number_at(values[i], j) for i, j in self._open) + numbers
+        function = self.known.get(sizes)
+        if function is None:
+            with self.lock:
+                function = self.known.get(sizes) or self._compiled(values, numbers)
+                self.known[sizes] = function
+        return function(*values, *numbers)  # type: ignore[no-any-return]
+
+    def _compiled(self, values: list[Any], numbers: tuple[int, ...]) -> Callable[..., Any]:
+        """Return a compiled function that serves some values, from those there are, or compiled now."""
+        for assumed, function in self.ready:
+            if assumed.hold_for([*values, *numbers]):
+                return function
+        assumed = OpenSizes()
+        fakes = [
+            assumed.fake(value, _keys(columns)) for value, columns in zip(values, self.kind.sizes, strict=True)
+        ] + [assumed.integer(value, column) for value, column in zip(numbers, self.kind.given, strict=True)]
+        with assumed.tracing():
+            function = compile_with_inductor(self.kind.graph_module, fakes, self.options)
+        self.ready.append((assumed, function))
+        return function
+
+
+def _keys(columns: Sequence[Column]) -> list[Column | None]:
+    """Return each open number's column, and None for one that is part of the code."""
+    return [column if is_open(column) else None for column in columns]
+
+
+def _number_at(value: Any, place: int) -> int:
+    """Return a size or, after those, a stride of a tensor; an integer itself."""
+    if not isinstance(value, Tensor):
+        return int(value)
+    return value.shape[place] if place < value.dim() else value.stride(place - value.dim())
+
+
+def _held(gm: fx.GraphModule, path: str) -> Any:
+    value: Any = gm
+    for name in path.split("."):
+        value = getattr(value, name)
+    assert isinstance(value, torch.Tensor)
+    return value

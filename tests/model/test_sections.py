@@ -1,0 +1,166 @@
+"""Sections: what is alike is compiled once, and gives what the graph gives, whatever the batch, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import gtp_fx
+from gtp_fx.errors import OptionError
+from gtp_fx.graph.torch_internals import OpenSizes
+from gtp_fx.model.sections import backend, program
+from gtp_fx.model.sections.alike import kinds
+from gtp_fx.model.sections.backend import InSections
+from gtp_fx.model.sections.cut import cut, work
+
+from support.plain_vit import PlainViT, built, images
+
+COUNTS = (3, 2, 2, 3, 0, 0)
+"""Tokens removed at each block. Blocks 1 to 3 have a site and sizes, blocks 4 and 5 have sizes alone."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
+    """The graphs that Inductor is given for sections; they are run as they are, since code is Inductor's own matter."""
+    found: list[fx.GraphModule] = []
+
+    def not_compiled(gm: fx.GraphModule, inputs: Any, options: Any) -> Any:
+        found.append(gm)
+        return gm
+
+    monkeypatch.setattr(program, "compile_with_inductor", not_compiled)
+    return found
+
+
+def deep() -> nn.Module:
+    return built(lambda: PlainViT(depth=len(COUNTS)))
+
+
+@torch.no_grad()
+def test_blocks_with_other_numbers_of_tokens_share_their_code(compiled: list[fx.GraphModule]) -> None:
+    model, x = deep(), images()
+    fast = gtp_fx.optimize(model, schedule=COUNTS, example_inputs=x, shapes="shared")
+    reference = gtp_fx.optimize(model, schedule=COUNTS, example_inputs=x, compile=False)
+    torch.testing.assert_close(fast(x), reference(x), rtol=0, atol=0)
+    targets = [" ".join(str(node.target) for node in gm.graph.nodes) for gm in compiled]
+    assert sum("gelu" in found for found in targets) == 2, "of six: the last one sees the CLS token alone"
+    assert sum("attention_with_scores" in found for found in targets) == 2, "of four: the first one knows no sizes yet"
+    again = len(compiled)
+    torch.testing.assert_close(fast(x.flip(0)), reference(x.flip(0)), rtol=0, atol=0)
+    assert len(compiled) == again
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("through_dynamo", [False, True])
+def test_compiled_sections_give_the_numbers_and_gradients_of_the_graph(through_dynamo: bool) -> None:
+    model, x = deep(), images(2)
+    reference = gtp_fx.optimize(model, schedule=COUNTS, example_inputs=x, compile=False)
+    if through_dynamo:
+        fast: Any = torch.compile(model, backend="gtp", options={"schedule": COUNTS, "shapes": "shared"})
+    else:
+        fast = gtp_fx.optimize(model, schedule=COUNTS, example_inputs=x, shapes="shared")
+    weight = next(iter(model.parameters()))
+    gradients = []
+    for run in (reference, fast):
+        result = run(x)
+        (gradient,) = torch.autograd.grad(result.square().sum(), [weight])
+        gradients.append((result.detach(), gradient))
+    # Two orders of summation in float32, over a few thousand products.
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_open_batch_is_open_in_every_section(compiled: list[fx.GraphModule]) -> None:
+    model = deep()
+    fast = gtp_fx.optimize(model, schedule=COUNTS, example_inputs=images(), shapes="shared")
+    reference = gtp_fx.optimize(model, schedule=COUNTS, example_inputs=images(), compile=False)
+    for batch in (2, 5):
+        fast(images(batch))
+    opened = len(compiled)
+    for batch in (3, 7, 4):
+        x = images(batch)
+        torch.testing.assert_close(fast(x), reference(x), rtol=0, atol=0)
+    assert len(compiled) == opened
+
+
+def test_cuts_lie_where_least_is_alive_and_sections_are_alike_but_for_numbers() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(2, 9, 4)
+    for count in (8, 6, 5):
+        squares = graph.call_function(torch.mul, (x, x))
+        longer = graph.call_function(torch.cat, ([x, squares], 1))
+        total = graph.call_function(torch.add, (squares, x))
+        both = graph.call_function(torch.cat, ([longer, total], 1))
+        x = graph.call_function(torch.narrow, (both, 1, 0, count))
+    graph.output((x,))
+    fx.passes.shape_prop.ShapeProp(fx.GraphModule({}, graph)).propagate(torch.empty(2, 9, 4))
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.meta["val"] = torch.empty(node.meta["tensor_meta"].shape)
+    parts = cut(graph)
+    assert [[node.target for node in part] for part in parts] == 3 * [
+        [torch.mul, torch.cat, torch.add, torch.cat, torch.narrow]
+    ]
+    first, others = kinds(parts)
+    assert [len(kind.sections) for kind in (first, others)] == [1, 2], "an input's sizes are its own"
+    assert others.given == ((6, 5),)
+    found: Any = torch.arange(72.0).reshape(2, 9, 4)
+    expected = fx.GraphModule({}, graph)(found)
+    (found,) = first.graph_module(found)
+    for count in (6, 5):
+        (found,) = others.graph_module(found, count)
+    torch.testing.assert_close(found, expected[0])
+
+
+def test_what_the_compiler_assumed_of_sizes_is_held_against_other_sections() -> None:
+    assumed = OpenSizes()
+    fake = assumed.fake(torch.empty(120, 4), [("n",), None, None, None])
+    number = assumed.integer(120, ("n",))
+    with assumed.tracing():
+        assert fake.shape[0] == number, "of one key, they are one symbol"
+        assert fake.shape[0] > 100
+    assert assumed.hold_for([torch.empty(150, 4), 150])
+    assert not assumed.hold_for([torch.empty(50, 4), 50])
+    assert not assumed.hold_for([torch.empty(150, 4), 151])
+    assert not assumed.hold_for([torch.empty(4, 150).T, 150])
+
+
+@torch.no_grad()
+def test_by_default_only_long_runs_are_cut(compiled: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole: list[fx.GraphModule] = []
+    monkeypatch.setattr(backend, "compile_with_inductor", lambda gm, *_: whole.append(gm) or gm)
+    x = images()
+    fast = gtp_fx.optimize(deep(), schedule=COUNTS, example_inputs=x)
+    fast(x)
+    assert len(whole) == 1 and not compiled
+    monkeypatch.setattr(backend, "_LEAST_WORK", work(whole[0].graph))
+    gtp_fx.optimize(deep(), schedule=COUNTS, example_inputs=x)(x)
+    assert len(whole) == 1 and compiled
+    # Two images, six blocks at 37 tokens or fewer of 32 channels, 12 products of width squared each; and the patches.
+    most = 2 * 2 * (6 * 37 * 12 * 32**2 + 36 * 32 * 48 + 32 * 7)
+    assert most / 3 < work(whole[0].graph) < most
+
+
+def test_static_shapes_are_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: InSections, gm: fx.GraphModule, inputs: Any) -> Any:
+        raise AssertionError("compiled in sections")
+
+    monkeypatch.setattr(InSections, "__call__", never)
+    x = images()
+    fast = gtp_fx.optimize(built(lambda: PlainViT(depth=2)), schedule=[2, 0], example_inputs=x, shapes="static")
+    with torch.no_grad():
+        assert isinstance(fast(x), Tensor)
+    with pytest.raises(OptionError, match="shapes='open' is unknown; give one of 'auto', 'shared', 'static'"):
+        gtp_fx.optimize(deep(), flops_budget=0.8, shapes="open")
