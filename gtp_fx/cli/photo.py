@@ -55,8 +55,10 @@ def prepared(model: nn.Module, picture: Image.Image) -> Tensor:
 def pictures_in(folder: Path) -> list[Path]:
     """Return the picture files in a folder and the folders inside, by name; up to 64, evenly spaced.
 
-    Raises OptionError where there are none.
+    Raises OptionError where there is no such folder, or none in it.
     """
+    if not folder.is_dir():
+        raise OptionError(f"{folder} is no folder: give one of photographs")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise OptionError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}): give a folder of photographs")

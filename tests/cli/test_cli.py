@@ -69,7 +69,7 @@ def test_json_is_all_there_is_on_stdout() -> None:
         ([NAME, "--flops-budget", "0.7", "--weights", "no/such/file"], "can't be read"),
         ([NAME, "--flops-budget", "0.7", "--mode", "fastest"], "mode='fastest' is unknown"),
         ([NAME, "--flops-budget", "0.7", "--mode", "max-autotune", "--no-time"], "--no-time compiles nothing"),
-        ([NAME, "--flops-budget", "0.7", "--calibration", "no/such/folder"], "no/such/folder holds no pictures (.jpg"),
+        ([NAME, "--flops-budget", "0.7", "--calibration", "no/such/folder"], "no/such/folder is no folder"),
         ([NAME, "--flops-budget", "0.7", "--calibration", DATA, "--schedule", "even"], "is 'even': give one"),
         (["test_convnext", "--flops-budget", "0.7"], "no self-attention over patch tokens"),
     ],
