@@ -113,9 +113,9 @@ def work(graph: fx.Graph) -> int:
     total = 0
     for node in graph.nodes:
         weights = [value_of(source) for source in node.all_input_nodes if source.op in OUTSIDE]
-        weights = [weight for weight in weights if isinstance(weight, torch.nn.Parameter) and weight.dim() > 1]
-        result = value_of(node)
-        if node.op not in OUTSIDE and isinstance(result, Tensor) and weights:
+        weights = [weight for weight in weights if isinstance(weight, Tensor) and weight.dim() > 1]
+        result, name = value_of(node), getattr(node.target, "__name__", str(node.target))
+        if ("linear" in name or "conv" in name) and isinstance(result, Tensor) and weights:
             total += 2 * math.prod(map(hint_of, result.shape)) * math.prod(map(hint_of, weights[0].shape[1:]))
     return total
 
