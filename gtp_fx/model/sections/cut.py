@@ -112,11 +112,11 @@ def work(graph: fx.Graph) -> int:
     """Return the FLOPs of a graph's linear layers and convolutions, at the sizes of its first run."""
     total = 0
     for node in graph.nodes:
-        weights = [value_of(source) for source in node.all_input_nodes if source.op in OUTSIDE]
-        weights = [weight for weight in weights if isinstance(weight, Tensor) and weight.dim() > 1]
-        result, name = value_of(node), getattr(node.target, "__name__", str(node.target))
-        if ("linear" in name or "conv" in name) and isinstance(result, Tensor) and weights:
-            total += 2 * math.prod(map(hint_of, result.shape)) * math.prod(map(hint_of, weights[0].shape[1:]))
+        name = getattr(node.target, "__name__", str(node.target))
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        if ("linear" in name or "conv" in name) and isinstance(weight, fx.Node):
+            result, factor = value_of(node).shape, value_of(weight).shape[1:]
+            total += 2 * math.prod(map(hint_of, result)) * math.prod(map(hint_of, factor))
     return total
 
 
