@@ -244,7 +244,11 @@ def fill_values(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) and not is_fake(value) else value
         for value in inputs
     ]
-    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)
+    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True  # for the graph's own constants
+    try:
+        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)
+    finally:
+        mode.allow_non_fake_inputs = before
 
 
 def hint_of(size: Any) -> int:
@@ -350,6 +354,11 @@ def inductor_config() -> dict[str, Any]:
     """Return every option of Inductor with its value. Public: `torch._inductor.list_options`, names alone."""
     config: Any = importlib.import_module("torch._inductor.config")
     return dict(config.get_config_copy())
+
+
+def folds_weights() -> bool:
+    """Return whether Inductor makes constants of weights (`torch._inductor.config.freezing`). Public: none."""
+    return bool(importlib.import_module("torch._inductor.config").freezing)
 
 
 def inductor_modes() -> Mapping[str, Mapping[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gtp_fx.graph.torch_internals import OpenSizes, compile_with_inductor, fill_values
+from gtp_fx.graph.torch_internals import OpenSizes, compile_with_inductor, fill_values, folds_weights
 from gtp_fx.model.sections.alike import Column, Kind, is_open, kinds
 from gtp_fx.model.sections.cut import can_be_cut, cut, leaves, work
 
@@ -26,6 +26,12 @@ def compile_in_sections(
 
     Returns None there, and where the graph can't be cut or has no sections that are alike: then nothing is gained.
     """
+    if folds_weights():  # then weights are no inputs, and sections of other weights aren't alike
+        return None
+    # A copy: what Dynamo noted on the graph is Inductor's, where that compiles it whole.
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    gm = fx.GraphModule(gm, graph)
     fill_values(gm, inputs)
     if not can_be_cut(gm.graph) or work(gm.graph) < least_work:
         return None
