@@ -29,11 +29,13 @@ import torch
 import typer
 from torch import Tensor, fx, nn
 
+from bench import photograph_nets
 from bench.contenders import CALIBRATED, CHOSEN, CONTENDERS, Contender, contenders
 from bench.digit_nets import NETS, load_or_train
 from bench.digits import Split
 from bench.environment import Environment
 from bench.output import publish
+from bench.photograph_nets import PHOTOGRAPH_NETS, resized
 from bench.photographs import load_net, load_photographs
 from bench.tasks import TASKS, Task, outputs_of
 from gtp_fx.capture.inputs import call_signature
@@ -49,19 +51,19 @@ BUDGETS = (0.85, 0.7, 0.55, 0.4, 0.3)
 _CALIBRATION = 64
 """Images without labels that strategy="auto" may look at."""
 PHOTOGRAPHS = "photographs"
-SUBJECTS = (*NETS, PHOTOGRAPHS)
-"""Names of nets: those trained here, and the one of `bench.photographs`."""
+SUBJECTS = (*NETS, PHOTOGRAPHS, *PHOTOGRAPH_NETS)
+"""Names of nets: those trained here in minutes, the one of `bench.photographs`, and those that train for an hour."""
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """Where the net of `bench.photographs` is.
+    """Where photographs are, and the net of `bench.photographs`.
 
-    data: photographs, a folder or a tar. weights: the net's state dict.
+    data: photographs, a folder or a tar. weights: the net's state dict; None where that net isn't measured.
     """
 
     data: Path
-    weights: Path
+    weights: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,10 @@ def main(
     seed: Annotated[
         list[int] | None, typer.Option(help="Seeds, each its own nets; 0, 1 and 2 where none is given.")
     ] = None,
-    net: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SUBJECTS)}; all where none is given.")] = None,
+    net: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(SUBJECTS)}; all but those of bench.photograph_nets where none is given."),
+    ] = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join((*CONTENDERS, CHOSEN))}; all but the last.")
     ] = None,
@@ -138,8 +143,11 @@ def main(
     for given, known in ((net, SUBJECTS), (strategy, (*CONTENDERS, CHOSEN))):
         if unknown := [value for value in given or [] if value not in known]:
             raise typer.BadParameter(f"{unknown[0]!r} is unknown; give some of {', '.join(known)}")
-    photographs = None if data is None or weights is None else Photographs(data, weights)
-    if photographs is None and (net is None or PHOTOGRAPHS in net):
+    photographs = None if data is None else Photographs(data, weights)
+    if photographs is None and (trained := [name for name in net or () if name in PHOTOGRAPH_NETS]):
+        raise typer.BadParameter(f"{trained[0]} needs --data, which isn't part of this repository")
+    has_other = photographs is not None and weights is not None
+    if not has_other and (net is None or PHOTOGRAPHS in net):
         lacking = f"{PHOTOGRAPHS} needs --data and --weights, which aren't part of this repository"
         if net is not None:
             raise typer.BadParameter(lacking)
@@ -148,7 +156,7 @@ def main(
     asked = contenders(strategy or CONTENDERS)
     budgets = tuple(budget or BUDGETS)
     pairs = [(name, number) for number in seed or (0, 1, 2) for name in net or NETS if name != PHOTOGRAPHS]
-    if photographs is not None and (net is None or PHOTOGRAPHS in net):
+    if has_other and (net is None or PHOTOGRAPHS in net):
         pairs.append((PHOTOGRAPHS, 0))
     jobs = [(name, number, [c for c in asked if _is_missing(rows, name, number, c, budgets)]) for name, number in pairs]
     waiting = [job for job in jobs if job[2]]
@@ -201,16 +209,28 @@ def measure(
 def _subject(name: str, seed: int, test_images: int, photographs: Photographs | None) -> Subject:
     """Return a net by its name in `SUBJECTS`, and its images."""
     if name == PHOTOGRAPHS:
-        assert photographs is not None, "main() asks for --data and --weights"
+        assert photographs is not None and photographs.weights is not None, "main() asks for --data and --weights"
         images, labels = load_photographs(photographs.data, "test", test_images // 10)
-        some = load_photographs(photographs.data, "train", _CALIBRATION // 10 + 1)[0]
-        net, unlabelled = load_net(photographs.weights), some[:: len(some) // _CALIBRATION][:_CALIBRATION]
+        net, unlabelled = load_net(photographs.weights), _unlabelled(photographs.data)
         return Subject(net, images, labels, TASKS["digits"], class_token=True, unlabelled=unlabelled)
+    if name in PHOTOGRAPH_NETS:
+        assert photographs is not None, "main() asks for --data"
+        sides = PHOTOGRAPH_NETS[name]
+        images, labels = load_photographs(photographs.data, "test", test_images // 10)
+        unlabelled = resized(_unlabelled(photographs.data), sides)
+        trained = photograph_nets.load_or_train(name, seed, photographs.data)
+        return Subject(trained, resized(images, sides), labels, TASKS["digits"], sides.class_token, unlabelled)
     config = NETS[name]
     task = TASKS[config.task]
     images, labels = task.draw(Split.test, 0, test_images, config.look, config.patch)
     unlabelled, _ = task.draw(Split.calibration, 0, _CALIBRATION, config.look, config.patch)
     return Subject(load_or_train(config, seed), images, labels, task, config.class_token, unlabelled)
+
+
+def _unlabelled(data: Path) -> Tensor:
+    """Return photographs of the training split for calibration, of all classes."""
+    some = load_photographs(data, "train", _CALIBRATION // 10 + 1)[0]
+    return some[:: max(1, len(some) // _CALIBRATION)][:_CALIBRATION]
 
 
 def _optimised(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -63,10 +64,10 @@ def test_rows_that_are_there_stay(tmp_path: Path) -> None:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Photographs:
-    """Two photographs of noise a class, and a net that was never trained."""
+    """Two photographs of noise a class and split, and a net that was never trained."""
     noise = np.random.default_rng(0)
-    for label in range(10):
-        folder = tmp_path / "data" / "test" / f"class{label}"
+    for split, label in itertools.product(("train", "test"), range(10)):
+        folder = tmp_path / "data" / split / f"class{label}"
         folder.mkdir(parents=True)
         for number in range(2):
             pixels = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -86,6 +87,8 @@ def test_a_net_of_somebody_elses_is_measured_on_photographs(photographs: Photogr
 def test_photographs_that_are_not_given_are_asked_for() -> None:
     with pytest.raises(typer.BadParameter, match="photographs needs --data and --weights"):
         accuracy.main(net=["photographs"])
+    with pytest.raises(typer.BadParameter, match="photographs-cls needs --data"):
+        accuracy.main(net=["photographs-cls"])
 
 
 def test_what_is_not_reached_counts_as_the_worst() -> None:
