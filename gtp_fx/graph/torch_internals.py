@@ -227,28 +227,49 @@ def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], options: Ma
 
 
 def fill_values(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Note every node's value, as fake tensors, where Dynamo hasn't: for inputs of a backend, in its own fake mode.
+    """Note every node's value, as fake tensors, where Dynamo hasn't, in the fake mode that its inputs were traced in.
+
+    A backend's inputs may be real tensors, whose sizes tell nothing of symbols; Dynamo's fakes of them, with the
+    symbols, are in the placeholders' metadata.
 
     Public: `torch.fx.passes.fake_tensor_prop`, undocumented.
     """
     from torch._guards import detect_fake_mode
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-    own = (node for node in gm.graph.nodes if node.op != "output")
-    if all("example_value" in node.meta for node in own) or (mode := detect_fake_mode(list(inputs))) is None:
+    if all("example_value" in node.meta for node in gm.graph.nodes if node.op != "output"):
+        return
+    given = [
+        node.meta.get("example_value", value)
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    ]
+    modes = [value.fake_mode for value in given if isinstance(value, FakeTensor)]
+    mode = modes[0] if modes else detect_fake_mode(list(inputs))
+    if mode is None:
         return
     for node in gm.graph.nodes:
         node.meta.pop("val", None)
-        node.meta.pop("example_value", None)
-    fakes = [  # parameters come as they are
+        if node.op != "placeholder":
+            node.meta.pop("example_value", None)
+    fakes = [
         mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) and not is_fake(value) else value
-        for value in inputs
+        for value in given
     ]
     before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True  # for the graph's own constants
     try:
         FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)
     finally:
         mode.allow_non_fake_inputs = before
+
+
+def has_hint(size: Any) -> bool:
+    """Return whether a size is known in the first run: not one that depends on the data. Public: none."""
+    return not isinstance(size, torch.SymInt) or bool(size.node.has_hint())
+
+
+def written_to(value: Any) -> bool:
+    """Return whether a tensor was written to in place since it was made. Public: none."""
+    return isinstance(value, Tensor) and not value.is_inference() and value._version > 0
 
 
 def hint_of(size: Any) -> int:
@@ -333,7 +354,9 @@ class OpenSizes:
         if key is None:
             return value
         if key not in self._symbols:
-            symbol = self._shapes.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC)
+            # A number that is no size, such as a place counted from the end, may be negative.
+            create = self._shapes.create_symbol if value > 1 else self._shapes.create_unspecified_symbol
+            symbol = create(value, source, dynamic_dim=DimDynamic.DYNAMIC)
             self._symbols[key] = self._shapes.create_symintnode(symbol, hint=value, source=source)
         return self._symbols[key]
 
@@ -345,8 +368,13 @@ class OpenSizes:
 
     def hold_for(self, values: Sequence[Any]) -> bool:
         """Return whether other arguments are within what was assumed while compiling."""
+        from torch._dynamo.source import LocalSource
+
         if self._guards is None:
-            self._guards = self._shapes.produce_guards_expression(self._fakes, ignore_static=False) or "True"
+            sources = [LocalSource(f"t{i}") for i in range(len(self._fakes))]
+            guards = self._shapes.produce_guards(self._fakes, sources, ignore_static=False)
+            # Compiled code is given addresses, so it is the same wherever in its storage a tensor begins.
+            self._guards = " and ".join(guard for guard in guards if "storage_offset()" not in guard) or "True"
         return bool(self._shapes.evaluate_guards_expression(self._guards, values))
 
 

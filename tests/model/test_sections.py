@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,11 +13,13 @@ from torch import Tensor, fx, nn
 
 import gtp_fx
 from gtp_fx.errors import OptionError
-from gtp_fx.graph.torch_internals import OpenSizes
+from gtp_fx.graph import edit
+from gtp_fx.graph.torch_internals import OpenSizes, mode_of, tracing_lock
+from gtp_fx.model.backend import gtp
 from gtp_fx.model.sections import backend, program
 from gtp_fx.model.sections.alike import kinds
 from gtp_fx.model.sections.backend import InSections
-from gtp_fx.model.sections.cut import cut, work
+from gtp_fx.model.sections.cut import cut, value_of, work
 
 from support.plain_vit import PlainViT, built, images
 
@@ -81,20 +85,25 @@ def test_compiled_sections_give_the_numbers_and_gradients_of_the_graph(through_d
 
 
 @torch.no_grad()
-def test_an_open_batch_is_open_in_every_section(compiled: list[fx.GraphModule]) -> None:
-    model = deep()
-    fast = gtp_fx.optimize(model, schedule=COUNTS, example_inputs=images(), shapes="shared")
-    reference = gtp_fx.optimize(model, schedule=COUNTS, example_inputs=images(), compile=False)
+@pytest.mark.parametrize("through_dynamo", [False, True])
+def test_an_open_batch_is_open_in_every_section(compiled: list[fx.GraphModule], through_dynamo: bool) -> None:
+    model, counts = built(lambda: PlainViT(depth=3)), COUNTS[:3]
+    if through_dynamo:  # its graph comes with real tensors, and is rewritten, so its nodes' values are noted anew
+        fast: Any = torch.compile(model, backend=gtp, options={"schedule": counts, "shapes": "shared"})
+    else:
+        fast = gtp_fx.optimize(model, schedule=counts, example_inputs=images(), shapes="shared")
+    reference = gtp_fx.optimize(model, schedule=counts, example_inputs=images(), compile=False)
     for batch in (2, 5):
         fast(images(batch))
     opened = len(compiled)
-    for batch in (3, 7, 4):
+    for batch in (3, 7):
         x = images(batch)
         torch.testing.assert_close(fast(x), reference(x), rtol=0, atol=0)
     assert len(compiled) == opened
 
 
-def test_cuts_lie_where_least_is_alive_and_sections_are_alike_but_for_numbers() -> None:
+def shortened() -> fx.Graph:
+    """Three times the same operators, which leave 8, 6 and 5 of 9 tokens."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     x.meta["val"] = torch.empty(2, 9, 4)
@@ -109,6 +118,11 @@ def test_cuts_lie_where_least_is_alive_and_sections_are_alike_but_for_numbers() 
     for node in graph.nodes:
         if node.op == "call_function":
             node.meta["val"] = torch.empty(node.meta["tensor_meta"].shape)
+    return graph
+
+
+def test_cuts_lie_where_least_is_alive_and_sections_are_alike_but_for_numbers() -> None:
+    graph = shortened()
     parts = cut(graph)
     assert [[node.target for node in part] for part in parts] == 3 * [
         [torch.mul, torch.cat, torch.add, torch.cat, torch.narrow]
@@ -135,6 +149,100 @@ def test_what_the_compiler_assumed_of_sizes_is_held_against_other_sections() -> 
     assert not assumed.hold_for([torch.empty(50, 4), 50])
     assert not assumed.hold_for([torch.empty(150, 4), 151])
     assert not assumed.hold_for([torch.empty(4, 150).T, 150])
+
+
+def test_numbers_that_are_no_sizes_may_be_negative_and_tensors_may_begin_anywhere() -> None:
+    assumed = OpenSizes()
+    fake = assumed.fake(torch.empty(2, 9)[:, 2:], [None, ("n",), None, None])
+    last = assumed.integer(-5, ("last",))
+    with assumed.tracing(), mode_of(fake):
+        assert last < 0 and fake[:, last:].shape[1] == 5
+    assert assumed.hold_for([torch.empty(2, 9)[:, 3:], -5])
+    assert not assumed.hold_for([torch.empty(2, 9)[:, 3:], 5])
+
+
+def test_the_compiler_may_rewrite_what_it_is_given_and_nothing_else_is_traced_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free: list[bool] = []
+
+    def lock_is_free() -> bool:
+        lock: Any = tracing_lock()
+        if acquired := lock.acquire(blocking=False):
+            lock.release()
+        return bool(acquired)
+
+    def rewrites(gm: fx.GraphModule, inputs: Any, options: Any) -> Any:
+        with ThreadPoolExecutor(1) as other:
+            free.append(other.submit(lock_is_free).result())
+        own = edit.copy_of(gm)
+        gm.graph = fx.Graph()
+        if not isinstance(inputs[-1], Tensor):
+            assert inputs[-1] in (5, 6)  # an assumption of the symbol's value
+        return own
+
+    monkeypatch.setattr(program, "compile_with_inductor", rewrites)
+    graph = shortened()
+    x = torch.arange(72.0).reshape(2, 9, 4)
+    gm = fx.GraphModule({}, graph)
+    torch.testing.assert_close(program.Program(gm, kinds(cut(graph)), {})(x), gm(x))
+    assert free == [False] * 3, "once for the first section, and for each of two that its assumption keeps apart"
+
+
+def test_what_another_section_returned_is_as_it_is_and_not_as_its_fake_was(compiled: list[fx.GraphModule]) -> None:
+    code = program._Code(kinds(cut(shortened()))[1], {})
+    x = torch.empty(2, 8, 4)
+    for strided in (x, x.flip(0), torch.empty(2, 4, 8).mT):
+        code([strided], (6,))
+    assert len(compiled) == 2, "strides that the fakes don't tell apart"
+
+
+def test_tuples_stay_within_a_section_also_where_a_site_begins() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(2, 8, 4)
+    for _ in range(2):
+        parts = graph.call_function(torch.chunk, (x, 2, 1))
+        kept = graph.call_function(torch.ops.gtp_fx.group.default, (x,))
+        first, second = (graph.call_function(operator.getitem, (parts, i)) for i in range(2))
+        parts.meta["val"] = tuple(torch.empty(2, 4, 4) for _ in range(2))
+        for part in (first, second):
+            part.meta["val"] = torch.empty(2, 4, 4)
+        x = graph.call_function(torch.cat, ([first, second, kept], 1))
+        kept.meta["val"] = x.meta["val"] = torch.empty(2, 8, 4)
+    graph.output((x,))
+    found = kinds(cut(graph))
+    assert all(isinstance(value_of(node), Tensor) for kind in found for part in kind.sections for node in part.inputs)
+
+
+class WritesInPlace(nn.Module):
+    """Layers that double and halve their input in place while a view of it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            stream = layer(x)
+            view = stream[:, :8]
+            wide = torch.cat([stream, stream.sin(), stream.cos()], 1)
+            stream.mul_(wide.mean(1, keepdim=True))
+            x = torch.cat([view, wide], 1)[:, :8]
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:backend 'gtp'")
+def test_a_graph_that_writes_in_place_is_compiled_whole(
+    compiled: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole: list[fx.GraphModule] = []
+    monkeypatch.setattr(backend, "compile_with_inductor", lambda gm, *_: whole.append(gm) or gm)
+    model, x = built(WritesInPlace), torch.ones(2, 8)
+    fast = torch.compile(model, backend=gtp, options={"flops_budget": 0.8, "shapes": "shared"})
+    torch.testing.assert_close(fast(x), model(x))
+    assert whole and not compiled
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from torch.utils import _pytree as pytree
 
-from gtp_fx.graph.torch_internals import hint_of, is_higher_order
+from gtp_fx.graph.operators import CONVOLUTIONS
+from gtp_fx.graph.torch_internals import has_hint, hint_of, is_higher_order, written_to
 from gtp_fx.strategies import group_operator as _registers_group  # noqa: F401
 
 OUTSIDE = ("placeholder", "get_attr", "output")
@@ -24,6 +25,9 @@ OUTSIDE = ("placeholder", "get_attr", "output")
 
 _OF_A_SITE = (operator.getitem, gtp_fx.group.default, gtp_fx.propagate.default, aten.gather.default)
 """Operators that belong to a site where they follow `group`."""
+
+_LAYERS = (torch.nn.functional.linear, aten.linear.default, torch.conv1d, torch.conv2d, torch.conv3d, *CONVOLUTIONS)
+"""Linear layers and convolutions, as Dynamo and as this package's passes write them; their weights come second."""
 
 
 def value_of(node: fx.Node) -> Any:
@@ -34,10 +38,16 @@ def value_of(node: fx.Node) -> Any:
 def can_be_cut(graph: fx.Graph) -> bool:
     """Return whether a graph can be run in sections.
 
-    It can't where a node calls a module or another graph, or changes a setting (autocast) for those after it.
+    It can't where a node calls a module or another graph, changes a setting (autocast) for those after it, or writes in
+    place: a section doesn't know which of its inputs share memory. Nor where a size depends on the data.
     """
     for node in graph.nodes:
         if node.op == "call_module" or (node.op != "output" and value_of(node) is None):
+            return False
+        values = leaves(value_of(node))
+        if node.op not in OUTSIDE and any(written_to(value) for value in values):
+            return False
+        if not all(map(has_hint, _sizes(values))):
             return False
         if node.op == "call_function" and is_higher_order(node.target):
             return False
@@ -69,6 +79,7 @@ def cut(graph: fx.Graph) -> list[list[fx.Node]]:
     }
     for start, end in sites(nodes):
         cuts = {place for place in cuts if not start < place < end} | {start, end}
+    cuts -= {i + 1 for i, count in enumerate(alive) if count is None}
     ends = [*sorted(cuts - {0, len(nodes)}), len(nodes)]
     return [nodes[start:end] for start, end in zip([0, *ends], ends, strict=False) if start < end]
 
@@ -90,14 +101,14 @@ def sites(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
 
 
 def _alive_after(nodes: Sequence[fx.Node]) -> list[int | None]:
-    """Return how many values are alive after each node; None where one of them is neither a tensor nor a number."""
+    """Return how many values are alive after each node; None where one of them can't pass from section to section."""
     place = {node: i for i, node in enumerate(nodes)}
     starts, ends, barred = [0] * (len(nodes) + 1), [0] * (len(nodes) + 1), [0] * (len(nodes) + 1)
     for node, i in place.items():
         last = max((place.get(user, len(nodes)) for user in node.users), default=i)
         starts[i] += 1
         ends[last] += 1
-        if not isinstance(value_of(node), Tensor | int | torch.SymInt):
+        if not _can_pass(value_of(node)):
             barred[i] += 1
             barred[last] -= 1
     alive, within, found = 0, 0, []
@@ -108,15 +119,28 @@ def _alive_after(nodes: Sequence[fx.Node]) -> list[int | None]:
     return found
 
 
+def _can_pass(value: Any) -> bool:
+    """Return whether a value is an integer, or a tensor of which sizes and strides tell how it lies in memory."""
+    if isinstance(value, Tensor):
+        return value.layout is torch.strided and not value.is_conj() and not value.is_neg()
+    return isinstance(value, int | torch.SymInt)
+
+
+def _sizes(values: Sequence[Any]) -> list[Any]:
+    """Return the integers among some values, and the sizes and strides of their tensors."""
+    tensors = [value for value in values if isinstance(value, Tensor) and value.layout is torch.strided]
+    return [value for value in values if isinstance(value, torch.SymInt)] + [
+        size for tensor in tensors for size in (*tensor.shape, *tensor.stride())
+    ]
+
+
 def work(graph: fx.Graph) -> int:
     """Return the FLOPs of a graph's linear layers and convolutions, at the sizes of its first run."""
     total = 0
     for node in graph.nodes:
-        name = getattr(node.target, "__name__", str(node.target))
-        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        if ("linear" in name or "conv" in name) and isinstance(weight, fx.Node):
-            result, factor = value_of(node).shape, value_of(weight).shape[1:]
-            total += 2 * math.prod(map(hint_of, result)) * math.prod(map(hint_of, factor))
+        if node.target in _LAYERS:
+            weight = value_of(node.args[1] if len(node.args) > 1 else node.kwargs["weight"])
+            total += 2 * math.prod(map(hint_of, value_of(node).shape)) * math.prod(map(hint_of, weight.shape[1:]))
     return total
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gtp_fx.graph.torch_internals import OpenSizes, compile_with_inductor, fill_values, folds_weights
+from gtp_fx.graph import edit
+from gtp_fx.graph.torch_internals import (
+    OpenSizes,
+    compile_with_inductor,
+    fill_values,
+    folds_weights,
+    tracing_lock,
+)
 from gtp_fx.model.sections.alike import Column, Kind, is_open, kinds
-from gtp_fx.model.sections.cut import can_be_cut, cut, leaves, work
+from gtp_fx.model.sections.cut import OUTSIDE, can_be_cut, cut, leaves, work
 
 
 def compile_in_sections(
@@ -122,21 +128,25 @@ class _Code:
     options: Mapping[str, Any]
     ready: list[tuple[OpenSizes, Callable[..., Any]]] = field(default_factory=list)
     known: dict[tuple[int, ...], Callable[..., Any]] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        # Where each open number is found: an input, and which of its sizes and strides.
-        self._open = [
-            (i, j) for i, columns in enumerate(self.kind.sizes) for j, column in enumerate(columns) if is_open(column)
+        # Where each number that may vary is found: an input, and which of its sizes and strides. Those of what another
+        # section returned are looked at in any case: fakes don't always tell a kernel's strides.
+        made = [node.op not in OUTSIDE for node in self.kind.sections[0].inputs]
+        self._varying = [
+            (i, j)
+            for i, columns in enumerate(self.kind.sizes)
+            for j, column in enumerate(columns)
+            if made[i] or is_open(column)
         ]
 
     def __call__(self, values: list[Any], numbers: tuple[int, ...]) -> Sequence[Any]:
         if self.kind.as_it_is:
             return self.kind.graph_module(*values, *numbers)  # type: ignore[no-any-return]
-        sizes = tuple(_number_at(values[i], j) for i, j in self._open) + numbers
+        sizes = tuple(_number_at(values[i], j) for i, j in self._varying) + numbers
         function = self.known.get(sizes)
         if function is None:
-            with self.lock:
+            with tracing_lock():  # torch traces one thing at a time, and other threads may be compiling other models
                 function = self.known.get(sizes) or self._compiled(values, numbers)
                 self.known[sizes] = function
         return function(*values, *numbers)  # type: ignore[no-any-return]
@@ -151,7 +161,8 @@ class _Code:
             assumed.fake(value, _keys(columns)) for value, columns in zip(values, self.kind.sizes, strict=True)
         ] + [assumed.integer(value, column) for value, column in zip(numbers, self.kind.given, strict=True)]
         with assumed.tracing():
-            function = compile_with_inductor(self.kind.graph_module, fakes, self.options)
+            # The compiler owns, and may rewrite, what it is given.
+            function = compile_with_inductor(edit.copy_of(self.kind.graph_module), fakes, self.options)
         self.ready.append((assumed, function))
         return function
 
