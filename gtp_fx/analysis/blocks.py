@@ -274,7 +274,7 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> R
         )
     stream = typing.type(site)
     if all(map(is_plain, stream)):
-        return refuse("no patch token is alive after this attention (dead tokens), so none can be removed")
+        return refuse("no output depends on patch tokens after this attention (dead tokens): there are none to remove")
     if len(stream) != 3 or token_axis(stream[1]) is None or not (is_plain(stream[0]) and is_plain(stream[2])):
         return refuse(
             "the residual stream is laid out neither as [batch, tokens, channels] nor so that a permutation makes it so"

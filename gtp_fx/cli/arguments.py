@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -14,8 +14,9 @@ import typer
 
 from gtp_fx.cli import completion
 from gtp_fx.errors import CheckError, GtpError, InternalError, OptionError
-from gtp_fx.options.options import HELP, Options
+from gtp_fx.options.options import DEFAULTS, HELP, Options
 from gtp_fx.options.schedule import Schedule
+from gtp_fx.strategies.registry import AUTO
 
 if TYPE_CHECKING:
     from gtp_fx.cli.weights import LoadedModel
@@ -46,9 +47,9 @@ Model = Annotated[
 ]
 _REPEATED = " May be repeated."
 FlopsBudget = Annotated[float | None, typer.Option(help=HELP["flops_budget"])]
-FlopsBudgets = Annotated[list[float] | None, typer.Option(help=HELP["flops_budget"] + _REPEATED)]
+FlopsBudgets = Annotated[list[float] | None, typer.Option(metavar="<float>", help=HELP["flops_budget"] + _REPEATED)]
 LatencyBudget = Annotated[str | None, typer.Option(help=HELP["latency_budget"])]
-LatencyBudgets = Annotated[list[str] | None, typer.Option(help=HELP["latency_budget"] + _REPEATED)]
+LatencyBudgets = Annotated[list[str] | None, typer.Option(metavar="<str>", help=HELP["latency_budget"] + _REPEATED)]
 ScheduleText = Annotated[
     str,
     typer.Option(
@@ -58,13 +59,21 @@ ScheduleText = Annotated[
 ]
 _STRATEGY = f"Which tokens are removed, and what becomes of them: {', '.join(completion.STRATEGIES)}."
 Strategy = Annotated[str, typer.Option(help=_STRATEGY, autocompletion=completion.strategies)]
-Strategies = Annotated[list[str] | None, typer.Option(help=_STRATEGY + _REPEATED, autocompletion=completion.strategies)]
+Strategies = Annotated[
+    list[str] | None,
+    typer.Option(metavar="<str>", help=_STRATEGY + _REPEATED, autocompletion=completion.strategies),
+]
 Calibration = Annotated[
     Path | None,
-    typer.Option(help="Folder of photographs, without labels: 64 of them choose the schedule, and --strategy auto."),
+    typer.Option(
+        help="Folder of photographs, without labels: 64 of them choose the schedule, and the strategy if that is auto."
+    ),
 ]
 Target = Annotated[str, typer.Option(help=HELP["target"], autocompletion=completion.targets)]
-Targets = Annotated[list[str] | None, typer.Option(help=HELP["target"] + _REPEATED, autocompletion=completion.targets)]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(metavar="<str>", help=HELP["target"] + _REPEATED, autocompletion=completion.targets),
+]
 Mode = Annotated[str | None, typer.Option(help=HELP["mode"], autocompletion=completion.modes)]
 Batch = Annotated[int, typer.Option(help="Images per run.")]
 Rounds = Annotated[int, typer.Option(help="Rounds of timing; each runs every contender once.")]
@@ -72,11 +81,11 @@ Weights = Annotated[str | None, typer.Option(help="File of weights: safetensors,
 WeightsKey = Annotated[
     str | None,
     typer.Option(
-        help="Which entry of the checkpoint. Default: averaged weights (state_dict_ema, model_ema) where it has some, "
-        "else state_dict or model."
+        help="Entry of the checkpoint that holds the weights. Default: averaged weights (state_dict_ema, model_ema) "
+        "where there are some, else state_dict or model."
     ),
 ]
-NumClasses = Annotated[int | None, typer.Option(help="Classes of the head, where they aren't the name's.")]
+NumClasses = Annotated[int | None, typer.Option(help="Number of classes, where it isn't the default of MODEL.")]
 ImgSize = Annotated[str | None, typer.Option(help="Side of the images, 384, or height and width, 384x256.")]
 ModelArgs = Annotated[
     list[str] | None,
@@ -88,7 +97,7 @@ ModelArgs = Annotated[
     ),
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the model's weights.")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else to stdout.")]
 
 
 def parse_schedule(text: str) -> str | tuple[int, ...] | Schedule:
@@ -194,6 +203,16 @@ def option_values(
     }
     Options.of(**found)
     return found
+
+
+def tell_of_auto(strategies: Collection[str]) -> None:
+    """Say on stderr, for a command without --calibration, what becomes of --strategy auto."""
+    if AUTO in strategies:
+        typer.echo(
+            f"--strategy {AUTO}: without images this is {DEFAULTS['strategy']}, the default; "
+            f"`gtp-fx optimize` chooses one with --calibration FOLDER",
+            err=True,
+        )
 
 
 def load(

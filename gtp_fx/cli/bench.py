@@ -33,6 +33,7 @@ from gtp_fx.cli.arguments import (
     explaining,
     load,
     option_values,
+    tell_of_auto,
 )
 from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS
@@ -73,6 +74,7 @@ def bench(
         options = {
             _named(how, *budget): option_values(*budget, schedule, how, target, batch, mode) for how, budget in wanted
         }
+        tell_of_auto(strategy or ())
         arguments = built_with(num_classes, img_size, model_arg)
         loaded = load(model, arguments, pretrained, weights, weights_key, dtype, device)
         made = {name: gtp_fx.optimize(loaded.model, **chosen) for name, chosen in options.items()}

@@ -32,6 +32,7 @@ from gtp_fx.cli.arguments import (
     load,
     parse_latency,
     parse_schedule,
+    tell_of_auto,
 )
 from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS
@@ -39,18 +40,18 @@ from gtp_fx.options.options import DEFAULTS
 
 def evaluate(
     model: Model,
-    data: Annotated[Path, typer.Option(help="A folder of images, or with a folder of images for each class.")],
+    data: Annotated[Path, typer.Option(help="A folder of images, or of one folder for each class.")],
     flops_budget: FlopsBudgets = None,
     latency_budget: LatencyBudgets = None,
     strategy: Strategies = None,
     schedule: ScheduleText = DEFAULTS["schedule"],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for table, JSON and picture; what is there isn't measured again.")
+        Path | None, typer.Option(help="Folder for table, JSON and picture; rows in it aren't measured again.")
     ] = None,
     class_map: Annotated[
-        Path | None, typer.Option(help="File of the folders' names, one a line, in the order of the outputs.")
+        Path | None, typer.Option(help="File with the class folders' names, one a line, in the outputs' order.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Most images, evenly spaced.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most this many images, evenly spaced.")] = None,
     outputs: Annotated[str, typer.Option(help="What the outputs are: auto, classes or features.")] = "auto",
     target: Target = DEFAULTS["target"],
     mode: Mode = DEFAULTS["mode"],
@@ -78,6 +79,7 @@ def evaluate(
             raise OptionError(f"--mode {mode} is how to compile, and nothing is compiled: leave one of them out")
         if not data.is_dir():
             raise OptionError(f"--data {data} is no folder: give one of images, or of class folders")
+        tell_of_auto(strategy or ())
         arguments = built_with(num_classes, img_size, model_arg)
         loaded = load(model, arguments, pretrained, weights, weights_key, dtype, device)
         found = measured(

@@ -30,6 +30,7 @@ from gtp_fx.cli.arguments import (
     explaining,
     load,
     option_values,
+    tell_of_auto,
 )
 from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS
@@ -75,6 +76,7 @@ def export(
         if format is not None and format not in FORMATS:
             raise OptionError(f"--format {format}: give {', '.join(FORMATS)}")
         options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch)
+        tell_of_auto([strategy])
         format_of(file, format)
         must_have_folder(save_schedule)
         arguments = built_with(num_classes, img_size, model_arg)

@@ -26,6 +26,7 @@ from gtp_fx.cli.arguments import (
     built_with,
     explaining,
     option_values,
+    tell_of_auto,
 )
 from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS, Options
@@ -70,6 +71,7 @@ def plan(
             raise OptionError(
                 f"--save keeps one schedule, but {len(options)} were asked for: give one budget and one target"
             )
+        tell_of_auto([strategy])
         must_draw(plot)
         must_have_folder(save)
         arguments = built_with(num_classes, img_size, model_arg)

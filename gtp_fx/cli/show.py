@@ -30,6 +30,7 @@ from gtp_fx.cli.arguments import (
     explaining,
     load,
     option_values,
+    tell_of_auto,
 )
 from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS
@@ -68,9 +69,10 @@ def show(
 
     with explaining(model):
         options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch)
+        tell_of_auto([strategy])
         must_draw(out)
         if out.exists() and not overwrite:
-            raise OptionError(f"{out} is there: give --out another.png, or --overwrite to replace it")
+            raise OptionError(f"{out} exists already: give --out another.png, or --overwrite to replace it")
         picture = load_photo() if image is None else read_picture(image)
         arguments = built_with(num_classes, img_size, model_arg)
         loaded = load(model, arguments, pretrained, weights, weights_key, Dtype.float32, Device.cpu)

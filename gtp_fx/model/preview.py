@@ -44,6 +44,10 @@ class BlockRow:
     why: str = ""
 
 
+_SAID = {"leave": "can leave", "skip a branch": "can skip a branch", "dead": "dead", "nothing": "stay"}
+"""What is printed of a block's tokens, by `BlockRow.can`."""
+
+
 @dataclass(frozen=True)
 class Inspection:
     """Everything the compiler finds in a model.
@@ -74,11 +78,11 @@ class Inspection:
                 " x ".join(map(str, r.grid)),
                 r.prefix + r.suffix,
                 f"{r.heads} x {r.head_features}",
-                r.can,
+                _SAID[r.can],
             ]
             for r in self.blocks
         ]
-        headers = ["block", "layer", "patches", "others", "heads", "tokens can"]
+        headers = ["block", "layer", "patches", "others", "heads", "tokens"]
         reasons: dict[str, list[int]] = {}
         for row in self.blocks:
             if row.why:

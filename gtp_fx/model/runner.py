@@ -52,17 +52,26 @@ def make_runner(
 
 
 class _Once:
-    """A compiled function, whose first call compiles; threads that call it at the same time wait for that one."""
+    """A compiled function, whose first call of each kind may compile; threads that make one meanwhile wait for it.
+
+    Of a kind are calls with tensors of the same shapes and dtypes, in the same gradient mode.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function, self._lock, self._is_ready = function, threading.Lock(), False
+        self._function, self._lock = function, threading.RLock()
+        self._known: set[Any] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._is_ready or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return self._function(*args, **kwargs)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        kind = (*mode, *((value.shape, value.dtype, value.requires_grad) for value in tensors))
+        if kind in self._known:
             return self._function(*args, **kwargs)
         with self._lock:
             result = self._function(*args, **kwargs)
-            self._is_ready = True
+            self._known.add(kind)
         return result
 
 

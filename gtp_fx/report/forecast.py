@@ -138,8 +138,9 @@ class Forecast:
         """Return the table that `gtp-fx plan` prints."""
         whole = sum((row.before for row in self.blocks), Cost(0, 0.0))
         rows = [*map(_row, self.blocks), ["", "together", "", "", *_costs(whole, self.after)]]
-        headers = ["#", "layer", "tokens\nin", "leave", "GFLOPs\nbefore", "after", "ms\nbefore", "after", "of\nlimit"]
-        rates = f"measured {self.measured}" if self.measured else "its table's rates; `gtp-fx tune` measures this one's"
+        headers = ["#", "layer", "patches\nin", "leave", "GFLOPs\nbefore", "after", "ms\nbefore", "after", "of\nlimit"]
+        untuned = "rates of its table; `gtp-fx tune` on it measures them"
+        rates = f"measured {self.measured}" if self.measured else untuned
         return "\n".join(
             [
                 f"{self.budget}: {self.original.flops / 1e9:.3f} GFLOPs per image before, "
@@ -153,7 +154,7 @@ class Forecast:
                 *([f"schedule: least damage expected by {self.damage_from}"] if self.damage_from else []),
                 "",
                 table(headers, rows, left=(1,), shortened=1),
-                "the last block's row has the head in it; ms and GFLOPs: exact passes done",
+                "before: with the exact passes done; the last block's row includes the head",
                 *([self.hint] if self.hint else []),
                 *(["", "left as it was:", *(f"  - {refusal}" for refusal in self.refusals)] if self.refusals else []),
             ]

@@ -143,10 +143,7 @@ class Report:
             lines.append(self.forecast.hint)
         if self.damage_from:
             lines.append(f"schedule: least damage expected by {self.damage_from}")
-        steps = [
-            [s.name, s.tier, f"{s.flops / 1e9:.3f}", f"{self._ratio(s.flops):.4f}", s.operators] for s in self.passes
-        ]
-        lines += ["", table(["pass", "tier", "GFLOPs after", "ratio", "operators"], steps, left=(0, 1))]
+        lines += ["", *self._passes()]
         if self.sites:
             branches = any(s.windows for s in self.sites)
             rows = [
@@ -170,6 +167,20 @@ class Report:
                 *(f"  - {name}" for name in self.not_kept),
             ]
         return "\n".join(lines)
+
+    def _passes(self) -> list[str]:
+        """Return the table of the passes that changed FLOPs or the number of operators, and how many others ran."""
+        sizes = [(step.flops, step.operators) for step in self.passes]
+        shown = [
+            [s.name, s.tier, f"{s.flops / 1e9:.3f}", f"{self._ratio(s.flops):.4f}", s.operators]
+            for i, s in enumerate(self.passes)
+            if i == 0 or sizes[i] != sizes[i - 1]
+        ]
+        others = len(self.passes) - len(shown)
+        lines = [table(["pass", "tier", "GFLOPs after", "ratio", "operators"], shown, left=(0, 1))]
+        if others:
+            lines.append(f"passes that changed neither FLOPs nor the number of operators: {others}")
+        return lines
 
 
 def _where(site: SiteRow) -> str:

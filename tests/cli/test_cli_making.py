@@ -102,7 +102,9 @@ def test_show_replaces_no_picture_in_silence(tmp_path: Path) -> None:
     out = tmp_path / "tokens.png"
     out.write_bytes(b"mine")
     done = run("show", NAME, "--flops-budget", "0.7", "--out", str(out))
-    assert done.exit_code == 2 and "tokens.png is there: give --out" in done.stderr and out.read_bytes() == b"mine"
+    assert (
+        done.exit_code == 2 and "tokens.png exists already: give --out" in done.stderr and out.read_bytes() == b"mine"
+    )
 
 
 @pytest.mark.parametrize("strategy", in_tiers(["gtp", "tome", "topk"], "gtp", "tome"))
@@ -169,3 +171,10 @@ def test_a_plan_names_what_it_leaves_as_it_is() -> None:
     done = run("plan", NAME, "--schedule", "1,1,1,1,1,1", "--target", "h100")
     assert done.exit_code == 0 and "left as it was:" in done.stdout and "blocks.5.attn" in done.stdout
     assert "predicted slower than the original" in done.stdout
+
+
+def test_a_choice_by_images_that_a_command_does_not_take_is_spoken_of() -> None:
+    """`plan` has no images, so "auto" is the default there."""
+    done = run("plan", NAME, "--flops-budget", "0.8", "--strategy", "auto")
+    assert done.exit_code == 0 and "strategy regeneration" in done.stdout
+    assert "--strategy auto: without images this is regeneration" in done.stderr

@@ -137,7 +137,7 @@ def test_schedules_travel_as_json(model: nn.Module, fast: gtp_fx.OptimizedModel)
 
 def test_the_report_reads_as_a_table(fast: gtp_fx.OptimizedModel) -> None:
     text = str(fast.report)
-    for expected in ("budget 0.65", "drop_dead_tokens", "exact", "approximate", "blocks.0.attn", "leave"):
+    for expected in ("budget 0.65", "drop_dead_tokens", "exact", "approximate", "blocks.0.attn", "leave  out"):
         assert expected in text
     assert "dead tokens" in text, "the last block's refusal says why"
     assert fast.report.to_dict()["sites"][0]["tokens_in"] == ROW.tokens
