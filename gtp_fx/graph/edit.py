@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,17 @@ def copy_with_nodes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
     new.training = gm.training
     new.meta.update(gm.meta)
     return new, dict(zip(gm.graph.nodes, graph.nodes, strict=True))
+
+
+def with_inputs(gm: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """Return a copy over the same parameters that takes more inputs, after its own, and reads none of them."""
+    new, _ = copy_with_nodes(gm)
+    last = new.graph.find_nodes(op="placeholder")[-1]
+    with new.graph.inserting_before(last.next):
+        for name in names:
+            new.graph.placeholder(name)
+    new.recompile()
+    return new
 
 
 def _attribute(gm: fx.GraphModule, path: str) -> Any:

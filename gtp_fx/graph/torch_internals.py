@@ -360,6 +360,10 @@ class OpenSizes:
             self._symbols[key] = self._shapes.create_symintnode(symbol, hint=value, source=source)
         return self._symbols[key]
 
+    def has(self, key: Any) -> bool:
+        """Return whether there is a symbol of a key."""
+        return key in self._symbols
+
     def tracing(self) -> AbstractContextManager[Any]:
         """Return the context in which to compile for these arguments."""
         from torch._guards import TracingContext, tracing

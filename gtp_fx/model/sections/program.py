@@ -116,18 +116,43 @@ class Program:
         )
 
 
+@dataclass(frozen=True)
+class _Compiled:
+    """A compiled function of a section's inputs and numbers.
+
+    function: takes these, and then every size that it has a symbol for and no argument: compilers' caches know symbols
+        by such arguments alone.
+    assumed: what it assumes of the open sizes.
+    sizes: where those sizes are, as an argument and a place among its sizes and strides.
+    """
+
+    function: Callable[..., Any]
+    assumed: OpenSizes
+    sizes: tuple[tuple[int, int], ...]
+
+    def __call__(self, *values: Any) -> Sequence[Any]:
+        return self.function(*values, *self._of(values))  # type: ignore[no-any-return]
+
+    def serves(self, values: Sequence[Any]) -> bool:
+        """Return whether it gives the right result for other inputs and numbers."""
+        return self.assumed.hold_for([*values, *self._of(values)])
+
+    def _of(self, values: Sequence[Any]) -> list[int]:
+        return [_number_at(values[i], j) for i, j in self.sizes]
+
+
 @dataclass
 class _Code:
     """The code of a kind: compiled for its first section, and again for one that the compiler's assumptions exclude.
 
-    ready: compiled functions with what each assumes of the open sizes.
+    ready: what has been compiled.
     known: which of them serves some sizes.
     """
 
     kind: Kind
     options: Mapping[str, Any]
-    ready: list[tuple[OpenSizes, Callable[..., Any]]] = field(default_factory=list)
-    known: dict[tuple[int, ...], Callable[..., Any]] = field(default_factory=dict)
+    ready: list[_Compiled] = field(default_factory=list)
+    known: dict[tuple[int, ...], _Compiled] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Where each number that may vary is found: an input, and which of its sizes and strides. Those of what another
@@ -149,22 +174,32 @@ class _Code:
             with tracing_lock():  # torch traces one thing at a time, and other threads may be compiling other models
                 function = self.known.get(sizes) or self._compiled(values, numbers)
                 self.known[sizes] = function
-        return function(*values, *numbers)  # type: ignore[no-any-return]
+        return function(*values, *numbers)
 
-    def _compiled(self, values: list[Any], numbers: tuple[int, ...]) -> Callable[..., Any]:
+    def _compiled(self, values: list[Any], numbers: tuple[int, ...]) -> _Compiled:
         """Return a compiled function that serves some values, from those there are, or compiled now."""
-        for assumed, function in self.ready:
-            if assumed.hold_for([*values, *numbers]):
-                return function
+        for compiled in self.ready:
+            if compiled.serves([*values, *numbers]):
+                return compiled
         assumed = OpenSizes()
         fakes = [
             assumed.fake(value, _keys(columns)) for value, columns in zip(values, self.kind.sizes, strict=True)
         ] + [assumed.integer(value, column) for value, column in zip(numbers, self.kind.given, strict=True)]
+        # Symbols that no integer among the arguments has yet.
+        passed = {*self.kind.given, *(columns[0] for columns in self.kind.sizes if len(columns) == 1)}
+        sizes = {
+            column: (i, j)
+            for i, columns in reversed(list(enumerate(self.kind.sizes)))
+            for j, column in enumerate(columns)
+            if column not in passed and assumed.has(column)
+        }
+        fakes += [assumed.integer(_number_at(values[i], j), column) for column, (i, j) in sizes.items()]
         with assumed.tracing():
             # The compiler owns, and may rewrite, what it is given.
-            function = compile_with_inductor(edit.copy_of(self.kind.graph_module), fakes, self.options)
-        self.ready.append((assumed, function))
-        return function
+            graph_module = edit.with_inputs(self.kind.graph_module, [f"size_{k}" for k in range(len(sizes))])
+            function = compile_with_inductor(graph_module, fakes, self.options)
+        self.ready.append(_Compiled(function, assumed, tuple(sizes.values())))
+        return self.ready[-1]
 
 
 def _keys(columns: Sequence[Column]) -> list[Column | None]:
