@@ -23,8 +23,9 @@ from gtp_fx.strategies import group_operator as _registers_group  # noqa: F401
 OUTSIDE = ("placeholder", "get_attr", "output")
 """Kinds of nodes that belong to no section."""
 
-_OF_A_SITE = (operator.getitem, gtp_fx.group.default, gtp_fx.propagate.default, aten.gather.default)
-"""Operators that belong to a site where they follow `group`."""
+_OF_A_SITE = (operator.getitem, gtp_fx.group.default)
+"""A decision which tokens leave, and its results. What is done with the stream then is compiled: unfused, it would take
+as long as the decision."""
 
 _LAYERS = (torch.nn.functional.linear, aten.linear.default, torch.conv1d, torch.conv2d, torch.conv3d, *CONVOLUTIONS)
 """Linear layers and convolutions, as Dynamo and as this package's passes write them; their weights come second."""
