@@ -205,7 +205,7 @@ class Options:
         _shapes,
         '"shared": blocks that differ in nothing but their number of tokens share compiled code, which shortens the '
         'first call; "static": every number of tokens has code of its own; "auto": shared on a CPU, where runs take '
-        "long enough that it costs them nothing.",
+        "long enough that it costs them little.",
     )
     strict: bool = _option(
         False,

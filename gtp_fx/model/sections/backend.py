@@ -26,9 +26,8 @@ def shares_code(options: Options, device: torch.device) -> bool:
 
 
 _LEAST_WORK = 20_000_000_000
-"""FLOPs of a run from which sections are worth it by default: some half a second of a CPU's core. Sections and sites
-that aren't compiled cost a run about a millisecond each site and a twentieth each section (`python -m
-bench.first_call`)."""
+"""FLOPs of a run from which sections are worth it by default: some half a second of a CPU's core. A site that isn't
+compiled costs a run about a millisecond, and a section a twentieth of one (DeiT-T, one image)."""
 
 
 @dataclass(frozen=True)
