@@ -272,11 +272,6 @@ def written_to(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_inference() and value._version > 0
 
 
-def hint_of(size: Any) -> int:
-    """Return the size that a symbolic one has in the first run, without a guard on it. Public: `int`, which guards."""
-    return int(cast(Any, size.node.hint)) if isinstance(size, torch.SymInt) else int(size)
-
-
 class OpenSizes:
     """Sizes that a compiled function takes as symbols, and what its compilation came to assume of them.
 
@@ -290,6 +285,7 @@ class OpenSizes:
         self._shapes = ShapeEnv(duck_shape=False)
         self._mode = FakeTensorMode(shape_env=self._shapes)
         self._symbols: dict[Any, Any] = {}
+        self._values: dict[Any, int] = {}
         self._fakes: list[Any] = []
         self._guards: str | None = None
 
@@ -351,7 +347,8 @@ class OpenSizes:
         """Return a number, or the symbol of its key; `source` is where a guard finds a new one."""
         from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-        if key is None:
+        # A real stride may differ from what the graph's fakes, and so its key, say: then it is a number.
+        if key is None or self._values.setdefault(key, value) != value:
             return value
         if key not in self._symbols:
             # A number that is no size, such as a place counted from the end, may be negative.

@@ -29,7 +29,7 @@ from gtp_fx.errors import (
 from gtp_fx.graph.torch_internals import compile_with_inductor
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.pipeline import run_exact_passes, run_passes
-from gtp_fx.model.sections.backend import InSections, shares_code
+from gtp_fx.model.sections.backend import InSections
 from gtp_fx.options.options import Options
 from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.lower.triton_kernels import lowered
@@ -66,8 +66,8 @@ def gtp(
             raise
         warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
         graph = gm
-    if shares_code(checked, device):
-        return InSections.of(checked, patches)(graph, example_inputs)
+    if checked.shapes == "shared":
+        return InSections(patches)(graph, example_inputs)
     return compile_with_inductor(graph, example_inputs, patches)
 
 

@@ -14,7 +14,7 @@ from gtp_fx.capture.module import WRITTEN
 from gtp_fx.capture.regions import AUTOCAST
 from gtp_fx.graph.edit import CONSTANT, share
 from gtp_fx.model.parameters import lend, top_names
-from gtp_fx.model.sections.backend import InSections, shares_code
+from gtp_fx.model.sections.backend import InSections
 from gtp_fx.model.state import Made, Runner, State
 from gtp_fx.model.watch import Watch
 from gtp_fx.passes.lower.call_layers import call_layers, called_layers, joined_layers
@@ -44,8 +44,8 @@ def make_runner(
     )
     run: Any = graph_module
     if state.compiles:
-        if shares_code(options, device):
-            run = _Once(torch.compile(graph_module, backend=InSections.of(options, inductor)))
+        if options.shapes == "shared":
+            run = _Once(torch.compile(graph_module, backend=InSections(dict(inductor))))
         else:
             run = _Once(torch.compile(graph_module, options=dict(inductor) or None))
     return Runner(run, graph_module, top_names(graph_module), watch, frozenset(known.get(AUTOCAST, ())))

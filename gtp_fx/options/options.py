@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from gtp_fx.strategies import Auto, Strategy
 
-SHAPES = ("auto", "shared", "static")
+SHAPES = ("static", "shared")
 """How sizes are compiled; see `Options.shapes`."""
 
 # ---- checks: each takes what the user wrote, and returns a value or raises OptionError
@@ -201,11 +201,10 @@ class Options:
         "target's options for Inductor.",
     )
     shapes: str = _option(
-        "auto",
+        "static",
         _shapes,
-        '"shared": blocks that differ in nothing but their number of tokens share compiled code, which shortens the '
-        'first call; "static": every number of tokens has code of its own; "auto": shared on a CPU, where runs take '
-        "long enough that it costs them little.",
+        '"shared": blocks that differ in nothing but their number of tokens share compiled code, which halves the '
+        'first call and makes runs a few per cent slower; "static": every number of tokens has code of its own.',
     )
     strict: bool = _option(
         False,

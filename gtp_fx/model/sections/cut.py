@@ -6,18 +6,16 @@ across it. The cuts depend on the graph's form alone, so blocks of one form are 
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+from torch.ops import gtp_fx  # type: ignore[import-not-found]
 from torch.utils import _pytree as pytree
 
-from gtp_fx.graph.operators import CONVOLUTIONS
-from gtp_fx.graph.torch_internals import has_hint, hint_of, is_higher_order, written_to
+from gtp_fx.graph.torch_internals import has_hint, is_higher_order, written_to
 from gtp_fx.strategies import group_operator as _registers_group  # noqa: F401
 
 OUTSIDE = ("placeholder", "get_attr", "output")
@@ -26,9 +24,6 @@ OUTSIDE = ("placeholder", "get_attr", "output")
 _OF_A_SITE = (operator.getitem, gtp_fx.group.default)
 """A decision which tokens leave, and its results. What is done with the stream then is compiled: unfused, it would take
 as long as the decision."""
-
-_LAYERS = (torch.nn.functional.linear, aten.linear.default, torch.conv1d, torch.conv2d, torch.conv3d, *CONVOLUTIONS)
-"""Linear layers and convolutions, as Dynamo and as this package's passes write them; their weights come second."""
 
 
 def value_of(node: fx.Node) -> Any:
@@ -133,16 +128,6 @@ def _sizes(values: Sequence[Any]) -> list[Any]:
     return [value for value in values if isinstance(value, torch.SymInt)] + [
         size for tensor in tensors for size in (*tensor.shape, *tensor.stride())
     ]
-
-
-def work(graph: fx.Graph) -> int:
-    """Return the FLOPs of a graph's linear layers and convolutions, at the sizes of its first run."""
-    total = 0
-    for node in graph.nodes:
-        if node.target in _LAYERS:
-            weight = value_of(node.args[1] if len(node.args) > 1 else node.kwargs["weight"])
-            total += 2 * math.prod(map(hint_of, value_of(node).shape)) * math.prod(map(hint_of, weight.shape[1:]))
-    return total
 
 
 def leaves(values: Any) -> list[Any]:

@@ -18,19 +18,18 @@ from gtp_fx.graph.torch_internals import (
     tracing_lock,
 )
 from gtp_fx.model.sections.alike import Column, Kind, is_open, kinds
-from gtp_fx.model.sections.cut import OUTSIDE, can_be_cut, cut, leaves, work
+from gtp_fx.model.sections.cut import OUTSIDE, can_be_cut, cut, leaves
 
 
 def compile_in_sections(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any], least_work: int = 0
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]
 ) -> Callable[..., Any] | None:
     """Compile a graph that a backend was given, in sections, of which those that are alike share their code.
 
     inputs: fake tensors and symbolic integers, as Dynamo gives them.
     options: Inductor's.
-    least_work: FLOPs of a run below which it isn't worth it.
 
-    Returns None there, and where the graph can't be cut or has no sections that are alike: then nothing is gained.
+    Returns None where the graph can't be cut or has no sections that are alike: then nothing is gained.
     """
     if folds_weights():  # then weights are no inputs, and sections of other weights aren't alike
         return None
@@ -39,7 +38,7 @@ def compile_in_sections(
     graph.output(graph.graph_copy(gm.graph, {}))
     gm = fx.GraphModule(gm, graph)
     fill_values(gm, inputs)
-    if not can_be_cut(gm.graph) or work(gm.graph) < least_work:
+    if not can_be_cut(gm.graph):
         return None
     found = kinds(cut(gm.graph))
     if all(len(kind.sections) == 1 for kind in found if not kind.as_it_is):
@@ -190,7 +189,7 @@ class _Code:
         sizes = {
             column: (i, j)
             for i, columns in reversed(list(enumerate(self.kind.sizes)))
-            for j, column in enumerate(columns)
+            for j, column in reversed(list(enumerate(columns)))  # a size rather than a stride, which may be another
             if column not in passed and assumed.has(column)
         }
         fakes += [assumed.integer(_number_at(values[i], j), column) for column, (i, j) in sizes.items()]
