@@ -16,7 +16,6 @@ from gtp_fx.cli import completion
 from gtp_fx.errors import CheckError, GtpError, InternalError, OptionError
 from gtp_fx.options.options import DEFAULTS, HELP, Options
 from gtp_fx.options.schedule import Schedule
-from gtp_fx.strategies.registry import AUTO
 
 if TYPE_CHECKING:
     from gtp_fx.cli.weights import LoadedModel
@@ -207,6 +206,8 @@ def option_values(
 
 def tell_of_auto(strategies: Collection[str]) -> None:
     """Say on stderr, for a command without --calibration, what becomes of --strategy auto."""
+    from gtp_fx.strategies.registry import AUTO  # which imports torch
+
     if AUTO in strategies:
         typer.echo(
             f"--strategy {AUTO}: without images this is {DEFAULTS['strategy']}, the default; "
