@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -82,11 +82,19 @@ class NetConfig:
 def load_or_train(config: NetConfig, seed: int, progress: Progress | None = None) -> Net:
     """Return the net of a configuration and seed in eval mode, from the cache, or trained now and put there."""
     path = cache_folder() / f"{_key(config, seed)}.safetensors"
-    model = build(config)
+    return kept_or_trained(path, lambda: build(config), lambda: train(config, seed, progress))
+
+
+def kept_or_trained(path: Path, build: Callable[[], Net], train: Callable[[], Net]) -> Net:
+    """Return the net of a file in eval mode, or train it now and write the file.
+
+    build: returns the net with any weights. train: returns it trained, in eval mode.
+    """
     if path.exists():
+        model = build()
         model.load_state_dict(load_file(path))
         return model.eval()
-    model = train(config, seed, progress)
+    model = train()
     path.parent.mkdir(parents=True, exist_ok=True)
     # Write to another file and rename it, so that no other process reads half a net.
     unfinished = path.with_suffix(f".{os.getpid()}")

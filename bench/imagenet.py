@@ -12,7 +12,6 @@ counts are the same as one process finds. `gtp-fx eval` compares several budgets
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import statistics
 import time
@@ -33,7 +32,7 @@ from bench.output import publish
 from gtp_fx.cli.weights import load_model
 from gtp_fx.errors import CheckError, GtpError, OptionError
 from gtp_fx.measure.benchmark import ORIGINAL
-from gtp_fx.measure.evaluation.base_outputs import BaseOutputs
+from gtp_fx.measure.evaluation.base_outputs import BaseOutputs, folder_for
 from gtp_fx.measure.evaluation.data import Data
 from gtp_fx.measure.evaluation.evaluate import folder_of_images, identity
 from gtp_fx.measure.evaluation.found import Outputs, Sums
@@ -43,7 +42,6 @@ from gtp_fx.measure.evaluation.record import Record
 from gtp_fx.measure.evaluation.subject import Subject
 from gtp_fx.options.options import DEFAULTS
 from gtp_fx.options.progress import progress_bar
-from gtp_fx.targets.cache import cache_folder
 
 _WARM_UP = 3
 """Batches that aren't timed: compiling, and what the first calls allocate."""
@@ -138,7 +136,6 @@ def main(
             options: dict[str, Any] = {"flops_budget": flops_budget, "strategy": strategy, "schedule": schedule}
             optimised = gtp_fx.optimize(original, **options, compile=compile)
             about = {**identity(subject, images, prepared, Outputs.classes, compile), "model": model}
-            digest = hashlib.sha256((optimised.captured_graph.code + str(about)).encode()).hexdigest()[:32]
             run = {
                 **about,
                 "origin": loaded.weights_origin,
@@ -155,7 +152,7 @@ def main(
                 ORIGINAL: Clocked(torch.compile(original) if compile else original, place),
                 "optimised": Clocked(optimised, place),
             }
-            kept = cache_folder() / "base_outputs" / digest / f"{us.rank}of{us.count}"
+            kept = folder_for(optimised.captured_graph.code, about) / f"{us.rank}of{us.count}"
             with progress_bar(us.rank == 0) as show, torch.no_grad():
                 _, _, wrong = evaluate_on(
                     us.share(images),

@@ -22,7 +22,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -30,13 +29,11 @@ from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.digit_nets import one_thread
+from bench.digit_nets import Net, kept_or_trained, one_thread
 from bench.photographs import load_photographs
 from bench.tasks import TASKS, outputs_of
 from gtp_fx.options.progress import Progress, progress_bar
 from gtp_fx.targets import cache
-
-Net = VisionTransformer | SwinTransformer
 
 CLASSES = 10
 _RECIPE = 1
@@ -157,21 +154,16 @@ def load_or_train(name: str, seed: int, data: Path | None, progress: Progress | 
     Raises FileNotFoundError where it doesn't and `data` is None.
     """
     config, path = PHOTOGRAPH_NETS[name], _path(name, seed)
-    if path.exists():
-        model = build(config)
-        model.load_state_dict(load_file(path))
-        return model.eval()
-    if data is None:
-        raise FileNotFoundError(f"{name} of seed {seed} isn't in {path.parent}, and no photographs are given")
-    start = load_or_train(config.start, seed, data, progress).state_dict() if config.start else None
-    model = train(
-        config, seed, *load_photographs(data, "train", 5000), start, path.with_suffix(".unfinished"), progress
-    )
-    # Write to another file and rename it, so that no other process reads half a net.
-    part = path.with_suffix(f".{os.getpid()}")
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, part)
-    part.replace(path)
-    path.with_suffix(".unfinished").unlink(missing_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+
+    def trained() -> Net:
+        if data is None:
+            raise FileNotFoundError(f"{name} of seed {seed} isn't in {path.parent}, and no photographs are given")
+        start = load_or_train(config.start, seed, data, progress).state_dict() if config.start else None
+        return train(config, seed, *load_photographs(data, "train", 5000), start, unfinished, progress)
+
+    model = kept_or_trained(path, lambda: build(config), trained)
+    unfinished.unlink(missing_ok=True)
     return model
 
 

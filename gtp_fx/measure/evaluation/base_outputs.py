@@ -6,9 +6,10 @@ are. Processes that share the images may share the arrays.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from gtp_fx.targets.cache import cache_folder
 
 _MOST_BYTES = 4 * 2**30
 """More than 50,000 images of 1,000 classes take; maps of features of a large set aren't kept."""
@@ -82,6 +85,12 @@ class BaseOutputs:
             array.flush()
         self._known[list(places)] = True
         self._known.flush()
+
+
+def folder_for(graph: str, run: Mapping[str, object]) -> Path:
+    """Return where the outputs of an original are kept. graph: its code. run: what else decides them, by name."""
+    digest = hashlib.sha256((graph + str(sorted(run.items()))).encode()).hexdigest()[:32]
+    return cache_folder() / "base_outputs" / digest
 
 
 def _array(file: Path, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from gtp_fx.errors import GtpError, InternalError
 from gtp_fx.measure.benchmark import ORIGINAL
-from gtp_fx.measure.evaluation.base_outputs import BaseOutputs
+from gtp_fx.measure.evaluation.base_outputs import BaseOutputs, folder_for
 from gtp_fx.measure.evaluation.contenders import Contender
 from gtp_fx.measure.evaluation.data import Data
 from gtp_fx.measure.evaluation.found import Outputs, Sums
@@ -24,7 +24,6 @@ from gtp_fx.measure.evaluation.times import compiled_models, steps_of_timing, ti
 from gtp_fx.model.optimize import optimize
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.options.progress import Progress, Steps
-from gtp_fx.targets.cache import cache_folder
 
 
 @dataclass(frozen=True)
@@ -161,5 +160,4 @@ class Session:
         if not self.how.cache or not (self.run["data"] and self.run["weights"]):
             return BaseOutputs(None, images)
         graph = next(iter(made.values())).captured_graph.code
-        digest = hashlib.sha256((graph + str(sorted(self.run.items()))).encode()).hexdigest()[:32]
-        return BaseOutputs(cache_folder() / "base_outputs" / digest, images)
+        return BaseOutputs(folder_for(graph, self.run), images)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from gtp_fx.graph import edit
@@ -34,9 +35,7 @@ def compile_in_sections(
     if folds_weights():  # then weights are no inputs, and sections of other weights aren't alike
         return None
     # A copy: what Dynamo noted on the graph is Inductor's, where that compiles it whole.
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    gm = fx.GraphModule(gm, graph)
+    gm = edit.copy_of(gm)
     fill_values(gm, inputs)
     if not can_be_cut(gm.graph):
         return None
@@ -68,12 +67,12 @@ class Program:
 
     def __init__(self, gm: fx.GraphModule, found: Sequence[Kind], options: Mapping[str, Any]) -> None:
         slots: dict[fx.Node, int] = {}
-        # Inputs come first, then the tensors that the graph itself holds, then what sections return.
+        # Inputs come first, then the tensors that the graph itself holds, what sections return, and constant outputs.
         for op in ("placeholder", "get_attr"):
             for node in gm.graph.nodes:
                 if node.op == op:
                     slots[node] = len(slots)
-        self._held = [_held(gm, str(node.target)) for node in slots if node.op == "get_attr"]
+        self._held = [operator.attrgetter(str(node.target))(gm) for node in slots if node.op == "get_attr"]
         place = {node: i for i, node in enumerate(gm.graph.nodes)}
         order = sorted(
             ((part, i, kind) for kind in found for i, part in enumerate(kind.sections)),
@@ -83,36 +82,35 @@ class Program:
             for output in part.outputs:
                 slots[part.nodes[output]] = len(slots)
         (returned,) = gm.graph.find_nodes(op="output")
-        self._returned = [slots[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves(returned.args[0])]
-        self._is_node = [isinstance(leaf, fx.Node) for leaf in leaves(returned.args[0])]
+        outputs = leaves(returned.args[0])
+        self._made = len(slots)
+        self._constants = [leaf for leaf in outputs if not isinstance(leaf, fx.Node)]
+        constant = itertools.count(self._made)
+        self._returned = [slots[leaf] if isinstance(leaf, fx.Node) else next(constant) for leaf in outputs]
         codes = {id(kind): _Code(kind, options) for kind in found}
         last = {slots[node]: step for step, (part, _, _) in enumerate(order) for node in part.inputs}
-        lasting = {slots[leaf] for leaf in leaves(returned.args[0]) if isinstance(leaf, fx.Node)}
         self._steps = [
             _Step(
                 codes[id(kind)],
                 tuple(slots[node] for node in part.inputs),
                 tuple(slots[part.nodes[output]] for output in part.outputs),
                 tuple(int(column[i]) for column in kind.given),  # type: ignore[call-overload]
-                tuple(slots[node] for node in part.inputs if last[slots[node]] == step and slots[node] not in lasting),
+                tuple({slots[node] for node in part.inputs if last[slots[node]] == step}.difference(self._returned)),
             )
             for step, (part, i, kind) in enumerate(order)
         ]
-        self._slots = len(slots)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Run the sections."""
         values = [*inputs, *self._held]
-        values += [None] * (self._slots - len(values))
+        values += [None] * (self._made - len(values)) + self._constants
         for step in self._steps:
             results = step.code([values[slot] for slot in step.reads], step.numbers)
             for slot, result in zip(step.writes, results, strict=True):
                 values[slot] = result
             for slot in step.done:
                 values[slot] = None
-        return tuple(
-            values[leaf] if is_node else leaf for leaf, is_node in zip(self._returned, self._is_node, strict=True)
-        )
+        return tuple(values[slot] for slot in self._returned)
 
 
 @dataclass(frozen=True)
@@ -211,11 +209,3 @@ def _number_at(value: Any, place: int) -> int:
     if not isinstance(value, Tensor):
         return int(value)
     return value.shape[place] if place < value.dim() else value.stride(place - value.dim())
-
-
-def _held(gm: fx.GraphModule, path: str) -> Any:
-    value: Any = gm
-    for name in path.split("."):
-        value = getattr(value, name)
-    assert isinstance(value, torch.Tensor)
-    return value
