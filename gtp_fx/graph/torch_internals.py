@@ -262,6 +262,14 @@ def fill_values(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         mode.allow_non_fake_inputs = before
 
 
+def open_sizes(tensor: Tensor, dims: Sequence[int]) -> None:
+    """Mark sizes of a tensor of which code compiled for it is to take any from two up; compiling raises if it can't.
+
+    Public: `torch._dynamo.mark_dynamic`, itself undocumented but in tutorials.
+    """
+    importlib.import_module("torch._dynamo").mark_dynamic(tensor, list(dims))
+
+
 def has_hint(size: Any) -> bool:
     """Return whether a size is known in the first run: not one that depends on the data. Public: none."""
     return not isinstance(size, torch.SymInt) or bool(size.node.has_hint())
