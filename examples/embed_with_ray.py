@@ -43,7 +43,8 @@ def made(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
             raise typer.BadParameter(f"{out} has embeddings of {found['asked']}: give another folder for {asked}")
         return dict(found)
     loaded = load_named(asked["model"], pretrained=asked["pretrained"])
-    model = loaded.model.reset_classifier(0) or loaded.model  # timm's: embeddings instead of logits
+    model: Any = loaded.model
+    model = model.reset_classifier(0) or model  # timm's: embeddings instead of logits
     prepare = preparation_of(model)
     fast = gtp_fx.optimize(model, flops_budget=asked["flops_budget"], compile=False)
     if torch.cuda.is_available():

@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -411,6 +412,34 @@ def package_aoti(program: torch.export.ExportedProgram, file: str) -> None:
 def load_aoti(file: str) -> Callable[..., Any]:
     """Load an AOTInductor package as a function. Documented, under a private module's name."""
     return cast("Callable[..., Any]", importlib.import_module("torch._inductor").aoti_load_package(file))
+
+
+def compiler_cache() -> Path:
+    """Return the folder in which Inductor keeps what it compiles. Public: the variable TORCHINDUCTOR_CACHE_DIR."""
+    return Path(importlib.import_module("torch._inductor.runtime.cache_dir_utils").cache_dir())
+
+
+@contextlib.contextmanager
+def fresh_compiler_cache() -> Iterator[Path]:
+    """Let torch find nothing compiled, and keep nothing afterwards; yield Inductor's folder, empty.
+
+    `torch.compiler.save_cache_artifacts` then has what is compiled meanwhile. It is the process's: other threads that
+    compile do so anew. Public: none.
+    """
+    manager = importlib.import_module("torch.compiler._cache").CacheArtifactManager
+    with importlib.import_module("torch._inductor.utils").fresh_cache(), manager.with_fresh_cache():
+        yield compiler_cache()
+
+
+def cache_misses() -> int:
+    """Return how many graphs this process has compiled that no cache had, or could have. Public: none."""
+    counters = importlib.import_module("torch._dynamo.utils").counters
+    return sum(
+        count
+        for group in ("inductor", "aot_autograd")
+        for name, count in counters[group].items()
+        if name.endswith(("cache_miss", "cache_bypass"))
+    )
 
 
 def given_to_compile(module: nn.Module) -> nn.Module | None:
