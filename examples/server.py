@@ -241,6 +241,7 @@ def main(
     model: Annotated[str, typer.Option(help="timm's name.")] = "test_vit",
     flops_budget: Annotated[float, typer.Option(help="FLOPs after / before at most.")] = 0.74,
     saved: Annotated[Path | None, typer.Option(help="Or a folder that save_pretrained wrote.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Its compiled code, as gtp-fx export wrote it.")] = None,
     sizes: Annotated[str, typer.Option(help="Batches that are run.")] = "1,4,16",
     wait_ms: Annotated[float, typer.Option(help="How long a batch waits for more pictures.")] = 5.0,
     most: Annotated[int, typer.Option(help="Pictures that may wait; more are answered 503.")] = 256,
@@ -250,6 +251,8 @@ def main(
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Download the weights.")] = False,
     eager: Annotated[bool, typer.Option("--eager", help="Compile nothing.")] = False,
 ) -> None:
+    if cache is not None:
+        gtp_fx.load_cache(cache)
     if saved is not None:
         fast, origin = gtp_fx.load(saved, compile=not eager), str(saved)
     else:
