@@ -8,8 +8,10 @@ Modules that take a second or more to import are imported inside the functions t
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import importlib
 import logging
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -429,6 +431,21 @@ def fresh_compiler_cache() -> Iterator[Path]:
     manager = importlib.import_module("torch.compiler._cache").CacheArtifactManager
     with importlib.import_module("torch._inductor.utils").fresh_cache(), manager.with_fresh_cache():
         yield compiler_cache()
+
+
+def name_memory_formats() -> None:
+    """Let memory formats be pickled by their names, from now on in this process, as torch does with layouts.
+
+    Torch's keys of compiled code hold a pickled memory format. Pickle writes it as an attribute of the first module it
+    finds to have it, which is any that imported torch: the keys would be others in a process that imported its own
+    modules in another order. What is pickled like this can be read without this package.
+    """
+    copyreg.pickle(torch.memory_format, _by_name)
+
+
+def _by_name(memory_format: torch.memory_format) -> tuple[Callable[..., Any], tuple[str]]:
+    """Return how a memory format is read back: `torch:channels_last` in the words of pkgutil."""
+    return pkgutil.resolve_name, (str(memory_format).replace(".", ":"),)
 
 
 def cache_misses() -> int:

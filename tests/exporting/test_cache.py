@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import pickletools
 import subprocess
 import sys
 import zipfile
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 import gtp_fx
+from gtp_fx.graph.torch_internals import name_memory_formats
 from gtp_fx.model.exporting import cache
 
 from support.checkout import ROOT
@@ -64,6 +67,16 @@ def test_what_is_compiled_for_others_is_refused(tmp_path: Path) -> None:
             archive.writestr("artifacts", b"")
         with pytest.raises(gtp_fx.LoadError, match=f"{name} .*{other}.*export it anew"):
             gtp_fx.load_cache(file)
+
+
+def test_memory_formats_are_pickled_by_name_and_not_by_a_module_that_imported_torch() -> None:
+    """Torch's keys of compiled code hold one: this file has `torch`, too, and would be named by pickle."""
+    name_memory_formats()
+    for memory_format in (torch.contiguous_format, torch.channels_last, torch.preserve_format):
+        pickled = pickle.dumps(memory_format)
+        assert pickle.loads(pickled) is memory_format
+        named = {text for _, text, _ in pickletools.genops(pickled) if isinstance(text, str)}
+        assert named == {"pkgutil", "resolve_name", str(memory_format).replace(".", ":")}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gtp_fx.capture.inputs import device_of, tensors_in
 from gtp_fx.errors import ExportError, LoadError
-from gtp_fx.graph.torch_internals import cache_misses, compiler_cache, fresh_compiler_cache
+from gtp_fx.graph.torch_internals import cache_misses, compiler_cache, fresh_compiler_cache, name_memory_formats
 from gtp_fx.model.exporting.program import Program
 from gtp_fx.model.forms import Forms
 from gtp_fx.model.optimized_model import OptimizedModel
@@ -32,6 +32,7 @@ _LEFT_OUT = ("fxgraph", "aotautograd", "locks", "triton")
 
 def write_cache(made: Program, file: Path) -> None:
     """Compile the program's model in an empty cache, and write what is in it then. Raises ExportError for none."""
+    name_memory_formats()
     with fresh_compiler_cache() as folder, torch.inference_mode():
         compiling(made.model).warm_up(BATCHES)
         kept = torch.compiler.save_cache_artifacts()
@@ -73,6 +74,7 @@ def load_cache(file: str | Path) -> None:
 
     Raises LoadError where the file can't be read, or is another torch's or processor's.
     """
+    name_memory_formats()
     path = Path(file)
     try:
         with zipfile.ZipFile(path) as archive:
