@@ -57,7 +57,8 @@ def test_twenty_clients_get_their_own_answers_and_nothing_is_compiled(
     torch._dynamo.reset()
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **_: compile(function, backend="eager"))
-    fast, pictures = small(depth=2, compile=True), [load_photo().rotate(17 * number) for number in range(20)]
+    photo = load_photo().resize((200, 180))
+    fast, pictures = small(depth=2, compile=True), [photo.rotate(17 * number) for number in range(20)]
     prepare = preparation_of(fast).transform()
     with torch.no_grad():
         rows = fast.graph_module(torch.stack([prepare(picture) for picture in pictures])).softmax(-1)
