@@ -57,7 +57,7 @@ from gtp_fx.errors import (  # noqa: E402
 if _typing.TYPE_CHECKING:
     from gtp_fx.measure.evaluation.evaluate import evaluate
     from gtp_fx.measure.evaluation.evaluation import Evaluation
-    from gtp_fx.model.exporting import Exported, export, exported_program
+    from gtp_fx.model.exporting import Exported, export, exported_program, load_cache
     from gtp_fx.model.optimize import optimize
     from gtp_fx.model.optimized_model import OptimizedModel
     from gtp_fx.model.saving.load import load
@@ -97,13 +97,14 @@ __all__ = [
     "export",
     "exported_program",
     "load",
+    "load_cache",
     "optimize",
 ]
 
 _LATER = {
     "gtp_fx.measure.evaluation.evaluate": ("evaluate",),
     "gtp_fx.measure.evaluation.evaluation": ("Evaluation",),
-    "gtp_fx.model.exporting": ("Exported", "export", "exported_program"),
+    "gtp_fx.model.exporting": ("Exported", "export", "exported_program", "load_cache"),
     "gtp_fx.model.optimize": ("optimize",),
     "gtp_fx.model.optimized_model": ("OptimizedModel",),
     "gtp_fx.model.saving.load": ("load",),

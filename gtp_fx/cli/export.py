@@ -38,7 +38,7 @@ from gtp_fx.options.options import DEFAULTS
 
 def export(
     model: Model,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write: x.pt2 or x.onnx.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write: x.pt2, x.onnx or x.cache.")],
     flops_budget: FlopsBudget = DEFAULTS["flops_budget"],
     latency_budget: LatencyBudget = DEFAULTS["latency_budget"],
     schedule: ScheduleText = DEFAULTS["schedule"],
@@ -47,7 +47,7 @@ def export(
     batch: Batch = DEFAULTS["batch"],
     format: Annotated[
         str | None,
-        typer.Option(help="torch, aoti or onnx. Default: by the file's suffix, where .pt2 means torch."),
+        typer.Option(help="torch, aoti, onnx or cache. Default: by the file's suffix, where .pt2 means torch."),
     ] = None,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     device: Annotated[Device, typer.Option()] = Device.cpu,
@@ -66,6 +66,8 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Optimise MODEL and write it for any batch size, as a torch.export program, an AOTInductor package or ONNX.
+
+    Or write what torch compiles of it, for other processes on such a machine: the format cache.
 
     The file is read back and run as a check.
     """

@@ -8,11 +8,14 @@ Modules that take a second or more to import are imported inside the functions t
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import importlib
 import logging
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -262,6 +265,14 @@ def fill_values(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         mode.allow_non_fake_inputs = before
 
 
+def open_sizes(tensor: Tensor, dims: Sequence[int]) -> None:
+    """Mark sizes of a tensor of which code compiled for it is to take any from two up; compiling raises if it can't.
+
+    Public: `torch._dynamo.mark_dynamic`, itself undocumented but in tutorials.
+    """
+    importlib.import_module("torch._dynamo").mark_dynamic(tensor, list(dims))
+
+
 def has_hint(size: Any) -> bool:
     """Return whether a size is known in the first run: not one that depends on the data. Public: none."""
     return not isinstance(size, torch.SymInt) or bool(size.node.has_hint())
@@ -403,6 +414,49 @@ def package_aoti(program: torch.export.ExportedProgram, file: str) -> None:
 def load_aoti(file: str) -> Callable[..., Any]:
     """Load an AOTInductor package as a function. Documented, under a private module's name."""
     return cast("Callable[..., Any]", importlib.import_module("torch._inductor").aoti_load_package(file))
+
+
+def compiler_cache() -> Path:
+    """Return the folder in which Inductor keeps what it compiles. Public: the variable TORCHINDUCTOR_CACHE_DIR."""
+    return Path(importlib.import_module("torch._inductor.runtime.cache_dir_utils").cache_dir())
+
+
+@contextlib.contextmanager
+def fresh_compiler_cache() -> Iterator[Path]:
+    """Let torch find nothing compiled, and keep nothing afterwards; yield Inductor's folder, empty.
+
+    `torch.compiler.save_cache_artifacts` then has what is compiled meanwhile. It is the process's: other threads that
+    compile do so anew. Public: none.
+    """
+    manager = importlib.import_module("torch.compiler._cache").CacheArtifactManager
+    with importlib.import_module("torch._inductor.utils").fresh_cache(), manager.with_fresh_cache():
+        yield compiler_cache()
+
+
+def name_memory_formats() -> None:
+    """Let memory formats be pickled by their names, from now on in this process, as torch does with layouts.
+
+    Torch's keys of compiled code hold a pickled memory format. Pickle writes it as an attribute of the first module it
+    finds to have it, which is any that imported torch: the keys would be others in a process that imported its own
+    modules in another order. What is pickled like this can be read without this package.
+    """
+    copyreg.pickle(torch.memory_format, _by_name)
+
+
+def _by_name(memory_format: torch.memory_format) -> tuple[Callable[..., Any], tuple[str]]:
+    """Return how a memory format is read back: `torch:channels_last` in the words of pkgutil."""
+    return pkgutil.resolve_name, (str(memory_format).replace(".", ":"),)
+
+
+def cache_misses() -> int:
+    """Return how many graphs this process has compiled that no cache had, or could have. Public: none."""
+    counters = importlib.import_module("torch._dynamo.utils").counters
+    return sum(
+        count
+        for group in ("inductor", "aot_autograd")
+        for name, count in counters[group].items()
+        if name.endswith(("cache_miss", "cache_bypass"))
+    )
 
 
 def given_to_compile(module: nn.Module) -> nn.Module | None:

@@ -42,6 +42,7 @@ from gtp_fx.model.saving.write import save
 from gtp_fx.model.sizes import add_form, form_taking, prepare
 from gtp_fx.model.state import Chosen, Made, Mode, Runner, State, settled
 from gtp_fx.model.tapping import fire_hooks
+from gtp_fx.model.warming import checked_batches, warm
 from gtp_fx.options.calibration import bound_where
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import Schedule
@@ -206,6 +207,24 @@ class OptimizedModel(nn.Module):
                         raise InputError(clash)
                     return runner.run(*args, **kwargs)
             self._runner(mode)
+
+    def warm_up(self, batches: Sequence[int] = (1, 8)) -> None:
+        """Compile what later calls need, in the mode that this is called in, so that none of them waits.
+
+        batches: numbers of images. One image alone has code of its own; all larger batches share one, whichever are
+            given. With `mode="reduce-overhead"` each size that is served has to be given.
+
+        Call it as the model will be called: within `torch.inference_mode()`, autocast and so on. The model is called
+        with its example inputs, repeated, in every form that it has by now; in inference mode with tensors made inside
+        and outside of it. Forward hooks are called, too. With `compile=False` nothing is compiled.
+
+        Raises OptionError for anything but batch sizes, and InputError in training mode, which would change the model.
+        """
+        sizes = checked_batches(batches)
+        if self.training:
+            raise InputError("warm_up in training mode would change what the model keeps of its inputs: call eval()")
+        for model in (self, *self._gtp.forms):
+            warm(model, model.captured_graph, model.signature, sizes, model._gtp.compiles)
 
     def provenance(self, *args: Any, **kwargs: Any) -> tuple[Provenance, ...]:
         """Return, for each stream of tokens, which patches each remaining token stands for, and by how much.
