@@ -63,6 +63,7 @@ if _typing.TYPE_CHECKING:
     from gtp_fx.model.saving.load import load
     from gtp_fx.options.calibration import Calibration
     from gtp_fx.options.schedule import BlockShape, Schedule
+    from gtp_fx.report.kept_tokens import KeptTokens
     from gtp_fx.report.provenance import Provenance
     from gtp_fx.report.report import Report
     from gtp_fx.strategies import GTP, ToMe, TopK
@@ -81,6 +82,7 @@ __all__ = [
     "GtpError",
     "InputError",
     "InternalError",
+    "KeptTokens",
     "LoadError",
     "OptimizedModel",
     "OptionError",
@@ -109,6 +111,7 @@ _LATER = {
     "gtp_fx.model.saving.load": ("load",),
     "gtp_fx.options.calibration": ("Calibration",),
     "gtp_fx.options.schedule": ("BlockShape", "Schedule"),
+    "gtp_fx.report.kept_tokens": ("KeptTokens",),
     "gtp_fx.report.provenance": ("Provenance",),
     "gtp_fx.report.report": ("Report",),
     "gtp_fx.strategies": ("GTP", "ToMe", "TopK"),
