@@ -58,6 +58,7 @@ if _typing.TYPE_CHECKING:
     from gtp_fx.measure.evaluation.evaluate import evaluate
     from gtp_fx.measure.evaluation.evaluation import Evaluation
     from gtp_fx.model.exporting import Exported, export, exported_program
+    from gtp_fx.model.image_tokens import ImageTokens, fewer_image_tokens
     from gtp_fx.model.optimize import optimize
     from gtp_fx.model.optimized_model import OptimizedModel
     from gtp_fx.model.saving.load import load
@@ -80,6 +81,7 @@ __all__ = [
     "ExportError",
     "Exported",
     "GtpError",
+    "ImageTokens",
     "InputError",
     "InternalError",
     "KeptTokens",
@@ -98,6 +100,7 @@ __all__ = [
     "evaluate",
     "export",
     "exported_program",
+    "fewer_image_tokens",
     "load",
     "optimize",
 ]
@@ -106,6 +109,7 @@ _LATER = {
     "gtp_fx.measure.evaluation.evaluate": ("evaluate",),
     "gtp_fx.measure.evaluation.evaluation": ("Evaluation",),
     "gtp_fx.model.exporting": ("Exported", "export", "exported_program"),
+    "gtp_fx.model.image_tokens": ("ImageTokens", "fewer_image_tokens"),
     "gtp_fx.model.optimize": ("optimize",),
     "gtp_fx.model.optimized_model": ("OptimizedModel",),
     "gtp_fx.model.saving.load": ("load",),

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from gtp_fx.analysis.returned_tokens import ReturnedTokens
 from gtp_fx.capture.autocast_casts import clashes
 from gtp_fx.capture.inputs import CallSignature, describe, device_of, dtype_of, tensors_in
 from gtp_fx.capture.layers import OWN_CALLS
@@ -133,6 +134,11 @@ class OptimizedModel(nn.Module):
     def sites(self) -> tuple[SiteRecord, ...]:
         """The sites that remove tokens, as numbers of the graph's calls; none where tokens only skip branches."""
         return self._optimised().sites
+
+    @property
+    def returned(self) -> tuple[ReturnedTokens, ...]:
+        """The outputs that run over tokens, each with those left; none where they have all tokens (output="full")."""
+        return self._optimised().returned
 
     @property
     def strategy(self) -> Strategy:
