@@ -90,7 +90,7 @@ ORDER = (
     Pass(
         mark_outputs,
         "exact",
-        "with output=\"reduced\", marks outputs as returned with the tokens left; changes nothing",
+        'with output="reduced", marks outputs as returned with the tokens left; changes nothing',
         reads="as_left",
     ),
     Pass(scatter_to_sum, "exact", "what is added to a part in place is added to all, with zeros", optional=True),

@@ -76,7 +76,7 @@ class ImageTokens:
         if bool((counts % self.before).any()) or bool((counts != counts[0]).any()):
             raise InputError(
                 f"these prompts have {counts.tolist()} image tokens ({self.image_token}), and an image of this model "
-                f"has {self.before}: give prompts with as many images each, of the size that the tower was optimised for"
+                f"has {self.before}: give prompts with as many images each, of the size that the tower is optimised for"
             )
         evenly = torch.tensor(_evenly(self.before, self.after), device=ids_BL.device)
         stays_BL = ~is_image_BL | torch.isin(number_BL % self.before, evenly)
@@ -141,15 +141,17 @@ def fewer_image_tokens(
     called = calls[0]
     fast = optimize(original, example_inputs=called.by_name(original), output=REDUCED, **options)
     rest = _Rest(original, encode, called, whole)
-    outputs = [(kept, row.tokens - _others(kept)) for kept, row in zip(fast.returned, fast.report.returned, strict=True)]
+    outputs = [
+        (kept, row.tokens - _others(kept)) for kept, row in zip(fast.returned, fast.report.returned, strict=True)
+    ]
     try:
         with torch.no_grad():
             (read, left), around = rest.read(outputs)
     except _Mixes as why:
         raise UnsupportedModelError(
             f"what follows {tower} doesn't take its tokens one by one, so the language model can't get fewer of them: "
-            f"{why}. gtp_fx.optimize(model.get_submodule({tower!r}), …) makes the tower itself faster, its output as it "
-            f"was"
+            f"{why}. gtp_fx.optimize(model.get_submodule({tower!r}), …) makes the tower alone faster, and keeps the form "
+            f"of its output"
         ) from None
     return ImageTokens(fast, tower, read.name, token, len(whole[0]), left + sum(around), around)
 
@@ -321,6 +323,7 @@ def _features(encoded: Any) -> list[Tensor]:
     alike = {tuple(image.shape) for image in features if isinstance(image, Tensor)}
     if len(alike) != 1 or len(next(iter(alike))) != 2:
         raise UnsupportedModelError(
-            f"{_ENCODE} returns features of shapes {sorted(alike)}: images of one size are needed, in features [places, D]"
+            f"{_ENCODE} returns features of shapes {sorted(alike)}, and images of one size are needed, with features "
+            f"[places, D] each"
         )
     return features

@@ -43,7 +43,7 @@ TOKENS = "gtp_tokens"
 """Meta key of an argument [B, N, C] that is a stream of tokens: its `TokenAxis` (`passes/exact/mark_tokens.py`)."""
 
 AS_LEFT = "gtp_as_left"
-"""Meta key of the output node: maps of tokens are returned with those that are left (`passes/exact/mark_outputs.py`)."""
+"""Meta key of the output node: maps of tokens are returned as they are left (`passes/exact/mark_outputs.py`)."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,12 @@ class Family:
 _INTERN = {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH], "use_absolute_position_embeddings": True}
 _QWEN = {"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 4, "num_heads": 4}
 _MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}}
-_QWEN_IDS = {"image_token_id": IMAGE_TOKEN, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+_QWEN_IDS = {
+    "image_token_id": IMAGE_TOKEN,
+    "video_token_id": 91,
+    "vision_start_token_id": 92,
+    "vision_end_token_id": 93,
+}
 
 FAMILIES: dict[str, Family] = {
     "llava-clip": Family(
@@ -76,9 +81,16 @@ FAMILIES: dict[str, Family] = {
         {"vision_feature_layer": -2, "vision_feature_select_strategy": "full"},
     ),
     "internvl": Family("InternVLConfig", ("internvl_vision", _INTERN), "qwen2", "model.vision_tower", GRID // 4, {}),
-    "smolvlm": Family("SmolVLMConfig", ("smolvlm_vision", {}), "llama", "model.vision_model", GRID // 4, {"scale_factor": 2}),
+    "smolvlm": Family(
+        "SmolVLMConfig", ("smolvlm_vision", {}), "llama", "model.vision_model", GRID // 4, {"scale_factor": 2}
+    ),
     "paligemma": Family(
-        "PaliGemmaConfig", ("siglip_vision_model", {"vision_use_head": False, "projection_dim": 48}), "gemma", "model.vision_tower", GRID, {"projection_dim": 48}
+        "PaliGemmaConfig",
+        ("siglip_vision_model", {"vision_use_head": False, "projection_dim": 48}),
+        "gemma",
+        "model.vision_tower",
+        GRID,
+        {"projection_dim": 48},
     ),
     "pixtral": Family(
         "LlavaConfig",
@@ -89,11 +101,26 @@ FAMILIES: dict[str, Family] = {
         {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
     ),
     "qwen2-vl": Family(
-        "Qwen2VLConfig", ("qwen2_vl_vision", {**_QWEN, "embed_dim": 64, "hidden_size": 48, "mlp_ratio": 2}), "qwen2_vl_text", "model.visual", GRID // 4, _QWEN_IDS
+        "Qwen2VLConfig",
+        ("qwen2_vl_vision", {**_QWEN, "embed_dim": 64, "hidden_size": 48, "mlp_ratio": 2}),
+        "qwen2_vl_text",
+        "model.visual",
+        GRID // 4,
+        _QWEN_IDS,
     ),
     "qwen2.5-vl": Family(
         "Qwen2_5_VLConfig",
-        ("qwen2_5_vl_vision", {**_QWEN, "hidden_size": 64, "out_hidden_size": 48, "intermediate_size": 128, "window_size": 32, "fullatt_block_indexes": [1, 3]}),
+        (
+            "qwen2_5_vl_vision",
+            {
+                **_QWEN,
+                "hidden_size": 64,
+                "out_hidden_size": 48,
+                "intermediate_size": 128,
+                "window_size": 32,
+                "fullatt_block_indexes": [1, 3],
+            },
+        ),
         "qwen2_5_vl_text",
         "model.visual",
         GRID // 4,
@@ -101,7 +128,19 @@ FAMILIES: dict[str, Family] = {
     ),
     "florence-2": Family(
         "Florence2Config",
-        ("florence_vision", {"embed_dim": (16, 32, 32, 64), "depths": (1, 1, 2, 1), "num_heads": (2, 2, 2, 4), "num_groups": (2, 2, 2, 4), "window_size": 2, "projection_dim": 48, "max_position_embeddings": 8, "patch_size": (7, 3, 3, 3)}),
+        (
+            "florence_vision",
+            {
+                "embed_dim": (16, 32, 32, 64),
+                "depths": (1, 1, 2, 1),
+                "num_heads": (2, 2, 2, 4),
+                "num_groups": (2, 2, 2, 4),
+                "window_size": 2,
+                "projection_dim": 48,
+                "max_position_embeddings": 8,
+                "patch_size": (7, 3, 3, 3),
+            },
+        ),
         "bart",
         "model.vision_tower",
         5,
@@ -110,7 +149,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def build(name: str, seed: int = 0, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> nn.Module:
+def build(
+    name: str, seed: int = 0, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None
+) -> nn.Module:
     """Return a family's model in evaluation mode. text, vision: what differs from the small configurations."""
     family = FAMILIES[name]
     model_type, own = family.vision
@@ -119,7 +160,21 @@ def build(name: str, seed: int = 0, text: dict[str, Any] | None = None, vision: 
     if "qwen2" in family.text and "vl" in family.text:
         text_config |= _MROPE
     if family.text == "bart":
-        text_config = {"model_type": "bart", "vocab_size": 100, "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+        text_config = {
+            "model_type": "bart",
+            "vocab_size": 100,
+            "d_model": 48,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 96,
+            "decoder_ffn_dim": 96,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 2,
+        }
     ids = {"image_token_index": IMAGE_TOKEN} if family.config == "LlavaConfig" else {"image_token_id": IMAGE_TOKEN}
     config = getattr(transformers, family.config)(
         vision_config=vision_config, text_config=text_config, **{**ids, **family.extra}
