@@ -42,7 +42,7 @@ class ImageTokens:
 
     tower: the optimised tower, which goes in the original's place.
     path: that place, "model.vision_tower".
-    output: which of the tower's outputs the language model gets, "hidden_states[0]".
+    output: which of the tower's outputs the language model gets; its name is "hidden_states[5]".
     image_token: the id that holds an image's places in a prompt.
     before, after: places of one image in the original's prompts, and in the shorter ones.
     around: how many of them, at an image's beginning and end, are for tokens that are no patches (CLS).
@@ -50,20 +50,30 @@ class ImageTokens:
 
     tower: OptimizedModel
     path: str
-    output: str
+    output: ReturnedTokens
     image_token: int
     before: int
     after: int
     around: tuple[int, int] = (0, 0)
+
+    def kept_tokens(self, *args: Any, **kwargs: Any) -> KeptTokens | None:
+        """Return which tokens the language model gets of some images; None where it gets all.
+
+        Takes the tower's own arguments; flags that the model calls it with need not be given.
+        """
+        flags = {name: value for name, value in self.tower.signature.kwargs.items() if not isinstance(value, Tensor)}
+        _, kept = self.tower.with_kept_tokens(*args, **{**flags, **kwargs})
+        found = pytree.tree_leaves(kept)[self.output.number]
+        return found if isinstance(found, KeptTokens) else None
 
     def prompt(self, inputs: Mapping[str, Any], kept: KeptTokens | None = None) -> dict[str, Any]:
         """Return a processor's output with as many image tokens as the tower returns.
 
         inputs: with input_ids [B, L]. Every tensor [B, L] beside it (attention_mask, token_type_ids, labels) loses the
             same places. They are lost evenly over an image, so that what stands between its rows stays between.
-        kept: the tokens of `output`, from `tower.with_kept_tokens`, of all images in the prompts' order. With them, the
-            result has position_ids: each token has the position in the language model that its patch had in the long
-            prompt, and so has the text. By default positions follow each other, as they do in any prompt.
+        kept: from `kept_tokens`, of all images in the prompts' order. With them, the result has position_ids: each
+            token has the position in the language model that its patch had in the long prompt, and so has the text. By
+            default positions follow each other, as they do in any prompt.
 
         Raises InputError where a prompt has other numbers of image tokens, or prompts of one batch have different ones.
         """
@@ -100,7 +110,7 @@ class ImageTokens:
         if tuple(kept.positions.shape) != (images, left):
             raise InputError(
                 f"kept has positions of shape {list(kept.positions.shape)}, and these prompts have {images} images of "
-                f"{left} patch tokens: give those of output {self.output!r}, of these images"
+                f"{left} patch tokens: give those of output {self.output.name!r}, of these images"
             )
         mask_BL = inputs.get("attention_mask")
         mask_BL = torch.ones_like(is_image_BL) if mask_BL is None else mask_BL
@@ -150,10 +160,10 @@ def fewer_image_tokens(
     except _Mixes as why:
         raise UnsupportedModelError(
             f"what follows {tower} doesn't take its tokens one by one, so the language model can't get fewer of them: "
-            f"{why}. gtp_fx.optimize(model.get_submodule({tower!r}), …) makes the tower alone faster, and keeps the form "
-            f"of its output"
+            f"{why}. gtp_fx.optimize(model.get_submodule({tower!r}), …) makes the tower alone faster, and its output "
+            f"keeps its form"
         ) from None
-    return ImageTokens(fast, tower, read.name, token, len(whole[0]), left + sum(around), around)
+    return ImageTokens(fast, tower, read, token, len(whole[0]), left + sum(around), around)
 
 
 class _Mixes(Exception):

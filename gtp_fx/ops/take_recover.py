@@ -1,8 +1,8 @@
 """Changes of level: `take_tokens` to a newer one, `recover` to the one before, `put_back` and `idle` to all tokens.
 
-`stand_ins` says which of the remaining tokens stands for which patch. `take_tokens` and `recover` work on any value that
-runs over a stream's tokens, wherever its token axis is: a residual stream [B, N, C], a rotary table [1, 1, N, D], one
-side of a relative-position bias [1, H, N, N]. Their arguments `images` and `tokens` say which dimensions those are.
+`stand_ins` says which of the remaining tokens stands for which patch. `take_tokens` and `recover` work on any value
+that runs over a stream's tokens, wherever its token axis is: a residual stream [B, N, C], a rotary table [1, 1, N, D],
+one side of a relative-position bias [1, H, N, N]. Their arguments `images` and `tokens` say which dimensions those are.
 """
 
 from __future__ import annotations
