@@ -62,9 +62,7 @@ class ImageTokens:
         Takes the tower's own arguments; flags that the model calls it with need not be given.
         """
         flags = {name: value for name, value in self.tower.signature.kwargs.items() if not isinstance(value, Tensor)}
-        _, kept = self.tower.with_kept_tokens(*args, **{**flags, **kwargs})
-        found = pytree.tree_leaves(kept)[self.output.number]
-        return found if isinstance(found, KeptTokens) else None
+        return self.tower.kept_by_output(*args, **{**flags, **kwargs})[self.output.number]
 
     def prompt(self, inputs: Mapping[str, Any], kept: KeptTokens | None = None) -> dict[str, Any]:
         """Return a processor's output with as many image tokens as the tower returns.

@@ -47,6 +47,7 @@ from gtp_fx.options.calibration import bound_where
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import Schedule
 from gtp_fx.report.attention_maps import attention_maps_runner
+from gtp_fx.report.kept_tokens import KeptTokens
 from gtp_fx.report.provenance import Provenance, SiteRecord, output_and_provenance_runner, provenance_runner
 from gtp_fx.report.report import Report
 from gtp_fx.strategies import Strategy
@@ -209,8 +210,13 @@ class OptimizedModel(nn.Module):
                 'with_kept_tokens: the outputs of this model have all tokens; optimize it with output="reduced", or '
                 "call with_provenance, which says which of them remained to the end"
             )
-        output, kept = self._run(args, kwargs, told=True)
+        output, kept, _ = self._run(args, kwargs, told=True)
         return (output[0], kept[0]) if self._gtp.taps else (output, kept)
+
+    def kept_by_output(self, *args: Any, **kwargs: Any) -> list[KeptTokens | None]:
+        """Return the same for each output, in a flat list, by the numbers of `returned`."""
+        kept: list[KeptTokens | None] = self._run(args, kwargs, told=True)[2]
+        return kept
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], told: bool = False) -> Any:
         """Return what the graph of the current mode does. told: also which tokens its outputs have."""

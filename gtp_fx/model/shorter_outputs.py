@@ -36,10 +36,10 @@ def _reasons(graph: fx.Graph, of_tokens: set[int], plan: Plan) -> Iterator[Refus
     ):
         for value in tensors_of(leaf.meta.get("val")) if isinstance(leaf, fx.Node) else ():
             shape = ", ".join(["*", *map(str, value.shape[1:])])
-            if number not in of_tokens:
-                yield Refusal("", name, f"it is [{shape}], which is no row of each image's tokens")
-            elif plan.strategy.restores_tokens:
+            if plan.strategy.restores_tokens:
                 yield Refusal("", name, f"strategy {plan.strategy.name!r} puts every token back before it")
+            elif number not in of_tokens:
+                yield Refusal("", name, f"it is [{shape}], which is no row of each image's tokens")
             elif not plan.propagated:
                 yield Refusal("", name, "tokens only skip branches in this model, and stay in their stream")
             else:

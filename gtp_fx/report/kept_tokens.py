@@ -48,7 +48,8 @@ def also_returning_kept(
     """Return a graph that also returns what `KeptTokens` are made of, and what makes that readable.
 
     The second maps whatever runs that graph (compiled or not) to a function of the model's inputs that returns the
-    model's output and the same structure with `KeptTokens` in place of the outputs that have fewer tokens, else None.
+    model's output, the same structure with `KeptTokens` in place of the outputs that have fewer tokens, else None, and
+    those in a flat list.
 
     records: the sites of `gm`. returned: its outputs that run over tokens.
     """
@@ -66,14 +67,14 @@ def also_returning_kept(
     graph.meta.update(gm.meta)
 
     def readable(run: Run) -> Run:
-        def run_both(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        def run_both(*args: Any, **kwargs: Any) -> tuple[Any, Any, list[Any]]:
             flat = iter(run(*args, **kwargs))
             outputs = [next(flat) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
             found = {domain: _on_the_grid(sites[domain], flat) for domain in domains}
             kept: list[Any] = [None] * len(leaves)
             for one in shorter:
                 kept[one.number] = _of_output(one.axis, *found[one.axis.domain])
-            return gm.graph.process_outputs(outputs), gm.graph.process_outputs(kept)
+            return gm.graph.process_outputs(outputs), gm.graph.process_outputs(kept), kept
 
         return run_both
 

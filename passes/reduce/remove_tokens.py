@@ -75,6 +75,7 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             "get them (another schedule, schedule=[…], may do; flops_budget=1.0 works)",
             found.refused,
         )
+    gm.graph.output_node().meta[RETURNED] = returned_tokens(typing)
     coercions = found.by_node()
     args = {node: node.args for node in gm.graph.nodes}
     maps = [block.map for block in blocks if block.map is not None]
@@ -101,7 +102,6 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             walk.shorten_after(node, sites[node])
         if node in ends:
             walk.put_back_after(node, ends[node])
-    gm.graph.output_node().meta[RETURNED] = returned_tokens(typing)
     tie_outputs(gm.graph)
     return edit.finish(gm)
 
