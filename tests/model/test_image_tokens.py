@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import gtp_fx
+from bench.vision_language_models import FAMILIES, IMAGE_TOKEN, TINY, build, prompt
 from gtp_fx.analysis.returned_tokens import ReturnedTokens
 from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
-
-from support.vision_language_models import FAMILIES, IMAGE_TOKEN, build, prompt
 
 pytestmark = pytest.mark.xdist_group("image-tokens")
 BUDGET = 0.6
@@ -22,7 +21,7 @@ BUDGET = 0.6
 
 def shortened(name: str, model: nn.Module, **options: Any) -> gtp_fx.ImageTokens:
     asked = {"flops_budget": BUDGET, "compile": False, **options}
-    return gtp_fx.fewer_image_tokens(model, prompt(name), tower=FAMILIES[name].tower, **asked)
+    return gtp_fx.fewer_image_tokens(model, prompt(name), tower=FAMILIES[name](TINY).tower, **asked)
 
 
 def generated(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[int]]:
@@ -47,7 +46,7 @@ def must_read_the_kept_features(name: str) -> None:
     model, inputs = build(name), prompt(name, batch=3)
     images = shortened(name, model)
     _, (whole_length, *_) = generated(model, inputs)
-    assert images.before == FAMILIES[name].tokens > images.after
+    assert images.before == FAMILIES[name](TINY).tokens(TINY) > images.after
     kept = images.kept_tokens(inputs["pixel_values"])
     assert kept is not None and kept.positions.shape == (3, images.after)
     # The features of all tokens, by the same schedule, of which the kept ones are taken.
@@ -75,11 +74,11 @@ def must_read_the_kept_features(name: str) -> None:
 
 
 def test_llava_reads_the_features_of_the_kept_tokens() -> None:
-    must_read_the_kept_features("llava-clip")
+    must_read_the_kept_features("LLaVA, CLIP")
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["llava-siglip", "paligemma"])
+@pytest.mark.parametrize("name", ["LLaVA, SigLIP", "PaliGemma"])
 def test_others_do_so_too(name: str) -> None:
     must_read_the_kept_features(name)
 
@@ -111,12 +110,12 @@ def test_prompts_that_no_image_fits_are_refused() -> None:
 
 
 REFUSED = {
-    "internvl": (0.7, gtp_fx.UnsupportedModelError, "of 64 patches it makes 16 features"),
-    "smolvlm": (0.7, gtp_fx.UnsupportedModelError, "of 64 patches it makes 16 features"),
-    "florence-2": (0.9, gtp_fx.UnsupportedModelError, "nothing that this model returns can have fewer tokens"),
-    "pixtral": (0.7, gtp_fx.CaptureError, "decides by what a tensor holds"),
-    "qwen2-vl": (0.7, gtp_fx.CaptureError, "can't be captured"),
-    "qwen2.5-vl": (0.7, gtp_fx.CaptureError, "decides by what a tensor holds"),
+    "InternVL": (0.7, gtp_fx.UnsupportedModelError, "of 64 patches it makes 16 features"),
+    "SmolVLM": (0.7, gtp_fx.UnsupportedModelError, "of 64 patches it makes 16 features"),
+    "Florence-2": (0.9, gtp_fx.UnsupportedModelError, "nothing that this model returns can have fewer tokens"),
+    "Pixtral": (0.7, gtp_fx.CaptureError, "decides by what a tensor holds"),
+    "Qwen2-VL": (0.7, gtp_fx.CaptureError, "can't be captured"),
+    "Qwen2.5-VL": (0.7, gtp_fx.CaptureError, "decides by what a tensor holds"),
 }
 """Why the language model can't get fewer tokens, with the budget that is asked for."""
 
@@ -133,10 +132,10 @@ def test_a_projector_that_merges_neighbours_is_refused(name: str) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["llava-clip", "llava-siglip", "internvl", "smolvlm", "paligemma", "florence-2"])
+@pytest.mark.parametrize("name", ["LLaVA, CLIP", "LLaVA, SigLIP", "InternVL", "SmolVLM", "PaliGemma", "Florence-2"])
 def test_the_same_output_goes_in_the_towers_place(name: str) -> None:
     """Exact at budget 1.0; below it, of the same form, and the prompt is as long as ever."""
-    model, inputs, path = build(name), prompt(name), FAMILIES[name].tower
+    model, inputs, path = build(name), prompt(name), FAMILIES[name](TINY).tower
     tower, calls = model.get_submodule(path), []
     handle = tower.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     wanted, lengths = generated(model, inputs)
@@ -155,11 +154,11 @@ def test_the_same_output_goes_in_the_towers_place(name: str) -> None:
 
 @pytest.mark.nightly
 def test_what_isnt_there_is_named() -> None:
-    model = build("llava-clip")
+    model = build("LLaVA, CLIP")
     with pytest.raises(gtp_fx.OptionError, match="give the path of the vision tower"):
-        gtp_fx.fewer_image_tokens(model, prompt("llava-clip"), tower="model.tower", flops_budget=BUDGET)
+        gtp_fx.fewer_image_tokens(model, prompt("LLaVA, CLIP"), tower="model.tower", flops_budget=BUDGET)
     with pytest.raises(gtp_fx.OptionError, match="always has output='reduced'"):
-        gtp_fx.fewer_image_tokens(model, prompt("llava-clip"), tower="model.vision_tower", output="full")
+        gtp_fx.fewer_image_tokens(model, prompt("LLaVA, CLIP"), tower="model.vision_tower", output="full")
     with pytest.raises(gtp_fx.OptionError, match="has no get_image_features"):
         gtp_fx.fewer_image_tokens(nn.Sequential(nn.Identity()), {}, tower="0", image_token=1)
     with pytest.raises(gtp_fx.OptionError, match="inputs hold no images"):
