@@ -64,7 +64,7 @@ def check(
     [
         pytest.param("deit", {}, "kernel", marks=pytest.mark.nightly),
         pytest.param("siglip-map", {}, "mask", marks=pytest.mark.nightly),
-        ("dinov2-reg4", {"graph": "spatial"}, "channel"),
+        pytest.param("dinov2-reg4", {"graph": "spatial"}, "channel", marks=pytest.mark.nightly),
         ("clip", {"score": "cls-mean", "token_scale": False}, "kernel"),
         pytest.param(
             "eva",
