@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -79,13 +80,13 @@ def measured(name: str, size: Size, rounds: int) -> Row:
         fast = gtp_fx.optimize(original, example_inputs=called_with(model, path, inputs), **options)
         runs["full"] = fast, inputs
     except gtp_fx.GtpError as error:
-        row.refused["full"] = str(error)
+        row.refused["full"] = _first_line(error)
     try:
         images = gtp_fx.fewer_image_tokens(model, inputs, tower=path, **options)
         runs["reduced"] = images.tower, images.prompt(inputs)
         row.fewer = runs["reduced"][1]["input_ids"].shape[1]
     except gtp_fx.GtpError as error:
-        row.refused["reduced"] = str(error)
+        row.refused["reduced"] = _first_line(error)
     times: dict[str, list[float]] = {how: [] for how in runs}
     for _ in range(rounds + 1):
         for how, (tower, given) in runs.items():
@@ -93,6 +94,11 @@ def measured(name: str, size: Size, rounds: int) -> Row:
             times[how].append(_seconds(lambda given=given: model(**given, **_started(model))))
     row.milliseconds |= {how: 1e3 * statistics.median(taken[1:]) for how, taken in times.items()}
     return row
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error says first, without the places of files on this machine."""
+    return re.sub(r" \[[^\]]*\.py:[^\]]*\]", "", str(error).splitlines()[0])
 
 
 def _seconds(run: Callable[[], Any]) -> float:
