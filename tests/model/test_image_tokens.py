@@ -131,6 +131,51 @@ def test_a_projector_that_merges_neighbours_is_refused(name: str) -> None:
     assert torch.equal(generated(model, prompt(name))[0], before[0])
 
 
+class _Mixing(nn.Module):
+    """Adds each token's neighbour to it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + x.roll(1, dims=1))
+
+
+class _Placing(_Mixing):
+    """Adds a table of all places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + torch.ones(TINY.patches, 1))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("projector", "why"),
+    [(_Mixing, "a patch's features depend on which others there are"), (_Placing, "of 64 patches it fails")],
+)
+def test_a_projector_that_reads_more_than_one_token_is_refused(projector: type[_Mixing], why: str) -> None:
+    model: Any = build("LLaVA, CLIP")
+    model.model.multi_modal_projector = projector(model.model.multi_modal_projector)
+    with pytest.raises(gtp_fx.UnsupportedModelError, match=why):
+        shortened("LLaVA, CLIP", model)
+
+
+@pytest.mark.nightly
+def test_features_may_begin_with_cls_and_layers_may_not_differ() -> None:
+    model: Any = build("LLaVA, CLIP")
+    model.config.vision_feature_select_strategy = "full"
+    images = shortened("LLaVA, CLIP", model)
+    assert images.around == (1, 0) and images.before == 65
+    kept = images.kept_tokens(prompt("LLaVA, CLIP")["pixel_values"])
+    assert kept is not None and images.after == 1 + kept.positions.shape[1]
+    model.config.vision_feature_select_strategy = "default"
+    model.config.vision_feature_layer = [-4, -2]
+    model.model.multi_modal_projector.linear_1 = nn.Linear(2 * TINY.width, TINY.text_width)
+    with pytest.raises(gtp_fx.UnsupportedModelError, match="reads several together, of which different ones are left"):
+        shortened("LLaVA, CLIP", model)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["LLaVA, CLIP", "LLaVA, SigLIP", "InternVL", "SmolVLM", "PaliGemma", "Florence-2"])
 def test_the_same_output_goes_in_the_towers_place(name: str) -> None:
