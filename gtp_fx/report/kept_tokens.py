@@ -105,12 +105,18 @@ def _followed(sites: Sequence[SiteRecord], calls: Sequence[fx.Node]) -> Iterator
         sides = home_of(site.grid).sides
         at_site = insert(gtp_fx.stand_ins.default, weights, kept, removed, index, sides, *places)
         stands = at_site if stands is None else insert(aten.gather.default, at_site, 1, stands)
-        index = kept if index is None else insert(aten.gather.default, index, 1, kept)
+        index = kept if index is None else _gathered(index, kept) or insert(aten.gather.default, index, 1, kept)
     assert index is not None and stands is not None
     yield index
     yield stands
     if sites[0].places is not None:
         yield calls[sites[0].places]
+
+
+def _gathered(index: fx.Node, kept: fx.Node) -> fx.Node | None:
+    """Return the node that gathers the kept of some indices, where the strategy has inserted one: kernels know it."""
+    made = (user for user in kept.users if user.target is aten.gather.default and user.args == (index, 1, kept))
+    return next(made, None)
 
 
 def _on_the_grid(sites: Sequence[SiteRecord], flat: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
