@@ -169,6 +169,12 @@ def test_whole_outputs_have_no_kept_tokens_to_tell() -> None:
         gtp_fx.optimize(Tower(), flops_budget=0.7, output="less")
 
 
+def test_an_evaluation_compares_whole_outputs() -> None:
+    for given in ({"budgets": [0.8], "output": "reduced"}, {"optimised": {"mine": made("reduced")}}):
+        with pytest.raises(gtp_fx.OptionError, match="token by token, and these have fewer"):
+            gtp_fx.evaluate(Tower(), pictures(8), timing=False, **given)
+
+
 def test_a_backend_returns_what_dynamo_was_promised() -> None:
     with pytest.raises(gtp_fx.OptionError, match=r"call gtp_fx\.optimize"):
         gtp(torch.fx.symbolic_trace(nn.Identity()), [], options={"flops_budget": 0.7, "output": "reduced"})
