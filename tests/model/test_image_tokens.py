@@ -205,6 +205,8 @@ def test_what_isnt_there_is_named() -> None:
     with pytest.raises(gtp_fx.OptionError, match="always has output='reduced'"):
         gtp_fx.fewer_image_tokens(model, prompt("LLaVA, CLIP"), tower="model.vision_tower", output="full")
     with pytest.raises(gtp_fx.OptionError, match="has no get_image_features"):
-        gtp_fx.fewer_image_tokens(nn.Sequential(nn.Identity()), {}, tower="0", image_token=1)
+        gtp_fx.fewer_image_tokens(nn.Sequential(nn.Identity()).eval(), {}, tower="0", image_token=1)
+    with pytest.raises(gtp_fx.OptionError, match=r"call model\.eval\(\)"):
+        shortened("LLaVA, CLIP", build("LLaVA, CLIP").train())
     with pytest.raises(gtp_fx.OptionError, match="inputs hold no images"):
         gtp_fx.fewer_image_tokens(model, {}, tower="model.vision_tower", flops_budget=BUDGET)
