@@ -20,6 +20,7 @@ from gtp_fx.cli.arguments import (
     Model,
     ModelArgs,
     NumClasses,
+    Output,
     Pretrained,
     ScheduleText,
     Strategy,
@@ -44,6 +45,7 @@ def export(
     schedule: ScheduleText = DEFAULTS["schedule"],
     strategy: Strategy = DEFAULTS["strategy"],
     target: Target = DEFAULTS["target"],
+    output: Output = DEFAULTS["output"],
     batch: Batch = DEFAULTS["batch"],
     format: Annotated[
         str | None,
@@ -77,7 +79,7 @@ def export(
     with explaining(model):
         if format is not None and format not in FORMATS:
             raise OptionError(f"--format {format}: give {', '.join(FORMATS)}")
-        options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch)
+        options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch, output=output)
         tell_of_auto([strategy])
         format_of(file, format)
         must_have_folder(save_schedule)
