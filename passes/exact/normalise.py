@@ -31,6 +31,7 @@ from gtp_fx.graph.operators import (
     SQUEEZES,
     UNARY,
     VIEWS,
+    VIEWS_LIKE,
 )
 from gtp_fx.graph.rearrangements import leaves_as_it_was, order_of
 from gtp_fx.graph.symbols import is_symbolic, shape_of, written
@@ -59,7 +60,7 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             edit.replace(node, before)
         elif node.target in VIEWS:
             node.target = aten.reshape.default
-        elif node.target in FLATTENINGS:
+        elif node.target in (*FLATTENINGS, *VIEWS_LIKE):
             _as_reshape(node)
         elif node.target is aten.mul.Tensor and _scales_from_the_left(node):
             node.args = (node.args[1], node.args[0])
@@ -71,7 +72,7 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _as_reshape(node: fx.Node) -> None:
-    """Turn a flatten or unflatten into a reshape, where at most one size is symbolic.
+    """Turn a flatten, an unflatten or a view as another tensor into a reshape, where at most one size is symbolic.
 
     torch.export keeps these operators; Dynamo's graph has views in their place.
     """
