@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from gtp_fx.graph.torch_internals import is_operator
-
 
 def drop_failed_calls(graph: fx.Graph) -> None:
     """Erase, in place, the calls that have no value though their operator returns one; nothing can read them."""
     for node in reversed(list(graph.nodes)):
         if node.op != "call_function" or node.users or node.meta.get("val") is not None:
             continue
-        if is_operator(node.target) and node.target._schema.returns:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.returns:
             graph.erase_node(node)
