@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import gtp_fx
 from bench.live_weights import enliven
 from bench.outcomes import tally
-from bench.spelling_models import CHOICES, GRID, SIDE, Respelt, Spelling
+from bench.spelt.model import CHOICES, Respelt, Spelling
+from bench.spelt.sizes import GRID, SIDE
 
 BUDGET = 0.6
 TOLERANCE = 1e-5

@@ -33,6 +33,7 @@ from gtp_fx.passes.exact.pointwise_convolutions import pointwise_convolutions
 from gtp_fx.passes.exact.scatter_to_sum import scatter_to_sum
 from gtp_fx.passes.exact.split_projections import split_projections
 from gtp_fx.passes.exact.turn_streams import turn_streams
+from gtp_fx.passes.exact.weights_first import weights_first
 from gtp_fx.passes.lower.call_layers import call_layers
 from gtp_fx.passes.lower.functional_linear import functional_linear
 from gtp_fx.passes.lower.triton_kernels import triton_kernels
@@ -116,6 +117,7 @@ ORDER = (
         "a convolution over tokens with a kernel of one becomes a linear layer",
         optional=True,
     ),
+    Pass(weights_first, "exact", "v·wᵀ, where w is a softmax, becomes (w·vᵀ)ᵀ", optional=True),
     Pass(fuse_attention, "exact", "softmax(q·kᵀ)·v in its many spellings becomes the one operator", optional=True),
     Pass(mark_blocks, "exact", "marks attention blocks and their residual adds; changes nothing"),
     Pass(

@@ -233,8 +233,8 @@ def share_in(add: fx.Node, attention: fx.Node, typing: WholeTyping) -> fx.Node |
     sides = [arg for arg in operands if arg not in after]
     if len(operands) != 2 or len(sides) != 1 or not typing.is_tensor(sides[0]):
         return None
-    if add.target is aten.sub.Tensor and sides[0] is not operands[0]:
-        return None  # y - x is half of an interpolation, x + w * (y - x): its sum is the one that follows
+    if add.target is aten.sub.Tensor and (sides[0] is not operands[0] or len(operands[1].users) > 1):
+        return None  # half of an interpolation, x + w * (y - x) or (x - y) * w + y: its sum is the one that follows
     return sides[0]
 
 

@@ -37,7 +37,7 @@ def state_after(attention: fx.Node, axis: TokenAxis, typing: WholeTyping) -> fx.
     last, following = ([n for n in blocks if n in side] for side in (before, after))
     past = set().union(*({n} | ancestors(n) for n in last))
     future = set().union(*({n} | descendants(n) for n in following))
-    rows = [state for state in states if has_rows(typing.type(state), axis)]
+    rows = [state for state in states if _is_state(typing.type(state), axis)]
     wide = {_features(state, typing) for state in rows if state in before - past}
     found = [state for state in rows if state in after - future and _features(state, typing) in wide]
     if not found or not beside:
@@ -55,7 +55,7 @@ def state_before(attention: fx.Node, site: fx.Node, axis: TokenAxis, typing: Who
     states, _ = _states(attention, axis.domain.grid, typing)
     before = ancestors(attention)
     wide = _features(site, typing)
-    rows = [state for state in states if state in before and has_rows(typing.type(state), axis)]
+    rows = [state for state in states if state in before and _is_state(typing.type(state), axis)]
     found = [state for state in rows if _features(state, typing) == wide]
     if not found:
         return None
@@ -65,8 +65,8 @@ def state_before(attention: fx.Node, site: fx.Node, axis: TokenAxis, typing: Who
 
 
 def _features(state: fx.Node, typing: WholeTyping) -> int:
-    """Return how many features a token has in a state [images, tokens, features…]."""
-    return math.prod(map(whole_size, typing.type(state)[2:]))
+    """Return how many features a token has in a state, times the images, which are the same in every state."""
+    return math.prod(whole_size(dim) for dim in typing.type(state) if is_plain(dim))
 
 
 def _queries(attention: fx.Node, typing: WholeTyping) -> TokenAxis | None:
@@ -78,6 +78,12 @@ def has_rows(kind: TensorType, axis: TokenAxis) -> bool:
     """Return whether a type is [images, tokens, features…], of these tokens."""
     apart = len(kind) > 2 and is_plain(kind[0]) and all(map(is_plain, kind[2:]))
     return apart and token_axis(kind[1]) == axis
+
+
+def _is_state(kind: TensorType, axis: TokenAxis) -> bool:
+    """Return whether a type is [images, tokens, features…], or [images, tokens, features] in another order."""
+    turned = len(kind) == 3 and [token_axis(dim) for dim in kind if not is_plain(dim)] == [axis]
+    return turned or has_rows(kind, axis)
 
 
 def _states(attention: fx.Node, grid: Grid, typing: WholeTyping) -> tuple[list[fx.Node], bool]:

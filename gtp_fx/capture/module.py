@@ -24,6 +24,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from torch.utils import _pytree as pytree
 
 from gtp_fx.capture.called_as import CalledAs
+from gtp_fx.capture.failed_calls import drop_failed_calls
 from gtp_fx.capture.flex_attention import open_flex_attention
 from gtp_fx.capture.fused_layers import without_fused_layers
 from gtp_fx.capture.hooks import without_user_hooks
@@ -75,6 +76,7 @@ def _captured(model: nn.Module, signature: CallSignature, training: bool, apart:
         try:
             with plain_calls(model) as called:
                 program, attributes = _exported(model, signature)
+            drop_failed_calls(program.graph)
             # A change at the first call alone (a cache, a flag) is harmless, so the model is run twice and compared.
             call = functools.partial(model, *signature.args, **signature.kwargs)
             left = left_by_each_call(model, call) if attributes else Left()

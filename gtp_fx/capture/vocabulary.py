@@ -42,7 +42,17 @@ def _mean_beside(spread: Any) -> Callable[..., Any]:
     )
 
 
+def _gated(x: Any, state: Any, of_x: Any, of_state: Any, bias_x: Any = None, bias_state: Any = None) -> Any:
+    """Return the next state of a gated recurrent unit: x and state of [N, C], as torch computes it, row by row."""
+    new = aten.chunk.default(aten.linear.default(x, of_x, bias_x), 3, -1)
+    old = aten.chunk.default(aten.linear.default(state, of_state, bias_state), 3, -1)
+    reset, update = (aten.sigmoid.default(aten.add.Tensor(new[part], old[part])) for part in (0, 1))
+    candidate = aten.tanh.default(aten.add.Tensor(new[2], aten.mul.Tensor(old[2], reset)))
+    return aten.add.Tensor(aten.mul.Tensor(aten.sub.Tensor(state, candidate), update), candidate)
+
+
 PREFERRED: Mapping[Any, Callable[..., Any]] = {
+    aten.gru_cell.default: _gated,
     aten.lerp.Scalar: lambda start, end, weight: aten.add.Tensor(
         aten.mul.Tensor(start, 1 - weight), aten.mul.Tensor(end, weight)
     ),

@@ -78,6 +78,8 @@ DROPOUTS: Family = (aten.dropout.default, aten.native_dropout.default)
 # ---- the same numbers, in another shape, place or type
 
 VIEWS: Family = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+VIEWS_LIKE: Family = (aten.view_as.default, aten.reshape_as.default)
+"""Views in the shape of another tensor."""
 FLATTENINGS: Family = (aten.flatten.using_ints, aten.unflatten.int)
 SQUEEZES: Family = (aten.squeeze.dim, aten.squeeze.dims)
 PERMUTATIONS: Family = (aten.permute.default, aten.transpose.int)

@@ -4,8 +4,8 @@ What changes nothing are asserts about metadata, dropouts that are off, copies, 
 slices that take everything. Views become reshapes, which don't depend on the strides of their input, so that a later
 pass may replace the node that computes it. Casts name their type alone, and no other tensor that has it. Items of
 splits and unbinds become slices and selects, a scale comes second, a sum over a stack is one, and so is a row of what a
-stack holds. What is rearranged and then arranged as it was is the value itself: so are the views through which a part
-of the model writes in place, once the graph is functional.
+stack holds. What is added up twice is one sum. What is rearranged and then arranged as it was is the value itself: so
+are the views through which a part of the model writes in place, once the graph is functional.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from gtp_fx.graph.operators import (
     SQUEEZES,
     UNARY,
     VIEWS,
+    VIEWS_LIKE,
 )
 from gtp_fx.graph.rearrangements import leaves_as_it_was, order_of
 from gtp_fx.graph.symbols import is_symbolic, shape_of, written
@@ -59,7 +60,7 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             edit.replace(node, before)
         elif node.target in VIEWS:
             node.target = aten.reshape.default
-        elif node.target in FLATTENINGS:
+        elif node.target in (*FLATTENINGS, *VIEWS_LIKE):
             _as_reshape(node)
         elif node.target is aten.mul.Tensor and _scales_from_the_left(node):
             node.args = (node.args[1], node.args[0])
@@ -67,11 +68,23 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             _end_to_end(gm.graph, node)
         elif node.target is aten.sum.dim_IntList and (summands := _summands(node)):
             _as_additions(gm.graph, node, summands)
+    _add_once(gm.graph)
     return edit.finish(gm)
 
 
+def _add_once(graph: fx.Graph) -> None:
+    """Let what is added up twice be one sum: where all branches are kept in a list, each sum goes on from the last."""
+    sums: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target is not aten.add.Tensor or not all(isinstance(x, fx.Node) for x in node.args):
+            continue
+        same = sums.setdefault((node.args, tuple(node.kwargs.items())), node)
+        if same is not node:
+            edit.replace(node, same)
+
+
 def _as_reshape(node: fx.Node) -> None:
-    """Turn a flatten or unflatten into a reshape, where at most one size is symbolic.
+    """Turn a flatten, an unflatten or a view as another tensor into a reshape, where at most one size is symbolic.
 
     torch.export keeps these operators; Dynamo's graph has views in their place.
     """

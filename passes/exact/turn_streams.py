@@ -18,9 +18,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx
 
-from gtp_fx.analysis.blocks import marks_of, share_in, stream_of
+from gtp_fx.analysis.blocks import MARK, marks_of, share_in, stream_of
+from gtp_fx.analysis.token_states import state_before
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
+from gtp_fx.graph.nodes import ancestors, descendants
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.turned_layout import Order, Walk, changes
@@ -90,7 +92,12 @@ def _streams(graph: fx.Graph) -> dict[fx.Node, Order]:
             continue
         # A stream may be turned for the sum alone; then its share in that is where the other layout begins.
         attention = marked["attention", index]
-        for value in (stream_of(site, attention, typing), share_in(site, attention, typing)):
+        values = [stream_of(site, attention, typing), share_in(site, attention, typing)]
+        if values[0] is None and _to_turn(typing.type(site)):  # a state of the tokens
+            beside = ancestors(site) - ancestors(attention) - descendants(attention) - {attention}
+            state = state_before(attention, site, attention.meta[MARK].axis, typing)
+            values = [state, *filter(typing.is_tensor, beside)]
+        for value in values:
             if value is not None and (order := _to_turn(typing.type(value))):
                 found[value] = order
     return found

@@ -176,6 +176,14 @@ def _cat(walk: Walk, node: fx.Node, order: Order) -> Order | None:
     return order
 
 
+def _stack(walk: Walk, node: fx.Node, order: Order) -> Order | None:
+    """Stack along a new last dimension; `order` puts it where it was."""
+    parts, *dim = _arguments(node)
+    place = (dim[0] if dim else node.kwargs.get("dim", 0)) % (len(order) + 1)
+    node.args, node.kwargs = ([walk.operand(node, part, order) for part in parts], len(order)), {}
+    return (*order[:place], len(order), *order[place:])
+
+
 def _view(walk: Walk, node: fx.Node, order: Order) -> Order | None:
     """Views that regroup only dimensions that stay in place, behind those that don't: features into heads."""
     x = _arguments(node)[0]
@@ -234,6 +242,7 @@ _RULES: dict[Any, Rule] = {
     aten.select.int: _with_dims(_drops),
     aten.unsqueeze.default: _unsqueeze,
     aten.cat.default: _cat,
+    aten.stack.default: _stack,
     aten.expand.default: _expand,
     operator.getitem: _item,
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.spelling_models import CHOICES, Spelling
 from bench.spellings import _error, build, canonical, check, differing, images, one_at_a_time
+from bench.spelt.model import CHOICES, Spelling
 
 EVERY = list(one_at_a_time())
 EVERY_DAY = [

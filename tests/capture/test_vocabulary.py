@@ -18,6 +18,7 @@ from gtp_fx.capture.vocabulary import decompositions, open_composites
 from gtp_fx.graph.torch_internals import is_operator
 from gtp_fx.types.rules.registry import find
 
+WEIGHT = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
 SPELLINGS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], set[str]]] = {
     "an alias": (lambda x, y: torch.concat([x, y], 1), {"aten.cat.default"}),
     "a view": (lambda x, y: x.mT.adjoint().movedim(1, 2), {"aten.transpose.int", "aten.permute.default"}),
@@ -27,6 +28,12 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], set[str]]] = {
     "a sum of products": (
         lambda x, y: torch.baddbmm(x, y, y.mT @ x, beta=0.5, alpha=2.0),
         {"aten.transpose.int", "aten.matmul.default", "aten.bmm.default", "aten.mul.Tensor", "aten.add.Tensor"},
+    ),
+    "a gated recurrent unit": (
+        lambda x, y: torch.gru_cell(x.flatten(0, 1), y.flatten(0, 1), WEIGHT, WEIGHT.flip(0)),
+        {"aten.flatten.using_ints", "aten.flip.default", "aten.t.default", "aten.mm.default", "aten.split.Tensor"}
+        | {f"aten.{name}.Tensor" for name in ("add", "mul", "sub")}
+        | {"aten.sigmoid.default", "aten.tanh.default"},
     ),
     "a decomposition of a decomposition": (
         lambda x, y: F.glu(torch.var_mean(x, -1, keepdim=True)[0] + y),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.graph.operators import FLATTENINGS, SQUEEZES, VIEWS
+from gtp_fx.graph.operators import FLATTENINGS, SQUEEZES, VIEWS, VIEWS_LIKE
 from gtp_fx.graph.symbols import divided, is_symbolic
 from gtp_fx.types.axes import (
     CountOf,
@@ -181,7 +181,7 @@ def flatten(call: Call) -> RuleResult:
     return RuleResult(output, operands={call.operand(0): x})
 
 
-@rule(aten.reshape_as.default, aten.view_as.default)
+@rule(*VIEWS_LIKE)
 def view_as(call: Call) -> RuleResult:
     """Accept two tensors that run over the same tokens, at every level.
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.ops import aten
 
 import gtp_fx
-from bench.spelling_models import LAYOUTS, Spelling
 from bench.spellings import check
+from bench.spelt.layouts import LAYOUTS
+from bench.spelt.model import Spelling
 from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.fold_views import fold_views
 from gtp_fx.passes.exact.matmul_to_linear import matmul_to_linear

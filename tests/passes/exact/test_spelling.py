@@ -95,3 +95,16 @@ def test_heads_before_images_stay_merged() -> None:
     gm = normalise(traced(lambda *inputs: merged(*inputs, heads_first=True), IMAGE, EMBED, QKV))
     separate = fuse_attention(gm)
     assert [str(n.target) for n in separate.graph.nodes] == [str(n.target) for n in gm.graph.nodes]
+
+
+def test_what_is_added_up_twice_is_one_sum() -> None:
+    """A list of all branches: each sum goes on from the last one. Other factors and orders are other sums."""
+
+    def listed(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return torch.stack([torch.stack([x, y]).sum(0).tanh(), torch.stack([x, y, z]).sum(0), x.add(y, alpha=2)])
+
+    inputs = [noise(2, 3, 4), noise(2, 4, 3).transpose(1, 2), noise(3, 2, 4).transpose(0, 1)]
+    gm = traced(listed, *inputs)
+    once = normalise(gm)
+    assert calls(once, aten.add.Tensor) == 3
+    torch.testing.assert_close(once(*inputs), gm(*inputs), rtol=0, atol=0)
