@@ -45,6 +45,9 @@ from gtp_fx.types.layouts import NoLayout, base_of, convert, grid_of, made_from
 _MOVES = (*VIEWS, *PERMUTATIONS, *REARRANGED, *PADDINGS, aten.roll.default, aten.slice.Tensor, aten.flatten.using_ints)
 """What does nothing but rearrange tokens, where both its operand and its result are all of them."""
 
+_MADE = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
+"""New tensors, whose numbers don't depend on the one that gives dtype and device: masks are built with them."""
+
 
 class NoRest(NotApplicable):
     """Raised where the windows of a block can't rest; the message is the reason that a user reads."""
@@ -90,6 +93,7 @@ class Rest:
     rows: the layout by window, [images and windows, patches]; features follow.
     windows: of an image.
     sizes: nodes that read the number of all windows off a value inside.
+    made: nodes that make a new tensor and take dtype and device from a value inside, those of the stream.
     """
 
     stream: fx.Node
@@ -98,6 +102,7 @@ class Rest:
     rows: TensorType
     windows: int
     sizes: tuple[fx.Node, ...] = ()
+    made: tuple[fx.Node, ...] = ()
 
     @property
     def inside(self) -> tuple[fx.Node, ...]:
@@ -107,8 +112,8 @@ class Rest:
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> Rest:
         """Return this block in a copy of the graph. at: each node's copy."""
         steps = tuple(step.copied(at) for step in self.steps)
-        sizes = tuple(at[node] for node in self.sizes)
-        return replace(self, stream=at[self.stream], result=at[self.result], steps=steps, sizes=sizes)
+        sizes, made = (tuple(at[node] for node in nodes) for nodes in (self.sizes, self.made))
+        return replace(self, stream=at[self.stream], result=at[self.result], steps=steps, sizes=sizes, made=made)
 
 
 def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
@@ -133,11 +138,13 @@ def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
         raise NoRest("its end is of another dtype than its stream")
     nodes = _between(stream, result, typing)
     between = set(nodes)
-    sizes = []
+    sizes, made = [], []
     for node in nodes[:-1]:
         for user in node.users:
             if user.target is aten.sym_size.int:
                 sizes.append(user)
+            elif user.target in _MADE and user.meta["val"].dtype == stream.meta["val"].dtype:
+                made.append(user)
             elif user not in between:
                 raise NoRest(f"{operator_name(node)} inside it is read elsewhere")
     if block.attention not in between or len([n for n in nodes if n.target in ATTENTION]) > 1:
@@ -152,18 +159,19 @@ def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
     count = whole_size(rows[0])
     if any(shape_of(n.args[0])[n.args[1]] != count for n in sizes):  # type: ignore[arg-type, index]
         raise NoRest("something reads the size of a value inside it")
-    return Rest(stream, result, tuple(steps), rows, math.prod(f.whole_size for f in windows), tuple(sizes))
+    return Rest(stream, result, tuple(steps), rows, math.prod(f.whole_size for f in windows), tuple(sizes), tuple(made))
 
 
 def _between(stream: fx.Node, result: fx.Node, typing: WholeTyping) -> list[fx.Node]:
     """Return the tensors that lead from the stream to the result, in graph order, `result` among them.
 
-    What only depends on their sizes, as a mask for each window of each image does, is not among them.
+    What depends on their sizes, dtype or device alone, as a mask for each window does, is not among them.
     """
     before = ancestors(result) | {result}
     found: dict[fx.Node, None] = {}
     for node in stream.graph.nodes:
-        if node in before and typing.is_tensor(node) and any(n is stream or n in found for n in node.all_input_nodes):
+        reads = node in before and typing.is_tensor(node) and node.target not in _MADE
+        if reads and any(n is stream or n in found for n in node.all_input_nodes):
             found[node] = None
     return list(found)
 
@@ -247,9 +255,12 @@ class _Walk:
         if node.target in _MOVES and len(own) == 1 and node.args[0] is own[0]:
             form = self.forms[own[0]]
             if form is None:
-                if self.typing.type(own[0])[-1] != kind[-1]:
+                before = self.typing.type(own[0])
+                if before[-1] == kind[-1]:
+                    return Step(node, None, (own[0],))
+                if node.target is not aten.slice.Tensor or before[:-1] != kind[:-1]:
                     raise NoRest("features are taken apart between tokens")
-                return Step(node, None, (own[0],))
+                return Step(node, node.target, with_fewer_dimensions(node), node.kwargs)  # some of the features
             if node.target not in VIEWS or form.at or not self._in_rows(kind):
                 raise NoRest("what leads out of its windows isn't a view")
             shape = (-1, whole_size(self.rows[1]), whole_size(kind[-1]))

@@ -45,6 +45,8 @@ def _let_rest(graph: fx.Graph, rest: Rest, resting: int, typing: WholeTyping) ->
             count = call(aten.sym_size.int, rows, 0)
             for node in rest.sizes:
                 edit.replace(node, count)
+    for node in rest.made:
+        edit.set_args(node, (rest.stream, *node.args[1:]))
     with graph.inserting_before(rest.result):
         split = call(gtp_fx.select.default, call(gtp_fx.window_activity.default, rows, rest.windows), resting)
         awake = call(operator.getitem, split, 0)
