@@ -14,8 +14,9 @@ from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock, marks_of, read_blocks
 from gtp_fx.analysis.liveness import Liveness, live_tokens, whole_attention
-from gtp_fx.analysis.resting import NoRest, Rest, find_rest
+from gtp_fx.analysis.resting import Rest, find_rest
 from gtp_fx.analysis.unsupported_attention import unsupported_attention
+from gtp_fx.analysis.window_steps import NoRest
 from gtp_fx.errors import Refusal
 from gtp_fx.types.frames import FRAMES
 from gtp_fx.types.infer import TOKENS, Edge, SiteTyping, WholeTyping, infer_types, infer_with_sites

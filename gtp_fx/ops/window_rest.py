@@ -22,7 +22,8 @@ def window_activity(rows_RNC: Tensor, windows: int) -> Tensor:
     windows: W.
     """
     length_RN = torch.linalg.vector_norm(rows_RNC.float(), dim=-1)
-    return length_RN.mean(dim=-1).unflatten(0, (-1, windows))
+    activity_BW: Tensor = length_RN.mean(dim=-1).reshape(-1, windows)
+    return activity_BW
 
 
 def _row_shapes(awake_BK, windows):  # type: ignore[no-untyped-def]

@@ -14,8 +14,9 @@ import operator
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.resting import Rest, Step
+from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
+from gtp_fx.analysis.window_steps import Step
 from gtp_fx.graph import edit
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import Emit

@@ -158,11 +158,14 @@ WIDTH, GRID, WINDOW = 16, 6, 3
 
 
 class Windows(nn.Module):
-    """A map [B, 6, 6, C] whose one block attends in windows of 3 x 3. across: what else it does, which windows see."""
+    """A map [B, 6, 6, C] whose one block attends in windows of 3 x 3.
 
-    def __init__(self, across: str = "") -> None:
+    across: what else it does, which windows see. apart: whether windows are a dimension beside images.
+    """
+
+    def __init__(self, across: str = "", apart: bool = False) -> None:
         super().__init__()
-        self.across = across
+        self.across, self.lead = across, (-1, 4) if apart else (-1,)
         self.patches = nn.Conv2d(3, WIDTH, 4, 4)
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
@@ -177,11 +180,16 @@ class Windows(nn.Module):
             y = y + self.place
         if self.across == "mean":
             y = y - y.mean((1, 2), keepdim=True)
-        y = y.unflatten(1, (-1, WINDOW)).unflatten(3, (-1, WINDOW)).transpose(2, 3).reshape(-1, WINDOW**2, WIDTH)
-        q, k, v = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in self.qkv(y).chunk(3, -1))
+        y = (
+            y.unflatten(1, (-1, WINDOW))
+            .unflatten(3, (-1, WINDOW))
+            .transpose(2, 3)
+            .reshape(*self.lead, WINDOW**2, WIDTH)
+        )
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(-3, -2) for t in self.qkv(y).chunk(3, -1))
         if self.across == "table":
-            q = (q.unflatten(0, (-1, 4)) * self.of_window[:, None]).flatten(0, 1)
-        y = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            q = q * self.of_window[:, None] if len(self.lead) > 1 else q * self.of_window.repeat(len(q) // 4, 1, 1, 1)
+        y = self.out(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
         y = y.view(-1, 2, 2, WINDOW, WINDOW, WIDTH).transpose(2, 3).reshape(x_BHWC.shape)
         between = x_BHWC + y
         x = between + self.down(F.gelu(self.up(self.norm2(between))))
@@ -189,16 +197,16 @@ class Windows(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("across", "reason"),
+    ("across", "apart", "reason"),
     [
-        ("places", "add.Tensor inside it isn't token-wise"),
-        ("mean", "mean.dim inside it"),
-        ("table", "reshape.default inside it doesn't keep windows apart"),
-        ("returned", "add.Tensor inside it is read elsewhere"),
+        ("places", False, "add.Tensor inside it isn't token-wise"),
+        ("mean", False, "mean.dim inside it"),
+        ("table", True, "reads a table by window that fewer windows can't be taken from"),
+        ("returned", False, "add.Tensor inside it is read elsewhere"),
     ],
 )
-def test_what_windows_can_see_of_each_other_is_named(across: str, reason: str) -> None:
-    net = built(lambda: Windows(across))
+def test_what_windows_can_see_of_each_other_is_named(across: str, apart: bool, reason: str) -> None:
+    net = built(lambda: Windows(across, apart))
     image = torch.randn(2, 3, 4 * GRID, 4 * GRID)
     made = gtp_fx.optimize(net, schedule=[2], strategy=REST, example_inputs=image, compile=False)
     assert [(row.windows, row.window_tokens) for row in made.report.sites] == [(4, 0)]
@@ -206,9 +214,10 @@ def test_what_windows_can_see_of_each_other_is_named(across: str, reason: str) -
     assert reason in refusal.reason, refusal.reason
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @torch.no_grad()
-def test_a_window_without_activity_is_the_one_that_rests() -> None:
-    net = built(Windows).eval()
+def test_a_window_without_activity_is_the_one_that_rests(apart: bool) -> None:
+    net = built(lambda: Windows(apart=apart)).eval()
     image = torch.randn(2, 3, 4 * GRID, 4 * GRID)
     fast = gtp_fx.optimize(net, schedule=[1], strategy=REST, example_inputs=image, compile=False)
     rested = image.clone()
@@ -216,6 +225,7 @@ def test_a_window_without_activity_is_the_one_that_rests() -> None:
     x_BHWC = net.patches(rested).permute(0, 2, 3, 1)
     assert x_BHWC.norm(dim=-1)[:, 3:, :3].mean() < x_BHWC.norm(dim=-1)[:, :3].mean()
     wanted = by_hand(net, x_BHWC)
+    assert [row.window_tokens for row in fast.report.sites] == [9]
     assert error(fast(rested), wanted) < 1e-5
     assert error(net(rested), wanted) > 1e-3
 
