@@ -17,12 +17,15 @@ def _activity_shapes(rows_RNC, windows):  # type: ignore[no-untyped-def]
 
 @operator(_activity_shapes)
 def window_activity(rows_RNC: Tensor, windows: int) -> Tensor:
-    """Return how active each window is, the mean length of its tokens: [B, W] in float32.
+    """Return how active each window is: how far its tokens are from their mean, on average. [B, W] in float32.
+
+    A window whose tokens are all alike has least to tell them, whatever their length.
 
     windows: W.
     """
-    length_RN = torch.linalg.vector_norm(rows_RNC.float(), dim=-1)
-    activity_BW: Tensor = length_RN.mean(dim=-1).reshape(-1, windows)
+    tokens_RNC = rows_RNC.float()
+    apart_RN = torch.linalg.vector_norm(tokens_RNC - tokens_RNC.mean(dim=1, keepdim=True), dim=-1)
+    activity_BW: Tensor = apart_RN.mean(dim=-1).reshape(-1, windows)
     return activity_BW
 
 

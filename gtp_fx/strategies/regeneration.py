@@ -41,9 +41,9 @@ class Regeneration(Grouping):
     score: what attention says of a token; by default what it receives from all tokens, averaged over heads.
     token_scale: adds the log of a token's patch count to attention's logits.
     difficulty: exponent of d_i, 0 or more; at 0 attention alone decides.
-    windows: what happens in windows. With "skip" some tokens of each one skip a branch. With "rest", where every node
-        of a block keeps windows apart, whole windows of least activity rest: they stay what they were, and the block's
-        norms, attention and branches run for the others. A schedule counts windows there. Elsewhere tokens skip.
+    windows: what happens in windows. With "skip" some tokens of each one skip a branch. With "rest" whole windows rest,
+        where every node of a block keeps windows apart: those whose tokens differ least stay what they were, and the
+        block's norms, attention and branches run for the others. A schedule counts windows there. Elsewhere tokens skip.
     """
 
     name: ClassVar[str] = "regeneration"

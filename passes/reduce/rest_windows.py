@@ -2,7 +2,7 @@
 
 For each block whose site in the plan is one where windows rest:
   1. Its stream is arranged by window, [images and windows, tokens, features].
-  2. The windows whose tokens are longest on average are taken out, equally many of each image.
+  2. The windows whose tokens differ most from their mean are taken out, equally many of each image.
   3. The block's nodes run on these: what rearranges tokens is gone, masks by window are taken for them.
   4. They are put back beside those that rest, and all return to the stream's layout.
 """

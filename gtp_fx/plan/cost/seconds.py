@@ -168,7 +168,7 @@ def _rest_change(cost: RestCost, works: list[Work], dtype: str, target: Target, 
     windows = cost.tokens * cost.images * batch
     values = windows * cost.patches * cost.features * size
     added = [
-        Work("stream", bytes=values),
+        Work("stream", bytes=2 * values),  # for their mean, and for how far they are from it
         Work("sort", bytes=windows * size),
         Work("gather", bytes=values * (3 + 2 * share), launches=3),
     ]
