@@ -43,7 +43,8 @@ class Regeneration(Grouping):
     difficulty: exponent of d_i, 0 or more; at 0 attention alone decides.
     windows: what happens in windows. With "skip" some tokens of each one skip a branch. With "rest" whole windows rest,
         where every node of a block keeps windows apart: those whose tokens differ least stay what they were, and the
-        block's norms, attention and branches run for the others. A schedule counts windows there. Elsewhere tokens skip.
+        block's norms, attention and branches run for the others. A schedule counts windows there. In other blocks
+        tokens skip.
     """
 
     name: ClassVar[str] = "regeneration"
