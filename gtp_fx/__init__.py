@@ -57,12 +57,14 @@ from gtp_fx.errors import (  # noqa: E402
 if _typing.TYPE_CHECKING:
     from gtp_fx.measure.evaluation.evaluate import evaluate
     from gtp_fx.measure.evaluation.evaluation import Evaluation
-    from gtp_fx.model.exporting import Exported, export, exported_program
+    from gtp_fx.model.exporting import Exported, export, exported_program, load_cache
+    from gtp_fx.model.image_tokens import ImageTokens, fewer_image_tokens
     from gtp_fx.model.optimize import optimize
     from gtp_fx.model.optimized_model import OptimizedModel
     from gtp_fx.model.saving.load import load
     from gtp_fx.options.calibration import Calibration
     from gtp_fx.options.schedule import BlockShape, Schedule
+    from gtp_fx.report.kept_tokens import KeptTokens
     from gtp_fx.report.provenance import Provenance
     from gtp_fx.report.report import Report
     from gtp_fx.strategies import GTP, ToMe, TopK
@@ -79,8 +81,10 @@ __all__ = [
     "ExportError",
     "Exported",
     "GtpError",
+    "ImageTokens",
     "InputError",
     "InternalError",
+    "KeptTokens",
     "LoadError",
     "OptimizedModel",
     "OptionError",
@@ -96,19 +100,23 @@ __all__ = [
     "evaluate",
     "export",
     "exported_program",
+    "fewer_image_tokens",
     "load",
+    "load_cache",
     "optimize",
 ]
 
 _LATER = {
     "gtp_fx.measure.evaluation.evaluate": ("evaluate",),
     "gtp_fx.measure.evaluation.evaluation": ("Evaluation",),
-    "gtp_fx.model.exporting": ("Exported", "export", "exported_program"),
+    "gtp_fx.model.exporting": ("Exported", "export", "exported_program", "load_cache"),
+    "gtp_fx.model.image_tokens": ("ImageTokens", "fewer_image_tokens"),
     "gtp_fx.model.optimize": ("optimize",),
     "gtp_fx.model.optimized_model": ("OptimizedModel",),
     "gtp_fx.model.saving.load": ("load",),
     "gtp_fx.options.calibration": ("Calibration",),
     "gtp_fx.options.schedule": ("BlockShape", "Schedule"),
+    "gtp_fx.report.kept_tokens": ("KeptTokens",),
     "gtp_fx.report.provenance": ("Provenance",),
     "gtp_fx.report.report": ("Report",),
     "gtp_fx.strategies": ("GTP", "ToMe", "TopK"),

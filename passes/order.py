@@ -25,6 +25,7 @@ from gtp_fx.passes.exact.fuse_projections import fuse_projections
 from gtp_fx.passes.exact.join_streams import join_streams
 from gtp_fx.passes.exact.mark_blocks import mark_blocks
 from gtp_fx.passes.exact.mark_frames import mark_frames
+from gtp_fx.passes.exact.mark_outputs import mark_outputs
 from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.exact.matmul_to_linear import matmul_to_linear
 from gtp_fx.passes.exact.normalise import normalise
@@ -58,7 +59,8 @@ class Pass:
     tier: the tier it belongs to.
     summary: what it does, in a line.
     optional: whether `disabled_passes` may name it.
-    reads: its second argument: the strategy's `needs_full_maps`, the option `prefix_tokens`, the plan, or none.
+    reads: its second argument: the strategy's `needs_full_maps`, the option `prefix_tokens`, whether the option
+        `output` is "reduced" (`as_left`), the plan, or none.
     needed: whether a plan needs it; None where every plan does.
     """
 
@@ -66,7 +68,7 @@ class Pass:
     tier: Tier
     summary: str
     optional: bool = False
-    reads: Literal["", "needs_full_maps", "prefix_tokens", "plan"] = ""
+    reads: Literal["", "needs_full_maps", "prefix_tokens", "as_left", "plan"] = ""
     needed: Callable[[Plan], bool] | None = None
 
     @property
@@ -86,6 +88,12 @@ class Pass:
 # linear layers are fused last, since only those that still read the same tokens can be.
 ORDER = (
     Pass(normalise, "exact", "one spelling: no asserts, no copies, no dropout that is off"),
+    Pass(
+        mark_outputs,
+        "exact",
+        'with output="reduced", marks outputs as returned with the tokens left; changes nothing',
+        reads="as_left",
+    ),
     Pass(scatter_to_sum, "exact", "what is added to a part in place is added to all, with zeros", optional=True),
     Pass(
         drop_trivial_masks,
@@ -187,13 +195,18 @@ def must_be_optional(names: Sequence[str]) -> None:
 
 
 def bound(
-    step: Pass, strategy: Strategy, plan: Plan | None = None, prefix_tokens: int | None = None
+    step: Pass,
+    strategy: Strategy,
+    plan: Plan | None = None,
+    prefix_tokens: int | None = None,
+    as_left: bool = False,
 ) -> Callable[[fx.GraphModule], fx.GraphModule]:
     """Bind a pass's second argument; return a function of the graph alone."""
     given: dict[str, Any] = {
         "": (),
         "needs_full_maps": (strategy.needs_full_maps,),
         "prefix_tokens": (prefix_tokens,),
+        "as_left": (as_left,),
         "plan": (plan,),
     }
     return lambda gm: step.function(gm, *given[step.reads])

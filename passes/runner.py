@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from gtp_fx.graph.verify import propagate_shapes
+from gtp_fx.passes.exact.mark_outputs import mark_outputs
 from gtp_fx.passes.journal import Journal
 from gtp_fx.passes.order import Pass, bound, of_tier
 from gtp_fx.plan.cost.count import count_flops
@@ -41,18 +42,20 @@ def run_exact_tier(
     journal: Journal,
     disabled: Sequence[str] = (),
     prefix_tokens: int | None = None,
+    as_left: bool = False,
 ) -> tuple[fx.GraphModule, tuple[PassStep, ...]]:
     """Run the exact passes, except disabled ones; return the graph and what each did.
 
     original: FLOPs per image of the original, for the ratios in the log.
     prefix_tokens: as the user said; None where nobody did.
+    as_left: whether maps of tokens are returned with those that are left.
     """
-    steps = []
+    steps: list[PassStep] = []
     for step in of_tier("exact"):
         if step.name in disabled:
             log.info("%s: disabled", step.name)
             continue
-        gm, done = _run(step, gm, bound(step, strategy, None, prefix_tokens), original, journal)
+        gm, done = _run(step, gm, bound(step, strategy, None, prefix_tokens, as_left), original, journal, steps)
         steps.append(done)
     return gm, tuple(steps)
 
@@ -65,9 +68,9 @@ def apply_plan(
     gm: a graph whose exact passes have run.
     original: FLOPs per image of the original, for the ratios in the log.
     """
-    steps = []
+    steps: list[PassStep] = []
     for step in of_tier("reduce", plan):
-        gm, done = _run(step, gm, bound(step, plan.strategy, plan), original, journal)
+        gm, done = _run(step, gm, bound(step, plan.strategy, plan), original, journal, steps)
         steps.append(done)
     return gm, tuple(steps)
 
@@ -75,8 +78,10 @@ def apply_plan(
 def apply_plan_unverified(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Return what `apply_plan` does, without verifying the last pass, which takes half the time.
 
-    For graphs that are run at once and discarded.
+    For graphs that are run at once, compared with the original token by token, and discarded: their outputs have all
+    tokens in any case.
     """
+    gm = mark_outputs(gm, as_left=False)
     passes = of_tier("reduce", plan)
     for number, step in enumerate(passes, start=1):
         gm = bound(step, plan.strategy, plan)(gm)
@@ -86,13 +91,24 @@ def apply_plan_unverified(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 
 def _run(
-    step: Pass, gm: fx.GraphModule, run: Callable[[fx.GraphModule], fx.GraphModule], original: int, journal: Journal
+    step: Pass,
+    gm: fx.GraphModule,
+    run: Callable[[fx.GraphModule], fx.GraphModule],
+    original: int,
+    journal: Journal,
+    before: Sequence[PassStep],
 ) -> tuple[fx.GraphModule, PassStep]:
-    """Run one pass, `run` with its arguments bound, verify its result, and record it."""
+    """Run one pass, `run` with its arguments bound, verify its result, and record it.
+
+    before: what the passes before it did, of which the last made `gm`.
+    """
     result = run(gm)
     if result is not gm:  # a pass with nothing to do may return its input
         propagate_shapes(result, after=step.name)
-    done = PassStep(step.name, step.kind, count_flops(result.graph), _operators(result.graph))
+    if result is gm and before:
+        done = replace(before[-1], name=step.name, tier=step.kind)
+    else:
+        done = PassStep(step.name, step.kind, count_flops(result.graph), _operators(result.graph))
     journal.page(step.name, result)
     ratio = done.flops / max(original, 1)
     log.info("%s (%s): %d operators, %.4f of the FLOPs", step.name, step.kind, done.operators, ratio)

@@ -68,6 +68,16 @@ def test_a_model_of_ones_own_needs_neither_timm_nor_transformers(tmp_path: Path)
     assert "any batch" in run(f"{WITHOUT}import own_model; own_model.main()", cwd=tmp_path)
 
 
+def test_a_cpu_needs_neither_triton_nor_cudas_libraries(tmp_path: Path) -> None:
+    """As torch's build for CPUs comes: without both. A GPU's schedule is planned there all the same."""
+    (tmp_path / "own_model.py").write_text((ROOT / "examples" / "own_model.py").read_text())
+    without = "import sys\nfor name in ('triton', 'nvidia'): sys.modules[name] = None\n"
+    assert "any batch" in run(f"{without}import own_model; own_model.main()", cwd=tmp_path)
+    arguments = ["plan", "test_vit", "--flops-budget", "0.7", "--target", "h100"]
+    code = f"{without}import gtp_fx.cli.app\ntry: gtp_fx.cli.app.main({arguments!r})\nexcept SystemExit as end: pass"
+    assert "left as it was" in run(code, cwd=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -19,12 +19,12 @@ from gtp_fx.analysis.unsupported_attention import unsupported_attention
 from gtp_fx.analysis.window_steps import NoRest
 from gtp_fx.errors import Refusal
 from gtp_fx.types.frames import FRAMES
-from gtp_fx.types.infer import TOKENS, Edge, SiteTyping, WholeTyping, infer_types, infer_with_sites
+from gtp_fx.types.infer import AS_LEFT, TOKENS, Edge, SiteTyping, WholeTyping, infer_types, infer_with_sites
 from gtp_fx.types.rules.registry import WEIGHS
 
 _KEPT = "_gtp_fx_typed"
 """Attribute of a graph: its `TypedGraph`. A deep copy of the graph has none."""
-_READ = ("val", "nn_module_stack", TOKENS, FRAMES, WEIGHS)
+_READ = ("val", "nn_module_stack", TOKENS, FRAMES, WEIGHS, AS_LEFT)
 """Metadata that types are made from."""
 _NONE: frozenset[Any] = frozenset()
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class TypedGraph:
         """Return whether the graph is unchanged since it was typed.
 
         Compared are its nodes, their targets and arguments, and their metadata "val", "nn_module_stack", `TOKENS`,
-        `FRAMES` and `WEIGHS`.
+        `FRAMES`, `WEIGHS` and `AS_LEFT`.
         """
         now = _state(self.graph)
         return len(now) == len(self._made_from) and all(map(operator.is_, now, self._made_from))

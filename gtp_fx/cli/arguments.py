@@ -74,6 +74,7 @@ Targets = Annotated[
     typer.Option(metavar="<str>", help=HELP["target"] + _REPEATED, autocompletion=completion.targets),
 ]
 Mode = Annotated[str | None, typer.Option(help=HELP["mode"], autocompletion=completion.modes)]
+Output = Annotated[str, typer.Option(help=HELP["output"], autocompletion=completion.outputs)]
 Batch = Annotated[int, typer.Option(help="Images per run.")]
 Rounds = Annotated[int, typer.Option(help="Rounds of timing; each runs every contender once.")]
 Weights = Annotated[str | None, typer.Option(help="File of weights: safetensors, or a torch checkpoint.")]
@@ -184,6 +185,7 @@ def option_values(
     target: str,
     batch: int,
     mode: str | None = None,
+    output: str = DEFAULTS["output"],
 ) -> dict[str, Any]:
     """Return the keyword arguments for `gtp_fx.optimize`.
 
@@ -199,6 +201,7 @@ def option_values(
         "strategy": strategy,
         "target": target,
         "mode": mode,
+        "output": output,
     }
     Options.of(**found)
     return found

@@ -58,6 +58,12 @@ def schedules(incomplete: str) -> list[str]:
     return _completing(SCHEDULES, incomplete)
 
 
+def outputs(incomplete: str) -> list[str]:
+    from gtp_fx.options.options import OUTPUTS
+
+    return _completing(OUTPUTS, incomplete)
+
+
 def modes(incomplete: str) -> list[str]:
     return _completing(MODES, incomplete)
 

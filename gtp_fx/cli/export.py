@@ -20,6 +20,7 @@ from gtp_fx.cli.arguments import (
     Model,
     ModelArgs,
     NumClasses,
+    Output,
     Pretrained,
     ScheduleText,
     Strategy,
@@ -38,16 +39,17 @@ from gtp_fx.options.options import DEFAULTS
 
 def export(
     model: Model,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write: x.pt2 or x.onnx.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write: x.pt2, x.onnx or x.cache.")],
     flops_budget: FlopsBudget = DEFAULTS["flops_budget"],
     latency_budget: LatencyBudget = DEFAULTS["latency_budget"],
     schedule: ScheduleText = DEFAULTS["schedule"],
     strategy: Strategy = DEFAULTS["strategy"],
     target: Target = DEFAULTS["target"],
+    output: Output = DEFAULTS["output"],
     batch: Batch = DEFAULTS["batch"],
     format: Annotated[
         str | None,
-        typer.Option(help="torch, aoti or onnx. Default: by the file's suffix, where .pt2 means torch."),
+        typer.Option(help="torch, aoti, onnx or cache. Default: by the file's suffix, where .pt2 means torch."),
     ] = None,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     device: Annotated[Device, typer.Option()] = Device.cpu,
@@ -67,6 +69,8 @@ def export(
 ) -> None:
     """Optimise MODEL and write it for any batch size, as a torch.export program, an AOTInductor package or ONNX.
 
+    Or write what torch compiles of it, for other processes on such a machine: the format cache.
+
     The file is read back and run as a check.
     """
     from gtp_fx.model.exporting.files import FORMATS, format_of
@@ -75,7 +79,7 @@ def export(
     with explaining(model):
         if format is not None and format not in FORMATS:
             raise OptionError(f"--format {format}: give {', '.join(FORMATS)}")
-        options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch)
+        options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch, output=output)
         tell_of_auto([strategy])
         format_of(file, format)
         must_have_folder(save_schedule)

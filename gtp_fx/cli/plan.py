@@ -19,6 +19,7 @@ from gtp_fx.cli.arguments import (
     Model,
     ModelArgs,
     NumClasses,
+    Output,
     ScheduleText,
     Strategy,
     Targets,
@@ -42,6 +43,7 @@ def plan(
     target: Targets = None,
     schedule: ScheduleText = DEFAULTS["schedule"],
     strategy: Strategy = DEFAULTS["strategy"],
+    output: Output = DEFAULTS["output"],
     batch: Batch = DEFAULTS["batch"],
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     plot: Annotated[
@@ -65,7 +67,8 @@ def plan(
     with explaining():
         wanted = itertools.product(target or ["auto"], budgets(flops_budget, latency_budget, schedule))
         options = [
-            Options.of(**option_values(*budget, schedule, strategy, processor, batch)) for processor, budget in wanted
+            Options.of(**option_values(*budget, schedule, strategy, processor, batch, output=output))
+            for processor, budget in wanted
         ]
         if save is not None and len(options) != 1:
             raise OptionError(

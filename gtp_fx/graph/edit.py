@@ -92,7 +92,8 @@ def copy_with_nodes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
     """Return the same, and each node's copy."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, copies))
+    output = graph.output(graph.graph_copy(gm.graph, copies))
+    output.meta = dict(gm.graph.output_node().meta)
     take_signature(graph, gm.graph)
     # What a graph reads may be gone for now: a layer was replaced, which is called. So attributes are given one by one.
     held = {str(node.target): _attribute(gm, str(node.target)) for node in graph.nodes if node.op in _ATTRIBUTES}

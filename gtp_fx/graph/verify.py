@@ -6,10 +6,12 @@ A node with a size that a pass forgot to repair can't run. So it is found here, 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from gtp_fx.graph.nodes import is_input, layer_name, operator_name, tensors_of
 from gtp_fx.graph.symbols import fixed_symbols
@@ -86,26 +88,33 @@ def _form(value: Any) -> Any:
     return [(t.shape, t.stride(), t.dtype, t.device) for t in tensors_of(value)] or value
 
 
-def output_values(gm: fx.GraphModule) -> list[Any]:
-    """Return what the graph returns, flat, as fake values."""
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    return [node.meta.get("val") for node in output.all_input_nodes]
-
-
-def check_outputs(before: fx.GraphModule, after: fx.GraphModule) -> None:
+def check_outputs(
+    before: fx.GraphModule, after: fx.GraphModule, sizes: Mapping[int, tuple[int, int]] | None = None
+) -> None:
     """Compare what a rewritten graph returns with the original.
+
+    sizes: a dimension of some outputs, by their place among all of them, and the size that it has to have by now.
 
     Raises InconsistentGraph where shapes or dtypes differ, or where the rewritten graph works for one batch size only.
     """
     if fixed := fixed_symbols(after.graph):
         raise InconsistentGraph(f"rewriting fixed the batch size in {', '.join(node.name for node in fixed)}")
-    old, new = (_signature(gm) for gm in (before, after))
+    old, new = _signature(before, sizes or {}), _signature(after, {})
     if old != new:
         raise InconsistentGraph(f"the rewritten graph returns {new}, the original {old}")
 
 
-def _signature(gm: fx.GraphModule) -> list[str]:
-    return [f"{tuple(v.shape)} {v.dtype}" for value in output_values(gm) for v in tensors_of(value)]
+def _signature(gm: fx.GraphModule, sizes: Mapping[int, tuple[int, int]]) -> list[str]:
+    """Return the shape and dtype of every output. sizes: of some dimensions, as in `check_outputs`."""
+    found = []
+    for number, leaf in enumerate(pytree.tree_leaves(gm.graph.output_node().args[0])):
+        for value in tensors_of(leaf.meta.get("val")) if isinstance(leaf, fx.Node) else ():
+            shape = list(value.shape)
+            if number in sizes:
+                dim, size = sizes[number]
+                shape[dim] = size
+            found.append(f"{tuple(shape)} {value.dtype}")
+    return found
 
 
 def rounding_tolerance(dtype: torch.dtype) -> float:

@@ -40,6 +40,7 @@ def optimize(
     prefix_tokens: int | None = DEFAULTS["prefix_tokens"],
     mode: str | None = DEFAULTS["mode"],
     shapes: str = DEFAULTS["shapes"],
+    output: str = DEFAULTS["output"],
     compile: bool = True,
     recapture: bool = False,
     taps: Sequence[str] = (),
@@ -93,6 +94,7 @@ def optimize(
         prefix_tokens=prefix_tokens,
         mode=mode,
         shapes=shapes,
+        output=output,
     )
     must_be_optional(options.disabled_passes)
     any_size, tapped = checked_sizes(sizes), check_taps(model, taps)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from gtp_fx.analysis.returned_tokens import ReturnedTokens
 from gtp_fx.capture.autocast_casts import clashes
 from gtp_fx.capture.inputs import CallSignature, describe, device_of, dtype_of, tensors_in
 from gtp_fx.capture.layers import OWN_CALLS
@@ -27,7 +28,7 @@ from gtp_fx.capture.module import capture_module
 from gtp_fx.capture.snapshots import attributes_of
 from gtp_fx.capture.tapped import with_taps
 from gtp_fx.capture.turns import modules_of, running, tracing
-from gtp_fx.errors import InputError
+from gtp_fx.errors import InputError, OptionError
 from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import tracing_lock
 from gtp_fx.model import following
@@ -36,16 +37,18 @@ from gtp_fx.model.methods import method_taking
 from gtp_fx.model.modes import parts_apart, parts_with_modes
 from gtp_fx.model.parameters import SHARED, class_like, lend, names_of, names_read, read_from, stand_for
 from gtp_fx.model.pipeline import Optimised, run_passes
-from gtp_fx.model.runner import make_runner
+from gtp_fx.model.runner import make_runner, runner_telling_kept
 from gtp_fx.model.saving.card import Evaluated
 from gtp_fx.model.saving.write import save
 from gtp_fx.model.sizes import add_form, form_taking, prepare
 from gtp_fx.model.state import Chosen, Made, Mode, Runner, State, settled
 from gtp_fx.model.tapping import fire_hooks
+from gtp_fx.model.warming import checked_batches, warm
 from gtp_fx.options.calibration import bound_where
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import Schedule
 from gtp_fx.report.attention_maps import attention_maps_runner
+from gtp_fx.report.kept_tokens import KeptTokens
 from gtp_fx.report.provenance import Provenance, SiteRecord, output_and_provenance_runner, provenance_runner
 from gtp_fx.report.report import Report
 from gtp_fx.strategies import Strategy
@@ -135,6 +138,11 @@ class OptimizedModel(nn.Module):
         return self._optimised().sites
 
     @property
+    def returned(self) -> tuple[ReturnedTokens, ...]:
+        """The outputs that run over tokens, each with those left; none where they have all tokens (output="full")."""
+        return self._optimised().returned
+
+    @property
     def strategy(self) -> Strategy:
         """The strategy that was given, or the one that calibration chose."""
         return self._gtp.settled.strategy
@@ -179,8 +187,8 @@ class OptimizedModel(nn.Module):
     def with_taps(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Return the model's output and those of the modules that `optimize` was told to tap, by path, from one run.
 
-        Takes the model's own arguments. Tokens that were removed by then are put back. Forward hooks on those modules
-        fire, here and when the model is called.
+        Takes the model's own arguments. Tokens that were removed by then are put back, unless output="reduced". Forward
+        hooks on those modules fire, here and when the model is called.
         """
         result = self._run(args, kwargs)
         if not self._gtp.taps:
@@ -189,23 +197,63 @@ class OptimizedModel(nn.Module):
         fire_hooks(self._gtp.original, tapped)
         return output, tapped
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the graph of the current mode does."""
+    def with_kept_tokens(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Return the model's output and which tokens it has, from one run, for a model made with output="reduced".
+
+        Takes the model's own arguments. The second has the output's structure, with a `gtp_fx.KeptTokens` in place of
+        each output that has fewer tokens than the original's, and None in place of any other. It is computed in the
+        graph, which is compiled as the model's own is, at the first call of this method.
+
+        Raises OptionError where the model was made to return all tokens.
+        """
+        if not self._gtp.options.as_left:
+            raise OptionError(
+                'with_kept_tokens: the outputs of this model have all tokens; optimize it with output="reduced", or '
+                "call with_provenance, which says which of them remained to the end"
+            )
+        output, kept, _ = self._run(args, kwargs, told=True)
+        return (output[0], kept[0]) if self._gtp.taps else (output, kept)
+
+    def kept_by_output(self, *args: Any, **kwargs: Any) -> list[KeptTokens | None]:
+        """Return the same for each output, in a flat list, by the numbers of `returned`."""
+        kept: list[KeptTokens | None] = self._run(args, kwargs, told=True)[2]
+        return kept
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], told: bool = False) -> Any:
+        """Return what the graph of the current mode does. told: also which tokens its outputs have."""
         form, args, kwargs = self._form_taking(args, kwargs)
         if form is not self:
-            return form._run(args, kwargs)
+            return form._run(args, kwargs, told)
         if torch.compiler.is_compiling():  # what traces this has guards of its own
-            return self._runner(self._mode()).run(*args, **kwargs)
+            return self._runner(self._mode(), told).run(*args, **kwargs)
         while True:
             with running(self._gtp.modules):  # not while another thread traces them
                 mode = self._mode()
-                runner = self._gtp.runners.get((mode, device_of(self)))
+                runner = self._gtp.runners.get((mode, device_of(self), told))
                 if runner is not None and not following.must_be_made_anew(self._gtp, runner.watch):
                     lend(runner.graph_module, self, runner.top)
                     if clash := clashes(runner.casts):
                         raise InputError(clash)
                     return runner.run(*args, **kwargs)
-            self._runner(mode)
+            self._runner(mode, told)
+
+    def warm_up(self, batches: Sequence[int] = (1, 8)) -> None:
+        """Compile what later calls need, in the mode that this is called in, so that none of them waits.
+
+        batches: numbers of images. One image alone has code of its own; all larger batches share one, whichever are
+            given. With `mode="reduce-overhead"` each size that is served has to be given.
+
+        Call it as the model will be called: within `torch.inference_mode()`, autocast and so on. The model is called
+        with its example inputs, repeated, in every form that it has by now; in inference mode with tensors made inside
+        and outside of it. Forward hooks are called, too. With `compile=False` nothing is compiled.
+
+        Raises OptionError for anything but batch sizes, and InputError in training mode, which would change the model.
+        """
+        sizes = checked_batches(batches)
+        if self.training:
+            raise InputError("warm_up in training mode would change what the model keeps of its inputs: call eval()")
+        for model in (self, *self._gtp.forms):
+            warm(model, model.captured_graph, model.signature, sizes, model._gtp.compiles)
 
     def provenance(self, *args: Any, **kwargs: Any) -> tuple[Provenance, ...]:
         """Return, for each stream of tokens, which patches each remaining token stands for, and by how much.
@@ -389,20 +437,25 @@ class OptimizedModel(nn.Module):
             state.chosen = Chosen(made.schedule, made.strategy, made.report)
         return Made(captured, made)
 
-    def _runner(self, mode: Mode) -> Runner:
-        """Return what runs one mode on the present device, made at its first use."""
+    def _runner(self, mode: Mode, told: bool = False) -> Runner:
+        """Return what runs one mode on the present device, made at its first use.
+
+        told: what also tells which tokens the outputs have.
+        """
         state, device = self._gtp, device_of(self)
-        found = state.runners.get((mode, device))
+        key = (mode, device, told)
+        found = state.runners.get(key)
         if found is None:
             with tracing(state.original), tracing_lock(), internal_errors_told():
-                if (mode, device) not in state.runners:  # another thread may have made it meanwhile
+                if key not in state.runners:  # another thread may have made it meanwhile
                     made = self._made(mode)
                     state.modules = modules_of(state.original)
-                    runner = make_runner(made, state, self, device, self.inductor_options)
+                    make = runner_telling_kept if told else make_runner
+                    runner = make(made, state, self, device, self.inductor_options)
                     if mode == self._mode(training=False):  # whose graph calls no layer that depends on its mode
                         state.parts = parts_with_modes(state.original, runner.watch.called)
-                    state.runners[mode, device] = runner
-                found = state.runners[mode, device]
+                    state.runners[key] = runner
+                found = state.runners[key]
         return found
 
 

@@ -7,18 +7,20 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
+from gtp_fx.analysis.returned_tokens import ReturnedTokens, returned_tokens
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.module import NOT_KEPT
 from gtp_fx.errors import OptionError
 from gtp_fx.graph.nodes import layer_name, operator_name
 from gtp_fx.graph.verify import check_outputs
+from gtp_fx.model.shorter_outputs import must_be_shorter
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import Schedule
 from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.exact.normalise import normalise
 from gtp_fx.passes.journal import Journal
 from gtp_fx.passes.order import must_be_optional
-from gtp_fx.passes.reduce.remove_tokens import RECOVERED
+from gtp_fx.passes.reduce.remove_tokens import RECOVERED, RETURNED
 from gtp_fx.passes.runner import PassStep, apply_plan, apply_plan_unverified, run_exact_tier
 from gtp_fx.plan.cost.count import count_flops
 from gtp_fx.plan.make_plan import Planned, make_plan
@@ -28,9 +30,10 @@ from gtp_fx.plan.site import BranchCost, RestCost
 from gtp_fx.report.attention_maps import AttentionRecord, record_attention
 from gtp_fx.report.forecasting import forecast
 from gtp_fx.report.provenance import SiteRecord, record_sites
-from gtp_fx.report.report import Report, SiteRow
+from gtp_fx.report.report import Report, ReturnedRow, SiteRow
 from gtp_fx.strategies import Auto, Grouping, Strategy
 from gtp_fx.strategies.trial import try_out
+from gtp_fx.types.axes import size
 from gtp_fx.types.infer import TOKENS
 
 
@@ -44,6 +47,7 @@ class Optimised:
     report: what was done.
     sites: the sites that remove tokens, for `gtp_fx.report.provenance`.
     attention: the blocks' attention, for `gtp_fx.report.attention_maps`.
+    returned: the outputs that run over tokens, with output="reduced", for `gtp_fx.report.kept_tokens`.
     """
 
     graph_module: fx.GraphModule
@@ -52,6 +56,7 @@ class Optimised:
     report: Report
     sites: tuple[SiteRecord, ...] = ()
     attention: tuple[AttentionRecord, ...] = ()
+    returned: tuple[ReturnedTokens, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,11 @@ def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool =
     planned = make_plan(gm, options, exact.original, apply_plan_unverified, blocks_needed)
     plan: Plan = planned.plan
     result, steps = apply_plan(gm, plan, exact.original.flops, exact.journal)
+    returned = _returned(gm, result) if options.as_left else ()
+    if options.as_left and blocks_needed:
+        must_be_shorter(result.graph, returned, plan)
     # Verify the outcome: outputs as before, the strategy's own operators usable, FLOPs as priced.
-    check_outputs(captured, result)
+    check_outputs(captured, result, {kept.number: (kept.dim, size((kept.axis,), plan.count)) for kept in returned})
     try_out(result.graph)
     after = count_flops(result.graph)
     if after != planned.flops:
@@ -119,10 +127,14 @@ def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool =
         strategy_from=_strategy_from(options, planned),
         contenders=planned.contenders,
         not_kept=captured.meta.get(NOT_KEPT, ()),
+        returned=tuple(
+            ReturnedRow(kept.name, size((kept.axis,), plan.count), kept.axis.whole_size) for kept in returned
+        ),
     )
     exact.journal.note("schedule", plan.schedule.to_json())
     exact.journal.note("report", str(report))
-    return Optimised(result, plan.schedule, plan.strategy, report, record_sites(result), record_attention(result))
+    sites, attention = record_sites(result), record_attention(result)
+    return Optimised(result, plan.schedule, plan.strategy, report, sites, attention, returned)
 
 
 def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
@@ -136,9 +148,24 @@ def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
     original = Original(spelled.graph, count_flops(spelled.graph))
     journal = Journal.beginning(captured, options.dump_graphs)
     gm, steps = run_exact_tier(
-        captured, options.first_strategy, original.flops, journal, options.disabled_passes, options.prefix_tokens
+        captured,
+        options.first_strategy,
+        original.flops,
+        journal,
+        options.disabled_passes,
+        options.prefix_tokens,
+        options.as_left,
     )
     return Exact(gm, original, steps, journal)
+
+
+def _returned(exact: fx.GraphModule, result: fx.GraphModule) -> tuple[ReturnedTokens, ...]:
+    """Return the outputs that run over tokens, each at the level at which `result` returns it.
+
+    exact: the graph before the plan, which says so where no token is removed.
+    """
+    found: tuple[ReturnedTokens, ...] | None = result.graph.output_node().meta.get(RETURNED)
+    return returned_tokens(typed_graph(exact.graph).whole) if found is None else found
 
 
 def _strategy_from(options: Options, planned: Planned) -> str:

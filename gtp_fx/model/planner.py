@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from gtp_fx.analysis.returned_tokens import returned_tokens
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.inputs import CallSignature, call_signature
 from gtp_fx.capture.module import capture_module
 from gtp_fx.capture.wrapped import without_compiling
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.pipeline import run_exact_passes
+from gtp_fx.model.shorter_outputs import must_be_shorter
 from gtp_fx.options.calibration import bound
 from gtp_fx.options.options import Options
 from gtp_fx.passes.runner import apply_plan_unverified
@@ -36,4 +39,8 @@ class Planner:
         with internal_errors_told():
             exact = run_exact_passes(self._captured, options)
             planned = make_plan(exact.graph_module, options, exact.original, apply_plan_unverified)
+            if options.as_left:
+                graph = exact.graph_module.graph
+                typing = typed_graph(graph).whole if planned.found is None else planned.found.typing
+                must_be_shorter(graph, returned_tokens(typing), planned.plan)
             return forecast(exact.graph_module, exact.original, planned, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from gtp_fx.model.watch import Watch
 from gtp_fx.passes.lower.call_layers import call_layers, called_layers, joined_layers
 from gtp_fx.passes.lower.functional_linear import functional_linear
 from gtp_fx.passes.lower.triton_kernels import lowered
+from gtp_fx.report.kept_tokens import also_returning_kept
 
 
 def make_runner(
@@ -49,6 +51,18 @@ def make_runner(
         else:
             run = _Once(torch.compile(graph_module, options=dict(inductor) or None))
     return Runner(run, graph_module, top_names(graph_module), watch, frozenset(known.get(AUTOCAST, ())))
+
+
+def runner_telling_kept(
+    made: Made, state: State, owner: nn.Module, device: torch.device, inductor: Mapping[str, Any]
+) -> Runner:
+    """Return what runs a graph as `make_runner`'s does, and returns its output and the `KeptTokens` of it."""
+    optimised = made.optimised
+    graph, readable = also_returning_kept(optimised.graph_module, optimised.sites, optimised.returned)
+    runner = make_runner(
+        replace(made, optimised=replace(optimised, graph_module=graph)), state, owner, device, inductor
+    )
+    return replace(runner, run=readable(runner.run))
 
 
 class _Once:

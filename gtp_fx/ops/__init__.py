@@ -13,6 +13,7 @@
     take_tokens                 an older value (a rotary table, a bias, a skip) for the remaining tokens
     recovery_weights            shares of the kept tokens in each recovered one
     recover                     a newer value with its removed tokens back in place
+    stand_ins                   which kept token stands for each patch
     put_back                    a stream of all tokens, updated at those that took part
     idle                        a branch's results, and nothing for the tokens that skipped it
     weighted_mean               average pooling in which a token is weighted by those it stands for

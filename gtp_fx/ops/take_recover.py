@@ -1,11 +1,13 @@
 """Changes of level: `take_tokens` to a newer one, `recover` to the one before, `put_back` and `idle` to all tokens.
 
-The first two work on any value that runs over a stream's tokens, wherever its token axis is: a residual stream [B, N,
-C], a rotary table [1, 1, N, D], one side of a relative-position bias [1, H, N, N]. Their arguments `images` and
-`tokens` say which dimensions those are.
+`stand_ins` says which of the remaining tokens stands for which patch. `take_tokens` and `recover` work on any value
+that runs over a stream's tokens, wherever its token axis is: a residual stream [B, N, C], a rotary table [1, 1, N, D],
+one side of a relative-position bias [1, H, N, N]. Their arguments `images` and `tokens` say which dimensions those are.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -119,6 +121,45 @@ def recover(
     patches_Bn = patches_BnC.reshape(batch, patches_BnC.shape[1], *inner)
     whole_Bn = torch.cat([x_BN[:, :prefix], patches_Bn, x_BN[:, count - suffix :]], dim=1)
     return _tokens_back(whole_Bn, images, tokens)
+
+
+def _stand_in_shapes(weights_BKP, kept_BK, propagated_BP, index_Bn, grid, places_BGR=None):  # type: ignore[no-untyped-def]
+    whole = math.prod(map(abs, grid)) if places_BGR is None else places_BGR.shape[1]
+    return kept_BK.new_empty(kept_BK.shape[0], whole if index_Bn is None else index_Bn.shape[1])
+
+
+@operator(_stand_in_shapes)
+def stand_ins(
+    weights_BKP: Tensor | None,
+    kept_BK: Tensor,
+    propagated_BP: Tensor | None,
+    index_Bn: Tensor | None,
+    grid: list[int],
+    places_BGR: Tensor | None = None,
+) -> Tensor:
+    """Number the kept token that stands for each patch that a site had: [B, n], from 0 to K - 1.
+
+    A kept one stands for itself. A removed one is stood for by the token that received most of it, or, where none did,
+    by the kept one that is nearest on the grid.
+
+    weights_BKP: as in `recovery_weights`.
+    kept_BK, propagated_BP: from `select`, indices into the n patches that the site had; propagated_BP is read with
+        weights alone.
+    index_Bn: those patches among all of the stream; None where they are all.
+    grid: the grid's sides in patches.
+    places_BGR: as in `token_graph`.
+    """
+    here_BGR = coordinates(grid, kept_BK.device)[None] if places_BGR is None else places_BGR
+    if index_Bn is None:
+        index_Bn = torch.arange(here_BGR.shape[1], device=kept_BK.device).expand(kept_BK.shape[0], -1)
+    here_BnR, kept_BKR = taken_places(here_BGR, index_Bn), taken_places(here_BGR, index_Bn.gather(1, kept_BK))
+    nearest_Bn = (here_BnR[:, :, None] - kept_BKR[:, None]).square().sum(dim=-1).argmin(dim=-1)
+    if weights_BKP is None or propagated_BP is None:
+        return nearest_Bn
+    most_BP, receiver_BP = weights_BKP.max(dim=1)
+    return nearest_Bn.scatter(
+        1, propagated_BP, torch.where(most_BP > 0, receiver_BP, nearest_Bn.gather(1, propagated_BP))
+    )
 
 
 def _put_back_shapes(whole_BNC, x_BKC, index_BK, prefix, suffix):  # type: ignore[no-untyped-def]

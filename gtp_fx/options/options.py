@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 SHAPES = ("static", "shared")
 """How sizes are compiled; see `Options.shapes`."""
 
+FULL, REDUCED = "full", "reduced"
+OUTPUTS = (FULL, REDUCED)
+"""How maps of tokens are returned; see `Options.output`."""
+
 # ---- checks: each takes what the user wrote, and returns a value or raises OptionError
 
 
@@ -60,6 +64,12 @@ def _flag(value: Any) -> bool:
 def _shapes(value: Any) -> str:
     if value not in SHAPES:
         raise OptionError(f"shapes={value!r} is unknown; give one of {', '.join(map(repr, SHAPES))}")
+    return str(value)
+
+
+def _output(value: Any) -> str:
+    if value not in OUTPUTS:
+        raise OptionError(f"output={value!r} is unknown; give one of {', '.join(map(repr, OUTPUTS))}")
     return str(value)
 
 
@@ -206,6 +216,13 @@ class Options:
         '"shared": blocks that differ in nothing but their number of tokens share compiled code, which halves the '
         'first call and makes runs a few per cent slower; "static": every number of tokens has code of its own.',
     )
+    output: str = _option(
+        FULL,
+        _output,
+        '"full": maps of tokens that the model returns have all of them, those removed put back; "reduced": they have '
+        "the tokens that are left, for a reader that takes any number (a language model after a vision tower), and "
+        "`with_kept_tokens` says which these are.",
+    )
     strict: bool = _option(
         False,
         _flag,
@@ -257,7 +274,13 @@ class Options:
             raise OptionError(
                 f"unknown option {', '.join(map(repr, unknown))}{meant} The backend knows {', '.join(known)}"
             )
-        return cls(**given)
+        options = cls(**given)
+        if options.output != FULL:
+            raise OptionError(
+                f"output={options.output!r} changes the shape of what a model returns, which the code that Dynamo "
+                f"traced around this graph was compiled for: call gtp_fx.optimize(model, output={options.output!r}, …)"
+            )
+        return options
 
     @property
     def first_strategy(self) -> Strategy:
@@ -265,6 +288,11 @@ class Options:
         from gtp_fx.strategies import Auto
 
         return self.strategy.first if isinstance(self.strategy, Auto) else self.strategy
+
+    @property
+    def as_left(self) -> bool:
+        """Return whether maps of tokens are returned with those that are left."""
+        return self.output == REDUCED
 
     @property
     def exact_only(self) -> bool:

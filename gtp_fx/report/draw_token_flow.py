@@ -26,7 +26,7 @@ A mixed graph gives a token sixteen neighbours, most of them far away; their lin
 """
 
 
-def draw_token_flow(views: Sequence[View], picture: Tensor, title: str, file: Path) -> None:
+def draw_token_flow(views: Sequence[View], picture: Tensor, title: str, file: Path, columns: int = _COLUMNS) -> None:
     """Draw each site over the picture, then a summary of each grid, to a file.
 
     Patches that a site removes are red, with lines to the tokens that receive them; patches removed earlier are white.
@@ -34,6 +34,7 @@ def draw_token_flow(views: Sequence[View], picture: Tensor, title: str, file: Pa
     stands for, or at how many sites each patch skipped, where the grid has several.
 
     picture: [height, width, 3], values in [0, 1].
+    columns: panels side by side, at most.
 
     Raises OptionError where a stream's grid isn't two-dimensional (video, audio), where matplotlib isn't installed, or
     where it can't write files of this suffix.
@@ -55,7 +56,7 @@ def draw_token_flow(views: Sequence[View], picture: Tensor, title: str, file: Pa
     counted = [sites for sites in shared if len(sites) > 1]
     # One panel for the picture itself, then the sites, then the summaries.
     panels = 1 + len(views) + len(last) + len(counted)
-    columns = min(panels, _COLUMNS)
+    columns = min(panels, columns)
     rows = math.ceil(panels / columns)
     figure, grid = pyplot.subplots(
         rows, columns, figsize=(3.6 * columns, 3.9 * rows), squeeze=False, layout="constrained"

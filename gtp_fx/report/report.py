@@ -39,6 +39,24 @@ class SiteRow:
 
 
 @dataclass(frozen=True)
+class ReturnedRow:
+    """One output that runs over tokens, with output="reduced".
+
+    output: its place in what the model returns, "hidden_states[2]".
+    tokens: tokens that it has, prefix and suffix tokens included.
+    whole: tokens that the original's has.
+    """
+
+    output: str
+    tokens: int
+    whole: int
+
+    def __str__(self) -> str:
+        """Return the row as a line."""
+        return f"{self.output}: {self.tokens} of {self.whole} tokens"
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that was done to a model. FLOPs are per image, 2 per multiply-add, as torch.utils.flop_counter counts.
 
@@ -54,6 +72,7 @@ class Report:
     refusals: what stays unchanged, and why.
     token_inputs: arguments that are tokens, where no patches are made in the graph.
     recovered: readers for which removed tokens are put back.
+    returned: outputs that run over tokens, and how many they have; empty unless output="reduced".
     damage_from: source of the expected damage that schedule="auto" minimised; empty where it had nothing to choose.
     latency_budget: the latency budget that was given, or None.
     seconds: predicted time of a run of `batch` images through the original and through the result; None without a
@@ -90,6 +109,7 @@ class Report:
     not_kept: tuple[str, ...] = ()
     strategy_from: str = ""
     contenders: tuple[Contender, ...] = ()
+    returned: tuple[ReturnedRow, ...] = ()
 
     @property
     def flops_ratio(self) -> float:
@@ -160,6 +180,8 @@ class Report:
             lines += ["", *_contest(self.contenders)]
         if self.token_inputs:
             lines += ["", "tokens come in as arguments:", *(f"  - {tokens}" for tokens in self.token_inputs)]
+        if self.returned:
+            lines += ["", "returned with the tokens left:", *(f"  - {row}" for row in self.returned)]
         if self.recovered:
             lines += ["", "tokens put back for:", *(f"  - {reader}" for reader in self.recovered)]
         if self.refusals:

@@ -16,7 +16,19 @@ from torch import fx
 
 from gtp_fx.graph.nodes import is_input
 from gtp_fx.types import rules as _rules
-from gtp_fx.types.axes import Dim, Grid, Plain, TensorType, TokenAxis, as_images, plain, token_axes, whole_size
+from gtp_fx.types.axes import (
+    Dim,
+    Grid,
+    Plain,
+    TensorType,
+    TokenAxis,
+    as_images,
+    holds_images,
+    plain,
+    token_axes,
+    token_axis,
+    whole_size,
+)
 from gtp_fx.types.frames import FRAMES, frames_told_apart
 from gtp_fx.types.images import told_apart
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, Output, RuleResult, TypeList, find
@@ -29,6 +41,9 @@ Edge = tuple[fx.Node, fx.Node]
 
 TOKENS = "gtp_tokens"
 """Meta key of an argument [B, N, C] that is a stream of tokens: its `TokenAxis` (`passes/exact/mark_tokens.py`)."""
+
+AS_LEFT = "gtp_as_left"
+"""Meta key of the output node: maps of tokens are returned as they are left (`passes/exact/mark_outputs.py`)."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +145,28 @@ def whole(tensor_type: TensorType) -> TensorType:
     return tuple(_map_axes(dim, lambda axis: axis.at(0)) for dim in tensor_type)
 
 
+def tokens_dim(tensor_type: TensorType) -> int | None:
+    """Return the dimension that runs over each image's own tokens and nothing else; None where there is none such.
+
+    Images have a dimension of their own then, and no other dimension runs over tokens.
+    """
+    dims = [number for number, dim in enumerate(tensor_type) if token_axes((dim,))]
+    images = [dim for dim in tensor_type if len(dim) == 1 and holds_images(dim)]
+    return dims[0] if len(dims) == 1 and token_axis(tensor_type[dims[0]]) is not None and len(images) == 1 else None
+
+
+def _returned_as_left(tensor_type: TensorType) -> TensorType:
+    """Return the type in which a value is returned that may have fewer tokens; whole where it can't be told which."""
+    return whole(tensor_type) if tokens_dim(tensor_type) is None else tensor_type
+
+
 def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> RuleResult | None:
     """Return a node's answer: its rule's, or a barrier's where it has none; None for a value without tensors."""
     value = node.meta.get("val")
     if node.op == "output":
         tensors = [n for n in node.all_input_nodes if isinstance(types.get(n), tuple)]
-        return RuleResult(None, {n: whole(types[n]) for n in tensors}, prefix_operands=NEEDS_ALL)  # type: ignore[arg-type]
+        returned = _returned_as_left if node.meta.get(AS_LEFT) else whole
+        return RuleResult(None, {n: returned(types[n]) for n in tensors}, prefix_operands=NEEDS_ALL)  # type: ignore[arg-type]
     if is_input(node):
         return RuleResult(_input_type(node)) if isinstance(value, torch.Tensor) else None
     if not isinstance(value, torch.Tensor | list | tuple):

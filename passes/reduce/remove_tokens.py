@@ -24,6 +24,7 @@ from gtp_fx.analysis.attention_maps import AttentionMap
 from gtp_fx.analysis.blocks import MARK, AttentionBlock
 from gtp_fx.analysis.branches import keys_beside
 from gtp_fx.analysis.placement import cut_of, ends_of, updated_edges
+from gtp_fx.analysis.returned_tokens import returned_tokens
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.errors import UnsupportedModelError
 from gtp_fx.graph import edit
@@ -43,6 +44,9 @@ node of all patches' places (`gtp_fx.types.places`), None where they are in orde
 
 ATTENDS = "gtp_attends"
 """Meta key of an attention that the strategy put in the place of torch's: its operands."""
+
+RETURNED = "gtp_returned"
+"""Meta key of the output node of a rewritten graph: the outputs that run over tokens, each with those that are left."""
 
 RECOVERED = "gtp_recovered"
 """Meta key of a value in which removed tokens have been put back for a reader."""
@@ -71,6 +75,7 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             "get them (another schedule, schedule=[…], may do; flops_budget=1.0 works)",
             found.refused,
         )
+    gm.graph.output_node().meta[RETURNED] = returned_tokens(typing)
     coercions = found.by_node()
     args = {node: node.args for node in gm.graph.nodes}
     maps = [block.map for block in blocks if block.map is not None]

@@ -127,6 +127,7 @@ def test_the_image_classification_pipeline_runs() -> None:
     assert [answer["score"] for answer in answers] == pytest.approx(sorted(logits.tolist(), reverse=True), rel=1e-4)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_mae_picks_patches_by_noise_and_loses_some_of_those() -> None:
     import transformers

@@ -153,7 +153,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(
     "make",
-    in_tiers(REGIONS, Without, HalfInside, HalfDecorated, HalfSpelled, InPlace, SwitchedOnAgain, Recomputed),
+    in_tiers(REGIONS, Without, HalfInside, HalfDecorated, HalfSpelled, InPlace, SwitchedOnAgain, Recomputed, Rotary),
     ids=lambda make: make.__name__,
 )
 def test_both_doors_give_eager_numbers_and_reduce(make: Callable[[], nn.Module]) -> None:

@@ -146,7 +146,7 @@ def test_what_the_model_sees_is_the_photograph() -> None:
     [
         (["bench", NAME], "no budget: give --flops-budget"),
         (["bench", NAME, "--flops-budget", "2"], "flops_budget=2.0 is no ratio"),
-        (["export", NAME, "x.tflite", "--flops-budget", "0.7"], "give .pt2 or .onnx"),
+        (["export", NAME, "x.tflite", "--flops-budget", "0.7"], "give .pt2, .onnx or .cache"),
         (["export", NAME, "x.pt2", "--flops-budget", "0.7", "--format", "tf"], "--format tf: give torch, aoti, onnx"),
         (["export", NAME, "x.pt2", "--schedule", "no.json"], "schedule='no.json' can't be read"),
         (["show", NAME, "no.png", "--flops-budget", "0.7"], "no.png can't be read"),

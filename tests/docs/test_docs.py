@@ -19,8 +19,17 @@ pytestmark = pytest.mark.nightly
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
-SMALLER = {'"deit_small_patch16_224", pretrained=True': '"test_vit", depth=3', "3, 224, 224": "3, 160, 160"}
-"""Nothing is downloaded here, and small models say as much of the code as large ones."""
+SMALLER = {
+    '"deit_small_patch16_224", pretrained=True': '"test_vit", depth=3',
+    "3, 224, 224": "3, 160, 160",
+    "from torch._dynamo.utils import counters": (
+        "from torch._dynamo.utils import counters\n"
+        "compile = torch.compile\n"
+        "torch.compile = lambda function, **_: compile(function, backend='eager')"
+    ),
+}
+"""Nothing is downloaded here, and small models say as much of the code as large ones. Code that counts compilations
+counts as many without Inductor."""
 
 
 def blocks(file: Path, kind: str) -> list[str]:

@@ -72,10 +72,11 @@ def test_dense_features(photo: str, tmp_path: Path) -> None:
     assert Image.open(out).size == (1024, 552)
 
 
-def test_vlm_tower(photo: str, clip: str) -> None:
-    told = run_example("vlm_tower.py", photo, "--model", clip, "--width", "96")
+def test_vlm_tower() -> None:
+    told = run_example("vlm_tower.py", "--new-tokens", "4")
     kept = int(told.split("; ")[1].split(" of ")[0])
-    assert 8 < kept < 64 and f"[1, {kept}, 96]" in told
+    assert "weights: random" in told and "patches kept, by row and column: [(" in told
+    assert 16 < kept < 256 and f"prefill: 276 tokens before, {20 + kept} after" in told
 
 
 def test_own_model() -> None:

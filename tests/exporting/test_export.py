@@ -137,7 +137,7 @@ def test_files_that_nothing_writes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(gtp_fx.ExportError, match=r"what gtp_fx\.optimize returned, and got a Linear"):
         gtp_fx.export(nn.Linear(2, 2), tmp_path / "x.pt2")  # type: ignore[arg-type]
     fast = small()
-    with pytest.raises(gtp_fx.ExportError, match=r"give \.pt2 or \.onnx"):
+    with pytest.raises(gtp_fx.ExportError, match=r"give \.pt2, \.onnx or \.cache"):
         gtp_fx.export(fast, tmp_path / "x.torchscript")
     with pytest.raises(gtp_fx.ExportError, match=r"ends in \.pt2"):
         gtp_fx.export(fast, tmp_path / "x.onnx", "aoti")

@@ -38,7 +38,7 @@ def tiny() -> nn.Module:
 
 
 @torch.no_grad()
-@rows(by_default=("non-square",))
+@rows(by_default=())
 def test_both_doors_lead_to_the_same_model(row: Row) -> None:
     model, x = shared_model(row), images(row)
     door = Door(flops_budget=0.6)

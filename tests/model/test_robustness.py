@@ -190,6 +190,7 @@ def test_a_directorys_own_code_is_never_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.nightly
 def test_a_spoilt_cache_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GTP_FX_CACHE", str(tmp_path))
     images = noise(2)

@@ -74,8 +74,9 @@ def test_what_no_attribute_tells_is_found_in_the_forward(tmp_path: Path) -> None
         gtp_fx.load(tmp_path, timm.create_model(NAME, depth=2))
 
 
+@pytest.mark.nightly
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.nightly), torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_are_shared_or_in_no_state_dict(tmp_path: Path, dtype: torch.dtype) -> None:
     model = Shared().to(dtype)
     model.shift += torch.arange(16)
@@ -224,6 +225,7 @@ def test_files_that_are_not_what_was_saved(tmp_path: Path) -> None:
             gtp_fx.load(tmp_path, TinyViT() if "recipe" not in fields else None)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_sizes_and_taps_are_saved_too(tmp_path: Path) -> None:
     options = {"depth": 2, "dynamic_img_size": True}

@@ -104,7 +104,7 @@ def test_compiled_sections_come_back_from_the_compilers_cache(monkeypatch: pytes
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("through_dynamo", [False, True])
+@pytest.mark.parametrize("through_dynamo", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_an_open_batch_is_open_in_every_section(compiled: list[fx.GraphModule], through_dynamo: bool) -> None:
     model, counts = built(lambda: PlainViT(depth=3)), COUNTS[:3]
     if through_dynamo:  # its graph comes with real tensors, and is rewritten, so its nodes' values are noted anew
@@ -140,6 +140,7 @@ def shortened() -> fx.Graph:
     return graph
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_threads_that_ask_for_a_new_batch_size_together_compile_it_once(compiled: list[fx.GraphModule]) -> None:
     fast = gtp_fx.optimize(deep(), schedule=COUNTS, example_inputs=images(), shapes="shared")
@@ -244,6 +245,7 @@ def test_a_stride_that_is_not_what_its_fake_has_is_a_number() -> None:
     assert not assumed.hold_for([torch.empty(2, 31), 31])
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_a_section_of_one_image_has_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, ...]] = []
@@ -317,6 +319,7 @@ def test_a_graph_that_writes_in_place_is_compiled_whole(
     assert whole and not compiled
 
 
+@pytest.mark.nightly
 def test_static_shapes_are_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(self: InSections, gm: fx.GraphModule, inputs: Any) -> Any:
         raise AssertionError("compiled in sections")

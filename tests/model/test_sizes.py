@@ -75,6 +75,7 @@ def test_each_example_has_a_graph_and_a_schedule(both: gtp_fx.OptimizedModel, al
         both(images(80))
 
 
+@pytest.mark.nightly
 def test_parameters_exist_once(model: nn.Module, both: gtp_fx.OptimizedModel) -> None:
     assert [(name, id(p)) for name, p in both.named_parameters()] == [(n, id(p)) for n, p in model.named_parameters()]
     ours = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}

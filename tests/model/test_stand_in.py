@@ -90,6 +90,7 @@ def test_methods_without_attention_follow_weights_and_mode() -> None:
     torch.testing.assert_close(fast.score(features), exact)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_a_remade_model_keeps_what_was_quantised() -> None:
     quantization = pytest.importorskip("torchao.quantization")
@@ -327,6 +328,7 @@ def test_parts_are_the_originals() -> None:
     assert torch.equal(fast.patch_embed(noise()), model.patch_embed(noise()))
 
 
+@pytest.mark.nightly
 def test_parts_in_a_mode_of_their_own() -> None:
     """Dropout that stays on in evaluation, and a frozen part in training: each is the original's."""
     model = enliven(timm.create_model(NAME, depth=2, proj_drop_rate=0.5)).eval()

@@ -309,3 +309,25 @@ def test_gradients_reach_queries_keys_values_and_tokens() -> None:
     for tensor in (*args["attention_with_scores"][:3], args["propagate"][0]):
         assert tensor.grad is not None
         assert tensor.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("received", [True, False])
+def test_a_stand_in_received_most_or_is_nearest(received: bool) -> None:
+    """Of 12 patches on a grid of 4 x 3 nine are left before the site, which keeps five of those."""
+    index = torch.tensor([[0, 1, 2, 4, 5, 7, 8, 10, 11]]).expand(2, -1)
+    kept, removed = torch.tensor([[0, 3, 4, 6, 8], [1, 2, 5, 7, 8]]), torch.tensor([[1, 2, 5, 7], [0, 3, 4, 6]])
+    weights = random(2, 5, 4, seed=3).relu() * torch.tensor([1.0, 0.0, 1.0, 1.0])  # nobody receives the second one
+    found = ops.stand_ins(weights if received else None, kept, removed if received else None, index, GRID)
+    assert found.shape == shapes_of(ops.stand_ins.default)(weights, kept, removed, index, GRID).shape  # type: ignore[misc]
+    for image in range(2):
+        for number in range(9):
+            here = divmod(int(index[image, number]), GRID[1])
+            if number in kept[image]:
+                wanted = int((kept[image] == number).nonzero())
+            else:
+                shares = weights[image, :, int((removed[image] == number).nonzero())]
+                places = [divmod(int(index[image, k]), GRID[1]) for k in kept[image]]
+                distances = [(row - here[0]) ** 2 + (column - here[1]) ** 2 for row, column in places]
+                most = received and float(shares.max()) > 0
+                wanted = int(shares.argmax()) if most else distances.index(min(distances))
+            assert int(found[image, number]) == wanted

@@ -116,6 +116,7 @@ def test_batches_and_keyword_arguments() -> None:
     assert calibrated(images=[{"x": x}]).schedule == whole.schedule
 
 
+@pytest.mark.nightly
 def test_a_latency_budget_is_kept_too() -> None:
     value = Calibration(images(ROW), points=2, progress=False)
     fast = optimised(ROW, latency_budget=0.8, target="h100", batch=256, calibration=value)

@@ -79,6 +79,7 @@ def small(depth: int) -> Planner:
     return Planner(model, images(BY_NAME["vit"]))
 
 
+@pytest.mark.nightly
 def test_a_gpus_schedule_has_fewer_sites_than_a_cpus() -> None:
     """Where FLOPs are the budget on both."""
     planner = small(depth=6)

@@ -55,6 +55,7 @@ def test_maps_are_the_originals_until_tokens_are_removed_and_those_of_the_remain
     assert not bool(maps["blocks.2"][:, :, 1:].any())
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_biases_count_and_several_sites_add_up() -> None:
     class Biased(nn.Module):

@@ -111,6 +111,7 @@ def test_equals_the_reference(name: str, case: str) -> None:
     assert (model(x) - wanted).abs().max() > 1e-4 * wanted.abs().max(), "a schedule that changes nothing proves nothing"
 
 
+@pytest.mark.nightly
 def test_saliency_equals_the_reference() -> None:
     """Before the first block, by the built-in map; two sizes of groups."""
     row = BY_NAME["deit"]

@@ -124,6 +124,7 @@ class PostNorm(nn.Module):
         return found
 
 
+@pytest.mark.nightly
 def test_idle_tokens_are_back_where_the_last_site_is_the_blocks_end() -> None:
     """With norms behind, a layer's first add begins and ends it: what is removed there is back at once."""
     source = Built(lambda: built(PostNorm), (3, 24, 24))

@@ -13,7 +13,7 @@ from gtp_fx.errors import OptionError
 from gtp_fx.measure.evaluation.data import digest_of_tensors
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.options.calibration import Calibration
-from gtp_fx.options.options import DEFAULTS, Options
+from gtp_fx.options.options import DEFAULTS, REDUCED, Options
 from gtp_fx.strategies import Strategy
 
 
@@ -46,6 +46,11 @@ def contenders(
 
     Raises OptionError where an option is wrong, two have one name, or nothing is asked for.
     """
+    if options.get("output") == REDUCED or any(fast.returned for fast in optimised.values()):
+        raise OptionError(
+            "output='reduced': outputs are compared with the original's, token by token, and these have fewer; "
+            "evaluate a model of the same schedule and output='full', which has the same tokens where they are left"
+        )
     wanted: list[tuple[dict[str, Any], str]] = [({"flops_budget": ratio}, f"{ratio:g}") for ratio in budgets]
     wanted += [({"latency_budget": value}, f"{value} time") for value in latency_budgets]
     if not wanted and not isinstance(options.get("schedule", DEFAULTS["schedule"]), str):

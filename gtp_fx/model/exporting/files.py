@@ -16,6 +16,7 @@ from gtp_fx.capture.inputs import tensors_in
 from gtp_fx.errors import ExportError
 from gtp_fx.graph.torch_internals import load_aoti, package_aoti
 from gtp_fx.graph.verify import rounding_tolerance
+from gtp_fx.model.exporting.cache import run_cache, write_cache
 from gtp_fx.model.exporting.onnx import must_have_packages, run_onnx, write_onnx
 from gtp_fx.model.exporting.program import Program, program_of
 from gtp_fx.model.internal_errors import internal_errors_told
@@ -28,9 +29,13 @@ FORMATS = {
         "an AOTInductor package, .pt2, compiled for the device the model is on: torch._inductor.aoti_load_package(file)"
     ),
     "onnx": "ONNX, .onnx: standard operators alone",
+    "cache": (
+        "compiled code, .cache, for gtp_fx itself on processors like this one: gtp_fx.load_cache(file) before the "
+        "model's first call"
+    ),
 }
 """Formats by name, each with what it is and how it is loaded."""
-_SUFFIX = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
+_SUFFIX = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx", "cache": ".cache"}
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,11 @@ class Exported:
 
 
 def export(model: OptimizedModel, file: str | Path, format: str | None = None, *, progress: bool = False) -> Exported:
-    """Write an optimised model to a file that can be loaded without gtp_fx.
+    """Write an optimised model to a file that can be loaded without gtp_fx, or its compiled code to one for gtp_fx.
 
     The file has the evaluation graph for any batch, in plain ATen or ONNX operators. That holds for an AOTInductor
-    package on a GPU as well: gtp_fx's kernels are used under `torch.compile` only.
+    package on a GPU as well: gtp_fx's kernels are used under `torch.compile` only. "cache" is another matter: no model,
+    but what `warm_up` compiles of it, for other processes on such a machine (`gtp_fx.load_cache`).
 
     format: a name in `FORMATS`; None takes it from the file's suffix, where .pt2 stands for "torch".
     progress: show a progress bar, where stderr is a terminal.
@@ -108,7 +114,7 @@ def format_of(file: str | Path, format: str | None) -> str:
         format = {suffix: name for name, suffix in reversed(_SUFFIX.items())}.get(path.suffix)
         if format is None:
             raise ExportError(
-                f"{path}: no format has this suffix; give .pt2 or .onnx, or format= one of {', '.join(FORMATS)}"
+                f"{path}: no format has this suffix; give .pt2, .onnx or .cache, or format= one of {', '.join(FORMATS)}"
             )
     if format not in FORMATS:
         known = "\n".join(f"  {name!r}: {meaning}" for name, meaning in FORMATS.items())
@@ -179,10 +185,11 @@ def _run_aoti(file: Path, made: Program) -> list[Tensor]:
     return tensors_in(load_aoti(str(file))(*made.args, **made.kwargs))
 
 
-_WRITE = {"torch": _write_torch, "aoti": _write_aoti, "onnx": write_onnx}
+_WRITE = {"torch": _write_torch, "aoti": _write_aoti, "onnx": write_onnx, "cache": write_cache}
 _RUN: dict[str, Callable[[Path, Program], list[Tensor] | str]] = {
     "torch": _run_torch,
     "aoti": _run_aoti,
     "onnx": run_onnx,
+    "cache": run_cache,
 }
 """By format: run a file on the program's example; return its outputs, or the reason why it can't be run."""

@@ -29,11 +29,13 @@ _IMAGES = 3
 class Program:
     """A program with an example to check by.
 
+    model: the optimised model.
     program: the exported program, for any batch.
     args, kwargs: an example of its inputs, noise.
     outputs: what the optimised model returns for the example, run eagerly.
     """
 
+    model: OptimizedModel
     program: torch.export.ExportedProgram
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -106,7 +108,7 @@ def _program(model: OptimizedModel, device: torch.device) -> Program:
                 raise
             except Exception as error:
                 raise CaptureError(f"torch.export can't trace the optimised graph: {error}") from error
-        return Program(program, args, kwargs, model.graph_module(*args, **kwargs))
+        return Program(model, program, args, kwargs, model.graph_module(*args, **kwargs))
 
 
 def required(package: str, what: str, packages: str) -> Any:

@@ -99,6 +99,7 @@ def _described(state: State, signature: CallSignature) -> dict[str, Any]:
             "disabled_passes": list(options.disabled_passes),
             "prefix_tokens": options.prefix_tokens,
             "mode": options.mode,
+            "output": options.output,
             "compile": state.compile,
             "recapture": state.recapture,
             "any_size": state.any_size,

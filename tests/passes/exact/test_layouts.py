@@ -29,7 +29,7 @@ WIDTH, HEADS, SIDE, GRID = 32, 4, 4, 6
 @pytest.mark.parametrize(
     "spelling",
     [
-        pytest.param({"layout": "[N, B, C]"}),
+        pytest.param({"layout": "[N, B, C]"}, marks=pytest.mark.nightly),
         pytest.param({"layout": "[N, B, C], einsum"}, marks=pytest.mark.nightly),
         pytest.param({"layout": "[B, C, N]", "linear": "conv1d"}, marks=pytest.mark.nightly),
         pytest.param({"layout": "[B, C, N], whole block"}, marks=pytest.mark.nightly),

@@ -95,7 +95,8 @@ def images(count: int = 2) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("running", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.nightly
+@pytest.mark.parametrize("running", [False, True])
 def test_tokens_skip_the_same_branches(running: bool) -> None:
     made = []
     for last in (False, True):

@@ -59,7 +59,7 @@ SHAPE = (3, 16, 16)
 OUT_OF_PLACE = Built(lambda: TinyViT(Biased), SHAPE)
 
 
-@pytest.mark.parametrize("block", [InPlace, InSteps])
+@pytest.mark.parametrize("block", [InPlace, pytest.param(InSteps, marks=pytest.mark.nightly)])
 @torch.no_grad()
 def test_a_bias_that_is_added_in_place_is_a_bias(block: type[Biased]) -> None:
     """The same parameters and, for other spellings, the same schedule; sums in another order are 1e-5 apart at most."""

@@ -22,6 +22,7 @@ import gtp_fx
 from gtp_fx.kernels.available import has_kernels
 from gtp_fx.kernels.stock_attention import StockAttention, stock_attention
 from gtp_fx.passes.lower.triton_kernels import lowered, triton_kernels
+from gtp_fx.report.kept_tokens import also_returning_kept
 from gtp_fx.strategies import Strategy
 
 from support.graphs_by_hand import traced
@@ -64,7 +65,7 @@ def check(
     [
         pytest.param("deit", {}, "kernel", marks=pytest.mark.nightly),
         pytest.param("siglip-map", {}, "mask", marks=pytest.mark.nightly),
-        ("dinov2-reg4", {"graph": "spatial"}, "channel"),
+        pytest.param("dinov2-reg4", {"graph": "spatial"}, "channel", marks=pytest.mark.nightly),
         ("clip", {"score": "cls-mean", "token_scale": False}, "kernel"),
         pytest.param(
             "eva",
@@ -258,6 +259,24 @@ def test_a_token_map_is_recovered_by_a_kernel() -> None:
     model = timm.create_model(row.arch, depth=3, num_classes=0, global_pool="")
     left = check(enliven(model).eval(), images(row, 1), schedule=[30, 30, 0])
     assert left["gtp_fx_kernels.recover"] == 2 and left["gtp_fx.recover"] == 0
+
+
+@pytest.mark.nightly
+@torch.no_grad()
+def test_reduced_outputs_are_told_of_beside_kernels() -> None:
+    """What follows the tokens through all sites reads what kernels give, and is in no kernel's way."""
+    row = BY_NAME["no-classes"]
+    model = enliven(timm.create_model(row.arch, depth=3, num_classes=0, global_pool="")).eval().to(DEVICE)
+    options = {"strategy": "gtp", "schedule": [30, 30, 0], "output": "reduced", "compile": False}
+    fast, x = gtp_fx.optimize(model, **options), images(row, 1).to(DEVICE)
+    told, _ = also_returning_kept(fast.graph_module, fast.sites, fast.returned)
+    kernels = triton_kernels(told)
+    left = calls(kernels)
+    assert left["gtp_fx_kernels.select"] == left["gtp_fx_kernels.propagate"] == left["gtp_fx.stand_ins"] == 2
+    assert not left.keys() & {"gtp_fx.select", "gtp_fx.propagate"}
+    (wanted, *indices), (found, *same) = told(x), kernels(x)
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert all(map(torch.equal, indices, same)) and len(indices) == 2
 
 
 @pytest.mark.nightly

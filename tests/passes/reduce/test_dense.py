@@ -111,6 +111,7 @@ def test_full_resolution_and_exact_where_nothing_left(name: str, x: Tensor) -> N
     assert any((a - b).abs().max() > 1e-3 * b.abs().max() for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_tokens_that_stayed_are_where_they_were_and_the_others_are_made_of_them(x: Tensor) -> None:
     """Seen on the stream itself, just before it is recovered."""

@@ -187,7 +187,8 @@ def test_equals_the_walk(family: Family) -> None:
     check(family, family.schedule)
 
 
-@pytest.mark.parametrize("schedule", [(12, 0, 9, 0), pytest.param((0, 6, 0, 5), marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("schedule", [(12, 0, 9, 0), (0, 6, 0, 5)])
 @torch.no_grad()
 def test_one_stream_may_lose_nothing_while_the_other_does(schedule: tuple[int, ...]) -> None:
     (crossvit,) = (family for family in FAMILIES if family.name == "crossvit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,6 +50,7 @@ class Pair(nn.Module):
         return torch.cat(found, 1)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_a_bias_that_two_streams_share_is_each_ones_own() -> None:
     images = tuple(torch.randn(2, 3, 4 * SIDE, 4 * SIDE) for _ in range(2))

@@ -268,7 +268,7 @@ KINDS = [
     WindowsAfterChannels,
     TokenBesideWindows,
     pytest.param(TokenInWindows, marks=pytest.mark.nightly),
-    TokenInWindowsThatAreOne,
+    pytest.param(TokenInWindowsThatAreOne, marks=pytest.mark.nightly),
     TokensOfTheImage,
     WindowsOfTheirOwn,
     pytest.param(HeadsBeforeWindows, marks=pytest.mark.nightly),

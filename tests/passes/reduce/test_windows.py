@@ -62,7 +62,11 @@ def check(family: Family) -> None:
 @pytest.mark.parametrize(
     ("family", "blocks"),
     [
-        pytest.param(TORCHVISION, {"features.1.1": 40}, marks=pytest.mark.xdist_group(TORCHVISION.name)),
+        pytest.param(
+            TORCHVISION,
+            {"features.1.1": 40},
+            marks=[pytest.mark.xdist_group(TORCHVISION.name), pytest.mark.nightly],
+        ),
         pytest.param(
             PADDED, {"layers.0.blocks.1": 41}, marks=[pytest.mark.xdist_group(PADDED.name), pytest.mark.nightly]
         ),

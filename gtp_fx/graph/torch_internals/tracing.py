@@ -1,0 +1,125 @@
+"""Tracing: Dynamo's graphs as ATen, functions as graphs, errors by which torch asks for another try."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._logging._internal import trace_structured
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from gtp_fx.graph.torch_internals.values import mode_of
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""Errors of a machine that lacks memory, on the host and on a device."""
+
+
+def restarts_dynamo(error: Exception) -> bool:
+    """Return whether an error is how a backend asks Dynamo to trace the function again. Public: none."""
+    if "torch._dynamo.exc" not in sys.modules:
+        return False
+    exceptions: Any = sys.modules["torch._dynamo.exc"]
+    return isinstance(error, exceptions.RestartAnalysis)
+
+
+def aot_export(gm: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
+    """Return Dynamo's graph in functional pre-dispatch ATen, and its signature; traced in a tracing context of its own.
+
+    A graph enters and leaves torch.func's levels by calls of its own, so a trace that fails between them leaves some
+    open, and Dynamo's guards ask for them. They are closed here.
+
+    Public: `torch.export.export`, which takes modules and not a backend's graphs.
+    """
+    from torch._C import _functorch
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+
+    levels = _functorch.get_dynamic_layer_stack_depth()
+    try:
+        with tracing(TracingContext(detect_fake_mode(list(fakes)))), torch.no_grad():
+            exported, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
+    finally:
+        _functorch.pop_dynamic_layer_stack_and_undo_to_depth(levels)
+    return cast("fx.GraphModule", exported), signature
+
+
+def decomposition_tables() -> tuple[Mapping[Any, Callable[..., Any]], ...]:
+    """Return torch's tables of decompositions: torch.export's, then all that torch knows, for what no backend opens.
+
+    Public: the first is `torch.export.default_decompositions`; the second has no public name.
+    """
+    from torch._decomp import decomposition_table
+
+    return torch.export.default_decompositions(), decomposition_table
+
+
+def trace_functional(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule | None:
+    """Trace a function of fake values as ATen below autograd, where composites are open; sizes stay symbols.
+
+    Return None where the function asks something of a size that isn't known, such as whether a batch is 2: the trace
+    would hold for one answer. Public: none.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    fakes = [leaf for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, FakeTensor)]
+    mode = mode_of(fakes[0]) if fakes else contextlib.nullcontext()  # constants that it makes are fakes of this one
+    with torch.no_grad(), _quiet(), _asking_nothing(fakes) as asked, mode:
+        try:
+            traced = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+        except Exception:
+            if asked():
+                return None
+            raise
+    return None if asked() else traced
+
+
+@contextlib.contextmanager
+def _asking_nothing(fakes: Sequence[FakeTensor]) -> Iterator[Callable[[], bool]]:
+    """Freeze the symbols of fake tensors; yield a function that tells whether anything was asked of them since."""
+    environments: Any = [fake.fake_mode.shape_env for fake in fakes if fake.fake_mode.shape_env is not None]
+    if not environments:
+        yield lambda: False
+        return
+    environment = environments[0]
+    before, frozen = environment.counter["ignored_backward_guard"], environment.frozen
+    environment.frozen = True  # questions are counted; later torch also has an error for them
+    raising = getattr(environment, "error_on_new_guards", contextlib.nullcontext)
+    try:
+        with raising():
+            yield lambda: environment.counter["ignored_backward_guard"] > before
+    finally:
+        environment.frozen = frozen
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging what fails while something is tried."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+    ]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+def tracing_lock() -> AbstractContextManager[Any]:
+    """Return the lock that Dynamo holds when it calls a backend, as a context. Public: none."""
+    return cast("AbstractContextManager[Any]", importlib.import_module("torch._dynamo.convert_frame").compile_lock)
+
+
+def log_artifact(name: str, text: Callable[[], str]) -> None:
+    """Put a text into torch's structured trace, for `tlparse`. Public: none."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
