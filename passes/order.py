@@ -38,6 +38,7 @@ from gtp_fx.passes.lower.call_layers import call_layers
 from gtp_fx.passes.lower.functional_linear import functional_linear
 from gtp_fx.passes.lower.triton_kernels import triton_kernels
 from gtp_fx.passes.reduce.remove_tokens import remove_tokens
+from gtp_fx.passes.reduce.rest_windows import rest_windows
 from gtp_fx.passes.reduce.skip_branches import skip_branches
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies import Strategy
@@ -143,6 +144,13 @@ ORDER = (
         reads="needs_full_maps",
     ),
     Pass(fuse_projections, "exact", "linear layers that read the same tokens become one product", optional=True),
+    Pass(
+        rest_windows,
+        "reduce",
+        "the plan's windows rest while a block runs for the others",
+        reads="plan",
+        needed=lambda plan: bool(plan.resting),
+    ),
     Pass(
         skip_branches,
         "reduce",

@@ -147,11 +147,11 @@ def _token_wise_tail(result: fx.Node, after: set[fx.Node], typing: WholeTyping) 
     for node in reversed(result.graph.nodes):  # users come before their operands
         if node is not result and not any(user in inside for user in node.users):
             continue
-        if not _runs_over(node, lead, typing):
+        if not runs_over(node, lead, typing):
             continue  # a parameter, or a table that all tokens share
         # A value that is also read outside the branch has to be computed for every token anyway.
         alone = node is result or all(user in inside for user in node.users)
-        part = alone and node in after and _is_token_wise(node, lead, typing)
+        part = alone and node in after and is_token_wise(node, lead, typing)
         (inside if part else entries).append(node)
     if not any(node.target is aten.linear.default for node in inside):
         raise NoBranch(
@@ -176,7 +176,7 @@ def _why_whole(result: fx.Node, after: set[fx.Node], typing: WholeTyping) -> str
     return ""
 
 
-def _is_token_wise(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
+def is_token_wise(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
     """Return whether a node computes each token from that token alone.
 
     Its other operands have to be the same for every token.
@@ -190,14 +190,14 @@ def _is_token_wise(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool
         or not answer.operands
     ):
         return False
-    if is_view(node) or node.target in (*PERMUTATIONS, *REARRANGED) or not _runs_over(node, lead, typing):
+    if is_view(node) or node.target in (*PERMUTATIONS, *REARRANGED) or not runs_over(node, lead, typing):
         return False
-    others = [n for n in node.all_input_nodes if typing.is_tensor(n) and not _runs_over(n, lead, typing)]
+    others = [n for n in node.all_input_nodes if typing.is_tensor(n) and not runs_over(n, lead, typing)]
     if node.target is aten.linear.default:
         return node.args[0] not in others
     return all(all(whole_size(dim) == 1 for dim in typing.type(other)[:-1]) for other in others)
 
 
-def _runs_over(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
+def runs_over(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
     """Return whether a value has the dimensions `lead`, followed by features."""
     return typing.is_tensor(node) and typing.type(node)[:-1] == lead and is_plain(typing.type(node)[-1])

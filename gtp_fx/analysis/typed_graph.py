@@ -7,14 +7,16 @@ the graph with what the analyses were made from, so a stale one is never returne
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock, marks_of, read_blocks
 from gtp_fx.analysis.liveness import Liveness, live_tokens, whole_attention
+from gtp_fx.analysis.resting import Rest, find_rest
 from gtp_fx.analysis.unsupported_attention import unsupported_attention
+from gtp_fx.analysis.window_steps import NoRest
 from gtp_fx.errors import Refusal
 from gtp_fx.types.frames import FRAMES
 from gtp_fx.types.infer import AS_LEFT, TOKENS, Edge, SiteTyping, WholeTyping, infer_types, infer_with_sites
@@ -80,6 +82,11 @@ class TypedGraph:
         return self._once(("blocks", marks_of(self.graph)), lambda: read_blocks(self.whole, self.with_sites))
 
     @property
+    def rests(self) -> Mapping[int, Rest | NoRest]:
+        """What fewer windows do in each block with a branch, by its number, or why its windows can't rest."""
+        return self._once(("rests", marks_of(self.graph)), lambda: _rests(self.blocks, self.whole))
+
+    @property
     def unsupported_attention(self) -> tuple[Refusal, ...]:
         """Attention that is no block, as refusals with the reason."""
         return self._once(("other", marks_of(self.graph)), lambda: unsupported_attention(self.whole))
@@ -100,6 +107,18 @@ class TypedGraph:
             self._found[key] = make()
         found: T = self._found[key]
         return found
+
+
+def _rests(blocks: Sequence[AttentionBlock], typing: WholeTyping) -> dict[int, Rest | NoRest]:
+    """Return what `TypedGraph.rests` does."""
+    found: dict[int, Rest | NoRest] = {}
+    for block in blocks:
+        if block.branch is not None:
+            try:
+                found[block.index] = find_rest(block, typing)
+            except NoRest as reason:
+                found[block.index] = reason
+    return found
 
 
 def _state(graph: fx.Graph) -> list[Any]:

@@ -26,6 +26,7 @@ from gtp_fx.plan.cost.count import count_flops
 from gtp_fx.plan.make_plan import Planned, make_plan
 from gtp_fx.plan.plan import Plan
 from gtp_fx.plan.problem import Original
+from gtp_fx.plan.site import BranchCost, RestCost
 from gtp_fx.report.attention_maps import AttentionRecord, record_attention
 from gtp_fx.report.forecasting import forecast
 from gtp_fx.report.provenance import SiteRecord, record_sites
@@ -213,6 +214,7 @@ def _site_rows(gm: fx.GraphModule, plan: Plan) -> tuple[SiteRow, ...]:
     for site in plan.sites:
         removed = plan.schedule.propagated[site.block]
         before = site.others + plan.count(site.domain) if site.branch is None else site.branch.tokens
-        windows = 0 if site.branch is None else site.branch.windows
-        rows.append(SiteRow(site.block, layers[site.block], before, removed, before - removed, windows))
+        windows = site.branch.windows if isinstance(site.branch, BranchCost) else 0
+        patches = site.branch.patches if isinstance(site.branch, RestCost) else 0
+        rows.append(SiteRow(site.block, layers[site.block], before, removed, before - removed, windows, patches))
     return tuple(rows)

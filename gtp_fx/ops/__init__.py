@@ -19,6 +19,8 @@
     weighted_mean               average pooling in which a token is weighted by those it stands for
     region_shares               `recovery_weights` for a window's tokens that skip a branch
     grid_places                 rows and columns of a grid's patches
+    window_activity             how much the tokens of each window differ, by which windows rest
+    awake_rows, window_ranks    where the windows that don't rest come from, and where they go back to
     group                       a strategy's `group`: which tokens are removed, and what becomes of them
     saliency                    a registered map of the images, averaged over each patch
 
@@ -49,7 +51,10 @@ from gtp_fx.ops import (
     weighted_mean as pool,
 )
 from gtp_fx.ops import (
+    window_rest as rest,
+)
+from gtp_fx.ops import (
     window_shares as regions,
 )
 
-__all__ = ["attention", "cells", "graph", "levels", "pool", "propagate", "regions", "select", "stock_attention"]
+__all__ = ["attention", "cells", "graph", "levels", "pool", "propagate", "regions", "rest", "select", "stock_attention"]

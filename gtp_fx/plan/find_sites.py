@@ -12,12 +12,14 @@ from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.branches import Branch
 from gtp_fx.analysis.liveness import ALL
 from gtp_fx.analysis.placement import cut_of, ends_of, placed_blocks, removing_blocks, updated_edges, why_unfit
+from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import TypedGraph
+from gtp_fx.analysis.window_steps import NoRest
 from gtp_fx.errors import Refusal, UnsupportedModelError
-from gtp_fx.graph.nodes import layer_name, operator_name
+from gtp_fx.graph.nodes import layer_name, operator_name, refusal
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.options.schedule import BlockShape
-from gtp_fx.plan.cost.closed_form import branch_cost
+from gtp_fx.plan.cost.closed_form import branch_cost, rest_cost
 from gtp_fx.plan.site import Site
 from gtp_fx.strategies import Strategy
 from gtp_fx.types.axes import Grid, token_axis, whole_size
@@ -34,6 +36,8 @@ class Candidates:
     branches: the branch that tokens can skip, by block number.
     placed: the blocks at which the strategy would remove tokens or let them skip a branch, if it could.
     left_out: why it can't, for some of these, by block number.
+    rests: the blocks whose windows can rest, where the strategy lets them, by number.
+    restless: why the windows of other blocks can't, so that tokens skip the branch there.
     """
 
     sites: tuple[Site, ...]
@@ -41,6 +45,8 @@ class Candidates:
     branches: Mapping[int, Branch]
     placed: tuple[AttentionBlock, ...] = ()
     left_out: Mapping[int, Refusal] = field(default_factory=dict)
+    rests: Mapping[int, Rest] = field(default_factory=dict)
+    restless: Mapping[int, Refusal] = field(default_factory=dict)
 
 
 def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
@@ -70,7 +76,19 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
     removing = [block for block in removing if block.index not in needed]
     cuts = _cuts(removing, strategy)
     # Blocks with a branch keep their grid whole, so they are typed without sites.
-    sites = [_skip_site(block, branch, typed.whole, strategy, len(blocks)) for block, branch in branched]
+    asked = typed.rests if strategy.rests_windows else {}
+    rests = {block.index: rest for block, _ in branched if isinstance(rest := asked.get(block.index), Rest)}
+    restless = {
+        block.index: refusal(block.attention, f"its windows can't rest, so their tokens skip the branch: {reason}")
+        for block, _ in branched
+        if isinstance(reason := asked.get(block.index), NoRest)
+    }
+    sites = [
+        _rest_site(block, rests[block.index], typed.whole, len(blocks))
+        if block.index in rests
+        else _skip_site(block, branch, typed.whole, strategy, len(blocks))
+        for block, branch in branched
+    ]
     read = _grids_read(typed)
     sites += [
         replace(
@@ -85,6 +103,8 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
         {block.index: branch for block, branch in branched},
         tuple(placed),
         dict(sorted(left_out.items())),
+        rests,
+        restless,
     )
 
 
@@ -142,6 +162,13 @@ def _skip_site(block: AttentionBlock, branch: Branch, typing: WholeTyping, strat
     cost = branch_cost(branch, typing, heads, strategy)
     dtype = _dtype(branch.parts[0].result)
     return Site(block.index, block.axis, cost.features, heads, 1, cost, dtype, block.index / blocks)
+
+
+def _rest_site(block: AttentionBlock, rest: Rest, typing: WholeTyping, blocks: int) -> Site:
+    """Make the site where windows rest. blocks: number of attention blocks in the model."""
+    cost = rest_cost(rest, typing)
+    dtype = _dtype(rest.result)
+    return Site(block.index, block.axis, cost.features, 1, 1, cost, dtype, block.index / blocks)
 
 
 def _obstacles(typing: SiteTyping, strategy: Strategy) -> tuple[Refusal, ...]:

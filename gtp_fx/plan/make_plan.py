@@ -96,6 +96,7 @@ def make_plan(
     refusals = [
         *(block.refusal for block in blocks if block.refusal is not None and block.branch is None),
         *problem.found.left_out.values(),
+        *problem.found.restless.values(),
         *others,
         *unknown,
     ]
@@ -239,10 +240,15 @@ def _split(
         # Count along each stream, or on a branch's own block: a schedule has to keep one patch of each.
         stream = block.axis.domain.grid if block.branch is None else block.index
         removed[stream] += 0 if block.dead else count
-        whole = block.axis.domain.whole_count
+        rest = found.rests.get(block.index)
+        whole, what = (
+            (block.axis.domain.whole_count, "removes {} patch tokens")
+            if rest is None
+            else (rest.windows, "lets {} windows rest")
+        )
         if removed[stream] >= whole:
             raise ScheduleError(
-                f"the schedule removes {removed[stream]} patch tokens by block {block.index}, of {whole}; "
+                f"the schedule {what.format(removed[stream])} by block {block.index}, of {whole}; "
                 f"at least one has to stay"
             )
     by_site = tuple(given[site.block] for site in model.sites)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from gtp_fx.options.schedule import BlockShape, Schedule
-from gtp_fx.plan.site import Site
+from gtp_fx.plan.site import BranchCost, RestCost, Site
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.types.axes import Grid, TokenDomain
 
@@ -16,7 +16,7 @@ from gtp_fx.types.axes import Grid, TokenDomain
 class Plan:
     """The result of planning, complete enough to rewrite the graph by it.
 
-    schedule: how many tokens are removed (or skip a branch) at each block.
+    schedule: how many tokens are removed (or skip a branch), or how many windows rest, at each block.
     sites: the sites at which some are, in graph order, with levels counted over these sites alone.
     strategy: the strategy, settled for the counts of this schedule.
     """
@@ -47,7 +47,16 @@ class Plan:
     @property
     def skipping(self) -> dict[int, int]:
         """Tokens of each window that skip a branch, by block number; blocks without any have no entry."""
-        return {site.block: self.schedule.propagated[site.block] for site in self.sites if site.branch is not None}
+        return self._counts(BranchCost)
+
+    @property
+    def resting(self) -> dict[int, int]:
+        """Windows of each image that rest, by block number; blocks without any have no entry."""
+        return self._counts(RestCost)
+
+    def _counts(self, kind: type) -> dict[int, int]:
+        """Return the counts of the sites whose branch is of a kind, by block number."""
+        return {s.block: self.schedule.propagated[s.block] for s in self.sites if isinstance(s.branch, kind)}
 
     def count(self, domain: TokenDomain) -> int:
         """Return the patch tokens in `domain`: the whole grid less what its first `domain.level` sites remove."""

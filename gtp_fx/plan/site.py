@@ -9,14 +9,15 @@ from gtp_fx.types.axes import TokenAxis, TokenDomain
 
 @dataclass(frozen=True)
 class Site:
-    """A place where tokens may be removed from their stream, or may skip a branch.
+    """A place where tokens may be removed from their stream or may skip a branch, or where whole windows may rest.
 
     block: number of the attention block, from 0.
     axis: the tokens before the site, at the level they are removed from; for a branch, those of one window.
     channels: features of a token in the residual stream.
     heads: attention heads.
     images: images in one run of the graph, symbols as primes (see `gtp_fx.graph.symbols`).
-    branch: the cost of the branch that tokens skip; None where tokens are removed.
+    branch: the cost of the branch that tokens skip, or of the block in which windows rest; None where tokens are
+        removed.
     dtype: dtype of the stream, as torch names it.
     depth: the share of the model's attention blocks that come before this one, in [0, 1).
     patches_read: whether patches are read after the last block (pooled, returned), not only prefix tokens.
@@ -28,7 +29,7 @@ class Site:
     channels: int
     heads: int
     images: int = 1
-    branch: BranchCost | None = None
+    branch: BranchCost | RestCost | None = None
     dtype: str = "float32"
     depth: float = 0.0
     patches_read: bool = True
@@ -51,7 +52,7 @@ class Site:
 
     @property
     def whole(self) -> int:
-        """The number of patches before any is removed; for a branch, the tokens of each window."""
+        """The number of patches before any is removed; for a branch, the tokens of each window, or the windows."""
         return self.domain.whole_count if self.branch is None else self.branch.tokens
 
 
@@ -92,3 +93,25 @@ class BranchCost:
         through = windows * kept + self.images * self.others
         recovering = 2 * windows * kept * skipping * self.recovered
         return through * self.per_token - self.whole + recovering + self.scoring
+
+
+@dataclass(frozen=True)
+class RestCost:
+    """FLOPs of a block in which whole windows may rest, for one run of the graph.
+
+    whole: FLOPs where no window rests; each has an equal share of them.
+    tokens: windows of one image: what a schedule counts at such a site.
+    images: images in one run; 1 where the batch is symbolic.
+    patches: patches of one window.
+    features: features of the stream.
+    """
+
+    whole: int
+    tokens: int
+    images: int
+    patches: int
+    features: int
+
+    def change(self, resting: int) -> int:
+        """Return the change in FLOPs when `resting` windows of each image rest; choosing them counts nothing."""
+        return -(self.whole // self.tokens) * resting

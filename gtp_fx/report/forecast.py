@@ -47,6 +47,7 @@ class BlockForecast:
     windows: windows per image where tokens only skip the block's branch; 0 where they are removed from the stream.
     before: cost with all tokens.
     after: cost with the plan.
+    window_tokens: the tokens of a window where whole windows may rest, which `tokens_in` and `removed` count then.
     """
 
     block: int
@@ -56,6 +57,7 @@ class BlockForecast:
     windows: int
     before: Cost
     after: Cost
+    window_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def _row(row: BlockForecast) -> list[str]:
     if row.block < 0:
         return ["", row.layer, "", "", *_costs(row.before, row.after)]
     tokens = f"{row.windows}×{row.tokens_in}" if row.windows else str(row.tokens_in)
+    tokens = f"{tokens} of {row.window_tokens}" if row.window_tokens else tokens
     return [str(row.block), row.layer, tokens, str(row.removed), *_costs(row.before, row.after)]
 
 

@@ -17,6 +17,7 @@ from gtp_fx.plan.cost.terms import Term, terms_of
 from gtp_fx.plan.find_sites import Candidates, no_sites
 from gtp_fx.plan.make_plan import Planned
 from gtp_fx.plan.problem import Original
+from gtp_fx.plan.site import BranchCost, RestCost
 from gtp_fx.report.forecast import BlockForecast, Cost, Forecast
 from gtp_fx.strategies import Strategy
 from gtp_fx.types.axes import whole_count
@@ -53,12 +54,14 @@ def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: 
             rows.append(BlockForecast(number, "before the blocks", 0, 0, 0, before, after))
             continue
         axis = blocks[number].axis
-        tokens, count, windows = remaining.get(axis.domain.grid, axis.domain.whole_count), 0, 0
+        tokens, count, windows, patches = remaining.get(axis.domain.grid, axis.domain.whole_count), 0, 0, 0
         if number in by_block:
             site, count = by_block[number]
-            tokens, windows = remaining[site.stream], site.branch.windows if site.branch is not None else 0
+            tokens = remaining[site.stream]
+            windows = site.branch.windows if isinstance(site.branch, BranchCost) else 0
+            patches = site.branch.patches if isinstance(site.branch, RestCost) else 0
             remaining[site.stream] -= count
-        rows.append(BlockForecast(number, blocks[number].layer, tokens, count, windows, before, after))
+        rows.append(BlockForecast(number, blocks[number].layer, tokens, count, windows, before, after, patches))
     return Forecast(
         budget=options.budget,
         target=target.name,

@@ -17,6 +17,8 @@ from gtp_fx.report.text import described, number, table
 class SiteRow:
     """One site.
 
+    Where whole windows rest, `window_tokens` isn't 0, and what is counted are an image's windows.
+
     block: the block's number.
     layer: the layer that holds the block's attention.
     tokens_in: tokens before the site, prefix tokens included; per window where `windows` isn't 0.
@@ -24,6 +26,7 @@ class SiteRow:
     tokens_out: tokens after the site, or through the branch; per window where `windows` isn't 0.
     windows: 0 where tokens are removed from the stream; else windows per image, in each of which tokens skip the
         block's branch and remain in the stream.
+    window_tokens: the tokens of a window that rests as a whole; else 0.
     """
 
     block: int
@@ -32,6 +35,7 @@ class SiteRow:
     propagated: int
     tokens_out: int
     windows: int = 0
+    window_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,16 +135,16 @@ class Report:
         plot_blocks(self.forecast, Path(file))
 
     def _placements(self) -> str:
-        """Say at how many blocks tokens are removed, and at how many they skip a branch."""
+        """Say at how many blocks tokens are removed, at how many they skip a branch, and at how many windows rest."""
         skipping = sum(bool(site.windows) for site in self.sites)
-        removed = f"tokens are removed at {len(self.sites) - skipping}"
-        if not skipping:
-            return removed
-        return (
-            f"{removed} and skip a branch at {skipping}"
-            if skipping < len(self.sites)
-            else f"tokens skip a branch at {skipping}"
-        )
+        resting = sum(bool(site.window_tokens) for site in self.sites)
+        removing = len(self.sites) - skipping - resting
+        parts = [f"tokens are removed at {removing}"] if removing or not self.sites else []
+        if skipping:
+            parts.append(f"{'' if parts else 'tokens '}skip a branch at {skipping}")
+        if resting:
+            parts.append(f"windows rest at {resting}")
+        return " and ".join(parts)
 
     def __str__(self) -> str:
         """Return the report as text: a summary, tables of passes and sites, then what was put back or refused."""
@@ -165,7 +169,7 @@ class Report:
             lines.append(f"schedule: least damage expected by {self.damage_from}")
         lines += ["", *self._passes()]
         if self.sites:
-            branches = any(s.windows for s in self.sites)
+            branches = any(s.windows or s.window_tokens for s in self.sites)
             rows = [
                 [s.block, s.layer, s.tokens_in, s.propagated, s.tokens_out, *([_where(s)] if branches else [])]
                 for s in self.sites
@@ -206,7 +210,9 @@ class Report:
 
 
 def _where(site: SiteRow) -> str:
-    """Say whether a site works on the stream or on a branch."""
+    """Say whether a site works on the stream, on a branch or on whole windows."""
+    if site.window_tokens:
+        return f"windows of {site.window_tokens} tokens"
     return f"branch, {site.windows} windows" if site.windows else "stream"
 
 

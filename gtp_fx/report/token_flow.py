@@ -88,13 +88,15 @@ def token_flow(
     """Run an optimised graph eagerly on one image; return one view per site, in graph order.
 
     records: the graph's sites that remove tokens.
-    rows: all of the report's sites.
+    rows: all of the report's sites; where whole windows rest, there is no view.
     image: [1, …], as the model takes it.
 
     Raises OptionError where the graph has no site.
     """
     if not rows:
         raise OptionError("no token leaves at this budget, so there is nothing to draw: give a lower one")
+    if all(row.window_tokens for row in rows):
+        raise OptionError("whole windows rest here, and no picture is drawn of that; windows='skip' has pictures")
     nodes = calls_of(gm.graph)
     skips = _skipping(nodes)
 

@@ -93,6 +93,12 @@ class Grouping:
     rewrites_every_attention: ClassVar[bool] = False
     weighted_pooling: ClassVar[bool] = False
     recovers_branches: ClassVar[bool] = True
+
+    @property
+    def rests_windows(self) -> bool:
+        """Return whether whole windows rest where they can, instead of tokens that skip a branch."""
+        return False
+
     recovers_updates: ClassVar[bool] = False
 
     @property

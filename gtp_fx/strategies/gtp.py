@@ -125,6 +125,10 @@ class GTP:
         return self.branch == "recover"
 
     @property
+    def rests_windows(self) -> bool:
+        return False
+
+    @property
     def recovers_updates(self) -> bool:
         return self.recovery == "update"
 

@@ -203,6 +203,10 @@ class Strategy(Protocol):
         """Return whether a token that skips a branch gets its neighbours' results, instead of nothing."""
 
     @property
+    def rests_windows(self) -> bool:
+        """Return whether whole windows rest where they can, instead of tokens that skip a branch."""
+
+    @property
     def recovers_updates(self) -> bool:
         """Return whether a removed token is recovered in its residual stream.
 

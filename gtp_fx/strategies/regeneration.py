@@ -19,6 +19,9 @@ from gtp_fx.strategies.protocol import SiteShape
 from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 
+WINDOWS = ("skip", "rest")
+"""What happens in windows; see `Regeneration.windows`."""
+
 
 @register_strategy
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Regeneration(Grouping):
     score: what attention says of a token; by default what it receives from all tokens, averaged over heads.
     token_scale: adds the log of a token's patch count to attention's logits.
     difficulty: exponent of d_i, 0 or more; at 0 attention alone decides.
+    windows: what happens in windows. With "skip" some tokens of each one skip a branch. With "rest" whole windows rest,
+        where every node of a block keeps windows apart: those whose tokens differ least stay what they were, and the
+        block's norms, attention and branches run for the others. A schedule counts windows there. In other blocks
+        tokens skip.
     """
 
     name: ClassVar[str] = "regeneration"
@@ -48,12 +55,19 @@ class Regeneration(Grouping):
     recovers_updates: ClassVar[bool] = True
     score: str = "broadcast-mean"
     difficulty: float = 1.0
+    windows: str = "skip"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         number = isinstance(self.difficulty, int | float) and not isinstance(self.difficulty, bool)
         if not number or not 0 <= self.difficulty < float("inf"):
             raise OptionError(f"Regeneration(difficulty={self.difficulty!r}): give a finite number of 0 or more")
+        if self.windows not in WINDOWS:
+            raise OptionError(f"Regeneration(windows={self.windows!r}): give one of {', '.join(map(repr, WINDOWS))}")
+
+    @property
+    def rests_windows(self) -> bool:
+        return self.windows == "rest"
 
     def group(self, tokens: Tokens) -> Groups:
         attention_Bn = tokens.score_Bn

@@ -14,11 +14,12 @@ import numpy as np
 from torch import fx
 
 from gtp_fx.analysis.branches import Branch
+from gtp_fx.analysis.resting import Rest
 from gtp_fx.graph.symbols import per_image
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
 from gtp_fx.plan.cost.formulas import formula_of
 from gtp_fx.plan.cost.terms import node_work, terms_of
-from gtp_fx.plan.site import BranchCost, Site
+from gtp_fx.plan.site import BranchCost, RestCost, Site
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.targets.work import Work
 from gtp_fx.types.axes import Plain, whole_count, whole_size
@@ -64,6 +65,17 @@ def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strat
     scoring = int(flops_of(strategy.scoring_works(heads, branch.attended, keys, attentions, "float32")))
     sizes = (images, branch.windows, branch.tokens, branch.others)
     return BranchCost(whole, per_token, *sizes, features[0], recovered, scoring)
+
+
+def rest_cost(rest: Rest, typing: WholeTyping) -> RestCost:
+    """Return the FLOPs of a block whose windows may rest, from its nodes' formulas.
+
+    typing: types with every token in place.
+    """
+    images = per_image(math.prod(f.whole_size for f in rest.rows[0] if isinstance(f, Plain)))
+    works = [node_work(node, typing, whole_count, batch=1) for node in rest.inside if formula_of(node) is not None]
+    patches, features = whole_size(rest.rows[1]), whole_size(typing.type(rest.stream)[-1])
+    return RestCost(int(flops_of(works)), rest.windows, images, patches, features)
 
 
 def _token_wise_flops(node: fx.Node, typing: WholeTyping) -> tuple[int, int]:

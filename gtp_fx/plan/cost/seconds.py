@@ -11,7 +11,7 @@ everything else          FLOPs / dense rate                                     
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +20,13 @@ import torch
 from torch import fx
 
 from gtp_fx.analysis.branches import Branch
+from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
 from gtp_fx.plan.cost.formulas import formula_of
 from gtp_fx.plan.cost.fusion import fused_groups
 from gtp_fx.plan.cost.terms import graph_terms, group_work, node_work, terms_of
-from gtp_fx.plan.site import Site
+from gtp_fx.plan.site import BranchCost, RestCost, Site
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.targets.target import Target, Tile
 from gtp_fx.targets.work import DENSE, Work
@@ -120,25 +121,58 @@ def branch_seconds(
 ) -> dict[int, Numbers]:
     """Return the change in seconds by the tokens kept, [tokens + 1], for each block at which tokens may skip a branch.
 
+    Where whole windows may rest, it is by the windows that are awake, [windows + 1].
+
     batch: images of a run where the batch is symbolic. branches: by block number.
     """
     if not branches:
         return {}
-    whole = typed_graph(graph).whole
+    typed = typed_graph(graph)
+    whole = typed.whole
     groups = list(fused_groups(whole))
+
+    def works_of(inside: Collection[fx.Node]) -> list[Work]:
+        """Return the products of some nodes, and the work of the fused groups that lie inside them."""
+        works = [node_work(node, whole, whole_count, batch) for node in inside if formula_of(node) is not None]
+        within = [group for group in groups if set(inside).issuperset(group.nodes)]
+        return [*works, *(group_work(group, whole, whole_count, batch) for group in within)]
+
     changes = {}
     for site in sites:
-        if site.branch is not None:
+        if isinstance(site.branch, RestCost):
+            rest = typed.rests[site.block]
+            assert isinstance(rest, Rest)
+            changes[site.block] = _rest_change(site.branch, works_of(rest.inside), site.dtype, target, batch)
+        elif site.branch is not None:
             branch = branches[site.block]
-            # The branch's work is its products, and the fused groups that lie inside it.
-            inside = set(branch.inside)
-            nodes = [node for node in inside if formula_of(node) is not None]
-            works = [node_work(node, whole, whole_count, batch) for node in nodes]
-            works += [
-                group_work(group, whole, whole_count, batch) for group in groups if inside.issuperset(group.nodes)
-            ]
-            changes[site.block] = _branch_change(site, branch, works, strategy, target, batch)
+            changes[site.block] = _branch_change(site, branch, works_of(branch.inside), strategy, target, batch)
     return changes
+
+
+def _rest_change(cost: RestCost, works: list[Work], dtype: str, target: Target, batch: int) -> Numbers:
+    """Return [windows + 1] the change in seconds by the windows of each image that are awake; 0 where all are.
+
+    works: the block's works with every window.
+    """
+    awake = np.arange(cost.tokens + 1)
+    share = awake / cost.tokens
+    spent: Any = 0.0
+    for work in works:
+        fewer = replace(work, flops=work.flops * share, bytes=work.bytes * share)
+        # Each window attends on its own; other products have a row for each token.
+        many = "batch" if work.kind == "attention" else "rows"
+        fewer = replace(fewer, **{many: np.maximum(getattr(work, many) * share, 1)})
+        spent = spent + seconds(fewer, target) - seconds(work, target)
+    # What is new: the windows' activity, sorting it, taking out those that are awake, and putting them back.
+    size = getattr(torch, dtype).itemsize
+    windows = cost.tokens * cost.images * batch
+    values = windows * cost.patches * cost.features * size
+    added = [
+        Work("stream", bytes=2 * values),  # for their mean, and for how far they are from it
+        Work("sort", bytes=windows * size),
+        Work("gather", bytes=values * (3 + 2 * share), launches=3),
+    ]
+    return np.where(awake == cost.tokens, 0.0, spent + sum(seconds(work, target) for work in added))
 
 
 def _branch_change(
@@ -148,7 +182,7 @@ def _branch_change(
 
     works: the branch's works with every token.
     """
-    assert site.branch is not None
+    assert isinstance(site.branch, BranchCost)
     tokens, windows = branch.tokens, branch.windows * site.branch.images * batch
     kept = np.arange(tokens + 1)
     others = branch.others / branch.windows

@@ -1,0 +1,141 @@
+"""Resting: blocks that some windows can pass over as a whole, and what each node does for the others.
+
+    x ─┬─ norm ─ roll ─ windows ─ attention ─ back ─┬─ add ─┬─ norm ─ MLP ─┬─ add
+       └────────────────────────────────────────────┘       └──────────────┘
+
+    x ── windows ─┬─ awake ─ norm ─ attention ─ add ─ norm ─ MLP ─ add ─┬─ back
+                  └─ rest ──────────────────────────────────────────────┘
+
+Everything between the stream and the block's last add has to compute each window from that window alone, which types
+show node by node (`window_steps`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import fx
+from torch.ops import aten  # type: ignore[import-not-found]
+
+from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.window_steps import MOVES, NoRest, Step, Walk
+from gtp_fx.graph.nodes import ancestors, operator_name
+from gtp_fx.graph.operators import ATTENTION
+from gtp_fx.graph.symbols import shape_of
+from gtp_fx.types.axes import (
+    Plain,
+    TensorType,
+    token_axes,
+    whole_size,
+)
+from gtp_fx.types.infer import WholeTyping
+
+_MADE = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
+"""New tensors, whose numbers don't depend on the one that gives dtype and device: masks are built with them."""
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A block whose windows can rest.
+
+    stream: what it begins with.
+    result: its last add.
+    steps: what its nodes do for fewer windows, in order; the last one is the result's.
+    rows: the layout by window, [images and windows, patches]; features follow.
+    windows: of an image.
+    sizes: nodes that read the number of all windows off a value inside.
+    made: nodes that make a new tensor and take dtype and device from a value inside, those of the stream.
+    """
+
+    stream: fx.Node
+    result: fx.Node
+    steps: tuple[Step, ...]
+    rows: TensorType
+    windows: int
+    sizes: tuple[fx.Node, ...] = ()
+    made: tuple[fx.Node, ...] = ()
+
+    @property
+    def inside(self) -> tuple[fx.Node, ...]:
+        """The block's nodes."""
+        return tuple(step.node for step in self.steps)
+
+    def copied(self, at: Mapping[fx.Node, fx.Node]) -> Rest:
+        """Return this block in a copy of the graph. at: each node's copy."""
+        steps = tuple(step.copied(at) for step in self.steps)
+        sizes, made = (tuple(at[node] for node in nodes) for nodes in (self.sizes, self.made))
+        return replace(self, stream=at[self.stream], result=at[self.result], steps=steps, sizes=sizes, made=made)
+
+
+def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
+    """Find what fewer windows do in a block whose tokens can skip a branch.
+
+    Raises NoRest, with the reason.
+    """
+    branch, stream = block.branch, block.stream
+    if branch is None or stream is None:
+        raise NoRest("it has no branch that tokens can skip")
+    rows = branch.scores
+    windows = tuple(f for f in rows[0] if not isinstance(f, Plain))
+    if branch.attentions < 2:
+        raise NoRest("it attends over its whole grid")
+    beside = any(axis.prefix or axis.suffix for axis in token_axes((*rows, *branch.rows)))
+    if branch.cells or beside or any(branch.apart):
+        raise NoRest("its windows hold more than their own patches")
+    if rows[0][-len(windows) :] != windows:
+        raise NoRest("the windows of an image don't stand together")
+    result = _last_add(branch.parts[-1].result)
+    if result.meta["val"].dtype != stream.meta["val"].dtype:
+        raise NoRest("its end is of another dtype than its stream")
+    nodes = _between(stream, result, typing)
+    between = set(nodes)
+    sizes, made = [], []
+    for node in nodes[:-1]:
+        for user in node.users:
+            if user.target is aten.sym_size.int:
+                sizes.append(user)
+            elif user.target in _MADE and user.meta["val"].dtype == stream.meta["val"].dtype:
+                made.append(user)
+            elif user not in between:
+                raise NoRest(f"{operator_name(node)} inside it is read elsewhere")
+    if block.attention not in between or len([n for n in nodes if n.target in ATTENTION]) > 1:
+        raise NoRest("its attention doesn't stand alone between its stream and its end")
+    walk = Walk(typing, rows)
+    if not walk.is_tokens(stream):
+        raise NoRest("its stream isn't laid out as tokens with features last, or holds padding")
+    walk.forms[stream] = None
+    steps = [walk.step(node) for node in nodes]
+    if walk.forms[result] is not None:
+        raise NoRest("its end isn't laid out as its stream is")
+    count = whole_size(rows[0])
+    if any(shape_of(n.args[0])[n.args[1]] != count for n in sizes):  # type: ignore[arg-type, index]
+        raise NoRest("something reads the size of a value inside it")
+    return Rest(stream, result, tuple(steps), rows, math.prod(f.whole_size for f in windows), tuple(sizes), tuple(made))
+
+
+def _between(stream: fx.Node, result: fx.Node, typing: WholeTyping) -> list[fx.Node]:
+    """Return the tensors that lead from the stream to the result, in graph order, `result` among them.
+
+    What depends on their sizes, dtype or device alone, as a mask for each window does, is not among them.
+    """
+    before = ancestors(result) | {result}
+    found: dict[fx.Node, None] = {}
+    for node in stream.graph.nodes:
+        reads = node in before and typing.is_tensor(node) and node.target not in _MADE
+        if reads and any(n is stream or n in found for n in node.all_input_nodes):
+            found[node] = None
+    return list(found)
+
+
+def _last_add(result: fx.Node) -> fx.Node:
+    """Return the add of the stream that a branch's result goes into."""
+    node = result
+    while node.target is not aten.add.Tensor or node is result:
+        if len(node.users) != 1:
+            raise NoRest("what its last branch makes isn't simply added to the stream")
+        node = next(iter(node.users))
+        if node.target is not aten.add.Tensor and node.target not in MOVES:
+            raise NoRest("what its last branch makes isn't simply added to the stream")
+    return node

@@ -1,0 +1,82 @@
+"""Approximate: whole windows rest. A block runs for the most active windows of each image, and the others stay.
+
+For each block whose site in the plan is one where windows rest:
+  1. Its stream is arranged by window, [images and windows, tokens, features].
+  2. The windows whose tokens differ most from their mean are taken out, equally many of each image.
+  3. The block's nodes run on these: what rearranges tokens is gone, masks by window are taken for them.
+  4. They are put back beside those that rest, and all return to the stream's layout.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+
+from gtp_fx.analysis.resting import Rest
+from gtp_fx.analysis.typed_graph import typed_graph
+from gtp_fx.analysis.window_steps import Step
+from gtp_fx.graph import edit
+from gtp_fx.plan.plan import Plan
+from gtp_fx.strategies.protocol import Emit
+from gtp_fx.types.infer import WholeTyping, infer_types
+from gtp_fx.types.layouts import convert
+
+
+def rest_windows(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """Return a copy of `gm`, whose blocks are marked, in which the plan's windows rest."""
+    found = typed_graph(gm.graph).rests
+    gm, copies = edit.copy_with_nodes(gm)
+    typing = infer_types(gm.graph)
+    rests = {number: rest.copied(copies) for number, rest in found.items() if isinstance(rest, Rest)}
+    # From the last to the first: what a later block reads of an earlier one's result is replaced with that result.
+    for number, resting in sorted(plan.resting.items(), reverse=True):
+        _let_rest(gm.graph, rests[number], resting, typing)
+    return edit.finish(gm)
+
+
+def _let_rest(graph: fx.Graph, rest: Rest, resting: int, typing: WholeTyping) -> None:
+    """Rewrite one block. resting: how many windows of each image rest."""
+    stream, result = typing.type(rest.stream), typing.type(rest.result)
+    call = edit.Emitter(graph, like=rest.steps[0].node)
+    with graph.inserting_before(rest.stream.next):
+        rows = convert(call, rest.stream, stream, (*rest.rows, stream[-1]))
+        if rest.sizes:
+            count = call(aten.sym_size.int, rows, 0)
+            for node in rest.sizes:
+                edit.replace(node, count)
+    for node in rest.made:
+        edit.set_args(node, (rest.stream, *node.args[1:]))
+    with graph.inserting_before(rest.result):
+        split = call(gtp_fx.select.default, call(gtp_fx.window_activity.default, rows, rest.windows), resting)
+        awake = call(operator.getitem, split, 0)
+        index = call(gtp_fx.awake_rows.default, awake, rest.windows)
+        fewer = {rest.stream: call(aten.index_select.default, rows, 0, index)}
+        for step in rest.steps:
+            fewer[step.node] = _run(graph, step, fewer, index)
+        # Put back by reading instead of writing: one pointwise operator, fused with what leads out of the windows.
+        rank = call(gtp_fx.window_ranks.default, awake, rest.windows)
+        spread = call(aten.index_select.default, fewer[rest.result], 0, call(aten.clamp_min.default, rank, 0))
+        is_awake = call(aten.reshape.default, call(aten.ge.Scalar, rank, 0), [-1, 1, 1])
+        whole = call(aten.where.self, is_awake, spread, rows)
+        arranged = convert(call, whole, (*rest.rows, result[-1]), result)
+    edit.replace(rest.result, arranged)
+
+
+def _run(graph: fx.Graph, step: Step, fewer: dict[fx.Node, fx.Node], index: fx.Node) -> fx.Node:
+    """Insert what a node does for the windows that are awake; return it.
+
+    fewer: the block's values for these windows. index: their rows.
+    """
+    if step.target is None:
+        return fewer[step.args[0]]
+    call: Emit = edit.Emitter(graph, like=step.node)
+    given = dict(fewer)
+    for operand, shape in step.reshaped:
+        given[operand] = call(aten.reshape.default, operand, list(shape))
+    for operand, dim in step.taken:
+        given[operand] = call(aten.index_select.default, operand, dim, index)
+    node = call(step.target, *fx.map_arg(step.args, lambda n: given.get(n, n)))
+    node.kwargs = fx.map_arg(dict(step.kwargs), lambda n: given.get(n, n))
+    return node

@@ -1,0 +1,23 @@
+"""Operators of resting windows against loops."""
+
+from __future__ import annotations
+
+import torch
+from torch.ops import gtp_fx as ops
+
+
+def test_activity_and_the_way_out_and_back() -> None:
+    rows = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0))  # two images of three windows
+    activity = ops.window_activity(rows, 3)
+    apart = [sum((token - window.mean(0)).norm() for token in window) / 4 for window in rows]
+    torch.testing.assert_close(activity, torch.tensor(apart).view(2, 3))
+    awake, resting = ops.select(torch.tensor([[0.3, 0.1, 0.2], [0.1, 0.2, 0.3]]), 1)
+    assert awake.tolist() == [[0, 2], [1, 2]] and resting.tolist() == [[1], [0]]
+    assert ops.awake_rows(awake, 3).tolist() == [0, 2, 4, 5]
+    assert ops.window_ranks(awake, 3).tolist() == [0, -1, 1, -1, 2, 3]
+
+
+def test_activity_of_half_precision_is_summed_in_float32() -> None:
+    rows = torch.tensor([300.0, -300.0], dtype=torch.float16).expand(3, 2).T[None]  # its squares are beyond float16
+    assert ops.window_activity(rows, 1).dtype == torch.float32
+    torch.testing.assert_close(ops.window_activity(rows, 1), torch.tensor([[300.0 * 3**0.5]]))
