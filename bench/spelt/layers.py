@@ -47,12 +47,17 @@ LINEARS: Part = {
 # ---- residuals: the stream x and a branch's y
 
 
+def _halves(x: Tensor) -> Tensor:
+    """Return a half for each channel, wherever a layout has its channels; no other size is `CHANNELS`."""
+    return torch.full([size if size == CHANNELS else 1 for size in x.shape], 0.5)
+
+
 def _gated(x: Tensor, y: Tensor) -> Tensor:
-    return x + torch.full((CHANNELS,), 0.5).tanh() * (y / math.tanh(0.5))
+    return x + _halves(x).tanh() * (y / math.tanh(0.5))
 
 
 def _interpolated(x: Tensor, y: Tensor) -> Tensor:
-    gate = torch.full((CHANNELS,), 0.5)
+    gate = _halves(x)
     return 2 * (x * (1 - gate) + gate * y)
 
 

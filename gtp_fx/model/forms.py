@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from gtp_fx.capture.inputs import Call
+from gtp_fx.graph.torch_internals import is_traced
 
 MOST = 8
 """Forms that are kept of those met at run time. The one whose last call is longest ago is dropped for another."""
@@ -43,7 +42,7 @@ class Forms:
         """Return the model that takes a call in canonical form, or None."""
         for form in self.kept:
             if form.model._gtp.signature.is_form_of(call):
-                if not torch.compiler.is_compiling() and form.last != math.inf:
+                if not is_traced() and form.last != math.inf:
                     self.calls += 1
                     form.last = self.calls
                 return form.model

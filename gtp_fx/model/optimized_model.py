@@ -30,7 +30,7 @@ from gtp_fx.capture.tapped import with_taps
 from gtp_fx.capture.turns import modules_of, running, tracing
 from gtp_fx.errors import InputError, OptionError
 from gtp_fx.graph import edit
-from gtp_fx.graph.torch_internals import tracing_lock
+from gtp_fx.graph.torch_internals import is_traced, tracing_lock
 from gtp_fx.model import following
 from gtp_fx.model.internal_errors import internal_errors_told
 from gtp_fx.model.methods import method_taking
@@ -224,7 +224,7 @@ class OptimizedModel(nn.Module):
         form, args, kwargs = self._form_taking(args, kwargs)
         if form is not self:
             return form._run(args, kwargs, told)
-        if torch.compiler.is_compiling():  # what traces this has guards of its own
+        if is_traced():  # what traces this has guards of its own
             return self._runner(self._mode(), told).run(*args, **kwargs)
         while True:
             with running(self._gtp.modules):  # not while another thread traces them

@@ -14,6 +14,7 @@ from gtp_fx.capture.layers import OWN_CALLS, USED, layer_paths
 from gtp_fx.capture.module import WRITTEN
 from gtp_fx.capture.regions import AUTOCAST
 from gtp_fx.graph.edit import CONSTANT, share
+from gtp_fx.graph.torch_internals import is_traced
 from gtp_fx.model.parameters import lend, top_names
 from gtp_fx.model.sections.backend import InSections
 from gtp_fx.model.state import Made, Runner, State
@@ -76,7 +77,7 @@ class _Once:
         self._known: set[Any] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_traced():
             return self._function(*args, **kwargs)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()

@@ -11,6 +11,7 @@ import torch
 
 from gtp_fx.capture.inputs import Call, CallSignature, describe, refusal
 from gtp_fx.errors import GtpError, InputError, OptionError, ScheduleError
+from gtp_fx.graph.torch_internals import is_traced
 from gtp_fx.model.state import State
 from gtp_fx.options.calibration import calls_of
 from gtp_fx.options.options import Options
@@ -82,7 +83,7 @@ def _at_first_call(state: State, like: State, call: Call, make: Make) -> Any:
 
     like: the state of a form that differs from the call only in sizes.
     """
-    if torch.compiler.is_compiling():  # torch.export traces by running
+    if is_traced():  # torch.export traces by running
         raise InputError(f"{describe(*call)} is a size that this model wasn't called with yet: do so before exporting")
     with MAKING:
         found = state.forms.taking(call)

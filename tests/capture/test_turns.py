@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gtp_fx.capture import turns
+from gtp_fx.graph.torch_internals import is_traced
 
 LONG, SHORT = 10.0, 0.2
 
@@ -62,3 +63,24 @@ def test_a_run_under_a_lock_that_tracing_wants_ends() -> None:
         with lock:
             pass
     assert traced.wait(LONG)
+
+
+def test_a_thread_isnt_traced_because_another_one_exports() -> None:
+    asked, inside, answers = threading.Event(), threading.Event(), []
+
+    class Slow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            answers.append(is_traced())
+            inside.set()
+            asked.wait(LONG)
+            return x + 1
+
+    _, done = in_thread(lambda: torch.export.export(Slow(), (torch.ones(2),)))
+    assert inside.wait(LONG)
+    here, flag = is_traced(), torch.compiler.is_compiling()
+    asked.set()
+    assert done.wait(LONG)
+    assert flag, "torch says so in every thread, or this test says nothing"
+    assert not here
+    assert answers[0]
+    assert not is_traced()

@@ -115,6 +115,22 @@ def _quiet() -> Iterator[None]:
             logger.disabled = disabled
 
 
+def is_traced() -> bool:
+    """Return whether this thread runs a model in order to trace it.
+
+    Dynamo, which can't follow how tracing is told here, takes the first question for true.
+
+    Public: `torch.compiler.is_compiling`, which is true in every thread while one exports.
+    """
+    return torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and _has_proxies())
+
+
+def _has_proxies() -> bool:
+    """Return whether what this thread calls is written into a graph, as it is or below autograd."""
+    before = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)  # type: ignore[attr-defined]
+    return before or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 def tracing_lock() -> AbstractContextManager[Any]:
     """Return the lock that Dynamo holds when it calls a backend, as a context. Public: none."""
     return cast("AbstractContextManager[Any]", importlib.import_module("torch._dynamo.convert_frame").compile_lock)
