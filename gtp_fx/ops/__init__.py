@@ -26,7 +26,7 @@
 
 Each is composite: it is written once, in plain ATen. That is its reference, its gradient and its fake implementation.
 It is also its lowering, since Inductor and export see through it, unless one of the target's kernels replaces it.
-Importing this package registers the operators.
+Importing this package registers the operators, and tags what torch compiles with what they do (`code_tag.py`).
 
 Shapes, here and in the modules: B images, H heads, N tokens of a stream (p prefix tokens, then n patch tokens), C
 channels, K kept and P removed patch tokens, M semantic neighbours of a token, G patch tokens of the whole grid.
@@ -56,5 +56,8 @@ from gtp_fx.ops import (
 from gtp_fx.ops import (
     window_shares as regions,
 )
+from gtp_fx.ops.code_tag import tag_compiled_code
 
 __all__ = ["attention", "cells", "graph", "levels", "pool", "propagate", "regions", "rest", "select", "stock_attention"]
+
+tag_compiled_code()
