@@ -43,13 +43,13 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "regeneration": {"strategy": "regeneration"},
     "spatial": {"strategy": GTP(graph="spatial")},
     "untold": {"strategy": GTP(token_scale=False)},
-    **{f"told{form}": {"strategy": GTP(token_scale=True), "told": form} for form in SCALE_FORMS},
+    **{f"told{form}": {"strategy": GTP(token_scale=True), "scale_form": form} for form in SCALE_FORMS},
     "nokernels": {"disabled_passes": ("triton_kernels",)},
     "border": {},
     "all": {"strategy": GTP(graph="spatial", token_scale=False)},
 }
-"""Options of the backend. "told" is an option of the target: the form in which token scales enter attention. "border"
-and "all" also use the net's schedule with one site at a tile's border."""
+"""Options of the backend. "scale_form" is an option of the target: the form in which token scales enter attention.
+"border" and "all" also use the net's schedule with one site at a tile's border."""
 AT_BORDER = ("border", "all")
 
 
@@ -112,9 +112,9 @@ def compiled(
     Raises OptionError for an option that Inductor doesn't have.
     """
     more = OPTIONS[contender.option] if contender.option else {}
-    told = options.get("told", target.told)
-    given = {name: value for name, value in options.items() if name != "told"}
-    ours = replace(target, inductor={**target.inductor, **more}, told=told)
+    scale_form = options.get("scale_form", target.scale_form)
+    given = {name: value for name, value in options.items() if name != "scale_form"}
+    ours = replace(target, inductor={**target.inductor, **more}, scale_form=scale_form)
     original = replace(target, inductor=more)  # the target's own options apply to the optimised graph only
     check_target(ours)
     code: list[str] = []

@@ -109,7 +109,7 @@ def measure(name: str, model: nn.Module, images: Tensor, labels: Tensor) -> list
             )
             strategy = gtp_fx.GTP(alpha=alpha, token_scale=False)
             untold = run_passes(captured, Options.of(schedule=told.schedule, strategy=strategy))
-            counts = [count for count in told.schedule.propagated if count]
+            counts = [count for count in told.schedule.removed if count]
             bound = log_scale_bound(_grid(told), strategy.graph, strategy.neighbors, alpha, counts)
             with_, without = (outputs_of(made.graph_module, images) for made in (told, untold))
             scores = (_score(with_, labels), _score(without, labels))

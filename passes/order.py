@@ -163,7 +163,7 @@ ORDER = (
         "reduce",
         "the plan's tokens are removed, and what follows is repaired",
         reads="plan",
-        needed=lambda plan: bool(plan.propagated) or plan.strategy.rewrites_every_attention,
+        needed=lambda plan: bool(plan.removed) or plan.strategy.rewrites_every_attention,
     ),
     Pass(triton_kernels, "lower", "on a GPU, GTP's operators become Triton kernels", optional=True),
     Pass(call_layers, "lower", "an operator that is a layer's whole forward becomes a call of the layer"),

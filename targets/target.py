@@ -84,8 +84,8 @@ class Target:
     tiles: tiles of products, of which a library takes the fastest; () where the curve includes them.
     attention_tile: queries and keys of attention's tile.
     devices: the driver's names of it, to the letter: a slice or a laptop's part has other rates and a longer name.
-    told: how attention reads token scales, a name in `SCALE_FORMS`; "auto" for the first that is possible, where a mask
-        counts only if attention keeps the kernel that it has without.
+    scale_form: how attention reads token scales, a name in `SCALE_FORMS`; "auto" for the first that is possible, where
+        a mask counts only if attention keeps the kernel that it has without.
     inductor: options for Inductor that were measured to pay there (`bench.inductor_options`); a mode that the user
         passes wins over them.
     measured: when and by what the curves were measured; empty where they weren't.
@@ -102,7 +102,7 @@ class Target:
     tiles: tuple[Tile, ...] = ()
     attention_tile: tuple[int, int] = (1, 1)
     devices: tuple[str, ...] = ()
-    told: str = "auto"
+    scale_form: str = "auto"
     inductor: Mapping[str, Any] = field(default_factory=dict)
     measured: str = ""
 
@@ -115,9 +115,9 @@ class Target:
             raise OptionError(
                 f"target {self.name!r}: launch={self.launch!r}, dense={dict(self.dense)!r}: give seconds and rates"
             )
-        if self.told not in ("auto", *SCALE_FORMS):
+        if self.scale_form not in ("auto", *SCALE_FORMS):
             names = ", ".join(map(repr, ("auto", *SCALE_FORMS)))
-            raise OptionError(f"target {self.name!r}: told={self.told!r} is unknown; give one of {names}")
+            raise OptionError(f"target {self.name!r}: scale_form={self.scale_form!r} is unknown; give one of {names}")
         if missing := sorted(set(KINDS) - set(self.curves)):
             raise OptionError(f"target {self.name!r} has no curve for {', '.join(missing)}; KINDS names what is needed")
 

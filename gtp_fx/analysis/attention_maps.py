@@ -54,12 +54,12 @@ def find_map(product: fx.Node, typing: WholeTyping) -> AttentionMap | None:
         return None
     region = _region(product, axis, typing)
     # A reduction over heads alone says nothing of other entries of the map.
-    over_rows = [n for n in region if n.target in _OVER_ROWS and typing.answers[n].prefix_operands is not None]
+    over_rows = [n for n in region if n.target in _OVER_ROWS and typing.results[n].prefix_operands is not None]
     logits = [node for node in region if node.target in MATRIX_PRODUCTS and _is_map(node, axis, typing)]
     read_elsewhere = any(user is not product and user not in region for node in region for user in node.users)
     if read_elsewhere or len(logits) != 1 or not _is_by_head(typing.type(logits[0])):
         return None
-    if any(typing.answers[node].barrier for node in region) or not is_plain(typing.type(_first(logits[0]))[-1]):
+    if any(typing.results[node].barrier for node in region) or not is_plain(typing.type(_first(logits[0]))[-1]):
         return None
     softmaxes = [node for node in over_rows if node.target in SOFTMAXES]
     if any(not _over_columns(node, typing) for node in over_rows) or len(softmaxes) > 1:
@@ -71,7 +71,7 @@ def find_map(product: fx.Node, typing: WholeTyping) -> AttentionMap | None:
 
 def _attended(product: fx.Node, typing: WholeTyping) -> TokenAxis | None:
     """Return the tokens of a product of [B, H, N, N] and [B, H, N, D]; None where a node is no such product."""
-    if product.target not in MATRIX_PRODUCTS or typing.answers[product].barrier:
+    if product.target not in MATRIX_PRODUCTS or typing.results[product].barrier:
         return None
     weights, values = (typing.type(node) for node in product.args if isinstance(node, fx.Node))
     if not _is_by_head(weights) or len(values) != len(weights) or not is_plain(values[-1]):

@@ -147,13 +147,13 @@ def _made_whole_again(blocks: list[AttentionBlock], with_sites: SitesTyped) -> s
     domains = Counter(
         axis.domain
         for site in sites
-        for axis in token_axes(typing.answers[site].output)  # type: ignore[arg-type]
+        for axis in token_axes(typing.results[site].output)  # type: ignore[arg-type]
     )
     returned = {domain.grid for domain, count in domains.items() if count > 1}
     for block in blocks:
         if block.site in sites:
             query = token_axis(typing.type(block.attention.args[0])[-2])  # type: ignore[arg-type]
-            removed_from = token_axis(typing.answers[block.site].output[1])  # type: ignore[index, arg-type]
+            removed_from = token_axis(typing.results[block.site].output[1])  # type: ignore[index, arg-type]
             if query != removed_from:
                 returned.add(block.axis.domain.grid)
     return returned
@@ -187,7 +187,7 @@ def self_attention_axis(node: fx.Node, typing: WholeTyping) -> TokenAxis | None:
     """
     query, key = node.args[0], node.args[1]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
-    if typing.answers[node].barrier:
+    if typing.results[node].barrier:
         return None
     axis = token_axis(typing.type(query)[-2])
     same = axis is not None and keys_beside(typing.type(query), typing.type(key)) is not None

@@ -108,8 +108,8 @@ def _some(parts: list[Part], reason: NoBranch) -> list[Part]:
 
 def _attends(node: fx.Node, typing: WholeTyping) -> bool:
     """Return whether a node is an attention, or the softmax over tokens of one."""
-    if node.target in SOFTMAXES and node in typing.answers:
-        return typing.answers[node].prefix_operands is not None
+    if node.target in SOFTMAXES and node in typing.results:
+        return typing.results[node].prefix_operands is not None
     return node.target in ATTENTION
 
 
@@ -164,8 +164,8 @@ def _token_wise_tail(result: fx.Node, after: set[fx.Node], typing: WholeTyping) 
 def _why_whole(result: fx.Node, after: set[fx.Node], typing: WholeTyping) -> str:
     """Return which operator at the end of a branch needs all of its grid; "" where a product comes after any."""
     node: fx.Node | None = result
-    while node is not None and node in typing.answers:
-        answer = typing.answers[node]
+    while node is not None and node in typing.results:
+        answer = typing.results[node]
         if answer.barrier or (answer.prefix_operands is not None and not is_view(node)):
             line = source_line(node)
             name = operator_name(node) + (f" [{line}]" if line else "")
@@ -181,7 +181,7 @@ def is_token_wise(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
 
     Its other operands have to be the same for every token.
     """
-    answer = typing.answers.get(node)
+    answer = typing.results.get(node)
     if (
         answer is None
         or answer.barrier

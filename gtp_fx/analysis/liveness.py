@@ -43,7 +43,7 @@ def live_tokens(typing: WholeTyping, whole: frozenset[fx.Node] = frozenset()) ->
     needed: dict[fx.Node, int] = {}
     computed: dict[fx.Node, int] = {}
     for node in reversed(typing.graph.nodes):
-        answer = typing.answers.get(node)
+        answer = typing.results.get(node)
         if answer is None:
             continue
         if node.target is operator.getitem:  # an item passes what it needs on to the whole result

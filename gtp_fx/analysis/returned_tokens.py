@@ -32,7 +32,7 @@ class ReturnedTokens:
 def returned_tokens(typing: Typing) -> tuple[ReturnedTokens, ...]:
     """Return the outputs of a graph that run over tokens, in order."""
     output = typing.graph.output_node()
-    wanted, names = typing.answers[output].operands, names_of_outputs(typing.graph)
+    wanted, names = typing.results[output].operands, names_of_outputs(typing.graph)
     found = []
     for number, leaf in enumerate(pytree.tree_leaves(output.args[0])):
         dim = tokens_dim(wanted[leaf]) if leaf in wanted else None

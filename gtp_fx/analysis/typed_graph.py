@@ -72,7 +72,7 @@ class TypedGraph:
         ends, whole_edges: as in `infer_with_sites`.
         """
         if not sites:
-            return SiteTyping(self.graph, self.whole.types, self.whole.answers, {})
+            return SiteTyping(self.graph, self.whole.types, self.whole.results, {})
         key = ("sites", sites, ends, whole_edges)
         return self._once(key, lambda: infer_with_sites(self.graph, sites, ends, whole_edges))
 

@@ -73,7 +73,7 @@ def unsupported_attention(typing: WholeTyping) -> tuple[Refusal, ...]:
 
 def _why_no_block(attention: fx.Node, typing: WholeTyping) -> str:
     """Return why an attention node is no block."""
-    answer = typing.answers[attention]
+    answer = typing.results[attention]
     if answer.barrier:
         return answer.barrier
     query, key = attention.args[0], attention.args[1]
@@ -90,7 +90,7 @@ def _why_no_block(attention: fx.Node, typing: WholeTyping) -> str:
         if lost is not None and not (name == "queries" and _few(query, key)):
             return (
                 f"its {name} come from {operator_name(lost)}{_line(lost)}, after which tokens aren't followed: "
-                f"{typing.answers[lost].barrier}"
+                f"{typing.results[lost].barrier}"
             )
     if keys is not None:
         return (
@@ -200,7 +200,7 @@ def _last_lost(node: fx.Node, typing: WholeTyping) -> fx.Node | None:
     """Return the closest operator before `node` that reads patch tokens but isn't known to return any, or None."""
     before = ancestors(node)
     for candidate in reversed(list(node.graph.nodes)):
-        answer = typing.answers.get(candidate)
+        answer = typing.results.get(candidate)
         if candidate not in before or answer is None or not answer.barrier or answer.output is None:
             continue
         assert isinstance(candidate, fx.Node)

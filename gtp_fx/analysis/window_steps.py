@@ -118,7 +118,7 @@ class Walk:
 
     def step(self, node: fx.Node) -> Step:
         """Return what a node does for fewer windows, and note its form. Raises NoRest."""
-        answer = self.typing.answers.get(node)
+        answer = self.typing.results.get(node)
         if answer is None or answer.barrier:
             raise NoRest(f"{operator_name(node)} inside it isn't understood")
         tokens = self.is_tokens(node)

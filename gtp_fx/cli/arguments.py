@@ -248,10 +248,10 @@ def explaining(model: str = "") -> Iterator[None]:
 
     model: name that precedes the message of a CheckError.
     """
-    from gtp_fx.model.internal_errors import internal_errors_told
+    from gtp_fx.model.internal_errors import internal_errors_reported
 
     try:
-        with internal_errors_told():
+        with internal_errors_reported():
             yield
     except InternalError as error:
         traceback.print_exception(error.__cause__)

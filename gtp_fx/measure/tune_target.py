@@ -209,7 +209,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
         yield Probe(plain, "attention", tokens, work, _bound(F.scaled_dot_product_attention, q, q, q))
         if tokens in (49, 197, 394):
             shape = SiteShape(tokens, tokens, 0, 6 * _HEAD, 6, big, name, _HEAD, kernels=kernels)
-            work = _of_kind("scores", GTP().site_works(shape, told=False))
+            work = _of_kind("scores", GTP().site_works(shape, scales_read=False))
             scored = _compiled(*scored_attention(q))
             yield Probe(f"scores {tokens}", "scores", work.bytes, work, scored, less=(plain, CALL))
     # The residual stream: an add and a layer norm.
@@ -233,7 +233,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> Iterator[Probe]:
         whole = _compiled(*stream_pass(x))
         yield Probe(plain, "stream", passed, Work("stream", bytes=passed), whole, (CALL,))
         shape = SiteShape(tokens, tokens - removed, 0, _WIDTH, 6, big, name, _HEAD, kernels=kernels)
-        work = _of_kind("gather", GTP().site_works(shape, told=True))
+        work = _of_kind("gather", GTP().site_works(shape, scales_read=True))
         propagated = _compiled(*propagation(x, removed))
         yield Probe(f"gather {tokens}", "gather", work.bytes, work, propagated, (plain,))
         scores = random(big, tokens).float()

@@ -27,7 +27,7 @@ from gtp_fx.errors import (
     UnsupportedModelError,
 )
 from gtp_fx.graph.torch_internals import compile_with_inductor
-from gtp_fx.model.internal_errors import internal_errors_told
+from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.pipeline import run_exact_passes, run_passes
 from gtp_fx.model.sections.backend import InSections
 from gtp_fx.options.options import Options
@@ -59,7 +59,7 @@ def gtp(
     device = _device(example_inputs)
     patches = checked.inductor(device)
     try:
-        with internal_errors_told():
+        with internal_errors_reported():
             graph = _rewritten(gm, device, checked)
     except (NoBlocksError, PieceError, InternalError) as error:
         if checked.strict:
@@ -80,7 +80,7 @@ def _rewritten(gm: fx.GraphModule, device: torch.device, options: Options) -> fx
         if isinstance(error, NoBlocksError) or not _is_piece(captured, options):
             raise
         raise PieceError(str(error)) from error
-    return lowered(optimised.graph_module, device, options.disabled_passes, options.target.told)
+    return lowered(optimised.graph_module, device, options.disabled_passes, options.target.scale_form)
 
 
 def _is_piece(captured: fx.GraphModule, options: Options) -> bool:

@@ -1,4 +1,4 @@
-"""The one place where an error that gtp_fx didn't foresee is told: every way in goes through `internal_errors_told`.
+"""The one place where an error that gtp_fx didn't foresee is reported: every way in has `internal_errors_reported`.
 
 Passes, rules and terms don't keep account of the node that they work on. The traceback already has it: in the locals of
 the frame that failed, and in those of its callers. So an error costs a look through the frames, and success nothing.
@@ -24,17 +24,17 @@ from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, restarts_dynamo
 from gtp_fx.passes.order import Pass, optional_passes
 
 _NOT_OURS = (GtpError, CheckError, *OUT_OF_MEMORY, OSError, Warning)
-"""Errors that are told already, or that say what the machine lacks, and warnings that a user has made errors."""
+"""Errors that say all already, or that say what the machine lacks, and warnings that a user has made errors."""
 _WAYS_IN = ("gtp_fx.model", "gtp_fx.cli")
-"""Modules whose functions only call the steps that an error is told of."""
+"""Modules whose functions only call the steps that an error names."""
 
 
 @contextmanager
-def internal_errors_told() -> Iterator[None]:
+def internal_errors_reported() -> Iterator[None]:
     """Raise an InternalError for an error within the context that nothing foresaw, from that error.
 
     Foreseen errors pass as they are, and so do a lack of memory, errors of files, and what isn't an Exception (an
-    interrupt from the keyboard). Contexts nest: the innermost tells.
+    interrupt from the keyboard). Contexts nest: the innermost reports.
     """
     try:
         yield
@@ -43,13 +43,13 @@ def internal_errors_told() -> Iterator[None]:
     except Exception as error:
         if restarts_dynamo(error):
             raise
-        raise told(error) from error
+        raise internal_error(error) from error
 
 
-def told(error: Exception) -> InternalError:
+def internal_error(error: Exception) -> InternalError:
     """Return the InternalError for `error`, described by what its traceback holds."""
     calls = list(traceback.walk_tb(error.__traceback__))
-    own = [(frame, line) for frame, line in calls if _module(frame).startswith("gtp_fx.") and not _is_told_here(frame)]
+    own = [(frame, line) for frame, line in calls if _module(frame).startswith("gtp_fx.") and not _is_this_file(frame)]
     frames = [frame for frame, _ in own]
     name, is_pass = _step(frames)
     where = ("in pass " if is_pass else "in ") + name + _at(_node(frames))
@@ -69,7 +69,7 @@ def _module(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
 
 
-def _is_told_here(frame: FrameType) -> bool:
+def _is_this_file(frame: FrameType) -> bool:
     return frame.f_code.co_filename == __file__
 
 

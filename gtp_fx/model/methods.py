@@ -11,7 +11,7 @@ from gtp_fx.capture.called_as import CalledAs
 from gtp_fx.capture.inputs import Call, signature_of, tensors_in
 from gtp_fx.errors import GtpError, ScheduleError
 from gtp_fx.model.forms import Forms
-from gtp_fx.model.internal_errors import internal_errors_told
+from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.sizes import MAKING, Make, form_taking
 from gtp_fx.model.state import Chosen, State, settled
 from gtp_fx.options.schedule import AUTO
@@ -25,7 +25,7 @@ def method_taking(state: State, name: str, call: Call, make: Make) -> Any:
     made = state.methods.setdefault(name, Forms())
     found = _found(made, call)
     if found is None:
-        with MAKING, internal_errors_told():
+        with MAKING, internal_errors_reported():
             found = _found(made, call)  # another thread may have made it meanwhile
             if found is None:
                 found = _optimised(state, name, call, make)

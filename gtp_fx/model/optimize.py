@@ -14,7 +14,7 @@ from gtp_fx.capture.inputs import call_signatures
 from gtp_fx.capture.tapped import check_taps
 from gtp_fx.capture.wrapped import without_compiling
 from gtp_fx.errors import OptionError
-from gtp_fx.model.internal_errors import internal_errors_told
+from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.model.sizes import checked_sizes, must_be_calibrated_for
 from gtp_fx.options.options import DEFAULTS, HELP, Options
@@ -98,7 +98,7 @@ def optimize(
     )
     must_be_optional(options.disabled_passes)
     any_size, tapped = checked_sizes(sizes), check_taps(model, taps)
-    with internal_errors_told():
+    with internal_errors_reported():
         first, *others = call_signatures(model, example_inputs)
         must_be_calibrated_for(options, (first, *others), any_size)
         return OptimizedModel(

@@ -32,7 +32,7 @@ from gtp_fx.errors import InputError, OptionError
 from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import is_traced, tracing_lock
 from gtp_fx.model import following
-from gtp_fx.model.internal_errors import internal_errors_told
+from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.methods import method_taking
 from gtp_fx.model.modes import parts_apart, parts_with_modes
 from gtp_fx.model.parameters import SHARED, class_like, lend, names_of, names_read, read_from, stand_for
@@ -290,7 +290,7 @@ class OptimizedModel(nn.Module):
         """Run what `make` makes of the evaluation graph that takes a call."""
         form, args, kwargs = self._form_taking(args, kwargs)
         evaluation = form._optimised()
-        with internal_errors_told():
+        with internal_errors_reported():
             run = make(evaluation)
         return run(*args, **kwargs)
 
@@ -308,7 +308,7 @@ class OptimizedModel(nn.Module):
         """
         state = self._gtp
         card = "" if evaluation is None else evaluation.model_card(self)
-        with internal_errors_told():
+        with internal_errors_reported():
             self._changing(save, state, self.signature, Path(folder), options, card)
 
     def __getattr__(self, name: str) -> Any:
@@ -356,7 +356,7 @@ class OptimizedModel(nn.Module):
     ) -> OptimizedModel:
         """Optimise another form of call, or a method, as this model was."""
         state = self._gtp
-        with internal_errors_told(), torch.inference_mode(False):
+        with internal_errors_reported(), torch.inference_mode(False):
             return OptimizedModel(module, signature, options, state.compile, blocks_needed, state.recapture, taps)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
@@ -412,13 +412,13 @@ class OptimizedModel(nn.Module):
         state = self._gtp
         made = state.graphs.get(mode)
         if made is None:
-            with internal_errors_told():
+            with internal_errors_reported():
                 whole, (training, _, apart) = with_taps(state.original, state.taps), mode
                 captured = capture_module(whole, self.signature, training, apart)
                 read_from(captured, self, names_of(state.original))
                 made = state.graphs[mode] = self._rewritten(captured)
         elif not state.own_calls <= made.captured.meta[OWN_CALLS]:
-            with internal_errors_told():
+            with internal_errors_reported():
                 made = state.graphs[mode] = self._rewritten(made.captured)
         return made
 
@@ -446,7 +446,7 @@ class OptimizedModel(nn.Module):
         key = (mode, device, told)
         found = state.runners.get(key)
         if found is None:
-            with tracing(state.original), tracing_lock(), internal_errors_told():
+            with tracing(state.original), tracing_lock(), internal_errors_reported():
                 if key not in state.runners:  # another thread may have made it meanwhile
                     made = self._made(mode)
                     state.modules = modules_of(state.original)

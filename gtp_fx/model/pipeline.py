@@ -212,7 +212,7 @@ def _site_rows(gm: fx.GraphModule, plan: Plan) -> tuple[SiteRow, ...]:
     layers = {block.index: layer_name(block.attention) for block in typed_graph(gm.graph).blocks}
     rows = []
     for site in plan.sites:
-        removed = plan.schedule.propagated[site.block]
+        removed = plan.schedule.removed[site.block]
         before = site.others + plan.count(site.domain) if site.branch is None else site.branch.tokens
         windows = site.branch.windows if isinstance(site.branch, BranchCost) else 0
         patches = site.branch.patches if isinstance(site.branch, RestCost) else 0

@@ -12,7 +12,7 @@ from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.inputs import CallSignature, call_signature
 from gtp_fx.capture.module import capture_module
 from gtp_fx.capture.wrapped import without_compiling
-from gtp_fx.model.internal_errors import internal_errors_told
+from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.pipeline import run_exact_passes
 from gtp_fx.model.shorter_outputs import must_be_shorter
 from gtp_fx.options.calibration import bound
@@ -28,7 +28,7 @@ class Planner:
 
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
         model = without_compiling(model)
-        with internal_errors_told():
+        with internal_errors_reported():
             self._signature: CallSignature = call_signature(model, example_inputs)
             self._captured = capture_module(model, self._signature, training=False)
 
@@ -36,7 +36,7 @@ class Planner:
         """Return the forecast for one set of options. Raises what `optimize` raises for the same options."""
         if options.calibration is not None:
             options = replace(options, calibration=bound(options.calibration, self._signature.canonical))
-        with internal_errors_told():
+        with internal_errors_reported():
             exact = run_exact_passes(self._captured, options)
             planned = make_plan(exact.graph_module, options, exact.original, apply_plan_unverified)
             if options.as_left:

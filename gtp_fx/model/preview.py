@@ -13,7 +13,7 @@ from gtp_fx.capture.inputs import call_signature, describe
 from gtp_fx.capture.module import capture_module
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.model.internal_errors import internal_errors_told
+from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.pipeline import run_exact_passes
 from gtp_fx.options.options import Options
 from gtp_fx.report.text import table
@@ -110,7 +110,7 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
     Raises CaptureError where the graph can't be captured.
     """
-    with internal_errors_told():
+    with internal_errors_reported():
         signature = call_signature(model, example_inputs)
         exact = run_exact_passes(capture_module(model, signature, training=False), Options.of(flops_budget=1.0))
         typed = typed_graph(exact.graph_module.graph)

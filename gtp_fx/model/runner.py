@@ -35,7 +35,7 @@ def make_runner(
     options, graph_module = state.options, made.optimised.graph_module
     lend(graph_module, owner, top_names(graph_module))
     if state.compiles:
-        graph_module = lowered(graph_module, device, options.disabled_passes, options.target.told)
+        graph_module = lowered(graph_module, device, options.disabled_passes, options.target.scale_form)
     graph_module = functional_linear(call_layers(graph_module, owner))
     share(graph_module, owner)
     _move_constants(graph_module, device)

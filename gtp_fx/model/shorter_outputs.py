@@ -20,7 +20,7 @@ def must_be_shorter(graph: fx.Graph, returned: Sequence[ReturnedTokens], plan: P
 
     graph: the rewritten graph. returned: its outputs that run over tokens.
     """
-    nothing_leaves = not plan.propagated and not plan.skipping
+    nothing_leaves = not plan.removed and not plan.skipping
     if any(nothing_leaves or kept.axis.domain.level for kept in returned):
         return
     raise UnsupportedModelError(
@@ -40,7 +40,7 @@ def _reasons(graph: fx.Graph, of_tokens: set[int], plan: Plan) -> Iterator[Refus
                 yield Refusal("", name, f"strategy {plan.strategy.name!r} puts every token back before it")
             elif number not in of_tokens:
                 yield Refusal("", name, f"it is [{shape}], which is no row of each image's tokens")
-            elif not plan.propagated:
+            elif not plan.removed:
                 yield Refusal("", name, "tokens only skip branches in this model, and stay in their stream")
             else:
                 yield Refusal("", name, "an operator before it needs every token, so they are put back there")

@@ -14,7 +14,9 @@ AUTO = "auto"
 SCHEDULES = (AUTO, "even", "uniform")
 """Names of schedules: "auto" is the one of least expected damage, the others are rules in `gtp_fx.plan.uniform`."""
 
-_VERSION = 2
+_VERSION = 3
+_COUNTS = {2: "propagated", 3: "removed"}
+"""What the counts are called in a schedule's JSON, by its version."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +41,29 @@ class BlockShape:
 class Schedule:
     """Number of patch tokens removed at each attention block, for a model with the given blocks.
 
-    propagated: patch tokens removed at each attention block, in graph order. Where the block attends within windows,
+    removed: patch tokens removed at each attention block, in graph order. Where the block attends within windows,
         the tokens of each window that skip its MLP.
     blocks: shapes of those blocks. A schedule only fits a model that has the same.
 
     Raises ScheduleError where the lengths differ, or a count is no integer of 0 or more.
     """
 
-    propagated: tuple[int, ...]
+    removed: tuple[int, ...]
     blocks: tuple[BlockShape, ...]
 
     def __post_init__(self) -> None:
-        if len(self.propagated) != len(self.blocks):
-            raise ScheduleError(f"{len(self.propagated)} counts for {len(self.blocks)} attention blocks")
-        if not all(map(_is_count, self.propagated)):
+        if len(self.removed) != len(self.blocks):
+            raise ScheduleError(f"{len(self.removed)} counts for {len(self.blocks)} attention blocks")
+        if not all(map(_is_count, self.removed)):
             raise ScheduleError(
-                f"a schedule counts tokens: every entry is an integer of 0 or more, got {list(self.propagated)}"
+                f"a schedule counts tokens: every entry is an integer of 0 or more, got {list(self.removed)}"
             )
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.propagated)
+        return iter(self.removed)
 
     def __len__(self) -> int:
-        return len(self.propagated)
+        return len(self.removed)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -70,7 +72,7 @@ class Schedule:
 
     @property
     def removes_nothing(self) -> bool:
-        return not any(self.propagated)
+        return not any(self.removed)
 
     def must_fit(self, blocks: Sequence[BlockShape]) -> None:
         """Check that the schedule was made for a model with `blocks`.
@@ -87,24 +89,25 @@ class Schedule:
                 raise ScheduleError(
                     f"this schedule was made for another model or image size: its block {number} has {own}; this "
                     f"model's has {found}. Make one for this model, or give only the counts, "
-                    f"schedule={_brief(self.propagated)}"
+                    f"schedule={_brief(self.removed)}"
                 )
 
     def to_json(self) -> str:
         blocks = [asdict(block) for block in self.blocks]
-        return json.dumps({"version": _VERSION, "propagated": self.propagated, "blocks": blocks})
+        return json.dumps({"version": _VERSION, "removed": self.removed, "blocks": blocks})
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
         """Return the schedule that `to_json` wrote; only numbers are read. Raises ScheduleError for any other text."""
         try:
             data: Any = json.loads(text)
-            if data["version"] != _VERSION:
-                raise ScheduleError(f"a schedule of version {data['version']}; this gtp_fx reads version {_VERSION}")
+            if data["version"] not in _COUNTS:
+                known = " and ".join(map(str, _COUNTS))
+                raise ScheduleError(f"a schedule of version {data['version']}; this gtp_fx reads versions {known}")
             blocks = tuple(BlockShape(**block) for block in data["blocks"])
             if not all(_is_count(size) for block in blocks for size in asdict(block).values()):
                 raise ScheduleError("a schedule's blocks are described by integers")
-            return cls(tuple(data["propagated"]), blocks)
+            return cls(tuple(data[_COUNTS[data["version"]]]), blocks)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ScheduleError(f"not a schedule's JSON: {error!r}; Schedule.to_json() writes one") from error
 

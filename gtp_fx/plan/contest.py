@@ -65,7 +65,7 @@ class _Entry:
     @property
     def key(self) -> _Key:
         """Return what tells plans of one model apart."""
-        return self.plan.strategy, self.plan.schedule.propagated
+        return self.plan.strategy, self.plan.schedule.removed
 
 
 @dataclass(eq=False)

@@ -193,7 +193,7 @@ def _obstacles(typing: SiteTyping, strategy: Strategy) -> tuple[Refusal, ...]:
 
 def _removal_site(block: AttentionBlock, cut: fx.Node, typing: SiteTyping, blocks: int) -> Site:
     """Make the site where tokens are removed after the node `cut`. blocks: number of attention blocks in the model."""
-    stream = typing.answers[cut].output
+    stream = typing.results[cut].output
     assert isinstance(stream, tuple)
     axis = token_axis(stream[1])
     assert axis is not None

@@ -40,9 +40,9 @@ class Plan:
         return cls(Schedule(tuple(removed), tuple(blocks)), used, settled)
 
     @property
-    def propagated(self) -> dict[int, int]:
+    def removed(self) -> dict[int, int]:
         """Tokens removed, by block number; blocks that remove none have no entry."""
-        return {site.block: self.schedule.propagated[site.block] for site in self.sites if site.branch is None}
+        return {site.block: self.schedule.removed[site.block] for site in self.sites if site.branch is None}
 
     @property
     def skipping(self) -> dict[int, int]:
@@ -56,12 +56,12 @@ class Plan:
 
     def _counts(self, kind: type) -> dict[int, int]:
         """Return the counts of the sites whose branch is of a kind, by block number."""
-        return {s.block: self.schedule.propagated[s.block] for s in self.sites if isinstance(s.branch, kind)}
+        return {s.block: self.schedule.removed[s.block] for s in self.sites if isinstance(s.branch, kind)}
 
     def count(self, domain: TokenDomain) -> int:
         """Return the patch tokens in `domain`: the whole grid less what its first `domain.level` sites remove."""
         passed = [s for s in self.sites if s.domain.grid == domain.grid and s.branch is None][: domain.level]
-        return domain.whole_count - sum(self.schedule.propagated[site.block] for site in passed)
+        return domain.whole_count - sum(self.schedule.removed[site.block] for site in passed)
 
 
 def removed_by_stream(sites: Sequence[Site], counts: Sequence[int]) -> list[tuple[Grid, list[int]]]:

@@ -33,7 +33,7 @@ def forecast(gm: fx.GraphModule, original: Original, planned: Planned, options: 
     strategy = planned.plan.strategy
     blocks = typed.blocks
     found = planned.found or no_sites(typed)
-    counts = [planned.plan.schedule.propagated[site.block] for site in found.sites]
+    counts = [planned.plan.schedule.removed[site.block] for site in found.sites]
     owner = _owners(typed)
     flops = _by_block(found, counts, owner, strategy, flops_of, 1)
     weigh = lambda works: total_seconds(works, target)  # noqa: E731

@@ -100,7 +100,7 @@ def _followed(sites: Sequence[SiteRecord], calls: Sequence[fx.Node]) -> Iterator
         assert not site.of_whole, "a strategy that restores tokens returns all of them"
         kept = calls[site.kept]
         weights = None if site.weights is None else calls[site.weights]
-        removed = None if site.propagated is None else calls[site.propagated]
+        removed = None if site.removed is None else calls[site.removed]
         places = () if site.places is None else (calls[site.places],)
         sides = home_of(site.grid).sides
         at_site = insert(gtp_fx.stand_ins.default, weights, kept, removed, index, sides, *places)

@@ -1,6 +1,6 @@
 """Provenance: which original patches each remaining token stands for, and by how much.
 
-A site is linear in the tokens. With GTP it computes x_kept + alpha * Â[kept, propagated] x_propagated. Applied to the
+A site is linear in the tokens. With GTP it computes x_kept + alpha * Â[kept, removed] x_removed. Applied to the
 identity matrix instead of features, it gives a matrix whose entry (k, g) is the weight of patch g in token k; with GTP
 its row sums are the token scales. The matrix carries over whatever belongs to patches (labels, masks, distillation
 targets): `matrix @ labels`.
@@ -50,18 +50,18 @@ class SiteRecord:
     grid: the grid of the stream.
     place: the stream after the site.
     kept: [B, K], indices of the tokens that remain.
-    propagated: [B, P], indices of the tokens that are removed; None where the site passes nothing on.
+    removed: [B, P], indices of the tokens that are removed; None where the site passes nothing on.
     weights: [B, K, P], how much of each removed token each kept one receives; None where the site passes nothing on.
     own: [B, K], how much of itself each kept token keeps; None where that is all.
     alpha: factor of `weights`.
-    of_whole: whether `kept` and `propagated` index the whole grid instead of the tokens that the site had.
+    of_whole: whether `kept` and `removed` index the whole grid instead of the tokens that the site had.
     places: [1 or B, G, R], where each patch of the whole stream is on the grid; None where they are in its order.
     """
 
     grid: Grid
     place: int
     kept: int
-    propagated: int | None
+    removed: int | None
     weights: int | None
     own: int | None
     alpha: float
@@ -77,15 +77,15 @@ def record_sites(gm: fx.GraphModule) -> tuple[SiteRecord, ...]:
         if SITE in node.meta:
             grid, state, places = node.meta[SITE]
             removal: Removal = state.removal
-            propagated, weights, own = None, removal.weights, removal.own
+            removed, weights, own = None, removal.weights, removal.own
             if weights is not None:  # else nothing reads the removed tokens' indices, and the node may not exist
-                propagated = number[removal.propagated]
+                removed = number[removal.removed]
             records.append(
                 SiteRecord(
                     grid=grid,
                     place=number[node],
                     kept=number[removal.kept],
-                    propagated=propagated,
+                    removed=removed,
                     weights=None if weights is None else number[weights],
                     own=None if own is None else number[own],
                     alpha=removal.alpha,
@@ -192,8 +192,8 @@ def _carried(sites: list[SiteRecord], calls: list[fx.Node], device: torch.device
             matrix = insert(gtp_fx.take_tokens.default, matrix, kept, 0, 1, 0, 0)
         else:
             own = None if site.own is None else calls[site.own]
-            assert site.propagated is not None
-            received = (calls[site.weights], kept, calls[site.propagated])
+            assert site.removed is not None
+            received = (calls[site.weights], kept, calls[site.removed])
             matrix = insert(gtp_fx.propagate.default, matrix, *received, site.alpha, 0, own)
         index = kept if index is None else insert(aten.gather.default, index, 1, kept)
     assert index is not None

@@ -22,7 +22,7 @@ class SiteRow:
     block: the block's number.
     layer: the layer that holds the block's attention.
     tokens_in: tokens before the site, prefix tokens included; per window where `windows` isn't 0.
-    propagated: tokens that the site removes, or that skip the branch; per window where `windows` isn't 0.
+    removed: tokens that the site removes, or that skip the branch; per window where `windows` isn't 0.
     tokens_out: tokens after the site, or through the branch; per window where `windows` isn't 0.
     windows: 0 where tokens are removed from the stream; else windows per image, in each of which tokens skip the
         block's branch and remain in the stream.
@@ -32,7 +32,7 @@ class SiteRow:
     block: int
     layer: str
     tokens_in: int
-    propagated: int
+    removed: int
     tokens_out: int
     windows: int = 0
     window_tokens: int = 0
@@ -171,7 +171,7 @@ class Report:
         if self.sites:
             branches = any(s.windows or s.window_tokens for s in self.sites)
             rows = [
-                [s.block, s.layer, s.tokens_in, s.propagated, s.tokens_out, *([_where(s)] if branches else [])]
+                [s.block, s.layer, s.tokens_in, s.removed, s.tokens_out, *([_where(s)] if branches else [])]
                 for s in self.sites
             ]
             headers = ["block", "layer", "tokens\nin", "leave", "out", *(["where"] if branches else [])]

@@ -151,12 +151,12 @@ def _split(shares_KP: Tensor) -> Tensor:
 
 
 def _values(records: Sequence[SiteRecord], calls: Sequence[fx.Node]) -> list[fx.Node]:
-    """Return the sites' nodes as one list: kept, propagated and weights where a site passes tokens on, and places."""
+    """Return the sites' nodes as one list: kept, removed and weights where a site passes tokens on, and places."""
     wanted: list[int | None] = []
     for record in records:
         wanted.append(record.kept)
         if record.weights is not None:
-            wanted += [record.propagated, record.weights]
+            wanted += [record.removed, record.weights]
         wanted.append(record.places)
     return [calls[number] for number in wanted if number is not None]
 

@@ -230,7 +230,7 @@ class Grouping:
     def scoring_works(self, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:
         return scoring_works(self.score, heads, queries, keys, images, dtype)
 
-    def site_works(self, site: SiteShape, told: bool) -> list[Work]:
+    def site_works(self, site: SiteShape, scales_read: bool) -> list[Work]:
         removed = site.patches_in - site.patches_out
         tokens_in, tokens_out = site.others + site.patches_in, site.others + site.patches_out
         summed = 2 * site.images * tokens_out * removed * site.channels if self.merges else 0

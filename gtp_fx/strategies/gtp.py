@@ -256,7 +256,7 @@ class GTP:
         if self.graph != "spatial":
             changes += [{"neighbors": count} for count in (2, 4, 8, 16)]
         changes += [{"graph": graph} for graph in GRAPHS]
-        changes += [{"token_scale": told} for told in (AUTO, True)]
+        changes += [{"token_scale": scales} for scales in (AUTO, True)]
         changes += [
             {"score": score} for score in ("mixed-max", "mixed-mean", "broadcast-max", "broadcast-mean", "cls-mean")
         ]
@@ -281,13 +281,13 @@ class GTP:
         similarity = Work("product", 2 * pairs * channels, FLOAT * pairs, patches, patches, images)
         return [similarity, Work("sort", bytes=FLOAT * pairs), Work("stream", bytes=2 * FLOAT * pairs)]
 
-    def site_works(self, site: SiteShape, told: bool) -> list[Work]:
+    def site_works(self, site: SiteShape, scales_read: bool) -> list[Work]:
         removed = site.patches_in - site.patches_out
         if site.kernels:
             return self._kernel_site_works(site)
         tokens_in, tokens_out = site.others + site.patches_in, site.others + site.patches_out
         features = 2 * tokens_out * removed * site.channels
-        scales = 2 * site.patches_out * removed if told else 0
+        scales = 2 * site.patches_out * removed if scales_read else 0
         edges = site.patches_out * removed * (1 if self.graph == "spatial" else self.neighbors)
         return [
             *self.scoring_works(site.heads, tokens_in, tokens_in, site.images, site.dtype),

@@ -56,19 +56,19 @@ class Removal:
     """Record of one site's removal, as nodes.
 
     kept: [B, K] indices of the kept patches among those that the site had.
-    propagated: [B, P] indices of the removed patches among them.
-    kept_index, propagated_index: the same patches as indices into the whole grid.
+    removed: [B, P] indices of the removed patches among them.
+    kept_index, removed_index: the same patches as indices into the whole grid.
     weights: [B, K, P] how much of each removed token each kept one received, to be multiplied by `alpha`; None where
         they received nothing.
     alpha: factor of `weights`.
     own: [B, K] factor of a kept token itself; 1 where None.
-    of_whole: `kept` and `propagated`, too, are indices into the whole grid.
+    of_whole: `kept` and `removed`, too, are indices into the whole grid.
     """
 
     kept: fx.Node
-    propagated: fx.Node
+    removed: fx.Node
     kept_index: fx.Node
-    propagated_index: fx.Node
+    removed_index: fx.Node
     weights: fx.Node | None
     alpha: float = 1.0
     own: fx.Node | None = None
@@ -258,10 +258,10 @@ class Strategy(Protocol):
     def scoring_works(self, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:
         """Price what scoring adds to one attention."""
 
-    def site_works(self, site: SiteShape, told: bool) -> list[Work]:
+    def site_works(self, site: SiteShape, scales_read: bool) -> list[Work]:
         """Price a site: `reduce`, and what scoring adds to the attention.
 
-        told: a later attention reads the token scales.
+        scales_read: a later attention reads the token scales.
         """
 
 

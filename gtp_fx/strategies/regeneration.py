@@ -87,7 +87,7 @@ class Regeneration(Grouping):
 
     def variants(self) -> list[Regeneration]:
         changes: list[dict[str, Any]] = [{"difficulty": value} for value in (0.5, 1.0, 2.0)]
-        changes += [{"token_scale": told} for told in (True, False)]
+        changes += [{"token_scale": scales} for scales in (True, False)]
         changes += [{"score": score} for score in ("broadcast-mean", "broadcast-max", "cls-mean")]
         varied = [replace(self, **change) for change in changes]
         return [variant for variant in dict.fromkeys(varied) if variant != self]

@@ -105,7 +105,7 @@ class _CannotCoerce(Exception):
 def find_coercions(typing: SiteTyping) -> Coercions:
     """Compare the type of every operand with the one that its reader requires."""
     found, refused = [], []
-    for node, answer in typing.answers.items():
+    for node, answer in typing.results.items():
         for operand, wanted in answer.operands.items():
             own = typing.type(operand)
             if all(_fits(mine, theirs) for mine, theirs in zip(own, wanted, strict=True)):
@@ -136,7 +136,7 @@ def _before_the_batch_was_spread(
         rearranged.insert(0, source)
         source = source.all_input_nodes[0]
         kind = typing.type(source)
-        if typing.answers[rearranged[0]].barrier or kind == whole(kind):
+        if typing.results[rearranged[0]].barrier or kind == whole(kind):
             return None
         try:
             found = _coercion(node, source, kind, whole(kind), replace(answer, broadcasts=False), typing)

@@ -15,7 +15,7 @@ FRAMES = "gtp_frames"
 """Meta key of a node at which a grid is born: the side of it that counts frames (`passes/exact/mark_frames.py`)."""
 
 
-def frames_told_apart(kind: TensorType, birth: str, side: int) -> TensorType:
+def separate_frames(kind: TensorType, birth: str, side: int) -> TensorType:
     """Return the type with a side of the grid that is born at `birth` as images, and the others as the frame's grid."""
 
     def change(factor: Factor) -> Factor:

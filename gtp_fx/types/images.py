@@ -17,7 +17,7 @@ from gtp_fx.types.rules.registry import Call, NoRule, RuleResult, TypeList
 _REASON = "it takes a batch apart, joins or reorders it, and each image keeps tokens of its own"
 
 
-def told_apart(answer: RuleResult, call: Call) -> RuleResult:
+def separate_images(answer: RuleResult, call: Call) -> RuleResult:
     """Return a rule's answer with grids of other images where the operator's output has other images.
 
     Raises NoRule where tokens have been removed from what the operator reads.

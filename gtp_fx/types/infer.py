@@ -29,8 +29,8 @@ from gtp_fx.types.axes import (
     token_axis,
     whole_size,
 )
-from gtp_fx.types.frames import FRAMES, frames_told_apart
-from gtp_fx.types.images import told_apart
+from gtp_fx.types.frames import FRAMES, separate_frames
+from gtp_fx.types.images import separate_images
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, Output, RuleResult, TypeList, find
 
 assert _rules
@@ -51,12 +51,12 @@ class Typing:
     """Result of the walk: a `WholeTyping` or a `SiteTyping`. This base is for readers to whom both are the same.
 
     types: the type of each node's value as its users see it; for a site, that after it.
-    answers: each rule's answer, for the nodes that have tensors.
+    results: each rule's result, for the nodes that have tensors.
     """
 
     graph: fx.Graph
     types: Mapping[fx.Node, Output]
-    answers: Mapping[fx.Node, RuleResult]
+    results: Mapping[fx.Node, RuleResult]
 
     def type(self, node: fx.Node) -> TensorType:
         """Return the type of a node that is a single tensor. Raises TypeError where it isn't one."""
@@ -88,8 +88,8 @@ class SiteTyping(Typing):
 
 def infer_types(graph: fx.Graph) -> WholeTyping:
     """Types for every node of `graph`, which need `meta["val"]` with their shapes."""
-    types, answers, _ = _walk(graph)
-    return WholeTyping(graph, types, answers)
+    types, results, _ = _walk(graph)
+    return WholeTyping(graph, types, results)
 
 
 def infer_with_sites(
@@ -112,12 +112,12 @@ def _walk(
     ends: frozenset[fx.Node] = frozenset(),
     whole_edges: frozenset[Edge] = frozenset(),
 ) -> tuple[dict[fx.Node, Output], dict[fx.Node, RuleResult], dict[Grid, int]]:
-    """Return types, answers and images, as `Typing` and `SiteTyping` have them."""
+    """Return types, results and images, as `Typing` and `SiteTyping` have them."""
     read_whole: dict[fx.Node, list[fx.Node]] = {}
     for reader, operand in whole_edges:
         read_whole.setdefault(reader, []).append(operand)
     types: dict[fx.Node, Output] = {}
-    answers: dict[fx.Node, RuleResult] = {}
+    results: dict[fx.Node, RuleResult] = {}
     images: dict[Grid, int] = {}
     for node in graph.nodes:
         # A reader of whole edges gets its answer as if those operands had all tokens.
@@ -126,7 +126,7 @@ def _walk(
         if answer is None:
             types[node] = None
             continue
-        answers[node] = answer
+        results[node] = answer
         types[node] = answer.output
         # The rule answers for the value itself; its users see it after the site.
         if node in sites:
@@ -137,7 +137,7 @@ def _walk(
         if node in ends:
             assert isinstance(answer.output, tuple)
             types[node] = whole(answer.output)
-    return types, answers, images
+    return types, results, images
 
 
 def whole(tensor_type: TensorType) -> TensorType:
@@ -176,11 +176,11 @@ def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> RuleResult | None:
     if rule is None:
         return _barrier(call, "gtp_fx has no rule for this operator (docs/extending.md says how to add one)")
     try:
-        answer = told_apart(rule(call), call)
+        answer = separate_images(rule(call), call)
     except NoRule as reason:
         return _with_everything_back(call, str(reason))
     if FRAMES in node.meta and isinstance(answer.output, tuple):
-        answer = replace(answer, output=frames_told_apart(answer.output, node.name, node.meta[FRAMES]))
+        answer = replace(answer, output=separate_frames(answer.output, node.name, node.meta[FRAMES]))
     if answer.barrier:
         return replace(answer, operands=_whole_operands(call), prefix_operands=NEEDS_ALL)
     return answer
@@ -207,7 +207,7 @@ def _with_everything_back(call: Call, reason: str) -> RuleResult:
     assert rule is not None
     try:
         again = Call(call.node, {**call.types, **whole_operands})
-        answer = told_apart(rule(again), again)
+        answer = separate_images(rule(again), again)
     except NoRule as second:
         return _barrier(call, str(second))
     return replace(answer, operands=whole_operands, repair=None, prefix_operands=NEEDS_ALL, barrier=reason)

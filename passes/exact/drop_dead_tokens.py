@@ -31,11 +31,11 @@ def drop_dead_tokens(gm: fx.GraphModule, needs_full_maps: bool = False) -> fx.Gr
     # Rewrite slice bounds counted from the end, whose meaning changes when a value gets fewer tokens.
     bounds = {
         node: answer.repair(whole_count)
-        for node, answer in typing.answers.items()
+        for node, answer in typing.results.items()
         if answer.prefix_needed and answer.repair is not None
     }
     narrow = [
-        node for node, answer in typing.answers.items() if live.computed.get(node, ALL) != ALL and answer.operands
+        node for node, answer in typing.results.items() if live.computed.get(node, ALL) != ALL and answer.operands
     ]
     if not narrow and all(args == node.args for node, args in bounds.items()):
         return gm
@@ -63,7 +63,7 @@ def _narrow(
     copies: each node's copy.
     slices: by operand and count of tokens, the slices made so far; new ones are added.
     """
-    answer, wanted, copy = typing.answers[node], live.computed[node], copies[node]
+    answer, wanted, copy = typing.results[node], live.computed[node], copies[node]
     if answer.repair is not None:
         edit.set_args(copy, _copied(answer.repair(_total(wanted, answer)), copies))
     for operand, kind in answer.operands.items():

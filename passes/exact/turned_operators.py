@@ -179,7 +179,8 @@ def _cat(walk: Walk, node: fx.Node, order: Order) -> Order | None:
 def _stack(walk: Walk, node: fx.Node, order: Order) -> Order | None:
     """Stack along a new last dimension; `order` puts it where it was."""
     parts, *dim = _arguments(node)
-    place = (dim[0] if dim else node.kwargs.get("dim", 0)) % (len(order) + 1)
+    asked: Any = dim[0] if dim else node.kwargs.get("dim", 0)
+    place = asked % (len(order) + 1)
     node.args, node.kwargs = ([walk.operand(node, part, order) for part in parts], len(order)), {}
     return (*order[:place], len(order), *order[place:])
 

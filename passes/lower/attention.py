@@ -17,7 +17,7 @@ def lower_attention(low: Lowering, node: fx.Node) -> None:
     if any(options.get(option) for option in ("dropout_p", "is_causal", "enable_gqa")):
         return
     call = Call(node, options.get("attn_mask"), options.get("scale"))
-    if call.told is None:
+    if call.scales is None:
         return
     form = form_of(low, call)
     if form not in (None, "mask"):

@@ -52,15 +52,15 @@ class Call:
         return self.node.args[:3]
 
     @property
-    def told(self) -> tuple[Any, ...] | None:
+    def scales(self) -> tuple[Any, ...] | None:
         """Token scales [B, n], prefix, suffix, and the mask beside them; None where attention gets no scales."""
-        is_told = isinstance(self.bias, fx.Node) and self.bias.target is gtp_fx.key_bias.default
-        return self.bias.args[:4] if is_told else None
+        has_scales = isinstance(self.bias, fx.Node) and self.bias.target is gtp_fx.key_bias.default
+        return self.bias.args[:4] if has_scales else None
 
     @property
     def mask(self) -> Any:
         """The mask that is added to the logits beside token scales."""
-        return self.bias if self.told is None else self.told[3]
+        return self.bias if self.scales is None else self.scales[3]
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -80,8 +80,8 @@ def form_of(low: Lowering, call: Call) -> str | None:
     shapes = [shape_of(x) for x in call.operands]
     if any(len(shape) != 4 for shape in shapes) or len({shape[_HEADS] for shape in shapes}) > 1:
         return None
-    forms = SCALE_FORMS if low.told == "auto" or call.told is None else (low.told, *SCALE_FORMS)
-    if forms[0] == low.told == "mask" and call.score is None:
+    forms = SCALE_FORMS if low.scale_form == "auto" or call.scales is None else (low.scale_form, *SCALE_FORMS)
+    if forms[0] == low.scale_form == "mask" and call.score is None:
         return "mask"  # torch's attention always takes a mask, at whatever speed
     return next((form for form in forms if _takes(low, call, form)), None)
 
@@ -89,7 +89,7 @@ def form_of(low: Lowering, call: Call) -> str | None:
 def emit_form(low: Lowering, call: Call, form: str) -> tuple[fx.Node, fx.Node | None]:
     """Insert `call` in a form that it can take; return its output, and its scores or None."""
     node, (q, k, v) = call.node, call.operands
-    scales, *around = (None, *call.around) if call.told is None else call.told[:3]
+    scales, *around = (None, *call.around) if call.scales is None else call.scales[:3]
     if form == "kernel":
         options = (call.mask, scales, call.scale, call.score or "none", *around, [])
         made = low.call(node, low.kernels.attend, q, k, v, *options)
@@ -141,11 +141,11 @@ def _stock(low: Lowering, call: Call, form: str) -> tuple[str, int] | None:
     scored = call.score is None or (call.score != "none" and q == k and least <= head <= most)
     if low.stock is None or call.mask is not None or not scored:
         return None
-    if form == "channel" and call.told is None:
+    if form == "channel" and call.scales is None:
         return None
     wider = head + CHANNELS if form == "channel" else head
     for taken in (values, wider):
-        kernel = low.stock.choice(wider, taken, keys, call.dtype, masked=form == "mask" and call.told is not None)
+        kernel = low.stock.choice(wider, taken, keys, call.dtype, masked=form == "mask" and call.scales is not None)
         if kernel is not None and taken >= values:
             return kernel, taken
     return None

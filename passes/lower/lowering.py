@@ -25,7 +25,7 @@ class Lowering:
     graph: the graph that is rewritten.
     kernels: the Triton kernels.
     stock: torch's own choice of attention kernels on the device; None where it isn't known.
-    told: how attention gets token scales, `Target.told`.
+    scale_form: how attention gets token scales, `Target.scale_form`.
     instead: new nodes that have replaced others.
     maps: by the node of the remaining tokens' places on the grid, the map that `select` returned and the number of the
         grid's cells.
@@ -34,7 +34,7 @@ class Lowering:
     graph: fx.Graph
     kernels: Kernels
     stock: StockAttention | None = None
-    told: str = "auto"
+    scale_form: str = "auto"
     instead: list[fx.Node] = field(default_factory=list)
     maps: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)
 

@@ -33,28 +33,28 @@ from gtp_fx.passes.lower.token_graph import lower_token_graph
 
 
 def lowered(
-    gm: fx.GraphModule, device: torch.device, disabled: Sequence[str] = (), told: str = "auto"
+    gm: fx.GraphModule, device: torch.device, disabled: Sequence[str] = (), scale_form: str = "auto"
 ) -> fx.GraphModule:
     """Return `gm` with Triton kernels where `device` is a GPU that has them; else, or where the pass is disabled, `gm`.
 
     Export and eager runs take `gm`, which is plain ATen.
 
     disabled: names of passes that don't run.
-    told: how attention gets token scales, `Target.told`.
+    scale_form: how attention gets token scales, `Target.scale_form`.
     """
     if not has_kernels(device) or "triton_kernels" in disabled:
         return gm
-    return triton_kernels(gm, stock_attention(device), told)
+    return triton_kernels(gm, stock_attention(device), scale_form)
 
 
-def triton_kernels(gm: fx.GraphModule, stock: StockAttention | None = None, told: str = "auto") -> fx.GraphModule:
+def triton_kernels(gm: fx.GraphModule, stock: StockAttention | None = None, scale_form: str = "auto") -> fx.GraphModule:
     """Return a copy of `gm` that calls Triton kernels. Raises ImportError where Triton isn't installed.
 
     stock: torch's choice of attention kernels on the graph's device; None uses `attend` wherever it can.
-    told: how attention gets token scales, `Target.told`.
+    scale_form: how attention gets token scales, `Target.scale_form`.
     """
     gm = edit.copy_of(gm)
-    lowering = Lowering(gm.graph, load_kernels(), stock, told)
+    lowering = Lowering(gm.graph, load_kernels(), stock, scale_form)
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target in _LOWERINGS:
             _LOWERINGS[node.target](lowering, node)

@@ -63,7 +63,7 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     edges_before = updated_edges(typed, plan.strategy, ends_before)
     gm, copies = edit.copy_with_nodes(gm)
     blocks = [block.copied(copies) for block in typed.blocks]
-    sites = {cut_of(block, plan.strategy): block for block in blocks if block.index in plan.propagated}
+    sites = {cut_of(block, plan.strategy): block for block in blocks if block.index in plan.removed}
     ends = {copies[node]: grid for node, grid in ends_before.items()}
     edges = frozenset((copies[reader], copies[stream]) for reader, stream in edges_before)
     # Types say at which level each operand comes and is needed; coercions are the differences.
@@ -83,7 +83,7 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     walk = _Walk(gm.graph, plan, typing, {block.attention: block for block in blocks}, weighing, args)
     # The nodes as they are now: the walk inserts others, which need no repair.
     for node in list(gm.graph.nodes):
-        answer = typing.answers.get(node)
+        answer = typing.results.get(node)
         if answer is None:
             continue
         for coercion in coercions.get(node, ()):
@@ -210,14 +210,14 @@ class _Walk:
         assert removal is not None
         if (grid, level) not in self.shares:
             places = () if self.places[grid] is None else (self.places[grid],)
-            where = (removal.kept_index, removal.propagated_index, home_of(grid).sides, *places)
+            where = (removal.kept_index, removal.removed_index, home_of(grid).sides, *places)
             self.shares[grid, level] = emit(gtp_fx.recovery_weights.default, removal.weights, *where)
         return (
             gtp_fx.recover.default,
             value,
             self.shares[grid, level],
             removal.kept,
-            removal.propagated,
+            removal.removed,
             *around,
         )
 
@@ -237,7 +237,7 @@ class _Walk:
         operands = Attention(attention.q, attention.k, attention.v, bias, attention.scale, beside)
         if block is not None:
             self.attention[block.index] = operands
-        scored = block is not None and block.index in self.plan.propagated and strategy.score != "none"
+        scored = block is not None and block.index in self.plan.removed and strategy.score != "none"
         if block is not None and (scored or strategy.rewrites_every_attention):
             output, self.scores[block.index] = strategy.attend(emit, operands, block.axis, scored)
             output.meta[MARK], output.meta[ATTENDS] = node.meta[MARK], operands
@@ -259,15 +259,15 @@ class _Walk:
         emit = edit.Emitter(self.graph, like=node, before=node)
         values, *rest = node.args
         if attended.softmax is not None:
-            told = emit(gtp_fx.key_bias.default, scale, keys.prefix, keys.suffix, values, values)
+            weighed = emit(gtp_fx.key_bias.default, scale, keys.prefix, keys.suffix, values, values)
         else:
             logs = emit(gtp_fx.key_bias.default, scale, keys.prefix, keys.suffix, None, values)
-            told = emit(aten.mul.Tensor, values, emit(aten.exp.default, logs))
-        edit.set_args(node, (told, *rest))
+            weighed = emit(aten.mul.Tensor, values, emit(aten.exp.default, logs))
+        edit.set_args(node, (weighed, *rest))
 
     def score_by_map(self, block: AttentionBlock) -> None:
         """Score the tokens of a block whose attention is spelled out, where it has a site."""
-        if block.index not in self.plan.propagated or block.map is None:
+        if block.index not in self.plan.removed or block.map is None:
             return
         emit = edit.Emitter(self.graph, like=block.attention, before=block.attention)
         logits: Any = block.map.logits.args
@@ -296,7 +296,7 @@ class _Walk:
 
     def wanted(self, node: fx.Node, position: int) -> TensorType:
         """Return the type in which `node` needs the operand that it had at `position` before the walk."""
-        return self.typing.answers[node].operands[self.args[node][position]]
+        return self.typing.results[node].operands[self.args[node][position]]
 
     def current(self, node: Any) -> fx.Node:
         """Return the node's replacement, or the node itself."""
@@ -311,7 +311,7 @@ class _Walk:
         emit = edit.Emitter(self.graph, like=cut, before=cut.next)
         state = self.states[grid][-1]
         count = self.plan.count(block.axis.domain.at(len(self.states[grid]) - 1))
-        removed, attention = self.plan.propagated[place], self.attention.get(place)
+        removed, attention = self.plan.removed[place], self.attention.get(place)
         site = AtSite(cut, block.axis, count, removed, place, self.scores.get(place), attention)
         shorter, new_state = self.plan.strategy.reduce(emit, site, state)
         shorter.meta[SITE] = (grid, new_state, self.places[grid])

@@ -118,7 +118,7 @@ def test_every_variant_and_option_is_one_that_the_backend_takes(monkeypatch: pyt
         compiled(one, torch.nn.Linear(2, 2), torch.ones(1, 2), options, target).run()
     assert list(seen) == given
     assert sum(seen[Contender(True, variant="border")].schedule) == 69  # type: ignore[arg-type]
-    assert [seen[Contender(True, variant=f"told{form}")].target.told for form in SCALE_FORMS] == list(SCALE_FORMS)
+    assert [seen[Contender(True, variant=f"told{form}")].target.scale_form for form in SCALE_FORMS] == list(SCALE_FORMS)
     assert all(seen[one].target.inductor == OPTIONS[one.option] for one in given if one.option)
 
 

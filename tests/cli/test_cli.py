@@ -52,7 +52,7 @@ def test_optimises_checks_and_says_what_the_weights_are() -> None:
 def test_json_is_all_there_is_on_stdout() -> None:
     done = run("optimize", NAME, "--schedule", "9,0,0,0,0,0", "--no-time", "--batch", "2", "--json")
     found: dict[str, Any] = json.loads(done.stdout)
-    assert found["schedule"]["propagated"] == [9, 0, 0, 0, 0, 0]
+    assert found["schedule"]["removed"] == [9, 0, 0, 0, 0, 0]
     assert found["report"]["flops_ratio"] < 1
     assert 0 < found["agreement"]["cosine_least"] <= 1
     assert found["comparison"] is None

@@ -125,7 +125,7 @@ def test_what_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_commands_take_them(saved: Path) -> None:
     done = CliRunner().invoke(cli.app, ["plan", str(saved), "--flops-budget", "0.7", "--json"])
     assert done.exit_code == 0, done.output
-    assert sum(json.loads(done.stdout)["plans"][0]["schedule"]["propagated"]) > 0
+    assert sum(json.loads(done.stdout)["plans"][0]["schedule"]["removed"]) > 0
     done = CliRunner().invoke(cli.app, ["optimize", str(saved), "--flops-budget", "0.7", "--no-time", "--batch", "2"])
     assert done.exit_code == 0, done.output
     assert "on 2 views of the photograph" in done.stdout

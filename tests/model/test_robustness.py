@@ -139,7 +139,7 @@ def test_a_failed_optimize_leaves_the_model_as_it_was(spoil: Callable[[nn.Module
     assert torch.equal(original(noise()), wanted)
 
 
-GOOD = {"version": 2, "propagated": [1, 2], "blocks": [{"tokens": 9, "channels": 8, "head": 4}] * 2}
+GOOD = {"version": 3, "removed": [1, 2], "blocks": [{"tokens": 9, "channels": 8, "head": 4}] * 2}
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,12 @@ GOOD = {"version": 2, "propagated": [1, 2], "blocks": [{"tokens": 9, "channels":
         "[" * 100_000,
         '{"version": 2}',
         json.dumps({**GOOD, "version": "__import__('os').system('true')"}),
-        json.dumps({**GOOD, "propagated": "12"}),
-        json.dumps({**GOOD, "propagated": [1, -2]}),
-        json.dumps({**GOOD, "propagated": [1, 2.5]}),
-        json.dumps({**GOOD, "propagated": [1, True]}),
-        json.dumps({**GOOD, "propagated": [1]}),
-        json.dumps({**GOOD, "propagated": {"__reduce__": [1, 2]}}),
+        json.dumps({**GOOD, "removed": "12"}),
+        json.dumps({**GOOD, "removed": [1, -2]}),
+        json.dumps({**GOOD, "removed": [1, 2.5]}),
+        json.dumps({**GOOD, "removed": [1, True]}),
+        json.dumps({**GOOD, "removed": [1]}),
+        json.dumps({**GOOD, "removed": {"__reduce__": [1, 2]}}),
         json.dumps({**GOOD, "blocks": [{"tokens": 9, "channels": 8, "head": 4, "__class__": "os.system"}] * 2}),
         json.dumps({**GOOD, "blocks": [{"tokens": "9", "channels": 8, "head": 4}] * 2}),
         json.dumps({**GOOD, "blocks": 3}),
@@ -167,6 +167,12 @@ GOOD = {"version": 2, "propagated": [1, 2], "blocks": [{"tokens": 9, "channels":
 def test_a_hostile_schedule_is_refused(text: str) -> None:
     with pytest.raises(gtp_fx.ScheduleError):
         gtp_fx.Schedule.from_json(text)
+
+
+def test_a_schedule_of_the_version_before_is_read() -> None:
+    now = gtp_fx.Schedule.from_json(json.dumps(GOOD))
+    before = {"version": 2, "propagated": GOOD["removed"], "blocks": GOOD["blocks"]}
+    assert gtp_fx.Schedule.from_json(json.dumps(before)) == now and now.removed == (1, 2)
 
 
 def test_a_schedule_of_huge_numbers_is_refused_by_the_model() -> None:

@@ -103,7 +103,7 @@ def test_flops_of_branches_are_the_counters(schedule: list[int]) -> None:
         fast.graph_module.to("meta")(x.to("meta"))
     assert counter.get_total_flops() == fast.report.flops_after
     rows = {row.block: row for row in fast.report.sites}
-    assert {block: row.propagated for block, row in rows.items()} == {i: n for i, n in enumerate(schedule) if n}
+    assert {block: row.removed for block, row in rows.items()} == {i: n for i, n in enumerate(schedule) if n}
     assert all(row.windows and row.tokens_in == 49 for row in rows.values())
     assert "branch, 4 windows" in str(fast.report) or 0 not in rows
 

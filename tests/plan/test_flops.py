@@ -64,7 +64,7 @@ def test_budgets_are_met_strictly_and_closely(budget: float) -> None:
 @pytest.mark.xdist_group("eva")
 def test_an_explicit_schedule_costs_what_it_says() -> None:
     fast = optimised(BY_NAME["eva"], schedule=[0, 40, 0])
-    assert [(s.block, s.tokens_in, s.propagated, s.tokens_out) for s in fast.report.sites] == [(1, 197, 40, 157)]
+    assert [(s.block, s.tokens_in, s.removed, s.tokens_out) for s in fast.report.sites] == [(1, 197, 40, 157)]
     assert len(fast.schedule) == DEPTH
 
 
@@ -109,5 +109,5 @@ def test_the_papers_counts() -> None:
     for graph, count in (("spatial", 7), ("mixed", 8)):
         strategy = gtp_fx.GTP(graph=graph)
         fast = optimised(DEIT_SMALL, flops_budget=0.74, schedule="uniform", strategy=strategy)
-        assert set(fast.schedule.propagated[:-1]) == {count}
+        assert set(fast.schedule.removed[:-1]) == {count}
         assert fast.report.flops_ratio <= 0.74

@@ -121,7 +121,7 @@ def test_the_other_blocks_serve_the_budget(name: str) -> None:
     fast = optimised(case.source, strategy=case.strategy, flops_budget=0.8, schedule=case.schedule)
     before, after = (counted(model, case.source) for model in (shared_model(case.source), fast.graph_module))
     assert 0.75 < after / before <= 0.8
-    assert not any(fast.schedule.propagated[block] for block in LATE) and any(fast.schedule.propagated)
+    assert not any(fast.schedule.removed[block] for block in LATE) and any(fast.schedule.removed)
     (named,) = {refusal.reason for refusal in fast.report.refusals}
     assert case.reason in named and case.reason in str(fast.report)
 
@@ -134,7 +134,7 @@ def test_who_asks_for_such_a_block_is_told(name: str) -> None:
 
 
 def test_who_asks_for_others_is_served() -> None:
-    assert tuple(optimised(PLAIN, schedule=[9, 0, 0, 0, 0]).schedule.propagated) == (9, 0, 0, 0, 0)
+    assert tuple(optimised(PLAIN, schedule=[9, 0, 0, 0, 0]).schedule.removed) == (9, 0, 0, 0, 0)
 
 
 def test_a_budget_out_of_reach_names_both_reasons() -> None:
@@ -150,5 +150,5 @@ def test_where_no_block_is_left_the_model_is_refused() -> None:
 def test_a_small_stage_does_not_bound_the_uniform_count() -> None:
     """Four patches over two blocks would allow one a block; that stage removes what it can, and the other goes on."""
     fast = optimised(PLAIN, flops_budget=0.7, schedule="uniform", strategy=gtp_fx.GTP(graph="spatial"))
-    first, *others = fast.schedule.propagated
+    first, *others = fast.schedule.removed
     assert first > 3 and others == [first, first, 3, 0]

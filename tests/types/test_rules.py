@@ -209,11 +209,11 @@ def test_every_operator_with_a_rule_has_a_row() -> None:
 def test_types_behind_a_site(row: Row) -> None:
     gm = graph_of(row)
     typing, node = behind_the_site(gm), under_test(row.operator, gm)
-    assert spelled(typing.answers[node].output) == row.typed
+    assert spelled(typing.results[node].output) == row.typed
     coercions = find_coercions(typing)
     assert not coercions.refused
     recovered = [c.reason for c in coercions.found if c.node.op != "output" and any(s.recovers for s in c.steps)]
-    reasons = {typing.answers[node].barrier, *recovered} - {""}
+    reasons = {typing.results[node].barrier, *recovered} - {""}
     assert any(row.reason in reason for reason in reasons) if row.reason else not reasons
 
 
@@ -296,7 +296,7 @@ def by_hand(row: Row, values: Mapping[fx.Node, Any]) -> Tensor:
     """The row's function on the tokens that a run has left behind its site. values: of the run's nodes."""
     (site,) = (node for node in values if SITE in node.meta)
     x, removal = values[site], site.meta[SITE][1].removal
-    kept, gone = values[removal.kept], values[removal.propagated]
+    kept, gone = values[removal.kept], values[removal.removed]
     assert x.shape == (5, 2 + 12 - LEAVE, 8)
     assert len(set(map(tuple, kept.tolist()))) == 5, "other tokens stay in each image"
     old = stem(IMAGE, EMBED, CLS)

@@ -19,7 +19,7 @@ from gtp_fx.graph.verify import rounding_tolerance
 from gtp_fx.model.exporting.cache import run_cache, write_cache
 from gtp_fx.model.exporting.onnx import must_have_packages, run_onnx, write_onnx
 from gtp_fx.model.exporting.program import Program, program_of
-from gtp_fx.model.internal_errors import internal_errors_told
+from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.options.progress import Steps, progress_bar
 
@@ -89,7 +89,7 @@ def export(model: OptimizedModel, file: str | Path, format: str | None = None, *
 def _written(made: Program, path: Path, chosen: str, steps: Steps) -> Exported:
     """Write a program, read it back and compare it. Raises ExportError."""
     # Work in a scratch folder on the same file system, and move the files into place only after the check.
-    with internal_errors_told(), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    with internal_errors_reported(), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         draft = Path(scratch) / path.name
         steps.begin(f"writing {chosen}")
         _WRITE[chosen](made, draft)

@@ -17,7 +17,7 @@ from gtp_fx.capture.inputs import CallSignature, device_of, tensors_in
 from gtp_fx.capture.module import export_batched
 from gtp_fx.errors import CaptureError, ExportError
 from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, tracing_lock
-from gtp_fx.model.internal_errors import internal_errors_told
+from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.ops.register import written_in_aten
 
@@ -77,7 +77,7 @@ def program_of(model: OptimizedModel) -> Program:
     device = device_of(model)
     if device.type == "meta":
         raise ExportError("this model is on the meta device, so it has no weights to export: load it with weights")
-    with internal_errors_told():
+    with internal_errors_reported():
         return _program(model, device)
 
 

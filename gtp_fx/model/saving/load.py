@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gtp_fx.capture.inputs import CallSignature, canonical_arguments
 from gtp_fx.capture.wrapped import without_compiling
 from gtp_fx.errors import GtpError, LoadError, SaveError
-from gtp_fx.model.internal_errors import internal_errors_told
+from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.model.saving import tensors
 from gtp_fx.model.saving.build import build
@@ -52,7 +52,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, compile: bool | 
         raise LoadError(f"{path} holds a record that can't be read: {error!r}") from error
     stored = tensors.read_files(path / name for name in saved.files)
     wanted = {name: stored.get(key) for name, (_, key) in saved.tensors.items()}
-    with internal_errors_told():
+    with internal_errors_reported():
         target = build(saved.recipe, path, saved.model) if model is None else model
         how = "the model that is built by name" if model is None else "the model given"
         advice = "give model=, built as it was" if model is None else "build it as it was"

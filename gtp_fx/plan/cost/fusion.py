@@ -73,7 +73,7 @@ def _group(nodes: list[fx.Node], typing: Typing) -> Group:
     inside = set(nodes)
     reads: dict[fx.Node, tuple[fx.Node, TensorType]] = {}
     for node in nodes:
-        wanted = typing.answers[node].operands
+        wanted = typing.results[node].operands
         for operand in node.all_input_nodes:
             memory = _memory_of(operand)
             if memory not in inside and typing.is_tensor(operand):

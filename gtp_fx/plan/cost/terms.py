@@ -85,7 +85,7 @@ def graph_terms(typing: Typing, batch: int) -> Iterator[Term]:
             work = Work("product", batch * node_flops(node))
             yield Term(frozenset(), lambda _, work=work: [work], node=node)  # type: ignore[misc]
             continue
-        kinds = [typing.answers[node].output, *typing.answers[node].operands.values()]
+        kinds = [typing.results[node].output, *typing.results[node].operands.values()]
         works = lambda count, node=node: [node_work(node, typing, count, batch)]  # noqa: E731
         yield Term(_domains(kinds), works, node=node)
     for group in fused_groups(typing):
@@ -144,7 +144,7 @@ def _size(dim: Dim, count: Counts, batch: int) -> Any:
 
 
 def _node_sizes(node: fx.Node, typing: Typing, count: Counts, batch: int) -> Sizes:
-    answer = typing.answers[node]
+    answer = typing.results[node]
     operands = {operand: sizes_of(kind, count, batch) for operand, kind in answer.operands.items()}
     for operand in node.all_input_nodes:
         if operand not in operands and typing.is_tensor(operand):
@@ -223,7 +223,7 @@ def _scale_terms(typing: SiteTyping, batch: int) -> Iterator[Term]:
     """
     for node in typing.graph.nodes:
         if node.target is _ATTENTION:
-            kinds = [typing.answers[node].operands[node.args[i]] for i in (0, 1)]
+            kinds = [typing.results[node].operands[node.args[i]] for i in (0, 1)]
             if _domains(kinds[1:]):
                 size = node.meta["val"].dtype.itemsize
 
@@ -237,13 +237,13 @@ def _scale_terms(typing: SiteTyping, batch: int) -> Iterator[Term]:
 def _pooled_types(typing: SiteTyping) -> list[TensorType]:
     """Return the types that average pooling runs over."""
     means = [n for n in typing.graph.nodes if n.target is aten.mean.dim]
-    return [typing.answers[n].operands[n.args[0]] for n in means]
+    return [typing.results[n].operands[n.args[0]] for n in means]
 
 
 def _key_types(typing: SiteTyping) -> list[TensorType]:
     """Return the types of the token dimensions of every attention's keys."""
     attentions = [n for n in typing.graph.nodes if n.target is _ATTENTION or _is_spelled(n)]
-    return [typing.answers[n].operands[n.args[1]][-2:-1] for n in attentions]
+    return [typing.results[n].operands[n.args[1]][-2:-1] for n in attentions]
 
 
 def _is_spelled(node: fx.Node) -> bool:

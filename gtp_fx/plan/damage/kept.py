@@ -66,7 +66,7 @@ class Kept:
 
 def _key(plan: Plan, part: int) -> str:
     """Return what tells judgments on one graph and its images apart."""
-    strategy, counts = plan.strategy, plan.schedule.propagated
+    strategy, counts = plan.strategy, plan.schedule.removed
     return f"{part}: {strategy} {strategy.code} {','.join(map(str, counts))}"
 
 
