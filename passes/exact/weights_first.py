@@ -60,13 +60,29 @@ def _weights(operand: fx.Node) -> tuple[fx.Node, bool] | None:
 
 
 def _sums_columns(node: fx.Node) -> bool:
-    """Tell whether a node is a softmax of a product along its columns, [..., keys, queries]."""
+    """Tell whether a node is a softmax of a product along its columns, [..., keys, queries], by which values are added.
+
+    Columns that are shared out and not added up again, softmax(q·kᵀ, -2)·v, are no attention's weights.
+    """
     if node.target not in SOFTMAXES or len(shape_of(node)) < 3 or node.args[1] not in (-2, len(shape_of(node)) - 2):
         return False
     logits: object = node.args[0]
     while isinstance(logits, fx.Node) and logits.target in (*SCALINGS, *RESIDUAL_SUMS, *_READ_ALIKE):
         logits = logits.args[0]
-    return isinstance(logits, fx.Node) and logits.target in MATRIX_PRODUCTS
+    return isinstance(logits, fx.Node) and logits.target in MATRIX_PRODUCTS and _adds_columns(node)
+
+
+def _adds_columns(weights: fx.Node, transposed: bool = False) -> bool:
+    """Tell whether a product adds up along the columns of `weights`, or along its rows where it is transposed."""
+    for user in weights.users:
+        if user.target in MATRIX_PRODUCTS and user.args[0 if transposed else 1] is weights:
+            return True
+        swapped = transposed != _swaps(user)
+        if (_swaps(user) or user.target in NUMBER_PRESERVING) and _adds_columns(user, swapped):
+            return True
+        if user.target is aten.where.self and user.args[2] is weights and _adds_columns(user, transposed):
+            return True
+    return False
 
 
 def _along_rows(graph: fx.Graph, softmax: fx.Node) -> None:

@@ -329,7 +329,7 @@ def test_refused_behind_a_site(row: Refused) -> None:
     gm = graph_of(row)
     with pytest.raises(UnsupportedModelError, match=row.refusal):
         plan_of(gm)
-    assert row.reason in behind_the_site(gm).answers[under_test(row.operator, gm)].barrier
+    assert row.reason in behind_the_site(gm).results[under_test(row.operator, gm)].barrier
     assert not find_coercions(infer_with_sites(gm.graph, frozenset())).refused
 
 

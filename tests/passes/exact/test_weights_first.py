@@ -60,6 +60,7 @@ def test_weights_come_first(attention: Callable[..., Tensor]) -> None:
         lambda q, k, v, bias: (q @ t(k)).softmax(-1) @ v,
         lambda q, k, v, bias: q.softmax(-1) @ (t(k.softmax(-2)) @ v),  # linear attention: no softmax of a product
         lambda q, k, v, bias: t(v) @ t((q @ t(k)).relu()),
+        lambda q, k, v, bias: (q @ t(k)).softmax(-2) @ v,  # shared out among queries: no weights of an attention
     ],
 )
 def test_other_products_stay_as_they_are(function: Callable[..., Tensor]) -> None:
