@@ -174,9 +174,9 @@ class Options:
     strategy: Strategy | Auto = _option(
         "regeneration",
         _strategy,
-        'Which tokens are removed, and what becomes of them: "regeneration", "gtp" (as published), …, a value such '
-        'as GTP(alpha=0.2), or "auto": with calibration images, the one that moves outputs least of all strategies, '
-        "their variants and schedules; without any, the default.",
+        'Which tokens are removed, and what becomes of them: "regeneration", "gtp" (as published), …, with values '
+        'where they are others than its own, "gtp(alpha=0.2)" or GTP(alpha=0.2), or "auto": with calibration images, '
+        "the one that moves outputs least of all strategies, their variants and schedules; without any, the default.",
     )
     target: Target = _option(
         "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from collections.abc import Mapping
@@ -69,12 +70,12 @@ def is_own(cls: type) -> bool:
 
 
 def strategy_named(strategy: str | Strategy) -> Strategy:
-    """Return a strategy by its name, or the value itself.
+    """Return a strategy by its name, by its name with values, "regeneration(windows=rest)", or the value itself.
 
     Raises OptionError for anything else, and for a strategy that can't travel with a graph.
     """
     if isinstance(strategy, str):
-        strategy = _of_defaults(strategy)
+        strategy = _as_written(strategy)
     if isinstance(strategy, type) or not hasattr(strategy, "site_works"):
         raise OptionError(f"strategy={strategy!r} is neither a name nor a strategy value such as gtp_fx.GTP(alpha=0.2)")
     if isinstance(strategy, Grouping):
@@ -82,17 +83,43 @@ def strategy_named(strategy: str | Strategy) -> Strategy:
     return strategy
 
 
-def _of_defaults(name: str) -> Strategy:
+def _as_written(text: str) -> Strategy:
+    """Return the strategy of "name" or "name(field=value, …)"."""
+    name, bracket, _ = text.partition("(")
     if name not in STRATEGIES:
         known = ", ".join(map(repr, (AUTO, *STRATEGIES)))
         raise OptionError(
-            f"strategy={name!r} is unknown; give one of {known}, or a value such as gtp_fx.GTP(alpha=0.2)"
+            f"strategy={text!r} is unknown; give one of {known}, one with values such as 'gtp(alpha=0.2)', or a value "
+            f"such as gtp_fx.GTP(alpha=0.2)"
         )
+    cls = STRATEGIES[name]
+    given = _values(text) if bracket else {}
+    known = [field.name for field in fields(cls) if field.init]
+    if unknown := [field for field in given if field not in known]:
+        raise OptionError(f"strategy={text!r}: {name} has no {unknown[0]}; it has {', '.join(known) or 'no values'}")
     try:
-        return STRATEGIES[name]()  # type: ignore[no-any-return]
+        return cls(**given)  # type: ignore[no-any-return]
     except TypeError as error:
         raise OptionError(
-            f"strategy={name!r}: {STRATEGIES[name].__name__} has fields without defaults, so give a value ({error})"
+            f"strategy={text!r}: {cls.__name__} has fields without defaults, so give them values ({error})"
+        ) from error
+
+
+def _values(text: str) -> dict[str, Any]:
+    """Return the values in "name(field=value, …)": numbers, True, False, None, tuples of these, and words."""
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
+            raise ValueError
+        if any(value.arg is None for value in call.keywords):
+            raise ValueError
+        return {
+            str(value.arg): value.value.id if isinstance(value.value, ast.Name) else ast.literal_eval(value.value)
+            for value in call.keywords
+        }
+    except (SyntaxError, ValueError) as error:
+        raise OptionError(
+            f"strategy={text!r} can't be read; write a name and its values, such as 'gtp(alpha=0.2, graph=spatial)'"
         ) from error
 
 
