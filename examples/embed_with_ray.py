@@ -19,13 +19,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
-import ray
 import torch
 import typer
 from PIL import Image
-from pyarrow.dataset import dataset, field
-from ray.data.checkpoint import CheckpointConfig
 
 import gtp_fx
 from gtp_fx.cli.models import load_named
@@ -101,7 +97,9 @@ class Embed:
                 self.run = torch.export.load(file).module()
 
     @torch.no_grad()
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+    def __call__(self, batch: dict[str, np.ndarray]) -> Any:
+        import pyarrow as pa
+
         images = torch.from_numpy(np.array(batch["image"])).to(self.device)
         rows = self.run(images).float().cpu().numpy()
         width, broken = rows.shape[1], np.array([bool(error) for error in batch["error"]])
@@ -122,6 +120,10 @@ def main(
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Download its weights.")] = False,
     eager: Annotated[bool, typer.Option("--eager", help="Compile nothing: for a few pictures.")] = False,
 ) -> None:
+    import ray  # here, so that --help answers without it
+    from pyarrow.dataset import dataset, field
+    from ray.data.checkpoint import CheckpointConfig
+
     format = "torch" if eager else "aoti"
     asked = {"model": model, "flops_budget": flops_budget, "pretrained": pretrained, "format": format}
     about = made(out, asked)

@@ -56,7 +56,10 @@ ScheduleText = Annotated[
         autocompletion=completion.schedules,
     ),
 ]
-_STRATEGY = f"Which tokens are removed, and what becomes of them: {', '.join(completion.STRATEGIES)}."
+_STRATEGY = (
+    f"Which tokens are removed, and what becomes of them: {', '.join(completion.STRATEGIES)}; with values as in "
+    "'gtp(alpha=0.2)'."
+)
 Strategy = Annotated[str, typer.Option(help=_STRATEGY, autocompletion=completion.strategies)]
 Strategies = Annotated[
     list[str] | None,

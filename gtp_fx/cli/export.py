@@ -62,7 +62,8 @@ def export(
     save_schedule: Annotated[
         Path | None,
         typer.Option(
-            help="Also write the schedule to this JSON file, which --schedule reads to make the same model again."
+            help="Also write the schedule to this JSON file, for --schedule. It doesn't hold the strategy: give the "
+            "same --strategy again."
         ),
     ] = None,
     as_json: AsJson = False,

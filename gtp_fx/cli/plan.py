@@ -21,7 +21,7 @@ from gtp_fx.cli.arguments import (
     NumClasses,
     Output,
     ScheduleText,
-    Strategy,
+    Strategies,
     Targets,
     budgets,
     built_with,
@@ -42,15 +42,15 @@ def plan(
     latency_budget: LatencyBudgets = None,
     target: Targets = None,
     schedule: ScheduleText = DEFAULTS["schedule"],
-    strategy: Strategy = DEFAULTS["strategy"],
+    strategy: Strategies = None,
     output: Output = DEFAULTS["output"],
     batch: Batch = DEFAULTS["batch"],
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw tokens per block, for every budget and target, to this PNG.")
+        Path | None, typer.Option(help="Draw tokens per block, for every budget, target and strategy, to this PNG.")
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(help="Write the schedule to this JSON file; one budget and one target only.")
+        Path | None, typer.Option(help="Write the schedule to this JSON file; one budget, target and strategy only.")
     ] = None,
     num_classes: NumClasses = None,
     img_size: ImgSize = None,
@@ -65,16 +65,18 @@ def plan(
     from gtp_fx.report.plots import must_draw, must_have_folder, plot_tokens
 
     with explaining():
-        wanted = itertools.product(target or ["auto"], budgets(flops_budget, latency_budget, schedule))
+        strategies = strategy or [DEFAULTS["strategy"]]
+        wanted = itertools.product(target or ["auto"], budgets(flops_budget, latency_budget, schedule), strategies)
         options = [
-            Options.of(**option_values(*budget, schedule, strategy, processor, batch, output=output))
-            for processor, budget in wanted
+            Options.of(**option_values(*budget, schedule, name, processor, batch, output=output))
+            for processor, budget, name in wanted
         ]
         if save is not None and len(options) != 1:
             raise OptionError(
-                f"--save keeps one schedule, but {len(options)} were asked for: give one budget and one target"
+                f"--save keeps one schedule, but {len(options)} were asked for: give one budget, one target and one "
+                f"strategy"
             )
-        tell_of_auto([strategy])
+        tell_of_auto(strategies)
         must_draw(plot)
         must_have_folder(save)
         arguments = built_with(num_classes, img_size, model_arg)

@@ -82,6 +82,9 @@ def show(
         title = (
             f"{loaded.name}, weights: {loaded.weights_origin}; {fast.report.flops_ratio:.3f} of its FLOPs, {strategy}"
         )
+        if resting := sum(bool(site.window_tokens) for site in fast.report.sites):
+            typer.echo(f"{resting} of {len(fast.report.sites)} sites are not drawn: whole windows rest there", err=True)
+            title += f"; {resting} sites where windows rest are not drawn"
         draw_token_flow(views, as_seen(loaded.model, pixels), title, out)
     if as_json:
         about = {"model": loaded.name, "weights": loaded.weights_origin, "picture": str(out)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -245,13 +246,20 @@ class OptimizedModel(nn.Module):
 
         Call it as the model will be called: within `torch.inference_mode()`, autocast and so on. The model is called
         with its example inputs, repeated, in every form that it has by now; in inference mode with tensors made inside
-        and outside of it. Forward hooks are called, too. With `compile=False` nothing is compiled.
+        and outside of it. Forward hooks are called, too. Where the model is eager, a warning says that nothing is
+        compiled.
 
         Raises OptionError for anything but batch sizes, and InputError in training mode, which would change the model.
         """
         sizes = checked_batches(batches)
         if self.training:
             raise InputError("warm_up in training mode would change what the model keeps of its inputs: call eval()")
+        if not self._gtp.compiles:
+            warnings.warn(
+                "warm_up: this model isn't compiled, so there is nothing to warm up: optimize(…, compile=True) or "
+                "load(…, compile=True)",
+                stacklevel=2,
+            )
         for model in (self, *self._gtp.forms):
             warm(model, model.captured_graph, model.signature, sizes, model._gtp.compiles)
 

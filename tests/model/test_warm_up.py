@@ -18,6 +18,7 @@ from gtp_fx.model.sections import program
 
 from support.batches import Joined
 from support.plain_vit import PlainViT, built, images
+from support.tiny_vit import TinyViT, pictures
 
 BATCHES = (1, 2, 5, 32)
 
@@ -124,3 +125,9 @@ def test_what_cant_be_warmed_up_is_refused() -> None:
     fast.train()
     with pytest.raises(InputError, match="call eval"):
         fast.warm_up()
+
+
+def test_an_eager_model_has_nothing_to_warm_up_and_says_so() -> None:
+    fast = gtp_fx.optimize(TinyViT(), flops_budget=0.9, example_inputs=(pictures(),), compile=False)
+    with pytest.warns(UserWarning, match="isn't compiled"), torch.no_grad():
+        fast.warm_up((2,))
