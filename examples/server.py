@@ -237,6 +237,11 @@ class Server(ThreadingHTTPServer):
         return 200, {"classes": [{"class": number, "probability": share} for number, share in pairs]}
 
 
+def interrupt(*_: object) -> None:
+    """End like by Ctrl-C, which itself is ignored where a shell started the server in the background."""
+    raise KeyboardInterrupt
+
+
 def main(
     model: Annotated[str, typer.Option(help="timm's name.")] = "test_vit",
     flops_budget: Annotated[float, typer.Option(help="FLOPs after / before at most.")] = 0.74,
@@ -267,7 +272,7 @@ def main(
     server = Server((host, port), batcher, timeout)
     warm = f"{compilations()} compilations in {time.monotonic() - start:.1f} s"
     print(f"{warm}; listening on http://{host}:{server.server_port}", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

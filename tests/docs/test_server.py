@@ -110,5 +110,10 @@ def test_it_runs_as_it_stands_and_stops_when_told() -> None:
             assert ask(f"{found[1]}/classify", png(load_photo()))[0] == 200
         finally:
             process.send_signal(signal.SIGTERM)
-        assert "1 answers: 50% within" in process.stdout.read()
+        try:
+            said, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        assert "1 answers: 50% within" in said
     assert process.returncode == 0
