@@ -68,7 +68,8 @@ def load_cache(file: str | Path) -> None:
     """Put compiled code that `gtp_fx.export` wrote where torch looks for it; call it before the model's first call.
 
     The same model, optimised with the same options by the same torch, then compiles nothing: what remains of the first
-    call is tracing. Any other model compiles as ever.
+    call is tracing, and small programs by which torch may ask what the processor can do. Any other model compiles as
+    ever.
 
     The file holds pickles and machine code, which run: load only what you trust.
 
