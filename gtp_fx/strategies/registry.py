@@ -94,9 +94,9 @@ def _as_written(text: str) -> Strategy:
         )
     cls = STRATEGIES[name]
     given = _values(text) if bracket else {}
-    known = [field.name for field in fields(cls) if field.init]
-    if unknown := [field for field in given if field not in known]:
-        raise OptionError(f"strategy={text!r}: {name} has no {unknown[0]}; it has {', '.join(known) or 'no values'}")
+    own = [field.name for field in fields(cls) if field.init]
+    if unknown := [field for field in given if field not in own]:
+        raise OptionError(f"strategy={text!r}: {name} has no {unknown[0]}; it has {', '.join(own) or 'no values'}")
     try:
         return cls(**given)  # type: ignore[no-any-return]
     except TypeError as error:
