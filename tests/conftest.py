@@ -57,6 +57,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@pytest.fixture
+def fresh_dynamo() -> Generator[None, None, None]:
+    """Let Dynamo know nothing of what other cases compiled, nor others of this one."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what was imported stays

@@ -38,7 +38,7 @@ from gtp_fx.model.methods import method_taking
 from gtp_fx.model.modes import parts_apart, parts_with_modes
 from gtp_fx.model.parameters import SHARED, class_like, lend, names_of, names_read, read_from, stand_for
 from gtp_fx.model.pipeline import Optimised, run_passes
-from gtp_fx.model.runner import make_runner, runner_telling_kept
+from gtp_fx.model.runner import make_runner, runner_with_kept
 from gtp_fx.model.saving.card import Evaluated
 from gtp_fx.model.saving.write import save
 from gtp_fx.model.sizes import add_form, form_taking, prepare
@@ -212,31 +212,31 @@ class OptimizedModel(nn.Module):
                 'with_kept_tokens: the outputs of this model have all tokens; optimize it with output="reduced", or '
                 "call with_provenance, which says which of them remained to the end"
             )
-        output, kept, _ = self._run(args, kwargs, told=True)
+        output, kept, _ = self._run(args, kwargs, with_kept=True)
         return (output[0], kept[0]) if self._gtp.taps else (output, kept)
 
     def kept_by_output(self, *args: Any, **kwargs: Any) -> list[KeptTokens | None]:
         """Return the same for each output, in a flat list, by the numbers of `returned`."""
-        kept: list[KeptTokens | None] = self._run(args, kwargs, told=True)[2]
+        kept: list[KeptTokens | None] = self._run(args, kwargs, with_kept=True)[2]
         return kept
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], told: bool = False) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], with_kept: bool = False) -> Any:
         """Return what the graph of the current mode does. told: also which tokens its outputs have."""
         form, args, kwargs = self._form_taking(args, kwargs)
         if form is not self:
-            return form._run(args, kwargs, told)
+            return form._run(args, kwargs, with_kept)
         if is_traced():  # what traces this has guards of its own
-            return self._runner(self._mode(), told).run(*args, **kwargs)
+            return self._runner(self._mode(), with_kept).run(*args, **kwargs)
         while True:
             with running(self._gtp.modules):  # not while another thread traces them
                 mode = self._mode()
-                runner = self._gtp.runners.get((mode, device_of(self), told))
+                runner = self._gtp.runners.get((mode, device_of(self), with_kept))
                 if runner is not None and not following.must_be_made_anew(self._gtp, runner.watch):
                     lend(runner.graph_module, self, runner.top)
                     if clash := clashes(runner.casts):
                         raise InputError(clash)
                     return runner.run(*args, **kwargs)
-            self._runner(mode, told)
+            self._runner(mode, with_kept)
 
     def warm_up(self, batches: Sequence[int] = (1, 8)) -> None:
         """Compile what later calls need, in the mode that this is called in, so that none of them waits.
@@ -445,20 +445,20 @@ class OptimizedModel(nn.Module):
             state.chosen = Chosen(made.schedule, made.strategy, made.report)
         return Made(captured, made)
 
-    def _runner(self, mode: Mode, told: bool = False) -> Runner:
+    def _runner(self, mode: Mode, with_kept: bool = False) -> Runner:
         """Return what runs one mode on the present device, made at its first use.
 
-        told: what also tells which tokens the outputs have.
+        with_kept: one that also returns which tokens the outputs have.
         """
         state, device = self._gtp, device_of(self)
-        key = (mode, device, told)
+        key = (mode, device, with_kept)
         found = state.runners.get(key)
         if found is None:
             with tracing(state.original), tracing_lock(), internal_errors_reported():
                 if key not in state.runners:  # another thread may have made it meanwhile
                     made = self._made(mode)
                     state.modules = modules_of(state.original)
-                    make = runner_telling_kept if told else make_runner
+                    make = runner_with_kept if with_kept else make_runner
                     runner = make(made, state, self, device, self.inductor_options)
                     if mode == self._mode(training=False):  # whose graph calls no layer that depends on its mode
                         state.parts = parts_with_modes(state.original, runner.watch.called)

@@ -54,7 +54,7 @@ def make_runner(
     return Runner(run, graph_module, top_names(graph_module), watch, frozenset(known.get(AUTOCAST, ())))
 
 
-def runner_telling_kept(
+def runner_with_kept(
     made: Made, state: State, owner: nn.Module, device: torch.device, inductor: Mapping[str, Any]
 ) -> Runner:
     """Return what runs a graph as `make_runner`'s does, and returns its output and the `KeptTokens` of it."""

@@ -86,7 +86,7 @@ class State:
     modules: identities of the original's modules, by which threads take turns.
     parts: the modules inside whose forward may depend on their mode.
     graphs: the graphs, by mode.
-    runners: what runs them, by mode, device, and whether the tokens that were kept are told as well.
+    runners: what runs them, by mode, device, and whether they also return which tokens were kept.
     methods: optimised methods of the original, by name.
     any_size: whether a call of another image size makes a form for it.
     forms: the optimised models of other forms of call, over the same original.
