@@ -46,7 +46,7 @@ print(json.dumps([cache_misses(), len(libraries() - there), len(there), found.to
 
 @pytest.mark.nightly
 def test_another_process_compiles_nothing(tmp_path: Path) -> None:
-    torch.compile(lambda x: x.sin() + 1)(torch.ones(8))  # what torch has asked of the processor before is asked again
+    torch.compile(lambda x: x.sin() + 1)(torch.ones(8))  # what it has asked of the processor by then isn't in the file
     fast = small(depth=2)
     fast.save_pretrained(tmp_path / "saved")
     written = gtp_fx.export(fast, tmp_path / "small.cache")

@@ -61,20 +61,7 @@ def fresh_compiler_cache() -> Iterator[Path]:
     """
     manager = importlib.import_module("torch.compiler._cache").CacheArtifactManager
     with importlib.import_module("torch._inductor.utils").fresh_cache(), manager.with_fresh_cache():
-        _forget_probes()
         yield compiler_cache()
-
-
-def _forget_probes() -> None:
-    """Let torch ask the C++ compiler anew which instructions it can use here. Public: none.
-
-    Its answers are libraries in Inductor's folder, and are kept in the process besides.
-    """
-    module = importlib.import_module("torch._inductor.cpu_vec_isa")
-    holders = [module, *(value for value in vars(module).values() if isinstance(value, type))]
-    for value in [value for holder in holders for value in vars(holder).values()]:
-        if hasattr(value, "cache_clear"):
-            value.cache_clear()
 
 
 def name_memory_formats() -> None:
