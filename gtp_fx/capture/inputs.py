@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,15 @@ from torch.utils import _pytree as pytree
 from gtp_fx.capture.snapshots import is_same
 from gtp_fx.capture.wrapped import must_be_traceable, passed_on
 from gtp_fx.errors import CaptureError, InputError
+from gtp_fx.graph.torch_internals import is_fake
 
 _BATCH = 2
 """Images in an example input. torch.export would specialise the graph to a batch of one."""
+
+_MOST_VALUES = 4096
+"""The most entries of an input whose values a graph may be made for; they are compared at every call."""
+_RANK = 2
+"""The most dimensions of such an input: sizes by image, lengths, a mask of tokens; and no picture in whole numbers."""
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -31,11 +37,16 @@ class CallSignature:
     parameters: signature of the model's forward.
     args: positional arguments in canonical form; tensors are examples with at least two images.
     kwargs: keyword arguments, likewise.
+    given: the call that they were made of, in canonical form.
+    fixed: whether the values of integer tensors are part of the form, and every size, the first one included: the
+        examples are the call as it was given.
     """
 
     parameters: inspect.Signature
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    given: Call | None = None
+    fixed: bool = False
 
     def like(self, model: nn.Module, was: torch.dtype | None) -> CallSignature:
         """Return the signature with its examples on `model`'s device. Examples of dtype `was` get `model`'s dtype.
@@ -50,7 +61,20 @@ class CallSignature:
             return example.to(device, dtype if dtype is not None and example.dtype == was else example.dtype)
 
         args, kwargs = pytree.tree_map_only(Tensor, moved, (self.args, self.kwargs))
-        return CallSignature(self.parameters, args, kwargs)
+        given = None if self.given is None else pytree.tree_map_only(Tensor, moved, self.given)
+        return replace(self, args=args, kwargs=kwargs, given=given)
+
+    def with_fixed_values(self) -> CallSignature | None:
+        """Return the signature of calls with the same sizes and the same integers; None where none are held by it."""
+        if self.fixed or self.given is None or not any(map(holds_values, pytree.tree_leaves(self.given))):
+            return None
+        args, kwargs = self.given
+        return replace(self, args=args, kwargs=kwargs, fixed=True)
+
+    @property
+    def described(self) -> str:
+        """The form as text: "(float32[*, 3, 224, 224])"; with the values that are part of it."""
+        return describe(self.args, self.kwargs, self.fixed)
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Return a call's arguments in canonical form. Raises InputError where forward doesn't take them."""
@@ -62,11 +86,17 @@ class CallSignature:
     def is_form_of(self, call: Call, any_size: bool = False) -> bool:
         """Return whether a call in canonical form has this form, or differs from it only in the tensors' sizes.
 
-        any_size: whether sizes may differ.
+        any_size: whether sizes may differ, and values that are part of the form.
+
+        Raises InputError where values are part of the form and the call is traced, so that it has none.
         """
         mine, my_spec = pytree.tree_flatten((self.args, self.kwargs))
         theirs, their_spec = pytree.tree_flatten(call)
-        return my_spec == their_spec and all(_same_form(*leaves, any_size) for leaves in zip(mine, theirs, strict=True))
+        if my_spec != their_spec:
+            return False
+        pairs = list(zip(mine, theirs, strict=True))
+        alike = all(_same_form(*leaves, any_size) for leaves in pairs)
+        return alike and (any_size or not self.fixed or all(_is_same_call(*leaves) for leaves in pairs))
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any], any_size: bool = False) -> bool:
         """Return whether a call has this form, or differs from it only in the tensors' sizes where `any_size`."""
@@ -86,7 +116,8 @@ class CallSignature:
         """Return the signature of a call that differs from this one only in sizes, with examples of its own.
 
         They hold no more than two images where each tensor holds as many, so that a large batch isn't kept, and are of
-        this signature's dtypes, whatever the call's are under autocast.
+        this signature's dtypes, whatever the call's are under autocast. Where values are part of the form, they are
+        the call's own.
         """
         batches = {tensor.shape[0] for tensor in tensors_in(call) if tensor.ndim}
         most = _BATCH if len(batches) == 1 else None
@@ -94,11 +125,13 @@ class CallSignature:
         def example(mine: Any, theirs: Any) -> Any:
             if not isinstance(theirs, Tensor):
                 return theirs
+            if self.fixed:
+                return theirs.detach().clone().to(mine.dtype)
             return _two_images(theirs.detach()[:most].clone() if theirs.ndim else theirs).to(mine.dtype)
 
         with torch.inference_mode(False):  # what is made in it can't be traced with gradients
             args, kwargs = pytree.tree_map(example, (self.args, self.kwargs), call)
-        return CallSignature(self.parameters, args, kwargs)
+        return replace(self, args=args, kwargs=kwargs, given=(args, kwargs) if self.fixed else None)
 
 
 def call_signatures(model: nn.Module, example_inputs: Any) -> tuple[CallSignature, ...]:
@@ -147,8 +180,9 @@ def signature_of(model: nn.Module, call: Call) -> CallSignature:
         args, kwargs = canonical_arguments(parameters, *call)
     except TypeError as error:
         raise CaptureError(f"example_inputs don't fit {type(model).__name__}.forward{parameters}: {error}") from error
-    args, kwargs = pytree.tree_map_only(Tensor, _two_images, (args, kwargs))
-    return CallSignature(parameters, args, kwargs)
+    given = args, kwargs
+    args, kwargs = pytree.tree_map_only(Tensor, _two_images, given)
+    return CallSignature(parameters, args, kwargs, given)
 
 
 def canonical_arguments(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -220,11 +254,23 @@ def _dtype(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
-def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Return the arguments' form as text, with * for the batch: "(float32[*, 3, 224, 224])"."""
+def holds_values(leaf: Any) -> bool:
+    """Return whether an argument is a tensor of integers, few enough for a graph to be made for their values."""
+    few = isinstance(leaf, Tensor) and leaf.ndim <= _RANK and leaf.numel() <= _MOST_VALUES
+    return few and not (leaf.is_floating_point() or leaf.is_complex())
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any], fixed: bool = False) -> str:
+    """Return the arguments' form as text, with * for the batch: "(float32[*, 3, 224, 224])".
+
+    fixed: with every size, and the values of integer tensors: "(float32[64, 384], grid_thw=int64 [[1, 8, 8]])".
+    """
 
     def of_any_batch(value: Tensor) -> str:
-        return f"{_dtype(value)}[{', '.join(['*', *map(str, value.shape[1:])]) if value.ndim else ''}]"
+        if fixed and holds_values(value) and not is_fake(value):
+            return f"{_dtype(value)} {value.tolist()}"
+        sizes = [str(size) for size in value.shape]
+        return f"{_dtype(value)}[{', '.join(sizes if fixed else ['*', *sizes[1:]]) if value.ndim else ''}]"
 
     parts = [shown(v, of_any_batch) for v in args] + [f"{k}={shown(v, of_any_batch)}" for k, v in kwargs.items()]
     return f"({', '.join(parts)})"
@@ -232,17 +278,20 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 def refusal(forms: Sequence[CallSignature], call: Call) -> str:
     """Return the message for a call that has none of the forms that a model was optimised for."""
-    known = " or ".join(describe(form.args, form.kwargs) for form in forms)
+    known = " or ".join(form.described for form in forms)
+    fixed = any(form.fixed for form in forms)
     if any(map(is_array, pytree.tree_leaves(call))):
         what = "torch.as_tensor makes a tensor of an array"
     elif any(form.is_form_of(call, any_size=True) for form in forms):
         what = "sizes='any' takes any size, with a graph for each, and example_inputs=[…] those that you give"
     else:
         what = "for another, call gtp_fx.optimize(model, example_inputs=…) again with such inputs"
-    return (
-        f"this model was optimised for {known} and called with {describe(*call)}: a graph accepts any batch size, but "
-        f"only its own form; {what}"
+    takes = (
+        "the model's forward reads these integers, so a graph is for them and these sizes alone"
+        if fixed
+        else "a graph accepts any batch size, but only its own form"
     )
+    return f"this model was optimised for {known} and called with {describe(*call, fixed)}: {takes}; {what}"
 
 
 def _same_form(mine: Any, theirs: Any, any_size: bool = False) -> bool:
@@ -254,6 +303,23 @@ def _same_form(mine: Any, theirs: Any, any_size: bool = False) -> bool:
     # Floating-point dtypes may differ: under autocast, or where the weights were replaced by some of another dtype.
     same_kind = mine.dtype == theirs.dtype or (mine.is_floating_point() and theirs.is_floating_point())
     return bool(same_kind and mine.ndim == theirs.ndim and (any_size or mine.shape[1:] == theirs.shape[1:]))
+
+
+def _is_same_call(mine: Any, theirs: Any) -> bool:
+    """Return whether two leaves of one form have the same sizes, and the same values where those are few integers.
+
+    Raises InputError where a value is asked for that isn't known, since the call is traced.
+    """
+    if not isinstance(mine, Tensor):
+        return True
+    if mine.shape != theirs.shape or not holds_values(mine):
+        return bool(mine.shape == theirs.shape)
+    if is_fake(theirs):
+        raise InputError(
+            f"this model's graph is for {_dtype(mine)} {mine.tolist()} alone, which is compared at every call, and "
+            f"what traces the call doesn't know its values: trace fast.graph_module, which doesn't compare them"
+        )
+    return bool(mine.tolist() == theirs.tolist())
 
 
 def _split(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -15,6 +15,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from gtp_fx.capture.failed_calls import drop_failed_calls
 from gtp_fx.capture.flex_attention import open_flex_attention
 from gtp_fx.capture.fused_layers import without_fused_layers
 from gtp_fx.capture.hooks import without_user_hooks
-from gtp_fx.capture.inputs import CallSignature, describe
+from gtp_fx.capture.inputs import CallSignature
+from gtp_fx.capture.known_values import with_known_values
 from gtp_fx.capture.layers import LAYER, USED, mark_layers, plain_calls, used_paths
 from gtp_fx.capture.regions import AUTOCAST, opened, write_out
 from gtp_fx.capture.side_effects import Left, left_by_each_call, watched
@@ -55,12 +57,35 @@ def capture_module(
 ) -> fx.GraphModule:
     """Return the graph of `model` called with `signature`, in training or evaluation mode. `model` is not changed.
 
+    signature: where its values are fixed, the graph is for those, and for as many images.
     apart: paths of modules that are in the other mode, each by itself.
 
     Raises CaptureError where torch.export fails, or where the forward changes the model's state at every call.
     """
     with tracing(model):
         return _captured(model, signature, training, apart)
+
+
+def capture_call(
+    model: nn.Module, signature: CallSignature, training: bool = False, apart: Sequence[str] = ()
+) -> tuple[fx.GraphModule, CallSignature]:
+    """Return what `capture_module` does, and the signature of the calls that the graph is for.
+
+    Where a forward can't be captured otherwise, it is captured for the values of the integers that it is called with,
+    and for as many images: the signature is then one with fixed values.
+
+    Raises CaptureError where neither is possible.
+    """
+    try:
+        return capture_module(model, signature, training, apart), signature
+    except CaptureError as error:
+        fixed = signature.with_fixed_values()
+        if fixed is None:
+            raise
+        try:
+            return capture_module(model, fixed, training, apart), fixed
+        except CaptureError as second:
+            raise CaptureError(f"{error}\nNor can it be for the values of its integers alone: {second}") from error
 
 
 def _captured(model: nn.Module, signature: CallSignature, training: bool, apart: Sequence[str]) -> fx.GraphModule:
@@ -90,7 +115,7 @@ def _captured(model: nn.Module, signature: CallSignature, training: bool, apart:
         except (CaptureError, *OUT_OF_MEMORY):
             raise
         except Exception as error:
-            given = describe(signature.args, signature.kwargs)
+            given = signature.described
             why = what_to_give(model) or _explained(error)
             raise CaptureError(f"{model._get_name()} with {given} can't be captured: {why}") from error
     # In training mode, statistics are updated for evaluation to read.
@@ -216,10 +241,12 @@ def export_batched(
     non-strict export's first error where all fail.
     """
     called, signature = _named_arguments(model, signature)
+    if signature.fixed:
+        called = with_known_values(called, signature)
     # torch.export marks the tensors it is given as dynamic, and leaves the marks where it fails: the user's stay as is.
     args, kwargs = pytree.tree_map_only(Tensor, _alias, (signature.args, signature.kwargs))
-    signature = CallSignature(signature.parameters, args, kwargs)
-    dynamic = _by_name(signature, lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None)
+    signature = replace(signature, args=args, kwargs=kwargs)
+    dynamic = None if signature.fixed else _by_name(signature, lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None)
     export = functools.partial(torch.export.export, called, signature.args, signature.kwargs, dynamic_shapes=dynamic)
 
     def traced() -> tuple[torch.export.ExportedProgram, list[str]]:
@@ -233,6 +260,8 @@ def export_batched(
     except OUT_OF_MEMORY:
         raise
     except Exception as error:
+        if signature.fixed:
+            raise
         if _fixed_batch(error):
             with contextlib.suppress(Exception), _lengths_as_sizes():
                 return traced()
@@ -294,7 +323,7 @@ def _named_arguments(model: nn.Module, signature: CallSignature) -> tuple[nn.Mod
     named = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     named += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
     spelled = signature.parameters.replace(parameters=named)
-    return CalledAs(model, model.forward, spelled), CallSignature(spelled, signature.args, signature.kwargs)
+    return CalledAs(model, model.forward, spelled), replace(signature, parameters=spelled)
 
 
 @contextlib.contextmanager

@@ -23,9 +23,9 @@ from torch import Tensor, fx, nn
 
 from gtp_fx.analysis.returned_tokens import ReturnedTokens
 from gtp_fx.capture.autocast_casts import clashes
-from gtp_fx.capture.inputs import CallSignature, describe, device_of, dtype_of, tensors_in
+from gtp_fx.capture.inputs import CallSignature, device_of, dtype_of, tensors_in
 from gtp_fx.capture.layers import OWN_CALLS
-from gtp_fx.capture.module import capture_module
+from gtp_fx.capture.module import capture_call, capture_module
 from gtp_fx.capture.snapshots import attributes_of
 from gtp_fx.capture.tapped import with_taps
 from gtp_fx.capture.turns import modules_of, running, tracing
@@ -165,7 +165,7 @@ class OptimizedModel(nn.Module):
         Each has a graph, a schedule and a report of its own, over the same parameters.
         """
         forms = (self, *self._gtp.forms)
-        return MappingProxyType({describe(f._gtp.signature.args, f._gtp.signature.kwargs): f for f in forms})
+        return MappingProxyType({f._gtp.signature.described: f for f in forms})
 
     @property
     def training(self) -> bool:  # type: ignore[override]
@@ -422,7 +422,12 @@ class OptimizedModel(nn.Module):
         if made is None:
             with internal_errors_reported():
                 whole, (training, _, apart) = with_taps(state.original, state.taps), mode
-                captured = capture_module(whole, self.signature, training, apart)
+                if state.graphs:
+                    captured = capture_module(whole, self.signature, training, apart)
+                else:
+                    captured, signature = capture_call(whole, self.signature, training, apart)
+                    if signature.fixed:
+                        state.signature = signature
                 read_from(captured, self, names_of(state.original))
                 made = state.graphs[mode] = self._rewritten(captured)
         elif not state.own_calls <= made.captured.meta[OWN_CALLS]:

@@ -9,8 +9,8 @@ from torch import nn
 
 from gtp_fx.analysis.returned_tokens import returned_tokens
 from gtp_fx.analysis.typed_graph import typed_graph
-from gtp_fx.capture.inputs import CallSignature, call_signature
-from gtp_fx.capture.module import capture_module
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.module import capture_call
 from gtp_fx.capture.wrapped import without_compiling
 from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.pipeline import run_exact_passes
@@ -29,8 +29,8 @@ class Planner:
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
         model = without_compiling(model)
         with internal_errors_reported():
-            self._signature: CallSignature = call_signature(model, example_inputs)
-            self._captured = capture_module(model, self._signature, training=False)
+            signature = call_signature(model, example_inputs)
+            self._captured, self._signature = capture_call(model, signature)
 
     def plan(self, options: Options) -> Forecast:
         """Return the forecast for one set of options. Raises what `optimize` raises for the same options."""

@@ -9,8 +9,8 @@ from torch import nn
 
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.typed_graph import typed_graph
-from gtp_fx.capture.inputs import call_signature, describe
-from gtp_fx.capture.module import capture_module
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.module import capture_call
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.model.internal_errors import internal_errors_reported
@@ -111,11 +111,11 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
     Raises CaptureError where the graph can't be captured.
     """
     with internal_errors_reported():
-        signature = call_signature(model, example_inputs)
-        exact = run_exact_passes(capture_module(model, signature, training=False), Options.of(flops_budget=1.0))
+        captured, signature = capture_call(model, call_signature(model, example_inputs))
+        exact = run_exact_passes(captured, Options.of(flops_budget=1.0))
         typed = typed_graph(exact.graph_module.graph)
         return Inspection(
-            inputs=describe(signature.args, signature.kwargs),
+            inputs=signature.described,
             flops=exact.original.flops,
             exact_flops=exact.steps[-1].flops,
             blocks=tuple(map(_row, typed.blocks)),

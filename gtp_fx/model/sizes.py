@@ -54,7 +54,7 @@ def must_be_calibrated_for(options: Options, signatures: Sequence[CallSignature]
     for args, kwargs in () if options.calibration is None else calls_of(options.calibration):
         if any(signature.takes(args, kwargs, any_size) for signature in signatures):
             continue
-        known = " or ".join(describe(form.args, form.kwargs) for form in signatures)
+        known = " or ".join(form.described for form in signatures)
         same = any(len(args) == len(form.args) and kwargs.keys() == form.kwargs.keys() for form in signatures)
         advice = "with images of the size that the model is called with" if same else "without labels and the like"
         raise InputError(
@@ -102,7 +102,7 @@ def add_form(state: State, signature: CallSignature, make: Make, for_good: bool 
 
     Raises what `optimize` raises, with the form.
     """
-    form, options = describe(signature.args, signature.kwargs), state.options
+    form, options = signature.described, state.options
     if not isinstance(options.schedule, str):
         options = replace(options, schedule=state.settled.schedule)
     if isinstance(options.strategy, Auto):  # chosen once, for the first form
@@ -110,7 +110,7 @@ def add_form(state: State, signature: CallSignature, make: Make, for_good: bool 
     try:
         model = make(state.original, signature, options, state.blocks_needed, state.taps)
     except ScheduleError as error:
-        first = describe(state.signature.args, state.signature.kwargs)
+        first = state.signature.described
         raise ScheduleError(
             f"{form} has other tokens than {first}, for which schedule= gives the counts: give a budget, by which each "
             f"size is planned for itself, or optimize the model for this size alone"

@@ -57,6 +57,7 @@ from gtp_fx.graph.torch_internals.tracing import (
     restarts_dynamo,
     trace_functional,
     tracing_lock,
+    untraced,
 )
 from gtp_fx.graph.torch_internals.values import (
     fake_mode,
@@ -118,5 +119,6 @@ __all__ = [
     "take_signature",
     "trace_functional",
     "tracing_lock",
+    "untraced",
     "written_to",
 ]

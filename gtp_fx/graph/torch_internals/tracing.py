@@ -131,6 +131,15 @@ def _has_proxies() -> bool:
     return before or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """Compute for real in this context, while this thread traces: no mode sees what is called. Public: none."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
 def tracing_lock() -> AbstractContextManager[Any]:
     """Return the lock that Dynamo holds when it calls a backend, as a context. Public: none."""
     return cast("AbstractContextManager[Any]", importlib.import_module("torch._dynamo.convert_frame").compile_lock)
