@@ -40,7 +40,8 @@ Edge = tuple[fx.Node, fx.Node]
 """A node, and one of its operands."""
 
 TOKENS = "gtp_tokens"
-"""Meta key of an argument [B, N, C] that is a stream of tokens: its `TokenAxis` (`passes/exact/mark_tokens.py`)."""
+"""Meta key of an argument [B, N, C], or of rows, that is a stream of tokens: its `TokenAxis`
+(`passes/exact/mark_tokens.py`)."""
 
 AS_LEFT = "gtp_as_left"
 """Meta key of the output node: maps of tokens are returned as they are left (`passes/exact/mark_outputs.py`)."""
@@ -172,6 +173,8 @@ def _answer(node: fx.Node, types: dict[fx.Node, Output]) -> RuleResult | None:
     if not isinstance(value, torch.Tensor | list | tuple):
         return None
     call = Call(node, types)
+    if TOKENS in node.meta:
+        return RuleResult(_input_type(node), _whole_operands(call), prefix_operands=NEEDS_ALL)
     rule = find(node.target)
     if rule is None:
         return _barrier(call, "gtp_fx has no rule for this operator (docs/extending.md says how to add one)")

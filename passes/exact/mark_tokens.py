@@ -8,6 +8,8 @@ over it, by the same types and rules as blocks over patches, and where their att
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock
@@ -20,6 +22,7 @@ from gtp_fx.graph.operators import ATTENTION, SOFTMAXES
 from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.fuse_attention import fuse_attention
 from gtp_fx.passes.exact.mark_blocks import mark_blocks
+from gtp_fx.passes.exact.rows_as_batch import ROWS, rows_as_batch
 from gtp_fx.types.infer import TOKENS
 
 
@@ -28,12 +31,24 @@ def mark_tokens(gm: fx.GraphModule, prefix: int | None = None) -> fx.GraphModule
 
     prefix: prefix tokens of each, where the user said how many.
     """
-    names = [node.name for node in gm.graph.nodes if argument_rank_fits(node)]
-    if not names or not count_nodes(gm.graph, (*ATTENTION, *SOFTMAXES)) or blocks_of(with_blocks_marked(gm)):
+    if not count_nodes(gm.graph, (*ATTENTION, *SOFTMAXES)):
         return gm
+    names = [node.name for node in gm.graph.nodes if argument_rank_fits(node)]
+    rows = gm if names else rows_as_batch(gm)
+    if (not names and rows is gm) or blocks_of(with_blocks_marked(gm)):
+        return gm
+    if names:
+        return _marked(gm, names, prefix)
+    propagate_shapes(rows, after=rows_as_batch.__name__)
+    marked = _marked(rows, [node.name for node in rows.graph.nodes if ROWS in node.meta], prefix)
+    return gm if marked is rows else marked
+
+
+def _marked(gm: fx.GraphModule, names: Sequence[str], prefix: int | None) -> fx.GraphModule:
+    """Return a copy of `gm` in which those of some values that are tokens are marked; `gm` where none is."""
     for name in names:
         trial = copy_of(gm)
-        tokens = _argument(trial, name)
+        tokens = _named(trial, name)
         axis = tokens_of(tokens, prefix)
         if isinstance(axis, str):
             if axis:
@@ -45,7 +60,7 @@ def mark_tokens(gm: fx.GraphModule, prefix: int | None = None) -> fx.GraphModule
         # A block at which nothing can be removed proves nothing: channels may have been taken for tokens.
         if not any(b.axis.domain.grid == axis.domain.grid and b.refusal is None for b in blocks_of(spelled)):
             continue
-        if reason := why_no_image(_argument(spelled, name), spelled):
+        if reason := why_no_image(_named(spelled, name), spelled):
             del tokens.meta[TOKENS]
             tokens.meta[NO_TOKENS] = reason
         gm = trial
@@ -64,7 +79,7 @@ def blocks_of(gm: fx.GraphModule) -> tuple[AttentionBlock, ...]:
     return typed_graph(gm.graph).blocks
 
 
-def _argument(gm: fx.GraphModule, name: str) -> fx.Node:
-    (argument,) = (node for node in gm.graph.find_nodes(op="placeholder") if node.name == name)
-    assert isinstance(argument, fx.Node)
-    return argument
+def _named(gm: fx.GraphModule, name: str) -> fx.Node:
+    (found,) = (node for node in gm.graph.nodes if node.name == name)
+    assert isinstance(found, fx.Node)
+    return found

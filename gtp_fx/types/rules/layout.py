@@ -89,6 +89,8 @@ def squeeze(call: Call) -> RuleResult:
     wanted = call.arg(1)
     dims = {d % len(x) for d in ([wanted] if isinstance(wanted, int) else wanted)}
     kept = tuple(dim for i, dim in enumerate(x) if i not in dims or whole_size(dim) != 1)
+    if any(holds_images(x[d]) for d in dims) and any(axis.domain.level for axis in token_axes(x)):
+        raise NoRule("it drops the dimension of the images, which says whose tokens are left")
     kept = in_rows(kept)
     # All tokens are needed: if only one were computed, its dimension would be removed too.
     tokens = not all(is_plain(x[d]) for d in dims)
