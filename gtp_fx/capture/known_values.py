@@ -2,7 +2,7 @@
 
 A forward that takes several images in one sequence reads from a small tensor of integers how large each is. A graph has
 one control flow, so it is made for one such tensor: while the forward is traced, what is computed of that tensor and of
-plain numbers alone is computed for real, and every question (`tolist`, `item`, a length, a mask's count) has its answer.
+plain numbers alone is computed for real, and every question (`tolist`, `item`, a length, a mask's count) is answered.
 Where such a value meets one that is traced, it is a constant of the graph.
 """
 

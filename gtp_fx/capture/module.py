@@ -246,9 +246,8 @@ def export_batched(
     # torch.export marks the tensors it is given as dynamic, and leaves the marks where it fails: the user's stay as is.
     args, kwargs = pytree.tree_map_only(Tensor, _alias, (signature.args, signature.kwargs))
     signature = replace(signature, args=args, kwargs=kwargs)
-    dynamic = (
-        None if signature.fixed else _by_name(signature, lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None)
-    )
+    sizes = {0: batch}
+    dynamic = None if signature.fixed else _by_name(signature, lambda x: sizes if isinstance(x, Tensor) else None)
     export = functools.partial(torch.export.export, called, signature.args, signature.kwargs, dynamic_shapes=dynamic)
 
     def traced() -> tuple[torch.export.ExportedProgram, list[str]]:

@@ -39,7 +39,7 @@ ROWS = "gtp_rows"
 
 
 def rows_as_batch(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of `gm` whose rows are a batch of one, the first value of them marked; `gm` where there are none."""
+    """Return a copy of `gm` whose rows are a batch of one, their first value marked; `gm` where there are none."""
     new = edit.copy_of(gm)
     rows = _rows(new.graph)
     if rows is None:

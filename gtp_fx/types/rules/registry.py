@@ -235,7 +235,7 @@ def _sides_of_one_shape(a: Dim, b: Dim) -> bool:
 def _join_dims(a: Dim, b: Dim) -> Dim:
     size_a, size_b = whole_size(a), whole_size(b)
     if size_a == 1:
-        return b
+        return a if size_b == 1 and holds_images(a) else b  # a batch of one stays one
     if size_b == 1:
         return a
     if size_a != size_b:
