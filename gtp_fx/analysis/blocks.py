@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import fx
+from torch import fx, nn
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.attention_maps import AttentionMap, find_map
@@ -27,6 +27,7 @@ from gtp_fx.graph.nodes import (
 )
 from gtp_fx.graph.operators import ATTENTION, CASTS, CASTS_LIKE, DROPOUTS, PERMUTATIONS, RESIDUAL_SUMS, SCALINGS
 from gtp_fx.graph.symbols import shape_of
+from gtp_fx.strategies.protocol import Attention
 from gtp_fx.types.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
 from gtp_fx.types.infer import SiteTyping, WholeTyping
 from gtp_fx.types.layouts import base_of
@@ -164,7 +165,7 @@ def _with_branch(block: AttentionBlock, typing: WholeTyping) -> AttentionBlock:
 
     Where there is none, the reason for that is added to its refusal. Other blocks are returned as they are.
     """
-    if block.refusal is None or block.site is None or block.dead:
+    if block.refusal is None or block.site is None or block.dead or _keeps_pictures_apart(block.attention):
         return block
     try:
         if block.attention.target not in ATTENTION:
@@ -250,6 +251,23 @@ def _joined_by(attention: fx.Node) -> str:
     return ""
 
 
+def _keeps_pictures_apart(attention: fx.Node) -> bool:
+    """Return whether an attention over several grids in one sequence has a mask that is neither learned nor computed."""
+    grid = attention.meta[MARK].axis.domain.grid
+    bias = Attention.of(attention).bias if attention.target in ATTENTION else None
+    if bias is None or (grid.placed and not grid.apart):
+        return False
+    owner = attention.graph.owning_module
+
+    def is_given(node: fx.Node) -> bool:
+        if node.op == "get_attr" and owner is not None:
+            path, _, name = str(node.target).rpartition(".")
+            return isinstance(getattr(owner.get_submodule(path), name), nn.Parameter)
+        return is_input(node)
+
+    return not any(map(is_given, (bias, *ancestors(bias))))
+
+
 def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> Refusal | None:
     """Return why tokens can't be removed at a block, or None where they can."""
 
@@ -259,6 +277,11 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> R
     query, key = attention.args[0], attention.args[1]
     if pooled_to(typing.type(query), typing.type(key)):  # type: ignore[arg-type]
         return refuse("keys are pooled over the grid, which has to stay whole for it")
+    if _keeps_pictures_apart(attention):
+        return refuse(
+            "several pictures stand in one sequence and a mask keeps them apart, so a token of one can't stand for "
+            "another's: optimise the model for one picture a call"
+        )
     if is_window(attention.meta[MARK].axis.domain.grid):
         return refuse(
             "tokens attend within windows here, and the grid has to stay whole for the windows of the next block"

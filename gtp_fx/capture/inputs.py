@@ -256,7 +256,7 @@ def _dtype(value: Tensor) -> str:
 
 def holds_values(leaf: Any) -> bool:
     """Return whether an argument is a tensor of integers, few enough for a graph to be made for their values."""
-    few = isinstance(leaf, Tensor) and leaf.ndim <= _RANK and leaf.numel() <= _MOST_VALUES
+    few = isinstance(leaf, Tensor) and not leaf.is_meta and leaf.ndim <= _RANK and leaf.numel() <= _MOST_VALUES
     return few and not (leaf.is_floating_point() or leaf.is_complex())
 
 

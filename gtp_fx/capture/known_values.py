@@ -43,7 +43,7 @@ def with_known_values(model: nn.Module, signature: CallSignature) -> nn.Module:
     def forward(*args: Any, **kwargs: Any) -> Any:
         given, given_form = pytree.tree_flatten((args, kwargs))
         assert given_form == form, "the forward is traced with the signature's own arguments"
-        with untraced(), torch.inference_mode(False):  # tensors made in it don't count what is written to them
+        with untraced():
             known = {number: leaf.clone() for number, leaf in held.items()}
         own, named = pytree.tree_unflatten([known.get(number, leaf) for number, leaf in enumerate(given)], form)
         with _KnownValues(known.values()):

@@ -41,7 +41,7 @@ from gtp_fx.errors import CaptureError
 from gtp_fx.graph import edit
 from gtp_fx.graph.nodes import ancestors
 from gtp_fx.graph.symbols import fix_symbols
-from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, is_fake, is_functorch, tracing_lock
+from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, is_fake, is_functorch, tracing_lock, without_partial_graphs
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +76,11 @@ def capture_call(
 
     Raises CaptureError where neither is possible.
     """
+    fixed = signature.with_fixed_values()
     try:
-        return capture_module(model, signature, training, apart), signature
+        with contextlib.nullcontext() if fixed is None else without_partial_graphs():
+            return capture_module(model, signature, training, apart), signature
     except CaptureError as error:
-        fixed = signature.with_fixed_values()
         if fixed is None:
             raise
         try:

@@ -58,6 +58,7 @@ from gtp_fx.graph.torch_internals.tracing import (
     trace_functional,
     tracing_lock,
     untraced,
+    without_partial_graphs,
 )
 from gtp_fx.graph.torch_internals.values import (
     fake_mode,
@@ -120,5 +121,6 @@ __all__ = [
     "trace_functional",
     "tracing_lock",
     "untraced",
+    "without_partial_graphs",
     "written_to",
 ]

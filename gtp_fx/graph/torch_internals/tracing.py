@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,11 +134,37 @@ def _has_proxies() -> bool:
 
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
-    """Compute for real in this context, while this thread traces: no mode sees what is called. Public: none."""
+    """Compute for real in this context, while this thread traces: no mode sees what is called. Public: none.
+
+    Tensors that are made in it count what is written to them, also in inference mode.
+    """
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.inference_mode(False):
         yield
+
+
+@contextlib.contextmanager
+def without_partial_graphs() -> Iterator[None]:
+    """Keep torch.export from printing the graph of a trace that fails, which is megabytes of a model; others' lines stay.
+
+    Public: none.
+    """
+    told, stream = io.StringIO(), sys.stderr
+    graph, logger = "", logging.getLogger("torch.export._trace")
+    before, logger.disabled = logger.disabled, True  # it names a page of torch's manual
+    try:
+        with contextlib.redirect_stderr(told):
+            yield
+    except Exception as error:
+        failed: BaseException | None = error
+        while failed is not None and not graph:
+            graph = str(getattr(failed, "partial_fx_graph", ""))
+            failed = failed.__cause__
+        raise
+    finally:
+        logger.disabled = before
+        stream.write(told.getvalue().replace(f"{graph}\n", "") if graph else told.getvalue())
 
 
 def tracing_lock() -> AbstractContextManager[Any]:

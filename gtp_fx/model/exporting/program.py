@@ -84,6 +84,12 @@ def program_of(model: OptimizedModel) -> Program:
 def _program(model: OptimizedModel, device: torch.device) -> Program:
     """Export the evaluation graph of a model on `device`, which has weights."""
     call = model.signature
+    if call.fixed:
+        raise ExportError(
+            f"this model's graph is for {call.described} alone, which is compared at every call, and a file wouldn't: "
+            f"serve the model itself, or save_pretrained and load it; torch.export.export(fast.graph_module, …) traces "
+            f"the graph for whom these integers never differ"
+        )
     generator = torch.Generator().manual_seed(0)
 
     def example(leaf: Tensor) -> Tensor:

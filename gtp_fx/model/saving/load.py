@@ -75,11 +75,13 @@ class _Form:
     """One form of call, as saved.
 
     call: arguments.
+    fixed: whether the values of its integers are part of it.
     options: what makes the saved graph from a captured one.
     graph: the captured graph's operators and digest.
     """
 
     call: tuple[tuple[Any, ...], dict[str, Any]]
+    fixed: bool
     options: Options
     graph: dict[str, Any]
 
@@ -91,9 +93,8 @@ class _Form:
         schedule = Schedule.from_json(json.dumps(form["schedule"]))
         # Without blocks only the exact passes ran.
         counts: dict[str, Any] = {"schedule": schedule} if len(schedule) else {"schedule": AUTO, "flops_budget": 1.0}
-        return cls(
-            call, Options.of(**_given(saved), **counts, strategy=strategy_of_plain(saved.strategy)), form["graph"]
-        )
+        options = Options.of(**_given(saved), **counts, strategy=strategy_of_plain(saved.strategy))
+        return cls(call, bool(inputs.get("fixed")), options, form["graph"])
 
 
 def _given(saved: Record) -> dict[str, Any]:
@@ -167,7 +168,8 @@ def _made(
     made: list[OptimizedModel] = []
     for form in forms:
         try:
-            signature = CallSignature(parameters, *canonical_arguments(parameters, *form.call)).like(model, None)
+            args, kwargs = canonical_arguments(parameters, *form.call)
+            signature = CallSignature(parameters, args, kwargs, fixed=form.fixed).like(model, None)
         except TypeError as error:
             raise LoadError(f"{how} can't be called as the saved one was: {error}. {advice.capitalize()}") from error
         try:

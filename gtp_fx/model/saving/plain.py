@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gtp_fx.capture.inputs import holds_values
 from gtp_fx.errors import LoadError, SaveError
 from gtp_fx.graph.nodes import operator_name
 from gtp_fx.model.saving.tensors import digest_of, form
@@ -18,19 +19,22 @@ from gtp_fx.model.saving.tensors import digest_of, form
 _VALUES = (bool, int, float, str, type(None))
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: Any, fixed: bool = False) -> Any:
     """Return an example input as plain values: a tensor's shape and dtype, and not its numbers.
+
+    fixed: with the values of few integers, for which a graph may be made.
 
     Raises SaveError where it holds anything but tensors, plain values, lists, tuples and dicts.
     """
     if type(value) in _VALUES:
         return value
     if isinstance(value, Tensor):
-        return {"tensor": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+        plain = {"tensor": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+        return plain | {"values": value.tolist()} if fixed and holds_values(value) else plain
     if type(value) in (list, tuple):
-        return {type(value).__name__: [to_plain(item) for item in value]}
+        return {type(value).__name__: [to_plain(item, fixed) for item in value]}
     if type(value) is dict and all(isinstance(key, str) for key in value):
-        return {"dict": {key: to_plain(item) for key, item in value.items()}}
+        return {"dict": {key: to_plain(item, fixed) for key, item in value.items()}}
     raise SaveError(
         f"the model was optimised for inputs with a {type(value).__name__}, which can't be written down: give "
         f"example_inputs of tensors, numbers, strings, lists, tuples and dicts"
@@ -38,10 +42,11 @@ def to_plain(value: Any) -> Any:
 
 
 def of_plain(value: Any) -> Any:
-    """Return the example that `to_plain` described; its tensors are zeros. Raises LoadError for anything else."""
+    """Return the example that `to_plain` described; its tensors are zeros, or have the values. Raises LoadError for anything else."""
     match value:
         case {"tensor": str(dtype), "shape": list(shape)} if isinstance(getattr(torch, dtype, None), torch.dtype):
-            return torch.zeros(shape, dtype=getattr(torch, dtype))
+            zeros = torch.zeros(shape, dtype=getattr(torch, dtype))
+            return torch.tensor(value["values"], dtype=zeros.dtype).reshape(shape) if "values" in value else zeros
         case {"list": list(items)}:
             return [of_plain(item) for item in items]
         case {"tuple": list(items)}:

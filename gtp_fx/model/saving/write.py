@@ -114,8 +114,9 @@ def _form(state: State, signature: CallSignature) -> dict[str, Any]:
     model = state.original
     # Captured anew: the graphs there are call layers, whatever has been put in a layer's place since.
     captured = capture_module(with_taps(model, state.taps), signature)
+    args, kwargs = (to_plain(given, signature.fixed) for given in (list(signature.args), signature.kwargs))
     return {
-        "inputs": {"args": list(map(to_plain, signature.args)), "kwargs": to_plain(signature.kwargs)["dict"]},
+        "inputs": {"args": args["list"], "kwargs": kwargs["dict"], "fixed": signature.fixed},
         "schedule": json.loads(state.settled.schedule.to_json()),
         "graph": graph_to_plain(captured, tensors.state_of(model)),
     }
