@@ -252,7 +252,7 @@ def _joined_by(attention: fx.Node) -> str:
 
 
 def _keeps_pictures_apart(attention: fx.Node) -> bool:
-    """Return whether an attention over several grids in one sequence has a mask that is neither learned nor computed."""
+    """Return whether an attention over several grids in one sequence has a mask, neither learned nor computed."""
     grid = attention.meta[MARK].axis.domain.grid
     bias = Attention.of(attention).bias if attention.target in ATTENTION else None
     if bias is None or (grid.placed and not grid.apart):

@@ -45,6 +45,8 @@ from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, is_fake, is_functorch, t
 
 log = logging.getLogger(__name__)
 
+MADE_FOR = "made_for"
+"""Key in a captured graph's `meta`: the call that it is for, where values are part of that."""
 NOT_KEPT = "not_kept"
 """Key in a captured graph's `meta`: paths of what forward leaves on its modules, and the graph doesn't."""
 _WITHOUT_GRADIENTS = ("Inference tensor", "does not support backward")
@@ -133,6 +135,7 @@ def _captured(model: nn.Module, signature: CallSignature, training: bool, apart:
         captured = opened(edit.finish(captured) if updates else captured)
         if touched:
             captured.meta[AUTOCAST] = frozenset({*captured.meta.get(AUTOCAST, ()), *touched})
+        captured.meta[MADE_FOR] = signature.described if signature.fixed else ""
         captured.meta[NOT_KEPT] = (*left.unread, *buffers)
         captured.meta[WRITTEN] = tuple(attributes)
         open_composites(captured)

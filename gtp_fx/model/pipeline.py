@@ -9,7 +9,7 @@ from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.returned_tokens import ReturnedTokens, returned_tokens
 from gtp_fx.analysis.typed_graph import typed_graph
-from gtp_fx.capture.module import NOT_KEPT
+from gtp_fx.capture.module import MADE_FOR, NOT_KEPT
 from gtp_fx.errors import OptionError
 from gtp_fx.graph.nodes import layer_name, operator_name
 from gtp_fx.graph.verify import check_outputs
@@ -127,6 +127,7 @@ def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool =
         strategy_from=_strategy_from(options, planned),
         contenders=planned.contenders,
         not_kept=captured.meta.get(NOT_KEPT, ()),
+        made_for=captured.meta.get(MADE_FOR, ""),
         returned=tuple(
             ReturnedRow(kept.name, size((kept.axis,), plan.count), kept.axis.whole_size) for kept in returned
         ),

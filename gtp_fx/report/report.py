@@ -86,6 +86,7 @@ class Report:
         by.
     not_kept: what the original's forward leaves on its layers and never reads (a map kept for inspection, a counter);
         the result doesn't leave it. Attributes by path.
+    made_for: the one call that the graph is for, where the original's forward reads the integers in it; else empty.
     """
 
     flops_before: int
@@ -110,6 +111,7 @@ class Report:
     strategy_from: str = ""
     contenders: tuple[Contender, ...] = ()
     returned: tuple[ReturnedRow, ...] = ()
+    made_for: str = ""
 
     @property
     def flops_ratio(self) -> float:
@@ -178,6 +180,8 @@ class Report:
             lines += ["", table(headers, rows, left=(1, 5), shortened=1)]
         if self.contenders:
             lines += ["", *_contest(self.contenders)]
+        if self.made_for:
+            lines += ["", "for these integers and sizes alone, which forward reads:", f"  - {self.made_for}"]
         if self.token_inputs:
             lines += ["", "tokens come in as arguments:", *(f"  - {tokens}" for tokens in self.token_inputs)]
         if self.returned:

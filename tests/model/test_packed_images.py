@@ -78,16 +78,19 @@ def test_exact_at_budget_one_whatever_the_number_of_images() -> None:
 def test_other_sizes_are_refused_by_their_values() -> None:
     only = fast(0.8, "given")
     assert only.report.sites and only.report.flops_ratio < 0.8
+    assert only.report.made_for == "(float32[24, 12], int64 [[4, 6]])" and only.report.made_for in str(only.report)
     same = called((4, 6))
     assert only(**same).shape == (24, WIDTH)
-    with pytest.raises(gtp_fx.InputError, match=r"optimised for .*\[\[4, 6\]\].* called with .*\[\[6, 4\]\].*sizes='any'"):
+    with pytest.raises(
+        gtp_fx.InputError, match=r"optimised for .*\[\[4, 6\]\].* called with .*\[\[6, 4\]\].*sizes='any'"
+    ):
         only(same["patches"], torch.tensor([[6, 4]]))  # as many patches
     with pytest.raises(gtp_fx.InputError, match=r"float32\[24, 12\].*float32\[48, 12\]"):
         only(**called((4, 6), (4, 6)))
 
 
 def test_several_images_in_one_sequence_lose_no_tokens() -> None:
-    with pytest.raises(gtp_fx.UnsupportedModelError, match="don't run over patch tokens"):
+    with pytest.raises(gtp_fx.UnsupportedModelError, match="only patches of a grid are removed"):
         fast()(**called((4, 6), (4, 6)))
 
 

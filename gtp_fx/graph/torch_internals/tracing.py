@@ -146,7 +146,7 @@ def untraced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_partial_graphs() -> Iterator[None]:
-    """Keep torch.export from printing the graph of a trace that fails, which is megabytes of a model; others' lines stay.
+    """Keep torch.export from printing the graph of a trace that fails, all of a model; what others print stays.
 
     Public: none.
     """

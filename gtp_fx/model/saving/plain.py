@@ -42,7 +42,10 @@ def to_plain(value: Any, fixed: bool = False) -> Any:
 
 
 def of_plain(value: Any) -> Any:
-    """Return the example that `to_plain` described; its tensors are zeros, or have the values. Raises LoadError for anything else."""
+    """Return the example that `to_plain` described; its tensors have the values, or are zeros.
+
+    Raises LoadError for anything else.
+    """
     match value:
         case {"tensor": str(dtype), "shape": list(shape)} if isinstance(getattr(torch, dtype, None), torch.dtype):
             zeros = torch.zeros(shape, dtype=getattr(torch, dtype))

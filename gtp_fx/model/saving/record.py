@@ -24,9 +24,10 @@ class Record:
     versions: of gtp_fx, torch, and the package that the original's class is from.
     model: the name of the original's class.
     recipe: how the original is built by name (`gtp_fx.model.saving.build`); None where it can't be.
-    forms: for each form of call, the first one first: `inputs`, the `args` and `kwargs` that it was captured with, and whether it is `fixed` to these integers
-        (`gtp_fx.model.saving.plain`), `schedule`, `Schedule.to_json`'s values, and the captured `graph`'s `operators`,
-        by name with their number, and its `digest`.
+    forms: for each form of call, the first one first: `inputs`, the `args` and `kwargs` that it was captured with, and
+        whether it is for their integers alone, `fixed` (`gtp_fx.model.saving.plain`), `schedule`,
+        `Schedule.to_json`'s values, and the captured `graph`'s `operators`, by name with their number, and its
+        `digest`.
     strategy: `gtp_fx.strategies.registry.to_plain`'s.
     options: the rest of what `optimize` was given and needs again; `budget` is only there to be read.
     own_calls: paths of the layers that no pass joins with others.
