@@ -107,7 +107,7 @@ ORDER = (
     Pass(
         mark_tokens,
         "exact",
-        "marks arguments that are tokens, where no patches are made; changes nothing",
+        "marks arguments and rows that are tokens, where no patches are made",
         optional=True,
         reads="prefix_tokens",
     ),
