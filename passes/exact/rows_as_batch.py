@@ -205,7 +205,8 @@ def _cat(walk: _Walk, node: fx.Node, emit: edit.Emitter) -> fx.Node | None:
     if node.kwargs:
         return None
     own = [walk.of(part) if part in walk.batched else emit(aten.unsqueeze.default, part, 0) for part in parts]
-    return emit(node.target, own, _later(int(dim[0]) if dim else 0))  # type: ignore[call-overload]
+    place: Any = dim[0] if dim else 0
+    return emit(node.target, own, _later(place))
 
 
 def _pick(walk: _Walk, node: fx.Node, emit: edit.Emitter) -> fx.Node | None:
