@@ -64,7 +64,7 @@ def test_bench_has_no_mode_for_what_it_does_not_compile() -> None:
 
 @pytest.mark.nightly
 def test_bench_compiles_both_sides() -> None:
-    done = run("bench", NAME, "--schedule", "30,0,0,0,0,0", "--rounds", "1", "--batch", "2")
+    done = run("bench", NAME, "--model-arg", "depth=2", "--schedule", "30,0", "--rounds", "1", "--batch", "2")
     assert done.exit_code == 0, done.output
     assert "batch of 2, compiled against compiled; medians of 1 interleaved rounds" in done.stdout
 
