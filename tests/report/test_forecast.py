@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 import gtp_fx
 from gtp_fx.cli import app as cli
-from gtp_fx.measure import tune_target as tuning
+from gtp_fx.measure import probes as probing
 from gtp_fx.model.planner import Planner
 from gtp_fx.options.latency_budget import LatencyBudget
 from gtp_fx.options.options import Options
@@ -192,7 +192,7 @@ def test_plan_fails_with_a_sentence(arguments: list[str], message: str) -> None:
 
 @pytest.mark.nightly
 def test_tune_keeps_what_it_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_compiled", tuning._bound)
+    monkeypatch.setattr(probing, "_compiled", probing._bound)
     done = run("tune", "--device", "cpu", "--rounds", "1", "--anyway")
     assert done.exit_code == 0, done.output
     assert "kept in" in done.stdout
