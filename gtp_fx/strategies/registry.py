@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from gtp_fx.errors import OptionError
+from gtp_fx.errors import OptionError, did_you_mean
 from gtp_fx.strategies.group_operator import written
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.gtp import GTP
@@ -90,13 +90,16 @@ def _as_written(text: str) -> Strategy:
         known = ", ".join(map(repr, (AUTO, *STRATEGIES)))
         raise OptionError(
             f"strategy={text!r} is unknown; give one of {known}, one with values such as 'gtp(alpha=0.2)', or a value "
-            f"such as gtp_fx.GTP(alpha=0.2)"
+            f"such as gtp_fx.GTP(alpha=0.2){did_you_mean(name, (AUTO, *STRATEGIES))}"
         )
     cls = STRATEGIES[name]
     given = _values(text) if bracket else {}
     own = [field.name for field in fields(cls) if field.init]
     if unknown := [field for field in given if field not in own]:
-        raise OptionError(f"strategy={text!r}: {name} has no {unknown[0]}; it has {', '.join(own) or 'no values'}")
+        meant = did_you_mean(unknown[0], own) or "."
+        raise OptionError(
+            f"strategy={text!r}: {name} has no {unknown[0]}{meant} It has {', '.join(own) or 'no values'}"
+        )
     try:
         return cls(**given)  # type: ignore[no-any-return]
     except TypeError as error:

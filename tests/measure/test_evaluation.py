@@ -31,6 +31,7 @@ from gtp_fx.plan.damage.divergence import divergence
 from gtp_fx.report import plots
 from gtp_fx.strategies import GTP, ToMe
 
+from support.printed import in_one_line
 from support.tiny_vit import TinyViT
 
 COLOURS = {"ash": (90, 90, 90), "moss": (30, 160, 60), "rust": (190, 80, 30)}
@@ -280,7 +281,7 @@ def test_batches_of_ones_own() -> None:
 def test_features_have_a_cosine_and_no_agreement(pictures: Path) -> None:
     model = TinyViT()
     x = images()
-    found = quick(model, x, outputs="features", optimised={})
+    found = quick(model, x, compare="features", optimised={})
     sums = found.rows[0].sums
     assert sums is not None and sums.same == 0 and 0 < sums.mean_cosine.value < 1
     fast = gtp_fx.optimize(model, flops_budget=0.8, compile=False, example_inputs=x)
@@ -291,7 +292,7 @@ def test_features_have_a_cosine_and_no_agreement(pictures: Path) -> None:
     assert "cosine 95 % distance 95 %" in text and "top-1 agreement isn't defined" in text
     model.num_classes = 0  # as timm's say it
     assert outputs_of(model, model(x)) is Outputs.features
-    with pytest.raises(gtp_fx.OptionError, match="outputs='logits'"):
+    with pytest.raises(gtp_fx.OptionError, match="compare='logits'"):
         outputs_of(model, model(x), "logits")
 
 
@@ -400,16 +401,34 @@ def test_the_command(pictures: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert max(map(len, done.stdout.partition("written:")[0].splitlines())) <= 80
     assert "tome 0.8" in done.stdout and "it has 3 folders and the model 1000" in " ".join(done.stdout.split())
-    assert f"written: {out / 'evaluation.json'}" in done.stdout and (out / "evaluation.png").exists()
+    assert f"written: {out / 'evaluation.json'}" in in_one_line(done.stdout) and (out / "evaluation.png").exists()
     again = CliRunner().invoke(cli.app, [*given, "--limit", "6", "--out", str(out), "--json"])
     assert json.loads(again.stdout)["rows"][0]["sums"]["images"] == 6
     for more, told in (
         (["--limit", "5", "--out", str(out)], "is of a run with data="),
         (["--mode", "max-autotune"], "nothing is compiled"),
-        (["--outputs", "logits"], "outputs='logits'"),
+        (["--compare", "logits"], "compare='logits'"),
     ):
         done = CliRunner().invoke(cli.app, [*given, *more])
-        assert done.exit_code == 2 and told in done.stderr and "Traceback" not in done.output
+        assert done.exit_code == 2 and told in in_one_line(done.stderr) and "Traceback" not in done.output
+    done = CliRunner().invoke(cli.app, [*given, "--limit", "5", "--out", str(out), "--overwrite", "--json"])
+    assert [row["sums"]["images"] for row in json.loads(done.stdout)["rows"]] == [5]
+
+
+def test_what_auto_chose_is_in_the_table() -> None:
+    found = quick(Classifier().eval(), torch.randn(4, 3, 16, 16), strategies=["auto", "tome"])
+    assert [row.label for row in found.rows] == ["auto 0.8: regeneration", "tome 0.8"]
+    assert "auto 0.8: regeneration " in str(found) and "auto 0.8 is Regeneration(" in in_one_line(str(found))
+
+
+def test_an_option_that_evaluate_does_not_have_is_named_with_the_nearest() -> None:
+    for given, told in (
+        ({"calibratoin": 1}, "did you mean 'calibration'"),
+        ({"flops_budget": 0.7}, r"takes budgets=\[…\]"),
+        ({"outputs": "features"}, "evaluate has no argument 'outputs'"),
+    ):
+        with pytest.raises(gtp_fx.OptionError, match=told):
+            gtp_fx.evaluate(Classifier(), torch.randn(1, 3, 32, 32), budgets=[0.8], **given)
 
 
 @pytest.mark.nightly
