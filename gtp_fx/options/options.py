@@ -265,7 +265,8 @@ class Options:
         if "calibration" in given:
             raise OptionError(
                 "calibration runs the model, but a backend has only its graph: call gtp_fx.optimize(model, "
-                "calibration=…) once and give the schedule it found, options={'schedule': optimised.schedule}"
+                "calibration=…) once and give what it found, options={'schedule': optimised.schedule, 'strategy': "
+                "optimised.strategy}"
             )
         unknown = sorted(set(given) - set(known))
         if unknown:

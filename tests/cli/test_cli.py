@@ -40,7 +40,7 @@ def test_optimises_checks_and_says_what_the_weights_are() -> None:
     assert done.exit_code == 0, done.output
     assert f"{NAME}, weights: random (seed 0), not a trained model; float32 on cpu" in in_one_line(done.stdout)
     lines = done.stdout.splitlines()
-    assert "budget 0.7" in done.stdout
+    assert "(budget 0.7)" in in_one_line(done.stdout)
     assert "blocks.0.attn" in done.stdout
     assert "strategy regeneration\n  score='broadcast-mean'," in done.stdout
     start = lines.index(next(line for line in lines if line.startswith("pass  ")))

@@ -84,3 +84,10 @@ def test_the_legend_of_a_report_lies_beside_the_bars(
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 2 and all(axes.get_legend() is None for axes in figure.axes)
     assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
+def test_a_misspelt_option_is_told_with_the_right_one() -> None:
+    with pytest.raises(
+        gtp_fx.OptionError, match=r"optimize has no argument 'flops_buget'; did you mean 'flops_budget'\?"
+    ):
+        gtp_fx.optimize(PlainViT(), flops_buget=0.7)  # type: ignore[call-arg]
