@@ -23,9 +23,10 @@ def inspect(
     from gtp_fx.cli.models import named_on_meta
     from gtp_fx.cli.weights import with_arguments
     from gtp_fx.model.preview import inspect_model
+    from gtp_fx.report.text import wrapped
 
     with explaining():
         arguments = build.arguments
         found = inspect_model(named_on_meta(model, arguments))
         name = with_arguments(model, arguments)
-    typer.echo(json.dumps({"model": name, **found.to_dict()}, indent=2) if as_json else f"{name} {found}")
+    typer.echo(json.dumps({"model": name, **found.to_dict()}, indent=2) if as_json else f"{wrapped(name)}\n{found}")

@@ -153,5 +153,5 @@ def test_inspect_says_what_is_seen() -> None:
     assert done.exit_code == 0, done.output
     assert "takes (float32[*, 3, 160, 160])" in done.stdout
     assert "10 x 10" in done.stdout and "leave" in done.stdout
-    assert "dead tokens" in done.stdout
+    assert "not needed: no output depends on patch tokens" in done.stdout
     assert "no self-attention over patch tokens" in run("inspect", "resnet10t").stdout
