@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 import gtp_fx
 from gtp_fx.cli import app as cli
-from gtp_fx.measure.evaluation import draw
+from gtp_fx.measure.evaluation import base_outputs, draw
 from gtp_fx.measure.evaluation.evaluation import Evaluation
 from gtp_fx.measure.evaluation.found import Found, Outputs, Sums, outputs_of
 from gtp_fx.measure.evaluation.image_set import NO_LABEL, read_set
@@ -381,6 +382,23 @@ def test_folders(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "sub" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(gtp_fx.OptionError, match=r"broken\.png can't be read as a picture"):
         read_set(tmp_path / "sub", 3).items[0].image()
+
+
+def test_outputs_used_longest_ago_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for two sets, the third one takes the place of the one that wasn't read since."""
+    monkeypatch.setattr(base_outputs, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(base_outputs, "_MOST_OF_ALL", 2500)
+
+    def use(name: str) -> int:
+        kept = base_outputs.BaseOutputs(tmp_path / name, 50)
+        assert kept.at([0], lambda: [torch.ones(1, 4)])[0].tolist() == [[1.0] * 4]
+        return kept.ran
+
+    for number, name in enumerate("ab"):
+        assert use(name) == 1
+        os.utime(tmp_path / name / "known.npy", (number, number))
+    assert use("a") == 0 and use("c") == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "c"]
 
 
 def test_a_record_is_of_one_run(tmp_path: Path) -> None:
