@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import typer
 
@@ -39,17 +40,17 @@ def bench(
         wanted = makings.checked(batch, mode)
         loaded = source.placed(model)
         made = {}
-        for (strategy, *budget), chosen in wanted.items():
+        for (strategy, flops, latency), chosen in wanted.items():
             fast = gtp_fx.optimize(loaded.model, **chosen.options(loaded.model))
             chosen_name = chosen_by(strategy, fast.strategy)
-            made[_named(strategy, *budget) + (f": {chosen_name}" if chosen_name else "")] = fast
+            made[_named(strategy, flops, latency) + (f": {chosen_name}" if chosen_name else "")] = fast
         images = photo_batch(loaded.model, batch)
         with progress_bar() as show:
             found = benchmark(loaded.model, made, images, rounds=rounds, eager=eager, progress=show)
     if as_json:
-        about = {"model": loaded.name, "weights": loaded.weights_origin}
+        about: dict[str, Any] = {"model": loaded.name, "weights": loaded.weights_origin}
         about |= {"dtype": source.dtype.value, "device": source.device.value, "target": makings.target}
-        about |= {"mode": mode, "schedule": makings.schedule}  # type: ignore[dict-item]
+        about |= {"mode": mode, "schedule": makings.schedule}
         typer.echo(json.dumps({**about, "benchmark": found.to_dict()}, indent=2))
         return
     typer.echo(f"{wrapped(source.told(loaded))}\n\n{found}")

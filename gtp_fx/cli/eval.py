@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,6 +53,7 @@ def evaluate(
             raise OptionError(f"--data {data} is no folder: give one of images, or of class folders")
         loaded = source.placed(model)
         images = chosen.images(loaded.model)
+        calibration: dict[str, Any] = {} if images is None else {"calibration": images}
         found = measured(
             loaded.model,
             data,
@@ -60,7 +61,7 @@ def evaluate(
             latency_budgets=[parse_latency(text) for text in makings.latency_budget or ()],
             strategies=makings.strategies,
             schedule=chosen.values["schedule"],
-            **({} if images is None else {"calibration": images}),
+            **calibration,
             class_map=class_map,
             limit=limit,
             compare=compare,

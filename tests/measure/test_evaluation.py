@@ -429,8 +429,19 @@ def test_the_command(pictures: Path, tmp_path: Path) -> None:
     ):
         done = CliRunner().invoke(cli.app, [*given, *more])
         assert done.exit_code == 2 and told in in_one_line(done.stderr) and "Traceback" not in done.output
-    done = CliRunner().invoke(cli.app, [*given, "--limit", "5", "--out", str(out), "--overwrite", "--json"])
-    assert [row["sums"]["images"] for row in json.loads(done.stdout)["rows"]] == [5]
+
+
+def test_results_of_something_else_are_replaced_where_that_is_said(tmp_path: Path) -> None:
+    model, x = Classifier().eval(), torch.randn(4, 3, 16, 16)
+    quick(model, x, out=tmp_path)
+    for other, told in ((x[:3], "is of a run with"), (x, "holds no evaluation"), (x, "without the evaluation.json")):
+        with pytest.raises(gtp_fx.OptionError, match=rf"{told}.*overwrite=True \(--overwrite\)"):
+            quick(model, other, out=tmp_path)
+        if told != "without the evaluation.json":
+            (tmp_path / "evaluation.json").write_text("[]") if "run" in told else (
+                tmp_path / "evaluation.json"
+            ).unlink()
+    assert quick(model, x[:3], out=tmp_path, overwrite=True).about.images == 3
 
 
 def test_what_auto_chose_is_in_the_table() -> None:
