@@ -51,6 +51,8 @@ def evaluate(
         chosen = next(iter(makings.checked(batch, mode).values()))  # all have the same images and schedule
         if not data.is_dir():
             raise OptionError(f"--data {data} is no folder: give one of images, or of class folders")
+        if out is not None and out.exists() and not out.is_dir():
+            raise OptionError(f"--out {out} is a file: give a folder for the results")
         loaded = source.placed(model)
         images = chosen.images(loaded.model)
         calibration: dict[str, Any] = {} if images is None else {"calibration": images}

@@ -97,6 +97,9 @@ def evaluate(
     """
     model = without_compiling(model)
     _must_be_optional(options)
+    for option, value in (("budgets", budgets), ("latency_budgets", latency_budgets)):
+        if isinstance(value, str | float | int):
+            raise OptionError(f"{option}={value!r}: give a list, {option}=[{value!r}]")
     must_be_positive(batch=batch, rounds=rounds, limit=limit)
     wanted = contenders(budgets, latency_budgets, strategies, optimised or {}, {**options, "batch": batch})
     source = None if isinstance(data, str | Path) else sources.of_batches(data)
