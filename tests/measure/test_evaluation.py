@@ -380,7 +380,7 @@ def test_folders(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(gtp_fx.OptionError, match=r"both images \(loose\.png, …\) and sub"):
         read_set(tmp_path, 3)
     (tmp_path / "sub" / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(gtp_fx.OptionError, match=r"broken\.png can't be read as a picture"):
+    with pytest.raises(gtp_fx.OptionError, match=r"broken\.png is no picture that Pillow reads"):
         read_set(tmp_path / "sub", 3).items[0].image()
 
 
