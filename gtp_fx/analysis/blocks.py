@@ -260,9 +260,7 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> R
     if pooled_to(typing.type(query), typing.type(key)):  # type: ignore[arg-type]
         return refuse("keys are pooled over the grid, which has to stay whole for it")
     if is_window(attention.meta[MARK].axis.domain.grid):
-        return refuse(
-            "tokens attend within windows here, and the grid has to stay whole for the windows of the next block"
-        )
+        return refuse("tokens attend within windows here, and the windows of the next block need the whole grid")
     # A site needs a residual add, live patches, and values laid out as the operators at a site take them.
     if site is None and (shared := residual_add(attention, typing)) is not None and MARK in shared.meta:
         return refuse(
@@ -277,7 +275,10 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> R
         return refuse("no output depends on patch tokens after this attention (dead tokens): there are none to remove")
     if len(stream) != 3 or token_axis(stream[1]) is None or not (is_plain(stream[0]) and is_plain(stream[2])):
         return refuse(
-            "the residual stream is laid out neither as [batch, tokens, channels] nor so that a permutation makes it so"
+            f"tokens are removed from a residual stream [batch, tokens, channels], and this one has {len(stream)} "
+            f"dimensions, such as [batch, height, width, channels]"
+            if len(stream) != 3
+            else "the three dimensions of its residual stream aren't batch, tokens and channels"
         )
     if len(typing.type(attention)) != 4:
         return refuse("queries are not laid out as [batch, heads, tokens, features]")
