@@ -56,7 +56,9 @@ from gtp_fx.graph.torch_internals.tracing import (
     log_artifact,
     restarts_dynamo,
     trace_functional,
+    traced_node,
     tracing_lock,
+    untraced,
 )
 from gtp_fx.graph.torch_internals.values import (
     fake_mode,
@@ -117,6 +119,8 @@ __all__ = [
     "run_counted",
     "take_signature",
     "trace_functional",
+    "traced_node",
     "tracing_lock",
+    "untraced",
     "written_to",
 ]
