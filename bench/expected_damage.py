@@ -2,10 +2,11 @@
 
     python -m bench.expected_damage --out bench/results/expected_damage.json
 
-For each net and budget, some dozens of schedules are drawn: one to eight sites anywhere with random counts, scaled to
-the budget. The divergence of their outputs is compared with the damage that the prior and a measured table expect. Only
-comparisons between schedules count, so one factor per net and budget is free. The result is the spread of the remaining
-ratio, as a factor, and whether schedules with few and many sites are judged alike.
+Nets are those trained on digits, and with --data those trained on photographs. For each net and budget, some dozens of
+schedules are drawn: one to eight sites anywhere with random counts, scaled to the budget. The divergence of their
+outputs is compared with the damage that the prior and a measured table expect. Only comparisons between schedules
+count, so one factor per net and budget is free. The result is the spread of the remaining ratio, as a factor, and
+whether schedules with few and many sites are judged alike.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import typer
 from tabulate import tabulate
 from torch import Tensor, nn
 
-import gtp_fx
+from bench import photograph_nets
 from bench.digit_nets import NETS, load_or_train
 from bench.digits import Split
 from bench.environment import Environment
 from bench.output import publish
+from bench.photograph_nets import PHOTOGRAPH_NETS, resized
 from bench.photographs import load_net, load_photographs
 from bench.tasks import TASKS, outputs_of
 from gtp_fx.analysis.typed_graph import typed_graph
@@ -76,21 +78,28 @@ class Row:
 
 
 def main(
-    net: Annotated[list[str] | None, typer.Option(help="Of bench.digit_nets; digits-cls and digits-pooled.")] = None,
+    net: Annotated[
+        list[str] | None, typer.Option(help="Of bench.digit_nets, or, with --data, of bench.photograph_nets.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="CIFAR-10 as JPEGs, a folder or a tar.")] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Of the net for those photographs (`bench.photographs`).")
     ] = None,
     schedules: Annotated[int, typer.Option(help="Schedules drawn for each net and budget.")] = 40,
     test_images: Annotated[int, typer.Option(help="Images that divergence is measured on.")] = 300,
+    strategy: Annotated[str, typer.Option(help="Strategy that removes the tokens.")] = "regeneration",
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
     """Compare expected damage with divergence."""
+    if unknown := [name for name in net or () if name not in (*NETS, *PHOTOGRAPH_NETS)]:
+        raise typer.BadParameter(f"{unknown[0]!r} is unknown; nets are {', '.join((*NETS, *PHOTOGRAPH_NETS))}")
+    if data is None and (lacking := [name for name in net or () if name in PHOTOGRAPH_NETS]):
+        raise typer.BadParameter(f"{lacking[0]} needs --data, which isn't part of this repository")
     rows: list[Row] = []
     for name, model, unlabelled, images in _subjects(net or [], data, weights, test_images):
-        rows += measure(name, model, unlabelled, images, schedules)
+        rows += measure(name, model, unlabelled, images, schedules, strategy)
         typer.echo(table(rows), err=True)
-    here = {"bench": "expected_damage", "environment": asdict(Environment.here("cpu"))}
+    here = {"bench": "expected_damage", "strategy": strategy, "environment": asdict(Environment.here("cpu"))}
     publish({**here, "summary": [asdict(s) for s in summaries(rows)], "rows": [asdict(row) for row in rows]}, out)
 
 
@@ -102,6 +111,14 @@ def _subjects(
         unlabelled, _ = load_photographs(data, "train", _CALIBRATION // 10)
         yield "photographs", load_net(weights), unlabelled, load_photographs(data, "test", count // 10)[0]
     for name in nets:
+        if name in PHOTOGRAPH_NETS:
+            assert data is not None, "main() asks for --data"
+            sides = PHOTOGRAPH_NETS[name]
+            unlabelled, _ = load_photographs(data, "train", _CALIBRATION // 10)
+            photographs = load_photographs(data, "test", count // 10)[0]
+            model = photograph_nets.load_or_train(name, 0, data)
+            yield name, model, resized(unlabelled, sides), resized(photographs, sides)
+            continue
         config = NETS[name]
         with progress_bar() as show:
             model = load_or_train(config, 0, show)
@@ -110,14 +127,15 @@ def _subjects(
         yield name, model, unlabelled, draw(Split.test, 0, count, config.look, config.patch)[0]
 
 
-def measure(name: str, model: nn.Module, unlabelled: Tensor, images: Tensor, schedules: int) -> list[Row]:
-    """Return the rows of one net at every budget."""
+def measure(name: str, model: nn.Module, unlabelled: Tensor, images: Tensor, schedules: int, named: str) -> list[Row]:
+    """Return the rows of one net at every budget. named: the strategy."""
     signature = call_signature(model, images[:2])
-    options = Options.of(flops_budget=0.5)
+    options = Options.of(flops_budget=0.5, strategy=named)
     exact = run_exact_passes(capture_module(model, signature), options)
-    gm, strategy = exact.graph_module, gtp_fx.GTP(token_scale=False)
+    gm = exact.graph_module
     blocks = typed_graph(gm.graph).blocks
     shapes = tuple(map(block_shape, blocks))
+    strategy = options.first_strategy
     found = find_sites(typed_graph(gm.graph), strategy)
     costs = flops_model(found.typing, found.sites, strategy, exact.original.flops)
     original = outputs_of(model, images)

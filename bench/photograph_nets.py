@@ -6,8 +6,8 @@ Each begins with a few convolutions, without which a transformer learns little f
 time. Nets of one seed share a beginning where `NetConfig.start` says so: the one with 144 tokens and the pooled one go
 on from the weights of the one with 64 tokens and a CLS token. Training uses one thread, so that a seed gives the same
 net whatever else runs. After each epoch its state is kept, and a training that was stopped goes on from there. Nets
-are kept in the user's cache, under a hash of everything that determines them; nothing of them or of the photographs is
-part of this repository.
+are kept in the user's cache, under a hash of everything that determines them. Those that results here are of are kept
+in half precision in `bench/results/nets`, and read from there; the photographs aren't part of this repository.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -36,6 +37,8 @@ from gtp_fx.options.progress import Progress, progress_bar
 from gtp_fx.targets import cache
 
 CLASSES = 10
+KEPT = Path(__file__).parent / "results" / "nets"
+"""Weights that are part of this repository, a megabyte a net."""
 _RECIPE = 1
 """Version of the training, part of the cache's key. Increase it when code here changes a net."""
 
@@ -148,12 +151,16 @@ def resized(images: Tensor, config: NetConfig) -> Tensor:
 
 
 def load_or_train(name: str, seed: int, data: Path | None, progress: Progress | None = None) -> Net:
-    """Return a net of `PHOTOGRAPH_NETS` in eval mode, from the cache, or trained now and put there.
+    """Return a net of `PHOTOGRAPH_NETS` in eval mode, from `KEPT`, from the cache, or trained now and put there.
 
-    data: photographs (`bench.photographs.load_photographs`), needed where the cache doesn't have the net.
-    Raises FileNotFoundError where it doesn't and `data` is None.
+    data: photographs (`bench.photographs.load_photographs`), needed where the net is in neither of them.
+    Raises FileNotFoundError where it isn't and `data` is None.
     """
     config, path = PHOTOGRAPH_NETS[name], _path(name, seed)
+    if kept_path(name, seed).exists():
+        model = build(config)
+        model.load_state_dict(load_file(kept_path(name, seed)))  # copies halves into what the net computes in
+        return model.eval()
     unfinished = path.with_suffix(".unfinished")
 
     def trained() -> Net:
@@ -252,21 +259,39 @@ def _restored(state: Path | None, parts: Mapping[str, Any]) -> int:
     return int(kept["epochs"])
 
 
+def keep(name: str, seed: int, model: Net) -> None:
+    """Write a net's weights to `KEPT`, in half precision."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    save_file({key: value.contiguous() for key, value in weights.items()}, kept_path(name, seed))
+
+
+def kept_path(name: str, seed: int) -> Path:
+    """Return where `keep` writes a net: another recipe has another name, so that no net passes for another."""
+    return KEPT / f"{name}_{seed}_{_key(name, seed)[:8]}.safetensors"
+
+
 def _path(name: str, seed: int) -> Path:
-    """Return the net's file in the cache, named by a hash of its and its beginning's configuration."""
+    """Return the net's file in the cache."""
+    return cache.cache_folder() / "photograph_nets" / f"{_key(name, seed)}.safetensors"
+
+
+def _key(name: str, seed: int) -> str:
+    """Return a hash of a net's and its beginning's configuration."""
     described = [asdict(PHOTOGRAPH_NETS[name])]
     while described[-1]["start"]:
         described.append(asdict(PHOTOGRAPH_NETS[described[-1]["start"]]))
     text = json.dumps({"nets": described, "seed": seed, "recipe": _RECIPE}, sort_keys=True)
-    return cache.cache_folder() / "photograph_nets" / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.safetensors"
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def main(
     data: Annotated[Path, typer.Option(help="CIFAR-10 as JPEGs, a folder or a tar.")],
     seed: Annotated[list[int], typer.Option(help="Seeds, each its own nets.")],
     net: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(PHOTOGRAPH_NETS)}; all.")] = None,
+    keeps: Annotated[bool, typer.Option("--keep", help="Write them to bench/results/nets, in half precision.")] = False,
 ) -> None:
-    """Train nets that aren't in the cache yet, and print each one's accuracy on the 10,000 test photographs."""
+    """Train nets that aren't there yet, and print each one's accuracy on the 10,000 test photographs."""
     chosen = net or list(PHOTOGRAPH_NETS)
     if unknown := [name for name in chosen if name not in PHOTOGRAPH_NETS]:
         raise typer.BadParameter(f"{unknown[0]!r} is unknown; nets are {', '.join(PHOTOGRAPH_NETS)}")
@@ -276,6 +301,9 @@ def main(
         for number in seed:
             with progress_bar() as show:
                 model = load_or_train(name, number, data, show)
+            if keeps and not kept_path(name, number).exists():
+                keep(name, number, model)
+                model = load_or_train(name, number, data)  # what is kept is what is scored
             score = TASKS["digits"].score(outputs_of(model, resized(images, config)), labels)
             typer.echo(f"{name} {number}, {config.tokens} tokens: {100 * score:.1f} %")
 

@@ -108,7 +108,7 @@ def measure(name: str, model: nn.Module, images: Tensor, labels: Tensor) -> list
                 captured, Options.of(flops_budget=budget, strategy=gtp_fx.GTP(alpha=alpha, token_scale=True))
             )
             strategy = gtp_fx.GTP(alpha=alpha, token_scale=False)
-            untold = run_passes(captured, Options.of(schedule=told.schedule, strategy=strategy))
+            untold = run_passes(captured, Options.of(schedule=list(told.schedule), strategy=strategy))
             counts = [count for count in told.schedule.removed if count]
             bound = log_scale_bound(_grid(told), strategy.graph, strategy.neighbors, alpha, counts)
             with_, without = (outputs_of(made.graph_module, images) for made in (told, untold))

@@ -7,6 +7,7 @@ works on a captured copy of the graph.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -50,6 +51,12 @@ def merged(refusals: Iterable[Refusal]) -> tuple[Refusal, ...]:
 def _span(layers: list[str]) -> str:
     """Return some layers in a few words: all of up to two, else the first and the last."""
     return ", ".join(filter(None, layers)) if len(layers) < 3 else f"{layers[0]} … {layers[-1]} ({len(layers)} layers)"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of a message, "; did you mean 'batch'?", with the nearest of the known words; "" for none."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class GtpError(ValueError):

@@ -8,14 +8,13 @@ called; users see, export and plan for the graph before them.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import fx
 
-from gtp_fx.errors import OptionError
+from gtp_fx.errors import OptionError, did_you_mean
 from gtp_fx.passes.exact.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.exact.drop_trivial_masks import drop_trivial_masks
 from gtp_fx.passes.exact.einsum_to_matmul import einsum_to_matmul
@@ -189,10 +188,9 @@ def must_be_optional(names: Sequence[str]) -> None:
     """Check `disabled_passes`. Raises OptionError for a name that is no pass, or a pass that can't be left out."""
     known = optional_passes()
     if unknown := [name for name in names if name not in known]:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
         raise OptionError(
-            f"disabled_passes={unknown}: no such pass can be left out{meant}; give some of {', '.join(known)}"
+            f"disabled_passes={unknown}: no such pass can be left out: give some of {', '.join(known)}"
+            f"{did_you_mean(unknown[0], known)}"
         )
 
 

@@ -9,7 +9,7 @@ generic         any GPU that has no file of its own yet
 tuned, cache    curves measured on this machine, and the user's cache where they are kept
 """
 
-from gtp_fx.errors import OptionError
+from gtp_fx.errors import OptionError, did_you_mean
 from gtp_fx.targets.a100 import A100
 from gtp_fx.targets.cpu import CPU
 from gtp_fx.targets.generic import GENERIC_GPU
@@ -60,7 +60,10 @@ def target_named(target: str | Target) -> Target:
     if target == "auto":
         return detect()
     if target not in TARGETS:
-        raise OptionError(f"target={target!r} is unknown; give 'auto' or one of {', '.join(map(repr, TARGETS))}")
+        raise OptionError(
+            f"target={target!r} is unknown; give 'auto' or one of {', '.join(map(repr, TARGETS))}"
+            f"{did_you_mean(str(target), TARGETS)}"
+        )
     import torch
 
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

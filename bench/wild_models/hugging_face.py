@@ -71,7 +71,7 @@ MODELS = (
         patch_sizes=[4, 2, 2, 2],
     ),
     _hf("VideoMAEModel", "VideoMAEConfig", (4, 3, 64, 64), num_frames=4),
-    _hf("Sam3ViTModel", "Sam3ViTConfig"),
+    _hf("Sam3ViTModel", "Sam3ViTConfig", window_size=4, global_attn_indexes=[1], pretrain_image_size=64),
     _hf("LwDetrViTBackbone", "LwDetrViTConfig"),
     _staged(
         "LevitForImageClassification",

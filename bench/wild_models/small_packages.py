@@ -59,6 +59,9 @@ def _prisma() -> nn.Module:
         activation_name="gelu",
     )
     model: nn.Module = importlib.import_module("vit_prisma.models.base_vit").HookedViT(config)
+    for name, parameter in model.named_parameters():
+        if "b_" in name:  # the library leaves biases as the memory was
+            nn.init.zeros_(parameter)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -25,7 +25,16 @@ from gtp_fx.graph.nodes import (
     source_line,
     tensors_of,
 )
-from gtp_fx.graph.operators import ATTENTION, CASTS, CASTS_LIKE, DROPOUTS, PERMUTATIONS, RESIDUAL_SUMS, SCALINGS
+from gtp_fx.graph.operators import (
+    ATTENTION,
+    CASTS,
+    CASTS_LIKE,
+    DROPOUTS,
+    PERMUTATIONS,
+    RESIDUAL_SUMS,
+    SCALINGS,
+    SOFTMAXES,
+)
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.strategies.protocol import Attention
 from gtp_fx.types.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
@@ -138,7 +147,7 @@ def read_blocks(typing: WholeTyping, with_sites: SitesTyped) -> tuple[AttentionB
     ]
     # Where nothing is removed from a grid, its blocks may still let tokens skip a branch.
     shortened = {base_of(block.axis.domain.grid) for block in blocks if block.refusal is None}
-    return tuple(b if base_of(b.axis.domain.grid) in shortened else _with_branch(b, typing) for b in blocks)
+    return _each_part_once(b if base_of(b.axis.domain.grid) in shortened else _with_branch(b, typing) for b in blocks)
 
 
 def _made_whole_again(blocks: list[AttentionBlock], with_sites: SitesTyped) -> set[Grid]:
@@ -176,6 +185,20 @@ def _with_branch(block: AttentionBlock, typing: WholeTyping) -> AttentionBlock:
         return replace(block, refusal=replace(block.refusal, reason=both))
 
 
+def _each_part_once(blocks: Iterable[AttentionBlock]) -> tuple[AttentionBlock, ...]:
+    """Return the blocks without the branches that follow an earlier block's attention as well."""
+    taken: set[fx.Node] = set()
+    found = []
+    for block in blocks:
+        inside = set() if block.branch is None else set(block.branch.inside)
+        if inside & taken and block.refusal is not None:
+            reason = f"{block.refusal.reason}; what its tokens could skip is another block's, whose scores decide"
+            block = replace(block, branch=None, refusal=replace(block.refusal, reason=reason))
+        taken |= inside
+        found.append(block)
+    return tuple(found)
+
+
 def _refusal(attention: fx.Node, reason: str) -> Refusal:
     return refusal(attention, reason)
 
@@ -199,14 +222,30 @@ def residual_add(attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
     """Return the residual add after `attention`, or None.
 
     It is the first sum or difference after the attention in which what the attention was computed from has a fixed
-    share: x + y, x - y, 0.9 * x + 0.1 * y, gamma * x + y.
+    share: x + y, x - y, 0.9 * x + 0.1 * y, gamma * x + y. Where a parallel attention's result is added next, x + y + z,
+    it is the sum with that.
     """
     after = descendants(attention)
     nodes: list[fx.Node] = list(attention.graph.nodes)
     for node in nodes:  # in graph order: the first one is the closest
-        if node in after and stream_of(node, attention, typing) is not None:
-            return node
+        if node in after and (stream := stream_of(node, attention, typing)) is not None:
+            return _with_parallel_attention(node, stream)
     return None
+
+
+def _with_parallel_attention(add: fx.Node, stream: fx.Node) -> fx.Node:
+    """Return the last sum of x + y + z + …, given x + y, whose z and others attend to the same x."""
+    of_stream = descendants(stream)
+    while len(add.users) == 1:
+        following = next(iter(add.users))
+        others = [node for node in following.all_input_nodes if node is not add]
+        if following.target is not aten.add.Tensor or len(others) != 1:
+            break
+        made_of = (ancestors(others[0]) | {others[0]}) & of_stream
+        if add in made_of or not any(node.target in (*ATTENTION, *SOFTMAXES) for node in made_of):
+            break
+        add = following
+    return add
 
 
 def stream_of(add: fx.Node, attention: fx.Node, typing: WholeTyping) -> fx.Node | None:
@@ -219,6 +258,9 @@ def stream_of(add: fx.Node, attention: fx.Node, typing: WholeTyping) -> fx.Node 
         # Patches that the attention read, joined with a prefix that it read another way, are the stream as well.
         if stream.target is aten.cat.default and len(tokens) == 1 and tokens[0] in before:
             break
+        # Of x + y, where y is a parallel attention's, x has a share.
+        if stream.target is aten.add.Tensor and len(sides := [x for x in tokens if x in before]) == 1:
+            return sides[0]
         if stream.target not in _SHARES or len(tokens) != 1 or tokens[0] is not stream.args[0]:
             return None
         stream = tokens[0]
@@ -283,9 +325,7 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> R
             "another's: optimise the model for one picture a call"
         )
     if is_window(attention.meta[MARK].axis.domain.grid):
-        return refuse(
-            "tokens attend within windows here, and the grid has to stay whole for the windows of the next block"
-        )
+        return refuse("tokens attend within windows here, and the windows of the next block need the whole grid")
     # A site needs a residual add, live patches, and values laid out as the operators at a site take them.
     if site is None and (shared := residual_add(attention, typing)) is not None and MARK in shared.meta:
         return refuse(
@@ -300,7 +340,10 @@ def _why_not(attention: fx.Node, site: fx.Node | None, typing: WholeTyping) -> R
         return refuse("no output depends on patch tokens after this attention (dead tokens): there are none to remove")
     if len(stream) != 3 or token_axis(stream[1]) is None or not (is_plain(stream[0]) and is_plain(stream[2])):
         return refuse(
-            "the residual stream is laid out neither as [batch, tokens, channels] nor so that a permutation makes it so"
+            f"tokens are removed from a residual stream [batch, tokens, channels], and this one has {len(stream)} "
+            f"dimensions, such as [batch, height, width, channels]"
+            if len(stream) != 3
+            else "the three dimensions of its residual stream aren't batch, tokens and channels"
         )
     if len(typing.type(attention)) != 4:
         return refuse("queries are not laid out as [batch, heads, tokens, features]")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gtp_fx.capture.other_forms import advice
 from gtp_fx.capture.snapshots import is_same
 from gtp_fx.capture.wrapped import must_be_traceable, passed_on
 from gtp_fx.errors import CaptureError, InputError
@@ -282,6 +283,8 @@ def refusal(forms: Sequence[CallSignature], call: Call) -> str:
     fixed = any(form.fixed for form in forms)
     if any(map(is_array, pytree.tree_leaves(call))):
         what = "torch.as_tensor makes a tensor of an array"
+    elif found := advice((forms[0].args, forms[0].kwargs), call):
+        what = found
     elif any(form.is_form_of(call, any_size=True) for form in forms):
         what = "sizes='any' takes any size, with a graph for each, and example_inputs=[…] those that you give"
     else:

@@ -30,6 +30,7 @@ from gtp_fx.capture.flex_attention import open_flex_attention
 from gtp_fx.capture.fused_layers import without_fused_layers
 from gtp_fx.capture.hooks import without_user_hooks
 from gtp_fx.capture.inputs import CallSignature
+from gtp_fx.capture.known_numbers import known_numbers_read
 from gtp_fx.capture.known_values import with_known_values
 from gtp_fx.capture.layers import LAYER, USED, mark_layers, plain_calls, used_paths
 from gtp_fx.capture.regions import AUTOCAST, opened, write_out
@@ -207,9 +208,7 @@ def _refuse_changes(model: str, changed: Sequence[str]) -> None:
 
 def _explained(error: Exception) -> str:
     """Return a message for an error of torch.export: what went wrong, where, and what to do about it."""
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # with sympy; a capture has it
-
-    if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error):
+    if _reads_values(error):
         return (
             f"its forward decides by what a tensor holds (an `if`, a loop or a shape that depends on values), and a "
             f"graph has one control flow: {_first_lines(error, 1)}{_where(error)}\nOptimise an inner module that "
@@ -224,6 +223,13 @@ def _explained(error: Exception) -> str:
         f"{_first_lines(error)}{_where(error)}\nGive example_inputs that the model accepts; torch.export.export(model, "
         f"example_inputs) shows the whole error"
     )
+
+
+def _reads_values(error: Exception) -> bool:
+    """Return whether an error of torch.export says that a forward decides by what a tensor holds."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # with sympy; a capture has it
+
+    return isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error)
 
 
 def _fixed_batch(error: Exception) -> str:
@@ -241,8 +247,9 @@ def export_batched(
         allows it.
 
     Some Python code turns the batch into a number, which non-strict export can't trace. Where it does so by `len(x)`,
-    that is a size for as long as it is traced; else strict export, which runs Dynamo, is the fallback. Raises
-    non-strict export's first error where all fail.
+    that is a size for as long as it is traced. Where it reads numbers from tensors that depend on no input, those are
+    computed. Else strict export, which runs Dynamo, is the fallback. Raises non-strict export's first error where all
+    fail.
     """
     called, signature = _named_arguments(model, signature)
     if signature.fixed:
@@ -269,6 +276,9 @@ def export_batched(
             raise
         if _fixed_batch(error):
             with contextlib.suppress(Exception), _lengths_as_sizes():
+                return traced()
+        if _reads_values(error):
+            with contextlib.suppress(Exception), known_numbers_read():
                 return traced()
         try:
             with warnings.catch_warnings(record=True) as caught:

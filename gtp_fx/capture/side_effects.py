@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gtp_fx.capture.kept import Kept, is_read, same_output
-from gtp_fx.capture.snapshots import DEPTH, attributes_of, snapshot
+from gtp_fx.capture.snapshots import DEPTH, attributes_of, inside, snapshot
 
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
 
@@ -97,9 +97,16 @@ def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 @contextlib.contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
-    """Restore every module's attributes and hooks after the context, and the items of lists and dicts in place."""
+    """Restore every module's attributes and hooks after the context, and the items of lists and dicts in place.
+
+    Those of plain objects that modules hold (a cache of positions, say) as well: what is traced must not stay there.
+    """
     hooks = {module: {name: dict(vars(module)[name] or {}) for name in _HOOKS} for module in model.modules()}
     before = {module: attributes_of(module) for module in model.modules()}
+    known: set[int] = set()
+    values = [value for attributes in before.values() for value in attributes.values()]
+    held = [live for value in values for _, live in inside(value, "", known, callables=True)]
+    contents = [(live, live.copy()) for live in held]
     copies = {module: _copied(attributes) for module, attributes in before.items()}
     try:
         yield
@@ -115,6 +122,12 @@ def _put_back(model: nn.Module) -> Iterator[None]:
             for name, value in attributes.items():
                 _refill(value, copies[module][name])
                 module.__dict__[name] = value
+        for live, copy in contents:
+            if isinstance(live, list):
+                live[:] = copy
+            elif live.keys() != copy.keys() or any(live[key] is not item for key, item in copy.items()):
+                live.clear()
+                live.update(copy)
 
 
 def _looks(model: nn.Module) -> dict[str, Any]:

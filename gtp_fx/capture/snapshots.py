@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ _VALUES = (int, float, complex, str, bytes, bool, type(None))
 OWN = frozenset(vars(nn.Module())) - {"training"}
 """Names of nn.Module's internal attributes: parameters, buffers, submodules, hooks."""
 _WHOLE = (Tensor, nn.Module, type, types.ModuleType)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
@@ -49,12 +51,15 @@ def is_same(value: Any, other: Any) -> bool:
         return False
 
 
-def inside(value: Any, path: str, known: set[int], depth: int = DEPTH) -> Iterator[tuple[str, Any]]:
+def inside(
+    value: Any, path: str, known: set[int], depth: int = DEPTH, callables: bool = False
+) -> Iterator[tuple[str, Any]]:
     """Yield the dicts and lists in `value`, and the attributes of plain objects such as a configuration, with paths.
 
-    known: ids of what was yielded before, which isn't again; filled.
+    known: ids of what was yielded before, which isn't again; filled. callables: plain objects that can be called are
+        looked into as well; functions never are.
     """
-    plain = not isinstance(value, (*_VALUES, *_WHOLE)) and not callable(value)
+    plain = not isinstance(value, (*_VALUES, *_WHOLE, *_FUNCTIONS)) and (callables or not callable(value))
     held = value if isinstance(value, dict | list) else vars(value) if plain and hasattr(value, "__dict__") else None
     if not depth or held is None or id(held) in known:
         return
@@ -62,7 +67,7 @@ def inside(value: Any, path: str, known: set[int], depth: int = DEPTH) -> Iterat
     yield path, held
     joint = "." if held is not value else ""
     for key, item in held.items() if isinstance(held, dict) else enumerate(held):
-        yield from inside(item, f"{path}{joint}{key}" if joint else f"{path}[{key!r}]", known, depth - 1)
+        yield from inside(item, f"{path}{joint}{key}" if joint else f"{path}[{key!r}]", known, depth - 1, callables)
 
 
 class _Same:

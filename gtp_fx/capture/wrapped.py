@@ -14,6 +14,8 @@ from gtp_fx.capture.hooks import user_hooks
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph.torch_internals import given_to_compile
 
+_IN_FLOATING_POINT = ("FloatFunctional", "FXFloatFunctional")
+"""Of torch.ao.nn.quantized, but plain sums and products until the model is quantised; many decoders have them."""
 _DATA_PARALLEL = (
     "DataParallel can't be traced on GPUs, among which it divides the batch: optimise the module inside, model.module, "
     "and wrap the result in DistributedDataParallel"
@@ -79,7 +81,8 @@ def what_to_give(model: nn.Module) -> str:
                 f"{name} is compiled by TorchScript ({_script_name(part)}), which can't be traced: build the model "
                 f"with the module that torch.jit.script was given"
             )
-        if type(part).__module__.startswith("torch.ao.nn.quantized"):
+        packed = type(part).__module__.startswith("torch.ao.nn.quantized")
+        if packed and type(part).__name__ not in _IN_FLOATING_POINT:
             return (
                 f"{name} is a {type(part).__name__} of torch.ao's eager quantisation, whose packed weights can't be "
                 f"traced: optimise the model in floating point, and quantise the result (torchao's quantize_)"

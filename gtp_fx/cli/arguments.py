@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -100,6 +100,8 @@ ModelArgs = Annotated[
     ),
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the model's weights.")]
+NoTiming = Annotated[bool, typer.Option("--no-timing", help="Compile and time nothing.")]
+Eager = Annotated[bool, typer.Option("--eager", help="Compile nothing: eager against eager.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else to stdout.")]
 
 
@@ -210,18 +212,6 @@ def option_values(
     return found
 
 
-def tell_of_auto(strategies: Collection[str]) -> None:
-    """Say on stderr, for a command without --calibration, what becomes of --strategy auto."""
-    from gtp_fx.strategies.registry import AUTO  # which imports torch
-
-    if AUTO in strategies:
-        typer.echo(
-            f"--strategy {AUTO}: without images this is {DEFAULTS['strategy']}, the default; "
-            f"`gtp-fx optimize` chooses one with --calibration FOLDER",
-            err=True,
-        )
-
-
 def load(
     name: str,
     arguments: dict[str, Any],
@@ -269,6 +259,13 @@ def explaining(model: str = "") -> Iterator[None]:
         _fail(f"{error.filename}: {error.strerror}", 2)
 
 
+def say_aside(message: str) -> None:
+    """Print a message to stderr, wrapped for the terminal."""
+    from gtp_fx.report.text import wrapped
+
+    typer.echo(wrapped(message), err=True)
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"gtp-fx: {message}", err=True)
+    say_aside(f"gtp-fx: {message}")
     raise typer.Exit(code)

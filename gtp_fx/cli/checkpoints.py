@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import textwrap
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from gtp_fx.errors import LoadError
 _EMA = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _PLAIN = ("state_dict", "model", "model_state_dict", "model_state")
 """Keys under which checkpoints hold a state dict. Averaged weights come first: they are what a run is judged by."""
+_PICKLE = b"\x80"
+"""How a pickle begins, and a torch checkpoint from before they were zip archives."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _COUNTER = "n_averaged"
 """What torch's AveragedModel keeps beside the weights."""
@@ -109,6 +112,8 @@ def _content(path: Path) -> Mapping[Any, Any]:
     except OSError as error:
         raise LoadError(f"weights {str(path)!r} can't be read: {error.strerror or error}; give a file") from error
     except Exception as error:  # a broken file, or a pickle that would run code; readers raise many types
+        if not zipfile.is_zipfile(path) and head[:1] != _PICKLE:
+            raise LoadError(f"weights {str(path)!r} are neither a torch checkpoint nor safetensors") from error
         reason = (str(error).splitlines() or [""])[0].partition(". ")[0]  # torch goes on to say how to unpickle anyway
         raise LoadError(f"weights {str(path)!r} are {_NO_STATE_DICT} ({type(error).__name__}: {reason})") from error
     if not isinstance(content, Mapping):

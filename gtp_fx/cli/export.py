@@ -9,63 +9,26 @@ from typing import Annotated, Any
 import typer
 
 import gtp_fx
-from gtp_fx.cli.arguments import (
-    AsJson,
-    Batch,
-    Device,
-    Dtype,
-    FlopsBudget,
-    ImgSize,
-    LatencyBudget,
-    Model,
-    ModelArgs,
-    NumClasses,
-    Output,
-    Pretrained,
-    ScheduleText,
-    Strategy,
-    Target,
-    Weights,
-    WeightsKey,
-    built_with,
-    explaining,
-    load,
-    option_values,
-    tell_of_auto,
-)
-from gtp_fx.errors import OptionError
+from gtp_fx.cli.arguments import AsJson, Model, Output, explaining
+from gtp_fx.cli.files import Overwrite, SaveSchedule, may_write, write_schedule
+from gtp_fx.cli.groups import Making, Placed, grouped
+from gtp_fx.errors import OptionError, did_you_mean
 from gtp_fx.options.options import DEFAULTS
 
 
+@grouped
 def export(
     model: Model,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write: x.pt2, x.onnx or x.cache.")],
-    flops_budget: FlopsBudget = DEFAULTS["flops_budget"],
-    latency_budget: LatencyBudget = DEFAULTS["latency_budget"],
-    schedule: ScheduleText = DEFAULTS["schedule"],
-    strategy: Strategy = DEFAULTS["strategy"],
-    target: Target = DEFAULTS["target"],
+    making: Making,
+    source: Placed,
     output: Output = DEFAULTS["output"],
-    batch: Batch = DEFAULTS["batch"],
     format: Annotated[
         str | None,
         typer.Option(help="torch, aoti, onnx or cache. Default: by the file's suffix, where .pt2 means torch."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
-    device: Annotated[Device, typer.Option()] = Device.cpu,
-    weights: Weights = None,
-    weights_key: WeightsKey = None,
-    pretrained: Pretrained = False,
-    num_classes: NumClasses = None,
-    img_size: ImgSize = None,
-    model_arg: ModelArgs = None,
-    save_schedule: Annotated[
-        Path | None,
-        typer.Option(
-            help="Also write the schedule to this JSON file, for --schedule. It doesn't hold the strategy: give the "
-            "same --strategy again."
-        ),
-    ] = None,
+    save_schedule: SaveSchedule = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Optimise MODEL and write it for any batch size, as a torch.export program, an AOTInductor package or ONNX.
@@ -75,28 +38,26 @@ def export(
     The file is read back and run as a check.
     """
     from gtp_fx.model.exporting.files import FORMATS, format_of
-    from gtp_fx.report.plots import must_have_folder
+    from gtp_fx.report.text import wrapped
 
     with explaining(model):
         if format is not None and format not in FORMATS:
-            raise OptionError(f"--format {format}: give {', '.join(FORMATS)}")
-        options = option_values(flops_budget, latency_budget, schedule, strategy, target, batch, output=output)
-        tell_of_auto([strategy])
+            raise OptionError(f"--format {format}: give {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
+        chosen = making.checked(output=output)
         format_of(file, format)
-        must_have_folder(save_schedule)
-        arguments = built_with(num_classes, img_size, model_arg)
-        loaded = load(model, arguments, pretrained, weights, weights_key, dtype, device)
-        fast = gtp_fx.optimize(loaded.model, **options, compile=False)
+        may_write(file, overwrite)
+        may_write(save_schedule, overwrite, "--save-schedule")
+        loaded = source.placed(model)
+        fast = gtp_fx.optimize(loaded.model, **chosen.options(loaded.model), compile=False)
         written = gtp_fx.export(fast, file, format, progress=True)
         if save_schedule is not None:
-            save_schedule.write_text(fast.schedule.to_json() + "\n")
+            write_schedule(fast.schedule, save_schedule)
     if as_json:
-        about: dict[str, Any] = {"model": loaded.name, "weights": loaded.weights_origin, "dtype": dtype.value}
+        about: dict[str, Any] = {"model": loaded.name, "weights": loaded.weights_origin, "dtype": source.dtype.value}
         done = {"exported": written.to_dict(), "schedule": json.loads(fast.schedule.to_json())}
         typer.echo(json.dumps({**about, **done, "report": fast.report.to_dict()}, indent=2))
         return
-    typer.echo(
-        f"{loaded.name}, weights: {loaded.weights_origin}; {fast.report.flops_ratio:.4f} of its FLOPs\n{written}"
-    )
+    about_it = f"{loaded.name}, weights: {loaded.weights_origin}; {fast.report.flops_ratio:.4f} of its FLOPs"
+    typer.echo(wrapped(f"{about_it}\n{written}"))
     if save_schedule is not None:
         typer.echo(f"written: {save_schedule}")

@@ -6,22 +6,14 @@ import json
 
 import typer
 
-from gtp_fx.cli.arguments import (
-    AsJson,
-    ImgSize,
-    Model,
-    ModelArgs,
-    NumClasses,
-    built_with,
-    explaining,
-)
+from gtp_fx.cli.arguments import AsJson, Model, explaining
+from gtp_fx.cli.groups import Build, grouped
 
 
+@grouped
 def inspect(
     model: Model,
-    num_classes: NumClasses = None,
-    img_size: ImgSize = None,
-    model_arg: ModelArgs = None,
+    build: Build,
     as_json: AsJson = False,
 ) -> None:
     """Print MODEL's attention blocks and their tokens, what can be done at each block, what can't, and why.
@@ -31,9 +23,10 @@ def inspect(
     from gtp_fx.cli.models import named_on_meta
     from gtp_fx.cli.weights import with_arguments
     from gtp_fx.model.preview import inspect_model
+    from gtp_fx.report.text import wrapped
 
     with explaining():
-        arguments = built_with(num_classes, img_size, model_arg)
+        arguments = build.arguments
         found = inspect_model(named_on_meta(model, arguments))
         name = with_arguments(model, arguments)
-    typer.echo(json.dumps({"model": name, **found.to_dict()}, indent=2) if as_json else f"{name} {found}")
+    typer.echo(json.dumps({"model": name, **found.to_dict()}, indent=2) if as_json else f"{wrapped(name)}\n{found}")

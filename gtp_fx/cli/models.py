@@ -36,7 +36,7 @@ from gtp_fx.cli.weights import (
     seeded,
     with_arguments,
 )
-from gtp_fx.errors import LoadError
+from gtp_fx.errors import LoadError, did_you_mean
 
 _NOTHING: Mapping[str, Any] = {}
 _THEIRS = {"num_classes": "num_labels", "img_size": "image_size"}
@@ -169,7 +169,8 @@ def _class_and_config(name: str, built_with: Mapping[str, Any]) -> tuple[Any, An
     if "/" not in name and not Path(name).is_dir():
         cls: Any = getattr(transformers, name, None)
         if not hasattr(cls, "config_class"):
-            raise LoadError(f"transformers has no model class {name!r}; give ViTForImageClassification, say")
+            meant = did_you_mean(name, dir(transformers)) or "; give ViTForImageClassification, say"
+            raise LoadError(f"transformers has no model class {name!r}{meant}")
         _must_have_fields(name, cls.config_class(), given)
         try:
             return cls, cls.config_class(**given)

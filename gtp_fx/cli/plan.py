@@ -14,21 +14,18 @@ from gtp_fx.cli.arguments import (
     Batch,
     Dtype,
     FlopsBudgets,
-    ImgSize,
     LatencyBudgets,
     Model,
-    ModelArgs,
-    NumClasses,
     Output,
     ScheduleText,
     Strategies,
     Targets,
     budgets,
-    built_with,
     explaining,
     option_values,
-    tell_of_auto,
 )
+from gtp_fx.cli.files import Overwrite, SaveSchedule, may_write, write_schedule
+from gtp_fx.cli.groups import Build, grouped, tell_of_auto
 from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS, Options
 
@@ -36,8 +33,10 @@ if TYPE_CHECKING:
     from gtp_fx.report.forecast import Forecast
 
 
+@grouped
 def plan(
     model: Model,
+    build: Build,
     flops_budget: FlopsBudgets = None,
     latency_budget: LatencyBudgets = None,
     target: Targets = None,
@@ -49,12 +48,8 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option(help="Draw tokens per block, for every budget, target and strategy, to this PNG.")
     ] = None,
-    save: Annotated[
-        Path | None, typer.Option(help="Write the schedule to this JSON file; one budget, target and strategy only.")
-    ] = None,
-    num_classes: NumClasses = None,
-    img_size: ImgSize = None,
-    model_arg: ModelArgs = None,
+    save_schedule: SaveSchedule = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Print what a budget would do to MODEL: the removed tokens, FLOPs and predicted time of every block.
@@ -62,7 +57,7 @@ def plan(
     Nothing is compiled. The model is built without its weights, so even a large one takes seconds.
     """
     from gtp_fx.cli.weights import with_arguments
-    from gtp_fx.report.plots import must_draw, must_have_folder, plot_tokens
+    from gtp_fx.report.plots import plot_tokens
 
     with explaining():
         strategies = strategy or [DEFAULTS["strategy"]]
@@ -71,26 +66,26 @@ def plan(
             Options.of(**option_values(*budget, schedule, name, processor, batch, output=output))
             for processor, budget, name in wanted
         ]
-        if save is not None and len(options) != 1:
+        if save_schedule is not None and len(options) != 1:
             raise OptionError(
-                f"--save keeps one schedule, but {len(options)} were asked for: give one budget, one target and one "
-                f"strategy"
+                f"--save-schedule keeps one schedule, but {len(options)} were asked for: give one budget, one target "
+                f"and one strategy"
             )
-        tell_of_auto(strategies)
-        must_draw(plot)
-        must_have_folder(save)
-        arguments = built_with(num_classes, img_size, model_arg)
+        tell_of_auto(strategies, "`gtp-fx optimize MODEL --calibration FOLDER` chooses one")
+        may_write(plot, overwrite, "--plot", drawn=True)
+        may_write(save_schedule, overwrite, "--save-schedule")
+        arguments = build.arguments
         forecasts = _forecasts(model, arguments, dtype, options)
         name = with_arguments(model, arguments)
         if plot is not None:
             plot_tokens(forecasts, name, plot)
-        if save is not None:
-            save.write_text(forecasts[0].schedule.to_json() + "\n")
+        if save_schedule is not None:
+            write_schedule(forecasts[0].schedule, save_schedule)
     if as_json:
         typer.echo(json.dumps({"model": name, "plans": [found.to_dict() for found in forecasts]}, indent=2))
         return
     typer.echo("\n\n".join([name, *map(str, forecasts)]))
-    for file in filter(None, (plot, save)):
+    for file in filter(None, (plot, save_schedule)):
         typer.echo(f"\nwritten: {file}")
 
 

@@ -148,7 +148,9 @@ def _create(timm: Any, name: str, built_with: Mapping[str, Any], pretrained: boo
     except Exception as error:
         if isinstance(error, RuntimeError) and ("pretrained tag" in str(error) or "Unknown model" in str(error)):
             known = timm.list_pretrained(name.partition(".")[0] + ".*") or timm.list_models()
-            close = difflib.get_close_matches(name, known, n=_LISTED, cutoff=0.6)
+            # Names are long, and what was typed may be the beginning of one.
+            begun = {each[: len(name) + 1]: each for each in reversed(known)}
+            close = [begun[start] for start in difflib.get_close_matches(name, begun, n=_LISTED, cutoff=0.6)]
             hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('*vit*') lists those it has"
             raise LoadError(f"timm has no model {name!r}; {hint}") from error
         wrong = (TypeError,) if pretrained else (TypeError, ValueError, AssertionError, RuntimeError)

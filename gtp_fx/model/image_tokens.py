@@ -48,6 +48,14 @@ class ImageTokens:
     after: int
     around: tuple[int, int] = (0, 0)
 
+    def __repr__(self) -> str:
+        """Return the counts, without the tower itself."""
+        return (
+            f"{type(self).__name__}(tower={self.path!r} at {self.tower.report.flops_ratio:.3f} of its FLOPs, "
+            f"output={self.output.name!r}, image_token={self.image_token}: {self.after} tokens of an image instead of "
+            f"{self.before})"
+        )
+
     def kept_tokens(self, *args: Any, **kwargs: Any) -> KeptTokens | None:
         """Return which tokens the language model gets of some images; None where it gets all.
 

@@ -17,6 +17,7 @@ from gtp_fx.errors import OptionError
 from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.model.sizes import checked_sizes, must_be_calibrated_for
+from gtp_fx.options.keywords import keywords_checked
 from gtp_fx.options.options import DEFAULTS, HELP, Options
 from gtp_fx.options.schedule import Schedule
 from gtp_fx.passes.order import must_be_optional
@@ -24,6 +25,7 @@ from gtp_fx.strategies import Auto, Strategy
 from gtp_fx.targets import Target
 
 
+@keywords_checked
 def optimize(
     model: nn.Module,
     *,

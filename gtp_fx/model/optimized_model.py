@@ -26,6 +26,7 @@ from gtp_fx.capture.autocast_casts import clashes
 from gtp_fx.capture.inputs import CallSignature, device_of, dtype_of, tensors_in
 from gtp_fx.capture.layers import OWN_CALLS
 from gtp_fx.capture.module import capture_call, capture_module
+from gtp_fx.capture.other_forms import said_of_dtypes
 from gtp_fx.capture.snapshots import attributes_of
 from gtp_fx.capture.tapped import with_taps
 from gtp_fx.capture.turns import modules_of, running, tracing
@@ -235,7 +236,12 @@ class OptimizedModel(nn.Module):
                     lend(runner.graph_module, self, runner.top)
                     if clash := clashes(runner.casts):
                         raise InputError(clash)
-                    return runner.run(*args, **kwargs)
+                    try:
+                        return runner.run(*args, **kwargs)
+                    except RuntimeError as error:
+                        if told := said_of_dtypes(error, (args, kwargs), mode[1]):
+                            raise InputError(told) from error
+                        raise
             self._runner(mode, with_kept)
 
     def warm_up(self, batches: Sequence[int] = (1, 8)) -> None:

@@ -16,7 +16,8 @@ from gtp_fx.graph.symbols import shape_of
 from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.pipeline import run_exact_passes
 from gtp_fx.options.options import Options
-from gtp_fx.report.text import table
+from gtp_fx.report.text import listed, table, wrapped
+from gtp_fx.types.places import is_window
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class BlockRow:
     head_features: features of a head.
     can: what its tokens can do: "leave", "skip a branch", "dead" (no output needs its patches) or "nothing".
     why: why they can't be removed, as far as known.
+    windowed: whether it attends within windows.
     """
 
     block: int
@@ -42,10 +44,19 @@ class BlockRow:
     head_features: int
     can: str
     why: str = ""
+    windowed: bool = False
 
 
-_SAID = {"leave": "can leave", "skip a branch": "can skip a branch", "dead": "dead", "nothing": "stay"}
-"""What is printed of a block's tokens, by `BlockRow.can`."""
+_SAID = {
+    "leave": ("can leave", "tokens can be removed here, so that all that follows has fewer"),
+    "skip a branch": (
+        "can skip the MLP",
+        "every token stays, for what comes later needs all of them, but some can do without this block's MLP",
+    ),
+    "dead": ("not needed", "no output depends on patch tokens after this attention; the exact passes drop them"),
+    "nothing": ("stay", "tokens neither leave nor skip anything"),
+}
+"""What is printed of a block's tokens, by `BlockRow.can`: in the table, and below it."""
 
 
 @dataclass(frozen=True)
@@ -75,29 +86,32 @@ class Inspection:
             [
                 r.block,
                 r.layer,
-                " x ".join(map(str, r.grid)),
+                " x ".join(map(str, r.grid)) + " a window" * r.windowed,
                 r.prefix + r.suffix,
                 f"{r.heads} x {r.head_features}",
-                _SAID[r.can],
+                _SAID[r.can][0],
             ]
             for r in self.blocks
         ]
-        headers = ["block", "layer", "patches", "others", "heads", "tokens"]
+        headers = ["block", "layer", "patches", "others", "heads", "its tokens"]
         reasons: dict[str, list[int]] = {}
         for row in self.blocks:
-            if row.why:
+            if row.why and row.can != "dead":  # which says it all
                 reasons.setdefault(row.why, []).append(row.block)
-        explained = [f"block{'s' * (len(of) > 1)} {_ranges(of)}: {why}" for why, of in reasons.items()]
+        saved = self.flops - self.exact_flops
+        exact = f"{self.exact_flops / self.flops:.4f} of that" if saved else "as many"
         lines = [
-            f"takes {self.inputs}; {self.flops / 1e9:.3f} GFLOPs per image, "
-            f"{self.exact_flops / self.flops:.4f} of that after the exact passes",
-            "",
-            table(headers, rows, left=range(6), shortened=1)
-            if rows
-            else "no self-attention over patch tokens" + " was recognised, but attention" * bool(self.other),
+            wrapped(f"takes {self.inputs}; {self.flops / 1e9:.3f} GFLOPs per image, {exact} after the exact passes")
         ]
-        if explained or self.other:
-            lines += ["", *explained, *map(str, self.other)]
+        if rows:
+            lines += ["", table(headers, rows, left=range(6), shortened=1), ""]
+            found = {row.can for row in self.blocks}
+            lines += [wrapped(f"{name}: {meaning}") for can, (name, meaning) in _SAID.items() if can in found]
+        else:
+            lines += ["", "no self-attention over patch tokens" + " was recognised, but attention" * bool(self.other)]
+        explained = [f"block{'s' * (len(of) > 1)} {_ranges(of)}: {why}" for why, of in reasons.items()]
+        lines += listed("why no tokens leave:", explained)
+        lines += listed("other attention, which stays as it is:", self.other)
         return "\n".join(lines)
 
 
@@ -143,6 +157,7 @@ def _row(block: AttentionBlock) -> BlockRow:
         head_features=features,
         can=can,
         why="" if refusal is None else refusal.reason,
+        windowed=is_window(axis.domain.grid),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gtp_fx.errors import OptionError
@@ -27,7 +27,7 @@ class Calibration:
     Raises OptionError for a value out of range.
     """
 
-    images: Any
+    images: Any = field(repr=False)
     points: int = 6
     refine: int = 0
     cache: bool = True

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gtp_fx.errors import OptionError
+from gtp_fx.errors import OptionError, did_you_mean
 from gtp_fx.graph.torch_internals import inductor_config, inductor_modes
 from gtp_fx.targets import Target
 
@@ -18,7 +18,10 @@ from gtp_fx.targets import Target
 def checked_mode(mode: Any) -> str | None:
     """Return `mode` if it is None or one of torch.compile's modes. Raises OptionError otherwise."""
     if mode is not None and (not isinstance(mode, str) or mode not in inductor_modes()):
-        raise OptionError(f"mode={mode!r} is unknown; torch.compile has {', '.join(map(repr, inductor_modes()))}")
+        raise OptionError(
+            f"mode={mode!r} is unknown; torch.compile has {', '.join(map(repr, inductor_modes()))}"
+            f"{did_you_mean(str(mode), inductor_modes())}"
+        )
     return mode
 
 

@@ -6,14 +6,13 @@ texts are there without torch, which a check imports when it is needed: `gtp-fx 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gtp_fx.errors import OptionError
+from gtp_fx.errors import OptionError, did_you_mean
 from gtp_fx.options.calibration import Calibration
 from gtp_fx.options.latency_budget import LatencyBudget
 from gtp_fx.options.schedule import AUTO, SCHEDULES, Schedule
@@ -81,6 +80,7 @@ def _schedule(value: Any) -> str | Schedule | tuple[int, ...]:
             names = ", ".join(map(repr, SCHEDULES))
             raise OptionError(
                 f"schedule={value!r} is unknown; give one of {names}, tokens per block, [8, 8, …], or a file, 'x.json'"
+                f"{did_you_mean(value, SCHEDULES)}"
             )
         return value
     if isinstance(value, Schedule):
@@ -265,12 +265,12 @@ class Options:
         if "calibration" in given:
             raise OptionError(
                 "calibration runs the model, but a backend has only its graph: call gtp_fx.optimize(model, "
-                "calibration=…) once and give the schedule it found, options={'schedule': optimised.schedule}"
+                "calibration=…) once and give what it found, options={'schedule': optimised.schedule, 'strategy': "
+                "optimised.strategy}"
             )
         unknown = sorted(set(given) - set(known))
         if unknown:
-            near = difflib.get_close_matches(unknown[0], known, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else "."
+            meant = did_you_mean(unknown[0], known) or "."
             raise OptionError(
                 f"unknown option {', '.join(map(repr, unknown))}{meant} The backend knows {', '.join(known)}"
             )

@@ -14,9 +14,9 @@ AUTO = "auto"
 SCHEDULES = (AUTO, "even", "uniform")
 """Names of schedules: "auto" is the one of least expected damage, the others are rules in `gtp_fx.plan.uniform`."""
 
-_VERSION = 3
-_COUNTS = {2: "propagated", 3: "removed"}
-"""What the counts are called in a schedule's JSON, by its version."""
+_VERSION = 4
+_COUNTS = {2: "propagated", 3: "removed", 4: "removed"}
+"""What the counts are called in a schedule's JSON, by its version; since 4 it says the strategy, too."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,15 @@ class Schedule:
     removed: patch tokens removed at each attention block, in graph order. Where the block attends within windows,
         the tokens of each window that skip its MLP.
     blocks: shapes of those blocks. A schedule only fits a model that has the same.
+    strategy: the strategy that it was planned for, as `strategy=` takes it, "gtp(alpha=0.2)", under which alone the
+        counts keep the budget that they were found for; "" where that isn't known, or nothing is removed.
 
     Raises ScheduleError where the lengths differ, or a count is no integer of 0 or more.
     """
 
     removed: tuple[int, ...]
     blocks: tuple[BlockShape, ...]
+    strategy: str = ""
 
     def __post_init__(self) -> None:
         if len(self.removed) != len(self.blocks):
@@ -92,22 +95,40 @@ class Schedule:
                     f"schedule={_brief(self.removed)}"
                 )
 
+    def must_be_for(self, strategies: Sequence[str]) -> None:
+        """Check that the schedule was planned for a strategy. strategies: what it may be called, the user's word first.
+
+        Raises ScheduleError where it was planned for another.
+        """
+        if self.strategy and self.strategy not in strategies:
+            raise ScheduleError(
+                f"this schedule was planned for strategy {self.strategy!r}, and the strategy here is "
+                f"{strategies[0]!r}, under which the same counts cost and lose something else: give "
+                f"strategy={self.strategy!r}, or only the counts, schedule={_brief(self.removed)}"
+            )
+
     def to_json(self) -> str:
         blocks = [asdict(block) for block in self.blocks]
-        return json.dumps({"version": _VERSION, "removed": self.removed, "blocks": blocks})
+        return json.dumps({"version": _VERSION, "strategy": self.strategy, "removed": self.removed, "blocks": blocks})
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        """Return the schedule that `to_json` wrote; only numbers are read. Raises ScheduleError for any other text."""
+        """Return the schedule that `to_json` wrote; only numbers and text are read.
+
+        Raises ScheduleError for any other text.
+        """
         try:
             data: Any = json.loads(text)
             if data["version"] not in _COUNTS:
-                known = " and ".join(map(str, _COUNTS))
+                known = ", ".join(map(str, _COUNTS))
                 raise ScheduleError(f"a schedule of version {data['version']}; this gtp_fx reads versions {known}")
             blocks = tuple(BlockShape(**block) for block in data["blocks"])
             if not all(_is_count(size) for block in blocks for size in asdict(block).values()):
                 raise ScheduleError("a schedule's blocks are described by integers")
-            return cls(tuple(data[_COUNTS[data["version"]]]), blocks)
+            strategy = data["strategy"] if data["version"] >= 4 else ""
+            if not isinstance(strategy, str):
+                raise ScheduleError(f"a schedule's strategy is text, got {strategy!r}")
+            return cls(tuple(data[_COUNTS[data["version"]]]), blocks, strategy)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ScheduleError(f"not a schedule's JSON: {error!r}; Schedule.to_json() writes one") from error
 
@@ -122,7 +143,7 @@ class Schedule:
         except (OSError, UnicodeDecodeError) as error:
             raise OptionError(
                 f"schedule={str(file)!r} can't be read: {getattr(error, 'strerror', None) or error}; give a file that "
-                f"`gtp-fx plan --save` wrote, or Schedule.to_json()"
+                f"`gtp-fx plan --save-schedule` wrote, or Schedule.to_json()"
             ) from error
         try:
             return cls.from_json(text)

@@ -26,8 +26,10 @@ Longer streams are solved over every second (third, …) count first, then over 
 _ROUNDS = 8
 """Fixed-point iterations: each solves again with the cross-stream cost of the previous solution."""
 _WORTH, _LOOSE = 0.09, 0.02
-"""_WORTH: the damage that one more site has to save, as a share of the least damage.
+"""_WORTH: the most damage that one more site has to save, as a share of the least damage.
 _LOOSE: the relative tolerance at which the least damage is found for that."""
+_SITE_COST = 0.0117
+"""What a site costs beside its FLOPs, as a share of the model's FLOPs: at a quarter removed it makes `_WORTH`."""
 
 
 def least_damage(model: CostModel, damage: Damage, limit: float, levels: Levels | None = None) -> tuple[int, ...]:
@@ -57,13 +59,19 @@ def least_damage_few_sites(model: CostModel, damage: Damage, limit: float) -> tu
 
     A site needs the attention map, so attention is no longer fused, and it sorts and moves tokens: time that isn't
     FLOPs, and compile time. Expected damage is known only to within some tens of per cent, and many schedules do about
-    as well. So each site is charged `_WORTH` of the least damage, which drops the sites that save less.
+    as well. So each site is charged a share of the least damage, which drops the sites that save less.
+
+    The share is what the site's cost would save if tokens stayed for it instead. Where a share r of the FLOPs is
+    removed, damage is about proportional to r², so that one more share c of the FLOPs saves 2 c / r of it: the more is
+    removed, the less a site has to save, and the more sites there are.
 
     Raises OverBudget.
     """
     least = least_within(model, damage, limit, coarse_levels(model), _LOOSE)
     whole = sum(damage.of(chain, remaining_tokens(chain, least)) for chain in model.chains)
-    return least_damage(model, replace(damage, per_site=_WORTH * whole), limit)
+    removed = 1 - limit / float(model.cost((0,) * len(model.sites)))
+    share = min(_WORTH, 2 * _SITE_COST / removed) if removed > 0 else _WORTH
+    return least_damage(model, replace(damage, per_site=share * whole), limit)
 
 
 def coarse_levels(model: CostModel) -> list[NDArray[np.int64]]:

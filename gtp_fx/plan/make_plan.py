@@ -25,7 +25,8 @@ from gtp_fx.plan.find_sites import Candidates, block_shape
 from gtp_fx.plan.plan import Plan
 from gtp_fx.plan.problem import Original, Problem
 from gtp_fx.plan.shortest_path import OverBudget
-from gtp_fx.strategies import Auto
+from gtp_fx.strategies import Auto, Strategy
+from gtp_fx.strategies.registry import as_written
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def make_plan(
     # Price every schedule over the candidate sites, then choose one.
     if given is not None:
         problem = Problem.of(typed, strategy, options, original)
+        _must_be_planned_for(options.schedule, problem, strategy)
         choice = Choice(_split(given, blocks, problem, options), problem)
     else:
         choice = _choose_for_any_batch(options, original, lambda asked: _choose(gm, typed, asked, original, apply_plan))
@@ -207,6 +209,22 @@ def _given_counts(schedule: str | Schedule | tuple[int, ...], shapes: tuple[Bloc
             f"give one count for each"
         )
     return counts
+
+
+def _must_be_planned_for(schedule: object, problem: Problem, strategy: Strategy) -> None:
+    """Check that a Schedule was planned for the strategy given. Counts alone are for any.
+
+    strategy: as it was given. A schedule has it settled for its counts.
+
+    Raises ScheduleError.
+    """
+    if not isinstance(schedule, Schedule) or not schedule.strategy:
+        return
+    names = [as_written(strategy), as_written(problem.strategy)]
+    if schedule.strategy not in names and schedule.strategy.partition("(")[0] == strategy.name:
+        counts = [schedule.removed[site.block] for site in problem.found.sites]
+        names.append(as_written(problem.plan(counts).strategy))
+    schedule.must_be_for(names)
 
 
 def _nothing_to_remove(given: tuple[int, ...] | None, options: Options, ratio: float) -> bool:

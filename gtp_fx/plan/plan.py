@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from gtp_fx.options.schedule import BlockShape, Schedule
 from gtp_fx.plan.site import BranchCost, RestCost, Site
 from gtp_fx.strategies.protocol import Strategy
+from gtp_fx.strategies.registry import as_written
 from gtp_fx.types.axes import Grid, TokenDomain
 
 
@@ -37,7 +38,8 @@ class Plan:
             removed[site.block] = count
         used = _numbered(site for site in sites if removed[site.block])
         settled = strategy.settled(removed_by_stream(used, [removed[site.block] for site in used]))
-        return cls(Schedule(tuple(removed), tuple(blocks)), used, settled)
+        planned_for = as_written(settled) if used else ""
+        return cls(Schedule(tuple(removed), tuple(blocks), planned_for), used, settled)
 
     @property
     def removed(self) -> dict[int, int]:

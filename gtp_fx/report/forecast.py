@@ -7,8 +7,10 @@ from typing import Any
 
 from gtp_fx.errors import Refusal
 from gtp_fx.options.schedule import Schedule
-from gtp_fx.report.text import described, number, table
+from gtp_fx.report.text import described, listed, number, table, wrapped
 
+_SAME = 0.0005
+"""Speed-ups that differ less from 1 than this are printed as "the same"."""
 _LITTLE = 1.05
 """A predicted speed-up below this one is hardly worth what it costs."""
 
@@ -111,8 +113,26 @@ class Forecast:
         return ratio(self.original.seconds, self.after.seconds)
 
     @property
+    def takes_the_same(self) -> bool:
+        """Whether the predicted times are equal, as far as they are printed."""
+        return abs(self.speed_up - 1) < _SAME
+
+    @property
+    def gain(self) -> str:
+        """The predicted speed-up in words."""
+        return "the same time" if self.takes_the_same else f"{self.speed_up:.3f}×"
+
+    @property
     def hint(self) -> str:
         """Warning where the plan is predicted to lose time, or to gain hardly any; empty where it isn't."""
+        if self.takes_the_same:
+            return (
+                ""
+                if self.schedule.removes_nothing
+                else f"predicted to take the same time as the original on target {self.target!r} for a batch of "
+                f"{self.batch}: a lower budget, a larger batch, image or model has more to gain, and flops_budget=1.0 "
+                f"changes no number"
+            )
         if self.speed_up >= _LITTLE or (self.speed_up >= 1 and self.schedule.removes_nothing):
             return ""
         if self.speed_up >= 1:
@@ -122,7 +142,7 @@ class Forecast:
             )
         return (
             f"predicted slower than the original on target {self.target!r} for a batch of {self.batch}, "
-            f"{self.speed_up:.3f}×: a larger batch, image or model has more to gain; latency_budget= removes tokens "
+            f"{self.gain}: a larger batch, image or model has more to gain; latency_budget= removes tokens "
             f"only where that is predicted to save time, and flops_budget=1.0 runs the exact passes alone"
         )
 
@@ -140,25 +160,29 @@ class Forecast:
         """Return the table that `gtp-fx plan` prints."""
         whole = sum((row.before for row in self.blocks), Cost(0, 0.0))
         rows = [*map(_row, self.blocks), ["", "together", "", "", *_costs(whole, self.after)]]
-        headers = ["#", "layer", "patches\nin", "leave", "GFLOPs\nbefore", "after", "ms\nbefore", "after", "of\nlimit"]
+        headers = ["#", "layer", "patches\nin", "leave", "GFLOPs\nbefore", "after", "ms\nbefore", "after", "gain\nkept"]
         untuned = "rates of its table; `gtp-fx tune` on it measures them"
         rates = f"measured {self.measured}" if self.measured else untuned
         return "\n".join(
             [
-                f"{self.budget}: {self.original.flops / 1e9:.3f} GFLOPs per image before, "
-                f"{self.after.flops / 1e9:.3f} after: {self.flops_ratio:.4f}",
+                wrapped(
+                    f"{self.budget}: {self.original.flops / 1e9:.3f} GFLOPs per image before, "
+                    f"{self.after.flops / 1e9:.3f} after: {self.flops_ratio:.4f}"
+                ),
                 f"predicted for {self.batch} images, compiled: {number(self.original.seconds * 1e3)} ms before, "
                 f"{number(self.after.seconds * 1e3)} ms after:",
-                f"  {self.speed_up:.3f}×, {self.share_of_limit:.1%} of the limit, "
-                f"{ratio(self.original.flops, self.after.flops):.3f}×",
-                f"target {self.target} ({rates})",
+                wrapped(f"  {self.gain}; {ratio(self.original.flops, self.after.flops):.3f}× if time fell as FLOPs do"),
+                wrapped(f"target {self.target} ({rates})"),
                 *described(self.strategy_name, self.strategy),
-                *([f"schedule: least damage expected by {self.damage_from}"] if self.damage_from else []),
+                *([wrapped(f"schedule: least damage expected by {self.damage_from}")] if self.damage_from else []),
                 "",
                 table(headers, rows, left=(1,), shortened=1),
-                "before: with the exact passes done; the last block's row includes the head",
-                *([self.hint] if self.hint else []),
-                *(["", "left as it was:", *(f"  - {refusal}" for refusal in self.refusals)] if self.refusals else []),
+                wrapped(
+                    "before: with the exact passes done; the last block's row includes the head; gain kept: the row's "
+                    "speed-up, as a share of what its saved FLOPs alone would give"
+                ),
+                *([wrapped(self.hint)] if self.hint else []),
+                *listed("left as it was:", self.refusals),
             ]
         )
 
@@ -173,9 +197,9 @@ def _row(row: BlockForecast) -> list[str]:
 
 
 def _costs(before: Cost, after: Cost) -> list[str]:
-    """Return GFLOPs before and after, milliseconds before and after, and the share of the limit.
+    """Return GFLOPs before and after, milliseconds before and after, and the share of the gain that is kept.
 
-    The share is the speed-up relative to what the saved FLOPs alone would give. It is empty where no FLOPs are saved.
+    That is the speed-up relative to what the saved FLOPs alone would give. It is empty where no FLOPs are saved.
     """
     share = ""
     if after.flops < before.flops and after.seconds > 0:

@@ -37,6 +37,13 @@ class KeptTokens:
     prefix: int = 0
     suffix: int = 0
 
+    def __repr__(self) -> str:
+        """Return shapes and counts, without the tensors' contents."""
+        images, kept = self.positions.shape
+        around = f", {self.prefix} before and {self.suffix} after them" if self.prefix or self.suffix else ""
+        grid = " x ".join(map(str, self.grid))
+        return f"{type(self).__name__}({images} images, each {kept} of {grid} patches{around})"
+
 
 Run = Callable[..., Any]
 """A function of a model's inputs."""

@@ -40,6 +40,12 @@ class Provenance:
     matrix: Tensor
     index: Tensor
 
+    def __repr__(self) -> str:
+        """Return shapes and counts, without the tensors' contents."""
+        images, kept, _ = self.matrix.shape
+        grid = " x ".join(map(str, self.grid))
+        return f"{type(self).__name__}({images} images, {kept} tokens that stand for {grid} patches)"
+
 
 @dataclass(frozen=True)
 class SiteRecord:

@@ -10,7 +10,7 @@ from gtp_fx.errors import Refusal
 from gtp_fx.passes.runner import PassStep
 from gtp_fx.plan.choose import Contender
 from gtp_fx.report.forecast import Forecast, ratio
-from gtp_fx.report.text import described, number, table
+from gtp_fx.report.text import described, listed, number, table, wrapped
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,15 @@ class Report:
         """Return the report as text: a summary, tables of passes and sites, then what was put back or refused."""
         budget = f" (budget {self.flops_budget:g})" if self.flops_budget is not None else ""
         lines = [
-            f"{self.flops_before / 1e9:.3f} GFLOPs per image before, {self.flops_after / 1e9:.3f} after: "
-            f"{self.flops_ratio:.4f} of the original's{budget}",
-            f"target {self.target}; {self._placements()} of {self.blocks} attention blocks",
+            wrapped(
+                f"{self.flops_before / 1e9:.3f} GFLOPs per image before, {self.flops_after / 1e9:.3f} after: "
+                f"{self.flops_ratio:.4f} of the original's{budget}"
+            ),
+            wrapped(f"target {self.target}; {self._placements()} of {self.blocks} attention blocks"),
             *described(self.strategy_name, self.strategy),
         ]
         if self.strategy_from:
-            lines.append(f'strategy="auto": {self.strategy_from}')
+            lines.append(wrapped(f'strategy="auto": {self.strategy_from}'))
         if self.seconds is not None:
             before, after = (seconds * 1e3 for seconds in self.seconds)
             lines.append(
@@ -166,9 +168,9 @@ class Report:
                 f"{number(after)} ms after,\n  {ratio(after, before):.4f} of it (budget {self.latency_budget})"
             )
         if self.forecast is not None and self.forecast.hint:
-            lines.append(self.forecast.hint)
+            lines.append(wrapped(self.forecast.hint))
         if self.damage_from:
-            lines.append(f"schedule: least damage expected by {self.damage_from}")
+            lines.append(wrapped(f"schedule: least damage expected by {self.damage_from}"))
         lines += ["", *self._passes()]
         if self.sites:
             branches = any(s.windows or s.window_tokens for s in self.sites)
@@ -180,22 +182,14 @@ class Report:
             lines += ["", table(headers, rows, left=(1, 5), shortened=1)]
         if self.contenders:
             lines += ["", *_contest(self.contenders)]
-        if self.made_for:
-            lines += ["", "for these integers and sizes alone, which forward reads:", f"  - {self.made_for}"]
-        if self.token_inputs:
-            lines += ["", "tokens come in as arguments:", *(f"  - {tokens}" for tokens in self.token_inputs)]
-        if self.returned:
-            lines += ["", "returned with the tokens left:", *(f"  - {row}" for row in self.returned)]
-        if self.recovered:
-            lines += ["", "tokens put back for:", *(f"  - {reader}" for reader in self.recovered)]
-        if self.refusals:
-            lines += ["", "left as it was:", *(f"  - {refusal}" for refusal in self.refusals)]
-        if self.not_kept:
-            lines += [
-                "",
-                "no longer kept by forward, which never reads it:",
-                *(f"  - {name}" for name in self.not_kept),
-            ]
+        lines += listed(
+            "for these integers and sizes alone, which forward reads:", [self.made_for] * bool(self.made_for)
+        )
+        lines += listed("tokens come in as arguments:", self.token_inputs)
+        lines += listed("returned with the tokens left:", self.returned)
+        lines += listed("tokens put back for:", self.recovered)
+        lines += listed("left as it was:", self.refusals)
+        lines += listed("no longer kept by forward, which never reads it:", self.not_kept)
         return "\n".join(lines)
 
     def _passes(self) -> list[str]:
@@ -228,5 +222,5 @@ def _contest(contenders: tuple[Contender, ...]) -> list[str]:
     refused = {row.name: row.refused for row in contenders if row.name not in judged}
     return [
         table(["the best of\neach strategy", "diver-\ngence", "images", "schedule"], rows, left=(0, 3)),
-        *(f"left out: {name}: {why}" for name, why in refused.items()),
+        *(wrapped(f"left out: {name}: {why}") for name, why in refused.items()),
     ]

@@ -1,9 +1,10 @@
-"""Text for a terminal of 80 columns: tables, numbers, and values in a paragraph."""
+"""Text for a terminal: tables of 80 columns, numbers, and paragraphs as wide as the terminal is."""
 
 from __future__ import annotations
 
+import shutil
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 WIDTH = 80
 _FEWEST = 12
@@ -39,6 +40,36 @@ def table(
     )
 
 
+def wrapped(text: str) -> str:
+    """Return text with each of its lines wrapped at the terminal's width, or at 80 columns where there is no terminal.
+
+    A line's continuations stand under its beginning; those of a list's entry ("- …") under what it says. Long words,
+    such as paths, stay whole.
+    """
+    width = shutil.get_terminal_size((WIDTH, 24)).columns
+    lines = []
+    for line in text.split("\n"):
+        words = line.lstrip(" ")
+        indent = " " * (len(line) - len(words) + 2 * words.startswith("- "))
+        lines.append(
+            textwrap.fill(
+                line,
+                max(width, _FEWEST),
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+                drop_whitespace=True,
+            )
+        )
+    return "\n".join(lines)
+
+
+def listed(heading: str, entries: Iterable[object]) -> list[str]:
+    """Return the lines of a heading and a list below it, after an empty line; none where there are no entries."""
+    lines = [wrapped(f"  - {entry}") for entry in entries]
+    return ["", heading, *lines] if lines else []
+
+
 def number(value: float) -> str:
     """Return a number to three digits, or to the unit, never as 1.17e+03: 0.371, 12.4, 1145."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -50,4 +81,4 @@ def described(name: str, values: str) -> list[str]:
     values: as Python writes it, "GTP(alpha=0.1, …)".
     """
     inside = values.partition("(")[2].removesuffix(")")
-    return [f"strategy {name}", *textwrap.wrap(inside, WIDTH, initial_indent="  ", subsequent_indent="  ")]
+    return [f"strategy {name}", *(wrapped(f"  {inside}").split("\n") if inside else [])]

@@ -60,3 +60,8 @@ class Auto:
                     continue
         every = [each for base in bases for each in (base, *base.variants())]
         return [each for each in dict.fromkeys(every) if each.needs_full_maps == self.first.needs_full_maps]
+
+
+def chosen_by(given: Any, strategy: Strategy) -> str:
+    """Return the name of the strategy that "auto" chose or stood for; "" where another was given."""
+    return strategy.name if given == AUTO or isinstance(given, Auto) else ""

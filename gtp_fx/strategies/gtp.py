@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.errors import OptionError
+from gtp_fx.errors import OptionError, did_you_mean
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.token_graph import GRAPHS
 from gtp_fx.strategies.plain_numbers import take_plain_numbers
@@ -318,7 +318,8 @@ class GTP:
 def _one_of(option: str, value: object, known: dict[str, str]) -> None:
     if value not in known:
         names = "\n".join(f"  {name!r}: {meaning}" for name, meaning in known.items())
-        raise OptionError(f"GTP({option}={value!r}) is unknown; {option} is one of\n{names}")
+        meant = did_you_mean(str(value), known)
+        raise OptionError(f"GTP({option}={value!r}) is unknown{meant or ';'} {option} is one of\n{names}")
 
 
 def _is_number(value: object) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
-from gtp_fx.errors import OptionError
+from gtp_fx.errors import OptionError, did_you_mean
 from gtp_fx.strategies.group_operator import written
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.gtp import GTP
@@ -90,19 +91,36 @@ def _as_written(text: str) -> Strategy:
         known = ", ".join(map(repr, (AUTO, *STRATEGIES)))
         raise OptionError(
             f"strategy={text!r} is unknown; give one of {known}, one with values such as 'gtp(alpha=0.2)', or a value "
-            f"such as gtp_fx.GTP(alpha=0.2)"
+            f"such as gtp_fx.GTP(alpha=0.2){did_you_mean(name, (AUTO, *STRATEGIES))}"
         )
     cls = STRATEGIES[name]
     given = _values(text) if bracket else {}
     own = [field.name for field in fields(cls) if field.init]
     if unknown := [field for field in given if field not in own]:
-        raise OptionError(f"strategy={text!r}: {name} has no {unknown[0]}; it has {', '.join(own) or 'no values'}")
+        meant = did_you_mean(unknown[0], own) or "."
+        raise OptionError(
+            f"strategy={text!r}: {name} has no {unknown[0]}{meant} It has {', '.join(own) or 'no values'}"
+        )
+    needed = [each.name for each in fields(cls) if each.init and each.default is each.default_factory is MISSING]
+    if missing := [field for field in needed if field not in given]:
+        raise OptionError(
+            f"strategy={text!r}: {name} has no default for {', '.join(missing)}: '{name}({missing[0]}=…)'"
+        )
     try:
         return cls(**given)  # type: ignore[no-any-return]
-    except TypeError as error:
-        raise OptionError(
-            f"strategy={text!r}: {cls.__name__} has fields without defaults, so give them values ({error})"
-        ) from error
+    except TypeError as error:  # of a value that is compared before its type is looked at
+        raise OptionError(f"strategy={text!r}: a value is of the wrong type ({error})") from error
+
+
+def as_written(strategy: Strategy) -> str:
+    """Return a strategy as `strategy=` takes it, "gtp(alpha=0.2)": its name, with values that aren't its defaults."""
+    values = []
+    for field in fields(strategy):  # type: ignore[arg-type]
+        value = getattr(strategy, field.name)
+        if field.init and value != field.default:
+            is_word = isinstance(value, str) and value.isidentifier() and value not in ("True", "False", "None")
+            values.append(f"{field.name}={value if is_word else repr(value)}")
+    return f"{strategy.name}({', '.join(values)})" if values else strategy.name
 
 
 def _values(text: str) -> dict[str, Any]:
@@ -114,13 +132,20 @@ def _values(text: str) -> dict[str, Any]:
         if any(value.arg is None for value in call.keywords):
             raise ValueError
         return {
-            str(value.arg): value.value.id if isinstance(value.value, ast.Name) else ast.literal_eval(value.value)
+            str(value.arg): _word(value.value.id)
+            if isinstance(value.value, ast.Name)
+            else ast.literal_eval(value.value)
             for value in call.keywords
         }
     except (SyntaxError, ValueError) as error:
         raise OptionError(
             f"strategy={text!r} can't be read; write a name and its values, such as 'gtp(alpha=0.2, graph=spatial)'"
         ) from error
+
+
+def _word(word: str) -> str | float:
+    """Return what a word without quotes means: infinity, or text."""
+    return math.inf if word == "inf" else word
 
 
 def to_plain(strategy: Strategy) -> dict[str, Any]:

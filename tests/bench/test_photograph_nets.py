@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.photograph_nets import PHOTOGRAPH_NETS, begin_with, build, resized, train
+from bench import photograph_nets
+from bench.photograph_nets import PHOTOGRAPH_NETS, begin_with, build, keep, kept_path, load_or_train, resized, train
 
 SMALL = replace(PHOTOGRAPH_NETS["photographs-cls"], width=24, depth=1, batch=8, epochs=2)
 
@@ -53,3 +54,21 @@ def test_the_windowed_net_has_windows() -> None:
     config = PHOTOGRAPH_NETS["photographs-windowed"]
     assert build(config)(photographs()[0][:2]).shape == (2, 10)
     assert config.tokens == 256
+
+
+def test_a_net_that_is_kept_comes_back_and_another_recipe_has_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photograph_nets, "KEPT", tmp_path)
+    monkeypatch.setenv("GTP_FX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(PHOTOGRAPH_NETS, "small", SMALL)
+    net = build(SMALL).eval()
+    keep("small", 3, net)
+    found = load_or_train("small", 3, None)
+    assert not found.training and next(found.parameters()).dtype == torch.float32
+    torch.testing.assert_close(found.state_dict(), net.state_dict(), rtol=2**-11, atol=2**-24)  # halves, rounded
+    with pytest.raises(FileNotFoundError, match="no photographs are given"):
+        load_or_train("small", 4, None)
+    file = kept_path("small", 3)
+    monkeypatch.setitem(PHOTOGRAPH_NETS, "small", replace(SMALL, epochs=3))
+    assert kept_path("small", 3) != file

@@ -48,6 +48,24 @@ def test_a_refusal_is_told_with_its_message() -> None:
     assert "no self-attention" in row.message
 
 
+class Magnifying(ScratchViT):
+    """Doubles the distance of nearby values twenty-four times, so that rounding in float32 becomes a wrong number."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        results = super().forward(images).sigmoid()
+        for _ in range(24):
+            results = 4 * results * (1 - results)
+        return results
+
+
+def test_what_rounding_alone_moves_far_is_compared_in_double_precision() -> None:
+    magnifying = replace(VIT, build=lambda: Magnifying(size=32, patch=8, width=32, depth=3, heads=2))
+    row = measure(magnifying, dynamo=False)
+    assert (row.verdict, row.message) == ("reduced", "")
+    assert wild_row._original(VIT)[2][0].dtype == torch.float32
+    assert wild_row._original(magnifying)[2][0].dtype == torch.float64
+
+
 class Scaled(nn.Module):
     """The original, its results times `by`, in place of what `optimize` returns."""
 

@@ -16,6 +16,7 @@ from gtp_fx.cli import app as cli
 from gtp_fx.cli.photo import as_seen, load_photo, prepared
 from gtp_fx.report.token_flow import token_flow
 
+from support.printed import in_one_line
 from support.zoo import BY_NAME, build, images, in_tiers
 
 NAME = "test_vit"
@@ -64,7 +65,7 @@ def test_bench_has_no_mode_for_what_it_does_not_compile() -> None:
 
 @pytest.mark.nightly
 def test_bench_compiles_both_sides() -> None:
-    done = run("bench", NAME, "--schedule", "30,0,0,0,0,0", "--rounds", "1", "--batch", "2")
+    done = run("bench", NAME, "--model-arg", "depth=2", "--schedule", "30,0", "--rounds", "1", "--batch", "2")
     assert done.exit_code == 0, done.output
     assert "batch of 2, compiled against compiled; medians of 1 interleaved rounds" in done.stdout
 
@@ -103,7 +104,9 @@ def test_show_replaces_no_picture_in_silence(tmp_path: Path) -> None:
     out.write_bytes(b"mine")
     done = run("show", NAME, "--flops-budget", "0.7", "--out", str(out))
     assert (
-        done.exit_code == 2 and "tokens.png exists already: give --out" in done.stderr and out.read_bytes() == b"mine"
+        done.exit_code == 2
+        and "tokens.png exists already: give --out" in in_one_line(done.stderr)
+        and out.read_bytes() == b"mine"
     )
 
 
@@ -154,7 +157,7 @@ def test_what_the_model_sees_is_the_photograph() -> None:
         (["show", NAME, "--flops-budget", "1.0"], "no token leaves"),
         (["show", NAME, "--flops-budget", "0.7", "--out", "x.abc"], "plot x.abc: Format 'abc' is not supported"),
         (["show", NAME, "--flops-budget", "0.7", "--out", "no/x.png"], "no/x.png: no is no directory; make it first"),
-        (["plan", NAME, "--flops-budget", "0.7", "--save", "no/x.json"], "no is no directory"),
+        (["plan", NAME, "--flops-budget", "0.7", "--save-schedule", "no/x.json"], "no is no directory"),
         (["plan", NAME, "--latency-budget", "1us"], " ms)"),
         (["export", NAME, "no/x.pt2", "--flops-budget", "0.7"], "no is no directory"),
     ],
@@ -162,7 +165,7 @@ def test_what_the_model_sees_is_the_photograph() -> None:
 def test_a_users_error_is_one_message(arguments: list[str], told: str) -> None:
     done = run(*arguments)
     assert done.exit_code == 2, done.output
-    assert done.stderr.startswith("gtp-fx: ") and told in done.stderr
+    assert done.stderr.startswith("gtp-fx: ") and told in in_one_line(done.stderr)
     assert "Traceback" not in done.output
 
 
@@ -170,11 +173,11 @@ def test_a_plan_names_what_it_leaves_as_it_is() -> None:
     """A count for a block without live patches can't be carried out, and a prediction may be of a slowdown."""
     done = run("plan", NAME, "--schedule", "1,1,1,1,1,1", "--target", "h100")
     assert done.exit_code == 0 and "left as it was:" in done.stdout and "blocks.5.attn" in done.stdout
-    assert "predicted slower than the original" in done.stdout
+    assert "predicted slower than the original" in in_one_line(done.stdout)
 
 
 def test_a_choice_by_images_that_a_command_does_not_take_is_spoken_of() -> None:
     """`plan` has no images, so "auto" is the default there."""
     done = run("plan", NAME, "--flops-budget", "0.8", "--strategy", "auto")
     assert done.exit_code == 0 and "strategy regeneration" in done.stdout
-    assert "--strategy auto: without images this is regeneration" in done.stderr
+    assert "--strategy auto: without photographs this is regeneration" in in_one_line(done.stderr)

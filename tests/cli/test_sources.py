@@ -15,6 +15,8 @@ from gtp_fx.cli.arguments import built_with
 from gtp_fx.cli.models import load_named, named_on_meta
 from gtp_fx.errors import LoadError
 
+from support.printed import in_one_line
+
 TINY = transformers.ViTConfig(
     hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=96, num_labels=7
 )
@@ -103,7 +105,7 @@ def test_arguments_build_a_model_of_every_kind_or_are_refused_by_name(
 )
 def test_arguments_of_another_form_are_named(typed: list[str], told: str) -> None:
     done = CliRunner().invoke(cli.app, ["inspect", "test_vit", *typed])
-    assert done.exit_code == 2 and told in done.stderr
+    assert done.exit_code == 2 and told in in_one_line(done.stderr)
 
 
 def test_values_of_arguments_are_json_or_text() -> None:
@@ -126,6 +128,6 @@ def test_commands_take_them(saved: Path) -> None:
     done = CliRunner().invoke(cli.app, ["plan", str(saved), "--flops-budget", "0.7", "--json"])
     assert done.exit_code == 0, done.output
     assert sum(json.loads(done.stdout)["plans"][0]["schedule"]["removed"]) > 0
-    done = CliRunner().invoke(cli.app, ["optimize", str(saved), "--flops-budget", "0.7", "--no-time", "--batch", "2"])
+    done = CliRunner().invoke(cli.app, ["optimize", str(saved), "--flops-budget", "0.7", "--no-timing", "--batch", "2"])
     assert done.exit_code == 0, done.output
-    assert "on 2 views of the photograph" in done.stdout
+    assert "on 2 views of the photograph" in in_one_line(done.stdout)

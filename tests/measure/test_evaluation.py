@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 import gtp_fx
 from gtp_fx.cli import app as cli
-from gtp_fx.measure.evaluation import draw
+from gtp_fx.measure.evaluation import base_outputs, draw
 from gtp_fx.measure.evaluation.evaluation import Evaluation
 from gtp_fx.measure.evaluation.found import Found, Outputs, Sums, outputs_of
 from gtp_fx.measure.evaluation.image_set import NO_LABEL, read_set
@@ -31,6 +32,7 @@ from gtp_fx.plan.damage.divergence import divergence
 from gtp_fx.report import plots
 from gtp_fx.strategies import GTP, ToMe
 
+from support.printed import in_one_line
 from support.tiny_vit import TinyViT
 
 COLOURS = {"ash": (90, 90, 90), "moss": (30, 160, 60), "rust": (190, 80, 30)}
@@ -280,7 +282,7 @@ def test_batches_of_ones_own() -> None:
 def test_features_have_a_cosine_and_no_agreement(pictures: Path) -> None:
     model = TinyViT()
     x = images()
-    found = quick(model, x, outputs="features", optimised={})
+    found = quick(model, x, compare="features", optimised={})
     sums = found.rows[0].sums
     assert sums is not None and sums.same == 0 and 0 < sums.mean_cosine.value < 1
     fast = gtp_fx.optimize(model, flops_budget=0.8, compile=False, example_inputs=x)
@@ -291,7 +293,7 @@ def test_features_have_a_cosine_and_no_agreement(pictures: Path) -> None:
     assert "cosine 95 % distance 95 %" in text and "top-1 agreement isn't defined" in text
     model.num_classes = 0  # as timm's say it
     assert outputs_of(model, model(x)) is Outputs.features
-    with pytest.raises(gtp_fx.OptionError, match="outputs='logits'"):
+    with pytest.raises(gtp_fx.OptionError, match="compare='logits'"):
         outputs_of(model, model(x), "logits")
 
 
@@ -378,8 +380,25 @@ def test_folders(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(gtp_fx.OptionError, match=r"both images \(loose\.png, …\) and sub"):
         read_set(tmp_path, 3)
     (tmp_path / "sub" / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(gtp_fx.OptionError, match=r"broken\.png can't be read as a picture"):
+    with pytest.raises(gtp_fx.OptionError, match=r"broken\.png is no picture that Pillow reads"):
         read_set(tmp_path / "sub", 3).items[0].image()
+
+
+def test_outputs_used_longest_ago_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for two sets, the third one takes the place of the one that wasn't read since."""
+    monkeypatch.setattr(base_outputs, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(base_outputs, "_MOST_OF_ALL", 2500)
+
+    def use(name: str) -> int:
+        kept = base_outputs.BaseOutputs(tmp_path / name, 50)
+        assert kept.at([0], lambda: [torch.ones(1, 4)])[0].tolist() == [[1.0] * 4]
+        return kept.ran
+
+    for number, name in enumerate("ab"):
+        assert use(name) == 1
+        os.utime(tmp_path / name / "known.npy", (number, number))
+    assert use("a") == 0 and use("c") == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "c"]
 
 
 def test_a_record_is_of_one_run(tmp_path: Path) -> None:
@@ -400,16 +419,45 @@ def test_the_command(pictures: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert max(map(len, done.stdout.partition("written:")[0].splitlines())) <= 80
     assert "tome 0.8" in done.stdout and "it has 3 folders and the model 1000" in " ".join(done.stdout.split())
-    assert f"written: {out / 'evaluation.json'}" in done.stdout and (out / "evaluation.png").exists()
+    assert f"written: {out / 'evaluation.json'}" in in_one_line(done.stdout) and (out / "evaluation.png").exists()
     again = CliRunner().invoke(cli.app, [*given, "--limit", "6", "--out", str(out), "--json"])
     assert json.loads(again.stdout)["rows"][0]["sums"]["images"] == 6
     for more, told in (
         (["--limit", "5", "--out", str(out)], "is of a run with data="),
         (["--mode", "max-autotune"], "nothing is compiled"),
-        (["--outputs", "logits"], "outputs='logits'"),
+        (["--compare", "logits"], "compare='logits'"),
     ):
         done = CliRunner().invoke(cli.app, [*given, *more])
-        assert done.exit_code == 2 and told in done.stderr and "Traceback" not in done.output
+        assert done.exit_code == 2 and told in in_one_line(done.stderr) and "Traceback" not in done.output
+
+
+def test_results_of_something_else_are_replaced_where_that_is_said(tmp_path: Path) -> None:
+    model, x = Classifier().eval(), torch.randn(4, 3, 16, 16)
+    quick(model, x, out=tmp_path)
+    for other, told in ((x[:3], "is of a run with"), (x, "holds no evaluation"), (x, "without the evaluation.json")):
+        with pytest.raises(gtp_fx.OptionError, match=rf"{told}.*overwrite=True \(--overwrite\)"):
+            quick(model, other, out=tmp_path)
+        if told != "without the evaluation.json":
+            (tmp_path / "evaluation.json").write_text("[]") if "run" in told else (
+                tmp_path / "evaluation.json"
+            ).unlink()
+    assert quick(model, x[:3], out=tmp_path, overwrite=True).about.images == 3
+
+
+def test_what_auto_chose_is_in_the_table() -> None:
+    found = quick(Classifier().eval(), torch.randn(4, 3, 16, 16), strategies=["auto", "tome"])
+    assert [row.label for row in found.rows] == ["auto 0.8: regeneration", "tome 0.8"]
+    assert "auto 0.8: regeneration " in str(found) and "auto 0.8 is Regeneration(" in in_one_line(str(found))
+
+
+def test_an_option_that_evaluate_does_not_have_is_named_with_the_nearest() -> None:
+    for given, told in (
+        ({"calibratoin": 1}, "did you mean 'calibration'"),
+        ({"flops_budget": 0.7}, r"takes budgets=\[…\]"),
+        ({"outputs": "features"}, "evaluate has no argument 'outputs'"),
+    ):
+        with pytest.raises(gtp_fx.OptionError, match=told):
+            gtp_fx.evaluate(Classifier(), torch.randn(1, 3, 32, 32), budgets=[0.8], **given)
 
 
 @pytest.mark.nightly

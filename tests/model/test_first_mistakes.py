@@ -84,3 +84,31 @@ def test_the_legend_of_a_report_lies_beside_the_bars(
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 2 and all(axes.get_legend() is None for axes in figure.axes)
     assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
+def test_a_misspelt_option_is_told_with_the_right_one() -> None:
+    with pytest.raises(
+        gtp_fx.OptionError, match=r"optimize has no argument 'flops_buget'; did you mean 'flops_budget'\?"
+    ):
+        gtp_fx.optimize(PlainViT(), flops_buget=0.7)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        (
+            IMAGES.bfloat16(),
+            r"are float32, .*bfloat16\[2, 3, 24, 24\]: give images\.to\(torch\.float32\), or conv",
+        ),
+        (IMAGES.double(), r"called with float64.*or convert the model, model\.to\(torch\.float64\)$"),
+        (IMAGES.to(torch.uint8), r"takes images\.to\(torch\.float32\), scaled and normalised"),
+        (IMAGES[0], r"one image is a batch, too: image\[None\]"),
+        (IMAGES.permute(0, 2, 3, 1), r"channels first: images\.permute\(0, 3, 1, 2\)"),
+        (torch.zeros(2, 3, 48, 48), "sizes='any' takes any size"),
+    ],
+)
+def test_images_of_another_kind_are_told_with_what_to_write(
+    fast: gtp_fx.OptimizedModel, images: torch.Tensor, told: str
+) -> None:
+    with pytest.raises(gtp_fx.InputError, match=told):
+        fast(images)

@@ -47,6 +47,8 @@ def must_read_the_kept_features(name: str) -> None:
     images = shortened(name, model)
     _, (whole_length, *_) = generated(model, inputs)
     assert images.before == FAMILIES[name](TINY).tokens(TINY) > images.after
+    told = f"{images.after} tokens of an image instead of {images.before})"
+    assert repr(images).endswith(told) and len(repr(images)) < 200
     kept = images.kept_tokens(inputs["pixel_values"])
     assert kept is not None and kept.positions.shape == (3, images.after)
     # The features of all tokens, by the same schedule, of which the kept ones are taken.

@@ -160,6 +160,7 @@ def test_a_single_tensor_has_kept_tokens_in_its_place() -> None:
     fast = gtp_fx.optimize(_Last(), schedule=[4, 4], output="reduced", example_inputs=pictures(), compile=False)
     output, kept = fast.with_kept_tokens(pictures(1))
     assert output.shape == (1, 9, 16) and kept.positions.shape == (1, 8)
+    assert repr(kept) == "KeptTokens(1 images, each 8 of 4 x 4 patches, 1 before and 0 after them)"
 
 
 def test_whole_outputs_have_no_kept_tokens_to_tell() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import threading
 from collections.abc import Callable
@@ -139,7 +140,7 @@ def test_a_failed_optimize_leaves_the_model_as_it_was(spoil: Callable[[nn.Module
     assert torch.equal(original(noise()), wanted)
 
 
-GOOD = {"version": 3, "removed": [1, 2], "blocks": [{"tokens": 9, "channels": 8, "head": 4}] * 2}
+GOOD = {"version": 4, "strategy": "tome", "removed": [1, 2], "blocks": [{"tokens": 9, "channels": 8, "head": 4}] * 2}
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,7 @@ GOOD = {"version": 3, "removed": [1, 2], "blocks": [{"tokens": 9, "channels": 8,
         json.dumps({**GOOD, "blocks": [{"tokens": 9, "channels": 8, "head": 4, "__class__": "os.system"}] * 2}),
         json.dumps({**GOOD, "blocks": [{"tokens": "9", "channels": 8, "head": 4}] * 2}),
         json.dumps({**GOOD, "blocks": 3}),
+        json.dumps({**GOOD, "strategy": ["tome"]}),
         json.dumps(GOOD).replace("[1, 2]", "[NaN, 2]"),
     ],
 )
@@ -169,10 +171,12 @@ def test_a_hostile_schedule_is_refused(text: str) -> None:
         gtp_fx.Schedule.from_json(text)
 
 
-def test_a_schedule_of_the_version_before_is_read() -> None:
+@pytest.mark.parametrize(("version", "counts"), [(2, "propagated"), (3, "removed")])
+def test_a_schedule_of_a_version_before_is_read_and_for_any_strategy(version: int, counts: str) -> None:
     now = gtp_fx.Schedule.from_json(json.dumps(GOOD))
-    before = {"version": 2, "propagated": GOOD["removed"], "blocks": GOOD["blocks"]}
-    assert gtp_fx.Schedule.from_json(json.dumps(before)) == now and now.removed == (1, 2)
+    before = {"version": version, counts: GOOD["removed"], "blocks": GOOD["blocks"]}
+    assert gtp_fx.Schedule.from_json(json.dumps(before)) == dataclasses.replace(now, strategy="")
+    assert now.removed == (1, 2) and now.strategy == "tome"
 
 
 def test_a_schedule_of_huge_numbers_is_refused_by_the_model() -> None:

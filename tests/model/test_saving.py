@@ -67,8 +67,14 @@ def test_a_model_of_timms_is_built_by_its_name(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.nightly
 def test_what_no_attribute_tells_is_found_in_the_forward(tmp_path: Path) -> None:
     model = timm.create_model(NAME, depth=2, act_layer=nn.SiLU)
-    gtp_fx.optimize(model, flops_budget=0.8, compile=False).save_pretrained(tmp_path)
-    with pytest.raises(gtp_fx.LoadError, match=r"built by name isn't.*blocks\.2\.norm1\.weight, which.*Give model="):
+    with pytest.warns(
+        UserWarning, match=r"isn't built by timm's name 'test_vit.* will need it, built as it was"
+    ) as told:
+        gtp_fx.optimize(model, flops_budget=0.8, compile=False).save_pretrained(tmp_path)
+    assert [each.filename for each in told if "timm's name" in str(each.message)] == [__file__]
+    with pytest.raises(
+        gtp_fx.LoadError, match=r"isn't built by a name of timm's.* alone: give model=, built as it was"
+    ):
         gtp_fx.load(tmp_path)
     with pytest.raises(gtp_fx.LoadError, match=r"another forward: aten\.gelu\.default 0 times then and 2 now"):
         gtp_fx.load(tmp_path, timm.create_model(NAME, depth=2))

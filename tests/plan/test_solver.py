@@ -16,6 +16,7 @@ from gtp_fx.capture.inputs import call_signature
 from gtp_fx.capture.module import capture_module
 from gtp_fx.model.pipeline import run_exact_passes
 from gtp_fx.options.options import Options
+from gtp_fx.plan import least_damage as solver
 from gtp_fx.plan.cost.chains import Chain, CostModel, remaining_tokens
 from gtp_fx.plan.cost.closed_form import flops_model
 from gtp_fx.plan.damage.prior import prior_damage
@@ -147,6 +148,20 @@ def test_few_sites_of_twelve_blocks() -> None:
     assert sum(map(bool, few)) < sum(map(bool, many))
     left = remaining_tokens(chain_model.chains[0], few)
     assert damage.of(chain_model.chains[0], left) == pytest.approx(damage_of(chain_model, damage, few))
+
+
+def test_the_more_is_removed_the_less_a_site_has_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site costs the same at any budget, and is worth more where more has to be removed."""
+    model = made_up_chain(blocks=12, whole=64)
+    damage = Damage(tuple(np.arange(64.0) ** 2 for _ in range(12)), "a test")
+    whole = float(model.cost((0,) * 12))
+    charged: list[float] = []
+    monkeypatch.setattr(solver, "least_damage", lambda _, priced, __: charged.append(priced.per_site))
+    for removed in (0.1, 0.26, 0.5, 0.6):
+        solver.least_damage_few_sites(model, damage, (1 - removed) * whole)
+        least = solver.least_within(model, damage, (1 - removed) * whole, solver.coarse_levels(model), 0.02)
+        charged[-1] /= damage_of(model, damage, least)
+    assert charged == pytest.approx([_WORTH, _WORTH, 0.0468, 0.039], rel=0.02)
 
 
 def made_up_chain(blocks: int, whole: int) -> CostModel:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 import gtp_fx
 from gtp_fx.measure.benchmark import Benchmark, Entry
 from gtp_fx.measure.compare import BASELINES, Agreement, Comparison, Compilation
 from gtp_fx.measure.timing import Timings
 from gtp_fx.report.forecast import BlockForecast, Cost, Forecast
-from gtp_fx.report.text import described, number, table
+from gtp_fx.report.text import described, number, table, wrapped
 
 LAYER = "vision_model.encoder.layers.11.self_attention.attention"
 
@@ -66,3 +68,15 @@ def test_a_small_gain_is_said() -> None:
 
     assert "gain only 4.2%" in planned(0.96, 8) and "slower than the original" in planned(1.2, 8)
     assert planned(0.9, 8) == "" and planned(1.0, 0) == ""
+    assert "the same time as the original" in planned(1.0003, 8) and "1.000×" not in planned(1.0003, 8)
+
+
+def test_paragraphs_are_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "gtp-fx: a message\n  - blocks.0: " + "no token can leave " * 10
+    first, *others = wrapped(text).split("\n")
+    assert first == "gtp-fx: a message" and len(others) > 2 and max(map(len, others)) <= 80
+    assert others[0].startswith("  - ") and all(line.startswith("    no") or line[4] != " " for line in others[1:])
+    assert " ".join(wrapped(text).split()) == " ".join(text.split())
+    monkeypatch.setenv("COLUMNS", "120")
+    assert 80 < max(map(len, wrapped(text).split("\n"))) <= 120
+    assert wrapped("/a" * 60) == "/a" * 60

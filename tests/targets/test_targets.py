@@ -13,6 +13,7 @@ import torch
 
 import gtp_fx
 from gtp_fx.errors import BusyError
+from gtp_fx.measure import probes as probing
 from gtp_fx.measure import tune_target as tuning
 from gtp_fx.measure.steadiness import Share
 from gtp_fx.plan.cost.seconds import seconds
@@ -120,14 +121,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def fake_probes() -> list[tuning.Probe]:
+def fake_probes() -> list[probing.Probe]:
     """Times of a machine of 100 GFLOP/s and 20 GB/s, 1 us a launch, by the kinds' own laws."""
-    none = (tuning.CALL, tuning.SHORT_CHAIN, tuning.LONG_CHAIN)
-    probes = [tuning.Probe(name, "", 0, Work("stream"), lambda: None) for name in none]
+    none = (probing.CALL, probing.SHORT_CHAIN, probing.LONG_CHAIN)
+    probes = [probing.Probe(name, "", 0, Work("stream"), lambda: None) for name in none]
     for kind in KINDS:
         for amount in (1e6, 1e8):
             probes.append(
-                tuning.Probe(f"{kind} {amount}", kind, amount, Work(kind, flops=amount, bytes=amount), lambda: None)
+                probing.Probe(f"{kind} {amount}", kind, amount, Work(kind, flops=amount, bytes=amount), lambda: None)
             )
     return probes
 
@@ -145,7 +146,7 @@ def test_curves_go_through_what_was_measured(cache: Path) -> None:
         "sort": 1e8,
     }
     taken = {p.name: 1e-6 + p.amount / rate[p.kind] for p in probes if p.kind}
-    taken |= {tuning.CALL: 20e-6, tuning.SHORT_CHAIN: 21e-6, tuning.LONG_CHAIN: 41e-6}
+    taken |= {probing.CALL: 20e-6, probing.SHORT_CHAIN: 21e-6, probing.LONG_CHAIN: 41e-6}
     target = tuning.fitted(CPU, probes, taken, "float32", 3)
     assert target.rate("float32") == pytest.approx(100e9, rel=0.01)
     assert target.bandwidth == pytest.approx(20e9, rel=0.01)
@@ -185,7 +186,7 @@ def test_tune_refuses_a_busy_machine_before_it_compiles(monkeypatch: pytest.Monk
 
 def test_tune_measures_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled and one round: that it runs and covers all kinds; its figures are for a quiet machine."""
-    monkeypatch.setattr(tuning, "_compiled", tuning._bound)
+    monkeypatch.setattr(probing, "_compiled", probing._bound)
     steps: list[tuple[str, int, int]] = []
     target = tuning.tune_target(listed("cpu"), rounds=1, progress=lambda *step: steps.append(step), anyway=True)
     assert set(target.curves) == set(KINDS)

@@ -167,6 +167,18 @@ def without_partial_graphs() -> Iterator[None]:
         stream.write(told.getvalue().replace(f"{graph}\n", "") if graph else told.getvalue())
 
 
+def traced_node(tensor: torch.Tensor) -> tuple[fx.Node, Any] | None:
+    """Return the node of a tensor in the graph that is being traced, and the module that holds the graph's constants.
+
+    None where nothing is traced, or the tensor isn't part of it. Public: none.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    mode: Any = get_proxy_mode()
+    held = None if mode is None else get_proxy_slot(tensor, mode.tracer, default=None)
+    return None if mode is None or held is None else (held.proxy.node, mode.tracer.root)
+
+
 def tracing_lock() -> AbstractContextManager[Any]:
     """Return the lock that Dynamo holds when it calls a backend, as a context. Public: none."""
     return cast("AbstractContextManager[Any]", importlib.import_module("torch._dynamo.convert_frame").compile_lock)

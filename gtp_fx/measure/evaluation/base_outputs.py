@@ -1,13 +1,15 @@
 """The original's outputs on a set of images, kept on disk, so that it runs once on each image.
 
 They are arrays over the whole set, into which rows are written as they are found. A second array says which rows those
-are. Processes that share the images may share the arrays.
+are. Processes that share the images may share the arrays. The sets that were used longest ago are removed where all of
+them together take more than 16 GiB.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +23,11 @@ from torch import Tensor
 from gtp_fx.targets.cache import cache_folder
 
 _MOST_BYTES = 4 * 2**30
-"""More than 50,000 images of 1,000 classes take; maps of features of a large set aren't kept."""
+"""Of one set. More than 50,000 images of 1,000 classes take; maps of features of a large set aren't kept."""
+_MOST_OF_ALL = 16 * 2**30
+"""Of all sets."""
+_KNOWN = "known.npy"
+"""The array of the rows that are known; a set was used when it was last touched."""
 
 
 @dataclass
@@ -66,9 +72,14 @@ class BaseOutputs:
         """Open what an earlier run has left."""
         assert self.folder is not None
         files = sorted(self.folder.glob("output*.npy"))
-        if files and (self.folder / "known.npy").exists():
-            self._arrays = [np.load(file, mmap_mode="r+") for file in files]
-            self._known = np.load(self.folder / "known.npy", mmap_mode="r+")
+        known = self.folder / _KNOWN
+        try:
+            if files and known.exists():
+                os.utime(known)
+                arrays = [np.load(file, mmap_mode="r+") for file in files]
+                self._known, self._arrays = np.load(known, mmap_mode="r+"), arrays
+        except FileNotFoundError:  # another process has removed the set meanwhile
+            pass
 
     def _keep(self, folder: Path, places: Sequence[int], outputs: Sequence[Tensor]) -> None:
         """Write rows; the arrays are made at the first ones."""
@@ -78,13 +89,36 @@ class BaseOutputs:
                 self.folder = None
                 return
             folder.mkdir(parents=True, exist_ok=True)
+            remove_oldest(folder.parent, _MOST_OF_ALL - _MOST_BYTES, but=folder)
             self._arrays = [_array(folder / f"output{i}.npy", shape) for i, shape in enumerate(shapes)]
-            self._known = _array(folder / "known.npy", (self.images,), np.bool_)
+            self._known = _array(folder / _KNOWN, (self.images,), np.bool_)
         for array, output in zip(self._arrays, outputs, strict=True):
             array[list(places)] = output.numpy()
             array.flush()
         self._known[list(places)] = True
         self._known.flush()
+
+
+def remove_oldest(folder: Path, most: int, but: Path) -> None:
+    """Remove the sets in a folder that were used longest ago, until all take no more than `most` bytes.
+
+    but: a set that stays. One that another process has open stays open to that, and is made anew by the next.
+    """
+    sets = []
+    for each in folder.iterdir():
+        try:
+            known = each / _KNOWN
+            used = (known if known.exists() else each).stat().st_mtime
+            sets.append((used, each, sum(file.stat().st_size for file in each.iterdir())))
+        except OSError:  # another process is removing it, or it is no set
+            continue
+    total = sum(size for *_, size in sets)
+    for _, oldest, size in sorted(sets):
+        if total <= most:
+            return
+        if oldest != but:
+            shutil.rmtree(oldest, ignore_errors=True)
+            total -= size
 
 
 def folder_for(graph: str, run: Mapping[str, object]) -> Path:

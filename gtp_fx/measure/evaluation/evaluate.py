@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,8 +25,10 @@ from gtp_fx.measure.evaluation.rows import About, Row, with_rows
 from gtp_fx.measure.evaluation.session import How, Session
 from gtp_fx.measure.evaluation.subject import Subject
 from gtp_fx.measure.preparation import preparation_of
+from gtp_fx.model.optimize import optimize
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.model.saving.record import versions_of
+from gtp_fx.options.keywords import must_be_known
 from gtp_fx.options.options import DEFAULTS
 from gtp_fx.options.progress import progress_bar
 from gtp_fx.plan.damage.divergence import scores_of
@@ -47,13 +50,14 @@ def evaluate(
     class_map: str | Path | None = None,
     limit: int | None = None,
     transform: Callable[[Any], Tensor] | None = None,
-    outputs: str = "auto",
+    compare: str = "auto",
     batch: int = 32,
     timing: bool = True,
     eager: bool = False,
     rounds: int = 15,
     workers: int = 0,
     out: str | Path | None = None,
+    overwrite: bool = False,
     cache: bool = True,
     progress: bool = False,
     name: str = "",
@@ -74,7 +78,7 @@ def evaluate(
         folder's index by name, or what a Hugging Face model's configuration says.
     limit: most images of a folder to evaluate, evenly spaced.
     transform: from a picture to the model's input; by default what timm or Hugging Face has for the model.
-    outputs: "classes" or "features" say what the model's outputs are, where "auto" takes them for something else.
+    compare: what of the outputs is compared, "classes" or "features", where "auto" takes them for something else.
     batch: images in a batch of a folder, and in a timed run.
     timing: whether to time the models; without it nothing is compiled.
     eager: whether to compile nothing, and time eager models.
@@ -82,6 +86,7 @@ def evaluate(
     workers: processes that load a folder's images.
     out: a folder for evaluation.json, .md and .png. What is there already isn't measured again: an evaluation that was
         broken off goes on, and further rows are added.
+    overwrite: whether an evaluation of something else in that folder is replaced; else it is an error.
     cache: whether to keep the original's outputs in the user's cache, keyed by weights, images and preparation.
     progress: whether to show a progress bar.
     name: the model's name in the tables; its class's by default.
@@ -91,6 +96,10 @@ def evaluate(
     row with the reason. Raises OptionError and CaptureError, and CheckError where the original's output is wrong.
     """
     model = without_compiling(model)
+    _must_be_optional(options)
+    for option, value in (("budgets", budgets), ("latency_budgets", latency_budgets)):
+        if isinstance(value, str | float | int):
+            raise OptionError(f"{option}={value!r}: give a list, {option}=[{value!r}]")
     must_be_positive(batch=batch, rounds=rounds, limit=limit)
     wanted = contenders(budgets, latency_budgets, strategies, optimised or {}, {**options, "batch": batch})
     source = None if isinstance(data, str | Path) else sources.of_batches(data)
@@ -98,7 +107,7 @@ def evaluate(
         raise OptionError("class_map=, limit= and transform= are for a folder of images, and data= is of tensors")
     subject = Subject.of(model, example_inputs, None if source is None else source.first()[:2])
     output = subject.called(model)(subject.example)
-    kind, prepared = outputs_of(model, output, outputs), ""
+    kind, prepared = outputs_of(model, output, compare), ""
     if source is None:
         source, prepared = folder_of_images(
             model,
@@ -123,7 +132,7 @@ def evaluate(
         sum(parameter.numel() for parameter in model.parameters()),
         subject.machine,
     )
-    before = () if folder is None else _before(folder, run)
+    before = () if folder is None else _before(folder, run, overwrite)
     asked = {each.name: each.asked for each in wanted}
     known = {row.name: row for row in before if row.asked == asked.get(row.name)}
     new = [each for each in wanted if each.name not in known or not known[each.name].is_done(timing)]
@@ -210,14 +219,45 @@ def _classes(output: Any, kind: Outputs) -> int | None:
     return None if scores is None else scores.shape[1]
 
 
-def _before(folder: Path, run: Mapping[str, object]) -> tuple[Row, ...]:
-    """Return the rows that an earlier run has left in a folder.
+def _must_be_optional(options: Mapping[str, Any]) -> None:
+    """Check the names of the others of `optimize`'s options. Raises OptionError for one that isn't any."""
+    instead = {
+        "flops_budget": "budgets=[…]",
+        "latency_budget": "latency_budgets=[…]",
+        "strategy": "strategies=[…]",
+        "compile": "eager= or timing=",
+    }
+    for name in options.keys() & instead:
+        raise OptionError(f"evaluate makes several models, and takes {instead[name]} in place of {name}=")
+    own = [
+        parameter.name for parameter in inspect.signature(evaluate).parameters.values() if parameter.name != "options"
+    ]
+    must_be_known(options, [*own, *inspect.signature(optimize).parameters], "evaluate")
 
-    Raises OptionError where that is an evaluation of something else.
+
+def _before(folder: Path, run: Mapping[str, object], overwrite: bool) -> tuple[Row, ...]:
+    """Return the rows that an earlier run has left in a folder; none of an evaluation of something else to `overwrite`.
+
+    Raises OptionError where that isn't to be overwritten, or where there are results without such rows.
     """
+    try:
+        return _rows_of(folder, run)
+    except OptionError:
+        if overwrite:
+            return ()
+        raise
+
+
+def _rows_of(folder: Path, run: Mapping[str, object]) -> tuple[Row, ...]:
+    """Return the rows of this run in a folder. Raises OptionError where something else is there."""
     file = folder / FILE
     found = Evaluation.read(file)
     if found is None:
+        if others := [name for name in (TEXT, PICTURE) if (folder / name).exists()]:
+            raise OptionError(
+                f"{folder / others[0]} exists already, without the {FILE} that an evaluation leaves beside it: give "
+                f"another folder for the results, or overwrite=True (--overwrite) to replace it"
+            )
         return ()
     if not (run["data"] and run["weights"]):
         what = "data= is an iterator" if run["weights"] else "weights are quantised or sharded"
@@ -225,7 +265,9 @@ def _before(folder: Path, run: Mapping[str, object]) -> tuple[Row, ...]:
             f"{file} is of another run, and {what}, which can't be recognised again: give another folder, or "
             f"the images as a list or a folder"
         )
-    must_be_of(found.about.run, run, f"{file}: give another folder for the results")
+    must_be_of(
+        found.about.run, run, f"{file}: give another folder for the results, overwrite=True (--overwrite) to replace it"
+    )
     return found.rows
 
 

@@ -105,7 +105,10 @@ class Evaluation:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError) as error:
-            raise OptionError(f"{file} holds no evaluation ({error}): give another folder for the results") from error
+            raise OptionError(
+                f"{file} holds no evaluation ({error}): give another folder for the results, or "
+                f"overwrite=True (--overwrite) to replace it"
+            ) from error
 
 
 def _estimates(row: Row, about: About) -> dict[str, Any]:

@@ -141,11 +141,11 @@ def outputs_of(model: nn.Module, output: Any, given: str = "auto") -> Outputs:
     Raises OptionError where they can't be what the user says.
     """
     if given not in ("auto", *(kind.value for kind in Outputs)):
-        raise OptionError(f"outputs={given!r}: give 'auto', 'classes' or 'features'")
+        raise OptionError(f"compare={given!r}: give 'auto', 'classes' or 'features'")
     scores = scores_of(output)
     if given == Outputs.classes and scores is None:
         shapes = [list(t.shape) for t in tensors_in(output)]
-        raise OptionError(f"outputs='classes': {type(model).__name__} returns {shapes}, no scores [images, classes]")
+        raise OptionError(f"compare='classes': {type(model).__name__} returns {shapes}, no scores [images, classes]")
     if given != "auto":
         return Outputs(given)
     headless = getattr(model, "num_classes", None) == 0

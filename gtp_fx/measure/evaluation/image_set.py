@@ -53,7 +53,9 @@ class Item:
             content = file.read(self.size)
         try:
             return Image.open(io.BytesIO(content)).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+        except UnidentifiedImageError as error:
+            raise OptionError(f"{self.file} is no picture that Pillow reads: leave it out of the data") from error
+        except OSError as error:
             raise OptionError(f"{self.file} can't be read as a picture ({error}): leave it out of the data") from error
 
 
@@ -135,6 +137,8 @@ def read_set(
     )
     if not found.items:
         raise OptionError(f"data {str(root)!r} holds no image ({', '.join(SUFFIXES)})")
+    if class_map is not None and (shards or loose):
+        raise OptionError(f"class_map={str(class_map)!r} says which output is which folder, and {root} has no folders")
     if outputs is None:
         return _without_labels(found, NO_CLASSES)
     if not found.unlabelled:

@@ -49,6 +49,7 @@ class Row:
     sums: what was found on the images; None where it wasn't evaluated yet.
     times: time and memory; None where they weren't measured.
     reason: why there is no such model, or why its output is wrong; "" where there is nothing to say.
+    chosen: the name of the strategy that "auto" chose or stood for; "" where the strategy was given.
     """
 
     name: str
@@ -59,6 +60,12 @@ class Row:
     sums: Sums | None = None
     times: Times | None = None
     reason: str = ""
+    chosen: str = ""
+
+    @property
+    def label(self) -> str:
+        """Its name in the tables, of "auto" with what that chose."""
+        return f"{self.name}: {self.chosen}" if self.chosen else self.name
 
     def is_done(self, timed: bool) -> bool:
         """Return whether nothing is left to measure. timed: whether times are wanted."""

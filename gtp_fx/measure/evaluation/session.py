@@ -24,6 +24,7 @@ from gtp_fx.measure.evaluation.times import compiled_models, steps_of_timing, ti
 from gtp_fx.model.optimize import optimize
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.options.progress import Progress, Steps
+from gtp_fx.strategies.auto import chosen_by
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class Session:
             before = known.get(each.name)
             times = before.times if before is not None else None
             told = (str(fast.strategy), tuple(fast.schedule), fast.report.flops_ratio)
-            rows[each.name] = Row(each.name, each.asked, *told, times=times)
+            chosen = chosen_by(each.options["strategy"], fast.strategy)
+            rows[each.name] = Row(each.name, each.asked, *told, times=times, chosen=chosen)
         return made, rows
 
     def _models(self, made: Mapping[str, OptimizedModel], rows: dict[str, Row]) -> dict[str, Model]:

@@ -42,7 +42,7 @@ def _accuracy(rows: Sequence[Row], form: str) -> str:
     for row in rows:
         assert row.sums is not None
         one, five = row.sums.optimised
-        lines.append([row.name, *_percent(one), *_percent(row.sums.gained, "+"), _percent(five)[0]])
+        lines.append([row.label, *_percent(one), *_percent(row.sums.gained, "+"), _percent(five)[0]])
     return _table(lines, ["accuracy, %", "top-1", "95 %", "change", "95 %", "top-5"], form)
 
 
@@ -52,7 +52,7 @@ def _apart(rows: Sequence[Row], outputs: Outputs, form: str) -> str:
     for row in rows:
         assert row.sums is not None
         alike = _percent(row.sums.agreement) if outputs is Outputs.classes else _numbers(row.sums.mean_cosine, "{:.4f}")
-        lines.append([row.name, *alike, *_numbers(row.sums.mean_divergence, "{:.3g}", "{:.2g}")])
+        lines.append([row.label, *alike, *_numbers(row.sums.mean_divergence, "{:.3g}", "{:.2g}")])
     names = ["same, %", "divergence"] if outputs is Outputs.classes else ["cosine", "distance"]
     return _table(lines, ["to the original", names[0], "95 %", names[1], "95 %"], form)
 
@@ -70,7 +70,7 @@ def _cost(rows: Sequence[Row], form: str) -> str:
         about = [f"{original * 1e3:.1f}", f"{timed[0].batch / original:.1f}", "1", "", ""]
         lines.append([ORIGINAL, "1", *about][: len(headers)])
     for row in rows:
-        lines.append([row.name, f"{row.flops_ratio:.4f}", *_timed(row.times)][: len(headers)])
+        lines.append([row.label, f"{row.flops_ratio:.4f}", *_timed(row.times)][: len(headers)])
     return _table(lines, headers, form)
 
 
@@ -125,6 +125,7 @@ def _notes(about: About, rows: Sequence[Row]) -> list[str]:
         notes.append(told)
     else:
         notes.append(f"Times were not measured; outputs are those of {run['how']} models.")
+    notes += [f'{row.name} is {row.strategy}, as strategy="auto" has it.' for row in rows if row.chosen]
     return notes + [f"No {row.name}: {row.reason}" for row in rows if row.reason]
 
 

@@ -83,7 +83,8 @@ def load_cache(file: str | Path) -> None:
             code = {name: archive.read(name) for name in archive.namelist() if name.startswith(_CODE)}
         here = _about(torch.device(about["device"]))
     except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise LoadError(f"{path} can't be read as compiled code that gtp_fx.export wrote: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise LoadError(f"{path} can't be read as compiled code that gtp_fx.export wrote: {reason}") from error
     if differ := [
         f"{name} {about.get(name)!r}, here {value!r}" for name, value in here.items() if about.get(name) != value
     ]:

@@ -6,6 +6,7 @@ No code comes from a folder: timm's models are built by its registered names, Hu
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def build(recipe: Mapping[str, Any] | None, folder: Path, name: str) -> nn.Modul
     """
     if recipe is None:
         raise LoadError(
-            f"{folder}: a {name} isn't built by a name of timm's or transformers': give model=, built as it was"
+            f"{folder}: a {name} isn't built by a name of timm's or transformers' alone: give model=, built as it was"
         )
     with torch.random.fork_rng(devices=[]):
         try:
@@ -103,7 +104,26 @@ def _timm_recipe(model: nn.Module) -> dict[str, Any] | None:
             given["in_chans"] = shape[0]
         if shape[1:] != usual_shape[1:]:
             given["img_size"] = list(shape[1:])
+    if not _has_tensors_of(timm, name, given, model):
+        warnings.warn(
+            f"this {type(model).__name__} isn't built by timm's name {name!r} with what can be read off the model "
+            f"({', '.join(given) or 'no arguments'}), and timm doesn't keep the arguments that it was built with: "
+            f"gtp_fx.load(folder, model=…) will need it, built as it was",
+            stacklevel=8,
+        )
+        return None
     return {"timm": name, "args": given}
+
+
+def _has_tensors_of(timm: Any, name: str, given: Mapping[str, Any], model: nn.Module) -> bool:
+    """Return whether timm's model of a name, built with arguments, has a model's tensors, by name and shape."""
+    try:
+        with torch.device("meta"):
+            found = timm.create_model(name, **given)
+    except Exception:  # of the library that builds it
+        return False
+    shapes = [{key: tensor.shape for key, tensor in each.state_dict().items()} for each in (found, model)]
+    return shapes[0] == shapes[1]
 
 
 def _timm(recipe: Mapping[str, Any]) -> nn.Module:

@@ -184,7 +184,9 @@ def _made(
                 own_calls=frozenset(saved.own_calls),
             )
         except GtpError as error:
-            raise LoadError(f"{how} can't be optimised as it was: {error}{_versions(saved, model)}") from error
+            raise LoadError(
+                f"{how} can't be optimised as it was: {error}. {advice.capitalize()}{_versions(saved, model)}"
+            ) from error
         found = graph_to_plain(fast.captured_graph, saved.tensors)
         if found != form.graph:
             raise LoadError(

@@ -58,9 +58,13 @@ class Record:
         """Return the record in a folder. Raises LoadError where there is none of this format."""
         try:
             found = json.loads((folder / FILE).read_text())
+        except NotADirectoryError:
+            raise LoadError(f"{folder} is a file: give the folder that save_pretrained wrote") from None
         except FileNotFoundError:
             raise LoadError(
-                f"{folder} has no {FILE}, which save_pretrained of what gtp_fx.optimize returned writes last"
+                f"{folder} is no folder: give the one that save_pretrained wrote"
+                if not folder.exists()
+                else f"{folder} has no {FILE}, which save_pretrained of what gtp_fx.optimize returned writes last"
             ) from None
         except (OSError, ValueError) as error:
             raise LoadError(f"{folder / FILE} can't be read: {error}") from error

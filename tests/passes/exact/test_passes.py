@@ -267,6 +267,26 @@ def test_a_parallel_branch_is_not_taken_for_the_residual() -> None:
     assert found.stream is node(gm, aten.cat.default)
 
 
+def test_attentions_that_are_added_one_after_the_other_have_one_site() -> None:
+    """x + attention(x) + attention(x): tokens leave where both are added, by the first one's scores."""
+
+    def parallel(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
+        x = stem(image, embed, cls)
+        both = []
+        for y in (x, x * 2):
+            q, k, v = F.linear(y, qkv).reshape(2, 13, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            both.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 13, 8))
+        x = x + both[0] + both[1]
+        return (x + F.linear(F.gelu(x), qkv[:8])).mean(1)
+
+    gm = mark_blocks(traced(parallel, *INPUTS))
+    first, second = typed_graph(gm.graph).blocks
+    assert first.site is node(gm, aten.add.Tensor, 1) and first.refusal is None
+    assert first.stream is node(gm, aten.cat.default)
+    assert second.site is None and second.refusal is not None
+    assert "shares its residual add with a parallel attention" in second.refusal.reason
+
+
 def test_attention_over_channels_or_to_other_tokens_is_no_block() -> None:
     def over_channels(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
         x = stem(image, embed, cls)
