@@ -34,6 +34,7 @@ from gtp_fx.graph.operators import (
     RESIDUAL_SUMS,
     SCALINGS,
     SOFTMAXES,
+    VIEWS,
 )
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.strategies.protocol import Attention
@@ -43,7 +44,7 @@ from gtp_fx.types.layouts import base_of
 from gtp_fx.types.places import is_window
 
 MARK = "gtp_block"
-_SHARES = (*SCALINGS, *CASTS, *CASTS_LIKE, *DROPOUTS, *PERMUTATIONS, aten.neg.default)
+_SHARES = (*SCALINGS, *CASTS, *CASTS_LIKE, *DROPOUTS, *PERMUTATIONS, *VIEWS, aten.neg.default)
 """Operators that give a fixed multiple of their first operand, however turned, where the others aren't tokens."""
 
 

@@ -13,7 +13,7 @@ as long as it was only repeated, rearranged, changed number by number, or joined
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,13 @@ _NUMBER_BY_NUMBER = (
 )
 _JOINED = (aten.cat.default, aten.stack.default)
 _EXTREMES = (aten.max.default, aten.min.default)
-_READ = {"item": lambda number: number, "__int__": int, "__index__": int, "__float__": float, "__bool__": bool}
+_READ: dict[str, Callable[[Any], Any]] = {
+    "item": lambda number: number,
+    "__int__": int,
+    "__index__": int,
+    "__float__": float,
+    "__bool__": bool,
+}
 """Methods by which Python reads a tensor of one number."""
 
 

@@ -86,3 +86,39 @@ def test_a_convolution_at_the_end_of_a_branch_is_named() -> None:
         block.mlp = ConvMlp(64, (10, 12))
     with pytest.raises(gtp_fx.UnsupportedModelError, match=r"ends in aten.conv2d.default \[.*\], which needs all"):
         gtp_fx.optimize(model, schedule=[3, 3], example_inputs=SAM.inputs(), compile=False)
+
+
+class Mapped(nn.Module):
+    """Blocks that hand a map [B, H, W, C] on and attend to [B, H * W, C], with a convolution between, as TinyViT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 8, 8)
+        self.qkv, self.out, self.conv = (
+            nn.ModuleList(made) for made in zip(*[self._block() for _ in range(2)], strict=True)
+        )
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(2))
+
+    @staticmethod
+    def _block() -> tuple[nn.Module, nn.Module, nn.Module]:
+        return nn.Linear(32, 96), nn.Linear(32, 32), nn.Conv2d(32, 32, 3, padding=1, groups=32)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patches(image).permute(0, 2, 3, 1)
+        b, h, w, c = x.shape
+        for qkv, out, conv, mlp in zip(self.qkv, self.out, self.conv, self.mlps, strict=True):
+            q, k, v = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in qkv(x.reshape(b, h * w, c)).chunk(3, -1))
+            attended = nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + out(attended.transpose(1, 2).reshape(b, h * w, c)).view(b, h, w, c)
+            x = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(b, h * w, c)
+            x = (x + mlp(x)).view(b, h, w, c)  # which the next block's first reshape undoes
+        return x.mean((1, 2))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def test_a_stream_may_be_read_as_tokens_and_added_as_a_map() -> None:
+    model, x = enliven(Mapped()).eval(), torch.randn(2, 3, 64, 64)
+    fast = gtp_fx.optimize(model, schedule=[30, 30], example_inputs=x, compile=False)
+    assert [site.removed for site in fast.report.sites] == [30, 30]
+    exact = gtp_fx.optimize(model, flops_budget=1.0, example_inputs=x, compile=False)
+    torch.testing.assert_close(exact(x), model(x), rtol=1e-5, atol=1e-5)
