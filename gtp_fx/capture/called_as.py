@@ -55,6 +55,13 @@ class CalledAs(nn.Module):
         self._owner.training = mode
 
 
+def owner_of(module: nn.Module) -> nn.Module:
+    """Return the module that a view is of, or the module itself."""
+    while isinstance(module, CalledAs):
+        module = module._owner
+    return module
+
+
 def _spelled(function: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
     """Wrap `function` so that `inspect.signature` reports `signature`."""
 

@@ -262,7 +262,7 @@ def export_batched(
     export = functools.partial(torch.export.export, called, signature.args, signature.kwargs, dynamic_shapes=dynamic)
 
     def traced() -> tuple[torch.export.ExportedProgram, list[str]]:
-        with watched(model) as attributes, warnings.catch_warnings():
+        with watched(called) as attributes, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The tensor attribute")  # a cache, or refused below by name
             program = export()
         return program, attributes

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gtp_fx.capture.called_as import owner_of
 from gtp_fx.capture.kept import Kept, is_read, same_output
 from gtp_fx.capture.snapshots import DEPTH, attributes_of, inside, snapshot
 
@@ -22,17 +23,20 @@ _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in n
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module) -> Iterator[list[str]]:
+def watched(called: nn.Module) -> Iterator[list[str]]:
     """Collect the paths of the attributes that a forward within the context changes, and restore them afterwards.
+
+    called: the module that is run: a model, or a view of one that runs another function (`CalledAs`).
 
     The list is filled when the context ends. Attributes are compared in a forward hook, because torch.export undoes
     some changes before it returns.
     """
     changed: dict[str, None] = {}
     found: list[str] = []
+    model = owner_of(called)
     with _put_back(model):
         before = _looks(model)
-        handle = model.register_forward_hook(lambda *_: changed.update(dict.fromkeys(_differing(model, before))))
+        handle = called.register_forward_hook(lambda *_: changed.update(dict.fromkeys(_differing(model, before))))
         try:
             yield found
         finally:
@@ -54,6 +58,7 @@ def left_by_each_call(model: nn.Module, call: Callable[[], object]) -> Left:
 
     call: runs `model` once.
     """
+    model = owner_of(model)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def run() -> object:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import gtp_fx
+from gtp_fx.capture.called_as import CalledAs
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.module import capture_module
 
 from support.zoo import BY_NAME, build, images, in_tiers
 
@@ -247,4 +250,37 @@ def test_side_effects_are_seen_there_too() -> None:
     model = CountsItsCalls().eval()
     fast = gtp_fx.optimize(model, flops_budget=0.7, example_inputs=images(ROW), compile=False)
     assert fast.report.not_kept == ("calls",)
+    assert model.calls == 0
+
+
+class CountsInItsResult(nn.Module):
+    """State that the next call reads, in a forward that takes flags as they come, and in a method beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = INNER, 0
+
+    def forward(self, x: Tensor, **flags: Any) -> Tensor:
+        self.calls += 1
+        return self.calls * self.inner(x)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"twice": True}, {"scale": torch.ones(2, 1)}], ids=["none", "a flag", "a tensor"]
+)
+def test_state_is_seen_whatever_a_forward_is_called_with(flags: dict[str, Any]) -> None:
+    model = CountsInItsResult().eval()
+    with pytest.raises(gtp_fx.CaptureError, match="changes calls when it runs"):
+        gtp_fx.optimize(model, flops_budget=0.7, example_inputs={"x": images(ROW), **flags}, compile=False)
+    assert model.calls == 0
+
+
+def test_state_of_another_method_is_seen() -> None:
+    model = CountsInItsResult().eval()
+    view = CalledAs(model, model.embed)
+    with pytest.raises(gtp_fx.CaptureError, match="changes calls when it runs"):
+        capture_module(view, call_signature(view, images(ROW)))
     assert model.calls == 0
