@@ -8,6 +8,8 @@ works on a captured copy of the graph.
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -31,6 +33,18 @@ class Refusal:
         place = f"{self.layer}: " if self.layer else ""
         operator = f"{self.operator}: " if self.operator else ""
         return f"{place}{operator}{self.reason}" + (f" [{self.source}]" if self.source else "")
+
+
+_OURS = ("gtp_fx", "contextlib", "functools")
+"""First parts of the names of modules that stand between a user's call and a warning."""
+
+
+def warn(message: str) -> None:
+    """Warn (UserWarning) at the line of the user's code that called gtp_fx, however deep inside it is noticed."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 MOST_CAUSES = 6

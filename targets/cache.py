@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
+
+from gtp_fx.errors import warn
 
 
 def cache_folder() -> Path:
@@ -29,8 +30,7 @@ def keep_json(file: Path, value: Any) -> None:
         written.write_text(json.dumps(value, indent=2) + "\n")
         written.replace(file)
     except OSError as error:
-        warnings.warn(
+        warn(
             f"{file.name} can't be kept in {file.parent} ({error.strerror or error}), so the next run measures it "
             f"again; the environment variable GTP_FX_CACHE names another folder",
-            stacklevel=2,
         )

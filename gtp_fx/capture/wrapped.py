@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import warnings
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gtp_fx.capture.hooks import user_hooks
-from gtp_fx.errors import CaptureError
+from gtp_fx.errors import CaptureError, warn
 from gtp_fx.graph.torch_internals import given_to_compile
 
 _IN_FLOATING_POINT = ("FloatFunctional", "FXFloatFunctional")
@@ -31,9 +30,8 @@ def without_compiling(model: nn.Module) -> nn.Module:
     if inside is None:
         return model
     if user_hooks(model):
-        warnings.warn(
+        warn(
             "forward hooks on what torch.compile returned don't run: it is the module inside that is optimised",
-            stacklevel=3,
         )
     return without_compiling(inside)
 

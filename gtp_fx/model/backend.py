@@ -7,7 +7,6 @@ on the graph alone, so it is the same each time.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +24,7 @@ from gtp_fx.errors import (
     PieceError,
     ScheduleError,
     UnsupportedModelError,
+    warn,
 )
 from gtp_fx.graph.torch_internals import compile_with_inductor
 from gtp_fx.model.internal_errors import internal_errors_reported
@@ -64,7 +64,7 @@ def gtp(
     except (NoBlocksError, PieceError, InternalError) as error:
         if checked.strict:
             raise
-        warnings.warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}", stacklevel=2)
+        warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}")
         graph = gm
     if checked.shapes == "shared":
         return InSections(patches)(graph, example_inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import fx, nn
 
 from gtp_fx.capture.hooks import KINDS
 from gtp_fx.capture.layers import layer_paths
-from gtp_fx.errors import InputError
+from gtp_fx.errors import InputError, warn
 from gtp_fx.model.rollback import put_back_on_error
 from gtp_fx.model.state import State
 from gtp_fx.model.watch import NOTHING, Watch
@@ -79,11 +78,10 @@ def own_calls(captured: fx.GraphModule, model: nn.Module) -> frozenset[str]:
 
 def tell_of_hooks(paths: Sequence[str]) -> None:
     """Warn that the user's hooks on some modules won't run."""
-    warnings.warn(
+    warn(
         f"hooks on {_named(paths)} don't run: the optimised graph has no call for that module. Hooks on layers that it "
         f"calls do (linear layers, norms, activations), and forward hooks on modules that optimize was told to tap: "
         f"taps={list(paths[:_MOST])}",
-        stacklevel=4,
     )
 
 

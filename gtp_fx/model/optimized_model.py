@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from gtp_fx.capture.other_forms import said_of_dtypes
 from gtp_fx.capture.snapshots import attributes_of
 from gtp_fx.capture.tapped import with_taps
 from gtp_fx.capture.turns import modules_of, running, tracing
-from gtp_fx.errors import InputError, OptionError
+from gtp_fx.errors import InputError, OptionError, warn
 from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import is_traced, tracing_lock
 from gtp_fx.model import following
@@ -261,10 +260,9 @@ class OptimizedModel(nn.Module):
         if self.training:
             raise InputError("warm_up in training mode would change what the model keeps of its inputs: call eval()")
         if not self._gtp.compiles:
-            warnings.warn(
+            warn(
                 "warm_up: this model isn't compiled, so there is nothing to warm up: optimize(…, compile=True) or "
                 "load(…, compile=True)",
-                stacklevel=2,
             )
         for model in (self, *self._gtp.forms):
             warm(model, model.captured_graph, model.signature, sizes, model._gtp.compiles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import gtp_fx
 
+from support.printed import in_one_line
 from support.zoo import BY_NAME, build, enliven, images
 
 ROW = BY_NAME["deit3"]
@@ -136,8 +138,8 @@ def test_schedules_travel_as_json(model: nn.Module, fast: gtp_fx.OptimizedModel)
 
 
 def test_the_report_reads_as_a_table(fast: gtp_fx.OptimizedModel) -> None:
-    text = str(fast.report)
-    for expected in ("budget 0.65", "drop_dead_tokens", "exact", "approximate", "blocks.0.attn", "leave  out"):
+    text = in_one_line(str(fast.report))
+    for expected in ("budget 0.65", "drop_dead_tokens", "exact", "approximate", "blocks.0.attn", "leave out"):
         assert expected in text
     assert "dead tokens" in text, "the last block's refusal says why"
     assert fast.report.to_dict()["sites"][0]["tokens_in"] == ROW.tokens
@@ -184,3 +186,14 @@ def test_another_flag_is_an_error_and_not_a_wrong_answer(
 ) -> None:
     with pytest.raises(gtp_fx.InputError, match="optimised for"):
         keyword[1](torch.randn(2, 3, 32, 32), scale=2.0)
+
+
+def test_warnings_point_at_the_users_own_line() -> None:
+    model = build(ROW, depth=2)
+    model.blocks[0].drop_path1.register_forward_hook(lambda *_: None)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fast = gtp_fx.optimize(model, schedule=[8, 0], compile=False)
+        fast.warm_up()
+    ours = [warning for warning in told if "drop_path1" in str(warning.message) or "warm_up" in str(warning.message)]
+    assert [warning.filename for warning in ours] == [__file__, __file__]

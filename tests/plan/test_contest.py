@@ -22,6 +22,7 @@ from gtp_fx.strategies import GTP, PPT, Auto, Grouping, Random, Regeneration, To
 
 from support.captured import Built, optimised, shared_model
 from support.plain_vit import PlainViT, built
+from support.printed import in_one_line
 
 pytestmark = pytest.mark.xdist_group("plain-vit-contest")
 
@@ -64,7 +65,7 @@ def test_the_least_divergence_wins_and_the_report_says_so() -> None:
     # Those left out are named, with the reason.
     (nowhere,) = [row for row in report.contenders if row.strategy == str(NOWHERE)]
     assert "none can lose tokens" in nowhere.refused and nowhere.moved is None and nowhere.images == 0
-    text = str(report)
+    text = in_one_line(str(report))
     assert "left out: ppt: this model has 3 blocks" in text and f"{best.moved:.4g} " in text
     assert report.to_dict()["contenders"][0]["strategy"] == best.strategy
 
@@ -76,7 +77,7 @@ def test_all_that_are_registered_take_part() -> None:
     assert {"regeneration", "gtp", "tome", "topk", "mergence", "cluster", "idle", "saliency", "random"} <= everyone
     report = chosen((GTP(neighbors=99),)).report
     (misfit,) = [row for row in report.contenders if row.strategy == str(GTP(neighbors=99)) and not row.images]
-    assert "more than 99 patch tokens" in misfit.refused and "left out" not in str(report)
+    assert "more than 99 patch tokens" in misfit.refused and "left out" not in in_one_line(str(report))
 
 
 def test_what_was_judged_is_not_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +106,9 @@ def test_where_nobody_can_take_part() -> None:
 def test_without_images_it_is_the_default() -> None:
     fast, default = (optimised(SOURCE, flops_budget=0.7, strategy=name) for name in ("auto", "regeneration"))
     assert (fast.strategy, fast.schedule) == (default.strategy, default.schedule)
-    assert "no calibration images" in str(fast.report) and "no calibration images" not in str(default.report)
+    assert "no calibration images" in in_one_line(str(fast.report)) and "no calibration images" not in in_one_line(
+        str(default.report)
+    )
     assert fast.report.contenders == () and fast.report.moved is None
     backend = Options.of_backend({"strategy": "auto", "flops_budget": 0.7})
     assert backend.first_strategy == Regeneration() == Auto().first

@@ -21,6 +21,7 @@ from gtp_fx.plan.site import Site
 from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
 
 from support.every_schedule import damage_of, every_schedule
+from support.printed import in_one_line
 from support.zoo import BY_NAME, build, images
 
 BLOCKS, WHOLE, TILE = 4, 64, 16
@@ -98,7 +99,7 @@ def test_what_is_predicted_slower_is_said_before_anything_is_compiled() -> None:
     """A small net alone on a GPU is all launches."""
     model = build(BY_NAME["vit"])
     fast = gtp_fx.optimize(model, flops_budget=0.74, target="h100", batch=1, compile=False)
-    assert "predicted slower than the original on target 'h100' for a batch of 1" in str(fast.report)
+    assert "predicted slower than the original on target 'h100' for a batch of 1" in in_one_line(str(fast.report))
     large = Planner(meta_deit(), torch.empty(2, 3, 224, 224, device="meta", dtype=torch.bfloat16))
     assert not large.plan(Options.of(flops_budget=0.74, target="h100", batch=256)).hint
     with pytest.raises(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gtp_fx.errors import warn
 from gtp_fx.targets.cache import cache_folder
 
 _MOST_BYTES = 4 * 2**30
@@ -60,10 +60,9 @@ class BaseOutputs:
             try:
                 self._keep(self.folder, places, outputs)
             except OSError as error:
-                warnings.warn(
+                warn(
                     f"the original's outputs can't be kept in {self.folder} ({error.strerror or error}), so the next "
                     f"run computes them again; the environment variable GTP_FX_CACHE names another folder",
-                    stacklevel=2,
                 )
                 self.folder, self._arrays = None, []
         return outputs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gtp_fx.capture.wrapped import without_compiling
-from gtp_fx.errors import OptionError
+from gtp_fx.errors import OptionError, warn
 from gtp_fx.measure.evaluation import data as sources
 from gtp_fx.measure.evaluation.contenders import Contender, contenders
 from gtp_fx.measure.evaluation.data import Data
@@ -289,4 +288,4 @@ def _write(evaluation: Evaluation, folder: Path, whole: bool = True) -> None:
     try:
         evaluation.plot(folder / PICTURE)
     except OptionError as error:
-        warnings.warn(f"{folder / PICTURE} wasn't drawn: {error}", stacklevel=4)
+        warn(f"{folder / PICTURE} wasn't drawn: {error}")

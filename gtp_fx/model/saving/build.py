@@ -6,7 +6,6 @@ No code comes from a folder: timm's models are built by its registered names, Hu
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from gtp_fx.capture.inputs import timm_shape
-from gtp_fx.errors import LoadError
+from gtp_fx.errors import LoadError, warn
 
 _PLAIN = (bool, int, float, str)
 
@@ -105,11 +104,10 @@ def _timm_recipe(model: nn.Module) -> dict[str, Any] | None:
         if shape[1:] != usual_shape[1:]:
             given["img_size"] = list(shape[1:])
     if not _has_tensors_of(timm, name, given, model):
-        warnings.warn(
+        warn(
             f"this {type(model).__name__} isn't built by timm's name {name!r} with what can be read off the model "
             f"({', '.join(given) or 'no arguments'}), and timm doesn't keep the arguments that it was built with: "
             f"gtp_fx.load(folder, model=…) will need it, built as it was",
-            stacklevel=8,
         )
         return None
     return {"timm": name, "args": given}

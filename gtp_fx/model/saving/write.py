@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from gtp_fx.capture.hooks import user_hooks
 from gtp_fx.capture.inputs import CallSignature
 from gtp_fx.capture.module import capture_module
 from gtp_fx.capture.tapped import with_taps
-from gtp_fx.errors import SaveError
+from gtp_fx.errors import SaveError, warn
 from gtp_fx.model.saving import record, tensors
 from gtp_fx.model.saving.build import recipe_of
 from gtp_fx.model.saving.card import write_card
@@ -198,7 +197,6 @@ def _tell_of_hooks(model: nn.Module) -> None:
     """Warn of the user's forward hooks, which are code."""
     hooked = [path or "the model" for path, module in model.named_modules() if user_hooks(module)]
     if hooked:
-        warnings.warn(
+        warn(
             f"forward hooks on {', '.join(hooked[:4])} aren't saved: register them on what gtp_fx.load returns",
-            stacklevel=5,
         )
