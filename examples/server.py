@@ -243,7 +243,10 @@ def interrupt(*_: object) -> None:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="timm's name.")] = "test_vit",
+    model: Annotated[
+        str | None,
+        typer.Option(help="As for gtp-fx; test_vit by default. With --saved, what was saved, if it is your own."),
+    ] = None,
     flops_budget: Annotated[float, typer.Option(help="FLOPs after / before at most.")] = 0.74,
     saved: Annotated[Path | None, typer.Option(help="Or a folder that save_pretrained wrote.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Its compiled code, as gtp-fx export wrote it.")] = None,
@@ -259,9 +262,10 @@ def main(
     if cache is not None:
         gtp_fx.load_cache(cache)
     if saved is not None:
-        fast, origin = gtp_fx.load(saved, compile=not eager), str(saved)
+        own = None if model is None else load_named(model).model
+        fast, origin = gtp_fx.load(saved, own, compile=not eager), str(saved)
     else:
-        loaded = load_named(model, pretrained=pretrained)
+        loaded = load_named(model or "test_vit", pretrained=pretrained)
         fast = gtp_fx.optimize(loaded.model, flops_budget=flops_budget, compile=not eager)
         origin = loaded.weights_origin
     if torch.cuda.is_available():

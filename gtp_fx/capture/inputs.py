@@ -286,7 +286,10 @@ def refusal(forms: Sequence[CallSignature], call: Call) -> str:
     elif found := advice((forms[0].args, forms[0].kwargs), call):
         what = found
     elif any(form.is_form_of(call, any_size=True) for form in forms):
-        what = "sizes='any' takes any size, with a graph for each, and example_inputs=[…] those that you give"
+        what = (
+            "where the model itself takes other sizes (timm's need dynamic_img_size=True), sizes='any' takes any, with "
+            "a graph for each, and example_inputs=[…] those that you give"
+        )
     else:
         what = "for another, call gtp_fx.optimize(model, example_inputs=…) again with such inputs"
     takes = (

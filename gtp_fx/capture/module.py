@@ -42,7 +42,14 @@ from gtp_fx.errors import CaptureError
 from gtp_fx.graph import edit
 from gtp_fx.graph.nodes import ancestors
 from gtp_fx.graph.symbols import fix_symbols
-from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, is_fake, is_functorch, tracing_lock, without_partial_graphs
+from gtp_fx.graph.torch_internals import (
+    OUT_OF_MEMORY,
+    is_fake,
+    is_functorch,
+    tracing_lock,
+    without_failure_logs,
+    without_partial_graphs,
+)
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +104,7 @@ def _captured(model: nn.Module, signature: CallSignature, training: bool, apart:
     # Fused layers are only for calls without gradients: with gradients on, and torch's switch off, they stay open.
     with (
         tracing_lock(),
+        without_failure_logs(),
         _mode(model, training, apart),
         torch.enable_grad(),
         without_fused_layers(),

@@ -81,8 +81,10 @@ def evaluate(
         )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
-        return
-    typer.echo(str(found))
-    if out is not None:
-        files = ", ".join(str(file) for file in sorted(out.glob("evaluation.*")))
-        typer.echo("\n" + wrapped(f"written: {files}"))
+    else:
+        typer.echo(str(found))
+        if out is not None:
+            files = ", ".join(str(file) for file in sorted(out.glob("evaluation.*")))
+            typer.echo("\n" + wrapped(f"written: {files}"))
+    if all(row.sums is None for row in found.rows):
+        raise typer.Exit(1)  # nothing could be made of the model, as the output says

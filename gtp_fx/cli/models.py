@@ -37,6 +37,7 @@ from gtp_fx.cli.weights import (
     with_arguments,
 )
 from gtp_fx.errors import LoadError, did_you_mean
+from gtp_fx.model.saving.record import FILE as RECORD
 
 _NOTHING: Mapping[str, Any] = {}
 _THEIRS = {"num_classes": "num_labels", "img_size": "image_size"}
@@ -62,6 +63,7 @@ def load_named(
 
     Raises LoadError.
     """
+    _must_hold_a_model(name)
     if not _is_factory(name) and not _is_hugging_face(name):
         return load_model(name, pretrained=pretrained, weights=weights, weights_key=weights_key, built_with=built_with)
     one_source(pretrained, weights, weights_key)
@@ -79,12 +81,25 @@ def load_named(
 
 def named_on_meta(name: str, built_with: Mapping[str, Any] = _NOTHING) -> nn.Module:
     """Return the model without weights (on the meta device), in eval mode, to plan with. Raises LoadError."""
+    _must_hold_a_model(name)
     if not _is_factory(name) and not _is_hugging_face(name):
         return build_on_meta(name, built_with)
     with torch.device("meta"):
         if _is_factory(name):
             return _called(name, built_with).to("meta")
         return _about_images(name, _of_config(name, built_with, *_class_and_config(name, built_with)))
+
+
+def _must_hold_a_model(name: str) -> None:
+    """Raise LoadError for a folder that isn't there, or that holds a result of gtp_fx instead of a model."""
+    folder = Path(name)
+    if name.startswith(("./", "../", "/", "~")) and ":" not in name and not folder.exists():
+        raise LoadError(f"there is no folder {name}: give one with Hugging Face's config.json, or a model's name")
+    if (folder / RECORD).exists() and not (folder / "config.json").exists():
+        raise LoadError(
+            f"{name} holds what save_pretrained wrote of an optimised model, which gtp_fx.load({name!r}) brings back "
+            f"in Python: give the model's own name here"
+        )
 
 
 def _is_factory(name: str) -> bool:

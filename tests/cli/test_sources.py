@@ -131,3 +131,12 @@ def test_commands_take_them(saved: Path) -> None:
     done = CliRunner().invoke(cli.app, ["optimize", str(saved), "--flops-budget", "0.7", "--no-timing", "--batch", "2"])
     assert done.exit_code == 0, done.output
     assert "on 2 views of the photograph" in in_one_line(done.stdout)
+
+
+def test_folders_without_a_model_are_told_from_those_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "gtp_fx.json").write_text("{}")
+    for load in (load_named, named_on_meta):
+        with pytest.raises(LoadError, match=r"holds what save_pretrained wrote of an optimised model, .*gtp_fx\.load"):
+            load(str(tmp_path))
+        with pytest.raises(LoadError, match=r"there is no folder \./nowhere"):
+            load("./nowhere")

@@ -372,7 +372,7 @@ def test_folders(pictures: Path, tmp_path: Path) -> None:
     for path, outputs, file, told in (
         (tmp_path / "nowhere", 3, None, "is no folder"),
         (tmp_path / "sub", 0, None, "holds no image"),
-        (pictures, 5, order, "has 4 names and the model 5 outputs"),
+        (pictures, 5, order, "has 4 names and the model 5 outputs: give a folder"),
     ):
         with pytest.raises(gtp_fx.OptionError, match=told):
             read_set(path, outputs, file)
@@ -429,6 +429,13 @@ def test_the_command(pictures: Path, tmp_path: Path) -> None:
     ):
         done = CliRunner().invoke(cli.app, [*given, *more])
         assert done.exit_code == 2 and told in in_one_line(done.stderr) and "Traceback" not in done.output
+
+
+@pytest.mark.nightly
+def test_the_command_fails_where_nothing_could_be_made(pictures: Path) -> None:
+    given = ["eval", "test_vit", "--data", str(pictures), "--flops-budget", "0.02", "--limit", "2", "--no-timing"]
+    done = CliRunner().invoke(cli.app, given)
+    assert done.exit_code == 1 and "can't be reached" in in_one_line(done.stdout), done.output
 
 
 def test_results_of_something_else_are_replaced_where_that_is_said(tmp_path: Path) -> None:

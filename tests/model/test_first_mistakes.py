@@ -104,7 +104,7 @@ def test_a_misspelt_option_is_told_with_the_right_one() -> None:
         (IMAGES.to(torch.uint8), r"takes images\.to\(torch\.float32\), scaled and normalised"),
         (IMAGES[0], r"one image is a batch, too: image\[None\]"),
         (IMAGES.permute(0, 2, 3, 1), r"channels first: images\.permute\(0, 3, 1, 2\)"),
-        (torch.zeros(2, 3, 48, 48), "sizes='any' takes any size"),
+        (torch.zeros(2, 3, 48, 48), "dynamic_img_size=True.*sizes='any' takes any, with"),
     ],
 )
 def test_images_of_another_kind_are_told_with_what_to_write(
@@ -112,3 +112,9 @@ def test_images_of_another_kind_are_told_with_what_to_write(
 ) -> None:
     with pytest.raises(gtp_fx.InputError, match=told):
         fast(images)
+
+
+def test_images_of_a_size_that_the_model_refuses_are_an_error_without_a_log(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(gtp_fx.CaptureError, match="Give example_inputs that the model accepts"):
+        gtp_fx.optimize(PlainViT().eval(), flops_budget=0.8, example_inputs=torch.zeros(2, 3, 20, 20), compile=False)
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")]

@@ -59,6 +59,7 @@ from gtp_fx.graph.torch_internals.tracing import (
     traced_node,
     tracing_lock,
     untraced,
+    without_failure_logs,
     without_partial_graphs,
 )
 from gtp_fx.graph.torch_internals.values import (
@@ -123,6 +124,7 @@ __all__ = [
     "traced_node",
     "tracing_lock",
     "untraced",
+    "without_failure_logs",
     "without_partial_graphs",
     "written_to",
 ]

@@ -167,6 +167,20 @@ def without_partial_graphs() -> Iterator[None]:
         stream.write(told.getvalue().replace(f"{graph}\n", "") if graph else told.getvalue())
 
 
+@contextlib.contextmanager
+def without_failure_logs() -> Iterator[None]:
+    """Keep the stack of an operator that fails while it is traced out of the log: the error says it. Public: none."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.export._trace")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
 def traced_node(tensor: torch.Tensor) -> tuple[fx.Node, Any] | None:
     """Return the node of a tensor in the graph that is being traced, and the module that holds the graph's constants.
 

@@ -183,7 +183,10 @@ def _mapped(root: Path, folders: Sequence[Path], outputs: int, class_map: Path) 
     """Return the folders' labels by a class map."""
     names = [line.strip() for line in class_map.read_text().splitlines() if line.strip()]
     if len(names) != outputs:
-        raise OptionError(f"{class_map} has {len(names)} names and the model {outputs} outputs")
+        raise OptionError(
+            f"{class_map} has {len(names)} names and the model {outputs} outputs: give a folder's name in each "
+            f"line, one for each output, in their order"
+        )
     labels = {name: label for label, name in enumerate(names)}
     if strange := [folder.name for folder in folders if folder.name not in labels]:
         raise OptionError(f"{class_map} lacks {len(strange)} folders of {str(root)!r}: {', '.join(strange[:3])}, …")
