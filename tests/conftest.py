@@ -40,13 +40,20 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Keep pytest's log handlers off torch's structured trace: where it has one, torch writes every graph as text."""
+    """Keep pytest's log handlers off torch's structured trace: where it has one, torch writes every graph as text.
+
+    And fail a case that leaves gradients off, which some later case would fail by.
+    """
     trace = logging.getLogger("torch.__trace")
     handlers, trace.handlers = trace.handlers, []
     try:
-        return (yield)
+        result = yield
     finally:
         trace.handlers = handlers
+        left_on = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+    assert left_on, "it leaves gradients off"
+    return result
 
 
 @pytest.hookimpl(wrapper=True)

@@ -95,16 +95,26 @@ NO_WORDS_FOR = {"as_strided", "diagonal", "unfold", "linalg_diagonal", "tensor_s
 """Views that no rule follows: they take what isn't a dimension, or depend on what a tensor holds."""
 
 
+def sample_of(info: Any) -> Any:
+    """Return an operator's first sample of more than one number, or its first, or None. Some can make thousands."""
+    enabled = torch.is_grad_enabled()
+    try:
+        first, found = tee(info.sample_inputs("cpu", torch.float32, requires_grad=False))
+        several = (s for s in found if isinstance(s.input, Tensor) and s.input.numel() > 1)
+        return next(several, None) or next(first)
+    except Exception:  # it has none in float32
+        return None
+    finally:
+        torch.set_grad_enabled(enabled)  # some turn gradients off, and are left half-way
+
+
 def samples() -> Iterator[tuple[str, Callable[..., Any], list[Tensor]]]:
     """Each operator in torch's own list of them: its name, and a call as a function of tensors alone."""
     from torch.testing._internal.common_methods_invocations import op_db
 
     for info in op_db:
-        try:
-            first, found = tee(info.sample_inputs("cpu", torch.float32, requires_grad=False))  # some make thousands
-            several = (s for s in found if isinstance(s.input, Tensor) and s.input.numel() > 1)
-            sample = next(several, None) or next(first)
-        except Exception:  # it has none in float32
+        sample = sample_of(info)
+        if sample is None:
             continue
         leaves, spec = pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
 
