@@ -40,20 +40,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Keep pytest's log handlers off torch's structured trace: where it has one, torch writes every graph as text.
-
-    And fail a case that leaves gradients off, which some later case would fail by.
-    """
+    """Keep pytest's log handlers off torch's structured trace: where it has one, torch writes every graph as text."""
     trace = logging.getLogger("torch.__trace")
     handlers, trace.handlers = trace.handlers, []
     try:
-        result = yield
+        return (yield)
     finally:
         trace.handlers = handlers
-        left_on = torch.is_grad_enabled()
-        torch.set_grad_enabled(True)
-    assert left_on, "it leaves gradients off"
-    return result
 
 
 @pytest.hookimpl(wrapper=True)
@@ -62,6 +55,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.when == "teardown" and item.get_closest_marker("nightly") is None:
         report.user_properties.append((SECONDS, processor_seconds() - item.stash[STARTED]))
     return report
+
+
+@pytest.fixture(autouse=True)
+def gradients_are_left_on() -> Generator[None, None, None]:
+    """Fail a case that leaves gradients off, by which some later one would fail."""
+    yield
+    left_on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert left_on, "it leaves gradients off"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from itertools import tee
@@ -97,15 +98,20 @@ NO_WORDS_FOR = {"as_strided", "diagonal", "unfold", "linalg_diagonal", "tensor_s
 
 def sample_of(info: Any) -> Any:
     """Return an operator's first sample of more than one number, or its first, or None. Some can make thousands."""
-    enabled = torch.is_grad_enabled()
     try:
         first, found = tee(info.sample_inputs("cpu", torch.float32, requires_grad=False))
         several = (s for s in found if isinstance(s.input, Tensor) and s.input.numel() > 1)
         return next(several, None) or next(first)
     except Exception:  # it has none in float32
         return None
-    finally:
-        torch.set_grad_enabled(enabled)  # some turn gradients off, and are left half-way
+
+
+@pytest.fixture
+def gradients_stay_on() -> Iterator[None]:
+    """Turn gradients on after what makes samples with them off, and was left half-way, has ended."""
+    yield
+    gc.collect()
+    torch.set_grad_enabled(True)
 
 
 def samples() -> Iterator[tuple[str, Callable[..., Any], list[Tensor]]]:
@@ -137,6 +143,7 @@ def is_word_or_closed(operator: Any) -> bool:
 
 @pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("gradients_stay_on")
 def test_every_operator_is_canonical_or_opened_or_has_a_meaning_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     opened, beyond = 0, []
     quiet = logging.getLogger("torch.__trace")
