@@ -107,17 +107,15 @@ def _subjects(
     nets: Sequence[str], data: Path | None, weights: Path | None, count: int
 ) -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
     """Yield name, net, calibration images and unseen images."""
-    if data is not None and weights is not None:
-        unlabelled, _ = load_photographs(data, "train", _CALIBRATION // 10)
-        yield "photographs", load_net(weights), unlabelled, load_photographs(data, "test", count // 10)[0]
+    if data is not None:
+        unlabelled_photographs, _ = load_photographs(data, "train", _CALIBRATION // 10)
+        photographs, _ = load_photographs(data, "test", count // 10)
+        if weights is not None:
+            yield "photographs", load_net(weights), unlabelled_photographs, photographs
     for name in nets:
         if name in PHOTOGRAPH_NETS:
-            assert data is not None, "main() asks for --data"
-            sides = PHOTOGRAPH_NETS[name]
-            unlabelled, _ = load_photographs(data, "train", _CALIBRATION // 10)
-            photographs = load_photographs(data, "test", count // 10)[0]
-            model = photograph_nets.load_or_train(name, 0, data)
-            yield name, model, resized(unlabelled, sides), resized(photographs, sides)
+            sides, model = PHOTOGRAPH_NETS[name], photograph_nets.load_or_train(name, 0, data)
+            yield name, model, resized(unlabelled_photographs, sides), resized(photographs, sides)
             continue
         config = NETS[name]
         with progress_bar() as show:

@@ -21,6 +21,9 @@ from gtp_fx.graph.torch_internals.values import mode_of
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 """Errors of a machine that lacks memory, on the host and on a device."""
+_FAKES, _SYMBOLS = "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"
+_EXPORT = "torch.export._trace"
+"""Torch's loggers of operators that fail on fakes, of symbolic sizes, and of exports that fail."""
 
 
 def restarts_dynamo(error: Exception) -> bool:
@@ -72,7 +75,7 @@ def trace_functional(function: Callable[..., Any], values: Sequence[Any]) -> fx.
 
     fakes = [leaf for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, FakeTensor)]
     mode = mode_of(fakes[0]) if fakes else contextlib.nullcontext()  # constants that it makes are fakes of this one
-    with torch.no_grad(), _quiet(), _asking_nothing(fakes) as asked, mode:
+    with torch.no_grad(), _quiet(_FAKES, _SYMBOLS), _asking_nothing(fakes) as asked, mode:
         try:
             traced = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
         except Exception:
@@ -101,18 +104,16 @@ def _asking_nothing(fakes: Sequence[FakeTensor]) -> Iterator[Callable[[], bool]]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging what fails while something is tried."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
-    ]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Keep some of torch's loggers from logging what fails while something is tried."""
+    silenced = [logging.getLogger(name) for name in loggers]
+    before = [logger.disabled for logger in silenced]
+    for logger in silenced:
         logger.disabled = True
     try:
         yield
     finally:
-        for logger, disabled in zip(loggers, before, strict=True):
+        for logger, disabled in zip(silenced, before, strict=True):
             logger.disabled = disabled
 
 
@@ -151,8 +152,7 @@ def without_partial_graphs() -> Iterator[None]:
     Public: none.
     """
     told, stream = io.StringIO(), sys.stderr
-    graph, logger = "", logging.getLogger("torch.export._trace")
-    before, logger.disabled = logger.disabled, True  # it names a page of torch's manual
+    graph = ""
     try:
         with contextlib.redirect_stderr(told):
             yield
@@ -163,22 +163,15 @@ def without_partial_graphs() -> Iterator[None]:
             failed = failed.__cause__
         raise
     finally:
-        logger.disabled = before
         stream.write(told.getvalue().replace(f"{graph}\n", "") if graph else told.getvalue())
 
 
-@contextlib.contextmanager
-def without_failure_logs() -> Iterator[None]:
-    """Keep the stack of an operator that fails while it is traced out of the log: the error says it. Public: none."""
-    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.export._trace")]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
+def without_failure_logs() -> AbstractContextManager[None]:
+    """Keep out of the log what the error of a trace that fails says: an operator's stack, a page of torch's manual.
+
+    Public: none.
+    """
+    return _quiet(_FAKES, _EXPORT)
 
 
 def traced_node(tensor: torch.Tensor) -> tuple[fx.Node, Any] | None:
