@@ -99,7 +99,8 @@ NO_WORDS_FOR = {"as_strided", "diagonal", "unfold", "linalg_diagonal", "tensor_s
 def sample_of(info: Any) -> Any:
     """Return an operator's first sample of more than one number, or its first, or None. Some can make thousands."""
     try:
-        first, found = tee(info.sample_inputs("cpu", torch.float32, requires_grad=False))
+        # `info.sample_inputs` looks through the whole call stack for each sample, and draws a seed.
+        first, found = tee(info.sample_inputs_func(info, "cpu", torch.float32, False))
         several = (s for s in found if isinstance(s.input, Tensor) and s.input.numel() > 1)
         return next(several, None) or next(first)
     except Exception:  # it has none in float32
