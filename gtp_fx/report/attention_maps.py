@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from gtp_fx.analysis.blocks import MARK
+from gtp_fx.analysis.marks import MARK
 from gtp_fx.errors import InputError
 from gtp_fx.graph.edit import returning
 from gtp_fx.graph.nodes import layer_name

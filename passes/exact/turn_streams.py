@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx
 
-from gtp_fx.analysis.blocks import MARK, marks_of, share_in, stream_of
+from gtp_fx.analysis.marks import MARK, marks_of
+from gtp_fx.analysis.residual_adds import share_in, stream_of
 from gtp_fx.analysis.token_states import state_before
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit

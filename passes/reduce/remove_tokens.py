@@ -21,8 +21,9 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.attention_maps import AttentionMap
-from gtp_fx.analysis.blocks import MARK, AttentionBlock
+from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.branches import keys_beside
+from gtp_fx.analysis.marks import MARK
 from gtp_fx.analysis.placement import cut_of, ends_of, updated_edges
 from gtp_fx.analysis.returned_tokens import returned_tokens
 from gtp_fx.analysis.typed_graph import typed_graph
