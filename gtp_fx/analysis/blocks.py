@@ -18,7 +18,8 @@ from gtp_fx.analysis.token_states import state_before
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import layer_name, refusal
 from gtp_fx.graph.operators import ATTENTION
-from gtp_fx.types.axes import Grid, TokenAxis, is_plain, token_axes, token_axis
+from gtp_fx.types.axes import TokenAxis, is_plain, token_axes, token_axis
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import SiteTyping, WholeTyping
 from gtp_fx.types.layouts import base_of
 from gtp_fx.types.places import is_window

@@ -28,7 +28,8 @@ from gtp_fx.strategies.protocol import (
 )
 from gtp_fx.strategies.token_scale import AUTO, SCALES_READ_FROM, log_scale_bound
 from gtp_fx.targets.work import Work
-from gtp_fx.types.axes import Grid, TokenAxis
+from gtp_fx.types.axes import TokenAxis
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.places import home_of
 
 BRANCHES = {

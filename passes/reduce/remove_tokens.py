@@ -34,8 +34,9 @@ from gtp_fx.graph.torch_internals import is_higher_order
 from gtp_fx.passes.reduce.tie_outputs import tie_outputs
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import AtSite, Attention, StreamState
-from gtp_fx.types.axes import Grid, TensorType, images_dims, token_axis
+from gtp_fx.types.axes import TensorType, images_dims, token_axis
 from gtp_fx.types.coercions import Coercion, Step, find_coercions
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import SiteTyping, infer_with_sites
 from gtp_fx.types.places import home_of, places_of
 
