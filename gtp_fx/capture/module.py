@@ -29,12 +29,12 @@ from gtp_fx.capture.failed_calls import drop_failed_calls
 from gtp_fx.capture.flex_attention import open_flex_attention
 from gtp_fx.capture.fused_layers import without_fused_layers
 from gtp_fx.capture.hooks import without_user_hooks
-from gtp_fx.capture.inputs import CallSignature
 from gtp_fx.capture.known_numbers import known_numbers_read
 from gtp_fx.capture.known_values import with_known_values
 from gtp_fx.capture.layers import LAYER, USED, mark_layers, plain_calls, used_paths
 from gtp_fx.capture.regions import AUTOCAST, opened, write_out
 from gtp_fx.capture.side_effects import Left, left_by_each_call, watched
+from gtp_fx.capture.signatures import CallSignature
 from gtp_fx.capture.turns import tracing
 from gtp_fx.capture.vocabulary import open_composites
 from gtp_fx.capture.wrapped import what_to_give

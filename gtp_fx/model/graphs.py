@@ -14,10 +14,10 @@ from typing import Any
 from torch import fx, nn
 
 from gtp_fx.capture.autocast_casts import clashes
-from gtp_fx.capture.inputs import CallSignature, device_of, dtype_of
 from gtp_fx.capture.layers import OWN_CALLS
 from gtp_fx.capture.module import capture_call, capture_module
 from gtp_fx.capture.other_forms import said_of_dtypes
+from gtp_fx.capture.signatures import CallSignature, device_of, dtype_of
 from gtp_fx.capture.tapped import with_taps
 from gtp_fx.capture.turns import modules_of, running, tracing
 from gtp_fx.errors import InputError

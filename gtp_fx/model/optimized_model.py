@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gtp_fx.analysis.returned_tokens import ReturnedTokens
-from gtp_fx.capture.inputs import CallSignature, device_of, dtype_of, tensors_in
+from gtp_fx.capture.signatures import CallSignature, device_of, dtype_of, tensors_in
 from gtp_fx.capture.snapshots import attributes_of
 from gtp_fx.errors import InputError, OptionError, warn
 from gtp_fx.model import following, graphs
