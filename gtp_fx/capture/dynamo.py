@@ -22,7 +22,7 @@ from gtp_fx.errors import CaptureError, GtpError, PieceError
 from gtp_fx.graph import edit
 from gtp_fx.graph.nodes import operator_name, source_line
 from gtp_fx.graph.operators import GRID_MAKERS
-from gtp_fx.graph.symbols import contradiction, fix_symbols
+from gtp_fx.graph.primes import contradiction, fix_symbols
 from gtp_fx.graph.torch_internals import (
     ENTER_AUTOCAST,
     ENTER_INFERENCE,

@@ -31,7 +31,7 @@ from gtp_fx.capture.vocabulary import open_composites
 from gtp_fx.capture.wrapped import what_to_give
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph import edit
-from gtp_fx.graph.symbols import fix_symbols
+from gtp_fx.graph.primes import fix_symbols
 from gtp_fx.graph.torch_internals import (
     OUT_OF_MEMORY,
     is_fake,
