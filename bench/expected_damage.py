@@ -85,7 +85,9 @@ def main(
     weights: Annotated[
         Path | None, typer.Option(help="Of the net for those photographs (`bench.photographs`).")
     ] = None,
-    schedules: Annotated[int, typer.Option(help="Schedules drawn for each net and budget.")] = 40,
+    schedules: Annotated[
+        int, typer.Option(min=len(SITES), help="Schedules drawn for each net and budget: of each number of sites one.")
+    ] = 40,
     test_images: Annotated[int, typer.Option(help="Images that divergence is measured on.")] = 300,
     strategy: Annotated[str, typer.Option(help="Strategy that removes the tokens.")] = "regeneration",
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,

@@ -22,7 +22,9 @@ if not torch.cuda.is_available():  # kernels are Triton's interpreter's then
 # for garbage took a twentieth of the time of those that optimise.
 gc.set_threshold(200_000, 20, 100)
 
-SECONDS = "processor seconds"
+# Where pytest's cache keeps what the cases of each tier took, in processor seconds.
+DEFAULT = "gtp_fx/processor_seconds"
+NIGHTLY = "gtp_fx/processor_seconds_nightly"
 STARTED = pytest.StashKey[float]()
 
 
@@ -52,8 +54,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.when == "teardown" and item.get_closest_marker("nightly") is None:
-        report.user_properties.append((SECONDS, processor_seconds() - item.stash[STARTED]))
+    if report.when == "teardown":
+        tier = DEFAULT if item.get_closest_marker("nightly") is None else NIGHTLY
+        report.user_properties.append((tier, processor_seconds() - item.stash[STARTED]))
     return report
 
 
@@ -85,18 +88,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Recorder:
-    """Leaves in pytest's cache what each case of the default tier took, for `test_durations`."""
+    """Leaves in pytest's cache what each case took: `test_durations` reads the default tier, people the other."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.taken: dict[str, float] = {}
+        self.taken: dict[str, dict[str, float]] = {DEFAULT: {}, NIGHTLY: {}}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, value in report.user_properties:
-            if name == SECONDS and isinstance(value, float):
-                self.taken[report.nodeid] = round(value, 2)
+            if name in self.taken and isinstance(value, float):
+                self.taken[name][report.nodeid] = round(value, 2)
 
     def pytest_sessionfinish(self) -> None:
         cache = getattr(self.config, "cache", None)
-        if cache is not None and self.taken:
-            cache.set("gtp_fx/processor_seconds", self.taken)
+        if cache is not None:
+            for tier, taken in self.taken.items():
+                if taken:
+                    cache.set(tier, taken)

@@ -26,6 +26,7 @@ from gtp_fx.capture.mutations import changed_by, mutates, refuse_changes, unread
 from gtp_fx.capture.regions import AUTOCAST, opened, write_out
 from gtp_fx.capture.side_effects import Left, left_by_each_call
 from gtp_fx.capture.signatures import CallSignature
+from gtp_fx.capture.text_models import must_not_write_text
 from gtp_fx.capture.turns import tracing
 from gtp_fx.capture.vocabulary import open_composites
 from gtp_fx.capture.wrapped import what_to_give
@@ -45,6 +46,7 @@ MADE_FOR = "made_for"
 """Key in a captured graph's `meta`: the call that it is for, where values are part of that."""
 NOT_KEPT = "not_kept"
 """Key in a captured graph's `meta`: paths of what forward leaves on its modules, and the graph doesn't."""
+_FAILED = " can't be captured: "
 WRITTEN = "written"
 """Key in a captured graph's `meta`: paths of all attributes that forward sets, at its first call or at each."""
 
@@ -59,6 +61,7 @@ def capture_module(
 
     Raises CaptureError where torch.export fails, or where the forward changes the model's state at every call.
     """
+    must_not_write_text(model, signature.kwargs)
     with tracing(model):
         return _captured(model, signature, training, apart)
 
@@ -83,7 +86,12 @@ def capture_call(
         try:
             return capture_module(model, fixed, training, apart), fixed
         except CaptureError as second:
-            raise CaptureError(f"{error}\nNor can it be for the values of its integers alone: {second}") from error
+            _, _, why = str(second).partition(_FAILED)  # the values themselves would fill a screen
+            if why and str(error).endswith(why):
+                raise error from second
+            raise CaptureError(
+                f"{error}\nNor can it be for the values of its integers alone: {why or second}"
+            ) from error
 
 
 def _captured(model: nn.Module, signature: CallSignature, training: bool, apart: Sequence[str]) -> fx.GraphModule:
@@ -116,7 +124,7 @@ def _captured(model: nn.Module, signature: CallSignature, training: bool, apart:
         except Exception as error:
             given = signature.described
             why = what_to_give(model) or explained(error)
-            raise CaptureError(f"{model._get_name()} with {given} can't be captured: {why}") from error
+            raise CaptureError(f"{model._get_name()} with {given}{_FAILED}{why}") from error
     # In training mode, statistics are updated for evaluation to read.
     buffers = [] if training else unread_buffers(program)
     changed = [name for name in changed_by(program.graph_signature) if name not in buffers]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from gtp_fx.errors import OptionError
 from gtp_fx.graph.verify import rounding_tolerance
 from gtp_fx.measure.compare import Agreement, agreement, compile_checked
+from gtp_fx.measure.steadiness import Steadiness, processor_share
 from gtp_fx.measure.timing import Run, Timings, interleave, model_clock
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.options.progress import Progress, Steps
-from gtp_fx.report.text import number, table
+from gtp_fx.report.text import number, table, wrapped
 
 ORIGINAL = "original"
 _WARMUP = 1
@@ -47,12 +48,14 @@ class Benchmark:
     batch: images per run.
     entries: the optimised models.
     timings: seconds per run of every model, including the original.
+    steadiness: how far the timings can be trusted.
     """
 
     how: str
     batch: int
     entries: tuple[Entry, ...]
     timings: Timings
+    steadiness: Steadiness
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict; times are seconds per batch."""
@@ -68,6 +71,7 @@ class Benchmark:
             "how": self.how,
             "batch": self.batch,
             "rounds": self.timings.rounds,
+            "steadiness": asdict(self.steadiness),
             "entries": rows,
             "seconds": self.timings.to_dict(),
         }
@@ -93,8 +97,9 @@ class Benchmark:
             f"{table(headers, rows, shortened=0)}\n"
             f"ms for a batch of {self.batch}, {self.how} against {self.how}; medians of {self.timings.rounds} "
             f"interleaved rounds,\nspeed-ups within rounds; predicted: compiled; limit: 1 / FLOPs;\n"
-            f"cosine: of outputs with the original's, on a photograph: agreement, not accuracy"
-        )
+            f"cosine: of outputs with the original's, on a photograph: agreement, not accuracy\n"
+            f"{wrapped(self.steadiness.warning)}"
+        ).rstrip()
 
 
 @torch.no_grad()
@@ -145,10 +150,12 @@ def benchmark(
             ).seconds
             steps.done()
     steps.begin("timing")
-    timings = interleave(runs, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done)
+    with processor_share() as share:
+        timings = interleave(runs, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done)
     entries = []
     for name, fast in optimised.items():
         forecast = fast.report.forecast
         assert forecast is not None
         entries.append(Entry(name, fast.report.flops_ratio, 1 / forecast.speed_up, agreed[name], seconds[name]))
-    return Benchmark("eager" if eager else "compiled", len(images), tuple(entries), timings)
+    steady = Steadiness.of(timings, share.value if images.device.type == "cpu" else None)
+    return Benchmark("eager" if eager else "compiled", len(images), tuple(entries), timings, steady)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from gtp_fx.capture.signatures import tensors_in
 from gtp_fx.errors import CheckError
 from gtp_fx.graph.verify import rounding_tolerance
+from gtp_fx.measure.steadiness import Steadiness, processor_share
 from gtp_fx.measure.timing import Run, Spread, Timings, interleave, model_clock
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.options.progress import Progress, Steps
-from gtp_fx.report.text import number, table
+from gtp_fx.report.text import number, table, wrapped
 
 ORIGINAL_EAGER, OPTIMISED_EAGER = "original eager", "optimised eager"
 ORIGINAL_COMPILED, OPTIMISED_COMPILED = "original compiled", "optimised compiled"
@@ -76,6 +77,7 @@ class Comparison:
     timings: seconds per run of every contender.
     flops_ratio: FLOPs of the optimised model / the original's, from its report.
     batch: images per run.
+    steadiness: how far the timings can be trusted.
     """
 
     agreement: Agreement
@@ -84,6 +86,7 @@ class Comparison:
     timings: Timings
     flops_ratio: float
     batch: int
+    steadiness: Steadiness
 
     @property
     def limit(self) -> float:
@@ -106,6 +109,7 @@ class Comparison:
             "tolerance": self.tolerance,
             "batch": self.batch,
             "rounds": self.timings.rounds,
+            "steadiness": asdict(self.steadiness),
             "seconds": self.timings.to_dict(),
             "speed_up": {name: asdict(self.speed_up(name)) for name in BASELINES},
             "flops_ratio": self.flops_ratio,
@@ -116,13 +120,12 @@ class Comparison:
     def __str__(self) -> str:
         rows = [self._row(name) for name in (ORIGINAL_EAGER, OPTIMISED_EAGER, ORIGINAL_COMPILED, OPTIMISED_COMPILED)]
         headers = ["", "ms per\nbatch", "images/s", "speed-\nup", "quartiles", "of\nlimit", "first\ncall"]
-        return "\n".join(
-            [
-                table(headers, rows),
-                f"medians of {self.timings.rounds} interleaved rounds, batch {self.batch}; like against like;",
-                f"limit: 1 / {self.flops_ratio:.4f} of the FLOPs = {self.limit:.3f}×",
-            ]
-        )
+        lines = [
+            table(headers, rows),
+            f"medians of {self.timings.rounds} interleaved rounds, batch {self.batch}; like against like;",
+            f"limit: 1 / {self.flops_ratio:.4f} of the FLOPs = {self.limit:.3f}×",
+        ]
+        return "\n".join([*lines, wrapped(self.steadiness.warning)]).rstrip()
 
     def _row(self, name: str) -> list[str]:
         own = self.timings.spread(name)
@@ -193,10 +196,12 @@ def compare(
         compilations[name] = compile_checked(name, contenders[name], contenders[eager](), tolerance, images.device)
     steps.done()
     steps.begin("timing")
-    timings = interleave(
-        contenders, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done
-    )
-    return Comparison(agreed, compilations, tolerance, timings, optimised.report.flops_ratio, len(images))
+    with processor_share() as share:
+        timings = interleave(
+            contenders, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done
+        )
+    steady = Steadiness.of(timings, share.value if images.device.type == "cpu" else None)
+    return Comparison(agreed, compilations, tolerance, timings, optimised.report.flops_ratio, len(images), steady)
 
 
 def compile_checked(name: str, run: Run, expected: Any, tolerance: float, device: torch.device) -> Compilation:

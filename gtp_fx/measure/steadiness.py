@@ -46,6 +46,13 @@ class Steadiness:
             return f"times differ by ± {self.spread:.0%} from round to round"
         return ""
 
+    @property
+    def warning(self) -> str:
+        """Return a sentence for people who read the times of a machine that is too busy; empty where it isn't."""
+        if not self.busy:
+            return ""
+        return f"this machine was too busy for times to be trusted: {self.busy}; run this again when it is idle"
+
     def must_be_steady(self) -> None:
         """Raise BusyError where the machine is too busy."""
         if self.busy:

@@ -7,9 +7,12 @@ import pytest
 import gtp_fx
 from gtp_fx.measure.benchmark import Benchmark, Entry
 from gtp_fx.measure.compare import BASELINES, Agreement, Comparison, Compilation
+from gtp_fx.measure.steadiness import Steadiness
 from gtp_fx.measure.timing import Timings
 from gtp_fx.report.forecast import BlockForecast, Cost, Forecast
 from gtp_fx.report.text import described, number, table, wrapped
+
+from support.printed import in_one_line
 
 LAYER = "vision_model.encoder.layers.11.self_attention.attention"
 
@@ -39,9 +42,10 @@ def test_what_the_commands_print_is_narrow_with_long_names_and_large_numbers() -
     agreed = Agreement(8, 1.0, 0.9, 0.99)
     seconds = dict.fromkeys((*BASELINES, *BASELINES.values()), (1.25, 1.5))
     compiled = {name: Compilation(245.0, 0.0) for name in BASELINES if "compiled" in name}
-    comparison = Comparison(agreed, compiled, 1e-3, Timings(seconds), 0.7399, 8)
+    comparison = Comparison(agreed, compiled, 1e-3, Timings(seconds), 0.7399, 8, Steadiness(0.4, 0.55))
     entry = Entry("regeneration 0.74 FLOPs", 0.7399, 0.8, agreed, 245.0)
-    benchmark = Benchmark("compiled", 8, (entry,), Timings({"original": (1.5,), entry.name: (1.0,)}))
+    timings = Timings({"original": (1.5,), entry.name: (1.0,)})
+    benchmark = Benchmark("compiled", 8, (entry,), timings, Steadiness(None, 0.98))
     cost = Cost(1_234_567_000_000, 1.5)
     forecast = Forecast(
         budget="flops_budget=0.74",
@@ -57,6 +61,8 @@ def test_what_the_commands_print_is_narrow_with_long_names_and_large_numbers() -
     )
     for shown in map(str, (comparison, benchmark, forecast)):
         assert max(map(len, shown.splitlines())) <= 80, shown
+    busy = "too busy for times to be trusted: other programs left 55% of a processor"
+    assert busy in in_one_line(str(comparison)) and "busy" not in str(benchmark)
 
 
 def test_a_small_gain_is_said() -> None:

@@ -250,6 +250,20 @@ def sam(block: Any, x_BHWC: Tensor) -> Parts:
     return Parts(stream, score, windows, lambda t: block.mlp(behind(t)), lambda y: y.reshape(x_BHWC.shape))
 
 
+def hieradet(block: Any, x_BHWC: Tensor) -> Parts:
+    """timm's SAM 2: windows with padding behind, or the whole grid. Blocks that pool their queries are others."""
+    assert block.q_stride is None and block.dim == block.dim_out
+    grid, attn = x_BHWC.shape[1:3], block.attn
+    windows = of_grid(grid, block.window_size if block.is_windowed else tuple(grid))
+    x_BNC = x_BHWC.flatten(1, 2)
+    q, k, v = split_heads(attn.qkv(windows.of(block.norm1(x_BNC))), attn.num_heads)
+    made, score = attend(q, k, v, attn.scale)
+    stream = x_BNC + block.ls1(windows.back(attn.proj(made)))
+    return Parts(
+        stream, score, windows, lambda t: block.ls2(block.mlp(block.norm2(t))), lambda y: y.reshape(x_BHWC.shape)
+    )
+
+
 def vitdet(layer: Any, x_BCHW: Tensor, *_: Any) -> Parts:
     """transformers, without relative positions; maps with channels first between blocks."""
     grid, attn = x_BCHW.shape[2:], layer.attention

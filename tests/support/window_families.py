@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import transformers
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.nest import Nest
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
@@ -221,6 +222,13 @@ FAMILIES = (
         {"stages.0.blocks.0.attn_block": 2, "stages.0.blocks.0.attn_grid": 4},
     ),
     HIERA,
+    family(
+        "hiera of sam 2, queries pooled within windows",
+        oracles.hieradet,
+        partial(HieraDet, num_classes=10, embed_dim=32, stages=(1, 2, 3, 2), global_att_blocks=(4,)),
+        (96, 128),
+        {"blocks.0": 30, "blocks.2": 7, "blocks.4": 20, "blocks.5": 160, "blocks.7": 42},
+    ),
     TWINS,
     family(
         "nest",

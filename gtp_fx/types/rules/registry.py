@@ -232,6 +232,18 @@ def _sides_of_one_shape(a: Dim, b: Dim) -> bool:
     return (a[0].grid.shape, a[0].side, a[0].count, b[0].count) == (b[0].grid.shape, b[0].side, 0, 0)
 
 
+def _cells_of(part: Dim, whole: Dim) -> bool:
+    """Return whether `part` is one place of each cell along all of a side, and `whole` that side of a smaller grid.
+
+    The first is what pooling within windows leaves, the second what pooling the whole grid makes.
+    """
+    if len(part) != 1 or len(whole) != 1 or not isinstance(part[0], GridAxis) or not isinstance(whole[0], GridAxis):
+        return False
+    one, other = part[0], whole[0]
+    spans = one.count * one.stride == one.grid.shape[one.side] and one.stride > 1
+    return spans and not one.grid.shift and other.count == 0 and one.side == other.side
+
+
 def _join_dims(a: Dim, b: Dim) -> Dim:
     size_a, size_b = whole_size(a), whole_size(b)
     if size_a == 1:
@@ -246,6 +258,10 @@ def _join_dims(a: Dim, b: Dim) -> Dim:
         return a
     if _sides_of_one_shape(a, b):
         return a
+    if _cells_of(b, a):
+        return a
+    if _cells_of(a, b):
+        return b
     axis_a, axis_b = token_axis(a), token_axis(b)
     if axis_a and axis_b and axis_a.pairs_with(axis_b):
         # Another grid of the same shape (a resampled position table, a convolved copy) pairs with this one while it is

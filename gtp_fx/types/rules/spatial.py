@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -31,7 +32,7 @@ def convolution(call: Call) -> RuleResult:
         require_plain(x[1:2], "the channels that a convolution mixes")
         return RuleResult((x[0], (Plain(shape[1]),), *x[2:]), operands={call.operand(0): x})
     if not is_plain(x[0]):
-        raise NoRule("a convolution over tokens that were moved into the batch")
+        return _within_windows(call, x, shape)
     # Where a whole older grid comes in and keeps its shape, it is still that grid.
     came = [split_tokens(dim) for dim in x[2:]]
     before = {factor.grid for dim in came for factor in dim if isinstance(factor, GridAxis)}
@@ -43,6 +44,29 @@ def convolution(call: Call) -> RuleResult:
     sides = tuple((GridAxis(grid, side),) for side in range(len(grid.shape)))
     output: TensorType = ((Plain(shape[0], images=True),), (Plain(shape[1]),), *sides)
     return RuleResult(output, operands={call.operand(0): x}, barrier="it needs the whole grid")
+
+
+def _within_windows(call: Call, x: TensorType, shape: tuple[int, ...]) -> RuleResult:
+    """Pool each window of a grid by itself: [windows, C, h, w] -> [windows, C', h', w'].
+
+    What is left is one place of each cell: those that are k apart. Raises NoRule where windows aren't made of whole
+    cells, or anything else is in the batch.
+    """
+    windows = [f for f in x[0] if not isinstance(f, Plain)]
+    whole = all(isinstance(f, GridAxis) or (isinstance(f, Plain) and f.images) for f in x[0])
+    grids = {f.grid for f in windows if isinstance(f, GridAxis)}
+    if not whole or len(grids) != 1 or any(grid.shift or grid.parts for grid in grids):
+        raise NoRule("a convolution over tokens that were moved into the batch")
+    sides = []
+    for dim, size in zip(x[2:], shape[2:], strict=True):
+        (part,) = dim if len(dim) == 1 else (None,)
+        if not isinstance(part, GridAxis) or part.grid not in grids or part.whole_size % size:
+            raise NoRule("it pools windows that aren't made of whole cells")
+        cell = part.whole_size // size
+        sides.append((replace(part, count=size, stride=part.stride * cell),))
+    return RuleResult(
+        (x[0], (Plain(shape[1]),), *sides), operands={call.operand(0): x}, barrier="it needs the whole grid"
+    )
 
 
 def is_pointwise(node: fx.Node) -> bool:
