@@ -21,19 +21,19 @@ from gtp_fx.graph.nodes import attention_dropout
 from gtp_fx.strategies.protocol import Attention
 from gtp_fx.types.axes import (
     Dim,
-    GridAxis,
     Plain,
     TensorType,
     TokenAxis,
     holds_images,
     is_plain,
-    split_tokens,
     token_axes,
     token_axis,
     whole_size,
 )
+from gtp_fx.types.grids import GridAxis
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.layouts import NoLayout, by_window, convert, image_layout
+from gtp_fx.types.merging import split_tokens
 
 
 @dataclass(frozen=True)

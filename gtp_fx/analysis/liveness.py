@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from gtp_fx.analysis.blocks import MARK
+from gtp_fx.analysis.marks import MARK
 from gtp_fx.graph.nodes import is_input
 from gtp_fx.types.axes import TensorType, token_axes, token_axis
 from gtp_fx.types.infer import WholeTyping

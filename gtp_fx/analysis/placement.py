@@ -13,8 +13,9 @@ from gtp_fx.analysis.typed_graph import TypedGraph
 from gtp_fx.errors import OptionError
 from gtp_fx.graph.nodes import descendants
 from gtp_fx.strategies.protocol import Strategy
-from gtp_fx.types.axes import Grid, is_plain
+from gtp_fx.types.axes import is_plain
 from gtp_fx.types.coercions import Coercion, find_coercions
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import Edge, SiteTyping, levels
 
 

@@ -15,7 +15,8 @@ from gtp_fx.graph.nodes import descendants
 from gtp_fx.graph.operators import ATTENTION, CHOICES, COMPARISONS_WITH_NUMBER, PICKS_BY_INDEX
 from gtp_fx.graph.symbols import is_symbolic
 from gtp_fx.strategies.protocol import Attention
-from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
+from gtp_fx.types.axes import TokenAxis, TokenDomain
+from gtp_fx.types.grids import Grid
 
 GUARDED = 5
 """How many leading tokens are kept where nobody said how many prefix tokens there are.

@@ -20,7 +20,8 @@ from torch import fx
 
 from gtp_fx.graph.nodes import ancestors, descendants
 from gtp_fx.graph.operators import ATTENTION, VIEWS
-from gtp_fx.types.axes import Grid, GridAxis, TensorType, TokenAxis, is_plain, token_axis, whole_size
+from gtp_fx.types.axes import TensorType, TokenAxis, is_plain, token_axis, whole_size
+from gtp_fx.types.grids import Grid, GridAxis
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.rules.registry import TypeList
 

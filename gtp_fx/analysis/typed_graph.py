@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from torch import fx
 
-from gtp_fx.analysis.blocks import AttentionBlock, marks_of, read_blocks
+from gtp_fx.analysis.blocks import AttentionBlock, read_blocks
 from gtp_fx.analysis.liveness import Liveness, live_tokens, whole_attention
+from gtp_fx.analysis.marks import marks_of
 from gtp_fx.analysis.resting import Rest, find_rest
 from gtp_fx.analysis.unsupported_attention import unsupported_attention
 from gtp_fx.analysis.window_steps import NoRest

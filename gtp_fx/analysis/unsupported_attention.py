@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.blocks import MARK
+from gtp_fx.analysis.marks import MARK
 from gtp_fx.errors import Refusal, merged
 from gtp_fx.graph.nodes import ancestors, bodies_of, is_input, operator_name, refusal, source_line
 from gtp_fx.graph.operators import (

@@ -21,17 +21,10 @@ from gtp_fx.errors import NotApplicable
 from gtp_fx.graph.nodes import operator_name
 from gtp_fx.graph.operators import ATTENTION, FEATURE_NORMS, NAMED_DIMENSIONS, PADDINGS, PERMUTATIONS, REARRANGED, VIEWS
 from gtp_fx.graph.symbols import is_symbolic, shape_of
-from gtp_fx.types.axes import (
-    Dim,
-    Factor,
-    Plain,
-    TensorType,
-    is_plain,
-    split_tokens,
-    whole_size,
-)
+from gtp_fx.types.axes import Dim, Factor, Plain, TensorType, is_plain, whole_size
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.layouts import NoLayout, base_of, convert, grid_of, made_from
+from gtp_fx.types.merging import split_tokens
 
 MOVES = (*VIEWS, *PERMUTATIONS, *REARRANGED, *PADDINGS, aten.roll.default, aten.slice.Tensor, aten.flatten.using_ints)
 """What does nothing but rearrange tokens, where both its operand and its result are all of them."""

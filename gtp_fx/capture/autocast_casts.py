@@ -20,7 +20,7 @@ from gtp_fx.errors import CaptureError
 from gtp_fx.graph import edit
 from gtp_fx.graph.nodes import layer_name, operator_name, source_line, tensors_of
 from gtp_fx.graph.operators import CASTS, COPIES, VIEWS
-from gtp_fx.graph.symbols import Primes
+from gtp_fx.graph.primes import Primes
 from gtp_fx.graph.torch_internals import computes, dispatched, fake_mode, mode_of
 
 

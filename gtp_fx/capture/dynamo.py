@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,16 +12,17 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from gtp_fx.capture.autocast_casts import clashes
+from gtp_fx.capture.export_errors import first_lines
 from gtp_fx.capture.flex_attention import open_flex_attention
 from gtp_fx.capture.fused_layers import open_layers
-from gtp_fx.capture.module import _changed, _first_lines, _hold_again, _refuse_changes
+from gtp_fx.capture.mutations import changed_by, refuse_changes
 from gtp_fx.capture.regions import AUTOCAST, has_regions, inlined, opened
 from gtp_fx.capture.vocabulary import open_composites
 from gtp_fx.errors import CaptureError, GtpError, PieceError
 from gtp_fx.graph import edit
 from gtp_fx.graph.nodes import operator_name, source_line
 from gtp_fx.graph.operators import GRID_MAKERS
-from gtp_fx.graph.symbols import contradiction, fix_symbols
+from gtp_fx.graph.primes import contradiction, fix_symbols
 from gtp_fx.graph.torch_internals import (
     ENTER_AUTOCAST,
     ENTER_INFERENCE,
@@ -48,7 +49,7 @@ def capture_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     if _specialise_grids(exported.graph, fakes):
         # The image's sides are constants now, so a second export has no symbols for them.
         exported, signature = _traced(gm, fakes)
-    _refuse_changes("the model", _changed(signature))
+    refuse_changes("the model", changed_by(signature))
     graph_module: Any = exported
     _hold_again(graph_module, gm, {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
     new = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
@@ -94,7 +95,7 @@ def _told(error: Exception) -> str:
     node = re.search(r"^While executing (%\w+)", text, re.MULTILINE)
     lines = re.findall(r'File "([^"]+)", line (\d+)', text)
     own = [f"{file}:{line}" for file, line in lines if not file.startswith(torch_itself)]
-    return _first_lines(error, 1) + (f", at {node[1]}" if node else "") + (f" [{own[-1]}]" if own else "")
+    return first_lines(error, 1) + (f", at {node[1]}" if node else "") + (f" [{own[-1]}]" if own else "")
 
 
 def _without_regions(gm: fx.GraphModule) -> fx.GraphModule:
@@ -186,3 +187,21 @@ def _specialise_grids(graph: fx.Graph, fakes: Sequence[Any]) -> bool:
 
 def _is_image(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim >= 4 and value.is_floating_point()
+
+
+def _hold_again(exported: fx.GraphModule, gm: fx.GraphModule, held: Mapping[str, str]) -> None:
+    """Turn the inputs that AOT made of `gm`'s parameters and buffers back into attributes, in place.
+
+    Inductor's freezing option, for one, only freezes attributes.
+
+    held: names in `gm`, by the inputs' names in `exported`.
+    """
+    for node in exported.graph.find_nodes(op="placeholder"):
+        if node.name in held:
+            name = held[node.name]
+            setattr(exported, name, getattr(gm, name))
+            with exported.graph.inserting_before(node):
+                attribute = exported.graph.get_attr(name)
+            attribute.meta = node.meta
+            edit.replace(node, attribute)
+    exported.recompile()

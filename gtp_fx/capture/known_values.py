@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gtp_fx.capture.called_as import CalledAs
-from gtp_fx.capture.inputs import CallSignature, holds_values
+from gtp_fx.capture.descriptions import holds_values
+from gtp_fx.capture.signatures import CallSignature
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph.nodes import names_in_place
 from gtp_fx.graph.torch_internals import untraced

@@ -21,7 +21,7 @@ def must_not_write_text(model: nn.Module, given: Mapping[str, Any]) -> None:
 
     given: keyword arguments of the call, which may say otherwise.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not callable(getattr(model, "generate", None)) or not hasattr(config, "vision_config"):
         return
     of_text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -59,7 +59,7 @@ def schedules(incomplete: str) -> list[str]:
 
 
 def outputs(incomplete: str) -> list[str]:
-    from gtp_fx.options.options import OUTPUTS
+    from gtp_fx.options.values import OUTPUTS
 
     return _completing(OUTPUTS, incomplete)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtp_fx.capture.inputs import tensors_in
+from gtp_fx.capture.signatures import tensors_in
 from gtp_fx.errors import CheckError
 from gtp_fx.graph.verify import rounding_tolerance
 from gtp_fx.measure.steadiness import Steadiness, processor_share

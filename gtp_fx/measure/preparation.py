@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from gtp_fx.capture.inputs import call_signature, tensors_in
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.signatures import tensors_in
 from gtp_fx.errors import LoadError, OptionError
 
 if TYPE_CHECKING:

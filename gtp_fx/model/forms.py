@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gtp_fx.capture.inputs import Call
+from gtp_fx.capture.signatures import Call
 from gtp_fx.graph.torch_internals import is_traced
 
 MOST = 8

@@ -24,7 +24,7 @@ from gtp_fx.errors import InputError, OptionError, UnsupportedModelError
 from gtp_fx.model.after_tower import AfterTower, Called, Mixes, encoder, evenly, features_of, recording
 from gtp_fx.model.optimize import optimize
 from gtp_fx.model.optimized_model import OptimizedModel
-from gtp_fx.options.options import REDUCED
+from gtp_fx.options.values import REDUCED
 from gtp_fx.report.kept_tokens import KeptTokens
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from gtp_fx.capture.called_as import CalledAs
-from gtp_fx.capture.inputs import Call, signature_of, tensors_in
+from gtp_fx.capture.inputs import signature_of
+from gtp_fx.capture.signatures import Call, tensors_in
 from gtp_fx.errors import GtpError, ScheduleError
 from gtp_fx.model.forms import Forms
 from gtp_fx.model.internal_errors import internal_errors_reported

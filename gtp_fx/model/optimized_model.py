@@ -21,31 +21,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from gtp_fx.analysis.returned_tokens import ReturnedTokens
-from gtp_fx.capture.autocast_casts import clashes
-from gtp_fx.capture.inputs import CallSignature, device_of, dtype_of, tensors_in
-from gtp_fx.capture.layers import OWN_CALLS
-from gtp_fx.capture.module import capture_call, capture_module
-from gtp_fx.capture.other_forms import said_of_dtypes
+from gtp_fx.capture.signatures import CallSignature, device_of, dtype_of, tensors_in
 from gtp_fx.capture.snapshots import attributes_of
-from gtp_fx.capture.tapped import with_taps
-from gtp_fx.capture.turns import modules_of, running, tracing
 from gtp_fx.errors import InputError, OptionError, warn
-from gtp_fx.graph import edit
-from gtp_fx.graph.torch_internals import is_traced, tracing_lock
-from gtp_fx.model import following
+from gtp_fx.model import following, graphs
 from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.methods import method_taking
-from gtp_fx.model.modes import parts_apart, parts_with_modes
-from gtp_fx.model.parameters import SHARED, class_like, lend, names_of, names_read, read_from, stand_for
-from gtp_fx.model.pipeline import Optimised, run_passes
-from gtp_fx.model.runner import make_runner, runner_with_kept
+from gtp_fx.model.parameters import SHARED, class_like, stand_for
+from gtp_fx.model.pipeline import Optimised
 from gtp_fx.model.saving.card import Evaluated
 from gtp_fx.model.saving.write import save
 from gtp_fx.model.sizes import add_form, form_taking, prepare
-from gtp_fx.model.state import Chosen, Made, Mode, Runner, State, settled
+from gtp_fx.model.state import Made, Runner, State
 from gtp_fx.model.tapping import fire_hooks
 from gtp_fx.model.warming import checked_batches, warm
-from gtp_fx.options.calibration import bound_where
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import Schedule
 from gtp_fx.report.attention_maps import attention_maps_runner
@@ -108,7 +97,7 @@ class OptimizedModel(nn.Module):
         object.__setattr__(self, "_gtp", state)
         self.__class__ = class_like(OptimizedModel, type(original))
         stand_for(self, original)
-        for path in self._runner(self._mode(training=False)).watch.hooks():
+        for path in self._evaluation_runner().watch.hooks():
             following.tell_of_hooks([path])
         for other in others:
             add_form(state, other, self._beside, for_good=True)
@@ -116,12 +105,12 @@ class OptimizedModel(nn.Module):
     @property
     def graph_module(self) -> fx.GraphModule:
         """The rewritten evaluation graph, in `gtp_fx` and ATen operators."""
-        return self._optimised().graph_module
+        return self._evaluation().optimised.graph_module
 
     @property
     def captured_graph(self) -> fx.GraphModule:
         """The evaluation graph as it was captured, before it was rewritten."""
-        return self._made(self._mode(training=False)).captured
+        return self._evaluation().captured
 
     @property
     def report(self) -> Report:
@@ -136,12 +125,12 @@ class OptimizedModel(nn.Module):
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
         """The sites that remove tokens, as numbers of the graph's calls; none where tokens only skip branches."""
-        return self._optimised().sites
+        return self._evaluation().optimised.sites
 
     @property
     def returned(self) -> tuple[ReturnedTokens, ...]:
         """The outputs that run over tokens, each with those left; none where they have all tokens (output="full")."""
-        return self._optimised().returned
+        return self._evaluation().optimised.returned
 
     @property
     def strategy(self) -> Strategy:
@@ -156,7 +145,7 @@ class OptimizedModel(nn.Module):
     @property
     def signature(self) -> CallSignature:
         """The call's form, with examples of two images, on the model's device and in its dtype."""
-        return self._gtp.signature.like(self._gtp.original, self._gtp.dtype)
+        return graphs.signature_now(self._gtp)
 
     @property
     def forms(self) -> Mapping[str, OptimizedModel]:
@@ -221,27 +210,9 @@ class OptimizedModel(nn.Module):
         return kept
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], with_kept: bool = False) -> Any:
-        """Return what the graph of the current mode does. told: also which tokens its outputs have."""
+        """Return what the graph of the current mode does. with_kept: also which tokens its outputs have."""
         form, args, kwargs = self._form_taking(args, kwargs)
-        if form is not self:
-            return form._run(args, kwargs, with_kept)
-        if is_traced():  # what traces this has guards of its own
-            return self._runner(self._mode(), with_kept).run(*args, **kwargs)
-        while True:
-            with running(self._gtp.modules):  # not while another thread traces them
-                mode = self._mode()
-                runner = self._gtp.runners.get((mode, device_of(self), with_kept))
-                if runner is not None and not following.must_be_made_anew(self._gtp, runner.watch):
-                    lend(runner.graph_module, self, runner.top)
-                    if clash := clashes(runner.casts):
-                        raise InputError(clash)
-                    try:
-                        return runner.run(*args, **kwargs)
-                    except RuntimeError as error:
-                        if told := said_of_dtypes(error, (args, kwargs), mode[1]):
-                            raise InputError(told) from error
-                        raise
-            self._runner(mode, with_kept)
+        return graphs.run(form._gtp, form, args, kwargs, with_kept)
 
     def warm_up(self, batches: Sequence[int] = (1, 8)) -> None:
         """Compile what later calls need, in the mode that this is called in, so that none of them waits.
@@ -301,7 +272,7 @@ class OptimizedModel(nn.Module):
     ) -> Told:
         """Run what `make` makes of the evaluation graph that takes a call."""
         form, args, kwargs = self._form_taking(args, kwargs)
-        evaluation = form._optimised()
+        evaluation = form._evaluation().optimised
         with internal_errors_reported():
             run = make(evaluation)
         return run(*args, **kwargs)
@@ -343,7 +314,7 @@ class OptimizedModel(nn.Module):
 
     def _changing(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `do`, which may change the original, and follow the change."""
-        return following.changing(self._gtp, lambda: self._runner(self._mode(training=False)), do, *args, **kwargs)
+        return following.changing(self._gtp, self._evaluation_runner, do, *args, **kwargs)
 
     def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a method of the original: optimised where it takes tensors, else on the original itself."""
@@ -380,13 +351,7 @@ class OptimizedModel(nn.Module):
         twin = replace(state, original=copy.deepcopy(state.original, memo), graphs={}, runners={}, methods={})
         twin.forms = copy.deepcopy(state.forms, memo)
         new.__setstate__((twin, own))
-        for mode, made in state.graphs.items():
-            captured, graph_module = map(edit.copy_of, (made.captured, made.optimised.graph_module))
-            for gm in (captured, graph_module):
-                edit.share(gm, new)
-            twin.graphs[mode] = Made(captured, replace(made.optimised, graph_module=graph_module))
-            if mode[1] == dtype_of(new):
-                new._runner(mode)  # from now on it is noticed what is changed in the copy
+        graphs.copy_graphs(state, twin, new)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -409,71 +374,13 @@ class OptimizedModel(nn.Module):
         """Return the line that nn.Module's repr shows."""
         return f"optimised by gtp_fx, at {self.report.flops_ratio:.4f} of its FLOPs"
 
-    def _mode(self, training: bool | None = None) -> Mode:
-        """Return the key of the graph for the present mode, or for the whole model in one, and the present dtype."""
-        if training is not None:
-            return training, dtype_of(self), ()
-        return self.training, dtype_of(self), parts_apart(self._gtp.parts, self.training)
+    def _evaluation(self) -> Made:
+        """Return the graphs of the whole model's evaluation mode."""
+        return graphs.made_for(self._gtp, self, graphs.evaluation_mode(self))
 
-    def _optimised(self) -> Optimised:
-        """Return the rewritten graph of the whole model's evaluation mode."""
-        return self._made(self._mode(training=False)).optimised
-
-    def _made(self, mode: Mode) -> Made:
-        """Return the graphs of one mode, made at their first use, or anew where a layer's own call is wanted since."""
-        state = self._gtp
-        made = state.graphs.get(mode)
-        if made is None:
-            with internal_errors_reported():
-                whole, (training, _, apart) = with_taps(state.original, state.taps), mode
-                if state.graphs:
-                    captured = capture_module(whole, self.signature, training, apart)
-                else:
-                    captured, signature = capture_call(whole, self.signature, training, apart)
-                    if signature.fixed:
-                        state.signature = signature
-                read_from(captured, self, names_of(state.original))
-                made = state.graphs[mode] = self._rewritten(captured)
-        elif not state.own_calls <= made.captured.meta[OWN_CALLS]:
-            with internal_errors_reported():
-                made = state.graphs[mode] = self._rewritten(made.captured)
-        return made
-
-    def _rewritten(self, captured: fx.GraphModule) -> Made:
-        """Rewrite a captured graph, with the schedule of the first one once there is one."""
-        state = self._gtp
-        options = state.options if state.chosen is None else settled(state.options, state.chosen)
-        if options.calibration is not None:
-            form = state.signature
-            options = replace(options, calibration=bound_where(options.calibration, form.takes, form.canonical))
-        state.own_calls |= following.own_calls(captured, state.original)
-        captured.meta[OWN_CALLS] = state.own_calls
-        made = run_passes(captured, options, state.blocks_needed)
-        read_from(made.graph_module, self, names_read(captured))
-        if state.chosen is None:
-            state.chosen = Chosen(made.schedule, made.strategy, made.report)
-        return Made(captured, made)
-
-    def _runner(self, mode: Mode, with_kept: bool = False) -> Runner:
-        """Return what runs one mode on the present device, made at its first use.
-
-        with_kept: one that also returns which tokens the outputs have.
-        """
-        state, device = self._gtp, device_of(self)
-        key = (mode, device, with_kept)
-        found = state.runners.get(key)
-        if found is None:
-            with tracing(state.original), tracing_lock(), internal_errors_reported():
-                if key not in state.runners:  # another thread may have made it meanwhile
-                    made = self._made(mode)
-                    state.modules = modules_of(state.original)
-                    make = runner_with_kept if with_kept else make_runner
-                    runner = make(made, state, self, device, self.inductor_options)
-                    if mode == self._mode(training=False):  # whose graph calls no layer that depends on its mode
-                        state.parts = parts_with_modes(state.original, runner.watch.called)
-                    state.runners[key] = runner
-                found = state.runners[key]
-        return found
+    def _evaluation_runner(self) -> Runner:
+        """Return what runs the evaluation graph on the present device."""
+        return graphs.runner_of(self._gtp, self, graphs.evaluation_mode(self))
 
 
 def _bare(original: type[nn.Module]) -> OptimizedModel:

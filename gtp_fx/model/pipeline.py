@@ -20,7 +20,8 @@ from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.exact.normalise import normalise
 from gtp_fx.passes.journal import Journal
 from gtp_fx.passes.order import must_be_optional
-from gtp_fx.passes.reduce.remove_tokens import RECOVERED, RETURNED
+from gtp_fx.passes.reduce.insert_coercions import RECOVERED
+from gtp_fx.passes.reduce.remove_tokens import RETURNED
 from gtp_fx.passes.runner import PassStep, apply_plan, apply_plan_unverified, run_exact_tier
 from gtp_fx.plan.cost.count import count_flops
 from gtp_fx.plan.make_plan import Planned, make_plan

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from gtp_fx.capture.inputs import Call, CallSignature, describe, refusal
+from gtp_fx.capture.descriptions import describe
+from gtp_fx.capture.signatures import Call, CallSignature, refusal
 from gtp_fx.errors import GtpError, InputError, OptionError, ScheduleError
 from gtp_fx.graph.torch_internals import is_traced
 from gtp_fx.model.state import State

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from gtp_fx.capture.inputs import CallSignature
+from gtp_fx.capture.signatures import CallSignature
 from gtp_fx.capture.turns import Modules
 from gtp_fx.model.forms import Forms
 from gtp_fx.model.modes import Part

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from gtp_fx.capture.inputs import Call, CallSignature
+from gtp_fx.capture.signatures import Call, CallSignature
 from gtp_fx.errors import InputError, OptionError
 from gtp_fx.graph.symbols import at_batch, is_symbolic, shape_of
 from gtp_fx.graph.torch_internals import open_sizes

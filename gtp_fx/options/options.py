@@ -6,132 +6,22 @@ texts are there without torch, which a check imports when it is needed: `gtp-fx 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gtp_fx.errors import OptionError, did_you_mean
+from gtp_fx.options import values
 from gtp_fx.options.calibration import Calibration
 from gtp_fx.options.latency_budget import LatencyBudget
-from gtp_fx.options.schedule import AUTO, SCHEDULES, Schedule
-from gtp_fx.targets import Target, target_named
+from gtp_fx.options.schedule import AUTO, Schedule
+from gtp_fx.options.values import FULL, REDUCED
+from gtp_fx.targets import Target
 
 if TYPE_CHECKING:
     import torch
 
     from gtp_fx.strategies import Auto, Strategy
-
-SHAPES = ("static", "shared")
-"""How sizes are compiled; see `Options.shapes`."""
-
-FULL, REDUCED = "full", "reduced"
-OUTPUTS = (FULL, REDUCED)
-"""How maps of tokens are returned; see `Options.output`."""
-
-# ---- checks: each takes what the user wrote, and returns a value or raises OptionError
-
-
-def _budget(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 < value <= 1:
-        raise OptionError(
-            f"flops_budget={value!r} is no ratio: give a number with 0 < flops_budget <= 1, such as 0.74 (1.0 applies "
-            f"only the exact passes)"
-        )
-    return float(value)
-
-
-def _latency(value: Any) -> LatencyBudget | None:
-    return None if value is None else LatencyBudget.of(value)
-
-
-def _batch(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"batch={value!r}: give the images of a run, an integer of at least 1")
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise OptionError(f"strict={value!r}: give True or False")
-    return value
-
-
-def _shapes(value: Any) -> str:
-    if value not in SHAPES:
-        raise OptionError(f"shapes={value!r} is unknown; give one of {', '.join(map(repr, SHAPES))}")
-    return str(value)
-
-
-def _output(value: Any) -> str:
-    if value not in OUTPUTS:
-        raise OptionError(f"output={value!r} is unknown; give one of {', '.join(map(repr, OUTPUTS))}")
-    return str(value)
-
-
-def _schedule(value: Any) -> str | Schedule | tuple[int, ...]:
-    if isinstance(value, Path) or (isinstance(value, str) and value.endswith(".json")):
-        return Schedule.from_file(value)
-    if isinstance(value, str):
-        if value not in SCHEDULES:
-            names = ", ".join(map(repr, SCHEDULES))
-            raise OptionError(
-                f"schedule={value!r} is unknown; give one of {names}, tokens per block, [8, 8, …], or a file, 'x.json'"
-                f"{did_you_mean(value, SCHEDULES)}"
-            )
-        return value
-    if isinstance(value, Schedule):
-        return value
-    if not isinstance(value, Sequence):
-        raise OptionError(
-            f"schedule={value!r}: give 'auto', 'uniform', 'even', a Schedule, its JSON file, or a sequence of integers"
-        )
-    if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in value):
-        raise OptionError(f"schedule={list(value)}: every entry counts tokens, an integer of 0 or more")
-    return tuple(value)
-
-
-def _prefix(value: Any) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise OptionError(f"prefix_tokens={value!r}: give the tokens before the patches, an integer of 0 or more")
-    return value
-
-
-def _strategy(value: Any) -> Strategy | Auto:
-    from gtp_fx.strategies import Auto, strategy_named
-
-    if isinstance(value, str) and value == Auto.name:
-        return Auto()
-    return value if isinstance(value, Auto) else strategy_named(value)
-
-
-def _mode(value: Any) -> str | None:
-    from gtp_fx.options.inductor import checked_mode
-
-    return checked_mode(value)
-
-
-def _target(value: Any) -> Target:
-    from gtp_fx.options.inductor import check_target
-
-    target = target_named(value)
-    check_target(target)
-    return target
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _folder(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
-def _calibration(value: Any) -> Calibration | None:
-    return None if value is None else Calibration.of(value)
 
 
 def _option(default: Any, check: Callable[[Any], Any], help: str) -> Any:
@@ -153,79 +43,79 @@ class Options:
 
     flops_budget: float | None = _option(
         None,
-        _budget,
+        values.flops_budget,
         "Strict upper bound on FLOPs(result) / FLOPs(original), in (0, 1], including gtp_fx's own work; 1.0 applies "
         "only the exact passes, which keep the original's numbers.",
     )
     latency_budget: LatencyBudget | None = _option(
         None,
-        _latency,
+        values.latency_budget,
         "Upper bound on the predicted time of the compiled model on the target, for the batch; replaces the FLOPs "
         'budget: a ratio of the original\'s predicted time, in (0, 1], or a time such as "4.5ms".',
     )
-    batch: int = _option(8, _batch, "Images per run; used for predicted times only.")
+    batch: int = _option(8, values.batch, "Images per run; used for predicted times only.")
     schedule: str | Schedule | tuple[int, ...] = _option(
         AUTO,
-        _schedule,
+        values.schedule,
         '"auto" (least expected damage within the budget), "uniform" (the paper\'s constant count per block), "even" '
         "(uniform, with the remainder spread token by token), the number of tokens removed at each attention block, in "
         "order, or a Schedule, also as a file of its JSON, x.json.",
     )
     strategy: Strategy | Auto = _option(
         "regeneration",
-        _strategy,
+        values.strategy,
         'Which tokens are removed, and what becomes of them: "regeneration", "gtp" (as published), …, with values '
         'where they are others than its own, "gtp(alpha=0.2)" or GTP(alpha=0.2), or "auto": with calibration images, '
         "the one that moves outputs least of all strategies, their variants and schedules; without any, the default.",
     )
     target: Target = _option(
         "auto",
-        _target,
+        values.target,
         'Processor to compile and predict for, by name; "auto" is this machine\'s own. `gtp-fx tune` measures the '
         "rates that predictions for this machine use.",
     )
     disabled_passes: tuple[str, ...] = _option(
-        (), _names, "Names of exact passes to leave out, to see what one does or to do without it."
+        (), values.disabled_passes, "Names of exact passes to leave out, to see what one does or to do without it."
     )
     dump_graphs: str | None = _option(
         None,
-        _folder,
+        values.dump_graphs,
         'Folder for the graph after each pass; TORCH_LOGS="+gtp_fx" and TORCH_TRACE report the same while it runs.',
     )
     calibration: Calibration | None = _option(
         None,
-        _calibration,
+        values.calibration,
         'Some dozens of unlabelled images (a tensor, a list of batches, or a Calibration), on which schedule="auto" '
         "measures how many tokens each block can do without, instead of using a prior.",
     )
     prefix_tokens: int | None = _option(
         None,
-        _prefix,
+        values.prefix_tokens,
         "Number of tokens before the patches (CLS, registers) where tokens come in as an argument, which doesn't show "
         "it: an encoder without its embedding, or what follows a graph break. By default the first five stay.",
     )
     mode: str | None = _option(
         None,
-        _mode,
+        values.mode,
         "torch.compile's mode: reduce-overhead (CUDA graphs, for small batches), max-autotune, …; it overrides the "
         "target's options for Inductor.",
     )
     shapes: str = _option(
         "static",
-        _shapes,
+        values.shapes,
         '"shared": blocks that differ in nothing but their number of tokens share compiled code, which halves the '
         'first call and makes runs a few per cent slower; "static": every number of tokens has code of its own.',
     )
     output: str = _option(
         FULL,
-        _output,
+        values.output,
         '"full": maps of tokens that the model returns have all of them, those removed put back; "reduced": they have '
         "the tokens that are left, for a reader that takes any number (a language model after a vision tower), and "
         "`with_kept_tokens` says which these are.",
     )
     strict: bool = _option(
         False,
-        _flag,
+        values.strict,
         "The backend's own: raise where it would warn and compile a graph as it is (no attention over patches in it, "
         "or a fault of gtp_fx). `optimize` always raises.",
     )

@@ -22,8 +22,9 @@ from gtp_fx.options.schedule import BlockShape
 from gtp_fx.plan.cost.closed_form import branch_cost, rest_cost
 from gtp_fx.plan.site import Site
 from gtp_fx.strategies import Strategy
-from gtp_fx.types.axes import Grid, token_axis, whole_size
+from gtp_fx.types.axes import token_axis, whole_size
 from gtp_fx.types.coercions import find_coercions
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import SiteTyping, WholeTyping
 
 

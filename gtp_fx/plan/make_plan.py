@@ -9,24 +9,23 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.typed_graph import TypedGraph, typed_graph
-from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, ScheduleError, UnsupportedModelError, merged
+from gtp_fx.errors import BudgetError, NoBlocksError, Refusal, UnsupportedModelError, merged
 from gtp_fx.graph.nodes import bodies_of, operator_name
 from gtp_fx.options.options import Options
 from gtp_fx.options.progress import progress_bar
-from gtp_fx.options.schedule import AUTO, BlockShape, Schedule
+from gtp_fx.options.schedule import AUTO
 from gtp_fx.plan.choose import Choice, Contender, by_calibration, by_prior
 from gtp_fx.plan.contest import by_contest
 from gtp_fx.plan.cost.closed_form import flops_model
 from gtp_fx.plan.cost.count import count_flops, uncounted
 from gtp_fx.plan.damage.judge import ApplyPlan, Judge
 from gtp_fx.plan.find_sites import Candidates, block_shape
+from gtp_fx.plan.given_counts import by_site, given_counts, must_be_planned_for
 from gtp_fx.plan.plan import Plan
 from gtp_fx.plan.problem import Original, Problem
 from gtp_fx.plan.shortest_path import OverBudget
-from gtp_fx.strategies import Auto, Strategy
-from gtp_fx.strategies.registry import as_written
+from gtp_fx.strategies import Auto
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def make_plan(
     if not blocks and not (others and options.exact_only):
         raise NoBlocksError(_no_blocks(gm.graph, others), others)
     shapes = tuple(map(block_shape, blocks))
-    given = _given_counts(options.schedule, shapes)
+    given = given_counts(options.schedule, shapes)
     if unknown and (options.latency_budget is not None or (options.flops_budget or 1.0) < 1.0):
         raise UnsupportedModelError(
             f"{options.budget} can't be kept, because some of this model's FLOPs aren't known: give the counts to "
@@ -86,8 +85,8 @@ def make_plan(
     # Price every schedule over the candidate sites, then choose one.
     if given is not None:
         problem = Problem.of(typed, strategy, options, original)
-        _must_be_planned_for(options.schedule, problem, strategy)
-        choice = Choice(_split(given, blocks, problem, options), problem)
+        must_be_planned_for(options.schedule, problem, strategy)
+        choice = Choice(by_site(given, blocks, problem, options), problem)
     else:
         choice = _choose_for_any_batch(options, original, lambda asked: _choose(gm, typed, asked, original, apply_plan))
     problem = choice.problem
@@ -193,90 +192,11 @@ def _left_out(found: Candidates) -> str:
     return "\n  - ".join(["; these blocks take no part in it", *map(str, found.left_out.values())])
 
 
-def _given_counts(schedule: str | Schedule | tuple[int, ...], shapes: tuple[BlockShape, ...]) -> tuple[int, ...] | None:
-    """Return the counts a user gave, or None where a schedule is to be chosen.
-
-    Raises ScheduleError where they don't fit the model's blocks.
-    """
-    if isinstance(schedule, str):
-        return None
-    if isinstance(schedule, Schedule):
-        schedule.must_fit(shapes)
-    counts = tuple(schedule)
-    if len(counts) != len(shapes):
-        raise ScheduleError(
-            f"the schedule has {len(counts)} entries and the model {len(shapes)} attention blocks; "
-            f"give one count for each"
-        )
-    return counts
-
-
-def _must_be_planned_for(schedule: object, problem: Problem, strategy: Strategy) -> None:
-    """Check that a Schedule was planned for the strategy given. Counts alone are for any.
-
-    strategy: as it was given. A schedule has it settled for its counts.
-
-    Raises ScheduleError.
-    """
-    if not isinstance(schedule, Schedule) or not schedule.strategy:
-        return
-    names = [as_written(strategy), as_written(problem.strategy)]
-    if schedule.strategy not in names and schedule.strategy.partition("(")[0] == strategy.name:
-        counts = [schedule.removed[site.block] for site in problem.found.sites]
-        names.append(as_written(problem.plan(counts).strategy))
-    schedule.must_be_for(names)
-
-
 def _nothing_to_remove(given: tuple[int, ...] | None, options: Options, ratio: float) -> bool:
     """Return whether all counts are 0, or the exact passes alone (`ratio` of the original's FLOPs) meet the budget."""
     if given is not None:
         return not any(given)
     return options.flops_budget is not None and ratio <= options.flops_budget
-
-
-def _split(
-    given: tuple[int, ...], blocks: Sequence[AttentionBlock], problem: Problem, options: Options
-) -> tuple[int, ...]:
-    """Return a user's counts, one per site.
-
-    Raises ScheduleError where a block can't remove its count or a stream would lose every patch, and BudgetError where
-    a FLOPs budget was set as well and the counts are over it.
-    """
-    removed = Counter[object]()
-    model, found = problem.flops, problem.found
-    sites = {site.block for site in model.sites}
-    for block, count in zip(blocks, given, strict=True):
-        if count and block.refusal is not None and block.branch is None and not block.dead:
-            raise ScheduleError(f"block {block.index} can't remove {count} tokens: {block.refusal}")
-        if count and block.index in found.left_out:
-            raise ScheduleError(f"block {block.index} can't remove {count} tokens: {found.left_out[block.index]}")
-        if count and block.refusal is None and not block.dead and block.index not in sites:
-            raise ScheduleError(
-                f"block {block.index} can't remove {count} tokens: strategy {problem.strategy.name!r} "
-                f"takes them at blocks {', '.join(map(str, sorted(sites)))} alone"
-            )
-        # Count along each stream, or on a branch's own block: a schedule has to keep one patch of each.
-        stream = block.axis.domain.grid if block.branch is None else block.index
-        removed[stream] += 0 if block.dead else count
-        rest = found.rests.get(block.index)
-        whole, what = (
-            (block.axis.domain.whole_count, "removes {} patch tokens")
-            if rest is None
-            else (rest.windows, "lets {} windows rest")
-        )
-        if removed[stream] >= whole:
-            raise ScheduleError(
-                f"the schedule {what.format(removed[stream])} by block {block.index}, of {whole}; "
-                f"at least one has to stay"
-            )
-    by_site = tuple(given[site.block] for site in model.sites)
-    ratio = model.ratio(by_site)
-    if options.flops_budget is not None and ratio > options.flops_budget:
-        raise BudgetError(
-            f"this schedule costs {ratio:.4f} of the original's FLOPs, over flops_budget={options.flops_budget:g}: "
-            f"remove more tokens, or leave the budget out"
-        )
-    return by_site
 
 
 def _no_blocks(graph: fx.Graph, others: Sequence[Refusal]) -> str:

@@ -10,7 +10,8 @@ from gtp_fx.options.schedule import BlockShape, Schedule
 from gtp_fx.plan.site import BranchCost, RestCost, Site
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.strategies.registry import as_written
-from gtp_fx.types.axes import Grid, TokenDomain
+from gtp_fx.types.axes import TokenDomain
+from gtp_fx.types.grids import Grid
 
 
 @dataclass(frozen=True)

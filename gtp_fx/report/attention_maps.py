@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from gtp_fx.analysis.blocks import MARK
+from gtp_fx.analysis.marks import MARK
 from gtp_fx.errors import InputError
 from gtp_fx.graph.edit import returning
 from gtp_fx.graph.nodes import layer_name
 from gtp_fx.graph.operators import ATTENTION
-from gtp_fx.passes.reduce.remove_tokens import ATTENDS, SITE
+from gtp_fx.passes.reduce.remove_tokens import SITE
+from gtp_fx.passes.reduce.rewrite_attention import ATTENDS
 from gtp_fx.strategies.protocol import Attention
 
 

@@ -44,7 +44,8 @@ from gtp_fx.strategies.protocol import (
 )
 from gtp_fx.strategies.tokens import Groups, Tokens
 from gtp_fx.targets.work import Work
-from gtp_fx.types.axes import Grid, TokenAxis
+from gtp_fx.types.axes import TokenAxis
+from gtp_fx.types.grids import Grid
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.errors import OptionError, did_you_mean
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.token_graph import GRAPHS
+from gtp_fx.strategies.gtp_work import graph_works, propagation_works
 from gtp_fx.strategies.plain_numbers import take_plain_numbers
-from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
+from gtp_fx.strategies.pricing import scoring_works
 from gtp_fx.strategies.protocol import (
     AtSite,
     Attention,
@@ -28,7 +28,8 @@ from gtp_fx.strategies.protocol import (
 )
 from gtp_fx.strategies.token_scale import AUTO, SCALES_READ_FROM, log_scale_bound
 from gtp_fx.targets.work import Work
-from gtp_fx.types.axes import Grid, TokenAxis
+from gtp_fx.types.axes import TokenAxis
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.places import home_of
 
 BRANCHES = {
@@ -266,50 +267,10 @@ class GTP:
         return [variant for variant in dict.fromkeys(varied) if variant != self]
 
     def start_works(self, grid: Sequence[int], channels: int, images: int, dtype: str, kernels: bool) -> list[Work]:
-        """Price the cosine similarity of every pair of patches and the search for its largest entries.
-
-        A spatial graph needs coordinates only.
-        """
-        patches = math.prod(grid)
-        if self.graph == "spatial":
-            return [Work("stream", bytes=FLOAT * patches * patches)]
-        pairs = images * patches * patches
-        if kernels:  # similarities are ranked in registers, and never written
-            read = getattr(torch, dtype).itemsize * images * patches * channels
-            product = Work("product", 2 * pairs * channels, read, patches, patches, images, dtype=dtype, launches=0)
-            return [product, Work("neighbors", bytes=FLOAT * pairs * self.neighbors)]
-        similarity = Work("product", 2 * pairs * channels, FLOAT * pairs, patches, patches, images)
-        return [similarity, Work("sort", bytes=FLOAT * pairs), Work("stream", bytes=2 * FLOAT * pairs)]
+        return graph_works(self.graph, self.neighbors, math.prod(grid), channels, images, dtype, kernels)
 
     def site_works(self, site: SiteShape, scales_read: bool) -> list[Work]:
-        removed = site.patches_in - site.patches_out
-        if site.kernels:
-            return self._kernel_site_works(site)
-        tokens_in, tokens_out = site.others + site.patches_in, site.others + site.patches_out
-        features = 2 * tokens_out * removed * site.channels
-        scales = 2 * site.patches_out * removed if scales_read else 0
-        edges = site.patches_out * removed * (1 if self.graph == "spatial" else self.neighbors)
-        return [
-            *self.scoring_works(site.heads, tokens_in, tokens_in, site.images, site.dtype),
-            Work("sort", bytes=site.images * FLOAT * site.patches_in),
-            Work("stream", bytes=site.images * FLOAT * edges, launches=2),
-            Work("gather", site.images * (features + scales), rows_moved(site), launches=3),
-        ]
-
-    def _kernel_site_works(self, site: SiteShape) -> list[Work]:
-        """Price a site as GTP's kernels run it.
-
-        The propagation kernel also does the residual add and the norm. These are counted where the original graph has
-        them.
-        """
-        tokens_out = site.others + site.patches_out
-        candidates = (0 if self.graph == "semantic" else 9) + (0 if self.graph == "spatial" else self.neighbors)
-        return [
-            *kernel_scoring_works(self.score, site),
-            Work("sort", bytes=site.images * FLOAT * site.patches_in),
-            # A row reads each candidate's index, place and degree.
-            Work("gather", bytes=site.images * tokens_out * candidates * 3 * FLOAT, launches=0),
-        ]
+        return propagation_works(self.score, self.graph, self.neighbors, site, scales_read)
 
     def scoring_works(self, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:
         return scoring_works(self.score, heads, queries, keys, images, dtype)

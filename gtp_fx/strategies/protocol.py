@@ -15,7 +15,8 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.targets.work import Work
-from gtp_fx.types.axes import Grid, TokenAxis
+from gtp_fx.types.axes import TokenAxis
+from gtp_fx.types.grids import Grid
 
 
 class Emit(Protocol):

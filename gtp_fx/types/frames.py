@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gtp_fx.types.axes import Factor, GridAxis, Plain, TensorType, merge_grids, split_tokens
+from gtp_fx.types.axes import Factor, Plain, TensorType
+from gtp_fx.types.grids import GridAxis
+from gtp_fx.types.merging import merge_grids, split_tokens
 
 FRAMES = "gtp_frames"
 """Meta key of a node at which a grid is born: the side of it that counts frames (`passes/exact/mark_frames.py`)."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gtp_fx.types.axes import Factor, Grid, GridAxis, TensorType, TokenAxis, images_in, token_axes
+from gtp_fx.types.axes import Factor, TensorType, TokenAxis, images_in, token_axes
+from gtp_fx.types.grids import Grid, GridAxis
 from gtp_fx.types.rules.registry import Call, NoRule, RuleResult, TypeList
 
 _REASON = "it takes a batch apart, joins or reorders it, and each image keeps tokens of its own"

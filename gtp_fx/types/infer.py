@@ -18,7 +18,6 @@ from gtp_fx.graph.nodes import is_input
 from gtp_fx.types import rules as _rules
 from gtp_fx.types.axes import (
     Dim,
-    Grid,
     Plain,
     TensorType,
     TokenAxis,
@@ -30,6 +29,7 @@ from gtp_fx.types.axes import (
     whole_size,
 )
 from gtp_fx.types.frames import FRAMES, separate_frames
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.images import separate_images
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, Output, RuleResult, TypeList, find
 

@@ -16,7 +16,9 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.errors import NotApplicable
 from gtp_fx.graph.symbols import written
-from gtp_fx.types.axes import Dim, Factor, Grid, GridAxis, Plain, TensorType, split_tokens
+from gtp_fx.types.axes import Dim, Factor, Plain, TensorType
+from gtp_fx.types.grids import Grid, GridAxis
+from gtp_fx.types.merging import split_tokens
 
 Call = Callable[..., Any]
 """A function that inserts an operator call and returns its node: Call(target, *args)."""

@@ -15,7 +15,8 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.types.axes import Grid, Plain, TokenAxis, TokenDomain
+from gtp_fx.types.axes import Plain, TokenAxis, TokenDomain
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.layouts import Call, convert, sides_layout
 
 

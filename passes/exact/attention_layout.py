@@ -15,7 +15,8 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.graph.edit import Emitter
 from gtp_fx.graph.symbols import shape_of, written
 from gtp_fx.passes.exact.build_attention import Shape, Sized, seen_as
-from gtp_fx.types.axes import GridAxis, Plain, holds_images, is_plain, whole_size
+from gtp_fx.types.axes import Plain, holds_images, is_plain, whole_size
+from gtp_fx.types.grids import GridAxis
 from gtp_fx.types.infer import WholeTyping
 
 

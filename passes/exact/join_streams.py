@@ -12,7 +12,7 @@ import math
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.blocks import MARK
+from gtp_fx.analysis.marks import MARK
 from gtp_fx.analysis.token_states import has_rows
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit

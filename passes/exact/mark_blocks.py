@@ -17,11 +17,15 @@ from __future__ import annotations
 from torch import fx
 
 from gtp_fx.analysis.attention_maps import find_map
-from gtp_fx.analysis.blocks import MARK, Mark, residual_add, self_attention_axis
+from gtp_fx.analysis.branches import keys_beside, pooled_to
+from gtp_fx.analysis.marks import MARK, Mark
+from gtp_fx.analysis.residual_adds import residual_add
 from gtp_fx.analysis.token_states import state_after
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.edit import copy_of
 from gtp_fx.graph.operators import ATTENTION, MATRIX_PRODUCTS
+from gtp_fx.types.axes import TokenAxis, token_axis
+from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.rules.registry import WEIGHS
 
 
@@ -43,3 +47,18 @@ def mark_blocks(gm: fx.GraphModule) -> fx.GraphModule:
             site.meta[MARK] = Mark(index, "site", axis)
         index += 1
     return gm
+
+
+def self_attention_axis(node: fx.Node, typing: WholeTyping) -> TokenAxis | None:
+    """Return the token axis that queries and keys share, or None where this isn't self-attention over tokens.
+
+    Keys may be pooled; each then stands for the tokens of one cell of the queries' grid. Others, learned or computed,
+    may stand before and after those of the tokens.
+    """
+    query, key = node.args[0], node.args[1]
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    if typing.results[node].barrier:
+        return None
+    axis = token_axis(typing.type(query)[-2])
+    same = axis is not None and keys_beside(typing.type(query), typing.type(key)) is not None
+    return axis if same or pooled_to(typing.type(query), typing.type(key)) else None

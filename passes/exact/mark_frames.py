@@ -20,9 +20,10 @@ from gtp_fx.graph.edit import copy_of
 from gtp_fx.graph.nodes import ancestors, count_nodes, tensors_of
 from gtp_fx.graph.operators import ATTENTION, GRID_MAKERS, MATRIX_PRODUCTS, SOFTMAXES
 from gtp_fx.passes.exact.mark_tokens import blocks_of, with_blocks_marked
-from gtp_fx.types.axes import GridAxis, split_tokens
 from gtp_fx.types.coercions import find_coercions
 from gtp_fx.types.frames import FRAMES
+from gtp_fx.types.grids import GridAxis
+from gtp_fx.types.merging import split_tokens
 
 _LAYERS = (aten.linear.default, *MATRIX_PRODUCTS, *ATTENTION)
 _FEWEST_SIDES = 3

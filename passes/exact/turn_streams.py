@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx
 
-from gtp_fx.analysis.blocks import MARK, marks_of, share_in, stream_of
+from gtp_fx.analysis.marks import MARK, marks_of
+from gtp_fx.analysis.residual_adds import share_in, stream_of
 from gtp_fx.analysis.token_states import state_before
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
@@ -27,8 +28,10 @@ from gtp_fx.graph.symbols import shape_of
 from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.turned_layout import Order, Walk, changes
 from gtp_fx.passes.exact.turned_operators import rule_of
-from gtp_fx.types.axes import Grid, GridAxis, Plain, TensorType, holds_images, is_plain, split_tokens
+from gtp_fx.types.axes import Plain, TensorType, holds_images, is_plain
+from gtp_fx.types.grids import Grid, GridAxis
 from gtp_fx.types.infer import WholeTyping
+from gtp_fx.types.merging import split_tokens
 
 _RANK = 3
 """Dimensions of a stream whose tokens are a row."""

@@ -15,7 +15,7 @@ from torch.ops import aten
 
 import gtp_fx
 from gtp_fx.analysis import typed_graph as module
-from gtp_fx.analysis.blocks import MARK
+from gtp_fx.analysis.marks import MARK
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.edit import copy_of, set_args
 from gtp_fx.passes.exact.drop_dead_tokens import drop_dead_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from gtp_fx.graph.symbols import contradiction
+from gtp_fx.graph.primes import contradiction
 from gtp_fx.graph.torch_internals import fake_mode
 
 aten = torch.ops.aten

@@ -18,7 +18,8 @@ import gtp_fx
 from bench.counted import flops
 from bench.dynamo_door import Door
 from gtp_fx.graph.edit import call, set_args
-from gtp_fx.graph.symbols import at_batch, divided, fix_symbols, is_symbolic, shape_of, written
+from gtp_fx.graph.primes import fix_symbols
+from gtp_fx.graph.symbols import at_batch, divided, is_symbolic, shape_of, written
 
 from support.batches import PATCH, SIDE, WIDTH, Block, Joined, models
 from support.captured import captured, optimised, shared_model

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import gtp_fx
 from bench.vision_language_models import FAMILIES, IMAGE_TOKEN, TINY, build, prompt
 from gtp_fx.analysis.returned_tokens import ReturnedTokens
-from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
+from gtp_fx.types.axes import TokenAxis, TokenDomain
+from gtp_fx.types.grids import Grid
 
 pytestmark = pytest.mark.xdist_group("image-tokens")
 BUDGET = 0.6

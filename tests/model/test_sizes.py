@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import gtp_fx
-from gtp_fx.capture.inputs import CallSignature, canonical_arguments
+from gtp_fx.capture.signatures import CallSignature, canonical_arguments
 from gtp_fx.model import forms
 
 from support.zoo import enliven

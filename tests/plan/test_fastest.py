@@ -18,7 +18,8 @@ from gtp_fx.plan.fastest import fastest_alike
 from gtp_fx.plan.least_damage import least_damage, least_damage_few_sites
 from gtp_fx.plan.shortest_path import OverBudget
 from gtp_fx.plan.site import Site
-from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
+from gtp_fx.types.axes import TokenAxis, TokenDomain
+from gtp_fx.types.grids import Grid
 
 from support.every_schedule import damage_of, every_schedule
 from support.printed import in_one_line

@@ -25,7 +25,8 @@ from gtp_fx.plan.find_sites import find_sites
 from gtp_fx.plan.least_damage import _WORTH, least_damage, least_damage_few_sites
 from gtp_fx.plan.shortest_path import OverBudget, Steps, solve
 from gtp_fx.plan.site import Site
-from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
+from gtp_fx.types.axes import TokenAxis, TokenDomain
+from gtp_fx.types.grids import Grid
 
 from support.every_schedule import coarse, damage_of, every_schedule
 from support.window_families import SWIN

@@ -15,8 +15,9 @@ from gtp_fx.plan.cost.chains import cost_model
 from gtp_fx.plan.cost.terms import Term
 from gtp_fx.plan.site import Site
 from gtp_fx.targets.work import Work
-from gtp_fx.types.axes import Grid, TokenAxis, TokenDomain
+from gtp_fx.types.axes import TokenAxis, TokenDomain
 from gtp_fx.types.coercions import Coercions
+from gtp_fx.types.grids import Grid
 
 from support.tiny_vit import TinyViT, pictures
 

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from gtp_fx.capture.inputs import CallSignature, call_signature
+from gtp_fx.capture.inputs import call_signature
 from gtp_fx.capture.module import capture_module
+from gtp_fx.capture.signatures import CallSignature
 from gtp_fx.model.pipeline import Exact, Optimised, run_exact_passes, run_passes
 from gtp_fx.options.calibration import bound
 from gtp_fx.options.options import Options

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gtp_fx.graph.symbols import fix_symbols
+from gtp_fx.graph.primes import fix_symbols
 
 
 def traced(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:

@@ -43,8 +43,9 @@ from gtp_fx.plan.cost.count import count_flops
 from gtp_fx.plan.make_plan import Planned, make_plan
 from gtp_fx.plan.plan import Plan
 from gtp_fx.plan.problem import Original
-from gtp_fx.types.axes import Dim, Grid, GridAxis, Plain, TokenAxis, plain, token_axis
+from gtp_fx.types.axes import Dim, Plain, TokenAxis, plain, token_axis
 from gtp_fx.types.coercions import find_coercions
+from gtp_fx.types.grids import Grid, GridAxis
 from gtp_fx.types.infer import SiteTyping, infer_types, infer_with_sites
 from gtp_fx.types.rules import registry
 from gtp_fx.types.rules.contraction import _join_dim as join_summed

@@ -9,20 +9,11 @@ import torch
 from torch import Tensor
 from torch.ops import aten
 
-from gtp_fx.types.axes import (
-    Grid,
-    GridAxis,
-    Plain,
-    TokenAxis,
-    TokenDomain,
-    merge_grids,
-    product,
-    size,
-    split_tokens,
-    token_axis,
-)
+from gtp_fx.types.axes import Plain, TokenAxis, TokenDomain, size, token_axis
 from gtp_fx.types.coercions import find_coercions
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import infer_types, infer_with_sites
+from gtp_fx.types.merging import product
 from gtp_fx.types.rules.layout import regroup
 from gtp_fx.types.rules.registry import NoRule
 
@@ -46,17 +37,6 @@ def test_a_domain_is_born_where_a_grid_is_flattened() -> None:
     axis = axis_of(lambda x: x, 1)
     assert axis is not None
     assert (axis.domain.grid.shape, axis.prefix, axis.suffix, axis.domain.level) == ((3, 2), 0, 0, 0)
-
-
-def test_sides_of_a_grid_merge_in_row_major_order_only() -> None:
-    rows, columns = GridAxis(GRID, 0), GridAxis(GRID, 1)
-    assert merge_grids((rows, columns)) == (TOKENS,)
-    by_columns = token_axis(merge_grids((columns, rows)))
-    assert by_columns is not None and by_columns.domain != TOKENS.domain, "the same patches in another order"
-    assert split_tokens((by_columns,)) == (columns, rows)
-    assert split_tokens((Plain(2), TOKENS)) == (Plain(2), rows, columns)
-    with_prefix = TokenAxis(TOKENS.domain, prefix=1)
-    assert split_tokens((with_prefix,)) == (with_prefix,), "a grid with a CLS token in front is no grid"
 
 
 def test_size_follows_the_tokens_left() -> None:

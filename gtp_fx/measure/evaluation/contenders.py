@@ -13,7 +13,8 @@ from gtp_fx.errors import OptionError
 from gtp_fx.measure.evaluation.data import digest_of_tensors
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.options.calibration import Calibration
-from gtp_fx.options.options import DEFAULTS, REDUCED, Options
+from gtp_fx.options.options import DEFAULTS, Options
+from gtp_fx.options.values import REDUCED
 from gtp_fx.strategies import Strategy
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtp_fx.capture.inputs import tensors_in
+from gtp_fx.capture.signatures import tensors_in
 from gtp_fx.errors import OptionError
 from gtp_fx.measure.evaluation.intervals import Estimate, difference, mean, share
 from gtp_fx.plan.damage.divergence import divergence, scores_of

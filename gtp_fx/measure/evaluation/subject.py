@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gtp_fx.capture.inputs import CallSignature, call_signature, device_of, dtype_of, tensors_in
+from gtp_fx.capture.inputs import call_signature
+from gtp_fx.capture.signatures import CallSignature, device_of, dtype_of, tensors_in
 from gtp_fx.errors import OptionError, SaveError
 from gtp_fx.model.saving import tensors
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtp_fx.capture.inputs import device_of, tensors_in
+from gtp_fx.capture.signatures import device_of, tensors_in
 from gtp_fx.errors import ExportError, LoadError
 from gtp_fx.graph.torch_internals import cache_misses, compiler_cache, fresh_compiler_cache, name_memory_formats
 from gtp_fx.model.exporting.program import Program

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtp_fx.capture.inputs import tensors_in
+from gtp_fx.capture.signatures import tensors_in
 from gtp_fx.errors import ExportError
 from gtp_fx.graph.torch_internals import load_aoti, package_aoti
 from gtp_fx.graph.verify import rounding_tolerance

@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from gtp_fx.capture.batched_export import export_batched
 from gtp_fx.capture.called_as import CalledAs
-from gtp_fx.capture.inputs import CallSignature, device_of, tensors_in
-from gtp_fx.capture.module import export_batched
+from gtp_fx.capture.signatures import CallSignature, device_of, tensors_in
 from gtp_fx.errors import CaptureError, ExportError
 from gtp_fx.graph.torch_internals import OUT_OF_MEMORY, tracing_lock
 from gtp_fx.model.internal_errors import internal_errors_reported

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gtp_fx.capture.inputs import timm_shape
+from gtp_fx.capture.example_images import timm_shape
 from gtp_fx.errors import LoadError, warn
 
 _PLAIN = (bool, int, float, str)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gtp_fx.capture.inputs import CallSignature, canonical_arguments
+from gtp_fx.capture.signatures import CallSignature, canonical_arguments
 from gtp_fx.capture.wrapped import without_compiling
 from gtp_fx.errors import GtpError, LoadError, SaveError
 from gtp_fx.model.internal_errors import internal_errors_reported

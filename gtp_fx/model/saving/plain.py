@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gtp_fx.capture.inputs import holds_values
+from gtp_fx.capture.descriptions import holds_values
 from gtp_fx.errors import LoadError, SaveError
 from gtp_fx.graph.nodes import operator_name
 from gtp_fx.model.saving.tensors import digest_of, form

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from gtp_fx.capture.hooks import user_hooks
-from gtp_fx.capture.inputs import CallSignature
 from gtp_fx.capture.module import capture_module
+from gtp_fx.capture.signatures import CallSignature
 from gtp_fx.capture.tapped import with_taps
 from gtp_fx.errors import SaveError, warn
 from gtp_fx.model.saving import record, tensors

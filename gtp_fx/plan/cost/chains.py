@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from gtp_fx.plan.cost.terms import Counts, Term
 from gtp_fx.plan.site import Site
-from gtp_fx.types.axes import Grid, TokenDomain
+from gtp_fx.types.axes import TokenDomain
+from gtp_fx.types.grids import Grid
 
 Numbers = NDArray[Any]
 """int64 FLOPs, or float64 seconds."""

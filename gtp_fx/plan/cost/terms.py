@@ -21,8 +21,9 @@ from gtp_fx.plan.cost.fusion import Group, fused_groups
 from gtp_fx.plan.site import Site
 from gtp_fx.strategies.protocol import SiteShape, Strategy
 from gtp_fx.targets.work import Work
-from gtp_fx.types.axes import Dim, Grid, TensorType, TokenAxis, TokenDomain, token_axes
+from gtp_fx.types.axes import Dim, TensorType, TokenAxis, TokenDomain, token_axes
 from gtp_fx.types.coercions import Coercions, find_coercions
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import SiteTyping, Typing
 from gtp_fx.types.rules.registry import WEIGHS
 

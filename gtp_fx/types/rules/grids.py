@@ -13,8 +13,6 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.types.axes import (
     Dim,
     Factor,
-    Grid,
-    GridAxis,
     Plain,
     TensorType,
     TokenAxis,
@@ -24,6 +22,7 @@ from gtp_fx.types.axes import (
     token_axis,
     whole_size,
 )
+from gtp_fx.types.grids import Grid, GridAxis
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, rule
 
 

@@ -14,23 +14,18 @@ from gtp_fx.types.axes import (
     CountOf,
     Dim,
     Factor,
-    Grid,
-    GridAxis,
     Plain,
     TensorType,
     TokenAxis,
     TokenDomain,
     holds_images,
-    in_rows,
     is_plain,
-    merge_grids,
-    merge_plain,
-    product,
     size,
-    split_tokens,
     token_axes,
     whole_size,
 )
+from gtp_fx.types.grids import Grid, GridAxis
+from gtp_fx.types.merging import in_rows, merge_grids, merge_plain, product, split_tokens
 from gtp_fx.types.rules.grids import folded
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, Repair, RuleResult, require_plain, rule
 from gtp_fx.types.rules.unfold import unfolded

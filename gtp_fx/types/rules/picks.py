@@ -19,8 +19,6 @@ from gtp_fx.graph.rearrangements import REARRANGING, Parts, rearranged, whole_pa
 from gtp_fx.graph.symbols import is_symbolic, shape_of
 from gtp_fx.types.axes import (
     Dim,
-    Grid,
-    Picked,
     Plain,
     TensorType,
     TokenAxis,
@@ -30,6 +28,7 @@ from gtp_fx.types.axes import (
     token_axis,
     whole_size,
 )
+from gtp_fx.types.grids import Grid, Picked
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, rule
 
 _MASKS = (torch.bool, torch.uint8)

@@ -16,13 +16,11 @@ from gtp_fx.graph.operators import PADDINGS, SPLITS
 from gtp_fx.types.axes import (
     CountOf,
     Dim,
-    Grid,
     Plain,
     TensorType,
     TokenAxis,
     TokenDomain,
     holds_images,
-    in_rows,
     is_plain,
     plain,
     size,
@@ -30,6 +28,8 @@ from gtp_fx.types.axes import (
     token_axis,
     whole_size,
 )
+from gtp_fx.types.grids import Grid
+from gtp_fx.types.merging import in_rows
 from gtp_fx.types.rules.grids import is_side, padded, sampled
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, TypeList, join, rule, wanting
 

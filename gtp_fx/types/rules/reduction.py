@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.operators import FEATURE_NORMS, SOFTMAXES
-from gtp_fx.types.axes import Plain, TensorType, in_rows, is_plain, token_axes
+from gtp_fx.types.axes import Plain, TensorType, is_plain, token_axes
+from gtp_fx.types.merging import in_rows
 from gtp_fx.types.rules.registry import (
     NEEDS_ALL,
     WEIGHS,

@@ -30,7 +30,6 @@ from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.axes import (
     CountOf,
     Dim,
-    GridAxis,
     Plain,
     TensorType,
     holds_images,
@@ -41,6 +40,7 @@ from gtp_fx.types.axes import (
     token_axis,
     whole_size,
 )
+from gtp_fx.types.grids import GridAxis
 
 NEEDS_ALL: frozenset[fx.Node] = frozenset()
 """The `prefix_operands` of an operator whose every output token needs every input token."""

@@ -10,19 +10,9 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.operators import CHANNEL_NORMS, CONVOLUTIONS, GRID_MAKERS, RESIZINGS
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.types.axes import (
-    Grid,
-    GridAxis,
-    Plain,
-    TensorType,
-    is_plain,
-    long_sides,
-    merge_grids,
-    plain,
-    split_tokens,
-    token_axes,
-    whole_size,
-)
+from gtp_fx.types.axes import Plain, TensorType, is_plain, plain, token_axes, whole_size
+from gtp_fx.types.grids import Grid, GridAxis
+from gtp_fx.types.merging import long_sides, merge_grids, split_tokens
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, TypeList, require_plain, rule
 
 

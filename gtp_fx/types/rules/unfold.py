@@ -19,7 +19,8 @@ from gtp_fx.graph.nodes import ancestors
 from gtp_fx.graph.operators import ATTENTION, CONVOLUTIONS, MATRIX_PRODUCTS, VIEWS
 from gtp_fx.graph.rearrangements import Part, Parts, chain_before, rearranged, whole_parts
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.types.axes import Factor, Grid, GridAxis, Plain
+from gtp_fx.types.axes import Factor, Plain
+from gtp_fx.types.grids import Grid, GridAxis
 
 _LAYERS = (
     *CONVOLUTIONS,
