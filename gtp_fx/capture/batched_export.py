@@ -38,10 +38,15 @@ def batched_program(model: nn.Module, signature: CallSignature) -> tuple[torch.e
     try:
         return export_batched(model, signature)
     except RuntimeError as error:
-        if not any(reason in str(error) for reason in _WITHOUT_GRADIENTS):
+        if not _is_of_gradients(error):
             raise
     with torch.no_grad():
         return export_batched(model, signature)
+
+
+def _is_of_gradients(error: Exception) -> bool:
+    """Return whether an error says that a forward can be traced without gradients alone."""
+    return any(reason in str(error) for reason in _WITHOUT_GRADIENTS)
 
 
 def export_batched(
@@ -78,7 +83,7 @@ def export_batched(
     except OUT_OF_MEMORY:
         raise
     except Exception as error:
-        if signature.fixed:
+        if signature.fixed or _is_of_gradients(error):
             raise
         if fixed_batch(error):
             with contextlib.suppress(Exception), _lengths_as_sizes():
