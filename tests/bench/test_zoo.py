@@ -31,7 +31,6 @@ def committed() -> list[Row]:
         ("timm", "vit_small_patch16_18x2_224", "reduced"),
         ("timm", "naflexvit_base_patch16_gap", "reduced"),
         ("timm", "levit_128", "reduced"),
-        ("timm", "tiny_vit_5m_224", "reduced"),
         ("transformers", "DINOv3", "reduced"),
         ("timm", "coat_lite_tiny", "refused"),
         ("timm", "xcit_tiny_12_p16_224", "refused"),
