@@ -30,7 +30,7 @@ import typer
 from torch import Tensor, fx, nn
 
 from bench import photograph_nets
-from bench.contenders import CALIBRATED, CHOSEN, CONTENDERS, Contender, contenders
+from bench.contenders import ASKED_FOR, CALIBRATED, CHOSEN, CONTENDERS, Contender, contenders
 from bench.digit_nets import NETS, load_or_train
 from bench.digits import Split
 from bench.environment import Environment
@@ -126,7 +126,7 @@ def main(
         typer.Option(help=f"Of {', '.join(SUBJECTS)}; all but those of bench.photograph_nets where none is given."),
     ] = None,
     strategy: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join((*CONTENDERS, CHOSEN))}; all but the last.")
+        list[str] | None, typer.Option(help=f"Of {', '.join((*CONTENDERS, *ASKED_FOR, CHOSEN))}; all but the last two.")
     ] = None,
     budget: Annotated[list[float] | None, typer.Option(help="Instead of 0.85, 0.7, 0.55, 0.4 and 0.3.")] = None,
     test_images: Annotated[int, typer.Option(help="Canvases or photographs that scores are measured on.")] = 1000,
@@ -140,7 +140,7 @@ def main(
     """Measure the score that every strategy keeps."""
     from bench import accuracy_report
 
-    for given, known in ((net, SUBJECTS), (strategy, (*CONTENDERS, CHOSEN))):
+    for given, known in ((net, SUBJECTS), (strategy, (*CONTENDERS, *ASKED_FOR, CHOSEN))):
         if unknown := [value for value in given or [] if value not in known]:
             raise typer.BadParameter(f"{unknown[0]!r} is unknown; give some of {', '.join(known)}")
     photographs = None if data is None else Photographs(data, weights)

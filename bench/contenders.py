@@ -27,6 +27,9 @@ CONTENDERS: Mapping[str, Made] = {
     "saliency": lambda _: gtp_fx.strategies.Saliency(),
     "random": lambda _: gtp_fx.strategies.Random(),
 }
+ASKED_FOR: Mapping[str, Made] = {"windows rest": lambda _: gtp_fx.strategies.Regeneration(windows="rest")}
+"""Contenders that differ from another one in some nets alone, so that they have to be asked for."""
+_EVERY = {**CONTENDERS, **ASKED_FOR}
 SCHEDULES = ("auto", "even")
 """gtp_fx's own choice, and the publications' constant count per block, spread exactly to the token."""
 CHOSEN, CALIBRATED = "auto", "calibrated"
@@ -43,7 +46,7 @@ def contenders(strategies: Iterable[str]) -> list[Contender]:
         if strategy == CHOSEN:
             found.append(Contender(CHOSEN, CALIBRATED))
             continue
-        single = len(list(CONTENDERS[strategy]("cls-mean").positions(_DEEP))) == 1
+        single = len(list(_EVERY[strategy]("cls-mean").positions(_DEEP))) == 1
         found += [Contender(strategy, schedule) for schedule in (SCHEDULES[:1] if single else SCHEDULES)]
     return found
 
@@ -56,7 +59,7 @@ _DEEP = 12
 class Contender:
     """A strategy on a schedule, which is one curve.
 
-    strategy: a name in `CONTENDERS`, or `CHOSEN`.
+    strategy: a name in `CONTENDERS` or `ASKED_FOR`, or `CHOSEN`.
     schedule: a name in `SCHEDULES`; `CALIBRATED` with `CHOSEN`, and with nothing else.
 
     Raises ValueError for other names.
@@ -66,9 +69,9 @@ class Contender:
     schedule: str
 
     def __post_init__(self) -> None:
-        known = self.strategy in CONTENDERS and self.schedule in SCHEDULES
+        known = self.strategy in _EVERY and self.schedule in SCHEDULES
         if not known and (self.strategy, self.schedule) != (CHOSEN, CALIBRATED):
-            raise ValueError(f"{self}: strategies are {', '.join(CONTENDERS)}, schedules {' and '.join(SCHEDULES)}")
+            raise ValueError(f"{self}: strategies are {', '.join(_EVERY)}, schedules {' and '.join(SCHEDULES)}")
 
     def __str__(self) -> str:
         return f"{self.strategy}, {self.schedule}"
@@ -77,4 +80,4 @@ class Contender:
         """Return the strategy for a net with or without a CLS token."""
         if self.strategy == CHOSEN:
             return gtp_fx.strategies.Auto()
-        return CONTENDERS[self.strategy]("cls-mean" if class_token else "broadcast-mean")
+        return _EVERY[self.strategy]("cls-mean" if class_token else "broadcast-mean")
