@@ -20,6 +20,7 @@ from gtp_fx.graph.torch_internals import (
 )
 from gtp_fx.model.sections.alike import Column, Kind, is_open, kinds
 from gtp_fx.model.sections.cut import OUTSIDE, can_be_cut, cut, leaves
+from gtp_fx.model.sections.first_site import like_the_others
 
 
 def compile_in_sections(
@@ -39,6 +40,7 @@ def compile_in_sections(
     fill_values(gm, inputs)
     if not can_be_cut(gm.graph):
         return None
+    like_the_others(gm.graph)
     found = kinds(cut(gm.graph))
     if all(len(kind.sections) == 1 for kind in found if not kind.as_it_is):
         return None
@@ -164,7 +166,7 @@ class _Code:
 
     def __call__(self, values: list[Any], numbers: tuple[int, ...]) -> Sequence[Any]:
         if self.kind.as_it_is:
-            return self.kind.graph_module(*values, *numbers)  # type: ignore[no-any-return]
+            return self.kind.graph_module.forward(*values, *numbers)  # type: ignore[no-any-return]
         sizes = tuple(_number_at(values[i], j) for i, j in self._varying) + numbers
         function = self.known.get(sizes)
         if function is None:
