@@ -209,22 +209,17 @@ def test_a_difference_that_real_sizes_do_not_have_relates_nothing() -> None:
     assert assumed.hold_for([torch.empty(2, 8), 7]) and assumed.hold_for([torch.empty(2, 8), 6])
 
 
-def test_what_is_small_and_single_is_not_compiled() -> None:
+@pytest.mark.parametrize(("device", "as_it_is"), [("cpu", True), ("meta", False)])
+def test_on_a_cpu_what_is_small_and_single_is_not_compiled(device: str, as_it_is: bool) -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
-    x.meta["val"] = torch.empty(2, 9, 4)
-    parts = []
-    for target, shape in (
-        (torch.sin, (2, 9, 4)),
-        (torch.cos, (2, 9, 4)),
-        (torch.cos, (2, 9, 4)),
-        (torch.select, (2, 4)),
-    ):
-        node = graph.call_function(target, (x, 1, 0) if target is torch.select else (x,))
-        node.meta["val"] = torch.empty(shape)
-        parts.append([node])
-        graph.output((node,)) if target is torch.select else None
-    assert [kind.as_it_is for kind in kinds(parts)] == [False, False, True]
+    x.meta["val"] = torch.empty(2, 9, 4, device=device)
+    nodes = [graph.call_function(target, (x,)) for target in (torch.sin, torch.cos, torch.cos)]
+    nodes.append(graph.call_function(torch.select, (x, 1, 0)))
+    for node in nodes:
+        node.meta["val"] = node.target(x.meta["val"], *node.args[1:])
+    graph.output(tuple(nodes))
+    assert [kind.as_it_is for kind in kinds([[node] for node in nodes])] == [False, False, as_it_is]
 
 
 def test_only_attention_that_others_are_told_scales_like_is_told_some() -> None:

@@ -49,8 +49,16 @@ class Section:
     @property
     def made(self) -> int:
         """Return the bytes of all values, with the sizes of the first run."""
-        tensors = [value for node in self.nodes for value in leaves(value_of(node)) if isinstance(value, Tensor)]
-        return sum(hint(value.numel()) * value.element_size() for value in tensors)
+        return sum(hint(value.numel()) * value.element_size() for value in self._tensors)
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Return whether all values are in the host's memory."""
+        return all(value.device.type == "cpu" for value in self._tensors)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [value for node in self.nodes for value in leaves(value_of(node)) if isinstance(value, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -126,10 +134,13 @@ def number(value: Any) -> Number:
 def _small(found: Sequence[Sequence[Section]]) -> list[Section]:
     """Return the sections, the smallest that occur once, which together make no more than a small part of all values.
 
-    Without compiling they take some per cent longer: a norm, a product or an activation is one pass over memory in
-    either case. Operators of this package are many of torch's, and gain more.
+    On a CPU they take some per cent longer without compiling: a norm, a product or an activation is one pass over
+    memory in either case. Operators of this package are many of torch's, and gain more. Elsewhere there are none: a GPU
+    launches each operator by itself.
     """
-    single = [alike[0] for alike in found if len(alike) == 1 and not any(map(_is_many, alike[0].nodes))]
+    single = [
+        alike[0] for alike in found if len(alike) == 1 and alike[0].is_on_cpu and not any(map(_is_many, alike[0].nodes))
+    ]
     left = _SMALL * sum(part.made for alike in found for part in alike)
     small = []
     for part in sorted(single, key=lambda part: part.made):

@@ -21,7 +21,7 @@ _SCORES = gtp_fx.attention_with_scores.default
 
 def like_the_others(graph: fx.Graph) -> None:
     """Give scales of 1 to attention that scores tokens and knows none, where others of its form know some; in place."""
-    calls = [node for node in graph.nodes if node.target is _SCORES]
+    calls = graph.find_nodes(op="call_function", target=_SCORES)
     told = {_form(node): _told(node) for node in calls if _told(node) is not None}
     for node in calls:
         template = told.get(_form(node))
