@@ -94,7 +94,8 @@ def has_hint(size: Any) -> bool:
 
 def hint(size: Any) -> int:
     """Return a size; of a symbolic one what it is in the first run. Public: none."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    known: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(known)
 
 
 def written_to(value: Any) -> bool:
