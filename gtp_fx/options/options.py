@@ -103,8 +103,9 @@ class Options:
     shapes: str = _option(
         "static",
         values.shapes,
-        '"shared": blocks that differ in nothing but their number of tokens share compiled code, which halves the '
-        'first call and makes runs a few per cent slower; "static": every number of tokens has code of its own.',
+        '"shared": blocks that differ in nothing but their number of tokens share compiled code, so the first call '
+        "takes about as long as the original's, and runs are some per cent slower; "
+        '"static": every number of tokens has code of its own.',
     )
     output: str = _option(
         FULL,

@@ -21,12 +21,14 @@ from gtp_fx.model.sections import backend, program
 from gtp_fx.model.sections.alike import kinds
 from gtp_fx.model.sections.backend import InSections
 from gtp_fx.model.sections.cut import cut, value_of
+from gtp_fx.model.sections.first_site import like_the_others
 
 from support.plain_vit import PlainViT, built, images
 
 COUNTS = (3, 2, 2, 3, 0, 0)
 """Tokens removed at each block. Blocks 1 to 3 have a site and sizes, blocks 4 and 5 have sizes alone."""
 
+SCORES = torch.ops.gtp_fx.attention_with_scores.default
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -55,8 +57,9 @@ def test_blocks_with_other_numbers_of_tokens_share_their_code(compiled: list[fx.
     reference = gtp_fx.optimize(model, schedule=COUNTS, example_inputs=x, compile=False)
     torch.testing.assert_close(fast(x), reference(x), rtol=0, atol=0)
     targets = [" ".join(str(node.target) for node in gm.graph.nodes) for gm in compiled]
-    assert sum("gelu" in found for found in targets) == 2, "of six: the last one sees the CLS token alone"
-    assert sum("attention_with_scores" in found for found in targets) == 2, "of four: the first one knows no sizes yet"
+    assert sum("gelu" in found for found in targets) == 1, "of six: the last one sees the CLS token alone, and is small"
+    assert sum("attention_with_scores" in found for found in targets) == 1, "of four: the first one is told sizes of 1"
+    assert sum("propagate" in found for found in targets) == 1, "of four, of which three also gather places"
     again = len(compiled)
     torch.testing.assert_close(fast(x.flip(0)), reference(x.flip(0)), rtol=0, atol=0)
     assert len(compiled) == again
@@ -111,6 +114,8 @@ def test_an_open_batch_is_open_in_every_section(compiled: list[fx.GraphModule], 
     for batch in (2, 5):
         fast(images(batch))
     opened = len(compiled)
+    scored = [gm for gm in compiled if gm.graph.find_nodes(op="call_function", target=SCORES)]
+    assert len(scored) == 2, "of two images, and of any number: the first site is told sizes of 1, whatever the batch"
     for batch in (3, 7):
         x = images(batch)
         torch.testing.assert_close(fast(x), reference(x), rtol=0, atol=0)
@@ -185,6 +190,56 @@ def test_what_the_compiler_assumed_of_sizes_is_held_against_other_sections() -> 
     assert not assumed.hold_for([torch.empty(4, 150).T, 150])
 
 
+def test_numbers_that_differ_by_the_same_everywhere_are_one_symbol() -> None:
+    assumed = OpenSizes()
+    tokens, patches, other = (9, 8, 6), (8, 7, 5), (5, 4, 3)
+    fake = assumed.fake(torch.empty(2, 9), [None, tokens, tokens, None])
+    fewer, least = assumed.integer(8, patches), assumed.integer(5, other)
+    assert str(fewer) == f"{fake.shape[1]} - 1" and str(least) != str(fake.shape[1])
+    with assumed.tracing():
+        assert fake.shape[1] - 1 == fewer
+    assert assumed.hold_for([torch.empty(2, 8), 7, 4])
+    assert not assumed.hold_for([torch.empty(2, 8), 6, 4])
+
+
+def test_a_difference_that_real_sizes_do_not_have_relates_nothing() -> None:
+    assumed = OpenSizes()
+    assumed.fake(torch.empty(2, 9), [None, (9, 8), (9, 8), None])
+    assumed.integer(7, (8, 7))
+    assert assumed.hold_for([torch.empty(2, 8), 7]) and assumed.hold_for([torch.empty(2, 8), 6])
+
+
+@pytest.mark.parametrize(("device", "as_it_is"), [("cpu", True), ("meta", False)])
+def test_on_a_cpu_what_is_small_and_single_is_not_compiled(device: str, as_it_is: bool) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(2, 9, 4, device=device)
+    nodes = [graph.call_function(target, (x,)) for target in (torch.sin, torch.cos, torch.cos)]
+    nodes.append(graph.call_function(torch.select, (x, 1, 0)))
+    for node in nodes:
+        node.meta["val"] = node.target(x.meta["val"], *node.args[1:])
+    graph.output(tuple(nodes))
+    assert [kind.as_it_is for kind in kinds([[node] for node in nodes])] == [False, False, as_it_is]
+
+
+def test_only_attention_that_others_are_told_scales_like_is_told_some() -> None:
+    graph = fx.Graph()
+    stream = graph.placeholder("x")
+    stream.meta["val"] = torch.empty(2, 3, 9, 4)
+    scored = graph.call_function(SCORES, (stream, stream, stream, None, None, 1.0, "broadcast-mean", 1, 0))
+    graph.output((scored,))
+    like_the_others(graph)
+    assert len(graph.nodes) == 3
+
+
+def test_of_one_image_strides_without_meaning_are_as_usual() -> None:
+    kept = torch.arange(36).view(1, 36)[:, :31]
+    assert program._as_usual(kept).stride() == (31, 1) and kept.stride() == (36, 1)
+    assert torch.equal(program._as_usual(kept), kept)
+    turned = torch.empty(1, 4, 5).mT
+    assert program._as_usual(turned) is turned
+
+
 def test_numbers_that_are_no_sizes_may_be_negative_and_tensors_may_begin_anywhere() -> None:
     assumed = OpenSizes()
     fake = assumed.fake(torch.empty(2, 9)[:, 2:], [None, ("n",), None, None])
@@ -245,8 +300,11 @@ def test_a_stride_that_is_not_what_its_fake_has_is_a_number() -> None:
 @torch.no_grad()
 def test_a_section_of_one_image_has_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, ...]] = []
+    compiles = 0
 
     def not_compiled(gm: fx.GraphModule, inputs: Any, options: Any) -> Any:
+        nonlocal compiles
+        compiles += 1
         own = edit.copy_of(gm)
 
         def run(*values: Any) -> Any:
@@ -265,6 +323,7 @@ def test_a_section_of_one_image_has_its_sizes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(program, "compile_with_inductor", not_compiled)
     gtp_fx.optimize(deep(), schedule=COUNTS, example_inputs=images(1), shapes="shared")(images(1))
     assert len(asked) > 20 and all(given == real for given, real in asked)
+    assert compiles == 5, "patches, attention at a site and elsewhere, what a site does, an MLP: none for a count alone"
 
 
 def test_tuples_stay_within_a_section_also_where_a_site_begins() -> None:

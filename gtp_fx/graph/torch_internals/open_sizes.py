@@ -89,6 +89,10 @@ class OpenSizes:
         # A real stride may differ from what the graph's fakes, and so its key, say: then it is a number.
         if key is None or self._values.setdefault(key, value) != value:
             return value
+        for other, symbol in self._symbols.items():
+            more = _difference(key, other)
+            if more is not None and self._values[other] + more == value:
+                return symbol + more if more else symbol
         if key not in self._symbols:
             # A number that is no size, such as a place counted from the end, may be negative.
             create = self._shapes.create_symbol if value > 1 else self._shapes.create_unspecified_symbol
@@ -116,3 +120,20 @@ class OpenSizes:
             # Compiled code is given addresses, so it is the same wherever in its storage a tensor begins.
             self._guards = " and ".join(guard for guard in guards if "storage_offset()" not in guard) or "True"
         return bool(self._shapes.evaluate_guards_expression(self._guards, values))
+
+
+def _difference(key: Any, other: Any) -> int | None:
+    """Return by how much a number is more than another one, where it is so everywhere; None where it isn't.
+
+    key, other: the numbers' values in all places where they are used; other keys tell nothing but what is equal.
+
+    Patches and tokens of a stream differ by its CLS token. As two symbols, the code would be the same in the end, but
+    the compiler would have to find out what relates them, and to simplify what it has written until then.
+    """
+    if key == other:
+        return 0
+    both = isinstance(key, tuple) and isinstance(other, tuple) and len(key) == len(other)
+    if not both or not all(type(value) is int for value in (*key, *other)):
+        return None
+    found = {mine - theirs for mine, theirs in zip(key, other, strict=True)}
+    return found.pop() if len(found) == 1 else None

@@ -92,6 +92,12 @@ def has_hint(size: Any) -> bool:
     return not isinstance(size, torch.SymInt) or bool(size.node.has_hint())
 
 
+def hint(size: Any) -> int:
+    """Return a size; of a symbolic one what it is in the first run. Public: none."""
+    known: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(known)
+
+
 def written_to(value: Any) -> bool:
     """Return whether a tensor was written to in place since it was made. Public: none."""
     return isinstance(value, Tensor) and not value.is_inference() and value._version > 0

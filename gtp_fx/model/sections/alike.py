@@ -16,12 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.model.sections.cut import OUTSIDE, sites, value_of
+from gtp_fx.graph.torch_internals import hint
+from gtp_fx.model.sections.cut import OUTSIDE, leaves, sites, value_of
 
 Number = Hashable
 """An int, or the expression of a symbolic one."""
 Column = tuple[Number, ...]
+
+_SMALL = 0.1
+"""The part of all values, in bytes, that may be made by sections which aren't compiled since each occurs once."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,20 @@ class Section:
     numbers: tuple[int, ...]
     form: str
 
+    @property
+    def made(self) -> int:
+        """Return the bytes of all values, with the sizes of the first run."""
+        return sum(hint(value.numel()) * value.element_size() for value in self._tensors)
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Return whether all values are in the host's memory."""
+        return all(value.device.type == "cpu" for value in self._tensors)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [value for node in self.nodes for value in leaves(value_of(node)) if isinstance(value, Tensor)]
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -50,7 +69,7 @@ class Kind:
     graph_module: takes the inputs, and then each open number of the arguments, once per column; returns the outputs.
     sizes: for each input, the columns of its sizes and strides; for an integer, its own column alone.
     given: the columns of the open numbers that the graph module takes.
-    as_it_is: whether compiling would cost more than it saves: a site's own operators.
+    as_it_is: whether compiling would cost more than it saves: a site's own operators, and what is small and single.
     """
 
     sections: tuple[Section, ...]
@@ -89,7 +108,8 @@ def kinds(parts: Iterable[Sequence[fx.Node]]) -> list[Kind]:
     for part in parts:
         described = section(part)
         found.setdefault(described.form, []).append(described)
-    return [_kind(alike) for alike in found.values()]
+    small = _small(list(found.values()))
+    return [_kind(alike, alike[0] in small) for alike in found.values()]
 
 
 def is_open(column: Column) -> bool:
@@ -111,7 +131,32 @@ def number(value: Any) -> Number:
     return value.node.expr if isinstance(value, torch.SymInt) else int(value)
 
 
-def _kind(alike: Sequence[Section]) -> Kind:
+def _small(found: Sequence[Sequence[Section]]) -> list[Section]:
+    """Return the sections, the smallest that occur once, which together make no more than a small part of all values.
+
+    On a CPU they take some per cent longer without compiling: a norm, a product or an activation is one pass over
+    memory in either case. Operators of this package are many of torch's, and gain more. Elsewhere there are none: a GPU
+    launches each operator by itself.
+    """
+    single = [
+        alike[0] for alike in found if len(alike) == 1 and alike[0].is_on_cpu and not any(map(_is_many, alike[0].nodes))
+    ]
+    left = _SMALL * sum(part.made for alike in found for part in alike)
+    small = []
+    for part in sorted(single, key=lambda part: part.made):
+        left -= part.made
+        if left < 0:
+            break
+        small.append(part)
+    return small
+
+
+def _is_many(node: fx.Node) -> bool:
+    """Return whether a node calls one of this package's operators that is much work."""
+    return getattr(node.target, "namespace", "") == "gtp_fx" and node.target is not gtp_fx.key_bias.default
+
+
+def _kind(alike: Sequence[Section], small: bool) -> Kind:
     """Return the kind of some sections of one form."""
     first = alike[0]
     sizes = tuple(
@@ -119,7 +164,7 @@ def _kind(alike: Sequence[Section]) -> Kind:
     )
     columns: list[Column] = list(zip(*(part.numbers for part in alike), strict=True))
     given = tuple(dict.fromkeys(column for column in columns if is_open(column)))
-    as_it_is = bool(sites(first.nodes))
+    as_it_is = small or bool(sites(first.nodes))
     return Kind(tuple(alike), _graph_module(first, columns, given), sizes, given, as_it_is)
 
 

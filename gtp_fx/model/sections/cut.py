@@ -57,7 +57,7 @@ def cut(graph: fx.Graph) -> list[list[fx.Node]]:
 
     A cut lies where fewer values are alive than at the places before and after. A site's own operators are a section.
     """
-    nodes = [node for node in graph.nodes if node.op not in OUTSIDE]
+    nodes = _decisions_first([node for node in graph.nodes if node.op not in OUTSIDE])
     alive = _alive_after(nodes)
     # Runs of places with equally many values: a cut lies at the end of one between two with more.
     runs: list[tuple[int, int]] = []
@@ -84,16 +84,43 @@ def sites(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
     """Return where the operators of each site begin and end, as places in `nodes`.
 
     They are those of a strategy's `group`: some thirty small ones, which take longer to compile than all of a block.
+    And what is made of decisions alone, such as the places of the kept tokens on the grid: only some sites have it, and
+    what follows them is alike.
     """
-    found, place = [], 0
+    found, place, decided = [], 0, set[fx.Node]()
     while place < len(nodes):
         if nodes[place].target is gtp_fx.group.default:
             start = place
-            while place < len(nodes) and nodes[place].target in _OF_A_SITE:
+            while place < len(nodes) and (nodes[place].target in _OF_A_SITE or _reads_only(nodes[place], decided)):
+                decided.add(nodes[place])
                 place += 1
             found.append((start, place))
         place += 1
     return found
+
+
+def _decisions_first(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return the nodes in an order in which what is made of decisions alone stands behind the last of these."""
+    found: list[fx.Node] = []
+    decided: set[fx.Node] = set()
+    end = 0  # where the last site's operators end
+    for node in nodes:
+        if node.target is gtp_fx.group.default:
+            found.append(node)
+            decided.add(node)
+            end = len(found)
+        elif _reads_only(node, decided):
+            found.insert(end, node)
+            decided.add(node)
+            end += 1
+        else:
+            found.append(node)
+    return found
+
+
+def _reads_only(node: fx.Node, decided: set[fx.Node]) -> bool:
+    """Return whether a node reads values, and no others than decisions."""
+    return bool(node.all_input_nodes) and decided.issuperset(node.all_input_nodes)
 
 
 def _alive_after(nodes: Sequence[fx.Node]) -> list[int | None]:

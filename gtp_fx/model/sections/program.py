@@ -20,6 +20,7 @@ from gtp_fx.graph.torch_internals import (
 )
 from gtp_fx.model.sections.alike import Column, Kind, is_open, kinds
 from gtp_fx.model.sections.cut import OUTSIDE, can_be_cut, cut, leaves
+from gtp_fx.model.sections.first_site import like_the_others
 
 
 def compile_in_sections(
@@ -39,6 +40,7 @@ def compile_in_sections(
     fill_values(gm, inputs)
     if not can_be_cut(gm.graph):
         return None
+    like_the_others(gm.graph)
     found = kinds(cut(gm.graph))
     if all(len(kind.sections) == 1 for kind in found if not kind.as_it_is):
         return None
@@ -164,7 +166,7 @@ class _Code:
 
     def __call__(self, values: list[Any], numbers: tuple[int, ...]) -> Sequence[Any]:
         if self.kind.as_it_is:
-            return self.kind.graph_module(*values, *numbers)  # type: ignore[no-any-return]
+            return [_as_usual(value) for value in self.kind.graph_module.forward(*values, *numbers)]
         sizes = tuple(_number_at(values[i], j) for i, j in self._varying) + numbers
         function = self.known.get(sizes)
         if function is None:
@@ -197,6 +199,16 @@ class _Code:
             function = compile_with_inductor(graph_module, fakes, self.options)
         self.ready.append(_Compiled(function, assumed, tuple(sizes.values())))
         return self.ready[-1]
+
+
+def _as_usual(value: Any) -> Any:
+    """Return a contiguous tensor with a contiguous one's strides, also where a size is 1 and its stride means nothing.
+
+    Of one image such a stride tells how many tokens there were before, so each site would get code of its own.
+    """
+    if isinstance(value, Tensor) and 1 in value.shape and value.is_contiguous():
+        return value.view(-1).view(value.shape)
+    return value
 
 
 def _keys(columns: Sequence[Column]) -> list[Column | None]:
