@@ -21,3 +21,19 @@ def test_activity_of_half_precision_is_summed_in_float32() -> None:
     rows = torch.tensor([300.0, -300.0], dtype=torch.float16).expand(3, 2).T[None]  # its squares are beyond float16
     assert ops.window_activity(rows, 1).dtype == torch.float32
     torch.testing.assert_close(ops.window_activity(rows, 1), torch.tensor([[300.0 * 3**0.5]]))
+
+
+def test_padded_windows_out_and_back() -> None:
+    """Four windows of two places over six patches: of the two without padding one rests, and the others are awake."""
+    home = torch.tensor([[0, 1], [2, -1], [3, 4], [-1, 5]])
+    activity = torch.tensor([[0.1, 0.0, 0.2, 0.0], [0.2, 0.0, 0.1, 0.0]])
+    awake = ops.awake_of_padded(activity, home, 2, 1)
+    assert awake.tolist() == [[2, 1, 3], [0, 1, 3]]
+    places = ops.places_of_patches(home, 2, 1, 4)
+    assert places.tolist() == [0, 1, 2, 5]
+    patches = ops.awake_patches(home, awake, places)
+    assert patches.tolist() == [[3, 4, 2, 5], [0, 1, 2, 5]]
+    values = patches[..., None].float() + 1
+    padded = ops.pad_windows(values, places, 3, 2)
+    assert padded[..., 0].tolist() == [[4, 5], [3, 0], [0, 6], [1, 2], [3, 0], [0, 6]]
+    assert torch.equal(ops.crop_windows(padded, places, 3), values)

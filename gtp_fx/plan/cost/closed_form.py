@@ -73,9 +73,10 @@ def rest_cost(rest: Rest, typing: WholeTyping) -> RestCost:
     typing: types with every token in place.
     """
     images = per_image(math.prod(f.whole_size for f in rest.rows[0] if isinstance(f, Plain)))
-    works = [node_work(node, typing, whole_count, batch=1) for node in rest.inside if formula_of(node) is not None]
+    flops = {n: int(node_work(n, typing, whole_count, batch=1).flops) for n in rest.inside if formula_of(n) is not None}
+    each = sum(whole * rest.share(node) for node, whole in flops.items()) / images
     patches, features = whole_size(rest.rows[1]), whole_size(typing.type(rest.stream)[-1])
-    return RestCost(int(flops_of(works)), rest.windows, images, patches, features)
+    return RestCost(int(each), rest.whole, images, patches, features)
 
 
 def _token_wise_flops(node: fx.Node, typing: WholeTyping) -> tuple[int, int]:
