@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch.ops import gtp_fx as ops
 
+import gtp_fx.ops
+
+assert gtp_fx.ops, "it registers the operators"
+
 
 def test_activity_and_the_way_out_and_back() -> None:
     rows = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0))  # two images of three windows
