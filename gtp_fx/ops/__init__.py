@@ -20,6 +20,7 @@
     region_shares               `recovery_weights` for a window's tokens that skip a branch
     grid_places                 rows and columns of a grid's patches
     window_activity             how much the tokens of each window differ, by which windows rest
+    token_activity              how far each token is from its window's mean, by which tokens skip beside these
     awake_rows, window_ranks    where the windows that don't rest come from, and where they go back to
     grid_numbers                which patch each place of a padded window holds
     awake_of_padded             the windows that don't rest where some hold padding

@@ -41,3 +41,11 @@ def test_padded_windows_out_and_back() -> None:
     padded = ops.pad_windows(values, places, 3, 2)
     assert padded[..., 0].tolist() == [[4, 5], [3, 0], [0, 6], [1, 2], [3, 0], [0, 6]]
     assert torch.equal(ops.crop_windows(padded, places, 3), values)
+
+
+def test_activity_of_tokens_is_their_distance_from_the_mean_of_patches() -> None:
+    rows = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))  # two images of two windows
+    patch = torch.tensor([[True, True, False], [True, True, True]])
+    wanted = torch.stack([(row - row[patch[i % 2]].mean(0)).norm(dim=-1) for i, row in enumerate(rows)])
+    torch.testing.assert_close(ops.token_activity(rows, patch), wanted)
+    torch.testing.assert_close(ops.token_activity(rows)[1::2], wanted[1::2])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from gtp_fx.analysis.branches import Branch
+from gtp_fx.analysis.branches import Branch, is_ranked_by_activity
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.graph.symbols import per_image
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
@@ -62,7 +62,9 @@ def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strat
     whole, per_token = (sum(column) for column in zip(*parts, strict=True))
     keys = math.prod(branch.cells) if branch.cells else branch.attended
     attentions = images * branch.attentions
-    scoring = int(flops_of(strategy.scoring_works(heads, branch.attended, keys, attentions, "float32")))
+    scoring = 0
+    if not is_ranked_by_activity(branch, strategy):
+        scoring = int(flops_of(strategy.scoring_works(heads, branch.attended, keys, attentions, "float32")))
     sizes = (images, branch.windows, branch.tokens, branch.others)
     return BranchCost(whole, per_token, *sizes, features[0], recovered, scoring)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from gtp_fx.analysis.branches import Branch
+from gtp_fx.analysis.branches import Branch, is_ranked_by_activity
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
@@ -200,8 +200,11 @@ def _branch_change(
     values = windows * (tokens + others) * site.channels * size
     keys = math.prod(branch.cells) if branch.cells else branch.attended
     attentions = branch.attentions * site.branch.images * batch
+    ranking = strategy.scoring_works(site.heads, branch.attended, keys, attentions, site.dtype)
+    if is_ranked_by_activity(branch, strategy):  # read for the windows' means, and for how far tokens are from these
+        ranking = [Work("stream", bytes=2 * values, launches=2)]
     added = [
-        *strategy.scoring_works(site.heads, branch.attended, keys, attentions, site.dtype),
+        *ranking,
         Work("sort", bytes=windows * tokens * size),
         Work("gather", bytes=values * (2 + 2 * share), launches=3),
     ]

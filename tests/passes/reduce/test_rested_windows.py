@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,14 +25,19 @@ from gtp_fx.report.token_flow import token_flow
 from gtp_fx.strategies import Regeneration
 
 from support import reference_windows as oracles
+from support import window_families
 from support.captured import optimised, shared_model
 from support.plain_vit import built
 from support.printed import in_one_line
+from support.reference_windows import ByHand, Oracle, Parts
 from support.window_families import FAMILIES, PADDED, SWIN, TORCHVISION, Family, families, family, from_timm
 from support.window_graphs import error, marked
 
 REST = Regeneration(windows="rest")
-SWIN_V2, MAXVIT = (family for family in FAMILIES if family.name in ("swin v2", "maxvit"))
+SWIN_V2, MAXVIT, HIERA, PVT = (
+    next(family for family in FAMILIES if family.name == name) for name in ("swin v2", "maxvit", "hiera", "pvt v2")
+)
+PADDED_SAM = window_families.SAM
 SAM = family(
     "samvit of nine windows",
     oracles.sam,
@@ -132,6 +138,33 @@ def test_equals_the_blocks_by_hand(family: Family) -> None:
         wanted = by_hand(x)
     assert error(fast.graph_module(x), wanted) < 1e-5
     assert error(model(x), wanted) > 1e-3, "a schedule that changes nothing proves nothing"
+
+
+def by_distance(oracle: Oracle) -> Oracle:
+    """The parts of a block whose tokens are ranked by how far they are from the mean of their window's patches."""
+
+    def parts(*call: Any) -> Parts:
+        found = oracle(*call)
+        rows_BWnC, patch_Wn1 = found.windows.of(found.stream_BNC), (found.windows.index_Wn >= 0)[..., None]
+        mean_BW1C = (rows_BWnC * patch_Wn1).sum(2, keepdim=True) / patch_Wn1.sum(1, keepdim=True)
+        return replace(found, score_BWn=(rows_BWnC - mean_BW1C).norm(dim=-1))
+
+    return parts
+
+
+@families(PVT, PADDED_SAM, HIERA, by_default=(PVT,))
+@torch.no_grad()
+def test_where_windows_cant_rest_tokens_skip_by_their_distance_from_the_mean(family: Family) -> None:
+    """No attention is scored, or leaves the fused operator."""
+    model, x = shared_model(family), family.inputs()
+    blocks = {name: count and count - 1 for name, count in family.blocks.items()}
+    fast = optimised(family, schedule=list(blocks.values()), strategy=REST)
+    assert all(row.windows for row in fast.report.sites)
+    targets = [str(node.target) for node in fast.graph_module.graph.nodes]
+    assert not any("scores" in target for target in targets)
+    wanted = ByHand(model, by_distance(family.oracle(model)), blocks, idle=True)(x)
+    assert error(fast.graph_module(x), wanted) < 1e-5
+    assert error(fast.graph_module(x), model(x)) > 1e-4, "a schedule that changes nothing proves nothing"
 
 
 class Nobody:
