@@ -26,19 +26,42 @@ def grid_numbers(grid: list[int], like: Tensor) -> Tensor:
     return torch.arange(1, count + 1, device=like.device).reshape(1, *map(abs, grid), 1)
 
 
+@operator(lambda placed_Wn1: placed_Wn1.new_empty(placed_Wn1.shape[:2]))
+def homes(placed_Wn1: Tensor) -> Tensor:
+    """Return home_Wn from `grid_numbers` by window, where padding is 0.
+
+    It is scattered into memory, so that whatever takes rows by it reads numbers. A compiler would write the padding and
+    the windows into each of these as index arithmetic otherwise, which is done anew for every feature.
+    """
+    home_S = placed_Wn1.flatten() - 1
+    places_S = torch.arange(home_S.shape[0], device=home_S.device)
+    return torch.empty_like(home_S).scatter(0, places_S, home_S).reshape(placed_Wn1.shape[:2])
+
+
+def _whole_shapes(x_BNC, home_Wn, whole):  # type: ignore[no-untyped-def]
+    return x_BNC.new_empty(x_BNC.shape[0] * whole, home_Wn.shape[1], x_BNC.shape[2])
+
+
+@operator(_whole_shapes)
+def windows_without_padding(x_BNC: Tensor, home_Wn: Tensor, whole: int) -> Tensor:
+    """Return the windows without padding of a stream, image by image, [B * whole, n, C]."""
+    patches = home_Wn.index_select(0, _whole_first(home_Wn)[:whole]).flatten()
+    return x_BNC.index_select(1, patches).reshape(-1, home_Wn.shape[1], x_BNC.shape[2])
+
+
 def _awake_shapes(activity_BW, home_Wn, whole, resting):  # type: ignore[no-untyped-def]
-    return home_Wn.new_empty(activity_BW.shape[0], activity_BW.shape[1] - resting)
+    return home_Wn.new_empty(activity_BW.shape[0], home_Wn.shape[0] - resting)
 
 
 @operator(_awake_shapes)
 def awake_of_padded(activity_BW: Tensor, home_Wn: Tensor, whole: int, resting: int) -> Tensor:
     """Return the numbers of the windows that are awake, [B, K]: the most active ones without padding, then the others.
 
-    activity_BW: from `window_activity`; that of windows with padding isn't read.
+    activity_BW: `window_activity` of those without padding, [B, whole].
     resting: how many windows of an image rest.
     """
     order_W = _whole_first(home_Wn)
-    kept_BK, _ = select(activity_BW.index_select(1, order_W[:whole]), resting)
+    kept_BK, _ = select(activity_BW, resting)
     padded_BE = order_W[whole:].expand(activity_BW.shape[0], -1)
     return torch.cat([order_W[kept_BK], padded_BE], dim=1)
 
@@ -66,7 +89,9 @@ def awake_patches(home_Wn: Tensor, awake_BK: Tensor, places_T: Tensor) -> Tensor
     places_T: from `places_of_patches`.
     """
     windows_BKn = home_Wn.index_select(0, awake_BK.flatten()).reshape(*awake_BK.shape, -1)
-    return windows_BKn.flatten(1).index_select(1, places_T)
+    held_BT = windows_BKn.flatten(1).index_select(1, places_T)
+    into_BT = torch.arange(held_BT.shape[1], device=held_BT.device).expand_as(held_BT)
+    return torch.empty_like(held_BT).scatter(1, into_BT, held_BT)  # into memory, as in `homes`
 
 
 def _padded_shapes(x_BTC, places_T, awake, each):  # type: ignore[no-untyped-def]

@@ -83,24 +83,24 @@ class PaddedWindows:
     entries: fx.Node
 
     @classmethod
-    def take(
-        cls, call: Emit, rest: Rest, rows: fx.Node, resting: int, stream: fx.Node, kind: TensorType
-    ) -> PaddedWindows:
+    def take(cls, call: Emit, rest: Rest, resting: int, stream: fx.Node, kind: TensorType) -> PaddedWindows:
         """Insert what chooses the windows that are awake, and takes their patches.
 
-        rows: the stream by window. stream: the same as it comes, of type `kind`. resting: windows of each image.
+        stream: of type `kind`. resting: windows of each image.
         """
         home = _home(call, rest, stream)
-        activity = call(gtp_fx.window_activity.default, rows, rest.windows)
+        patches = convert(call, stream, kind, _flat(rest, kind))
+        able = call(gtp_fx.windows_without_padding.default, patches, home, rest.whole)
+        activity = call(gtp_fx.window_activity.default, able, rest.whole)
         chosen = call(gtp_fx.awake_of_padded.default, activity, home, rest.whole, resting)
         held = rest.tokens - resting * whole_size(rest.rows[1])
         places = call(gtp_fx.places_of_patches.default, home, rest.whole, resting, held)
-        patches = call(gtp_fx.awake_patches.default, home, chosen, places)
-        flat = call(aten.reshape.default, convert(call, stream, kind, _flat(rest, kind)), [-1, whole_size(kind[-1])])
-        taken = call(aten.index_select.default, flat, 0, call(gtp_fx.awake_rows.default, patches, rest.tokens))
+        numbers = call(gtp_fx.awake_patches.default, home, chosen, places)
+        flat = call(aten.reshape.default, patches, [-1, whole_size(kind[-1])])
+        taken = call(aten.index_select.default, flat, 0, call(gtp_fx.awake_rows.default, numbers, rest.tokens))
         entries = call(aten.reshape.default, taken, [-1, held, whole_size(kind[-1])])
         windows = call(gtp_fx.awake_rows.default, chosen, rest.windows)
-        return cls(rest, rest.windows - resting, flat, patches, places, windows, entries)
+        return cls(rest, rest.windows - resting, flat, numbers, places, windows, entries)
 
     def moved(self, call: Emit, target: str, value: fx.Node) -> fx.Node:
         if target == PAD:
@@ -134,4 +134,4 @@ def _home(call: Emit, rest: Rest, like: fx.Node) -> fx.Node:
     image = image_layout(rest.rows)
     numbers = call(gtp_fx.grid_numbers.default, [whole_size(dim) for dim in image[1:]], like)
     placed = convert(call, numbers, (*image, feature), by_window(rest.rows, feature))
-    return call(aten.sub.Scalar, call(aten.squeeze.dim, placed, 2), 1)
+    return call(gtp_fx.homes.default, placed)

@@ -56,7 +56,7 @@ def _let_rest(graph: fx.Graph, rest: Rest, resting: int, typing: WholeTyping) ->
     with graph.inserting_before(rest.result):
         awake: Awake
         if rest.padded:
-            awake = PaddedWindows.take(call, rest, rows, resting, rest.stream, stream)
+            awake = PaddedWindows.take(call, rest, resting, rest.stream, stream)
         else:
             awake = WholeRows.take(call, rest, rows, resting)
         fewer = {rest.stream: awake.entries}

@@ -30,7 +30,10 @@ def test_activity_of_half_precision_is_summed_in_float32() -> None:
 def test_padded_windows_out_and_back() -> None:
     """Four windows of two places over six patches: of the two without padding one rests, and the others are awake."""
     home = torch.tensor([[0, 1], [2, -1], [3, 4], [-1, 5]])
-    activity = torch.tensor([[0.1, 0.0, 0.2, 0.0], [0.2, 0.0, 0.1, 0.0]])
+    assert torch.equal(ops.homes(home[..., None] + 1), home)
+    stream = torch.arange(12.0).reshape(2, 6, 1)
+    assert ops.windows_without_padding(stream, home, 2)[..., 0].tolist() == [[0, 1], [3, 4], [6, 7], [9, 10]]
+    activity = torch.tensor([[0.1, 0.2], [0.2, 0.1]])
     awake = ops.awake_of_padded(activity, home, 2, 1)
     assert awake.tolist() == [[2, 1, 3], [0, 1, 3]]
     places = ops.places_of_patches(home, 2, 1, 4)
