@@ -92,8 +92,9 @@ class Rest:
         """Return this block in a copy of the graph. at: each node's copy."""
         steps = tuple(step.copied(at) for step in self.steps)
         sizes, made = (tuple(at[node] for node in nodes) for nodes in (self.sizes, self.made))
-        of_nodes = {"steps": steps, "by_window": frozenset(at[n] for n in self.by_window), "sizes": sizes, "made": made}
-        return replace(self, stream=at[self.stream], result=at[self.result], **of_nodes)
+        by_window = frozenset(at[node] for node in self.by_window)
+        ends = replace(self, stream=at[self.stream], result=at[self.result])
+        return replace(ends, steps=steps, by_window=by_window, sizes=sizes, made=made)
 
 
 def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:

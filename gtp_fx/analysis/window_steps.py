@@ -335,7 +335,7 @@ def _einsum(node: fx.Node, own: list[fx.Node], run: _Run) -> Step:
     """Return the step of an einsum in which one letter is the windows of the result and of every operand by window."""
     equation, operands = node.args
     reads, _, result = str(equation).replace(" ", "").partition("->")
-    letters = dict(zip(operands, reads.split(","), strict=True))  # type: ignore[arg-type, call-overload]
+    letters = dict(zip(operands, reads.split(","), strict=True))  # type: ignore[arg-type]
     if "." in reads or run.length > 1 or not result:
         raise NoRest("aten.einsum.default inside it isn't known to work within each window")
     windows = result[run.at]

@@ -40,7 +40,7 @@ def token_activity(rows_RNC: Tensor, patch_WN: Tensor | None = None) -> Tensor:
         mean_R1C = tokens_RNC.mean(dim=1, keepdim=True)
     else:
         share_WN1 = (patch_WN / patch_WN.sum(dim=1, keepdim=True).clamp_min(1))[..., None]
-        by_image_BWNC = tokens_RNC.unflatten(0, (-1, patch_WN.shape[0]))
+        by_image_BWNC = tokens_RNC.reshape(-1, patch_WN.shape[0], *tokens_RNC.shape[1:])
         mean_R1C = (by_image_BWNC * share_WN1).sum(dim=2, keepdim=True).flatten(0, 1)
     activity_RN: Tensor = torch.linalg.vector_norm(tokens_RNC - mean_R1C, dim=-1)
     return activity_RN
