@@ -17,6 +17,8 @@ import timm
 import torch
 import typer
 from tabulate import tabulate
+from torch import nn
+from transformers import VitDetBackbone, VitDetConfig
 
 import gtp_fx
 from bench.environment import Environment
@@ -27,11 +29,12 @@ from gtp_fx.measure.timing import Timings, interleave, process_seconds
 from gtp_fx.strategies import Regeneration
 
 ORIGINAL, EXACT = "original", "exact passes"
+VITDET = "vitdet_base"
 STRATEGIES = {"tokens skip": Regeneration(), "windows rest": Regeneration(windows="rest")}
 
 
 def main(
-    model: Annotated[str, typer.Option(help="timm's name.")] = "swin_tiny_patch4_window7_224",
+    model: Annotated[str, typer.Option(help="timm's name, or vitdet_base.")] = "swin_tiny_patch4_window7_224",
     img_size: Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own.")] = None,
     batch: Annotated[int, typer.Option(help="Images per run.")] = 4,
     budget: Annotated[float, typer.Option(help="FLOPs after / before at most, in (0, 1).")] = 0.8,
@@ -40,9 +43,7 @@ def main(
 ) -> None:
     """Print (or write) the time of a net's two reductions, each with its FLOPs."""
     torch.set_num_threads(1)
-    sized = {} if img_size is None else {"img_size": img_size}
-    net = enliven(timm.create_model(model, **sized)).eval().requires_grad_(False)
-    side = img_size or net.pretrained_cfg["input_size"][-1]
+    net, side = _built(model, img_size)
     images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
     runs: dict[str, Any] = {ORIGINAL: torch.compile(net)}
     ratios, sites, refused = {ORIGINAL: 1.0}, {}, {}
@@ -76,6 +77,19 @@ def main(
         "runs": timings.to_dict(),
     }
     publish(result, out)
+
+
+def _built(model: str, img_size: int | None) -> tuple[nn.Module, int]:
+    """Return a net with random weights that show mistakes, and the side of its images."""
+    if model == VITDET:
+        side = img_size or 512
+        # Numbers of ViT-B, windows and global blocks as published: 14 x 14, each third block global.
+        windowed = [block for block in range(12) if block % 3 != 2]
+        positions = {"use_relative_position_embeddings": True, "pretrain_image_size": 224}
+        config = VitDetConfig(image_size=side, window_size=14, window_block_indices=windowed, **positions)
+        return enliven(VitDetBackbone(config)).eval().requires_grad_(False), side
+    net = enliven(timm.create_model(model, **({} if img_size is None else {"img_size": img_size})))
+    return net.eval().requires_grad_(False), img_size or net.pretrained_cfg["input_size"][-1]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import fx
 
 from gtp_fx.analysis.branch_parts import NoBranch, Part, parts_after
 from gtp_fx.graph.nodes import attention_dropout
-from gtp_fx.strategies.protocol import Attention
+from gtp_fx.strategies.protocol import Attention, Strategy
 from gtp_fx.types.axes import (
     Dim,
     Plain,
@@ -52,6 +52,7 @@ class Branch:
     apart: prefix and suffix tokens of no window of the attention (the CLS of a clip whose frames it attends in). They
         go through the branch on their own, and are in one dimension with the patches.
     others: how many tokens of an image are no patches and go through the branch, whichever patches skip it.
+    stream: the residual stream after the attention, where it holds the patches of the windows and nothing else.
     """
 
     parts: tuple[Part, ...]
@@ -64,6 +65,7 @@ class Branch:
     cells: tuple[int, ...] = ()
     apart: tuple[int, int] = (0, 0)
     others: int = 0
+    stream: fx.Node | None = None
 
     @property
     def windows(self) -> int:
@@ -93,7 +95,8 @@ class Branch:
 
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> Branch:
         """Return this branch in a copy of the graph. at: each node's copy."""
-        return replace(self, parts=tuple(part.copied(at) for part in self.parts))
+        stream = None if self.stream is None else at[self.stream]
+        return replace(self, parts=tuple(part.copied(at) for part in self.parts), stream=stream)
 
 
 def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branch:
@@ -128,7 +131,8 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
 
     parts = (first, *filter(is_chosen_alike, later))
     cells = pooled_to(query, typing.type(operands.k))
-    return Branch(parts, scores, region, rows, whole_size(query[-2]), lead, heads, cells, apart, others)
+    stream = None if others or any(apart) or not _fits(scores, region, region, typing.type(site)[:-1]) else site
+    return Branch(parts, scores, region, rows, whole_size(query[-2]), lead, heads, cells, apart, others, stream)
 
 
 def _layouts(scores: TensorType, lead: TensorType) -> tuple[TensorType, TensorType, tuple[int, int], int]:
@@ -152,6 +156,11 @@ def _layouts(scores: TensorType, lead: TensorType) -> tuple[TensorType, TensorTy
     sides = [f for f in split_tokens(scores[1]) if isinstance(f, GridAxis)]
     region = (_images_first(scores[0]), tuple(sorted(sides, key=lambda f: (f.side, -f.stride))))
     return region, region, (0, 0) if axis is None else (axis.prefix, axis.suffix), others
+
+
+def is_ranked_by_activity(branch: Branch, strategy: Strategy) -> bool:
+    """Return whether tokens skip by how far they are from their window's mean, so that attention needn't score them."""
+    return strategy.rests_windows and branch.stream is not None
 
 
 def patches_at(kind: TensorType) -> int:

@@ -8,6 +8,9 @@
 
 Everything between the stream and the block's last add has to compute each window from that window alone, which types
 show node by node (`window_steps`).
+
+Where the grid is padded, so that windows divide it, only windows without padding rest. Those at its edge are always
+awake: attention runs on their padding, as in the original, and what follows it on their patches alone.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
+import numpy as np
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
@@ -24,13 +29,11 @@ from gtp_fx.analysis.window_steps import MOVES, NoRest, Step, Walk
 from gtp_fx.graph.nodes import ancestors, operator_name
 from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.types.axes import (
-    Plain,
-    TensorType,
-    token_axes,
-    whole_size,
-)
+from gtp_fx.types.axes import Plain, TensorType, token_axes, whole_size
+from gtp_fx.types.grids import GridAxis
 from gtp_fx.types.infer import WholeTyping
+from gtp_fx.types.layouts import base_of, grid_of, made_from
+from gtp_fx.types.merging import split_tokens
 
 _MADE = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
 """New tensors, whose numbers don't depend on the one that gives dtype and device: masks are built with them."""
@@ -43,17 +46,21 @@ class Rest:
     stream: what it begins with.
     result: its last add.
     steps: what its nodes do for fewer windows, in order; the last one is the result's.
+    by_window: those of its nodes that run on windows, with their padding; the others run on patches.
     rows: the layout by window, [images and windows, patches]; features follow.
     windows: of an image.
-    sizes: nodes that read the number of all windows off a value inside.
+    whole: how many of them hold no padding, and can rest.
+    sizes: nodes that read the number of all windows, or the stream's first size, off a value inside.
     made: nodes that make a new tensor and take dtype and device from a value inside, those of the stream.
     """
 
     stream: fx.Node
     result: fx.Node
     steps: tuple[Step, ...]
+    by_window: frozenset[fx.Node]
     rows: TensorType
     windows: int
+    whole: int
     sizes: tuple[fx.Node, ...] = ()
     made: tuple[fx.Node, ...] = ()
 
@@ -62,11 +69,27 @@ class Rest:
         """The block's nodes."""
         return tuple(step.node for step in self.steps)
 
+    @property
+    def tokens(self) -> int:
+        """The number of patches of an image."""
+        return math.prod(base_of(grid_of(self.rows)).shape)
+
+    def share(self, node: fx.Node) -> Fraction:
+        """Return the share of a node's work that one window without padding has, of all windows of an image."""
+        return Fraction(1, self.windows) if node in self.by_window else Fraction(whole_size(self.rows[1]), self.tokens)
+
+    @property
+    def padded(self) -> bool:
+        """Whether some windows hold padding."""
+        return self.whole < self.windows
+
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> Rest:
         """Return this block in a copy of the graph. at: each node's copy."""
         steps = tuple(step.copied(at) for step in self.steps)
         sizes, made = (tuple(at[node] for node in nodes) for nodes in (self.sizes, self.made))
-        return replace(self, stream=at[self.stream], result=at[self.result], steps=steps, sizes=sizes, made=made)
+        by_window = frozenset(at[node] for node in self.by_window)
+        ends = replace(self, stream=at[self.stream], result=at[self.result])
+        return replace(ends, steps=steps, by_window=by_window, sizes=sizes, made=made)
 
 
 def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
@@ -86,6 +109,9 @@ def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
         raise NoRest("its windows hold more than their own patches")
     if rows[0][-len(windows) :] != windows:
         raise NoRest("the windows of an image don't stand together")
+    whole = whole_windows(rows)
+    if whole < 2:
+        raise NoRest(f"only {whole} of its windows holds no padding, and others are always awake")
     result = _last_add(branch.parts[-1].result)
     if result.meta["val"].dtype != stream.meta["val"].dtype:
         raise NoRest("its end is of another dtype than its stream")
@@ -109,10 +135,31 @@ def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
     steps = [walk.step(node) for node in nodes]
     if walk.forms[result] is not None:
         raise NoRest("its end isn't laid out as its stream is")
-    count = whole_size(rows[0])
-    if any(shape_of(n.args[0])[n.args[1]] != count for n in sizes):  # type: ignore[arg-type, index]
+    known = (whole_size(rows[0]), shape_of(stream)[0])
+    if any(shape_of(n.args[0])[n.args[1]] not in known for n in sizes):  # type: ignore[arg-type, index]
         raise NoRest("something reads the size of a value inside it")
-    return Rest(stream, result, tuple(steps), rows, math.prod(f.whole_size for f in windows), tuple(sizes), tuple(made))
+    count = math.prod(f.whole_size for f in windows)
+    by_window = frozenset(node for node in nodes if walk.forms[node] is not None)
+    return Rest(stream, result, tuple(steps), by_window, rows, count, whole, tuple(sizes), tuple(made))
+
+
+def whole_windows(rows: TensorType) -> int:
+    """Return how many windows of an image hold no padding. rows: the layout by window."""
+    below, *made = made_from(grid_of(rows))[::-1]
+    if all(grid.inside is None for grid in made):
+        return math.prod(f.whole_size for f in split_tokens(rows[0]) if isinstance(f, GridAxis))
+    patch = np.ones(below.shape, bool)
+    for grid in made:
+        if grid.shift:
+            patch = np.roll(patch, grid.shift, tuple(range(patch.ndim)))
+        elif grid.flipped:
+            patch = np.flip(patch, grid.flipped)
+        else:
+            patch = np.pad(patch, [(0, more - less) for more, less in zip(grid.shape, patch.shape, strict=True)])
+    factors = [f for dim in rows for f in split_tokens(dim) if isinstance(f, GridAxis)]
+    places = np.ix_(*(f.stride * np.arange(f.whole_size) for f in factors))
+    at = [sum(place for f, place in zip(factors, places, strict=True) if f.side == side) for side in range(patch.ndim)]
+    return int(patch[tuple(at)].reshape(-1, whole_size(rows[1])).all(axis=1).sum())
 
 
 def _between(stream: fx.Node, result: fx.Node, typing: WholeTyping) -> list[fx.Node]:

@@ -4,10 +4,14 @@ A value is *tokens* where all its dimensions but features are images and patches
 window* where images and windows are dimensions next to each other. Tokens become [windows, patches, features], so that
 what only rearranges them is gone. What is by window keeps its form, with fewer windows, and a table that has an entry
 for each of them is taken for those.
+
+Where windows are padded, tokens become [images, tokens of the windows that are awake, features] instead. Between the
+operator that pads them and the one that crops them they are *padded*, [windows, patches and padding, features].
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,12 +26,19 @@ from gtp_fx.graph.nodes import operator_name
 from gtp_fx.graph.operators import ATTENTION, FEATURE_NORMS, NAMED_DIMENSIONS, PADDINGS, PERMUTATIONS, REARRANGED, VIEWS
 from gtp_fx.graph.symbols import is_symbolic, shape_of
 from gtp_fx.types.axes import Dim, Factor, Plain, TensorType, is_plain, whole_size
+from gtp_fx.types.grids import GridAxis
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.layouts import NoLayout, base_of, convert, grid_of, made_from
 from gtp_fx.types.merging import split_tokens
 
 MOVES = (*VIEWS, *PERMUTATIONS, *REARRANGED, *PADDINGS, aten.roll.default, aten.slice.Tensor, aten.flatten.using_ints)
 """What does nothing but rearrange tokens, where both its operand and its result are all of them."""
+
+
+PAD, CROP = "pad", "crop"
+"""Targets of steps: tokens of the windows that are awake, to these windows with their padding, and back."""
+PADDED = "padded"
+"""Form of a value whose dimensions but features are all places of the windows, padding among them, in any order."""
 
 
 class NoRest(NotApplicable):
@@ -66,10 +77,14 @@ class Step:
 
 @dataclass(frozen=True)
 class _Run:
-    """The dimensions of a value by window that are images and windows: `length` of them from `at` on."""
+    """The dimensions of a value by window that are images and windows: `length` of them from `at` on.
+
+    shared: how many entries the last of them has for each window, where heads are merged with windows.
+    """
 
     at: int
     length: int
+    shared: int = 1
 
     def dim(self, own: int) -> int:
         """Return the number of a dimension where the run is one dimension. Raises NoRest for one in the run."""
@@ -86,22 +101,25 @@ class Walk:
 
     typing: types with every token in place.
     rows: the layout by window.
-    forms: of every value of the block, where its windows are; None for tokens.
+    forms: of every value of the block, where its windows are; None for tokens, PADDED for padded ones.
     """
 
     typing: WholeTyping
     rows: TensorType
-    forms: dict[fx.Node, _Run | None] = field(default_factory=dict)
+    forms: dict[fx.Node, _Run | str | None] = field(default_factory=dict)
+
+    @property
+    def padded(self) -> bool:
+        """Whether windows hold padding."""
+        return _holds_padding(self.rows)
 
     def is_tokens(self, node: fx.Node) -> bool:
         """Return whether a value's dimensions are images and all patches, in any arrangement, then features."""
         kind = self.typing.type(node)
-        if len(kind) < 2 or not is_plain(kind[-1]):
-            return False
-        if any(isinstance(f, Plain) and not f.images for dim in kind[:-1] for f in dim):
+        if not _is_of_tokens(kind):
             return False
         try:
-            if any(grid.inside is not None for grid in made_from(_grid_of_rows(kind))):
+            if _holds_padding(kind):
                 return False
             convert(_nowhere, None, kind, (*self.rows, kind[-1]))
             convert(_nowhere, None, (*self.rows, kind[-1]), kind)
@@ -109,15 +127,28 @@ class Walk:
             return False
         return True
 
+    def is_padded(self, node: fx.Node) -> bool:
+        """Return whether they are images and all places of padded windows, or some of the padding is cropped."""
+        kind = self.typing.type(node)
+        if not self.padded or not _is_of_tokens(kind):
+            return False
+        try:
+            grid = grid_of(kind)
+        except NoLayout:
+            return False
+        places = math.prod(f.whole_size for dim in kind for f in split_tokens(dim) if isinstance(f, GridAxis))
+        of_these = places == math.prod(grid.shape) and base_of(grid) == base_of(grid_of(self.rows))
+        return of_these and _holds_padding(kind)
+
     def step(self, node: fx.Node) -> Step:
         """Return what a node does for fewer windows, and note its form. Raises NoRest."""
         answer = self.typing.results.get(node)
         if answer is None or answer.barrier:
             raise NoRest(f"{operator_name(node)} inside it isn't understood")
-        tokens = self.is_tokens(node)
-        if node.target in PADDINGS and not tokens:
-            raise NoRest("its windows are padded")
-        step = self._of_tokens(node) if tokens else self._by_window(node)
+        if self.is_tokens(node):
+            step = self._of_tokens(node)
+        else:
+            step = self._of_padded(node) if self.is_padded(node) else self._by_window(node)
         inner = [n for n in step.node.all_input_nodes if not self.typing.is_tensor(n)]
         if step.target is not None and any(n in inner for n in _nodes_in(step.args)):
             raise NoRest(f"{operator_name(node)} inside it has a size that follows the batch")
@@ -131,17 +162,31 @@ class Walk:
         if node.target in MOVES and len(own) == 1 and node.args[0] is own[0]:
             form = self.forms[own[0]]
             if form is None:
-                before = self.typing.type(own[0])
-                if before[-1] == kind[-1]:
-                    return Step(node, None, (own[0],))
-                if node.target is not aten.slice.Tensor or before[:-1] != kind[:-1]:
-                    raise NoRest("features are taken apart between tokens")
-                return Step(node, node.target, with_fewer_dimensions(node), node.kwargs)  # some of the features
-            if node.target not in VIEWS or form.at or not self._in_rows(kind):
-                raise NoRest("what leads out of its windows isn't a view")
-            shape = (-1, whole_size(self.rows[1]), whole_size(kind[-1]))
-            return Step(node, aten.reshape.default, (own[0], list(shape)))
-        alike = all(self.forms[n] is None and self.typing.type(n)[:-1] == kind[:-1] for n in own)
+                return self._moved(node, own[0])
+            if form == PADDED and self.typing.type(own[0])[-1] == kind[-1]:
+                return Step(node, CROP, (own[0],))
+            return self._out_of_windows(node, own[0])
+        return self._token_wise(node, own)
+
+    def _moved(self, node: fx.Node, operand: fx.Node) -> Step:
+        """Return the step of what only rearranges tokens, or takes some of their features."""
+        kind, before = self.typing.type(node), self.typing.type(operand)
+        if before[-1] == kind[-1]:
+            return Step(node, None, (operand,))
+        if node.target is not aten.slice.Tensor or before[:-1] != kind[:-1]:
+            raise NoRest("features are taken apart between tokens")
+        return Step(node, node.target, with_fewer_dimensions(node), node.kwargs)  # some of the features
+
+    def _out_of_windows(self, node: fx.Node, operand: fx.Node) -> Step:
+        kind, form = self.typing.type(node), self.forms[operand]
+        if node.target not in VIEWS or not isinstance(form, _Run) or form.at or not self._in_rows(kind):
+            raise NoRest("what leads out of its windows isn't a view")
+        shape = (-1, whole_size(self.rows[1]), whole_size(kind[-1]))
+        return Step(node, aten.reshape.default, (operand, list(shape)))
+
+    def _token_wise(self, node: fx.Node, own: list[fx.Node]) -> Step:
+        kind = self.typing.type(node)
+        alike = all(self.forms[n] == self.forms[node] and self.typing.type(n)[:-1] == kind[:-1] for n in own)
         if not alike or not is_token_wise(node, kind[:-1], self.typing):
             raise NoRest(f"{operator_name(node)} inside it isn't token-wise")
         # A parameter of more dimensions, [1, 1, 1, C], would give them to the tokens.
@@ -151,6 +196,19 @@ class Walk:
             if n not in own and self.typing.is_tensor(n) and len(shape_of(n)) > len(self.rows) + 1
         )
         return Step(node, node.target, with_fewer_dimensions(node), node.kwargs, (), flat)
+
+    def _of_padded(self, node: fx.Node) -> Step:
+        own = self._own(node)
+        self.forms[node] = PADDED
+        if node.target in PADDINGS:
+            if self.forms[own[0]] is not None or not _pads_with_zeros(node):
+                raise NoRest("its windows are padded with something else than zeros, or more than once")
+            return Step(node, PAD, (own[0],))
+        if node.target in MOVES and len(own) == 1 and node.args[0] is own[0]:
+            if self.forms[own[0]] == PADDED:
+                return self._moved(node, own[0])
+            return self._out_of_windows(node, own[0])
+        return self._token_wise(node, own)
 
     def _in_rows(self, kind: TensorType) -> bool:
         """Return whether a value's tokens come in the order of the rows."""
@@ -183,6 +241,8 @@ class Walk:
             sizes[run.at : run.at + run.length] = [-1]
             return Step(node, node.target, (own[0], sizes))
         behind = len(shape) - run.at - run.length  # dimensions after the windows
+        if node.target is aten.einsum.default:
+            return _einsum(node, own, run)
         of_features = own == [node.args[0]] and (
             (node.target is aten.linear.default and behind > 0)
             or (node.target in FEATURE_NORMS and len(node.args[1]) <= behind)  # type: ignore[arg-type]
@@ -201,15 +261,16 @@ class Walk:
                 if run.length > 1 and len(there) > 1:
                     reshaped.append((operand, (*sizes[: there[0]], 1, *sizes[there[-1] + 1 :])))
                 continue
-            if run.length > 1 or sizes[there[0]] != shape[run.at]:
+            if run.length > 1 or run.shared > 1 or sizes[there[0]] != shape[run.at]:
                 raise NoRest(f"{name} inside it reads a table by window that fewer windows can't be taken from")
             taken.append((operand, there[0]))
         return Step(node, node.target, node.args, node.kwargs, tuple(taken), tuple(reshaped))
 
     def _view(self, node: fx.Node, operand: fx.Node, run: _Run, shape: tuple[int, ...]) -> Step:
         form, kind = self.forms[operand], self.typing.type(operand)
-        in_order = form is not None or (run.at == 0 and self._in_rows(kind))
-        if not in_order or (form is not None and shape_of(operand)[: form.at] != shape[: run.at]):
+        out_of = isinstance(form, _Run)
+        in_order = out_of or (form == (PADDED if self.padded else None) and run.at == 0 and self._in_rows(kind))
+        if not in_order or (isinstance(form, _Run) and shape_of(operand)[: form.at] != shape[: run.at]):
             raise NoRest("what leads into its windows isn't a view")
         sizes = [*shape[: run.at], -1, *shape[run.at + run.length :]]
         if any(is_symbolic(size) for size in sizes if size > 0):
@@ -222,17 +283,21 @@ class Walk:
         Raises NoRest for tokens that aren't [windows, tokens, features].
         """
         form = self.forms[operand]
-        if form is not None:
+        if isinstance(form, _Run):
             return form
-        if self.typing.type(operand)[:-1] != self.rows:
+        if form != (PADDED if self.padded else None) or self.typing.type(operand)[:-1] != self.rows:
             raise NoRest(f"{operator_name(node)} inside it reads windows in another arrangement")
         return _Run(0, 1)
 
     def _run(self, kind: TensorType, node: fx.Node) -> _Run:
         for at in range(len(kind)):
             for end in range(at + 1, len(kind) + 1):
-                if tuple(f for dim in kind[at:end] for f in dim) == self.rows[0]:
+                factors = tuple(f for dim in kind[at:end] for f in dim)
+                if factors == self.rows[0]:
                     return _Run(at, end - at)
+                heads = factors[len(self.rows[0]) :]
+                if end == at + 1 and factors[: len(self.rows[0])] == self.rows[0] and is_plain(heads):
+                    return _Run(at, 1, whole_size(heads))
         raise NoRest(f"{operator_name(node)} inside it doesn't keep windows apart")
 
     def _own(self, node: fx.Node) -> list[fx.Node]:
@@ -240,9 +305,36 @@ class Walk:
         return [operand for operand in node.all_input_nodes if operand in self.forms]
 
 
-def _grid_of_rows(kind: TensorType) -> Any:
+def _is_of_tokens(kind: TensorType) -> bool:
+    """Return whether every dimension is images or tokens, but for features, the last one."""
+    if len(kind) < 2 or not is_plain(kind[-1]):
+        return False
+    return not any(isinstance(f, Plain) and not f.images for dim in kind[:-1] for f in dim)
+
+
+def _holds_padding(kind: TensorType) -> bool:
+    """Return whether the one grid of a type is a padded one. Raises NoLayout."""
     grid = grid_of(kind)
-    return base_of(grid) if grid.parts else grid
+    return any(made.inside is not None for made in made_from(base_of(grid) if grid.parts else grid))
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    """Return whether a padding adds zeros; aten.pad has a mode before the value."""
+    mode_and_value = (*node.args[2:], *node.kwargs.values())
+    return all(given in ("constant", None, 0) for given in mode_and_value)
+
+
+def _einsum(node: fx.Node, own: list[fx.Node], run: _Run) -> Step:
+    """Return the step of an einsum in which one letter is the windows of the result and of every operand by window."""
+    equation, operands = node.args
+    reads, _, result = str(equation).replace(" ", "").partition("->")
+    letters = dict(zip(operands, reads.split(","), strict=True))  # type: ignore[arg-type]
+    if "." in reads or run.length > 1 or not result:
+        raise NoRest("aten.einsum.default inside it isn't known to work within each window")
+    windows = result[run.at]
+    if any(letters[n].find(windows) != run.at if n in own else windows in letters[n] for n in letters):
+        raise NoRest("aten.einsum.default inside it works across windows")
+    return Step(node, node.target, node.args, node.kwargs)
 
 
 def _permuted(node: fx.Node, form: _Run, rank: int) -> list[int]:

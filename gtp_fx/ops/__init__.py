@@ -20,7 +20,13 @@
     region_shares               `recovery_weights` for a window's tokens that skip a branch
     grid_places                 rows and columns of a grid's patches
     window_activity             how much the tokens of each window differ, by which windows rest
+    token_activity              how far each token is from its window's mean, by which tokens skip beside these
     awake_rows, window_ranks    where the windows that don't rest come from, and where they go back to
+    grid_numbers, homes         which patch each place of a padded window holds
+    windows_without_padding     a stream's windows that may rest
+    awake_of_padded             the windows that don't rest where some hold padding
+    places_of_patches, awake_patches    where their patches are, and which
+    pad_windows, crop_windows   patches to their windows with padding, and back
     group                       a strategy's `group`: which tokens are removed, and what becomes of them
     saliency                    a registered map of the images, averaged over each patch
 
@@ -37,6 +43,9 @@ from gtp_fx.ops import (
     propagate,
     select,
     stock_attention,
+)
+from gtp_fx.ops import (
+    padded_windows as padded,
 )
 from gtp_fx.ops import (
     pooled_attention as cells,
@@ -58,6 +67,18 @@ from gtp_fx.ops import (
 )
 from gtp_fx.ops.code_tag import tag_compiled_code
 
-__all__ = ["attention", "cells", "graph", "levels", "pool", "propagate", "regions", "rest", "select", "stock_attention"]
+__all__ = [
+    "attention",
+    "cells",
+    "graph",
+    "levels",
+    "padded",
+    "pool",
+    "propagate",
+    "regions",
+    "rest",
+    "select",
+    "stock_attention",
+]
 
 tag_compiled_code()

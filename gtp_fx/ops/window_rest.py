@@ -29,6 +29,23 @@ def window_activity(rows_RNC: Tensor, windows: int) -> Tensor:
     return activity_BW
 
 
+@operator(lambda rows_RNC, patch_WN=None: rows_RNC.new_empty(rows_RNC.shape[:2], dtype=torch.float32))
+def token_activity(rows_RNC: Tensor, patch_WN: Tensor | None = None) -> Tensor:
+    """Return how active each token of a window is: how far it is from the mean of the window's tokens. [R, N], float32.
+
+    patch_WN: which tokens of an image's windows are patches, where others are padding; the mean is over patches.
+    """
+    tokens_RNC = rows_RNC.float()
+    if patch_WN is None:
+        mean_R1C = tokens_RNC.mean(dim=1, keepdim=True)
+    else:
+        share_WN1 = (patch_WN / patch_WN.sum(dim=1, keepdim=True).clamp_min(1))[..., None]
+        by_image_BWNC = tokens_RNC.reshape(-1, patch_WN.shape[0], *tokens_RNC.shape[1:])
+        mean_R1C = (by_image_BWNC * share_WN1).sum(dim=2, keepdim=True).flatten(0, 1)
+    activity_RN: Tensor = torch.linalg.vector_norm(tokens_RNC - mean_R1C, dim=-1)
+    return activity_RN
+
+
 def _row_shapes(awake_BK, windows):  # type: ignore[no-untyped-def]
     return awake_BK.new_empty(awake_BK.numel())
 

@@ -76,7 +76,7 @@ def by_site(
         whole, what = (
             (block.axis.domain.whole_count, "removes {} patch tokens")
             if rest is None
-            else (rest.windows, "lets {} windows rest")
+            else (rest.whole, "lets {} windows rest")
         )
         if removed[stream] >= whole:
             raise ScheduleError(

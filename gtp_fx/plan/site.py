@@ -99,14 +99,14 @@ class BranchCost:
 class RestCost:
     """FLOPs of a block in which whole windows may rest, for one run of the graph.
 
-    whole: FLOPs where no window rests; each has an equal share of them.
-    tokens: windows of one image: what a schedule counts at such a site.
+    each: FLOPs of one of an image's windows.
+    tokens: windows of one image that can rest: what a schedule counts at such a site.
     images: images in one run; 1 where the batch is symbolic.
     patches: patches of one window.
     features: features of the stream.
     """
 
-    whole: int
+    each: int
     tokens: int
     images: int
     patches: int
@@ -114,4 +114,4 @@ class RestCost:
 
     def change(self, resting: int) -> int:
         """Return the change in FLOPs when `resting` windows of each image rest; choosing them counts nothing."""
-        return -(self.whole // self.tokens) * resting
+        return -self.images * self.each * resting

@@ -5,21 +5,25 @@ For each block whose site in the plan is one where windows rest:
   2. The windows whose tokens differ most from their mean are taken out, equally many of each image.
   3. The block's nodes run on these: what rearranges tokens is gone, masks by window are taken for them.
   4. They are put back beside those that rest, and all return to the stream's layout.
+
+Where windows are padded, 1. and 2. take the patches of the windows that are awake instead; they get their padding again
+for what runs on windows.
 """
 
 from __future__ import annotations
 
-import operator
-
 from torch import fx
-from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
-from gtp_fx.analysis.window_steps import Step
+from gtp_fx.analysis.window_steps import CROP, PAD, Step
 from gtp_fx.graph import edit
+from gtp_fx.graph.symbols import shape_of
+from gtp_fx.passes.reduce.awake_windows import Awake, PaddedWindows, WholeRows
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import Emit
+from gtp_fx.types.axes import whole_size
 from gtp_fx.types.infer import WholeTyping, infer_types
 from gtp_fx.types.layouts import convert
 
@@ -43,40 +47,40 @@ def _let_rest(graph: fx.Graph, rest: Rest, resting: int, typing: WholeTyping) ->
     with graph.inserting_before(rest.stream.next):
         rows = convert(call, rest.stream, stream, (*rest.rows, stream[-1]))
         if rest.sizes:
-            count = call(aten.sym_size.int, rows, 0)
+            sizes = {shape_of(rest.stream)[0]: call(aten.sym_size.int, rest.stream, 0)}
+            sizes[whole_size(rest.rows[0])] = call(aten.sym_size.int, rows, 0)
             for node in rest.sizes:
-                edit.replace(node, count)
+                edit.replace(node, sizes[shape_of(node.args[0])[node.args[1]]])  # type: ignore[arg-type, index]
     for node in rest.made:
         edit.set_args(node, (rest.stream, *node.args[1:]))
     with graph.inserting_before(rest.result):
-        split = call(gtp_fx.select.default, call(gtp_fx.window_activity.default, rows, rest.windows), resting)
-        awake = call(operator.getitem, split, 0)
-        index = call(gtp_fx.awake_rows.default, awake, rest.windows)
-        fewer = {rest.stream: call(aten.index_select.default, rows, 0, index)}
+        awake: Awake
+        if rest.padded:
+            awake = PaddedWindows.take(call, rest, resting, rest.stream, stream)
+        else:
+            awake = WholeRows.take(call, rest, rows, resting)
+        fewer = {rest.stream: awake.entries}
         for step in rest.steps:
-            fewer[step.node] = _run(graph, step, fewer, index)
-        # Put back by reading instead of writing: one pointwise operator, fused with what leads out of the windows.
-        rank = call(gtp_fx.window_ranks.default, awake, rest.windows)
-        spread = call(aten.index_select.default, fewer[rest.result], 0, call(aten.clamp_min.default, rank, 0))
-        is_awake = call(aten.reshape.default, call(aten.ge.Scalar, rank, 0), [-1, 1, 1])
-        whole = call(aten.where.self, is_awake, spread, rows)
-        arranged = convert(call, whole, (*rest.rows, result[-1]), result)
-    edit.replace(rest.result, arranged)
+            fewer[step.node] = _run(graph, step, fewer, awake)
+        whole = awake.back(call, fewer[rest.result], result)
+    edit.replace(rest.result, whole)
 
 
-def _run(graph: fx.Graph, step: Step, fewer: dict[fx.Node, fx.Node], index: fx.Node) -> fx.Node:
+def _run(graph: fx.Graph, step: Step, fewer: dict[fx.Node, fx.Node], awake: Awake) -> fx.Node:
     """Insert what a node does for the windows that are awake; return it.
 
-    fewer: the block's values for these windows. index: their rows.
+    fewer: the block's values for these windows.
     """
     if step.target is None:
         return fewer[step.args[0]]
     call: Emit = edit.Emitter(graph, like=step.node)
+    if step.target in (PAD, CROP):
+        return awake.moved(call, step.target, fewer[step.args[0]])
     given = dict(fewer)
     for operand, shape in step.reshaped:
         given[operand] = call(aten.reshape.default, operand, list(shape))
     for operand, dim in step.taken:
-        given[operand] = call(aten.index_select.default, operand, dim, index)
+        given[operand] = call(aten.index_select.default, operand, dim, awake.windows)
     node = call(step.target, *fx.map_arg(step.args, lambda n: given.get(n, n)))
     node.kwargs = fx.map_arg(dict(step.kwargs), lambda n: given.get(n, n))
     return node

@@ -1,7 +1,8 @@
 """Approximate: let tokens skip a branch. The stream keeps its grid, and only some tokens of each window run the branch.
 
 For each block whose site in the plan is on a branch:
-  1. Its attention also scores its tokens, window by window.
+  1. Its attention also scores its tokens, window by window; where the strategy lets windows rest, how far tokens are
+     from their window's mean does, and attention stays as it is.
   2. The branch's entries are arranged by window, and the kept tokens are taken from each window, equally many in all.
      Tokens that are no patches are taken along, or go through the branch on their own where no window has them.
   3. The branch's nodes run on these tokens.
@@ -20,7 +21,7 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.branch_parts import Part, with_fewer_dimensions
-from gtp_fx.analysis.branches import Branch, patches_at, patches_of
+from gtp_fx.analysis.branches import Branch, is_ranked_by_activity, patches_at, patches_of
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of
@@ -49,8 +50,10 @@ def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         skipping = plan.skipping.get(block.index)
         if block.branch is None or skipping is None:
             continue
-        scores = _scored(gm.graph, block, block.branch, plan.strategy)
-        chosen = _choose(gm.graph, scores, block.branch, skipping)
+        scores = None
+        if not is_ranked_by_activity(block.branch, plan.strategy):
+            scores = _scored(gm.graph, block, block.branch, plan.strategy)
+        chosen = _choose(gm.graph, scores, block.branch, skipping, typing)
         for part in block.branch.parts:
             _insert(gm.graph, part, block.branch, chosen, plan.strategy, typing)
     return edit.finish(gm)
@@ -69,18 +72,23 @@ class Chosen:
     places: fx.Node
 
 
-def _choose(graph: fx.Graph, scores: fx.Node, branch: Branch, skipping: int) -> Chosen:
+def _choose(graph: fx.Graph, scores: fx.Node | None, branch: Branch, skipping: int, typing: WholeTyping) -> Chosen:
     """Choose the tokens that skip the branch, by lowest score. The nodes are inserted after the branch's first part.
 
-    scores: scores of type `branch.scores`.
+    scores: scores of type `branch.scores`; None where tokens are ranked by how far they are from their window's mean.
     skipping: P, how many tokens of each window skip.
     """
     result = branch.parts[0].result
     call = edit.Emitter(graph, like=result)
 
     with graph.inserting_before(result.next):
-        scores = _by_window(call, scores, branch)
-        places = _places(call, branch, scores)
+        if scores is None:
+            assert branch.stream is not None
+            places = _places(call, branch, branch.stream)
+            scores = _activity(call, branch, branch.stream, places, typing)
+        else:
+            scores = _by_window(call, scores, branch)
+            places = _places(call, branch, scores)
         if _is_padded(branch):
             scores = _padding_first(call, scores, places, branch)
         split = call(gtp_fx.select.default, scores, skipping)
@@ -205,6 +213,14 @@ def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
     column = call(aten.unsqueeze.default, scores, 2)
     column = convert(call, column, (*branch.scores, feature), (*branch.region, feature))
     return call(aten.squeeze.dim, column, 2)
+
+
+def _activity(call: Emit, branch: Branch, stream: fx.Node, places: fx.Node, typing: WholeTyping) -> fx.Node:
+    """Return how far each token is from its window's mean, in the region's layout."""
+    kind = typing.type(stream)
+    rows = convert(call, stream, kind, (*branch.region, kind[-1]))
+    patch = [call(aten.ge.Scalar, call(aten.select.int, places, 2, 0), 0)] if _is_padded(branch) else []
+    return call(gtp_fx.token_activity.default, rows, *patch)
 
 
 def _padding_first(call: Emit, scores: fx.Node, places: fx.Node, branch: Branch) -> fx.Node:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch.ops import gtp_fx as ops
 
+import gtp_fx.ops
+
+assert gtp_fx.ops, "it registers the operators"
+
 
 def test_activity_and_the_way_out_and_back() -> None:
     rows = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0))  # two images of three windows
@@ -21,3 +25,30 @@ def test_activity_of_half_precision_is_summed_in_float32() -> None:
     rows = torch.tensor([300.0, -300.0], dtype=torch.float16).expand(3, 2).T[None]  # its squares are beyond float16
     assert ops.window_activity(rows, 1).dtype == torch.float32
     torch.testing.assert_close(ops.window_activity(rows, 1), torch.tensor([[300.0 * 3**0.5]]))
+
+
+def test_padded_windows_out_and_back() -> None:
+    """Four windows of two places over six patches: of the two without padding one rests, and the others are awake."""
+    home = torch.tensor([[0, 1], [2, -1], [3, 4], [-1, 5]])
+    assert torch.equal(ops.homes(home[..., None] + 1), home)
+    stream = torch.arange(12.0).reshape(2, 6, 1)
+    assert ops.windows_without_padding(stream, home, 2)[..., 0].tolist() == [[0, 1], [3, 4], [6, 7], [9, 10]]
+    activity = torch.tensor([[0.1, 0.2], [0.2, 0.1]])
+    awake = ops.awake_of_padded(activity, home, 2, 1)
+    assert awake.tolist() == [[2, 1, 3], [0, 1, 3]]
+    places = ops.places_of_patches(home, 2, 1, 4)
+    assert places.tolist() == [0, 1, 2, 5]
+    patches = ops.awake_patches(home, awake, places)
+    assert patches.tolist() == [[3, 4, 2, 5], [0, 1, 2, 5]]
+    values = patches[..., None].float() + 1
+    padded = ops.pad_windows(values, places, 3, 2)
+    assert padded[..., 0].tolist() == [[4, 5], [3, 0], [0, 6], [1, 2], [3, 0], [0, 6]]
+    assert torch.equal(ops.crop_windows(padded, places, 3), values)
+
+
+def test_activity_of_tokens_is_their_distance_from_the_mean_of_patches() -> None:
+    rows = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))  # two images of two windows
+    patch = torch.tensor([[True, True, False], [True, True, True]])
+    wanted = torch.stack([(row - row[patch[i % 2]].mean(0)).norm(dim=-1) for i, row in enumerate(rows)])
+    torch.testing.assert_close(ops.token_activity(rows, patch), wanted)
+    torch.testing.assert_close(ops.token_activity(rows)[1::2], wanted[1::2])

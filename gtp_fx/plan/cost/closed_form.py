@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from gtp_fx.analysis.branches import Branch
+from gtp_fx.analysis.branches import Branch, is_ranked_by_activity
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.graph.symbols import per_image
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
@@ -62,7 +62,9 @@ def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strat
     whole, per_token = (sum(column) for column in zip(*parts, strict=True))
     keys = math.prod(branch.cells) if branch.cells else branch.attended
     attentions = images * branch.attentions
-    scoring = int(flops_of(strategy.scoring_works(heads, branch.attended, keys, attentions, "float32")))
+    scoring = 0
+    if not is_ranked_by_activity(branch, strategy):
+        scoring = int(flops_of(strategy.scoring_works(heads, branch.attended, keys, attentions, "float32")))
     sizes = (images, branch.windows, branch.tokens, branch.others)
     return BranchCost(whole, per_token, *sizes, features[0], recovered, scoring)
 
@@ -73,9 +75,10 @@ def rest_cost(rest: Rest, typing: WholeTyping) -> RestCost:
     typing: types with every token in place.
     """
     images = per_image(math.prod(f.whole_size for f in rest.rows[0] if isinstance(f, Plain)))
-    works = [node_work(node, typing, whole_count, batch=1) for node in rest.inside if formula_of(node) is not None]
+    flops = {n: int(node_work(n, typing, whole_count, batch=1).flops) for n in rest.inside if formula_of(n) is not None}
+    each = sum(whole * rest.share(node) for node, whole in flops.items()) / images
     patches, features = whole_size(rest.rows[1]), whole_size(typing.type(rest.stream)[-1])
-    return RestCost(int(flops_of(works)), rest.windows, images, patches, features)
+    return RestCost(int(each), rest.whole, images, patches, features)
 
 
 def _token_wise_flops(node: fx.Node, typing: WholeTyping) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from gtp_fx.analysis.branches import Branch
+from gtp_fx.analysis.branches import Branch, is_ranked_by_activity
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
@@ -131,33 +131,35 @@ def branch_seconds(
     whole = typed.whole
     groups = list(fused_groups(whole))
 
-    def works_of(inside: Collection[fx.Node]) -> list[Work]:
-        """Return the products of some nodes, and the work of the fused groups that lie inside them."""
-        works = [node_work(node, whole, whole_count, batch) for node in inside if formula_of(node) is not None]
+    def works_of(inside: Collection[fx.Node]) -> dict[fx.Node, Work]:
+        """Return the products of some nodes, and, by one of its nodes, each fused group that lies inside them."""
+        works = {node: node_work(node, whole, whole_count, batch) for node in inside if formula_of(node) is not None}
         within = [group for group in groups if set(inside).issuperset(group.nodes)]
-        return [*works, *(group_work(group, whole, whole_count, batch) for group in within)]
+        return works | {group.nodes[0]: group_work(group, whole, whole_count, batch) for group in within}
 
     changes = {}
     for site in sites:
         if isinstance(site.branch, RestCost):
             rest = typed.rests[site.block]
             assert isinstance(rest, Rest)
-            changes[site.block] = _rest_change(site.branch, works_of(rest.inside), site.dtype, target, batch)
+            works = [(work, float(rest.share(node))) for node, work in works_of(rest.inside).items()]
+            changes[site.block] = _rest_change(site.branch, works, site.dtype, target, batch)
         elif site.branch is not None:
             branch = branches[site.block]
-            changes[site.block] = _branch_change(site, branch, works_of(branch.inside), strategy, target, batch)
+            through = list(works_of(branch.inside).values())
+            changes[site.block] = _branch_change(site, branch, through, strategy, target, batch)
     return changes
 
 
-def _rest_change(cost: RestCost, works: list[Work], dtype: str, target: Target, batch: int) -> Numbers:
-    """Return [windows + 1] the change in seconds by the windows of each image that are awake; 0 where all are.
+def _rest_change(cost: RestCost, works: list[tuple[Work, float]], dtype: str, target: Target, batch: int) -> Numbers:
+    """Return [windows + 1] the change in seconds by the windows that can rest and are awake; 0 where all are.
 
-    works: the block's works with every window.
+    works: the block's works with every window, each with the share of it that one such window has.
     """
     awake = np.arange(cost.tokens + 1)
-    share = awake / cost.tokens
     spent: Any = 0.0
-    for work in works:
+    for work, of_each in works:
+        share = 1 - (cost.tokens - awake) * of_each
         fewer = replace(work, flops=work.flops * share, bytes=work.bytes * share)
         # Each window attends on its own; other products have a row for each token.
         many = "batch" if work.kind == "attention" else "rows"
@@ -170,7 +172,7 @@ def _rest_change(cost: RestCost, works: list[Work], dtype: str, target: Target, 
     added = [
         Work("stream", bytes=2 * values),  # for their mean, and for how far they are from it
         Work("sort", bytes=windows * size),
-        Work("gather", bytes=values * (3 + 2 * share), launches=3),
+        Work("gather", bytes=values * (3 + 2 * awake / cost.tokens), launches=3),
     ]
     return np.where(awake == cost.tokens, 0.0, spent + sum(seconds(work, target) for work in added))
 
@@ -198,8 +200,11 @@ def _branch_change(
     values = windows * (tokens + others) * site.channels * size
     keys = math.prod(branch.cells) if branch.cells else branch.attended
     attentions = branch.attentions * site.branch.images * batch
+    ranking = strategy.scoring_works(site.heads, branch.attended, keys, attentions, site.dtype)
+    if is_ranked_by_activity(branch, strategy):  # read for the windows' means, and for how far tokens are from these
+        ranking = [Work("stream", bytes=2 * values, launches=2)]
     added = [
-        *strategy.scoring_works(site.heads, branch.attended, keys, attentions, site.dtype),
+        *ranking,
         Work("sort", bytes=windows * tokens * size),
         Work("gather", bytes=values * (2 + 2 * share), launches=3),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,18 +24,42 @@ from gtp_fx.passes.reduce.rest_windows import rest_windows
 from gtp_fx.report.token_flow import token_flow
 from gtp_fx.strategies import Regeneration
 
+from support import reference_windows as oracles
+from support import window_families
 from support.captured import optimised, shared_model
 from support.plain_vit import built
 from support.printed import in_one_line
-from support.window_families import FAMILIES, PADDED, SWIN, Family, families
+from support.reference_windows import ByHand, Oracle, Parts
+from support.window_families import FAMILIES, PADDED, SWIN, TORCHVISION, Family, families, family, from_timm
 from support.window_graphs import error, marked
 
 REST = Regeneration(windows="rest")
-SWIN_V2, MAXVIT = (family for family in FAMILIES if family.name in ("swin v2", "maxvit"))
+SWIN_V2, MAXVIT, HIERA, PVT = (
+    next(family for family in FAMILIES if family.name == name) for name in ("swin v2", "maxvit", "hiera", "pvt v2")
+)
+PADDED_SAM = window_families.SAM
+SAM = family(
+    "samvit of nine windows",
+    oracles.sam,
+    from_timm(
+        "samvit_base_patch16",
+        img_size=(256, 320),
+        depth=2,
+        embed_dim=64,
+        num_heads=2,
+        window_size=7,
+        global_attn_indexes=(),
+    ),
+    (256, 320),
+    {"blocks.0": 24, "blocks.1": 20},
+)
 RESTING = {
     SWIN: {"layers.0.blocks.0": 2, "layers.0.blocks.1": 3},
     SWIN_V2: {"layers.0.blocks.0": 1, "layers.0.blocks.1": 4},
     MAXVIT: {"stages.0.blocks.0.attn_block": 5, "stages.0.blocks.0.attn_grid": 40},
+    PADDED: {"layers.0.blocks.0": 2, "layers.0.blocks.1": 3},
+    TORCHVISION: {"features.1.0": 3, "features.1.1": 1},
+    SAM: {"blocks.0": 1, "blocks.1": 3},
 }
 """How many windows rest in which block."""
 
@@ -45,7 +70,22 @@ def shifted(block: Any, height: int, width: int) -> Tensor:
     """The window of each patch, [H, W], where windows are shifted."""
     size, shift = block.window_size, block.shift_size
     rows, columns = (torch.arange(n).roll(by) for n, by in ((height, shift[0]), (width, shift[1])))
-    return (rows // size[0])[:, None] * (width // size[1]) + columns // size[1]
+    return (rows // size[0])[:, None] * -(-width // size[1]) + columns // size[1]
+
+
+def padded_first(block: Any, height: int, width: int) -> Tensor:
+    """The same where the map is padded before it is rolled."""
+    size, shift = block.attn.window_size, block.attn.shift_size
+    rows, columns = (
+        torch.arange(n + -n % of).roll(by)[:n] // of for n, by, of in zip((height, width), shift, size, strict=True)
+    )
+    return rows[:, None] * -(-width // size[1]) + columns
+
+
+def of_sam(block: Any, height: int, width: int) -> Tensor:
+    """The same where windows aren't shifted."""
+    size = block.window_size
+    return (torch.arange(height) // size)[:, None] * -(-width // size) + torch.arange(width) // size
 
 
 def of_maxvit(block: Any, height: int, width: int) -> Tensor:
@@ -57,16 +97,19 @@ def of_maxvit(block: Any, height: int, width: int) -> Tensor:
     return (torch.arange(height) % many[0])[:, None] * many[1] + torch.arange(width) % many[1]
 
 
+CELLS: dict[Family, Cells] = {MAXVIT: of_maxvit, TORCHVISION: padded_first, SAM: of_sam}
+
+
 @contextmanager
 def resting(model: nn.Module, counts: dict[str, int], cells: Cells) -> Iterator[nn.Module]:
-    """The model, in whose blocks some windows of each image keep what they had."""
+    """The model, in whose blocks some windows of each image keep what they had; those with fewer patches never do."""
 
     def rested(block: nn.Module, inputs: tuple[Tensor], output: Tensor, count: int) -> Tensor:
         (x_BHWC,) = inputs
         cell_HW = cells(block, *x_BHWC.shape[1:3])
-        windows = int(cell_HW.max()) + 1
-        cells_BNC = [x_BHWC[:, cell_HW == w] for w in range(windows)]
+        cells_BNC = [x_BHWC[:, cell_HW == w] for w in range(int(cell_HW.max()) + 1)]
         activity = torch.stack([(x - x.mean(1, keepdim=True)).norm(dim=-1).mean(1) for x in cells_BNC], 1)
+        activity[:, cell_HW.flatten().bincount() < cell_HW.flatten().bincount().max()] = torch.inf
         awake = torch.zeros_like(activity).scatter(1, activity.argsort(dim=1)[:, count:], 1.0)
         return torch.where(awake[:, cell_HW][..., None] > 0, output, x_BHWC)
 
@@ -85,16 +128,43 @@ def schedule(family: Family) -> list[int]:
     return [RESTING[family].get(name, 0) for name in family.blocks]
 
 
-@families(SWIN, SWIN_V2, MAXVIT, by_default=(SWIN,))
+@families(*RESTING, by_default=(SWIN, SAM))
 @torch.no_grad()
 def test_equals_the_blocks_by_hand(family: Family) -> None:
     """Shifted windows with masks, relative positions and a batch other than the captured one among them."""
     model, x = shared_model(family), family.inputs(batch=3)
     fast = optimised(family, schedule=schedule(family), strategy=REST)
-    with resting(model, RESTING[family], of_maxvit if family is MAXVIT else shifted) as by_hand:
+    with resting(model, RESTING[family], CELLS.get(family, shifted)) as by_hand:
         wanted = by_hand(x)
     assert error(fast.graph_module(x), wanted) < 1e-5
     assert error(model(x), wanted) > 1e-3, "a schedule that changes nothing proves nothing"
+
+
+def by_distance(oracle: Oracle) -> Oracle:
+    """The parts of a block whose tokens are ranked by how far they are from the mean of their window's patches."""
+
+    def parts(*call: Any) -> Parts:
+        found = oracle(*call)
+        rows_BWnC, patch_Wn1 = found.windows.of(found.stream_BNC), (found.windows.index_Wn >= 0)[..., None]
+        mean_BW1C = (rows_BWnC * patch_Wn1).sum(2, keepdim=True) / patch_Wn1.sum(1, keepdim=True)
+        return replace(found, score_BWn=(rows_BWnC - mean_BW1C).norm(dim=-1))
+
+    return parts
+
+
+@families(PVT, PADDED_SAM, HIERA, by_default=(PVT,))
+@torch.no_grad()
+def test_where_windows_cant_rest_tokens_skip_by_their_distance_from_the_mean(family: Family) -> None:
+    """No attention is scored, or leaves the fused operator."""
+    model, x = shared_model(family), family.inputs()
+    blocks = {name: count and count - 1 for name, count in family.blocks.items()}
+    fast = optimised(family, schedule=list(blocks.values()), strategy=REST)
+    assert all(row.windows for row in fast.report.sites)
+    targets = [str(node.target) for node in fast.graph_module.graph.nodes]
+    assert not any("scores" in target for target in targets)
+    wanted = ByHand(model, by_distance(family.oracle(model)), blocks, idle=True)(x)
+    assert error(fast.graph_module(x), wanted) < 1e-5
+    assert error(fast.graph_module(x), model(x)) > 1e-4, "a schedule that changes nothing proves nothing"
 
 
 class Nobody:
@@ -104,7 +174,7 @@ class Nobody:
         self.resting = dict.fromkeys(blocks, 0)
 
 
-@families(SWIN, SWIN_V2, MAXVIT, by_default=(SWIN,))
+@families(*RESTING, by_default=(SWIN, SAM))
 @torch.no_grad()
 def test_where_no_window_rests_the_numbers_are_the_models(family: Family) -> None:
     gm, x = marked(family), family.inputs(batch=3)
@@ -119,7 +189,7 @@ def test_where_no_window_rests_the_numbers_are_the_models(family: Family) -> Non
 @pytest.mark.xdist_group(SWIN.name)
 @torch.no_grad()
 def test_both_doors_and_the_report() -> None:
-    """Windows rest where they can; those that are padded say so, and their tokens skip the MLP."""
+    """Windows rest where they can; where all but one are padded the report says so, and tokens skip the MLP."""
     model, x = shared_model(SWIN), SWIN.inputs()
     fast = optimised(SWIN, flops_budget=0.7, strategy=REST)
     report = fast.report
@@ -127,7 +197,11 @@ def test_both_doors_and_the_report() -> None:
     assert [(row.window_tokens, row.windows) for row in report.sites] == [(49, 0), (49, 0), (0, 2)]
     assert "target cpu; skip" not in in_one_line(str(report)) and "windows rest at 2 of 3" in in_one_line(str(report))
     (refusal,) = report.refusals
-    assert refusal.layer == "layers.1.blocks.0.attn" and "can't rest" in refusal.reason and "padded" in refusal.reason
+    assert (
+        refusal.layer == "layers.1.blocks.0.attn"
+        and "can't rest" in refusal.reason
+        and "only 1 of its windows" in refusal.reason
+    )
     door = Door(flops_budget=0.7, strategy=REST)
     torch._dynamo.reset()
     assert error(torch.compile(model, backend=door)(x), fast.graph_module(x)) < 1e-5
@@ -239,10 +313,3 @@ def by_hand(net: Windows, x_BHWC: Tensor) -> Tensor:
         x = x + net.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         ends.append(x + net.down(F.gelu(net.up(net.norm2(x)))))
     return torch.cat([*ends, x_BHWC[:, 3:, :3].flatten(1, 2)], 1).mean(1)
-
-
-@pytest.mark.nightly
-@pytest.mark.xdist_group(PADDED.name)
-def test_padding_is_named() -> None:
-    rests = typed_graph(marked(PADDED).graph).rests
-    assert rests and all("padded" in str(rest) for rest in rests.values())
