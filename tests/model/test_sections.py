@@ -22,11 +22,16 @@ from gtp_fx.model.sections.alike import kinds
 from gtp_fx.model.sections.backend import InSections
 from gtp_fx.model.sections.cut import cut, value_of
 from gtp_fx.model.sections.first_site import like_the_others
+from gtp_fx.strategies import STRATEGIES
 
 from support.plain_vit import PlainViT, built, images
+from support.zoo import in_tiers
 
 COUNTS = (3, 2, 2, 3, 0, 0)
 """Tokens removed at each block. Blocks 1 to 3 have a site and sizes, blocks 4 and 5 have sizes alone."""
+
+OTHER_KINDS = ("gtp", "idle", "halting", "ppt")
+"""Strategies that hold something else than "tome" does beside a site's tokens."""
 
 SCORES = torch.ops.gtp_fx.attention_with_scores.default
 
@@ -63,6 +68,21 @@ def test_blocks_with_other_numbers_of_tokens_share_their_code(compiled: list[fx.
     again = len(compiled)
     torch.testing.assert_close(fast(x.flip(0)), reference(x.flip(0)), rtol=0, atol=0)
     assert len(compiled) == again
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "strategy", in_tiers(["tome", "gtp", "idle", "halting", "ppt"], "gtp", "idle", "halting", "ppt")
+)
+def test_strategies_of_every_kind_come_in_sections(strategy: str, compiled: list[fx.GraphModule]) -> None:
+    places = STRATEGIES[strategy]().positions(len(COUNTS))
+    counts = [count if block in places else 0 for block, count in enumerate(COUNTS)]
+    model, options = deep(), {"schedule": counts, "strategy": strategy, "example_inputs": images()}
+    fast = gtp_fx.optimize(model, shapes="shared", **options)
+    reference = gtp_fx.optimize(model, compile=False, **options)
+    for batch in (3, 1):
+        torch.testing.assert_close(fast(images(batch)), reference(images(batch)), rtol=0, atol=0)
+    assert compiled
 
 
 @pytest.mark.nightly
