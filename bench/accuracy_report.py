@@ -60,10 +60,11 @@ def overall(rows: Sequence[Row]) -> list[tuple[str, str, float, float, int]]:
     """Return (strategy, schedule, mean points, deviation, refused rows) for each pair, the best first.
 
     The mean is over nets, budgets and seeds, the deviation is that of the mean over seeds. Nets that some strategy
-    refuses at every budget are left out. Where a strategy can't reach a budget, it gets the worst points that any
-    strategy reached there, so that a refusal is no advantage.
+    refuses at every budget are left out, unless that leaves none. Where a strategy can't reach a budget, it gets the
+    worst points that any strategy reached there, so that a refusal is no advantage.
     """
-    shared = {net for net in dict.fromkeys(r.net for r in rows) if _is_for_all(rows, net)}
+    nets = {row.net for row in rows}
+    shared = {net for net in nets if _is_for_all(rows, net)} or nets
     found = []
     for strategy, schedule in dict.fromkeys((row.strategy, row.schedule) for row in rows):
         own = [r for r in rows if (r.strategy, r.schedule) == (strategy, schedule) and r.net in shared]
