@@ -86,12 +86,10 @@ def capture_call(
         try:
             return capture_module(model, fixed, training, apart), fixed
         except CaptureError as second:
-            _, _, why = str(second).partition(_FAILED)  # the values themselves would fill a screen
-            if why and str(error).endswith(why):
+            why = str(second).partition(_FAILED)[2] or str(second)  # the values themselves would fill a screen
+            if str(error).endswith(why):
                 raise error from second
-            raise CaptureError(
-                f"{error}\nNor can it be for the values of its integers alone: {why or second}"
-            ) from error
+            raise CaptureError(f"{error}\nNor can it be for the values of its integers alone: {why}") from error
 
 
 def _captured(model: nn.Module, signature: CallSignature, training: bool, apart: Sequence[str]) -> fx.GraphModule:

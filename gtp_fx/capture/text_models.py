@@ -28,7 +28,8 @@ def must_not_write_text(model: nn.Module, given: Mapping[str, Any]) -> None:
     if not given.get("use_cache", getattr(of_text, "use_cache", False)):
         return
     tower = tower_of(model)
-    inside, path = (f"{tower!r}", f"{tower!r}") if tower else ("a tower inside", "…")
+    path = repr(tower) if tower else "…"
+    inside = path if tower else "a tower inside"
     raise CaptureError(
         f"{model._get_name()} generates text: each call returns a cache for the next token, which a graph of tensors "
         f"can't. The patch tokens of its images are in {inside}; optimise that. docs/towers.md has two ways:\n"

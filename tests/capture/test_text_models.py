@@ -21,8 +21,8 @@ def test_the_refusal_names_the_tower() -> None:
     with pytest.raises(CaptureError) as raised:
         gtp_fx.optimize(model, flops_budget=0.8, example_inputs=prompt("SmolVLM"))
     told = str(raised.value)
-    assert "SmolVLMForConditionalGeneration generates text" in told and "fewer_image_tokens" in told
-    assert "model.get_submodule('model.vision_model')" in told
+    assert told.count("SmolVLMForConditionalGeneration generates text") == 1, "it is no matter of the call's integers"
+    assert "fewer_image_tokens" in told and "model.get_submodule('model.vision_model')" in told
 
 
 def test_what_returns_no_cache_is_tried() -> None:
