@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from gtp_fx.errors import OptionError
 from gtp_fx.graph.verify import rounding_tolerance
 from gtp_fx.measure.compare import Agreement, agreement, compile_checked
-from gtp_fx.measure.steadiness import Steadiness, processor_share
-from gtp_fx.measure.timing import Run, Timings, interleave, model_clock
+from gtp_fx.measure.steadiness import Steadiness, interleave_watched
+from gtp_fx.measure.timing import Run, Timings, model_clock
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.options.progress import Progress, Steps
 from gtp_fx.report.text import number, table, wrapped
@@ -150,12 +150,12 @@ def benchmark(
             ).seconds
             steps.done()
     steps.begin("timing")
-    with processor_share() as share:
-        timings = interleave(runs, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done)
+    timings, steady = interleave_watched(
+        runs, images.device, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done
+    )
     entries = []
     for name, fast in optimised.items():
         forecast = fast.report.forecast
         assert forecast is not None
         entries.append(Entry(name, fast.report.flops_ratio, 1 / forecast.speed_up, agreed[name], seconds[name]))
-    steady = Steadiness.of(timings, share.value if images.device.type == "cpu" else None)
     return Benchmark("eager" if eager else "compiled", len(images), tuple(entries), timings, steady)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from gtp_fx.capture.signatures import tensors_in
 from gtp_fx.errors import CheckError
 from gtp_fx.graph.verify import rounding_tolerance
-from gtp_fx.measure.steadiness import Steadiness, processor_share
-from gtp_fx.measure.timing import Run, Spread, Timings, interleave, model_clock
+from gtp_fx.measure.steadiness import Steadiness, interleave_watched
+from gtp_fx.measure.timing import Run, Spread, Timings, model_clock
 from gtp_fx.model.optimized_model import OptimizedModel
 from gtp_fx.options.progress import Progress, Steps
 from gtp_fx.report.text import number, table, wrapped
@@ -196,11 +196,9 @@ def compare(
         compilations[name] = compile_checked(name, contenders[name], contenders[eager](), tolerance, images.device)
     steps.done()
     steps.begin("timing")
-    with processor_share() as share:
-        timings = interleave(
-            contenders, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done
-        )
-    steady = Steadiness.of(timings, share.value if images.device.type == "cpu" else None)
+    timings, steady = interleave_watched(
+        contenders, images.device, rounds=rounds, warmup=_WARMUP, clock=model_clock(images.device), progress=steps.done
+    )
     return Comparison(agreed, compilations, tolerance, timings, optimised.report.flops_ratio, len(images), steady)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from gtp_fx.errors import BusyError
-from gtp_fx.measure.timing import Timings
+from gtp_fx.measure.timing import Clock, Run, Timings, interleave
 
 LEAST_SHARE = 0.8
 """Of a processor: with less, rates would come out more than a fifth too low."""
@@ -83,3 +85,18 @@ def processor_share() -> Iterator[Share]:
     wall, own = time.perf_counter(), time.thread_time()
     yield found
     found.value = (time.thread_time() - own) / (time.perf_counter() - wall)
+
+
+def interleave_watched(
+    contenders: Mapping[str, Run],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int,
+    clock: Clock,
+    progress: Callable[[], object],
+) -> tuple[Timings, Steadiness]:
+    """Time contenders that run on `device`, as `interleave` does; return how far the times can be trusted as well."""
+    with processor_share() as share:
+        timings = interleave(contenders, rounds=rounds, warmup=warmup, clock=clock, progress=progress)
+    return timings, Steadiness.of(timings, share.value if device.type == "cpu" else None)

@@ -16,8 +16,8 @@ from datetime import datetime, timezone
 import torch
 
 from gtp_fx.measure.probes import CHAIN, LONG_CHAIN, SHORT_CHAIN, Probe, probes
-from gtp_fx.measure.steadiness import Steadiness, processor_share
-from gtp_fx.measure.timing import clock_for, interleave
+from gtp_fx.measure.steadiness import Steadiness, interleave_watched, processor_share
+from gtp_fx.measure.timing import clock_for
 from gtp_fx.options.progress import Progress
 from gtp_fx.report.text import table
 from gtp_fx.targets.target import MOST_SHARE, Curve, Target
@@ -69,9 +69,9 @@ def tune_target(
             repeats[probe.name] = max(1, min(_MOST_REPEATS, round(_LONG_ENOUGH / max(taken, 1e-9))))
             step(f"compiling ({probe.kind or 'launches'})")
         runs = {probe.name: _repeated(probe.run, repeats[probe.name]) for probe in asked}
-        with processor_share() as share:
-            timings = interleave(runs, rounds=rounds, warmup=1, clock=clock, progress=lambda: step("timing"))
-    steady = Steadiness.of(timings, share.value if device.type == "cpu" else None)
+        timings, steady = interleave_watched(
+            runs, device, rounds=rounds, warmup=1, clock=clock, progress=lambda: step("timing")
+        )
     if not anyway:
         steady.must_be_steady()
     seconds = {name: statistics.median(values) / repeats[name] for name, values in timings.seconds.items()}
