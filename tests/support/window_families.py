@@ -88,21 +88,14 @@ SWIN = family(
 )
 
 
-SAM = family(
-    "samvit",
-    oracles.sam,
-    from_timm(
-        "samvit_base_patch16",
-        img_size=(160, 192),
-        depth=2,
-        embed_dim=64,
-        num_heads=2,
-        window_size=7,
-        global_attn_indexes=(1,),
-    ),
-    (160, 192),
-    {"blocks.0": 24, "blocks.1": 70},
-)
+def samvit(name: str, size: tuple[int, int], blocks: dict[str, int], global_blocks: tuple[int, ...]) -> Family:
+    """SAM's trunk in two blocks, of windows of 7 x 7."""
+    narrow = {"depth": 2, "embed_dim": 64, "num_heads": 2, "window_size": 7}
+    build = from_timm("samvit_base_patch16", img_size=size, global_attn_indexes=global_blocks, **narrow)
+    return family(name, oracles.sam, build, size, blocks)
+
+
+SAM = samvit("samvit", (160, 192), {"blocks.0": 24, "blocks.1": 70}, global_blocks=(1,))
 
 
 PADDED = family(

@@ -24,35 +24,19 @@ from gtp_fx.passes.reduce.rest_windows import rest_windows
 from gtp_fx.report.token_flow import token_flow
 from gtp_fx.strategies import Regeneration
 
-from support import reference_windows as oracles
-from support import window_families
 from support.captured import optimised, shared_model
 from support.plain_vit import built
 from support.printed import in_one_line
 from support.reference_windows import ByHand, Oracle, Parts
-from support.window_families import FAMILIES, PADDED, SWIN, TORCHVISION, Family, families, family, from_timm
+from support.window_families import FAMILIES, PADDED, SWIN, TORCHVISION, Family, families, samvit
+from support.window_families import SAM as PADDED_SAM
 from support.window_graphs import error, marked
 
 REST = Regeneration(windows="rest")
 SWIN_V2, MAXVIT, HIERA, PVT = (
     next(family for family in FAMILIES if family.name == name) for name in ("swin v2", "maxvit", "hiera", "pvt v2")
 )
-PADDED_SAM = window_families.SAM
-SAM = family(
-    "samvit of nine windows",
-    oracles.sam,
-    from_timm(
-        "samvit_base_patch16",
-        img_size=(256, 320),
-        depth=2,
-        embed_dim=64,
-        num_heads=2,
-        window_size=7,
-        global_attn_indexes=(),
-    ),
-    (256, 320),
-    {"blocks.0": 24, "blocks.1": 20},
-)
+SAM = samvit("samvit of nine windows", (256, 320), {"blocks.0": 24, "blocks.1": 20}, global_blocks=())
 RESTING = {
     SWIN: {"layers.0.blocks.0": 2, "layers.0.blocks.1": 3},
     SWIN_V2: {"layers.0.blocks.0": 1, "layers.0.blocks.1": 4},
