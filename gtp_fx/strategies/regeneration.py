@@ -73,14 +73,18 @@ class Regeneration(Grouping):
     def group(self, tokens: Tokens) -> Groups:
         attention_Bn = tokens.score_Bn
         assert attention_Bn is not None
-        unit_BnD = F.normalize(tokens.keys_BnD, dim=-1)
+        # Ordered by attention, those that receive more than a token are the ones before it, in every image; of equal
+        # ones the earlier is above, as in `split`. So one constant matrix masks all images.
+        order_Bn = attention_Bn.argsort(dim=1, descending=True, stable=True)
+        unit_BnD = F.normalize(_rows(tokens.keys_BnD, order_Bn), dim=-1)
         cosine_Bnn = torch.matmul(unit_BnD, unit_BnD.transpose(-2, -1))
-        nearest_Bn = torch.where(_above(attention_Bn), cosine_Bnn, -1.0).amax(dim=-1)
+        nearest_Bn = (cosine_Bnn + _not_before(cosine_Bnn)).amax(dim=-1).clamp(min=-1.0)
         # Rounding takes the cosine of equal keys past 1.
         difficulty_Bn = (1.0 - nearest_Bn).clamp(min=0.0) ** self.difficulty
-        kept_BK, removed_BP = split(attention_Bn * difficulty_Bn, tokens.removed)
-        to_all_BPn = cosine_Bnn.gather(1, removed_BP[..., None].expand(-1, -1, tokens.count))
-        to_kept_BPK = to_all_BPn.gather(2, kept_BK[:, None, :].expand(-1, tokens.removed, -1))
+        place_Bn = order_Bn.argsort(dim=1)
+        kept_BK, removed_BP = split(attention_Bn * difficulty_Bn.gather(1, place_Bn), tokens.removed)
+        to_all_BPn = _rows(cosine_Bnn, place_Bn.gather(1, removed_BP))
+        to_kept_BPK = to_all_BPn.gather(2, place_Bn.gather(1, kept_BK)[:, None, :].expand(-1, tokens.removed, -1))
         return averaged(tokens, kept_BK, removed_BP, to_kept_BPK.argmax(dim=-1))
 
     def group_flops(self, site: SiteShape) -> Any:
@@ -94,9 +98,14 @@ class Regeneration(Grouping):
         return [variant for variant in dict.fromkeys(varied) if variant != self]
 
 
-def _above(score_Bn: Tensor) -> Tensor:
-    """Return [B, n, n]: whether token j is above token i. Of equal scores the earlier one is, as in `split`."""
-    place_n = torch.arange(score_Bn.shape[1], device=score_Bn.device)
-    mine_Bn1, theirs_B1n = score_Bn[:, :, None], score_Bn[:, None, :]
-    earlier_nn = place_n[None, :] < place_n[:, None]
-    return (theirs_B1n > mine_Bn1) | ((theirs_B1n == mine_Bn1) & earlier_nn)
+def _rows(x_BnD: Tensor, index_Bm: Tensor) -> Tensor:
+    """Return [B, m, D]: some rows of each image. Whole rows are copied, which `gather` doesn't do."""
+    images, count, features = x_BnD.shape
+    first_B1 = torch.arange(images, device=index_Bm.device)[:, None] * count
+    return x_BnD.reshape(-1, features).index_select(0, (index_Bm + first_B1).flatten()).view(images, -1, features)
+
+
+def _not_before(cosine_Bnn: Tensor) -> Tensor:
+    """Return [n, n]: what takes a cosine below -1 where the column isn't before the row, and 0 elsewhere."""
+    count = cosine_Bnn.shape[-1]
+    return cosine_Bnn.new_full((count, count), -4.0).triu()
