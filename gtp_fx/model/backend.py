@@ -66,9 +66,9 @@ def gtp(
             raise
         warn(f"backend 'gtp': Inductor compiles this graph as it is: {error}")
         graph = gm
-    if checked.shapes == "shared":
-        return InSections(patches)(graph, example_inputs)
-    return compile_with_inductor(graph, example_inputs, patches)
+    if checked.shapes == "static":
+        return compile_with_inductor(graph, example_inputs, patches)
+    return InSections(patches, checked.shapes)(graph, example_inputs)
 
 
 def _rewritten(gm: fx.GraphModule, device: torch.device, options: Options) -> fx.GraphModule:

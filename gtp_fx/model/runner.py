@@ -47,10 +47,10 @@ def make_runner(
     )
     run: Any = graph_module
     if state.compiles:
-        if options.shapes == "shared":
-            run = _Once(torch.compile(graph_module, backend=InSections(dict(inductor))))
-        else:
+        if options.shapes == "static":
             run = _Once(torch.compile(graph_module, options=dict(inductor) or None))
+        else:
+            run = _Once(torch.compile(graph_module, backend=InSections(dict(inductor), options.shapes)))
     return Runner(run, graph_module, top_names(graph_module), watch, frozenset(known.get(AUTOCAST, ())))
 
 

@@ -101,11 +101,12 @@ class Options:
         "target's options for Inductor.",
     )
     shapes: str = _option(
-        "static",
+        "auto",
         values.shapes,
         '"shared": blocks that differ in nothing but their number of tokens share compiled code, so the first call '
-        "takes about as long as the original's, and runs are some per cent slower; "
-        '"static": every number of tokens has code of its own.',
+        "takes about as long as the original's, and runs are up to some per cent slower; "
+        '"static": every number of tokens has code of its own; '
+        '"auto": "shared" on a CPU where no gradients are computed, else "static".',
     )
     output: str = _option(
         FULL,

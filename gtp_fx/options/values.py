@@ -20,7 +20,7 @@ from gtp_fx.targets import Target, target_named
 if TYPE_CHECKING:
     from gtp_fx.strategies import Auto, Strategy
 
-SHAPES = ("static", "shared")
+SHAPES = ("auto", "static", "shared")
 """How sizes are compiled; see `Options.shapes`."""
 
 FULL, REDUCED = "full", "reduced"

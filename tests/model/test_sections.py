@@ -17,7 +17,7 @@ from gtp_fx.errors import OptionError
 from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import OpenSizes, mode_of, tracing_lock
 from gtp_fx.model.backend import gtp
-from gtp_fx.model.sections import backend, program
+from gtp_fx.model.sections import alike, backend, program
 from gtp_fx.model.sections.alike import kinds
 from gtp_fx.model.sections.backend import InSections
 from gtp_fx.model.sections.cut import cut, value_of
@@ -302,7 +302,7 @@ def test_what_another_section_returned_is_as_it_is_and_not_as_its_fake_was(compi
     code = program._Code(kinds(cut(shortened()))[1], {})
     x = torch.empty(2, 8, 4)
     for strided in (x, x.flip(0), torch.empty(2, 4, 8).mT):
-        code([strided], (6,))
+        code.bound([strided], (6,))
     assert len(compiled) == 2, "strides that the fakes don't tell apart"
 
 
@@ -343,7 +343,10 @@ def test_a_section_of_one_image_has_its_sizes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(program, "compile_with_inductor", not_compiled)
     gtp_fx.optimize(deep(), schedule=COUNTS, example_inputs=images(1), shapes="shared")(images(1))
     assert len(asked) > 20 and all(given == real for given, real in asked)
-    assert compiles == 5, "patches, attention at a site and elsewhere, what a site does, an MLP: none for a count alone"
+    parts = "patches, attention at a site and elsewhere, what a site does, an MLP"
+    assert compiles == 5 + 3, (
+        f"{parts}, and decisions, the first and the last unlike the others: none for a count alone"
+    )
 
 
 def test_tuples_stay_within_a_section_also_where_a_site_begins() -> None:
@@ -381,6 +384,37 @@ class WritesInPlace(nn.Module):
         return x
 
 
+def test_by_default_sections_are_for_inference_on_a_cpu_where_sizes_differ(compiled: list[fx.GraphModule]) -> None:
+    def in_sections(**options: Any) -> int:
+        torch._dynamo.reset()
+        compiled.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "compile_with_inductor", lambda gm, *_: gm)
+            gtp_fx.optimize(model, example_inputs=images(), **options)(images())
+        return len(compiled)
+
+    model, counts = built(lambda: PlainViT(depth=3)), COUNTS[:3]
+    assert in_sections(schedule=counts) == 0, "it may be trained"
+    with torch.no_grad():
+        assert in_sections(schedule=counts) > 0
+        assert in_sections(schedule=counts, shapes="static") == 0
+        assert in_sections(flops_budget=1.0) == 0, "its blocks are alike, so Inductor's kernels are"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("much", [0.0, 1e12])
+def test_in_a_long_run_decisions_are_not_compiled(
+    much: float, compiled: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alike, "_MUCH", much)
+    x = images()
+    fast = gtp_fx.optimize(deep(), schedule=COUNTS, example_inputs=x)
+    reference = gtp_fx.optimize(deep(), schedule=COUNTS, example_inputs=x, compile=False)
+    torch.testing.assert_close(fast(x), reference(x), rtol=0, atol=0)
+    group = torch.ops.gtp_fx.group.default
+    assert any(gm.graph.find_nodes(op="call_function", target=group) for gm in compiled) == (much > 1)
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:backend 'gtp'")
 def test_a_graph_that_writes_in_place_is_compiled_whole(
@@ -401,8 +435,8 @@ def test_static_shapes_are_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(InSections, "__call__", never)
     x = images()
-    fast = gtp_fx.optimize(built(lambda: PlainViT(depth=2)), schedule=[2, 0], example_inputs=x)
+    fast = gtp_fx.optimize(built(lambda: PlainViT(depth=2)), schedule=[2, 0], example_inputs=x, shapes="static")
     with torch.no_grad():
         assert isinstance(fast(x), Tensor)
-    with pytest.raises(OptionError, match="shapes='open' is unknown; give one of 'static', 'shared'"):
+    with pytest.raises(OptionError, match="shapes='open' is unknown; give one of 'auto', 'static', 'shared'"):
         gtp_fx.optimize(deep(), flops_budget=0.8, shapes="open")

@@ -10,6 +10,7 @@ takes it as a symbol, the same one for equal columns, so that it knows which siz
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ Column = tuple[Number, ...]
 
 _SMALL = 0.1
 """The part of all values, in bytes, that may be made by sections which aren't compiled since each occurs once."""
+
+_MUCH = 150e6
+"""Bytes of all values from which on a site's decision isn't compiled: then calling its many operators is little."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,21 @@ class Kind:
     graph_module: takes the inputs, and then each open number of the arguments, once per column; returns the outputs.
     sizes: for each input, the columns of its sizes and strides; for an integer, its own column alone.
     given: the columns of the open numbers that the graph module takes.
-    as_it_is: whether compiling would cost more than it saves: a site's own operators, and what is small and single.
+    decides: whether it is a site's decision, which tokens leave.
+    as_it_is: whether compiling would cost more than it saves: decisions in a long run, and what is small and single.
     """
 
     sections: tuple[Section, ...]
     graph_module: fx.GraphModule
     sizes: tuple[tuple[Column, ...], ...]
     given: tuple[Column, ...]
+    decides: bool
     as_it_is: bool
+
+    @property
+    def differs(self) -> bool:
+        """Return whether it has a number that isn't the same in all its sections, known or not."""
+        return any(column != column[:1] * len(column) for column in (*self.given, *itertools.chain(*self.sizes)))
 
 
 def section(nodes: Sequence[fx.Node]) -> Section:
@@ -108,8 +119,9 @@ def kinds(parts: Iterable[Sequence[fx.Node]]) -> list[Kind]:
     for part in parts:
         described = section(part)
         found.setdefault(described.form, []).append(described)
-    small = _small(list(found.values()))
-    return [_kind(alike, alike[0] in small) for alike in found.values()]
+    made = sum(part.made for alike in found.values() for part in alike)
+    small = _small(list(found.values()), _SMALL * made)
+    return [_kind(alike, alike[0] in small, made >= _MUCH) for alike in found.values()]
 
 
 def is_open(column: Column) -> bool:
@@ -131,8 +143,8 @@ def number(value: Any) -> Number:
     return value.node.expr if isinstance(value, torch.SymInt) else int(value)
 
 
-def _small(found: Sequence[Sequence[Section]]) -> list[Section]:
-    """Return the sections, the smallest that occur once, which together make no more than a small part of all values.
+def _small(found: Sequence[Sequence[Section]], left: float) -> list[Section]:
+    """Return the sections, the smallest that occur once, which together make no more than `left` bytes.
 
     On a CPU they take some per cent longer without compiling: a norm, a product or an activation is one pass over
     memory in either case. Operators of this package are many of torch's, and gain more. Elsewhere there are none: a GPU
@@ -141,7 +153,6 @@ def _small(found: Sequence[Sequence[Section]]) -> list[Section]:
     single = [
         alike[0] for alike in found if len(alike) == 1 and alike[0].is_on_cpu and not any(map(_is_many, alike[0].nodes))
     ]
-    left = _SMALL * sum(part.made for alike in found for part in alike)
     small = []
     for part in sorted(single, key=lambda part: part.made):
         left -= part.made
@@ -156,19 +167,24 @@ def _is_many(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", "") == "gtp_fx" and node.target is not gtp_fx.key_bias.default
 
 
-def _kind(alike: Sequence[Section], small: bool) -> Kind:
-    """Return the kind of some sections of one form."""
+def _kind(alike: Sequence[Section], small: bool, long: bool) -> Kind:
+    """Return the kind of some sections of one form.
+
+    long: whether a run of the whole graph is long.
+    """
     first = alike[0]
     sizes = tuple(
-        tuple(zip(*(_numbers_of(part.inputs[i]) for part in alike), strict=True)) for i in range(len(first.inputs))
+        tuple(zip(*(numbers_of(part.inputs[i]) for part in alike), strict=True)) for i in range(len(first.inputs))
     )
     columns: list[Column] = list(zip(*(part.numbers for part in alike), strict=True))
     given = tuple(dict.fromkeys(column for column in columns if is_open(column)))
-    as_it_is = small or bool(sites(first.nodes))
-    return Kind(tuple(alike), _graph_module(first, columns, given), sizes, given, as_it_is)
+    decides = bool(sites(first.nodes))
+    as_it_is = small or (decides and long)
+    return Kind(tuple(alike), _graph_module(first, columns, given), sizes, given, decides, as_it_is)
 
 
-def _numbers_of(node: fx.Node) -> tuple[Number, ...]:
+def numbers_of(node: fx.Node) -> tuple[Number, ...]:
+    """Return the sizes and then the strides of a node's value; an integer itself."""
     value = value_of(node)
     return tuple(map(number, (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)))
 

@@ -1,4 +1,4 @@
-"""The backend that compiles optimised graphs in sections, where the user asked for it."""
+"""The backend that compiles optimised graphs in sections, where that pays or the user asked for it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ class InSections:
     """A backend for torch.compile that compiles sections which are alike once.
 
     inductor: Inductor's options.
+    shapes: "shared", or "auto": only where that was measured to pay.
     """
 
     inductor: Mapping[str, Any]
+    shapes: str
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph; in one piece where there is nothing to share."""
-        program = compile_in_sections(gm, inputs, self.inductor)
+        program = compile_in_sections(gm, inputs, self.inductor, only_where_it_pays=self.shapes == "auto")
         return compile_with_inductor(gm, inputs, self.inductor) if program is None else program

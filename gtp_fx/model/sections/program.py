@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from gtp_fx.graph import edit
@@ -18,22 +19,31 @@ from gtp_fx.graph.torch_internals import (
     folds_weights,
     tracing_lock,
 )
-from gtp_fx.model.sections.alike import Column, Kind, is_open, kinds
+from gtp_fx.model.sections.alike import Column, Kind, is_open, kinds, numbers_of
 from gtp_fx.model.sections.cut import OUTSIDE, can_be_cut, cut, leaves
 from gtp_fx.model.sections.first_site import like_the_others
 
+_Bound = Callable[..., Sequence[Any]]
+"""A section's code with the numbers of one section and one run: what its inputs are taken to its outputs by."""
+
 
 def compile_in_sections(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any], only_where_it_pays: bool = False
 ) -> Callable[..., Any] | None:
     """Compile a graph that a backend was given, in sections, of which those that are alike share their code.
 
     inputs: fake tensors and symbolic integers, as Dynamo gives them.
     options: Inductor's.
+    only_where_it_pays: keep to what was measured: on a CPU, without gradients, where sections differ in a number.
 
     Returns None where the graph can't be cut or has no sections that are alike: then nothing is gained.
     """
     if folds_weights():  # then weights are no inputs, and sections of other weights aren't alike
+        return None
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if only_where_it_pays and (trains or not on_cpu):
         return None
     # A copy: what Dynamo noted on the graph is Inductor's, where that compiles it whole.
     gm = edit.copy_of(gm)
@@ -43,6 +53,8 @@ def compile_in_sections(
     like_the_others(gm.graph)
     found = kinds(cut(gm.graph))
     if all(len(kind.sections) == 1 for kind in found if not kind.as_it_is):
+        return None
+    if only_where_it_pays and not any(kind.differs for kind in found):  # one code serves all of them whole
         return None
     return Program(gm, found, options)
 
@@ -90,6 +102,15 @@ class Program:
         constant = itertools.count(self._made)
         self._returned = [slots[leaf] if isinstance(leaf, fx.Node) else next(constant) for leaf in outputs]
         codes = {id(kind): _Code(kind, options) for kind in found}
+        # What tells one run from another: all other sizes of what comes in are the same in each.
+        self._varying = [
+            (slot, j)
+            for node, slot in slots.items()
+            if node.op == "placeholder"
+            for j, number in enumerate(numbers_of(node))
+            if type(number) is not int
+        ]
+        self._known: dict[tuple[int, ...], list[_Bound]] = {}
         last = {slots[node]: step for step, (part, _, _) in enumerate(order) for node in part.inputs}
         self._steps = [
             _Step(
@@ -104,14 +125,21 @@ class Program:
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Run the sections."""
+        sizes = tuple(_number_at(inputs[slot], j) for slot, j in self._varying)
+        # Each section's sizes follow from those, so which code serves it is looked up at the first such run alone.
+        known = self._known.get(sizes)
+        functions: list[_Bound] = [] if known is None else known
         values = [*inputs, *self._held]
         values += [None] * (self._made - len(values)) + self._constants
-        for step in self._steps:
-            results = step.code([values[slot] for slot in step.reads], step.numbers)
-            for slot, result in zip(step.writes, results, strict=True):
+        for i, step in enumerate(self._steps):
+            read = [values[slot] for slot in step.reads]
+            if known is None:
+                functions.append(step.code.bound(read, step.numbers))
+            for slot, result in zip(step.writes, functions[i](*read), strict=True):
                 values[slot] = result
             for slot in step.done:
                 values[slot] = None
+        self._known[sizes] = functions
         return tuple(values[slot] for slot in self._returned)
 
 
@@ -129,8 +157,10 @@ class _Compiled:
     assumed: OpenSizes
     sizes: tuple[tuple[int, int], ...]
 
-    def __call__(self, *values: Any) -> Sequence[Any]:
-        return self.function(*values, *self._of(values))  # type: ignore[no-any-return]
+    def bound(self, values: Sequence[Any], numbers: tuple[int, ...]) -> _Bound:
+        """Return it as a function of values with the sizes of these."""
+        function, rest = self.function, (*numbers, *self._of([*values, *numbers]))
+        return lambda *values: function(*values, *rest)
 
     def serves(self, values: Sequence[Any]) -> bool:
         """Return whether it gives the right result for other inputs and numbers."""
@@ -164,16 +194,19 @@ class _Code:
             if made[i] or is_open(column)
         ]
 
-    def __call__(self, values: list[Any], numbers: tuple[int, ...]) -> Sequence[Any]:
+    def bound(self, values: list[Any], numbers: tuple[int, ...]) -> _Bound:
+        """Return what runs a section that has these numbers, on values with the sizes and strides of these."""
         if self.kind.as_it_is:
-            return [_as_usual(value) for value in self.kind.graph_module.forward(*values, *numbers)]
+            forward = self.kind.graph_module.forward
+            return _usual(lambda *values: forward(*values, *numbers))
         sizes = tuple(_number_at(values[i], j) for i, j in self._varying) + numbers
         function = self.known.get(sizes)
         if function is None:
             with tracing_lock():  # torch traces one thing at a time, and other threads may be compiling other models
                 function = self.known.get(sizes) or self._compiled(values, numbers)
                 self.known[sizes] = function
-        return function(*values, *numbers)
+        # Else what a decision has of one image tells how many tokens there were, and what follows is compiled anew.
+        return _usual(function.bound(values, numbers)) if self.kind.decides else function.bound(values, numbers)
 
     def _compiled(self, values: list[Any], numbers: tuple[int, ...]) -> _Compiled:
         """Return a compiled function that serves some values, from those there are, or compiled now."""
@@ -199,6 +232,11 @@ class _Code:
             function = compile_with_inductor(graph_module, fakes, self.options)
         self.ready.append(_Compiled(function, assumed, tuple(sizes.values())))
         return self.ready[-1]
+
+
+def _usual(function: _Bound) -> _Bound:
+    """Return a function whose results are as usual."""
+    return lambda *values: [_as_usual(value) for value in function(*values)]
 
 
 def _as_usual(value: Any) -> Any:
