@@ -128,18 +128,28 @@ def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
 
 def whole_windows(rows: TensorType) -> int:
     """Return how many windows of an image hold no padding. rows: the layout by window."""
-    below, *made = made_from(grid_of(rows))[::-1]
-    if all(grid.inside is None for grid in made):
+    if all(grid.inside is None for grid in made_from(grid_of(rows))):
         return math.prod(f.whole_size for f in split_tokens(rows[0]) if isinstance(f, GridAxis))
-    patch = np.ones(below.shape, bool)
+    return int((patches_by_window(rows) >= 0).all(axis=1).sum())
+
+
+def patches_by_window(rows: TensorType) -> np.ndarray:
+    """Return the number of the patch in each place of an image's padded windows, [windows, places]; -1 for padding.
+
+    rows: the layout by window.
+    """
+    below, *made = made_from(grid_of(rows))[::-1]
+    patch = np.arange(math.prod(below.shape)).reshape(below.shape)
     for grid in made:
         if grid.shift:
             patch = np.roll(patch, grid.shift, tuple(range(patch.ndim)))
         elif grid.flipped:
             patch = np.flip(patch, grid.flipped)
         else:
-            patch = np.pad(patch, [(0, more - less) for more, less in zip(grid.shape, patch.shape, strict=True)])
+            more = [(0, big - small) for big, small in zip(grid.shape, patch.shape, strict=True)]
+            patch = np.pad(patch, more, constant_values=-1)
     factors = [f for dim in rows for f in split_tokens(dim) if isinstance(f, GridAxis)]
     places = np.ix_(*(f.stride * np.arange(f.whole_size) for f in factors))
     at = [sum(place for f, place in zip(factors, places, strict=True) if f.side == side) for side in range(patch.ndim)]
-    return int(patch[tuple(at)].reshape(-1, whole_size(rows[1])).all(axis=1).sum())
+    by_window: np.ndarray = patch[tuple(at)].reshape(-1, whole_size(rows[1]))
+    return by_window

@@ -20,6 +20,7 @@ import gtp_fx
 from bench.dynamo_door import Door
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
+from gtp_fx.graph.edit import CONSTANT
 from gtp_fx.passes.reduce.rest_windows import rest_windows
 from gtp_fx.report.token_flow import token_flow
 from gtp_fx.strategies import Regeneration
@@ -122,6 +123,16 @@ def test_equals_the_blocks_by_hand(family: Family) -> None:
         wanted = by_hand(x)
     assert error(fast.graph_module(x), wanted) < 1e-5
     assert error(model(x), wanted) > 1e-3, "a schedule that changes nothing proves nothing"
+
+
+@families(SAM, PADDED, by_default=(SAM,))
+def test_what_sizes_decide_is_a_constant_of_the_graph(family: Family) -> None:
+    """Blocks share tables that don't depend on how many windows rest; nothing but what attention runs on is padded."""
+    gm = optimised(family, schedule=schedule(family), strategy=REST).graph_module
+    reads = [str(n.target) for n in gm.graph.find_nodes(op="get_attr") if str(n.target).startswith(CONSTANT)]
+    # Swin's second block is shifted, and takes its mask by the windows' numbers.
+    assert (len(reads), len(set(reads))) == {SAM: (8, 6), PADDED: (10, 10)}[family]
+    assert not any(n.target is torch.ops.aten.constant_pad_nd.default for n in gm.graph.nodes)
 
 
 def by_distance(oracle: Oracle) -> Oracle:
