@@ -18,7 +18,8 @@ from torch import fx
 
 from gtp_fx.analysis.branch_parts import NoBranch, Part, parts_after
 from gtp_fx.graph.nodes import attention_dropout
-from gtp_fx.strategies.protocol import Attention, Strategy
+from gtp_fx.strategies.protocol import Strategy
+from gtp_fx.strategies.sites import Attention
 from gtp_fx.types.axes import (
     Dim,
     Plain,

@@ -27,7 +27,7 @@ from gtp_fx.graph.nodes import (
 )
 from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.strategies.protocol import Attention
+from gtp_fx.strategies.sites import Attention
 from gtp_fx.types.axes import is_plain, token_axis
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.places import is_window

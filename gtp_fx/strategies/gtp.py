@@ -16,15 +16,8 @@ from gtp_fx.strategies.gtp_options import check_options
 from gtp_fx.strategies.gtp_work import graph_works, propagation_works
 from gtp_fx.strategies.plain_numbers import take_plain_numbers
 from gtp_fx.strategies.pricing import scoring_works
-from gtp_fx.strategies.protocol import (
-    AtSite,
-    Attention,
-    Emit,
-    Removal,
-    SiteShape,
-    StreamState,
-    unknown_prefix,
-)
+from gtp_fx.strategies.protocol import unknown_prefix
+from gtp_fx.strategies.sites import AtSite, Attention, Emit, Removal, SiteShape, StreamState
 from gtp_fx.strategies.token_scale import AUTO, SCALES_READ_FROM, log_scale_bound
 from gtp_fx.targets.work import Work
 from gtp_fx.types.axes import TokenAxis

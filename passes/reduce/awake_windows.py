@@ -17,7 +17,7 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from gtp_fx.analysis.resting import Rest, patches_by_window
 from gtp_fx.analysis.window_steps import PAD
 from gtp_fx.graph.constants import Constants
-from gtp_fx.strategies.protocol import Emit
+from gtp_fx.strategies.sites import Emit
 from gtp_fx.types.axes import Plain, TensorType, whole_size
 from gtp_fx.types.layouts import convert, image_layout
 

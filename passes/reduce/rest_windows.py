@@ -27,7 +27,7 @@ from gtp_fx.graph.constants import Constants
 from gtp_fx.graph.symbols import is_symbolic, shape_of
 from gtp_fx.passes.reduce.awake_windows import Awake, PaddedWindows, WholeRows
 from gtp_fx.plan.plan import Plan
-from gtp_fx.strategies.protocol import Emit
+from gtp_fx.strategies.sites import Emit
 from gtp_fx.types.axes import whole_size
 from gtp_fx.types.infer import WholeTyping, infer_types
 

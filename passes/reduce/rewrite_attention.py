@@ -18,7 +18,7 @@ from gtp_fx.analysis.branches import keys_beside
 from gtp_fx.analysis.marks import MARK
 from gtp_fx.graph import edit
 from gtp_fx.passes.reduce.walk import Walk
-from gtp_fx.strategies.protocol import Attention
+from gtp_fx.strategies.sites import Attention
 from gtp_fx.types.axes import images_dims, token_axis
 
 ATTENDS = "gtp_attends"

@@ -28,7 +28,8 @@ from gtp_fx.graph.symbols import shape_of
 from gtp_fx.passes.exact.attention_layout import Layout
 from gtp_fx.passes.exact.build_attention import Sized
 from gtp_fx.plan.plan import Plan
-from gtp_fx.strategies.protocol import Attention, Emit, Strategy
+from gtp_fx.strategies.protocol import Strategy
+from gtp_fx.strategies.sites import Attention, Emit
 from gtp_fx.types.axes import Plain, TensorType, whole_size
 from gtp_fx.types.infer import WholeTyping, infer_types
 from gtp_fx.types.layouts import by_window, convert, grid_of, image_layout, made_from
