@@ -1,6 +1,7 @@
 """The rules by family of operators; importing this package registers them all.
 
-registry     what a rule is, and how types join
+registry     what a rule is
+broadcasting how types join
 pointwise    element-wise operators, with broadcasting
 contraction  linear, matmul, attention
 layout       views, permutations, expand

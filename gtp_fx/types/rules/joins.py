@@ -24,8 +24,9 @@ from gtp_fx.types.axes import (
     whole_size,
 )
 from gtp_fx.types.grids import Grid
+from gtp_fx.types.rules.broadcasting import join
 from gtp_fx.types.rules.grids import is_side, padded
-from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, join, rule, wanting
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, rule, wanting
 
 
 @rule(aten.cat.default)
