@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from gtp_fx.analysis.branches import pooled_to
 from gtp_fx.analysis.marks import MARK
+from gtp_fx.analysis.queries_and_keys import pooled_to
 from gtp_fx.analysis.residual_adds import residual_add
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import (

@@ -20,8 +20,9 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.branch_layouts import patches_at, patches_of
 from gtp_fx.analysis.branch_parts import Part, with_fewer_dimensions
-from gtp_fx.analysis.branches import Branch, is_ranked_by_activity, patches_at, patches_of
+from gtp_fx.analysis.branches import Branch, is_ranked_by_activity
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of

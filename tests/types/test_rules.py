@@ -50,9 +50,9 @@ from gtp_fx.types.infer import SiteTyping, infer_types, infer_with_sites
 from gtp_fx.types.rules import registry
 from gtp_fx.types.rules.broadcasting import join
 from gtp_fx.types.rules.contraction import _join_dim as join_summed
-from gtp_fx.types.rules.layout import regroup
 from gtp_fx.types.rules.ranges import getitem
 from gtp_fx.types.rules.registry import NoRule, Output, TypeList
+from gtp_fx.types.rules.views import regroup
 
 from support.graphs_by_hand import patches, traced
 from support.rule_rows import ROWS as OTHER_ROWS

@@ -4,7 +4,8 @@ registry     what a rule is
 broadcasting how types join
 pointwise    element-wise operators, with broadcasting
 contraction  linear, matmul, attention
-layout       views, permutations, expand
+layout       permutations, squeezing, expand
+views        views, flattening
 unfold       patches cut out by views, where grids are born too
 ranges       select, slice, unbind, split: operators that take parts of an axis
 joins        cat, stack, padding: operators that join along one
@@ -28,6 +29,7 @@ from gtp_fx.types.rules import (
     ranges,
     reduction,
     spatial,
+    views,
 )
 
 __all__ = [
@@ -42,4 +44,5 @@ __all__ = [
     "ranges",
     "reduction",
     "spatial",
+    "views",
 ]

@@ -13,17 +13,7 @@ from typing import Any
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.operators import SPLITS
-from gtp_fx.types.axes import (
-    CountOf,
-    Dim,
-    Plain,
-    TensorType,
-    holds_images,
-    is_plain,
-    size,
-    token_axis,
-    whole_size,
-)
+from gtp_fx.types.axes import CountOf, Dim, Plain, TensorType, holds_images, is_plain, size, token_axis, whole_size
 from gtp_fx.types.merging import in_rows
 from gtp_fx.types.rules.grids import is_side, sampled
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, TypeList, rule

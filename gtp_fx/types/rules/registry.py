@@ -27,15 +27,7 @@ from torch import fx
 
 from gtp_fx.errors import NotApplicable
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.types.axes import (
-    CountOf,
-    Dim,
-    TensorType,
-    holds_images,
-    is_plain,
-    plain,
-    token_axes,
-)
+from gtp_fx.types.axes import CountOf, Dim, TensorType, holds_images, is_plain, plain, token_axes
 
 NEEDS_ALL: frozenset[fx.Node] = frozenset()
 """The `prefix_operands` of an operator whose every output token needs every input token."""
