@@ -37,14 +37,33 @@ Shapes, here and in the modules: B images, H heads, N tokens of a stream (p pref
 channels, K kept and P removed patch tokens, M semantic neighbours of a token, G patch tokens of the whole grid.
 """
 
-from gtp_fx.ops import attention, propagate, select, stock_attention
-from gtp_fx.ops import padded_windows as padded
-from gtp_fx.ops import pooled_attention as cells
-from gtp_fx.ops import take_recover as levels
-from gtp_fx.ops import token_graph as graph
-from gtp_fx.ops import weighted_mean as pool
-from gtp_fx.ops import window_rest as rest
-from gtp_fx.ops import window_shares as regions
+from gtp_fx.ops import (
+    attention,
+    propagate,
+    select,
+    stock_attention,
+)
+from gtp_fx.ops import (
+    padded_windows as padded,
+)
+from gtp_fx.ops import (
+    pooled_attention as cells,
+)
+from gtp_fx.ops import (
+    take_recover as levels,
+)
+from gtp_fx.ops import (
+    token_graph as graph,
+)
+from gtp_fx.ops import (
+    weighted_mean as pool,
+)
+from gtp_fx.ops import (
+    window_rest as rest,
+)
+from gtp_fx.ops import (
+    window_shares as regions,
+)
 from gtp_fx.ops.code_tag import tag_compiled_code
 
 __all__ = [
