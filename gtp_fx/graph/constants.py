@@ -37,6 +37,8 @@ class Constants:
         """Return the name under which a table is held from now on."""
         key = (device, table.shape, table.astype(np.int64).tobytes())
         if key not in self._names:
+            # On "meta" it would lose its numbers; the model may get weights, and a device, later.
+            device = torch.device("cpu") if device.type == "meta" else device
             # What is made in inference mode couldn't be saved for a backward pass later.
             with torch.inference_mode(False):
                 value = torch.tensor(table, dtype=torch.int64, device=device)

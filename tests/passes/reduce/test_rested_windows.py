@@ -6,6 +6,7 @@ or fewer rows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -133,6 +134,20 @@ def test_what_sizes_decide_is_a_constant_of_the_graph(family: Family) -> None:
     # Swin's second block is shifted, and takes its mask by the windows' numbers.
     assert (len(reads), len(set(reads))) == {SAM: (8, 6), PADDED: (10, 10)}[family]
     assert not any(n.target is torch.ops.aten.constant_pad_nd.default for n in gm.graph.nodes)
+
+
+@pytest.mark.nightly
+@pytest.mark.xdist_group(SAM.name)
+@torch.no_grad()
+def test_tables_have_numbers_where_the_model_gets_its_own_later() -> None:
+    model, x = shared_model(SAM), SAM.inputs(batch=3)
+    wanted = optimised(SAM, schedule=schedule(SAM), strategy=REST).graph_module(x)
+    without = copy.deepcopy(model).to("meta")
+    fast = gtp_fx.optimize(
+        without, schedule=schedule(SAM), strategy=REST, example_inputs=SAM.inputs().to("meta"), compile=False
+    )
+    fast.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert error(fast(x), wanted) < 1e-5
 
 
 def by_distance(oracle: Oracle) -> Oracle:
