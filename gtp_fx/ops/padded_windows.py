@@ -1,7 +1,7 @@
 """Windows that rest where some are padded: those without padding may, those with some are awake, patches alone leave.
 
-B images of W windows each, n places of a window. A windows of an image hold no padding, E hold some. K windows of each
-image are awake: some of the A, then all E. S = K * n places of them hold T patches.
+B images of W windows each, n places of a window. A windows of an image hold no padding, E hold some. K = F + E windows
+of each image are awake: F of the A, then all E. S = K * n places of them hold T patches.
 
 Of these, only which of the A are awake follows the numbers of an image. All else follows from sizes, and is in tables
 that `gtp_fx.passes.reduce.awake_windows` makes.
@@ -28,36 +28,36 @@ def windows_without_padding(x_BNC: Tensor, patches_An: Tensor) -> Tensor:
     return x_BNC.index_select(1, patches_An.flatten()).reshape(-1, patches_An.shape[1], x_BNC.shape[2])
 
 
-def _awake_shapes(kept_BK, able_A, padded_E):  # type: ignore[no-untyped-def]
-    return kept_BK.new_empty(kept_BK.shape[0], kept_BK.shape[1] + padded_E.shape[0])
+def _awake_shapes(kept_BF, able_A, padded_E):  # type: ignore[no-untyped-def]
+    return kept_BF.new_empty(kept_BF.shape[0], kept_BF.shape[1] + padded_E.shape[0])
 
 
 @operator(_awake_shapes)
-def awake_of_padded(kept_BK: Tensor, able_A: Tensor, padded_E: Tensor) -> Tensor:
+def awake_of_padded(kept_BF: Tensor, able_A: Tensor, padded_E: Tensor) -> Tensor:
     """Return the numbers of the windows that are awake, [B, K]: those chosen of the ones without padding, all others.
 
-    kept_BK: from `select`, which of the A windows without padding are awake.
+    kept_BF: from `select`, which F of the A windows without padding are awake.
     able_A, padded_E: the numbers of the windows without padding, and of those with some.
     """
-    return torch.cat([able_A[kept_BK], padded_E.expand(kept_BK.shape[0], -1)], dim=1)
+    return torch.cat([able_A[kept_BF], padded_E.expand(kept_BF.shape[0], -1)], dim=1)
 
 
-def _patch_shapes(kept_BK, patches_An, edge_Q):  # type: ignore[no-untyped-def]
-    return kept_BK.new_empty(kept_BK.shape[0], kept_BK.shape[1] * patches_An.shape[1] + edge_Q.shape[0])
+def _patch_shapes(kept_BF, patches_An, edge_Q):  # type: ignore[no-untyped-def]
+    return kept_BF.new_empty(kept_BF.shape[0], kept_BF.shape[1] * patches_An.shape[1] + edge_Q.shape[0])
 
 
 @operator(_patch_shapes)
-def awake_patches(kept_BK: Tensor, patches_An: Tensor, edge_Q: Tensor) -> Tensor:
+def awake_patches(kept_BF: Tensor, patches_An: Tensor, edge_Q: Tensor) -> Tensor:
     """Return the numbers of the patches in windows that are awake, [B, T].
 
     They are scattered into memory, so that whatever takes rows by them reads numbers. A compiler would write the two
     tables into each of these as index arithmetic otherwise, which is done anew for every feature.
 
-    kept_BK, patches_An: as above.
+    kept_BF, patches_An: as above.
     edge_Q: the numbers of the Q patches that windows with padding hold.
     """
-    images = kept_BK.shape[0]
-    whole = patches_An.index_select(0, kept_BK.flatten()).reshape(images, -1)
+    images = kept_BF.shape[0]
+    whole = patches_An.index_select(0, kept_BF.flatten()).reshape(images, -1)
     held_BT = torch.cat([whole, edge_Q.expand(images, -1)], dim=1)
     into_BT = torch.arange(held_BT.shape[1], device=held_BT.device).expand_as(held_BT)
     return torch.empty_like(held_BT).scatter(1, into_BT, held_BT)

@@ -98,7 +98,7 @@ class PaddedTables:
         home = patches_by_window(rest.rows)
         is_able = (home >= 0).all(axis=1)
         able, padded = np.flatnonzero(is_able), np.flatnonzero(~is_able)
-        # Those that are awake come first, then all with padding: which windows the former are doesn't matter here.
+        # Those without padding that are awake come first, whichever they are, then all others.
         awake = np.concatenate([home[able[resting:]], home[padded]]) >= 0
         places = np.flatnonzero(awake)
         held = np.where(awake.flatten(), awake.cumsum() - 1, -1)
