@@ -19,8 +19,9 @@ import typer
 import gtp_fx
 from bench.environment import Environment
 from bench.output import publish
-from gtp_fx.cli.arguments import Device, Dtype, parse_schedule
+from gtp_fx.cli.arguments import Device, Dtype
 from gtp_fx.cli.photo import photo_batch
+from gtp_fx.cli.typed import parse_schedule
 from gtp_fx.cli.weights import LoadedModel, load_model
 from gtp_fx.errors import CheckError, GtpError
 from gtp_fx.measure.compare import Comparison, compare

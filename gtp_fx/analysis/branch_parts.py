@@ -18,7 +18,7 @@ from gtp_fx.graph.nodes import ancestors, descendants, operator_name, source_lin
 from gtp_fx.graph.operators import ATTENTION, CONVOLUTIONS, NAMED_DIMENSIONS, PERMUTATIONS, REARRANGED, SOFTMAXES
 from gtp_fx.types.axes import TensorType, is_plain, token_axis, whole_size
 from gtp_fx.types.infer import WholeTyping
-from gtp_fx.types.rules.layout import is_view
+from gtp_fx.types.rules.views import is_view
 
 
 class NoBranch(NotApplicable):

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from gtp_fx.analysis.branches import pooled_to
 from gtp_fx.analysis.marks import MARK
+from gtp_fx.analysis.queries_and_keys import pooled_to
 from gtp_fx.analysis.residual_adds import residual_add
 from gtp_fx.errors import Refusal
 from gtp_fx.graph.nodes import (
@@ -27,7 +27,7 @@ from gtp_fx.graph.nodes import (
 )
 from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.strategies.protocol import Attention
+from gtp_fx.strategies.sites import Attention
 from gtp_fx.types.axes import is_plain, token_axis
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.places import is_window

@@ -7,7 +7,7 @@
                   └─ rest ──────────────────────────────────────────────┘
 
 Everything between the stream and the block's last add has to compute each window from that window alone, which types
-show node by node (`window_steps`).
+show node by node (`window_walk`).
 
 Where the grid is padded, so that windows divide it, only windows without padding rest. Those at its edge are always
 awake: attention runs on their padding, as in the original, and what follows it on their patches alone.
@@ -22,11 +22,11 @@ from fractions import Fraction
 
 import numpy as np
 from torch import fx
-from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
-from gtp_fx.analysis.window_steps import MOVES, NoRest, Step, Walk
-from gtp_fx.graph.nodes import ancestors, operator_name
+from gtp_fx.analysis.window_forms import Forms, NoRest
+from gtp_fx.analysis.window_steps import Step
+from gtp_fx.analysis.window_walk import last_add, nodes_between, read_outside, steps_of
 from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.axes import Plain, TensorType, token_axes, whole_size
@@ -34,9 +34,6 @@ from gtp_fx.types.grids import GridAxis
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.layouts import base_of, grid_of, made_from
 from gtp_fx.types.merging import split_tokens
-
-_MADE = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
-"""New tensors, whose numbers don't depend on the one that gives dtype and device: masks are built with them."""
 
 
 @dataclass(frozen=True)
@@ -112,77 +109,47 @@ def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
     whole = whole_windows(rows)
     if whole < 2:
         raise NoRest(f"only {whole} of its windows holds no padding, and others are always awake")
-    result = _last_add(branch.parts[-1].result)
+    result = last_add(branch.parts[-1].result)
     if result.meta["val"].dtype != stream.meta["val"].dtype:
         raise NoRest("its end is of another dtype than its stream")
-    nodes = _between(stream, result, typing)
-    between = set(nodes)
-    sizes, made = [], []
-    for node in nodes[:-1]:
-        for user in node.users:
-            if user.target is aten.sym_size.int:
-                sizes.append(user)
-            elif user.target in _MADE and user.meta["val"].dtype == stream.meta["val"].dtype:
-                made.append(user)
-            elif user not in between:
-                raise NoRest(f"{operator_name(node)} inside it is read elsewhere")
-    if block.attention not in between or len([n for n in nodes if n.target in ATTENTION]) > 1:
+    nodes = nodes_between(stream, result, typing)
+    sizes, made = read_outside(nodes, stream.meta["val"].dtype)
+    if block.attention not in nodes or len([n for n in nodes if n.target in ATTENTION]) > 1:
         raise NoRest("its attention doesn't stand alone between its stream and its end")
-    walk = Walk(typing, rows)
-    if not walk.is_tokens(stream):
-        raise NoRest("its stream isn't laid out as tokens with features last, or holds padding")
-    walk.forms[stream] = None
-    steps = [walk.step(node) for node in nodes]
-    if walk.forms[result] is not None:
-        raise NoRest("its end isn't laid out as its stream is")
+    forms = Forms(typing, rows)
+    steps = steps_of(nodes, stream, forms)
     known = (whole_size(rows[0]), shape_of(stream)[0])
     if any(shape_of(n.args[0])[n.args[1]] not in known for n in sizes):  # type: ignore[arg-type, index]
         raise NoRest("something reads the size of a value inside it")
     count = math.prod(f.whole_size for f in windows)
-    by_window = frozenset(node for node in nodes if walk.forms[node] is not None)
-    return Rest(stream, result, tuple(steps), by_window, rows, count, whole, tuple(sizes), tuple(made))
+    by_window = frozenset(node for node in nodes if forms.of[node] is not None)
+    return Rest(stream, result, steps, by_window, rows, count, whole, tuple(sizes), tuple(made))
 
 
 def whole_windows(rows: TensorType) -> int:
     """Return how many windows of an image hold no padding. rows: the layout by window."""
-    below, *made = made_from(grid_of(rows))[::-1]
-    if all(grid.inside is None for grid in made):
+    if all(grid.inside is None for grid in made_from(grid_of(rows))):
         return math.prod(f.whole_size for f in split_tokens(rows[0]) if isinstance(f, GridAxis))
-    patch = np.ones(below.shape, bool)
+    return int((patches_by_window(rows) >= 0).all(axis=1).sum())
+
+
+def patches_by_window(rows: TensorType) -> np.ndarray:
+    """Return the number of the patch in each place of an image's padded windows, [windows, places]; -1 for padding.
+
+    rows: the layout by window.
+    """
+    below, *made = made_from(grid_of(rows))[::-1]
+    patch = np.arange(math.prod(below.shape)).reshape(below.shape)
     for grid in made:
         if grid.shift:
             patch = np.roll(patch, grid.shift, tuple(range(patch.ndim)))
         elif grid.flipped:
             patch = np.flip(patch, grid.flipped)
         else:
-            patch = np.pad(patch, [(0, more - less) for more, less in zip(grid.shape, patch.shape, strict=True)])
+            more = [(0, big - small) for big, small in zip(grid.shape, patch.shape, strict=True)]
+            patch = np.pad(patch, more, constant_values=-1)
     factors = [f for dim in rows for f in split_tokens(dim) if isinstance(f, GridAxis)]
     places = np.ix_(*(f.stride * np.arange(f.whole_size) for f in factors))
     at = [sum(place for f, place in zip(factors, places, strict=True) if f.side == side) for side in range(patch.ndim)]
-    return int(patch[tuple(at)].reshape(-1, whole_size(rows[1])).all(axis=1).sum())
-
-
-def _between(stream: fx.Node, result: fx.Node, typing: WholeTyping) -> list[fx.Node]:
-    """Return the tensors that lead from the stream to the result, in graph order, `result` among them.
-
-    What depends on their sizes, dtype or device alone, as a mask for each window does, is not among them.
-    """
-    before = ancestors(result) | {result}
-    found: dict[fx.Node, None] = {}
-    for node in stream.graph.nodes:
-        reads = node in before and typing.is_tensor(node) and node.target not in _MADE
-        if reads and any(n is stream or n in found for n in node.all_input_nodes):
-            found[node] = None
-    return list(found)
-
-
-def _last_add(result: fx.Node) -> fx.Node:
-    """Return the add of the stream that a branch's result goes into."""
-    node = result
-    while node.target is not aten.add.Tensor or node is result:
-        if len(node.users) != 1:
-            raise NoRest("what its last branch makes isn't simply added to the stream")
-        node = next(iter(node.users))
-        if node.target is not aten.add.Tensor and node.target not in MOVES:
-            raise NoRest("what its last branch makes isn't simply added to the stream")
-    return node
+    by_window: np.ndarray = patch[tuple(at)].reshape(-1, whole_size(rows[1]))
+    return by_window

@@ -14,7 +14,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.graph.nodes import descendants
 from gtp_fx.graph.operators import ATTENTION, CHOICES, COMPARISONS_WITH_NUMBER, PICKS_BY_INDEX
 from gtp_fx.graph.symbols import is_symbolic
-from gtp_fx.strategies.protocol import Attention
+from gtp_fx.strategies.sites import Attention
 from gtp_fx.types.axes import TokenAxis, TokenDomain
 from gtp_fx.types.grids import Grid
 

@@ -17,7 +17,7 @@ from gtp_fx.analysis.liveness import Liveness, live_tokens, whole_attention
 from gtp_fx.analysis.marks import marks_of
 from gtp_fx.analysis.resting import Rest, find_rest
 from gtp_fx.analysis.unsupported_attention import unsupported_attention
-from gtp_fx.analysis.window_steps import NoRest
+from gtp_fx.analysis.window_forms import NoRest
 from gtp_fx.errors import Refusal
 from gtp_fx.types.frames import FRAMES
 from gtp_fx.types.infer import AS_LEFT, TOKENS, Edge, SiteTyping, WholeTyping, infer_types, infer_with_sites

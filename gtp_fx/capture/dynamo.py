@@ -12,11 +12,12 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from gtp_fx.capture.autocast_casts import clashes
+from gtp_fx.capture.called_graphs import inlined
 from gtp_fx.capture.export_errors import first_lines
 from gtp_fx.capture.flex_attention import open_flex_attention
 from gtp_fx.capture.fused_layers import open_layers
 from gtp_fx.capture.mutations import changed_by, refuse_changes
-from gtp_fx.capture.regions import AUTOCAST, has_regions, inlined, opened
+from gtp_fx.capture.regions import AUTOCAST, has_regions, opened
 from gtp_fx.capture.vocabulary import open_composites
 from gtp_fx.errors import CaptureError, GtpError, PieceError
 from gtp_fx.graph import edit

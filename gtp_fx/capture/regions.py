@@ -6,13 +6,13 @@ graph, and the contexts are taken out:
 
 - Autocast becomes the casts that it would make (`gtp_fx.capture.autocast_casts`).
 - Values that leave a region without gradients are detached.
-- The graphs that are called are inlined.
+- The graphs that are called are inlined (`gtp_fx.capture.called_graphs`).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,37 +21,13 @@ from torch import Tensor, fx, nn
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.capture.autocast_casts import Autocast, Caster
+from gtp_fx.capture.called_graphs import AUTOCAST_REGION, GRAD_REGION, call_of, inlined, module_at
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph import edit
-from gtp_fx.graph.torch_internals import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD, region_operator, take_signature
+from gtp_fx.graph.torch_internals import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD, region_operator
 
 AUTOCAST = "autocast"
 """Key in a graph's `meta`: states of autocast that were written out, and that the graph's numbers depend on."""
-_GRAD, _AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Where a higher-order operator that runs a graph once has it among its arguments.
-
-    body: place of the graph.
-    operands: the graph's operands, of all arguments.
-    """
-
-    body: int
-    operands: Callable[[tuple[Any, ...]], tuple[Any, ...]]
-
-
-_CALLS: Mapping[str, _Call] = {
-    _GRAD: _Call(1, lambda args: args[2:]),
-    _AUTOCAST: _Call(4, lambda args: args[5:]),
-    "wrap": _Call(0, lambda args: args[1:]),
-    "tag_activation_checkpoint": _Call(0, lambda args: args[1:]),
-    "wrap_activation_checkpoint": _Call(0, lambda args: args[1:]),
-    "invoke_subgraph": _Call(0, lambda args: args[2:]),
-    "hints_wrapper": _Call(0, lambda args: tuple(args[1])),
-    "strict_mode": _Call(0, lambda args: tuple(args[1])),
-}
 
 
 @dataclass(frozen=True)
@@ -68,9 +44,9 @@ class _Context:
     def within(self, node: fx.Node) -> _Context:
         """Return the context in the graph that a higher-order operator calls, or behind a call that begins one."""
         name = region_operator(node.target)
-        if name == _GRAD or node.target is SET_GRAD:
+        if name == GRAD_REGION or node.target is SET_GRAD:
             return replace(self, grad=bool(node.args[0]))
-        if name == _AUTOCAST or node.target is ENTER_AUTOCAST:
+        if name == AUTOCAST_REGION or node.target is ENTER_AUTOCAST:
             arguments: tuple[Any, ...] = node.args[:3]
             device, dtype, enabled = arguments
             chosen = torch.get_autocast_dtype(device) if dtype is None else dtype
@@ -80,7 +56,7 @@ class _Context:
 
 def has_regions(gm: fx.GraphModule) -> bool:
     """Return whether `opened` has something to do."""
-    return any(_is_mark(node) or _call_of(node) is not None for node in gm.graph.nodes)
+    return any(_is_mark(node) or call_of(node) is not None for node in gm.graph.nodes)
 
 
 def opened(gm: fx.GraphModule) -> fx.GraphModule:
@@ -119,33 +95,22 @@ def write_out(gm: fx.GraphModule) -> set[tuple[str, Autocast]]:
     return touched
 
 
-def inlined(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a graph in which the graphs that `gm` calls are inlined, and no context is written out."""
-    root = fx.GraphModule(gm, gm.graph)  # shares the parameters; takes the constants of the graphs that are called
-    graph = fx.Graph()
-    _Inliner(root, graph).run(gm, None)
-    take_signature(graph, gm.graph)
-    result = fx.GraphModule(root, graph, class_name=type(gm).__name__)
-    result.meta.update(gm.meta)
-    return edit.finish(result)
-
-
 def _bodies(
     gm: fx.GraphModule, context: _Context, seen: dict[fx.GraphModule, _Context]
 ) -> Iterator[tuple[fx.GraphModule, _Context, bool]]:
     """Yield every graph that `gm` calls, its context, and whether it is one that switches gradients off."""
     for node in gm.graph.nodes:
-        call = _call_of(node)
+        call = call_of(node)
         if call is None:
             continue
-        body, inside = _module_at(gm, node.args[call.body]), context.within(node)
+        body, inside = module_at(gm, node.args[call.body]), context.within(node)
         if body in seen:
             if seen[body] != inside:
                 raise CaptureError(f"{node}: one compiled region is called under different contexts; compile it twice")
             continue
         seen[body] = inside
         yield from _bodies(body, inside, seen)
-        yield body, inside, region_operator(node.target) == _GRAD and not inside.grad
+        yield body, inside, region_operator(node.target) == GRAD_REGION and not inside.grad
 
 
 def _write_marks_out(gm: fx.GraphModule) -> set[tuple[str, Autocast]]:
@@ -212,64 +177,3 @@ def _detached(value: fx.Node, before: fx.Node) -> fx.Node:
 def _is_mark(node: fx.Node) -> bool:
     """Return whether a node begins or ends a context."""
     return any(node.target is mark for mark in (SET_GRAD, ENTER_AUTOCAST, EXIT_AUTOCAST))
-
-
-def _call_of(node: fx.Node) -> _Call | None:
-    """Return how a node calls a graph; None where it calls none that can be inlined."""
-    call = _CALLS.get(region_operator(node.target))
-    return call if call is not None and isinstance(node.args[call.body], fx.Node) else None
-
-
-def _module_at(gm: fx.GraphModule, node: Any) -> fx.GraphModule:
-    """Return the graph that a node reads as an attribute of `gm`."""
-    body = operator.attrgetter(node.target)(gm)
-    assert isinstance(body, fx.GraphModule)
-    return body
-
-
-@dataclass
-class _Inliner:
-    """Copies graphs into one.
-
-    root: module that gets the constants of the graphs that are called.
-    graph: the graph that is built.
-    """
-
-    root: fx.GraphModule
-    graph: fx.Graph
-
-    def run(self, gm: fx.GraphModule, operands: tuple[Any, ...] | None) -> Any:
-        """Copy `gm`'s nodes, with `operands` for its inputs, and return its result; None for the outermost graph's."""
-        values: dict[fx.Node, Any] = {}
-        given = iter(operands or ())
-        for node in gm.graph.nodes:
-            call = _call_of(node)
-            if node.op == "placeholder" and operands is not None:
-                values[node] = next(given)
-            elif node.op == "output" and operands is not None:
-                return fx.map_arg(node.args[0], lambda n: values[n])
-            elif node.op == "get_attr" and (operands is not None or self._only_called(gm, node)):
-                values[node] = self._constant(gm, node)
-            elif call is not None:
-                inner = fx.map_arg(call.operands(node.args), lambda n: values[n])
-                values[node] = self.run(_module_at(gm, node.args[call.body]), tuple(inner))
-            elif node.target is operator.getitem and isinstance(values.get(node.args[0]), tuple | list):
-                values[node] = values[node.args[0]][node.args[1]]
-            else:
-                values[node] = self.graph.node_copy(node, lambda n: values[n])
-        return None
-
-    def _only_called(self, gm: fx.GraphModule, node: fx.Node) -> bool:
-        """Return whether an attribute is a graph that is inlined wherever it is used."""
-        held = operator.attrgetter(str(node.target))(gm)
-        return isinstance(held, fx.GraphModule) and all(_call_of(user) is not None for user in node.users)
-
-    def _constant(self, gm: fx.GraphModule, node: fx.Node) -> Any:
-        """Return a node that reads a called graph's attribute from the root; nothing for a graph that is inlined."""
-        if self._only_called(gm, node):
-            return None
-        name = f"{str(node.target).replace('.', '_')}_{len(self.graph.nodes)}"
-        setattr(self.root, name, operator.attrgetter(str(node.target))(gm))
-        read = self.graph.get_attr(name)
-        read.meta = dict(node.meta)
-        return read

@@ -8,7 +8,8 @@ from typing import Any
 import typer
 
 import gtp_fx
-from gtp_fx.cli.arguments import AsJson, Batch, Eager, Mode, Model, Rounds, explaining
+from gtp_fx.cli.arguments import AsJson, Batch, Eager, Mode, Model, Rounds
+from gtp_fx.cli.endings import explaining
 from gtp_fx.cli.groups import Makings, Placed, grouped
 from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from gtp_fx.cli.arguments import AsJson, Eager, Mode, Model, NoTiming, Rounds, explaining, parse_latency
+from gtp_fx.cli.arguments import AsJson, Eager, Mode, Model, NoTiming, Rounds
+from gtp_fx.cli.endings import explaining
 from gtp_fx.cli.files import Overwrite
 from gtp_fx.cli.groups import Makings, Placed, grouped
+from gtp_fx.cli.typed import parse_latency
 from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS
 

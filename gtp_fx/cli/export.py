@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 import gtp_fx
-from gtp_fx.cli.arguments import AsJson, Model, Output, explaining
+from gtp_fx.cli.arguments import AsJson, Model, Output
+from gtp_fx.cli.endings import explaining
 from gtp_fx.cli.files import Overwrite, SaveSchedule, may_write, write_schedule
 from gtp_fx.cli.groups import Making, Placed, grouped
 from gtp_fx.errors import OptionError, did_you_mean

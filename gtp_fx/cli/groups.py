@@ -32,11 +32,10 @@ from gtp_fx.cli.arguments import (
     Target,
     Weights,
     WeightsKey,
-    budgets,
-    built_with,
-    load,
-    option_values,
 )
+from gtp_fx.cli.endings import say_aside
+from gtp_fx.cli.typed import budgets, built_with, option_values
+from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS, Options
 
 if TYPE_CHECKING:
@@ -101,8 +100,22 @@ class Source(Build):
     pretrained: Pretrained = False
 
     def load(self, name: str, dtype: Dtype = Dtype.float32, device: Device = Device.cpu) -> LoadedModel:
-        """Load the model. Raises OptionError where there is no such device, and LoadError."""
-        return load(name, self.arguments, self.pretrained, self.weights, self.weights_key, dtype, device)
+        """Load the model onto a device, in a dtype. Raises OptionError where there is no GPU, and LoadError."""
+        import torch
+
+        from gtp_fx.cli.models import load_named
+
+        if device is Device.cuda and not torch.cuda.is_available():
+            raise OptionError("--device cuda: torch finds no GPU here; give --device cpu")
+        loaded = load_named(
+            name,
+            pretrained=self.pretrained,
+            weights=self.weights,
+            weights_key=self.weights_key,
+            built_with=self.arguments,
+        )
+        loaded.model.to(device.value, getattr(torch, dtype.value))
+        return loaded
 
 
 @dataclass(frozen=True)
@@ -216,7 +229,6 @@ def _pictures(folder: Path | None, strategies: Collection[str], *values: dict[st
 
 def tell_of_auto(strategies: Collection[str], advice: str) -> None:
     """Say on stderr what becomes of --strategy auto where there are no photographs. advice: what to do about it."""
-    from gtp_fx.cli.arguments import say_aside
     from gtp_fx.strategies.registry import AUTO  # which imports torch
 
     if AUTO in strategies:

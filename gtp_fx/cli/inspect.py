@@ -6,7 +6,8 @@ import json
 
 import typer
 
-from gtp_fx.cli.arguments import AsJson, Model, explaining
+from gtp_fx.cli.arguments import AsJson, Model
+from gtp_fx.cli.endings import explaining
 from gtp_fx.cli.groups import Build, grouped
 
 

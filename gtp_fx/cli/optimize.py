@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gtp_fx
-from gtp_fx.cli.arguments import AsJson, Mode, Model, NoTiming, Rounds, explaining
+from gtp_fx.cli.arguments import AsJson, Mode, Model, NoTiming, Rounds
+from gtp_fx.cli.endings import explaining
 from gtp_fx.cli.files import Overwrite, SaveSchedule, may_write, write_schedule
 from gtp_fx.cli.groups import Making, Placed, grouped
 from gtp_fx.errors import OptionError

@@ -20,12 +20,11 @@ from gtp_fx.cli.arguments import (
     ScheduleText,
     Strategies,
     Targets,
-    budgets,
-    explaining,
-    option_values,
 )
+from gtp_fx.cli.endings import explaining
 from gtp_fx.cli.files import Overwrite, SaveSchedule, may_write, write_schedule
 from gtp_fx.cli.groups import Build, grouped, tell_of_auto
+from gtp_fx.cli.typed import budgets, option_values
 from gtp_fx.errors import OptionError
 from gtp_fx.options.options import DEFAULTS, Options
 

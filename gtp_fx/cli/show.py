@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 import gtp_fx
-from gtp_fx.cli.arguments import AsJson, Model, explaining, say_aside
+from gtp_fx.cli.arguments import AsJson, Model
+from gtp_fx.cli.endings import explaining, say_aside
 from gtp_fx.cli.files import Overwrite, may_write
 from gtp_fx.cli.groups import Making, Source, grouped
 

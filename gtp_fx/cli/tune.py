@@ -7,11 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gtp_fx.cli.arguments import (
-    AsJson,
-    Dtype,
-    explaining,
-)
+from gtp_fx.cli.arguments import AsJson, Dtype
+from gtp_fx.cli.endings import explaining
 from gtp_fx.errors import OptionError
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from gtp_fx.kernels.available import has_kernels
 from gtp_fx.measure.site_probes import propagation, scored_attention, selection, similar_tokens, stream_pass
 from gtp_fx.strategies import GTP
-from gtp_fx.strategies.protocol import SiteShape
+from gtp_fx.strategies.sites import SiteShape
 from gtp_fx.targets.work import Work
 
 _WIDTH, _HEAD = 384, 64

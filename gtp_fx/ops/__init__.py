@@ -22,10 +22,9 @@
     window_activity             how much the tokens of each window differ, by which windows rest
     token_activity              how far each token is from its window's mean, by which tokens skip beside these
     awake_rows, window_ranks    where the windows that don't rest come from, and where they go back to
-    grid_numbers, homes         which patch each place of a padded window holds
     windows_without_padding     a stream's windows that may rest
     awake_of_padded             the windows that don't rest where some hold padding
-    places_of_patches, awake_patches    where their patches are, and which
+    awake_patches               the patches in these
     pad_windows, crop_windows   patches to their windows with padding, and back
     group                       a strategy's `group`: which tokens are removed, and what becomes of them
     saliency                    a registered map of the images, averaged over each patch

@@ -14,7 +14,7 @@ from gtp_fx.analysis.liveness import ALL
 from gtp_fx.analysis.placement import cut_of, ends_of, placed_blocks, removing_blocks, updated_edges, why_unfit
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import TypedGraph
-from gtp_fx.analysis.window_steps import NoRest
+from gtp_fx.analysis.window_forms import NoRest
 from gtp_fx.errors import Refusal, UnsupportedModelError
 from gtp_fx.graph.nodes import layer_name, operator_name, refusal
 from gtp_fx.graph.symbols import shape_of

@@ -25,7 +25,7 @@ from gtp_fx.graph.nodes import layer_name
 from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.passes.reduce.remove_tokens import SITE
 from gtp_fx.passes.reduce.rewrite_attention import ATTENDS
-from gtp_fx.strategies.protocol import Attention
+from gtp_fx.strategies.sites import Attention
 
 
 @dataclass(frozen=True)

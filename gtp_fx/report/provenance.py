@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from gtp_fx.graph.edit import call, returning
 from gtp_fx.ops.token_graph import place_numbers
 from gtp_fx.passes.reduce.remove_tokens import SITE
-from gtp_fx.strategies.protocol import Removal
+from gtp_fx.strategies.sites import Removal
 from gtp_fx.types.grids import Grid
 from gtp_fx.types.places import home_of
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from gtp_fx.errors import OptionError
 from gtp_fx.ops.token_graph import coordinates
 from gtp_fx.strategies.grouping import Grouping
-from gtp_fx.strategies.protocol import SiteShape
 from gtp_fx.strategies.registry import register_strategy
+from gtp_fx.strategies.sites import SiteShape
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 from gtp_fx.types.axes import TokenAxis
 from gtp_fx.types.places import home_of

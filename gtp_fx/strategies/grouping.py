@@ -32,16 +32,8 @@ from gtp_fx.ops.attention import SCORES
 from gtp_fx.strategies.group_operator import key_of, written
 from gtp_fx.strategies.plain_numbers import take_plain_numbers
 from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
-from gtp_fx.strategies.protocol import (
-    AtSite,
-    Attention,
-    Emit,
-    Removal,
-    SiteShape,
-    Strategy,
-    StreamState,
-    unknown_prefix,
-)
+from gtp_fx.strategies.protocol import Strategy, unknown_prefix
+from gtp_fx.strategies.sites import AtSite, Attention, Emit, Removal, SiteShape, StreamState
 from gtp_fx.strategies.tokens import Groups, Tokens
 from gtp_fx.targets.work import Work
 from gtp_fx.types.axes import TokenAxis

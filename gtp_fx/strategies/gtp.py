@@ -11,36 +11,18 @@ from typing import Any, ClassVar
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.errors import OptionError, did_you_mean
-from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.token_graph import GRAPHS
+from gtp_fx.strategies.gtp_options import check_options
 from gtp_fx.strategies.gtp_work import graph_works, propagation_works
 from gtp_fx.strategies.plain_numbers import take_plain_numbers
 from gtp_fx.strategies.pricing import scoring_works
-from gtp_fx.strategies.protocol import (
-    AtSite,
-    Attention,
-    Emit,
-    Removal,
-    SiteShape,
-    StreamState,
-    unknown_prefix,
-)
+from gtp_fx.strategies.protocol import unknown_prefix
+from gtp_fx.strategies.sites import AtSite, Attention, Emit, Removal, SiteShape, StreamState
 from gtp_fx.strategies.token_scale import AUTO, SCALES_READ_FROM, log_scale_bound
 from gtp_fx.targets.work import Work
 from gtp_fx.types.axes import TokenAxis
 from gtp_fx.types.grids import Grid
 from gtp_fx.types.places import home_of
-
-BRANCHES = {
-    "idle": "a token that skips gets nothing, and stays what it was (IdleViT)",
-    "recover": "it gets its neighbours' branch results",
-}
-
-RECOVERIES = {
-    "update": "a removed token is what it was, plus the mean change of those that received it",
-    "mean": "it is the mean of those that received it",
-}
 
 
 @dataclass(frozen=True)
@@ -84,24 +66,7 @@ class GTP:
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)
-        _one_of("score", self.score, SCORES)
-        _one_of("graph", self.graph, GRAPHS)
-        if isinstance(self.neighbors, bool) or not isinstance(self.neighbors, int) or self.neighbors < 1:
-            raise OptionError(f"GTP(neighbors={self.neighbors!r}): give an integer of at least 1 (the paper uses 8)")
-        if not _is_number(self.alpha) or not math.isfinite(self.alpha) or self.alpha < 0:
-            raise OptionError(
-                f"GTP(alpha={self.alpha!r}): give a finite number of 0 or more (the paper uses 0.1 to 0.4)"
-            )
-        if not isinstance(self.token_scale, bool) and self.token_scale != AUTO:
-            raise OptionError(f"GTP(token_scale={self.token_scale!r}): give True, False or {AUTO!r}")
-        if not isinstance(self.weighted_pooling, bool):
-            raise OptionError(f"GTP(weighted_pooling={self.weighted_pooling!r}): give True or False")
-        _one_of("branch", self.branch, BRANCHES)
-        _one_of("recovery", self.recovery, RECOVERIES)
-        if not _is_number(self.attention_sparsity) or not 0.0 < self.attention_sparsity <= 1.0:
-            raise OptionError(
-                f"GTP(attention_sparsity={self.attention_sparsity!r}): give theta with 0 < theta <= 1; 1 drops nothing"
-            )
+        check_options(**vars(self))
 
     @classmethod
     def paper(cls, alpha: float = 0.1, attention_sparsity: float = 1.0) -> GTP:
@@ -274,14 +239,3 @@ class GTP:
 
     def scoring_works(self, heads: int, queries: Any, keys: Any, images: int, dtype: str) -> list[Work]:
         return scoring_works(self.score, heads, queries, keys, images, dtype)
-
-
-def _one_of(option: str, value: object, known: dict[str, str]) -> None:
-    if value not in known:
-        names = "\n".join(f"  {name!r}: {meaning}" for name, meaning in known.items())
-        meant = did_you_mean(str(value), known)
-        raise OptionError(f"GTP({option}={value!r}) is unknown{meant or ';'} {option} is one of\n{names}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

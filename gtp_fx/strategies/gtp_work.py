@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gtp_fx.strategies.pricing import FLOAT, kernel_scoring_works, rows_moved, scoring_works
-from gtp_fx.strategies.protocol import SiteShape
+from gtp_fx.strategies.sites import SiteShape
 from gtp_fx.targets.work import Work
 
 

@@ -10,8 +10,8 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.strategies.grouping import Grouping
-from gtp_fx.strategies.protocol import AtSite, Emit, Removal, StreamState
 from gtp_fx.strategies.registry import register_strategy
+from gtp_fx.strategies.sites import AtSite, Emit, Removal, StreamState
 from gtp_fx.types.axes import TokenAxis
 
 

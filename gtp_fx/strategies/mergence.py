@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from gtp_fx.strategies.grouping import Grouping
-from gtp_fx.strategies.protocol import SiteShape
 from gtp_fx.strategies.registry import register_strategy
+from gtp_fx.strategies.sites import SiteShape
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from gtp_fx.errors import OptionError
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.matching import bipartite_matching, matching_flops
-from gtp_fx.strategies.protocol import SiteShape, Strategy
+from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.strategies.registry import register_strategy
+from gtp_fx.strategies.sites import SiteShape
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 
 

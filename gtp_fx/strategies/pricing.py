@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gtp_fx.strategies.protocol import SiteShape
+from gtp_fx.strategies.sites import SiteShape
 from gtp_fx.targets.work import Work
 
 FLOAT = 4

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gtp_fx.errors import OptionError
 from gtp_fx.strategies.grouping import Grouping
-from gtp_fx.strategies.protocol import SiteShape
 from gtp_fx.strategies.registry import register_strategy
+from gtp_fx.strategies.sites import SiteShape
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 
 WINDOWS = ("skip", "rest")

@@ -19,8 +19,8 @@ from gtp_fx.ops.autocast import without_autocast
 from gtp_fx.ops.register import operator
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.keys import enter, entered
-from gtp_fx.strategies.protocol import AtSite, Emit
 from gtp_fx.strategies.registry import register_strategy
+from gtp_fx.strategies.sites import AtSite, Emit
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 from gtp_fx.types.axes import TokenAxis
 from gtp_fx.types.places import home_of

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.matching import bipartite_matching, matching_flops
-from gtp_fx.strategies.protocol import SiteShape
 from gtp_fx.strategies.registry import register_strategy
+from gtp_fx.strategies.sites import SiteShape
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged
 
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 from torch import fx
 
 from gtp_fx.analysis.attention_maps import find_map
-from gtp_fx.analysis.branches import keys_beside, pooled_to
 from gtp_fx.analysis.marks import MARK, Mark
+from gtp_fx.analysis.queries_and_keys import keys_beside, pooled_to
 from gtp_fx.analysis.residual_adds import residual_add
 from gtp_fx.analysis.token_states import state_after
 from gtp_fx.analysis.typed_graph import typed_graph

@@ -18,26 +18,12 @@ from typing import Any
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.graph import edit, nodes
-from gtp_fx.graph.operators import (
-    BINARY,
-    CASTS,
-    CASTS_LIKE,
-    COPIES,
-    FLATTENINGS,
-    PERMUTATIONS,
-    SCALINGS,
-    SPLITS,
-    SQUEEZES,
-    UNARY,
-    VIEWS,
-    VIEWS_LIKE,
-)
-from gtp_fx.graph.rearrangements import leaves_as_it_was, order_of
+from gtp_fx.graph import edit
+from gtp_fx.graph.operators import BINARY, CASTS, CASTS_LIKE, FLATTENINGS, SPLITS, UNARY, VIEWS, VIEWS_LIKE
 from gtp_fx.graph.symbols import is_symbolic, shape_of, written
+from gtp_fx.passes.exact.unchanged import changes_nothing, first_operand, overwrites, undone
 
 _ASSERTS = (aten._assert_tensor_metadata.default,)
-_CHAINED = (*VIEWS, *PERMUTATIONS)
 
 
 def normalise(gm: fx.GraphModule) -> fx.GraphModule:
@@ -52,11 +38,11 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             gm.graph.erase_node(node)
         elif node.target is operator.getitem:
             _take_by_place(gm.graph, node)
-        elif _overwrites(node):
+        elif overwrites(node):
             edit.replace(node, node.args[1])
-        elif _changes_nothing(node):
+        elif changes_nothing(node):
             edit.replace(node, node.all_input_nodes[0])
-        elif (before := _undone(node)) is not None:
+        elif (before := undone(node)) is not None:
             edit.replace(node, before)
         elif node.target in VIEWS:
             node.target = aten.reshape.default
@@ -98,7 +84,7 @@ def _as_reshape(node: fx.Node) -> None:
 
 def _as_cast(node: fx.Node) -> None:
     """Spell a cast, whatever it takes the type from, as `to` with a type; one to another device stays as it is."""
-    before, after = _source(node).meta["val"], node.meta["val"]
+    before, after = first_operand(node).meta["val"], node.meta["val"]
     if before.device != after.device or before.layout != after.layout:
         return
     node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], after.dtype), {}
@@ -109,10 +95,10 @@ def _take_by_place(graph: fx.Graph, item: fx.Node) -> None:
 
     A reader of one part then doesn't hang on what others read.
     """
-    whole, number = _source(item), item.args[1]
+    whole, number = first_operand(item), item.args[1]
     if whole.target not in (*SPLITS, aten.unbind.int) or not isinstance(number, int):
         return
-    x, values = _source(whole), whole.meta["val"]
+    x, values = first_operand(whole), whole.meta["val"]
     position = 1 if whole.target is aten.unbind.int else 2
     place: Any = whole.args[position] if len(whole.args) > position else whole.kwargs.get("dim", 0)
     dim = place % len(shape_of(x))
@@ -139,7 +125,7 @@ def _scales_from_the_left(node: fx.Node) -> bool:
 
 def _summands(node: fx.Node) -> list[fx.Node]:
     """Return the tensors that are stacked and then summed again over the new dimension; none where it isn't so."""
-    stack = _source(node)
+    stack = first_operand(node)
     if stack.target is not aten.stack.default or len(stack.users) != 1 or len(node.args) != 2 or node.kwargs:
         return []
     dims: Any = node.args[1]
@@ -154,7 +140,7 @@ def _as_additions(graph: fx.Graph, node: fx.Node, summands: list[fx.Node]) -> No
     total = summands[0]
     for summand in summands[1:]:
         total = emit(aten.add.Tensor, total, summand)
-    stack = _source(node)
+    stack = first_operand(node)
     edit.replace(node, total)
     graph.erase_node(stack)
 
@@ -191,63 +177,3 @@ def _place(stack: fx.Node) -> int:
     """Return which dimension of its result a stack adds."""
     place: Any = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
     return int(place) % len(shape_of(stack))
-
-
-def _overwrites(node: fx.Node) -> bool:
-    """Tell whether a call writes its second argument over all of its first: what is left of `x[:, :] = y`."""
-    if node.target not in (aten.copy.default, aten.slice_scatter.default):
-        return False
-    written, value = node.args[1], node.meta["val"]
-    if not isinstance(written, fx.Node) or nodes.is_input(written):
-        return False
-    source = written.meta["val"]
-    return source.dtype == value.dtype and tuple(source.shape) == tuple(value.shape)
-
-
-def _changes_nothing(node: fx.Node) -> bool:
-    """Tell whether a call returns its first argument unchanged."""
-    if node.target is aten.dropout.default:
-        _, probability, training = node.args
-        return not training or probability in (0, 0.0)
-    if node.target in (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar):
-        of_number = isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int | float)
-        return bool(of_number and node.args[1] == 0 and _source(node).meta["val"].dtype == node.meta["val"].dtype)
-    if node.target in SCALINGS and isinstance(node.args[1], int | float):
-        return node.args[1] == 1 and not node.kwargs and _source(node).meta["val"].dtype == node.meta["val"].dtype
-    if node.target in PERMUTATIONS:
-        return order_of(node) == tuple(range(len(shape_of(node))))
-    if node.target is aten.slice.Tensor:
-        return _same_shape(node) and node.args[4:] in ((), (1,))
-    if node.target in (*VIEWS, *SQUEEZES, aten.expand.default):
-        return _same_shape(node)
-    if node.target is aten.cat.default:
-        parts: Any = node.args[0]
-        return len(parts) == 1 and not nodes.is_input(parts[0])
-    # The graph is functional, so a copy of a value that it computed is as good as the value. A copy of an argument
-    # isn't: the graph may return it, and the caller may write to it.
-    copies = node.target in COPIES or (node.target is aten.to.dtype and _source(node).meta["val"].dtype == node.args[1])
-    return copies and not nodes.is_input(_source(node))
-
-
-def _undone(node: fx.Node) -> fx.Node | None:
-    """Return the value that a chain of views and permutations which ends in `node` leaves as it was, or None."""
-    if node.target not in _CHAINED:
-        return None
-    chain = [node]
-    while (before := _source(chain[0])).target in _CHAINED:
-        chain.insert(0, before)
-        if leaves_as_it_was(chain):
-            return _source(before)
-    return None
-
-
-def _same_shape(node: fx.Node) -> bool:
-    """Tell whether a node has the shape of its first argument."""
-    return tuple(node.meta["val"].shape) == tuple(_source(node).meta["val"].shape)
-
-
-def _source(node: fx.Node) -> fx.Node:
-    """Return a node's first argument."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source

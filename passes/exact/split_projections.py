@@ -25,7 +25,7 @@ from gtp_fx.graph import edit
 from gtp_fx.graph.operators import PERMUTATIONS, REARRANGED, SQUEEZES
 from gtp_fx.graph.rearrangements import order_of
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.types.rules.layout import is_view
+from gtp_fx.types.rules.views import is_view
 
 
 @dataclass(frozen=True)

@@ -97,3 +97,8 @@ def inverse(order: Sequence[int]) -> Order:
 def changes(order: Order) -> bool:
     """Return whether an order moves any dimension."""
     return order != tuple(range(len(order)))
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Return a node's positional arguments, which a rule knows by their places."""
+    return node.args

@@ -14,7 +14,6 @@ import torch
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
-from gtp_fx.graph import edit
 from gtp_fx.graph.operators import (
     BINARY,
     CASTS_LIKE,
@@ -31,18 +30,14 @@ from gtp_fx.graph.operators import (
 )
 from gtp_fx.graph.rearrangements import order_of
 from gtp_fx.graph.symbols import written
-from gtp_fx.passes.exact.turned_layout import Order, Rule, Walk, changes, inverse
-from gtp_fx.types.rules.spatial import is_pointwise
+from gtp_fx.passes.exact.turned_layout import Order, Rule, Walk, arguments, changes, inverse
+from gtp_fx.passes.exact.turned_maps import fixed_norm, pointwise_convolution
 
 
 def _without(order: Order, dims: set[int]) -> Order:
     """Return the order of the dimensions that are left without `dims`, which count the turned ones."""
     left = [d for d in order if d not in dims]
     return tuple(sorted(left).index(d) for d in left)
-
-
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    return node.args
 
 
 def _pointwise(walk: Walk, node: fx.Node, order: Order) -> Order | None:
@@ -54,7 +49,7 @@ def _pointwise(walk: Walk, node: fx.Node, order: Order) -> Order | None:
 
 
 def _cast_like(walk: Walk, node: fx.Node, order: Order) -> Order | None:
-    x, like, *rest = _arguments(node)
+    x, like, *rest = arguments(node)
     if x not in walk.turned:
         return None
     source, own = walk.turned[x]
@@ -66,7 +61,7 @@ def _over_last(count: Callable[[fx.Node], int]) -> Rule:
     """Return the rule of an operator on the last dimensions of its first operand alone."""
 
     def rule(walk: Walk, node: fx.Node, order: Order) -> Order | None:
-        x, *rest = _arguments(node)
+        x, *rest = arguments(node)
         stay = all(order[d] == d for d in range(len(order) - count(node), len(order)))
         if x not in walk.turned or not stay or any(other in walk.turned for other in node.all_input_nodes[1:]):
             return None
@@ -77,7 +72,7 @@ def _over_last(count: Callable[[fx.Node], int]) -> Rule:
 
 
 def _product(walk: Walk, node: fx.Node, order: Order) -> Order | None:
-    right = _arguments(node)[1]
+    right = arguments(node)[1]
     if right not in walk.shapes or len(walk.shapes[right]) != 2:
         return None
     return _over_last(lambda _: 1)(walk, node, order)
@@ -93,7 +88,7 @@ def _with_dims(keeps: Callable[[fx.Node], bool]) -> Rule:
         position = NAMED_DIMENSIONS[node.target]
         if len(node.args) <= position or node.args[position] is None or node.kwargs.get("dim") is not None:
             return None
-        x, named = _arguments(node)[0], _arguments(node)[position]
+        x, named = arguments(node)[0], arguments(node)[position]
         if x not in walk.turned:
             return None
         rank = len(order)
@@ -108,45 +103,6 @@ def _with_dims(keeps: Callable[[fx.Node], bool]) -> Rule:
     return rule
 
 
-def _pointwise_convolution(walk: Walk, node: fx.Node, order: Order) -> Order | None:
-    """Convolutions with a kernel of one over a map whose channels are last, which are linear layers."""
-    x, weight, *bias = _arguments(node)
-    if x not in walk.turned or not _has_channels_last(order) or not is_pointwise(node):
-        return None
-    emit = edit.Emitter(walk.graph, like=node, before=node)
-    matrix = emit(aten.squeeze.dims, weight, list(range(2, len(order))))
-    node.target, node.kwargs = aten.linear.default, {}
-    node.args = (walk.turned[x][0], matrix, bias[0] if bias else None)
-    return order
-
-
-def _fixed_norm(walk: Walk, node: fx.Node, order: Order) -> Order | None:
-    """Batch norms with running statistics, over a map whose channels are last: a scale and a shift."""
-    x, weight, bias, mean, variance, *rest = _arguments(node)
-    if node.target is aten.batch_norm.default:
-        training, _, eps, *_ = rest
-        if training or mean is None:
-            return None
-    else:  # which also returns statistics that it saves
-        _, eps = rest
-        if any(item.args[1] != 0 for item in node.users):
-            return None
-    if x not in walk.turned or not _has_channels_last(order):
-        return None
-    emit = edit.Emitter(walk.graph, like=node, before=node)
-    scale = emit(aten.rsqrt.default, emit(aten.add.Scalar, variance, eps))
-    scale = scale if weight is None else emit(aten.mul.Tensor, scale, weight)
-    normed = emit(aten.mul.Tensor, emit(aten.sub.Tensor, walk.turned[x][0], mean), scale)
-    node.target, node.kwargs = aten.add.Tensor, {}
-    node.args = (normed, 0 if bias is None else bias)
-    return order
-
-
-def _has_channels_last(order: Order) -> bool:
-    """Return whether what `order` turns back to [B, C, *sides] lies as [B, *sides, C]."""
-    return order == (0, len(order) - 1, *range(1, len(order) - 1))
-
-
 def _item(walk: Walk, node: fx.Node, order: Order) -> Order | None:
     listed: Any = node.args[0]
     if listed.target is aten.add.Tensor:  # a norm that was turned: its one result
@@ -156,19 +112,19 @@ def _item(walk: Walk, node: fx.Node, order: Order) -> Order | None:
 
 def _permutation(walk: Walk, node: fx.Node, order: Order) -> Order | None:
     composed = tuple(order[d] for d in order_of(node))
-    walk.turned[node] = walk.turned[_arguments(node)[0]][0], composed
+    walk.turned[node] = walk.turned[arguments(node)[0]][0], composed
     return composed
 
 
 def _unsqueeze(walk: Walk, node: fx.Node, order: Order) -> Order | None:
-    x, position = _arguments(node)
+    x, position = arguments(node)
     place = position % (len(order) + 1)
     node.args = (walk.turned[x][0], len(order))
     return (*order[:place], len(order), *order[place:])
 
 
 def _cat(walk: Walk, node: fx.Node, order: Order) -> Order | None:
-    parts, *dim = _arguments(node)
+    parts, *dim = arguments(node)
     if any(len(walk.shapes[part]) != len(order) for part in parts):
         return None
     place = dim[0] if dim else 0
@@ -178,7 +134,7 @@ def _cat(walk: Walk, node: fx.Node, order: Order) -> Order | None:
 
 def _stack(walk: Walk, node: fx.Node, order: Order) -> Order | None:
     """Stack along a new last dimension; `order` puts it where it was."""
-    parts, *dim = _arguments(node)
+    parts, *dim = arguments(node)
     asked: Any = dim[0] if dim else node.kwargs.get("dim", 0)
     place = asked % (len(order) + 1)
     node.args, node.kwargs = ([walk.operand(node, part, order) for part in parts], len(order)), {}
@@ -187,7 +143,7 @@ def _stack(walk: Walk, node: fx.Node, order: Order) -> Order | None:
 
 def _view(walk: Walk, node: fx.Node, order: Order) -> Order | None:
     """Views that regroup only dimensions that stay in place, behind those that don't: features into heads."""
-    x = _arguments(node)[0]
+    x = arguments(node)[0]
     before, after = walk.shapes[x], walk.shapes[node]
     moved = 1 + max(d for d in range(len(order)) if order[d] != d) if changes(order) else 0
     if before[:moved] != after[:moved]:
@@ -200,7 +156,7 @@ def _view(walk: Walk, node: fx.Node, order: Order) -> Order | None:
 
 
 def _expand(walk: Walk, node: fx.Node, order: Order) -> Order | None:
-    x, sizes, *_ = _arguments(node)
+    x, sizes, *_ = arguments(node)
     if len(sizes) != len(order):
         return None
     node.args = (walk.turned[x][0], [sizes[place] for place in inverse(order)])
@@ -217,7 +173,7 @@ def _drops(node: fx.Node) -> bool:
 
 def _keepdim(position: int) -> Callable[[fx.Node], bool]:
     return lambda node: bool(
-        _arguments(node)[position] if len(node.args) > position else node.kwargs.get("keepdim", False)
+        arguments(node)[position] if len(node.args) > position else node.kwargs.get("keepdim", False)
     )
 
 
@@ -232,9 +188,9 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(SQUEEZES, _with_dims(_drops)),
     **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys((aten.mean.dim, aten.amax.default, aten.amin.default), _with_dims(_keepdim(2))),
-    **dict.fromkeys(CONVOLUTIONS, _pointwise_convolution),
-    aten.batch_norm.default: _fixed_norm,
-    aten._native_batch_norm_legit_no_training.default: _fixed_norm,
+    **dict.fromkeys(CONVOLUTIONS, pointwise_convolution),
+    aten.batch_norm.default: fixed_norm,
+    aten._native_batch_norm_legit_no_training.default: fixed_norm,
     aten.sum.dim_IntList: _with_dims(_keepdim(2)),
     aten.var.correction: _with_dims(_keepdim(2)),
     aten.linalg_vector_norm.default: _with_dims(_keepdim(3)),

@@ -10,14 +10,16 @@ import operator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.resting import Rest
+from gtp_fx.analysis.resting import Rest, patches_by_window
 from gtp_fx.analysis.window_steps import PAD
-from gtp_fx.strategies.protocol import Emit
+from gtp_fx.graph.constants import Constants
+from gtp_fx.strategies.sites import Emit
 from gtp_fx.types.axes import Plain, TensorType, whole_size
-from gtp_fx.types.layouts import by_window, convert, image_layout
+from gtp_fx.types.layouts import convert, image_layout
 
 
 class Awake(Protocol):
@@ -28,8 +30,8 @@ class Awake(Protocol):
         """Return the block's stream for them."""
 
     @property
-    def windows(self) -> fx.Node:
-        """Return their rows among those of all images' windows."""
+    def windows(self) -> fx.Node | None:
+        """Return their rows among those of all images' windows; None where no step takes a table's entries by them."""
 
     def moved(self, call: Emit, target: str, value: fx.Node) -> fx.Node:
         """Insert what pads windows (`PAD`) or crops them (`CROP`)."""
@@ -52,8 +54,12 @@ class WholeRows:
     entries: fx.Node
 
     @classmethod
-    def take(cls, call: Emit, rest: Rest, rows: fx.Node, resting: int) -> WholeRows:
-        """Insert what chooses the windows that are awake, and takes them. resting: of each image."""
+    def take(cls, call: Emit, rest: Rest, resting: int, kind: TensorType) -> WholeRows:
+        """Insert what chooses the windows that are awake, and takes them.
+
+        resting: windows of each image. kind: the stream's type.
+        """
+        rows = convert(call, rest.stream, kind, (*rest.rows, kind[-1]))
         split = call(gtp_fx.select.default, call(gtp_fx.window_activity.default, rows, rest.windows), resting)
         chosen = call(operator.getitem, split, 0)
         windows = call(gtp_fx.awake_rows.default, chosen, rest.windows)
@@ -70,49 +76,87 @@ class WholeRows:
 
 
 @dataclass(frozen=True)
+class PaddedTables:
+    """What sizes alone decide where windows are padded, with A windows without padding and E with some.
+
+    able: [A] the numbers of those without padding. patches: [A, n] of the patches that each of them holds.
+    padded: [E] the numbers of the others. edge: the numbers of the patches that they hold.
+    places: [T] which places of the windows that are awake hold patches. held: [S] which of the T each place holds; -1
+    for padding.
+    """
+
+    able: np.ndarray
+    patches: np.ndarray
+    padded: np.ndarray
+    edge: np.ndarray
+    places: np.ndarray
+    held: np.ndarray
+
+    @classmethod
+    def of(cls, rest: Rest, resting: int) -> PaddedTables:
+        """Return a block's. resting: windows of each image."""
+        home = patches_by_window(rest.rows)
+        is_able = (home >= 0).all(axis=1)
+        able, padded = np.flatnonzero(is_able), np.flatnonzero(~is_able)
+        # Those without padding that are awake come first, whichever they are, then all others.
+        awake = np.concatenate([home[able[resting:]], home[padded]]) >= 0
+        places = np.flatnonzero(awake)
+        held = np.where(awake.flatten(), awake.cumsum() - 1, -1)
+        return cls(able, home[able], padded, home[padded][home[padded] >= 0], places, held)
+
+
+@dataclass(frozen=True)
 class PaddedWindows:
     """Windows of which some hold padding: [images, patches of the windows that are awake, features].
 
-    patches: the whole stream, [B * N, features]. held: [B, T] the patches that the windows hold. places: [T] where in
-    the windows these are. kept: K.
+    patches: the whole stream, [B * N, features]. numbers: [B, T] the patches that the windows hold. places: [T] where
+    in the windows these are. held: [S] which of them each place holds. kept: K.
     """
 
     rest: Rest
     kept: int
     patches: fx.Node
-    held: fx.Node
+    numbers: fx.Node
     places: fx.Node
-    windows: fx.Node
+    held: fx.Node
+    windows: fx.Node | None
     entries: fx.Node
 
     @classmethod
-    def take(cls, call: Emit, rest: Rest, resting: int, stream: fx.Node, kind: TensorType) -> PaddedWindows:
+    def take(cls, call: Emit, constants: Constants, rest: Rest, resting: int, kind: TensorType) -> PaddedWindows:
         """Insert what chooses the windows that are awake, and takes their patches.
 
-        stream: of type `kind`. resting: windows of each image.
+        resting: windows of each image. kind: the stream's type.
         """
-        home = _home(call, rest, stream)
-        patches = convert(call, stream, kind, _flat(rest, kind))
-        able = call(gtp_fx.windows_without_padding.default, patches, home, rest.whole)
-        activity = call(gtp_fx.window_activity.default, able, rest.whole)
-        chosen = call(gtp_fx.awake_of_padded.default, activity, home, rest.whole, resting)
-        held = rest.tokens - resting * whole_size(rest.rows[1])
-        places = call(gtp_fx.places_of_patches.default, home, rest.whole, resting, held)
-        numbers = call(gtp_fx.awake_patches.default, home, chosen, places)
-        flat = call(aten.reshape.default, patches, [-1, whole_size(kind[-1])])
+        tables, features = PaddedTables.of(rest, resting), whole_size(kind[-1])
+
+        def read(table: np.ndarray) -> fx.Node:
+            return constants.read(table, rest.stream)
+
+        patches = convert(call, rest.stream, kind, _flat(rest, kind))
+        able = read(tables.patches)
+        rows = call(gtp_fx.windows_without_padding.default, patches, able)
+        split = call(gtp_fx.select.default, call(gtp_fx.window_activity.default, rows, rest.whole), resting)
+        chosen = call(operator.getitem, split, 0)
+        numbers = call(gtp_fx.awake_patches.default, chosen, able, read(tables.edge))
+        flat = call(aten.reshape.default, patches, [-1, features])
         taken = call(aten.index_select.default, flat, 0, call(gtp_fx.awake_rows.default, numbers, rest.tokens))
-        entries = call(aten.reshape.default, taken, [-1, held, whole_size(kind[-1])])
-        windows = call(gtp_fx.awake_rows.default, chosen, rest.windows)
-        return cls(rest, rest.windows - resting, flat, numbers, places, windows, entries)
+        entries = call(aten.reshape.default, taken, [-1, len(tables.places), features])
+        windows = None
+        if any(step.taken for step in rest.steps):
+            awake = call(gtp_fx.awake_of_padded.default, chosen, read(tables.able), read(tables.padded))
+            windows = call(gtp_fx.awake_rows.default, awake, rest.windows)
+        kept, places, held = rest.windows - resting, read(tables.places), read(tables.held)
+        return cls(rest, kept, flat, numbers, places, held, windows, entries)
 
     def moved(self, call: Emit, target: str, value: fx.Node) -> fx.Node:
         if target == PAD:
-            return call(gtp_fx.pad_windows.default, value, self.places, self.kept, whole_size(self.rest.rows[1]))
+            return call(gtp_fx.pad_windows.default, value, self.held, whole_size(self.rest.rows[1]))
         return call(gtp_fx.crop_windows.default, value, self.places, self.kept)
 
     def back(self, call: Emit, result: fx.Node, kind: TensorType) -> fx.Node:
         features = whole_size(kind[-1])
-        rank = call(gtp_fx.window_ranks.default, self.held, self.rest.tokens)
+        rank = call(gtp_fx.window_ranks.default, self.numbers, self.rest.tokens)
         whole = _put_back(call, call(aten.reshape.default, result, [-1, features]), rank, self.patches, 2)
         whole = call(aten.reshape.default, whole, [-1, self.rest.tokens, features])
         arranged: fx.Node = convert(call, whole, _flat(self.rest, kind), kind)
@@ -130,12 +174,3 @@ def _flat(rest: Rest, kind: TensorType) -> TensorType:
     """Return the layout [images, patches row by row, features]."""
     images = tuple(f for dim in kind for f in dim if isinstance(f, Plain) and f.images) or (Plain(1),)
     return images, tuple(f for dim in image_layout(rest.rows)[1:] for f in dim), kind[-1]
-
-
-def _home(call: Emit, rest: Rest, like: fx.Node) -> fx.Node:
-    """Insert which patch each place of an image's windows holds, [windows, places]; -1 for padding."""
-    feature = (Plain(1),)
-    image = image_layout(rest.rows)
-    numbers = call(gtp_fx.grid_numbers.default, [whole_size(dim) for dim in image[1:]], like)
-    placed = convert(call, numbers, (*image, feature), by_window(rest.rows, feature))
-    return call(gtp_fx.homes.default, placed)

@@ -29,7 +29,7 @@ from gtp_fx.passes.reduce.rewrite_attention import rewrite_attention, rewrite_po
 from gtp_fx.passes.reduce.tie_outputs import tie_outputs
 from gtp_fx.passes.reduce.walk import Walk
 from gtp_fx.plan.plan import Plan
-from gtp_fx.strategies.protocol import AtSite, StreamState
+from gtp_fx.strategies.sites import AtSite, StreamState
 from gtp_fx.types.coercions import find_coercions
 from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import infer_with_sites

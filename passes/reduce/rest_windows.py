@@ -12,6 +12,10 @@ for what runs on windows.
 
 from __future__ import annotations
 
+import math
+import operator
+from fractions import Fraction
+
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
@@ -19,13 +23,13 @@ from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.analysis.window_steps import CROP, PAD, Step
 from gtp_fx.graph import edit
-from gtp_fx.graph.symbols import shape_of
+from gtp_fx.graph.constants import Constants
+from gtp_fx.graph.symbols import is_symbolic, shape_of
 from gtp_fx.passes.reduce.awake_windows import Awake, PaddedWindows, WholeRows
 from gtp_fx.plan.plan import Plan
-from gtp_fx.strategies.protocol import Emit
+from gtp_fx.strategies.sites import Emit
 from gtp_fx.types.axes import whole_size
 from gtp_fx.types.infer import WholeTyping, infer_types
-from gtp_fx.types.layouts import convert
 
 
 def rest_windows(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -33,37 +37,56 @@ def rest_windows(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     found = typed_graph(gm.graph).rests
     gm, copies = edit.copy_with_nodes(gm)
     typing = infer_types(gm.graph)
+    constants = Constants(gm)
     rests = {number: rest.copied(copies) for number, rest in found.items() if isinstance(rest, Rest)}
     # From the last to the first: what a later block reads of an earlier one's result is replaced with that result.
     for number, resting in sorted(plan.resting.items(), reverse=True):
-        _let_rest(gm.graph, rests[number], resting, typing)
+        _let_rest(gm.graph, rests[number], resting, typing, constants)
     return edit.finish(gm)
 
 
-def _let_rest(graph: fx.Graph, rest: Rest, resting: int, typing: WholeTyping) -> None:
+def _let_rest(graph: fx.Graph, rest: Rest, resting: int, typing: WholeTyping, constants: Constants) -> None:
     """Rewrite one block. resting: how many windows of each image rest."""
     stream, result = typing.type(rest.stream), typing.type(rest.result)
     call = edit.Emitter(graph, like=rest.steps[0].node)
     with graph.inserting_before(rest.stream.next):
-        rows = convert(call, rest.stream, stream, (*rest.rows, stream[-1]))
-        if rest.sizes:
-            sizes = {shape_of(rest.stream)[0]: call(aten.sym_size.int, rest.stream, 0)}
-            sizes[whole_size(rest.rows[0])] = call(aten.sym_size.int, rows, 0)
-            for node in rest.sizes:
-                edit.replace(node, sizes[shape_of(node.args[0])[node.args[1]]])  # type: ignore[arg-type, index]
+        _reread_sizes(call, rest)
     for node in rest.made:
         edit.set_args(node, (rest.stream, *node.args[1:]))
     with graph.inserting_before(rest.result):
         awake: Awake
         if rest.padded:
-            awake = PaddedWindows.take(call, rest, resting, rest.stream, stream)
+            awake = PaddedWindows.take(call, constants, rest, resting, stream)
         else:
-            awake = WholeRows.take(call, rest, rows, resting)
+            awake = WholeRows.take(call, rest, resting, stream)
         fewer = {rest.stream: awake.entries}
         for step in rest.steps:
             fewer[step.node] = _run(graph, step, fewer, awake)
         whole = awake.back(call, fewer[rest.result], result)
     edit.replace(rest.result, whole)
+
+
+def _reread_sizes(call: Emit, rest: Rest) -> None:
+    """Let what reads the size of a value inside read it off the stream: its first, or how many windows there are."""
+    shape = shape_of(rest.stream)
+    sizes: dict[int, fx.Node] = {}
+    for node in rest.sizes:
+        read = shape_of(node.args[0])[node.args[1]]  # type: ignore[arg-type, index]
+        if read not in sizes:
+            sizes[read] = call(aten.sym_size.int, rest.stream, 0) if read == shape[0] else _windows(call, rest)
+        edit.replace(node, sizes[read])
+
+
+def _windows(call: Emit, rest: Rest) -> fx.Node:
+    """Insert the number of windows of all images, as so many times the stream's sizes that are known in a run alone."""
+    shape = shape_of(rest.stream)
+    first, *others = [dim for dim, size in enumerate(shape) if is_symbolic(size)] or [0]
+    count = call(aten.sym_size.int, rest.stream, first)
+    for dim in others:
+        count = call(operator.mul, count, call(aten.sym_size.int, rest.stream, dim))
+    each = Fraction(whole_size(rest.rows[0]), math.prod(shape[dim] for dim in (first, *others)))
+    count = call(operator.mul, count, each.numerator)
+    return count if each.denominator == 1 else call(operator.floordiv, count, each.denominator)
 
 
 def _run(graph: fx.Graph, step: Step, fewer: dict[fx.Node, fx.Node], awake: Awake) -> fx.Node:

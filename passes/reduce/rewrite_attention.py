@@ -14,11 +14,11 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.attention_maps import AttentionMap
 from gtp_fx.analysis.blocks import AttentionBlock
-from gtp_fx.analysis.branches import keys_beside
 from gtp_fx.analysis.marks import MARK
+from gtp_fx.analysis.queries_and_keys import keys_beside
 from gtp_fx.graph import edit
 from gtp_fx.passes.reduce.walk import Walk
-from gtp_fx.strategies.protocol import Attention
+from gtp_fx.strategies.sites import Attention
 from gtp_fx.types.axes import images_dims, token_axis
 
 ATTENDS = "gtp_attends"

@@ -20,15 +20,17 @@ from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.branch_layouts import patches_at, patches_of
 from gtp_fx.analysis.branch_parts import Part, with_fewer_dimensions
-from gtp_fx.analysis.branches import Branch, is_ranked_by_activity, patches_at, patches_of
+from gtp_fx.analysis.branches import Branch, is_ranked_by_activity
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.passes.exact.attention_layout import Layout
 from gtp_fx.passes.exact.build_attention import Sized
 from gtp_fx.plan.plan import Plan
-from gtp_fx.strategies.protocol import Attention, Emit, Strategy
+from gtp_fx.strategies.protocol import Strategy
+from gtp_fx.strategies.sites import Attention, Emit
 from gtp_fx.types.axes import Plain, TensorType, whole_size
 from gtp_fx.types.infer import WholeTyping, infer_types
 from gtp_fx.types.layouts import by_window, convert, grid_of, image_layout, made_from

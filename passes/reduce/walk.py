@@ -11,7 +11,7 @@ from gtp_fx.analysis.attention_maps import AttentionMap
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.graph import edit
 from gtp_fx.plan.plan import Plan
-from gtp_fx.strategies.protocol import Attention, StreamState
+from gtp_fx.strategies.sites import Attention, StreamState
 from gtp_fx.types.axes import TensorType
 from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import SiteTyping

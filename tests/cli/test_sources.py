@@ -11,8 +11,8 @@ import transformers
 from typer.testing import CliRunner
 
 from gtp_fx.cli import app as cli
-from gtp_fx.cli.arguments import built_with
 from gtp_fx.cli.models import load_named, named_on_meta
+from gtp_fx.cli.typed import built_with
 from gtp_fx.errors import LoadError
 
 from support.printed import in_one_line

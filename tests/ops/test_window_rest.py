@@ -29,21 +29,19 @@ def test_activity_of_half_precision_is_summed_in_float32() -> None:
 
 def test_padded_windows_out_and_back() -> None:
     """Four windows of two places over six patches: of the two without padding one rests, and the others are awake."""
-    home = torch.tensor([[0, 1], [2, -1], [3, 4], [-1, 5]])
-    assert torch.equal(ops.homes(home[..., None] + 1), home)
+    # Windows 0 to 3 hold the patches 0 and 1, 2 and padding, 3 and 4, padding and 5.
+    whole, edge = torch.tensor([[0, 1], [3, 4]]), torch.tensor([2, 5])
     stream = torch.arange(12.0).reshape(2, 6, 1)
-    assert ops.windows_without_padding(stream, home, 2)[..., 0].tolist() == [[0, 1], [3, 4], [6, 7], [9, 10]]
-    activity = torch.tensor([[0.1, 0.2], [0.2, 0.1]])
-    awake = ops.awake_of_padded(activity, home, 2, 1)
+    assert ops.windows_without_padding(stream, whole)[..., 0].tolist() == [[0, 1], [3, 4], [6, 7], [9, 10]]
+    kept, _ = ops.select(torch.tensor([[0.1, 0.2], [0.2, 0.1]]), 1)
+    awake = ops.awake_of_padded(kept, torch.tensor([0, 2]), torch.tensor([1, 3]))
     assert awake.tolist() == [[2, 1, 3], [0, 1, 3]]
-    places = ops.places_of_patches(home, 2, 1, 4)
-    assert places.tolist() == [0, 1, 2, 5]
-    patches = ops.awake_patches(home, awake, places)
+    patches = ops.awake_patches(kept, whole, edge)
     assert patches.tolist() == [[3, 4, 2, 5], [0, 1, 2, 5]]
     values = patches[..., None].float() + 1
-    padded = ops.pad_windows(values, places, 3, 2)
+    padded = ops.pad_windows(values, torch.tensor([0, 1, 2, -1, -1, 3]), 2)
     assert padded[..., 0].tolist() == [[4, 5], [3, 0], [0, 6], [1, 2], [3, 0], [0, 6]]
-    assert torch.equal(ops.crop_windows(padded, places, 3), values)
+    assert torch.equal(ops.crop_windows(padded, torch.tensor([0, 1, 2, 5]), 3), values)
 
 
 def test_activity_of_tokens_is_their_distance_from_the_mean_of_patches() -> None:

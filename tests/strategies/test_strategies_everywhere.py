@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gtp_fx
 from bench.dynamo_door import Door
 from gtp_fx.strategies import STRATEGIES
-from gtp_fx.strategies.protocol import SiteShape
+from gtp_fx.strategies.sites import SiteShape
 
 from support.captured import Built, optimised
 from support.plain_vit import built

@@ -48,10 +48,11 @@ from gtp_fx.types.coercions import find_coercions
 from gtp_fx.types.grids import Grid, GridAxis
 from gtp_fx.types.infer import SiteTyping, infer_types, infer_with_sites
 from gtp_fx.types.rules import registry
+from gtp_fx.types.rules.broadcasting import join
 from gtp_fx.types.rules.contraction import _join_dim as join_summed
-from gtp_fx.types.rules.layout import regroup
 from gtp_fx.types.rules.ranges import getitem
 from gtp_fx.types.rules.registry import NoRule, Output, TypeList
+from gtp_fx.types.rules.views import regroup
 
 from support.graphs_by_hand import patches, traced
 from support.rule_rows import ROWS as OTHER_ROWS
@@ -403,7 +404,7 @@ def patch_pixels(image: Tensor, *order: int) -> Tensor:
 
 def test_sizes_that_do_not_fit() -> None:
     with pytest.raises(NoRule, match="sizes 2 and 3 do not broadcast"):
-        registry.join(plain(2), plain(3))
+        join(plain(2), plain(3))
     with pytest.raises(NoRule, match="2 and 3 can't be summed over together"):
         join_summed((Plain(2),), (Plain(3),))
     with pytest.raises(NoRule, match="no match"):

@@ -14,8 +14,8 @@ from gtp_fx.types.coercions import find_coercions
 from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import infer_types, infer_with_sites
 from gtp_fx.types.merging import product
-from gtp_fx.types.rules.layout import regroup
 from gtp_fx.types.rules.registry import NoRule
+from gtp_fx.types.rules.views import regroup
 
 from support.graphs_by_hand import node, patches, traced
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from gtp_fx.capture.wrapped import without_compiling
-from gtp_fx.errors import OptionError, warn
+from gtp_fx.errors import OptionError
 from gtp_fx.measure.evaluation import data as sources
-from gtp_fx.measure.evaluation.contenders import Contender, contenders
+from gtp_fx.measure.evaluation.contenders import contenders
 from gtp_fx.measure.evaluation.data import Data
-from gtp_fx.measure.evaluation.evaluation import FILE, Evaluation
+from gtp_fx.measure.evaluation.evaluation import Evaluation
 from gtp_fx.measure.evaluation.found import Outputs, outputs_of
 from gtp_fx.measure.evaluation.image_set import NO_CLASSES, read_set
-from gtp_fx.measure.evaluation.record import must_be_of
-from gtp_fx.measure.evaluation.rows import About, Row, with_rows
+from gtp_fx.measure.evaluation.results import evaluation_of, rows_before, write
+from gtp_fx.measure.evaluation.rows import About, Row
 from gtp_fx.measure.evaluation.session import How, Session
 from gtp_fx.measure.evaluation.subject import Subject
 from gtp_fx.measure.preparation import preparation_of
@@ -32,9 +32,6 @@ from gtp_fx.options.options import DEFAULTS
 from gtp_fx.options.progress import progress_bar
 from gtp_fx.plan.damage.divergence import scores_of
 from gtp_fx.strategies import Strategy
-from gtp_fx.targets.cache import keep_json
-
-PICTURE, TEXT = "evaluation.png", "evaluation.md"
 
 
 @torch.no_grad()
@@ -131,7 +128,7 @@ def evaluate(
         sum(parameter.numel() for parameter in model.parameters()),
         subject.machine,
     )
-    before = () if folder is None else _before(folder, run, overwrite)
+    before = () if folder is None else rows_before(folder, run, overwrite)
     asked = {each.name: each.asked for each in wanted}
     known = {row.name: row for row in before if row.asked == asked.get(row.name)}
     new = [each for each in wanted if each.name not in known or not known[each.name].is_done(timing)]
@@ -139,7 +136,7 @@ def evaluate(
 
     def keep(rows: Sequence[Row]) -> None:
         if folder is not None:
-            _write(_with(about, before, rows, wanted), folder, whole=False)
+            write(evaluation_of(about, before, rows, wanted), folder, whole=False)
 
     with progress_bar(progress) as show:
         session = Session(
@@ -155,9 +152,9 @@ def evaluate(
         rows, images, labelled = session.measure(new, missing)
     if not labelled and not about.unlabelled:
         about = replace(about, unlabelled="not all batches hold labels")
-    done = _with(replace(about, images=images), before, rows, wanted)
+    done = evaluation_of(replace(about, images=images), before, rows, wanted)
     if folder is not None:
-        _write(done, folder)
+        write(done, folder)
     return done
 
 
@@ -232,60 +229,3 @@ def _must_be_optional(options: Mapping[str, Any]) -> None:
         parameter.name for parameter in inspect.signature(evaluate).parameters.values() if parameter.name != "options"
     ]
     must_be_known(options, [*own, *inspect.signature(optimize).parameters], "evaluate")
-
-
-def _before(folder: Path, run: Mapping[str, object], overwrite: bool) -> tuple[Row, ...]:
-    """Return the rows that an earlier run has left in a folder; none of an evaluation of something else to `overwrite`.
-
-    Raises OptionError where that isn't to be overwritten, or where there are results without such rows.
-    """
-    try:
-        return _rows_of(folder, run)
-    except OptionError:
-        if overwrite:
-            return ()
-        raise
-
-
-def _rows_of(folder: Path, run: Mapping[str, object]) -> tuple[Row, ...]:
-    """Return the rows of this run in a folder. Raises OptionError where something else is there."""
-    file = folder / FILE
-    found = Evaluation.read(file)
-    if found is None:
-        if others := [name for name in (TEXT, PICTURE) if (folder / name).exists()]:
-            raise OptionError(
-                f"{folder / others[0]} exists already, without the {FILE} that an evaluation leaves beside it: give "
-                f"another folder for the results, or overwrite=True (--overwrite) to replace it"
-            )
-        return ()
-    if not (run["data"] and run["weights"]):
-        what = "data= is an iterator" if run["weights"] else "weights are quantised or sharded"
-        raise OptionError(
-            f"{file} is of another run, and {what}, which can't be recognised again: give another folder, or "
-            f"the images as a list or a folder"
-        )
-    must_be_of(
-        found.about.run, run, f"{file}: give another folder for the results, overwrite=True (--overwrite) to replace it"
-    )
-    return found.rows
-
-
-def _with(about: About, before: Sequence[Row], rows: Sequence[Row], wanted: Sequence[Contender]) -> Evaluation:
-    """Return an evaluation with rows, those that are wanted first and in that order."""
-    order = {each.name: number for number, each in enumerate(wanted)}
-    return Evaluation(about, tuple(sorted(with_rows(before, rows), key=lambda row: order.get(row.name, len(order)))))
-
-
-def _write(evaluation: Evaluation, folder: Path, whole: bool = True) -> None:
-    """Write an evaluation into a folder. whole: also as text and picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    keep_json(folder / FILE, evaluation.to_dict())
-    if not whole:
-        return
-    (folder / TEXT).write_text(f"# {evaluation.about.model}\n\n{evaluation.markdown()}\n")
-    if evaluation.original is None:
-        return
-    try:
-        evaluation.plot(folder / PICTURE)
-    except OptionError as error:
-        warn(f"{folder / PICTURE} wasn't drawn: {error}")

@@ -17,7 +17,7 @@ from gtp_fx.graph.operators import WITHOUT_COPY
 from gtp_fx.plan.cost.formulas import formula_of
 from gtp_fx.types.axes import TensorType, whole_size
 from gtp_fx.types.infer import Typing
-from gtp_fx.types.rules.layout import is_view
+from gtp_fx.types.rules.views import is_view
 
 
 @dataclass(frozen=True)

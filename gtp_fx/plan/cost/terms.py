@@ -19,7 +19,8 @@ from gtp_fx.plan.cost.count import node_flops
 from gtp_fx.plan.cost.formulas import Sizes, formula_of
 from gtp_fx.plan.cost.fusion import Group, fused_groups
 from gtp_fx.plan.site import Site
-from gtp_fx.strategies.protocol import SiteShape, Strategy
+from gtp_fx.strategies.protocol import Strategy
+from gtp_fx.strategies.sites import SiteShape
 from gtp_fx.targets.work import Work
 from gtp_fx.types.axes import Dim, TensorType, TokenAxis, TokenDomain, token_axes
 from gtp_fx.types.coercions import Coercions, find_coercions

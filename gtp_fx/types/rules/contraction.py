@@ -7,6 +7,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph.operators import CASTS, DROPOUTS, MATRIX_PRODUCTS, REARRANGED, SOFTMAXES, VIEWS
 from gtp_fx.types.axes import Dim, Plain, TensorType, images_in, is_plain, token_axes, whole_size
+from gtp_fx.types.rules.broadcasting import join
 from gtp_fx.types.rules.pointwise import broadcast_to
 from gtp_fx.types.rules.registry import (
     NEEDS_ALL,
@@ -14,7 +15,6 @@ from gtp_fx.types.rules.registry import (
     Call,
     NoRule,
     RuleResult,
-    join,
     require_own_images,
     require_plain,
     rule,

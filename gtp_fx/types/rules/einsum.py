@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.types.axes import Dim, Plain, is_plain, token_axes, whole_size
-from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, join, require_own_images, rule, wanting
+from gtp_fx.types.rules.broadcasting import join
+from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, require_own_images, rule, wanting
 
 
 @dataclass(frozen=True)

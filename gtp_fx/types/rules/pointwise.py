@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from gtp_fx.graph.operators import BINARY, CASTS_LIKE, UNARY
 from gtp_fx.types.axes import Plain, TensorType, whole_size
-from gtp_fx.types.rules.registry import Call, RuleResult, for_every_pointwise, join, rule, wanting
+from gtp_fx.types.rules.broadcasting import join
+from gtp_fx.types.rules.registry import Call, RuleResult, for_every_pointwise, rule, wanting
 
 
 @for_every_pointwise

@@ -6,6 +6,7 @@ or fewer rows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ import gtp_fx
 from bench.dynamo_door import Door
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
+from gtp_fx.graph.edit import CONSTANT
 from gtp_fx.passes.reduce.rest_windows import rest_windows
 from gtp_fx.report.token_flow import token_flow
 from gtp_fx.strategies import Regeneration
@@ -122,6 +124,30 @@ def test_equals_the_blocks_by_hand(family: Family) -> None:
         wanted = by_hand(x)
     assert error(fast.graph_module(x), wanted) < 1e-5
     assert error(model(x), wanted) > 1e-3, "a schedule that changes nothing proves nothing"
+
+
+@families(SAM, PADDED, by_default=(SAM,))
+def test_what_sizes_decide_is_a_constant_of_the_graph(family: Family) -> None:
+    """Blocks share tables that don't depend on how many windows rest; nothing but what attention runs on is padded."""
+    gm = optimised(family, schedule=schedule(family), strategy=REST).graph_module
+    reads = [str(n.target) for n in gm.graph.find_nodes(op="get_attr") if str(n.target).startswith(CONSTANT)]
+    # Swin's second block is shifted, and takes its mask by the windows' numbers.
+    assert (len(reads), len(set(reads))) == {SAM: (8, 6), PADDED: (10, 10)}[family]
+    assert not any(n.target is torch.ops.aten.constant_pad_nd.default for n in gm.graph.nodes)
+
+
+@pytest.mark.nightly
+@pytest.mark.xdist_group(SAM.name)
+@torch.no_grad()
+def test_tables_have_numbers_where_the_model_gets_its_own_later() -> None:
+    model, x = shared_model(SAM), SAM.inputs(batch=3)
+    wanted = optimised(SAM, schedule=schedule(SAM), strategy=REST).graph_module(x)
+    without = copy.deepcopy(model).to("meta")
+    fast = gtp_fx.optimize(
+        without, schedule=schedule(SAM), strategy=REST, example_inputs=SAM.inputs().to("meta"), compile=False
+    )
+    fast.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert error(fast(x), wanted) < 1e-5
 
 
 def by_distance(oracle: Oracle) -> Oracle:
