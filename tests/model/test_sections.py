@@ -384,6 +384,7 @@ class WritesInPlace(nn.Module):
         return x
 
 
+@pytest.mark.nightly
 def test_by_default_sections_are_for_inference_on_a_cpu_where_sizes_differ(compiled: list[fx.GraphModule]) -> None:
     def in_sections(**options: Any) -> int:
         torch._dynamo.reset()

@@ -71,7 +71,7 @@ from gtp_fx.graph.torch_internals.values import (
     is_fake,
     mode_of,
     open_sizes,
-    written_to,
+    times_written,
 )
 
 __all__ = [
@@ -122,11 +122,11 @@ __all__ = [
     "return_flat",
     "run_counted",
     "take_signature",
+    "times_written",
     "trace_functional",
     "traced_node",
     "tracing_lock",
     "untraced",
     "without_failure_logs",
     "without_partial_graphs",
-    "written_to",
 ]

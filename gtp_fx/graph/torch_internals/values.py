@@ -98,6 +98,6 @@ def hint(size: Any) -> int:
     return int(known)
 
 
-def written_to(value: Any) -> bool:
-    """Return whether a tensor was written to in place since it was made. Public: none."""
-    return isinstance(value, Tensor) and not value.is_inference() and value._version > 0
+def times_written(value: Any) -> int:
+    """Return how often a tensor was written to in place since it was made, as far as it counts. Public: none."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0

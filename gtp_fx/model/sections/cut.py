@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
 from torch.utils import _pytree as pytree
 
-from gtp_fx.graph.torch_internals import has_hint, is_higher_order, written_to
+from gtp_fx.graph.torch_internals import has_hint, is_higher_order
 from gtp_fx.strategies import group_operator as _registers_group  # noqa: F401
 
 OUTSIDE = ("placeholder", "get_attr", "output")
@@ -34,15 +34,13 @@ def value_of(node: fx.Node) -> Any:
 def can_be_cut(graph: fx.Graph) -> bool:
     """Return whether a graph can be run in sections.
 
-    It can't where a node calls a module or another graph, changes a setting (autocast) for those after it, or writes in
-    place: a section doesn't know which of its inputs share memory. Nor where a size depends on the data.
+    It can't where a node calls a module or another graph, or changes a setting (autocast) for those after it. Nor where
+    a size depends on the data.
     """
     for node in graph.nodes:
         if node.op == "call_module" or (node.op != "output" and value_of(node) is None):
             return False
         values = leaves(value_of(node))
-        if node.op not in OUTSIDE and any(written_to(value) for value in values):
-            return False
         if not all(map(has_hint, _sizes(values))):
             return False
         if node.op == "call_function" and is_higher_order(node.target):

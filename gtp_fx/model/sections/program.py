@@ -22,6 +22,7 @@ from gtp_fx.graph.torch_internals import (
 from gtp_fx.model.sections.alike import Column, Kind, is_open, kinds, numbers_of
 from gtp_fx.model.sections.cut import OUTSIDE, can_be_cut, cut, leaves
 from gtp_fx.model.sections.first_site import like_the_others
+from gtp_fx.model.sections.writes import writes_in_place
 
 _Bound = Callable[..., Sequence[Any]]
 """A section's code with the numbers of one section and one run: what its inputs are taken to its outputs by."""
@@ -48,7 +49,7 @@ def compile_in_sections(
     # A copy: what Dynamo noted on the graph is Inductor's, where that compiles it whole.
     gm = edit.copy_of(gm)
     fill_values(gm, inputs)
-    if not can_be_cut(gm.graph):
+    if not can_be_cut(gm.graph) or writes_in_place(gm.graph):
         return None
     like_the_others(gm.graph)
     found = kinds(cut(gm.graph))
