@@ -14,7 +14,7 @@ from gtp_fx.capture.layers import OWN_CALLS, USED, layer_paths
 from gtp_fx.capture.module import WRITTEN
 from gtp_fx.capture.regions import AUTOCAST
 from gtp_fx.graph.edit import CONSTANT, share
-from gtp_fx.graph.torch_internals import is_traced
+from gtp_fx.graph.torch_internals import code_when_called, is_traced, with_code
 from gtp_fx.model.parameters import lend, top_names
 from gtp_fx.model.sections.backend import InSections
 from gtp_fx.model.state import Made, Runner, State
@@ -25,6 +25,7 @@ from gtp_fx.passes.lower.triton_kernels import lowered
 from gtp_fx.report.kept_tokens import also_returning_kept
 
 
+@code_when_called()
 def make_runner(
     made: Made, state: State, owner: nn.Module, device: torch.device, inductor: Mapping[str, Any]
 ) -> Runner:
@@ -36,7 +37,7 @@ def make_runner(
     lend(graph_module, owner, top_names(graph_module))
     if state.compiles:
         graph_module = lowered(graph_module, device, options.disabled_passes, options.target.scale_form)
-    graph_module = functional_linear(call_layers(graph_module, owner))
+    graph_module = with_code(functional_linear(call_layers(graph_module, owner)))
     share(graph_module, owner)
     _move_constants(graph_module, device)
     # The graph depends on all that it neither calls nor reads. A method's depends on what the method belongs to.

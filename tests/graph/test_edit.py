@@ -1,0 +1,68 @@
+"""Copies of graphs: no code is generated for those that are only rewritten, and the last one is an ordinary module."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from gtp_fx.graph import edit
+from gtp_fx.graph.torch_internals import code_when_called, with_code
+
+
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0, 3.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
+    """The graphs that code is generated for."""
+    found: list[fx.Graph] = []
+    generate = fx.Graph.python_code
+
+    def noting(self: fx.Graph, *args: Any, **kwargs: Any) -> Any:
+        found.append(self)
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(fx.Graph, "python_code", noting)
+    return found
+
+
+def test_code_is_generated_for_what_runs(generated: list[fx.Graph]) -> None:
+    traced, x = fx.symbolic_trace(Doubled()), torch.ones(2)
+    generated.clear()
+
+    @code_when_called()
+    def rewritten() -> fx.GraphModule:
+        gm = traced
+        for _ in range(3):
+            gm = edit.finish(edit.copy_of(gm))
+        (times,) = [node for node in gm.graph.nodes if node.op == "call_function"]
+        times.target = torch.add
+        return edit.finish(gm)
+
+    gm = rewritten()
+    assert not generated
+    torch.testing.assert_close(gm(x), torch.tensor([3.0, 4.0]))
+    assert generated == [gm.graph]
+    assert isinstance(edit.copy_of(traced), fx.GraphModule) and len(generated) == 2, "outside, at once"
+
+
+def test_the_last_copy_is_an_ordinary_graph_module(generated: list[fx.Graph]) -> None:
+    traced, x = fx.symbolic_trace(Doubled()), torch.ones(2)
+    gm = with_code(code_when_called()(edit.copy_of)(traced))
+    assert type(gm).__mro__[1] is fx.GraphModule and type(gm).__name__ == type(traced).__name__
+    assert gm.weight is traced.weight and gm.meta == traced.meta
+    for again in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        torch.testing.assert_close(again(x), torch.tensor([2.0, 3.0]))
+        assert "self.weight" in again.code
+    assert with_code(traced) is traced
