@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.spelt.attention import ATTENTIONS, JOININGS, PROJECTIONS
-from bench.spelt.layers import ACTIVATIONS, CARRIED, LINEARS, NORMS, RESIDUALS
+from bench.spelt.layers import ACTIVATIONS, BRANCHES, CARRIED, LINEARS, NORMS, RESIDUALS
 from bench.spelt.layouts import LAYOUTS
 from bench.spelt.sizes import CHANNELS, DEPTH, SIDE, TOKENS
 from bench.spelt.tokens import PATCHES, POOLS, TOKENS_OF
@@ -29,9 +29,16 @@ class Spelling:
     joining: str = next(iter(JOININGS))
     residual: str = next(iter(RESIDUALS))
     carried: str = next(iter(CARRIED))
+    branches: str = next(iter(BRANCHES))
     activation: str = next(iter(ACTIVATIONS))
     layout: str = next(iter(LAYOUTS))
     pool: str = next(iter(POOLS))
+
+
+def canonical_of(spelling: Spelling) -> Spelling:
+    """Return the canonical spelling of the model that a spelling is of: that with branches in turn, or side by side."""
+    beside = spelling.branches != Spelling.branches and LAYOUTS[spelling.layout][-1] is None
+    return Spelling(branches="x + y + z") if beside else Spelling()
 
 
 CHOICES: Mapping[str, tuple[str, ...]] = dict(
@@ -49,6 +56,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = dict(
                 JOININGS,
                 RESIDUALS,
                 CARRIED,
+                BRANCHES,
                 ACTIVATIONS,
                 LAYOUTS,
                 POOLS,
@@ -88,8 +96,13 @@ class Block(nn.Module):
 
         q, k, v = PROJECTIONS[how.projection](norm(self.norm1), linear, self.qkv.weight, self.qkv.bias)
         attended = JOININGS[how.joining](ATTENTIONS[how.attention](q, k, v))
-        x = joined(there(through(self.out, attended)))
-        return joined(there(through(self.down, ACTIVATIONS[how.activation](through(self.up, norm(self.norm2))))))
+        attended, beside = there(through(self.out, attended)), BRANCHES[how.branches]
+        if beside is None:
+            x = joined(attended)
+        y = there(through(self.down, ACTIVATIONS[how.activation](through(self.up, norm(self.norm2)))))
+        if beside is None:
+            return joined(y)
+        return [*x, attended, y] if isinstance(x, list) else beside(add, x, attended, y)
 
 
 class Respelt(nn.Module):
