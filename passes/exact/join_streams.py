@@ -48,7 +48,7 @@ def join_streams(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _order(kind: TensorType, axis: TokenAxis) -> list[int] | None:
     """Return the order of a type's factors in which they are a stream's; None where the type is one, or can't be."""
-    if len(kind) == _RANK and all(len(dim) == 1 for dim in kind):
+    if len(kind) == _RANK and (has_rows(kind, axis) or all(len(dim) == 1 for dim in kind)):
         return None
     return list(range(len(factors_of(kind)))) if has_rows(kind, axis) else row_order(kind, axis)
 
@@ -57,7 +57,7 @@ def _join(graph: fx.Graph, node: fx.Node, kind: TensorType, order: list[int]) ->
     """Insert the stream [B, N, features] that a state is, and give what it was to every reader."""
     emit = edit.Emitter(graph, like=node, before=node.next)
     shape, row = list(shape_of(node)), list(range(len(order)))
-    if order == row and len(shape) > _RANK:  # seen as a stream without a step between
+    if order == row and len(shape) > _RANK:  # one view, no step between
         joined = emit(aten.reshape.default, node, written([*shape[:2], math.prod(shape[2:])]))
         again = emit(aten.reshape.default, joined, written(shape))
     else:
