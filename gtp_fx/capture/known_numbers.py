@@ -8,7 +8,7 @@ being traced is asked what the tensor was made of. Where that is constants alone
 
 A size that holds the batch isn't known. A tensor with such a size is a set of numbers that is the same for every batch,
 as long as it was only repeated, rearranged, changed number by number, or joined; its largest and smallest are known.
-Where it is one image's, repeated for every image, so are those of the images that are cut out of it: of two batches that
+Where it is one image's, repeated for every image, so are those of images that are cut out of it: of two batches that
 are encoded as one, each has the same positions.
 """
 
