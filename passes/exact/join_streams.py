@@ -20,7 +20,7 @@ from gtp_fx.analysis.token_states import factors_of, has_rows, holds_others, row
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of, written
-from gtp_fx.types.axes import TensorType, TokenAxis
+from gtp_fx.types.axes import TensorType, TokenAxis, token_axis
 
 _RANK = 3
 
@@ -48,16 +48,18 @@ def join_streams(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _order(kind: TensorType, axis: TokenAxis) -> list[int] | None:
     """Return the order of a type's factors in which they are a stream's; None where the type is one, or can't be."""
-    if len(kind) == _RANK and (has_rows(kind, axis) or all(len(dim) == 1 for dim in kind)):
-        return None
-    return list(range(len(factors_of(kind)))) if has_rows(kind, axis) else row_order(kind, axis)
+    factors = factors_of(kind)
+    if has_rows(kind, axis):
+        return None if len(kind) == _RANK else list(range(len(factors)))
+    # Streams beside each other, or dimensions that are merged; a stream that is only turned isn't joined.
+    return row_order(kind, axis) if len(factors) > _RANK or any(len(dim) > 1 for dim in kind) else None
 
 
 def _join(graph: fx.Graph, node: fx.Node, kind: TensorType, order: list[int]) -> None:
     """Insert the stream [B, N, features] that a state is, and give what it was to every reader."""
     emit = edit.Emitter(graph, like=node, before=node.next)
     shape, row = list(shape_of(node)), list(range(len(order)))
-    if order == row and len(shape) > _RANK:  # one view, no step between
+    if token_axis(kind[1]) is not None and order == row:  # one view, no step between
         joined = emit(aten.reshape.default, node, written([*shape[:2], math.prod(shape[2:])]))
         again = emit(aten.reshape.default, joined, written(shape))
     else:
