@@ -63,7 +63,7 @@ def _with_branches_beside(add: fx.Node, stream: fx.Node, typing: WholeTyping) ->
 
     Sums, and what only scales or turns one, may be read more than once, as long as all of it ends in that last sum.
     """
-    of_stream, after = descendants(stream) | {stream}, descendants(add)
+    of_stream, after = descendants(stream), descendants(add)
     kind, total = typing.type(add), add
     sums = {add}
     for node in add.graph.nodes:
@@ -71,7 +71,7 @@ def _with_branches_beside(add: fx.Node, stream: fx.Node, typing: WholeTyping) ->
             continue
         others = [x for x in node.all_input_nodes if x not in sums and _runs_over_tokens(x, typing)]
         scaled = node.target in _SHARES and node.args[0] in sums and not others
-        # What is added is made of the stream, and of no sum: a later branch reads one.
+        # What is added is made of the stream, and of no sum: a later branch reads one. A skip adds the stream itself.
         added = node.target in RESIDUAL_SUMS and all(
             x not in after and of_stream & (ancestors(x) | {x}) for x in others
         )
