@@ -69,11 +69,13 @@ def _with_branches_beside(add: fx.Node, stream: fx.Node, typing: WholeTyping) ->
     for node in add.graph.nodes:
         if sums.isdisjoint(node.all_input_nodes):
             continue
-        others = [x for x in node.all_input_nodes if x not in sums and _runs_over_tokens(x, typing)]
-        scaled = node.target in _SHARES and node.args[0] in sums and not others
+        others = [x for x in node.all_input_nodes if x not in sums]
+        scaled = (
+            node.target in _SHARES and node.args[0] in sums and not any(_runs_over_tokens(x, typing) for x in others)
+        )
         # What is added is made of the stream, and of no sum: a later branch reads one. A skip adds the stream itself.
         added = node.target in RESIDUAL_SUMS and all(
-            x not in after and of_stream & (ancestors(x) | {x}) for x in others
+            _runs_over_tokens(x, typing) and x not in after and of_stream & (ancestors(x) | {x}) for x in others
         )
         if not scaled and not added:
             break
