@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import gtp_fx
 from bench.live_weights import enliven
 from bench.outcomes import tally
-from bench.spelt.model import CHOICES, Respelt, Spelling
+from bench.spelt.model import CHOICES, Respelt, Spelling, canonical_of
 from bench.spelt.sizes import GRID, SIDE
 
 BUDGET = 0.6
@@ -67,14 +67,14 @@ def answer(spelling: Spelling) -> Answer:
 
 
 @functools.cache
-def canonical() -> Answer:
-    """Return the answer for the canonical spelling."""
-    return answer(Spelling())
+def canonical(spelling: Spelling) -> Answer:
+    """Return the answer for a canonical spelling."""
+    return answer(spelling)
 
 
 def check(spelling: Spelling) -> str:
     """Hold a spelling to the canonical one. Return "right", "refused: ..." or "wrong: ..."; other errors are raised."""
-    wanted = canonical()
+    wanted = canonical(canonical_of(spelling))
     original = build(spelling)(images(3, seed=1))
     try:
         found = answer(spelling)

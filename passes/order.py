@@ -127,7 +127,9 @@ ORDER = (
         optional=True,
     ),
     Pass(fold_views, "exact", "dimensions that are merged and taken apart again stay apart", optional=True),
-    Pass(join_streams, "exact", "streams side by side, [B, N, S, C], become one of S·C features", optional=True),
+    Pass(
+        join_streams, "exact", "states of tokens in any layout, [S, B, N, C], become one of S·C features", optional=True
+    ),
     Pass(
         split_projections,
         "exact",

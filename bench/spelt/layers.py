@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +90,27 @@ CARRIED: Part = {
     "a list, summed from 0": sum,
     "a list, stacked": lambda carried: torch.stack(carried).sum(0),
 }
+
+# ---- what attention and MLP, y and z, of one stream x are added to it by `add`, where both read that stream
+
+
+def _halves_of(add: Any, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    return 0.5 * add(x, 2 * y) + 0.5 * (x + 2 * z)
+
+
+BRANCHES: Mapping[str, Callable[..., Tensor] | None] = {
+    "in turn": None,
+    "x + y + z": lambda add, x, y, z: add(add(x, y), z),
+    "x + z + y": lambda add, x, y, z: add(add(x, z), y),
+    "x + (y + z)": lambda add, x, y, z: add(x, y + z),
+    "z + (y + x)": lambda add, x, y, z: z + add(x, y),
+    "halves": _halves_of,
+    "stacked": lambda add, x, y, z: add(x, torch.stack([z, y]).sum(dim=0)),
+    "stacked with the stream": lambda add, x, y, z: torch.stack([y, x, z], -1).sum(-1),
+    "a mean": lambda add, x, y, z: add(x, 2 * torch.stack([y, z]).mean(0)),
+    "by a product": lambda add, x, y, z: add(x, torch.stack([y, z], -1) @ torch.ones(2)),
+}
+"""The first one is the usual block, in which the MLP reads the sum; the others are all of another model."""
 
 # ---- activations
 

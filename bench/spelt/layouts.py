@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bench.spelt.layers import ACTIVATIONS, RESIDUALS
 from bench.spelt.sizes import CHANNELS, FEATURES, HEADS
+from bench.spelt.streams import GATED, MANY
 
 if TYPE_CHECKING:
     from bench.spelt.model import Block
@@ -70,4 +71,6 @@ LAYOUTS: Mapping[str, tuple[Turn, Turn, Callable[[Block, Tensor], Tensor] | None
     "[N, B, C], whole block": (lambda x: x.transpose(0, 1), lambda x: x.transpose(0, 1), _tokens_first),
     "[N, B, C], einsum": (lambda x: x.permute(1, 0, 2), lambda x: x.permute(1, 0, 2), _tokens_first_by_heads),
     "[B, C, N], whole block": (lambda x: x.mT, lambda x: x.mT, _tokens_last),
+    **{name: (layout.begin, layout.end, layout.block) for name, layout in MANY.items()},
+    **{name: (lambda x: x, lambda x: x, block) for name, block in GATED.items()},
 }

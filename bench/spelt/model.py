@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.spelt.attention import ATTENTIONS, JOININGS, PROJECTIONS
-from bench.spelt.layers import ACTIVATIONS, CARRIED, LINEARS, NORMS, RESIDUALS
+from bench.spelt.layers import ACTIVATIONS, BRANCHES, CARRIED, LINEARS, NORMS, RESIDUALS
 from bench.spelt.layouts import LAYOUTS
 from bench.spelt.sizes import CHANNELS, DEPTH, SIDE, TOKENS
+from bench.spelt.streams import GATED, MANY
 from bench.spelt.tokens import PATCHES, POOLS, TOKENS_OF
 
 
@@ -29,9 +30,22 @@ class Spelling:
     joining: str = next(iter(JOININGS))
     residual: str = next(iter(RESIDUALS))
     carried: str = next(iter(CARRIED))
+    branches: str = next(iter(BRANCHES))
     activation: str = next(iter(ACTIVATIONS))
     layout: str = next(iter(LAYOUTS))
     pool: str = next(iter(POOLS))
+
+
+def canonical_of(spelling: Spelling) -> Spelling:
+    """Return the canonical spelling of the model that a spelling is of.
+
+    Its branches are in turn or side by side, or it has several streams, or gates.
+    """
+    for others in (MANY, GATED):
+        if spelling.layout in others:
+            return Spelling(layout=next(iter(others)))
+    beside = spelling.branches != Spelling.branches and LAYOUTS[spelling.layout][-1] is None
+    return Spelling(branches="x + y + z") if beside else Spelling()
 
 
 CHOICES: Mapping[str, tuple[str, ...]] = dict(
@@ -49,6 +63,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = dict(
                 JOININGS,
                 RESIDUALS,
                 CARRIED,
+                BRANCHES,
                 ACTIVATIONS,
                 LAYOUTS,
                 POOLS,
@@ -73,23 +88,38 @@ class Block(nn.Module):
     def forward(self, x: Any) -> Any:
         """Return what is carried on: the stream, or the list of all that it is the sum of."""
         how = self.spelling
-        (there, back, whole), linear, add = LAYOUTS[how.layout], LINEARS[how.linear], RESIDUALS[how.residual]
+        (there, back, whole), beside = LAYOUTS[how.layout], BRANCHES[how.branches]
         if whole is not None:
             return whole(self, x)
 
-        def norm(layer: nn.LayerNorm) -> Tensor:
-            return NORMS[how.norm](back(CARRIED[how.carried](x)), layer.weight, layer.bias)
+        def read(x: Any) -> Tensor:
+            return back(CARRIED[how.carried](x))
 
-        def joined(y: Tensor) -> Any:
-            return [*x, y] if isinstance(x, list) else add(x, y)
+        def joined(x: Any, y: Tensor) -> Any:
+            return [*x, y] if isinstance(x, list) else RESIDUALS[how.residual](x, y)
 
-        def through(layer: nn.Linear, y: Tensor) -> Tensor:
-            return linear(y, layer.weight, layer.bias)
+        attended = there(self.attend(read(x)))
+        if beside is None:
+            x = joined(x, attended)
+            return joined(x, there(self.feed(read(x))))
+        fed = there(self.feed(read(x)))
+        return [*x, attended, fed] if isinstance(x, list) else beside(RESIDUALS[how.residual], x, attended, fed)
 
-        q, k, v = PROJECTIONS[how.projection](norm(self.norm1), linear, self.qkv.weight, self.qkv.bias)
-        attended = JOININGS[how.joining](ATTENTIONS[how.attention](q, k, v))
-        x = joined(there(through(self.out, attended)))
-        return joined(there(through(self.down, ACTIVATIONS[how.activation](through(self.up, norm(self.norm2))))))
+    def attend(self, x: Tensor) -> Tensor:
+        """The attention's branch, [B, N, C] -> [B, N, C]"""
+        how = self.spelling
+        normed = NORMS[how.norm](x, self.norm1.weight, self.norm1.bias)
+        q, k, v = PROJECTIONS[how.projection](normed, LINEARS[how.linear], self.qkv.weight, self.qkv.bias)
+        return self._through(self.out, JOININGS[how.joining](ATTENTIONS[how.attention](q, k, v)))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The MLP's branch, [B, N, C] -> [B, N, C]"""
+        how = self.spelling
+        normed = NORMS[how.norm](x, self.norm2.weight, self.norm2.bias)
+        return self._through(self.down, ACTIVATIONS[how.activation](self._through(self.up, normed)))
+
+    def _through(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return LINEARS[self.spelling.linear](x, layer.weight, layer.bias)  # type: ignore[no-any-return]
 
 
 class Respelt(nn.Module):

@@ -19,11 +19,14 @@ import math
 from torch import fx
 
 from gtp_fx.graph.nodes import ancestors, descendants
-from gtp_fx.graph.operators import ATTENTION, VIEWS
-from gtp_fx.types.axes import TensorType, TokenAxis, is_plain, token_axis, whole_size
+from gtp_fx.graph.operators import ATTENTION, PERMUTATIONS, VIEWS
+from gtp_fx.types.axes import Dim, Factor, Plain, TensorType, TokenAxis, holds_images, is_plain, token_axis
 from gtp_fx.types.grids import Grid, GridAxis
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.rules.registry import TypeList
+
+_RANK = 3
+"""Dimensions of a stream: images, tokens, features."""
 
 
 def state_after(attention: fx.Node, axis: TokenAxis, typing: WholeTyping) -> fx.Node | None:
@@ -60,14 +63,17 @@ def state_before(attention: fx.Node, site: fx.Node, axis: TokenAxis, typing: Who
     found = [state for state in rows if _features(state, typing) == wide]
     if not found:
         return None
-    # Of one value, the view with its streams side by side as features comes before the one with them apart.
-    *earlier, state = found
-    return earlier[-1] if state.target in VIEWS and earlier and state.args[0] is earlier[-1] else state
+    # Of one value in several layouts, that in which its streams lie side by side as features comes before others.
+    chain = [found[-1]]
+    while chain[-1].target in (*VIEWS, *PERMUTATIONS) and chain[-1].args[0] in found:
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    joined = [state for state in chain if len(typing.type(state)) == _RANK and has_rows(typing.type(state), axis)]
+    return joined[0] if joined else chain[-1]
 
 
 def _features(state: fx.Node, typing: WholeTyping) -> int:
     """Return how many features a token has in a state, times the images, which are the same in every state."""
-    return math.prod(whole_size(dim) for dim in typing.type(state) if is_plain(dim))
+    return math.prod(factor.size for dim in typing.type(state) for factor in dim if isinstance(factor, Plain))
 
 
 def _queries(attention: fx.Node, typing: WholeTyping) -> TokenAxis | None:
@@ -78,13 +84,36 @@ def _queries(attention: fx.Node, typing: WholeTyping) -> TokenAxis | None:
 def has_rows(kind: TensorType, axis: TokenAxis) -> bool:
     """Return whether a type is [images, tokens, features…], of these tokens."""
     apart = len(kind) > 2 and is_plain(kind[0]) and all(map(is_plain, kind[2:]))
-    return apart and token_axis(kind[1]) == axis
+    return apart and token_axis(kind[1]) == axis and not holds_others(kind[0])
+
+
+def holds_others(images: Dim) -> bool:
+    """Return whether something else is merged with images in a dimension: streams of each, say."""
+    return holds_images(images) and not all(isinstance(factor, Plain) and factor.images for factor in images)
+
+
+def row_order(kind: TensorType, axis: TokenAxis) -> list[int] | None:
+    """Return the order of a type's factors that are longer than one in which images come first, then these tokens.
+
+    Others, which are features, follow as they come. None where a type has other factors, such as the side of a grid.
+    """
+    factors = factors_of(kind)
+    images = [i for i, factor in enumerate(factors) if isinstance(factor, Plain) and factor.images]
+    tokens = [i for i, factor in enumerate(factors) if factor == axis]
+    features = [i for i, factor in enumerate(factors) if isinstance(factor, Plain) and not factor.images]
+    apart = len(images) == len(tokens) == 1 and len(factors) == len(features) + 2
+    return [*images, *tokens, *features] if apart else None
+
+
+def factors_of(kind: TensorType) -> list[Factor]:
+    """Return the factors of a type's dimensions, in order, but for those of size one."""
+    return [factor for dim in kind for factor in dim if factor.whole_size != 1]
 
 
 def _is_state(kind: TensorType, axis: TokenAxis) -> bool:
-    """Return whether a type is [images, tokens, features…], or [images, tokens, features] in another order."""
-    turned = len(kind) == 3 and [token_axis(dim) for dim in kind if not is_plain(dim)] == [axis]
-    return turned or has_rows(kind, axis)
+    """Return whether a type holds [images, tokens, features…], in whichever order, apart or merged."""
+    turned = len(kind) == _RANK and [token_axis(dim) for dim in kind if not is_plain(dim)] == [axis]
+    return turned or has_rows(kind, axis) or row_order(kind, axis) is not None
 
 
 def _states(attention: fx.Node, grid: Grid, typing: WholeTyping) -> tuple[list[fx.Node], bool]:

@@ -8,6 +8,8 @@ being traced is asked what the tensor was made of. Where that is constants alone
 
 A size that holds the batch isn't known. A tensor with such a size is a set of numbers that is the same for every batch,
 as long as it was only repeated, rearranged, changed number by number, or joined; its largest and smallest are known.
+Where it is one image's, repeated for every image, so are those of images that are cut out of it: of two batches that
+are encoded as one, each has the same positions.
 """
 
 from __future__ import annotations
@@ -24,7 +26,18 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from torch.overrides import TorchFunctionMode
 
 from gtp_fx.graph.nodes import ancestors
-from gtp_fx.graph.operators import CASTS, CASTS_LIKE, COPIES, FLATTENINGS, PERMUTATIONS, REARRANGED, SQUEEZES, VIEWS
+from gtp_fx.graph.operators import (
+    CASTS,
+    CASTS_LIKE,
+    COPIES,
+    FLATTENINGS,
+    NAMED_DIMENSIONS,
+    PERMUTATIONS,
+    REARRANGED,
+    SPLITS,
+    SQUEEZES,
+    VIEWS,
+)
 from gtp_fx.graph.torch_internals import is_operator, traced_node, untraced
 
 _FILLED = (aten.zeros.default, aten.ones.default, aten.full.default)
@@ -51,6 +64,8 @@ _NUMBER_BY_NUMBER = (
     aten.div.Tensor,
 )
 _JOINED = (aten.cat.default, aten.stack.default)
+_OF_DIMENSIONS = (*SPLITS, aten.slice.Tensor, aten.select.int)
+"""Operators that cut a part out of a tensor along one dimension."""
 _EXTREMES = (aten.max.default, aten.min.default)
 _READ: dict[str, Callable[[Any], Any]] = {
     "item": lambda number: number,
@@ -68,10 +83,15 @@ class _NotKnown(Exception):
 
 @dataclass(frozen=True)
 class _Known:
-    """What a tensor holds. repeated: `value` is the set of its numbers, in one dimension, whatever the batch is."""
+    """What a tensor holds.
+
+    repeated: `value` is the set of its numbers, in one dimension, whatever the batch is.
+    alike: `value` is what each image of the batch, its first dimension, holds: [1, …].
+    """
 
     value: Tensor
     repeated: bool = False
+    alike: bool = False
 
 
 @contextmanager
@@ -126,6 +146,8 @@ def _constant(node: fx.Node, root: Any) -> _Known:
 
 def _computed(node: fx.Node, operands: dict[fx.Node, _Known]) -> _Known:
     target = node.target
+    if target is operator.getitem and node.args[0] in operands and operands[node.args[0]].alike:  # type: ignore[index]
+        return operands[node.args[0]]  # type: ignore[index]
     if node.op != "call_function" or not is_operator(target) or target._schema.is_mutable:
         raise _NotKnown
     sizes = [x for x in node.all_input_nodes if _is_size(x)]
@@ -134,11 +156,34 @@ def _computed(node: fx.Node, operands: dict[fx.Node, _Known]) -> _Known:
         raise _NotKnown
     repeated = bool(sizes) or any(known.repeated for known in operands.values())
     if repeated and operands:
-        return _of_sets(node, operands)
+        return _of_images(node, operands) or _of_sets(node, operands)
     if torch.Tag.nondeterministic_seeded in target.tags or target.namespace != "aten":
         raise _NotKnown
     value = _run(node, {**{x: known.value for x, known in operands.items()}, **dict.fromkeys(sizes, 1)})
     return _Known(value.flatten() if repeated else value, repeated)
+
+
+def _of_images(node: fx.Node, operands: dict[fx.Node, _Known]) -> _Known | None:
+    """Return what an operator makes of numbers that are each image's, or begin to be; None where they aren't then."""
+    (known, *others), target = operands.values(), node.target
+    if others or known.repeated != known.alike:
+        return None
+    if target is aten.expand.default and not known.alike:
+        sizes: Any = node.args[1]
+        same_rank = len(sizes) == known.value.dim() and known.value.shape[0] == 1
+        if same_rank and isinstance(sizes[0], fx.Node) and all(isinstance(size, int) for size in sizes[1:]):
+            return _Known(known.value.expand(1, *sizes[1:]), repeated=True, alike=True)
+    if not known.alike or len(node.all_input_nodes) > 1:
+        return None
+    if target in _OF_DIMENSIONS:
+        place = NAMED_DIMENSIONS[target]
+        dim: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
+        if dim % known.value.dim() == 0:
+            return None if target is aten.select.int else known
+        return None if target in SPLITS else _Known(_run(node, {node.all_input_nodes[0]: known.value}), True, True)
+    if target in (*COPIES, *_NUMBER_BY_NUMBER, aten.detach.default):
+        return _Known(_run(node, {node.all_input_nodes[0]: known.value}), True, True)
+    return None
 
 
 def _of_sets(node: fx.Node, operands: dict[fx.Node, _Known]) -> _Known:
@@ -168,9 +213,13 @@ def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Return whether a node is a batch, or a number times one, which is at least one."""
+    """Return whether a node is a batch, a number times one, or several, which is at least one."""
     if node.target is aten.sym_size.int:
-        return node.args[0].op == "placeholder"  # type: ignore[union-attr]
+        source: Any = node.args[0]
+        given = source.args[0] if source.target is aten.cat.default else [source]
+        return all(tensor.op == "placeholder" for tensor in given)
+    if node.target is operator.add:
+        return all(isinstance(part, fx.Node) and _is_size(part) for part in node.args)
     return node.target is operator.mul and all(
         _is_size(factor) if isinstance(factor, fx.Node) else isinstance(factor, int) and factor > 0
         for factor in node.args

@@ -24,8 +24,10 @@ from gtp_fx.analysis.token_states import state_after
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.edit import copy_of
 from gtp_fx.graph.operators import ATTENTION, MATRIX_PRODUCTS
-from gtp_fx.types.axes import TokenAxis, token_axis
+from gtp_fx.types.axes import Plain, TokenAxis, token_axis
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import WholeTyping
+from gtp_fx.types.layouts import base_of
 from gtp_fx.types.rules.registry import WEIGHS
 
 
@@ -59,6 +61,31 @@ def self_attention_axis(node: fx.Node, typing: WholeTyping) -> TokenAxis | None:
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
     if typing.results[node].barrier:
         return None
-    axis = token_axis(typing.type(query)[-2])
-    same = axis is not None and keys_beside(typing.type(query), typing.type(key)) is not None
-    return axis if same or pooled_to(typing.type(query), typing.type(key)) else None
+    axis, keys = (token_axis(typing.type(operand)[-2]) for operand in (query, key))
+    if axis is None or keys is None:
+        return None
+    if keys_beside(typing.type(query), typing.type(key)) is not None:
+        return axis
+    pooled = pooled_to(typing.type(query), typing.type(key)) and _is_made_of(keys.domain.grid, axis.domain.grid, typing)
+    return axis if pooled else None
+
+
+def _is_made_of(cells: Grid, grid: Grid, typing: WholeTyping) -> bool:
+    """Return whether the tokens of one grid are born of another's, as far as it is known where they are born.
+
+    Those of another picture aren't, though it may have as many.
+    """
+    nodes = {node.name: node for node in typing.graph.nodes}
+    pending, seen = [cells], {cells}
+    while pending:
+        born = nodes.get(base_of(pending.pop()).birth.partition("@")[0])
+        if born is None:
+            return True
+        kinds = [typing.type(x) for x in born.all_input_nodes if typing.is_tensor(x)]
+        factors = [factor for kind in kinds for dim in kind for factor in dim if not isinstance(factor, Plain)]
+        read = {factor.domain.grid if isinstance(factor, TokenAxis) else factor.grid for factor in factors}
+        if base_of(grid) in map(base_of, read):
+            return True
+        pending += read - seen
+        seen |= read
+    return False

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from gtp_fx.analysis.marks import MARK, marks_of
-from gtp_fx.analysis.residual_adds import share_in, stream_of
+from gtp_fx.analysis.residual_adds import share_in
 from gtp_fx.analysis.token_states import state_before
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
@@ -95,8 +95,9 @@ def _streams(graph: fx.Graph) -> dict[fx.Node, Order]:
             continue
         # A stream may be turned for the sum alone; then its share in that is where the other layout begins.
         attention = marked["attention", index]
-        values = [stream_of(site, attention, typing), share_in(site, attention, typing)]
-        if values[0] is None and _to_turn(typing.type(site)):  # a state of the tokens
+        share = share_in(site, attention, typing)
+        values = [] if share is None else [share.stream, share.summand]
+        if share is None and _to_turn(typing.type(site)):  # a state of the tokens
             beside = ancestors(site) - ancestors(attention) - descendants(attention) - {attention}
             state = state_before(attention, site, attention.meta[MARK].axis, typing)
             values = [state, *filter(typing.is_tensor, beside)]

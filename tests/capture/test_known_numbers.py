@@ -52,6 +52,26 @@ def test_a_table_as_long_as_the_largest_position_is_captured() -> None:
         torch.testing.assert_close(captured(x), model(x))
 
 
+class Pairs(Rotary):
+    """Tokens of two batches in one, parted again with their positions: the table is as long as one part's largest."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        both = torch.cat([x, y])
+        parts = self.positions(both.shape[0], 3, 4).chunk(2)
+        length = int((parts[1][:, :, 0] + 1).max())
+        table = torch.arange(length + 1)[:, None] * torch.arange(1, 9)
+        return both.chunk(2)[0] * nn.functional.embedding(parts[0][:, :, 1], table.float().cos())
+
+
+@torch.no_grad()
+def test_the_positions_of_two_batches_are_those_of_each() -> None:
+    model = Pairs()
+    captured = capture_module(model, call_signature(model, (torch.randn(2, 12, 8), torch.randn(2, 12, 8))))
+    for batch in (2, 5):
+        pair = torch.randn(batch, 12, 8), torch.randn(batch, 12, 8)
+        torch.testing.assert_close(captured(*pair), model(*pair))
+
+
 def _written(x: Tensor) -> int:
     numbers = torch.zeros(3, dtype=torch.long)
     numbers[1:] = 5
@@ -62,6 +82,8 @@ READ: dict[str, Callable[[Tensor], int]] = {
     "an input": lambda x: int(x.max()),
     "the batch": lambda x: int(torch.arange(x.shape[0]).max()),
     "how many": lambda x: int(torch.ones(1, 3, dtype=torch.long).expand(x.shape[0], -1).sum()),
+    "one of many": lambda x: int(torch.arange(6).view(6, 1).expand(6, x.shape[0]).flatten().chunk(2)[0].max()),
+    "a part of each": lambda x: int(torch.arange(6).view(1, 6).expand(x.shape[0], 6).flatten()[:3].max()),
     "chance": lambda x: int(torch.randint(7, (3,)).max()),
     "written in place": _written,
 }

@@ -18,7 +18,16 @@ from support.video_nets import heads_of
 
 GRID = 6
 STREAMS = 3
-RESIDUALS = ("orthogonal", "gated", "squashed", "static mixing", "mixing by token")
+RESIDUALS = (
+    "orthogonal",
+    "gated",
+    "squashed",
+    "recurrent unit",
+    "static mixing",
+    "mixing by token",
+    "mixing, streams in the batch",
+    "mixing, streams first",
+)
 
 
 class Mixing(nn.Module):
@@ -37,12 +46,25 @@ class Mixing(nn.Module):
         self.spread = nn.ParameterList(torch.randn(WIDTH) / 3 for _ in range(6))
         self.beta = nn.Parameter(torch.linspace(0.5, 1, STREAMS))
         self.head = nn.Linear(WIDTH, 5)
+        self.cells = nn.ModuleList(nn.GRUCell(WIDTH, WIDTH) for _ in range(6))
 
     def tokens(self, image: Tensor) -> Tensor:
         """[B, N, C], or [B, N, S, C] where there are several streams."""
         x = self.patches(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1)
-        return x[:, :, None].expand(-1, -1, STREAMS, -1) if self.several else x
+        return self.laid(x[:, :, None].expand(-1, -1, STREAMS, -1)) if self.several else x
+
+    def laid(self, x: Tensor) -> Tensor:
+        """Streams [B, N, S, C] in the layout that they are kept in."""
+        if self.residual == "mixing, streams first":
+            return x.permute(2, 0, 1, 3)
+        return x.transpose(1, 2).flatten(0, 1) if self.residual == "mixing, streams in the batch" else x
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The same back: [B, N, S, C]; one stream stays as it is."""
+        if self.residual == "mixing, streams first":
+            return x.permute(1, 2, 0, 3)
+        return x.unflatten(0, (-1, STREAMS)).transpose(1, 2) if self.residual == "mixing, streams in the batch" else x
 
     def before(self, x: Tensor, place: int) -> tuple[Tensor, Tensor, Tensor]:
         """What a branch reads, what of the state goes past it, and where in the state its result goes."""
@@ -53,13 +75,15 @@ class Mixing(nn.Module):
             normed = F.layer_norm(x, (WIDTH,))
             weights = weights + 0.1 * (normed @ self.weigh[place]).tanh()
             spread = spread + 0.1 * (normed @ self.spread[place]).tanh()
-        mixed = torch.einsum("...st,...sc->...tc", weights, x)
+        mixed = torch.einsum("...st,...sc->...tc", weights, self.rows(x))
         return mixed[..., 0, :], mixed[..., 1:, :], spread
 
     def after(self, past: Tensor, spread: Tensor, y: Tensor, place: int) -> Tensor:
         """The next state, of what went past a branch and its result [B, N, C]."""
         if self.several:
-            return spread[..., None] * y[:, :, None] + past
+            return self.laid(spread[..., None] * y[:, :, None]) + self.laid(past)
+        if self.residual == "recurrent unit":
+            return self.cells[place](y.flatten(0, 1), past.flatten(0, 1)).view(past.shape)
         if self.residual == "orthogonal":
             unit = F.normalize(past, dim=-1)
             return past + 0 + (y - (y * unit).sum(-1, keepdim=True) * unit)
@@ -81,24 +105,24 @@ class Mixing(nn.Module):
         return torch.tanh(x) if self.residual == "squashed" else x
 
     def read(self, x: Tensor) -> Tensor:
-        return self.head((x.sum(2) if self.several else x).mean(1))
+        return self.head((self.rows(x).sum(2) if self.several else x).mean(1))
 
     def by_hand(self, image: Tensor, schedule: Sequence[int]) -> Tensor:
         """What remains where tokens leave after the first join behind each attention, with all of their state."""
-        stream = Stream(self.tokens(image).flatten(2), (GRID, GRID), 1)
+        stream = Stream(self.rows(self.tokens(image)).flatten(2), (GRID, GRID), 1)
 
         def state() -> Tensor:
-            return stream.x_BNC.unflatten(2, (STREAMS, WIDTH)) if self.several else stream.x_BNC
+            return self.laid(stream.x_BNC.unflatten(2, (STREAMS, WIDTH))) if self.several else stream.x_BNC
 
         for number, (block, count) in enumerate(zip(self.blocks, schedule, strict=True)):
             read, past, spread = self.before(state(), 2 * number)
             y = block.out(stream.attend(*heads_of(block, read)))
-            stream.x_BNC = self.after(past, spread, y, 2 * number).flatten(2)
+            stream.x_BNC = self.rows(self.after(past, spread, y, 2 * number)).flatten(2)
             stream.leave(count)
             stream.x_BNC = self.then(stream.x_BNC)
             read, past, spread = self.before(state(), 2 * number + 1)
             y = block.mlp(block.norms[1](read))
-            stream.x_BNC = self.then(self.after(past, spread, y, 2 * number + 1).flatten(2))
+            stream.x_BNC = self.then(self.rows(self.after(past, spread, y, 2 * number + 1)).flatten(2))
         return self.read(state())
 
 

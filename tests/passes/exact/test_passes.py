@@ -287,6 +287,48 @@ def test_attentions_that_are_added_one_after_the_other_have_one_site() -> None:
     assert "shares its residual add with a parallel attention" in second.refusal.reason
 
 
+@pytest.mark.parametrize(
+    "add_up",
+    [
+        lambda x, y, z, w: x + y + z + w,
+        lambda x, y, z, w: x + z + y + w,
+        lambda x, y, z, w: w + (x + (z + y)),
+        lambda x, y, z, w: 0.5 * (x + 2 * y) + (0.5 * x - -(z + w)),
+        lambda x, y, z, w: (x + y) + 0.5 * (2 * (z + w) - (x + y)) + 0.5 * (x + y),
+    ],
+    ids=["in a row", "between", "in brackets", "halves", "by a difference"],
+)
+def test_branches_beside_an_attention_are_added_before_tokens_leave(add_up: Callable[..., Tensor]) -> None:
+    """x + attention(x) + mlp(x) + attention(x) in any order: tokens leave at the one sum of all."""
+
+    def beside(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
+        x = stem(image, embed, cls)
+        both = []
+        for y in (x, x * 2):
+            q, k, v = F.linear(y, qkv).reshape(2, 13, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            both.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 13, 8))
+        return F.gelu(add_up(x, both[0], F.linear(F.gelu(x), qkv[:8]), both[1])).mean(1)
+
+    gm = mark_blocks(traced(beside, *INPUTS))
+    first, second = typed_graph(gm.graph).blocks
+    assert first.site is not None and list(first.site.users) == [node(gm, aten.gelu.default, 1)]
+    assert first.stream is node(gm, aten.cat.default) and first.refusal is None and second.site is None
+
+
+def test_a_branch_that_reads_the_sum_comes_after_tokens_leave() -> None:
+    """x + attention(x), and then an MLP of it; also where the sum is scaled before the MLP's result is added."""
+
+    def in_turn(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
+        x = stem(image, embed, cls)
+        q, k, v = F.linear(x, qkv).reshape(2, 13, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 13, 8)
+        return (0.5 * x + F.linear(F.gelu(x), qkv[:8])).mean(1)
+
+    gm = mark_blocks(traced(in_turn, *INPUTS))
+    (found,) = typed_graph(gm.graph).blocks
+    assert found.site is node(gm, aten.add.Tensor, 0)
+
+
 def test_attention_over_channels_or_to_other_tokens_is_no_block() -> None:
     def over_channels(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
         x = stem(image, embed, cls)
