@@ -96,7 +96,7 @@ def _streams(graph: fx.Graph) -> dict[fx.Node, Order]:
         # A stream may be turned for the sum alone; then its share in that is where the other layout begins.
         attention = marked["attention", index]
         share = share_in(site, attention, typing)
-        values = [] if share is None else [share.stream, share.summand]
+        values: list[fx.Node | None] = [] if share is None else [share.stream, share.summand]
         if share is None and _to_turn(typing.type(site)):  # a state of the tokens
             beside = ancestors(site) - ancestors(attention) - descendants(attention) - {attention}
             state = state_before(attention, site, attention.meta[MARK].axis, typing)
