@@ -22,7 +22,7 @@ from gtp_fx.capture.tapped import with_taps
 from gtp_fx.capture.turns import modules_of, running, tracing
 from gtp_fx.errors import InputError
 from gtp_fx.graph import edit
-from gtp_fx.graph.torch_internals import is_traced, tracing_lock
+from gtp_fx.graph.torch_internals import is_traced, out_of_sight, tracing_lock
 from gtp_fx.model import following
 from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.modes import parts_apart, parts_with_modes
@@ -83,7 +83,7 @@ def runner_of(state: State, owner: nn.Module, mode: Mode, with_kept: bool = Fals
     key = (mode, device, with_kept)
     found = state.runners.get(key)
     if found is None:
-        with tracing(state.original), tracing_lock(), internal_errors_reported():
+        with tracing(state.original), tracing_lock(), internal_errors_reported(), out_of_sight():
             if key not in state.runners:  # another thread may have made it meanwhile
                 made = made_for(state, owner, mode)
                 state.modules = modules_of(state.original)

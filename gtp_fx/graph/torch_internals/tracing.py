@@ -145,6 +145,20 @@ def untraced() -> Iterator[None]:
         yield
 
 
+def out_of_sight() -> AbstractContextManager[Any]:
+    """Return a context in which modes that watch this thread, such as torch's counter of FLOPs, see nothing.
+
+    A mode may keep operators from being opened, so a model captured under it has another graph. Where this thread
+    traces, or computes shapes alone, it hides nothing. Public: none.
+    """
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if _has_proxies() or fake is not None:
+        return contextlib.nullcontext()
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return cast("AbstractContextManager[Any]", _disable_current_modes())
+
+
 @contextlib.contextmanager
 def without_partial_graphs() -> Iterator[None]:
     """Keep torch.export from printing the graph of a trace that fails, all of a model; what others print stays.
