@@ -77,6 +77,19 @@ def fresh_dynamo() -> Generator[None, None, None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let autograd's graphs run as they are, instead of being Inductor's: no C++ is compiled, which takes minutes."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    from gtp_fx.model import backend
+    from gtp_fx.model.sections import backend as whole
+    from gtp_fx.model.sections import program
+
+    for where in (backend, whole, program):
+        monkeypatch.setattr(where, "compile_with_inductor", lambda gm, inputs, _: aot_eager(gm, list(inputs)))
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what was imported stays

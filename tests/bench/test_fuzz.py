@@ -14,7 +14,7 @@ from bench.fuzz import drawn, main
 from bench.fuzz_checks import Case, check
 from bench.fuzz_models import Architecture
 
-CASES, TOGETHER = 52, 4
+CASES, TOGETHER = 32, 4
 ALONE, BY_DEFAULT = 8, (1,)
 
 FOUND = {

@@ -29,11 +29,8 @@ def committed() -> list[Row]:
     [
         ("timm", "deit_small_patch16_224", "reduced"),
         ("timm", "vit_small_patch16_18x2_224", "reduced"),
-        ("timm", "naflexvit_base_patch16_gap", "reduced"),
         ("timm", "levit_128", "reduced"),
-        ("transformers", "DINOv3", "reduced"),
         ("timm", "coat_lite_tiny", "refused"),
-        ("timm", "xcit_tiny_12_p16_224", "refused"),
         ("transformers", "ViT-MAE", "reduced"),
         ("timm", "convnext_tiny", "refused"),
     ],

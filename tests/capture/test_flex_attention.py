@@ -71,9 +71,7 @@ class Net(nn.Module):
     ("change", "masked"),
     [
         ("table", True),
-        ("table", False),
         ("", False),
-        ("", True),
         ("distance", False),
         ("cap", False),
     ],

@@ -176,6 +176,7 @@ def test_gradients_through_the_compiled_backend() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("without_kernels")
 @torch.no_grad()
 def test_a_graph_without_attention_is_compiled_with_a_warning() -> None:
     """What a graph break leaves before or behind a model; never silent."""

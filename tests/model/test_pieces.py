@@ -153,7 +153,9 @@ def test_a_piece_that_cannot_be_reduced_is_compiled_as_it_is(monkeypatch: pytest
     """A piece must not stop the others; never silent."""
     monkeypatch.setattr(backend, "compile_with_inductor", lambda gm, inputs, options: gm)
     block, x = small(1).blocks[0], noise(2, 12, 64)
-    compiled = torch.compile(block, backend=backend.gtp, options={"flops_budget": BUDGET, "strategy": "gtp"})
+    compiled = torch.compile(
+        block, backend=backend.gtp, options={"flops_budget": BUDGET, "strategy": "gtp", "shapes": "static"}
+    )
     with pytest.warns(UserWarning, match="(?s)compiles this graph as it is: .*neighbors=8 needs more than 8"):
         found = compiled(x)
     torch.testing.assert_close(found, block(x), rtol=1e-4, atol=1e-4)
@@ -161,15 +163,20 @@ def test_a_piece_that_cannot_be_reduced_is_compiled_as_it_is(monkeypatch: pytest
 
 @pytest.mark.nightly
 @torch.no_grad()
-def test_the_backend_compiles_pieces_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_backend_compiles_pieces_by_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(backend, "compile_with_inductor", lambda gm, inputs, options: compiled.append(gm) or gm)
     whole, x = Watched(), noise(3, 3, 24, 24)
-    options = {"flops_budget": BUDGET}
+    options = {"flops_budget": BUDGET, "shapes": "static"}
     wanted = torch.compile(whole, backend=Door(**options))(x)
     torch._dynamo.reset()
     with warnings.catch_warnings(record=True) as said:
         found = torch.compile(whole, backend=backend.gtp, options=options)(x)
     assert not [warning for warning in said if "backend 'gtp'" in str(warning.message)], "both pieces hold blocks"
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert len(compiled) == 2
     assert "half way" in capsys.readouterr().out
 
 

@@ -133,6 +133,7 @@ def test_a_copy_has_the_taps_and_hooks_of_its_own() -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("without_kernels")
 def test_compiled_taps_and_a_hook_that_comes_later_compile_once() -> None:
     fast = gtp_fx.optimize(net(), schedule=[8, 0, 0], taps=["blocks.0"])
     output, tapped = fast.with_taps(noise())
