@@ -239,6 +239,18 @@ def test_on_a_cpu_what_is_small_and_single_is_not_compiled(device: str, as_it_is
     assert [kind.as_it_is for kind in kinds([[node] for node in nodes])] == [False, False, as_it_is]
 
 
+@pytest.mark.parametrize("target", [torch.conv2d, torch.ops.aten.conv2d.default, torch.nn.functional.linear])
+def test_convolutions_are_seen(target: Any) -> None:
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    x.meta["val"], weight.meta["val"] = torch.empty(2, 4, 4, 4), torch.empty(4, 4, 1, 1)
+    node = graph.call_function(target, (x, weight))
+    node.meta["val"] = x.meta["val"]
+    graph.output(node)
+    (kind,) = kinds([[node]])
+    assert kind.convolves == (target is not torch.nn.functional.linear)
+
+
 def test_only_attention_that_others_are_told_scales_like_is_told_some() -> None:
     graph = fx.Graph()
     stream = graph.placeholder("x")
@@ -396,6 +408,9 @@ def test_by_default_sections_are_for_inference_on_a_cpu_where_sizes_differ(compi
     with torch.no_grad():
         assert in_sections(schedule=counts) > 0
         assert in_sections(flops_budget=1.0) == 0, "its blocks are alike, so Inductor's kernels are"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(alike.Kind, "convolves", True)
+            assert in_sections(schedule=counts) == 0
 
 
 @torch.no_grad()

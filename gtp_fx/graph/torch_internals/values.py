@@ -51,6 +51,7 @@ def fill_values(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
 
     Public: `torch.fx.passes.fake_tensor_prop`, undocumented.
     """
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._guards import detect_fake_mode
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -74,7 +75,8 @@ def fill_values(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     ]
     before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True  # for the graph's own constants
     try:
-        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)
+        with enable_python_dispatcher():  # else composite operators take symbolic sizes for integers, in torch 2.11
+            FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)
     finally:
         mode.allow_non_fake_inputs = before
 

@@ -89,6 +89,11 @@ class Kind:
         """Return whether it has a number that isn't the same in all its sections, known or not."""
         return any(column != column[:1] * len(column) for column in (*self.given, *itertools.chain(*self.sizes)))
 
+    @property
+    def convolves(self) -> bool:
+        """Return whether it has a convolution, for which Inductor chooses a layout where no size is open."""
+        return any("conv" in getattr(node.target, "__name__", "") for node in self.sections[0].nodes)
+
 
 def section(nodes: Sequence[fx.Node]) -> Section:
     """Describe some consecutive nodes of a graph."""

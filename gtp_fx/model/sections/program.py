@@ -35,7 +35,8 @@ def compile_in_sections(
 
     inputs: fake tensors and symbolic integers, as Dynamo gives them.
     options: Inductor's.
-    only_where_it_pays: keep to what was measured: on a CPU, without gradients, where sections differ in a number.
+    only_where_it_pays: keep to what was measured: on a CPU, without gradients, where sections differ in a number, and
+        blocks hold no convolutions.
 
     Returns None where the graph can't be cut or has no sections that are alike: then nothing is gained.
     """
@@ -56,6 +57,8 @@ def compile_in_sections(
     if all(len(kind.sections) == 1 for kind in found if not kind.as_it_is):
         return None
     if only_where_it_pays and not any(kind.differs for kind in found):  # one code serves all of them whole
+        return None
+    if only_where_it_pays and any(kind.convolves for kind in found if len(kind.sections) > 1):
         return None
     return Program(gm, found, options)
 
