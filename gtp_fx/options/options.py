@@ -106,7 +106,8 @@ class Options:
         '"shared": blocks that differ in nothing but their number of tokens share compiled code, so the first call '
         "takes about as long as the original's, and runs are up to some per cent slower; "
         '"static": every number of tokens has code of its own; '
-        '"auto": "shared" on a CPU where no gradients are computed, else "static".',
+        '"auto": "shared" on a CPU where no gradients are computed, no mode is given and blocks hold no convolutions, '
+        'else "static".',
     )
     output: str = _option(
         FULL,

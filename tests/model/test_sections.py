@@ -407,6 +407,7 @@ def test_by_default_sections_are_for_inference_on_a_cpu_where_sizes_differ(compi
     assert in_sections(schedule=counts) == 0, "it may be trained"
     with torch.no_grad():
         assert in_sections(schedule=counts) > 0
+        assert in_sections(schedule=counts, mode="max-autotune") == 0
         assert in_sections(flops_budget=1.0) == 0, "its blocks are alike, so Inductor's kernels are"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(alike.Kind, "convolves", True)

@@ -35,8 +35,8 @@ def compile_in_sections(
 
     inputs: fake tensors and symbolic integers, as Dynamo gives them.
     options: Inductor's.
-    only_where_it_pays: keep to what was measured: on a CPU, without gradients, where sections differ in a number, and
-        blocks hold no convolutions.
+    only_where_it_pays: keep to what was measured: on a CPU, without gradients or options for Inductor, where sections
+        differ in a number, and blocks hold no convolutions.
 
     Returns None where the graph can't be cut or has no sections that are alike: then nothing is gained.
     """
@@ -45,7 +45,7 @@ def compile_in_sections(
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if only_where_it_pays and (trains or not on_cpu):
+    if only_where_it_pays and (trains or options or not on_cpu):
         return None
     # A copy: what Dynamo noted on the graph is Inductor's, where that compiles it whole.
     gm = edit.copy_of(gm)
