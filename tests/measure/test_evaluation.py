@@ -468,6 +468,7 @@ def test_an_option_that_evaluate_does_not_have_is_named_with_the_nearest() -> No
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("without_kernels")
 def test_compiled_models_are_timed_and_their_outputs_counted(pictures: Path, tmp_path: Path) -> None:
     """And a later run times what it adds against the original anew."""
     model = Classifier().eval()

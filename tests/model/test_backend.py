@@ -145,8 +145,10 @@ def test_a_model_inside_a_larger_one() -> None:
 @pytest.mark.parametrize(
     "door", in_tiers(["backend", "optimize", "optimize, one image"], "optimize", "optimize, one image")
 )
-def test_compiled_by_name(door: str) -> None:
+def test_compiled_by_name(door: str, request: pytest.FixtureRequest) -> None:
     """The entry point, Inductor, and both doors' compiled forms against eager: float32 in another order, 1e-6 or so."""
+    if door != "backend":
+        request.getfixturevalue("without_kernels")
     model = tiny()
     x = images(TINY, 1 if "one" in door else 3)
     options = {"flops_budget": 0.6, "strategy": gtp_fx.GTP(alpha=0.3)}

@@ -308,9 +308,10 @@ def test_adapters() -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("without_kernels")
 @torch.no_grad()
 def test_compiled_graphs_call_layers_too() -> None:
-    """With the same operators for Inductor as the functions had, and hooks that come later."""
+    """And hooks that come later."""
     model = enliven(timm.create_model(NAME, depth=2)).eval()
     fast = gtp_fx.optimize(model, schedule=[30, 0])
     eager = gtp_fx.optimize(model, schedule=[30, 0], compile=False)
