@@ -7,6 +7,7 @@ device. All of a model's graphs follow the schedule of the first, read the param
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ from gtp_fx.errors import InputError
 from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import is_traced, out_of_sight, tracing_lock
 from gtp_fx.model import following
+from gtp_fx.model.collector import paused
 from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.modes import parts_apart, parts_with_modes
 from gtp_fx.model.parameters import lend, names_of, names_read, read_from
@@ -85,7 +87,9 @@ def runner_of(state: State, owner: nn.Module, mode: Mode, with_kept: bool = Fals
     if found is None:
         with tracing(state.original), tracing_lock(), internal_errors_reported(), out_of_sight():
             if key not in state.runners:  # another thread may have made it meanwhile
-                made = made_for(state, owner, mode)
+                # Calibration makes hundreds of graphs, which the collector alone frees.
+                with paused() if state.options.calibration is None else contextlib.nullcontext():
+                    made = made_for(state, owner, mode)
                 state.modules = modules_of(state.original)
                 make = runner_with_kept if with_kept else make_runner
                 runner = make(made, state, owner, device, state.options.inductor(device))
