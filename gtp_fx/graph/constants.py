@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from gtp_fx.graph.edit import CONSTANT, META_KEYS
+from gtp_fx.graph.edit import META_KEYS, constant_names
 
 
 @dataclass
@@ -42,12 +42,6 @@ class Constants:
             # What is made in inference mode couldn't be saved for a backward pass later.
             with torch.inference_mode(False):
                 value = torch.tensor(table, dtype=torch.int64, device=device)
-            self._names[key] = name = self._free_name()
+            self._names[key] = name = next(constant_names(lambda name: hasattr(self.gm, name)))
             self.gm.register_buffer(name, value, persistent=False)
         return self._names[key]
-
-    def _free_name(self) -> str:
-        number = 0
-        while hasattr(self.gm, f"{CONSTANT}{number}"):
-            number += 1
-        return f"{CONSTANT}{number}"

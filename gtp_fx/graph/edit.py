@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,11 @@ META_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 
 RECORDED = "gtp_recorded"
 """Meta key of a value that nothing in the graph may read, and that a record of the graph names."""
+
+
+def constant_names(is_taken: Callable[[str], bool]) -> Iterator[str]:
+    """Yield names for a graph's own constants, in order, but for those that are taken."""
+    return (name for name in map(f"{CONSTANT}{{}}".format, itertools.count()) if not is_taken(name))
 
 
 def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node) -> fx.Node:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Collection
 from operator import attrgetter
 from typing import Any, TypeVar
 
 from torch import fx, nn
 
-from gtp_fx.graph.edit import CONSTANT, share
+from gtp_fx.graph.edit import CONSTANT, constant_names, share
 
 Base = TypeVar("Base", bound=nn.Module)
 
@@ -52,7 +51,7 @@ def read_from(graph_module: fx.GraphModule, owner: nn.Module, names: Collection[
     Whatever else it reads (constants lifted into it) becomes an attribute of its own, `CONSTANT` and a number.
     """
     constants: dict[str, Any] = {}
-    free = (name for name in map(f"{CONSTANT}{{}}".format, itertools.count()) if name not in names)
+    free = constant_names(names.__contains__)
     for node in graph_module.graph.find_nodes(op="get_attr"):
         if node.target not in names:
             value = attrgetter(node.target)(graph_module)

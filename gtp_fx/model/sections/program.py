@@ -42,10 +42,7 @@ def compile_in_sections(
     """
     if folds_weights():  # then weights are no inputs, and sections of other weights aren't alike
         return None
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if only_where_it_pays and (trains or options or not on_cpu):
+    if only_where_it_pays and (options or not _is_inference_on_cpu(inputs)):
         return None
     # A copy: what Dynamo noted on the graph is Inductor's, where that compiles it whole.
     gm = edit.copy_of(gm)
@@ -56,11 +53,20 @@ def compile_in_sections(
     found = kinds(cut(gm.graph))
     if all(len(kind.sections) == 1 for kind in found if not kind.as_it_is):
         return None
-    if only_where_it_pays and not any(kind.differs for kind in found):  # one code serves all of them whole
-        return None
-    if only_where_it_pays and any(kind.convolves for kind in found if len(kind.sections) > 1):
+    if only_where_it_pays and not _pay(found):
         return None
     return Program(gm, found, options)
+
+
+def _is_inference_on_cpu(inputs: Sequence[Any]) -> bool:
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not trains and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _pay(found: Sequence[Kind]) -> bool:
+    """Return whether sections differ in a number, else one code serves them whole, and none alike has a convolution."""
+    return any(kind.differs for kind in found) and not any(kind.convolves and len(kind.sections) > 1 for kind in found)
 
 
 @dataclass(frozen=True)

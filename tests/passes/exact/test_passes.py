@@ -252,13 +252,18 @@ def test_blocks_are_found_by_what_attention_adds_to() -> None:
     assert blocks[0].axis.domain.grid.shape == (4, 3)
 
 
+def attention(x: Tensor, qkv: Tensor) -> Tensor:
+    """Return what attention over 13 tokens, with two heads, makes of them."""
+    q, k, v = F.linear(x, qkv).reshape(2, 13, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 13, 8)
+
+
 def test_a_parallel_branch_is_not_taken_for_the_residual() -> None:
     """x + (attention(x) + mlp(x)): the first addition joins two branches; the stream is shortened at the second."""
 
     def parallel(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
         x = stem(image, embed, cls)
-        q, k, v = F.linear(x, qkv).reshape(2, 13, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 13, 8)
+        attended = attention(x, qkv)
         return (x + (attended + F.gelu(x)))[:, 0]
 
     gm = mark_blocks(traced(parallel, *INPUTS))
@@ -272,10 +277,7 @@ def test_attentions_that_are_added_one_after_the_other_have_one_site() -> None:
 
     def parallel(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
         x = stem(image, embed, cls)
-        both = []
-        for y in (x, x * 2):
-            q, k, v = F.linear(y, qkv).reshape(2, 13, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
-            both.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 13, 8))
+        both = [attention(y, qkv) for y in (x, x * 2)]
         x = x + both[0] + both[1]
         return (x + F.linear(F.gelu(x), qkv[:8])).mean(1)
 
@@ -303,10 +305,7 @@ def test_branches_beside_an_attention_are_added_before_tokens_leave(add_up: Call
 
     def beside(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
         x = stem(image, embed, cls)
-        both = []
-        for y in (x, x * 2):
-            q, k, v = F.linear(y, qkv).reshape(2, 13, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
-            both.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 13, 8))
+        both = [attention(y, qkv) for y in (x, x * 2)]
         return F.gelu(add_up(x, both[0], F.linear(F.gelu(x), qkv[:8]), both[1])).mean(1)
 
     gm = mark_blocks(traced(beside, *INPUTS))
@@ -320,8 +319,7 @@ def test_a_branch_that_reads_the_sum_comes_after_tokens_leave() -> None:
 
     def in_turn(image: Tensor, embed: Tensor, qkv: Tensor, cls: Tensor) -> Tensor:
         x = stem(image, embed, cls)
-        q, k, v = F.linear(x, qkv).reshape(2, 13, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 13, 8)
+        x = x + attention(x, qkv)
         return (0.5 * x + F.linear(F.gelu(x), qkv[:8])).mean(1)
 
     gm = mark_blocks(traced(in_turn, *INPUTS))
