@@ -25,6 +25,7 @@ CONTENDERS: Mapping[str, Made] = {
     "idle": lambda score: gtp_fx.strategies.Idle(score=score),
     "halting": lambda _: gtp_fx.strategies.Halting(),
     "saliency": lambda _: gtp_fx.strategies.Saliency(),
+    "semantic": lambda _: gtp_fx.strategies.Semantic(),
     "random": lambda _: gtp_fx.strategies.Random(),
 }
 ASKED_FOR: Mapping[str, Made] = {"windows rest": lambda _: gtp_fx.strategies.Regeneration(windows="rest")}

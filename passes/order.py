@@ -22,6 +22,7 @@ from gtp_fx.passes.exact.fold_views import fold_views
 from gtp_fx.passes.exact.fuse_attention import fuse_attention
 from gtp_fx.passes.exact.fuse_projections import fuse_projections
 from gtp_fx.passes.exact.join_streams import join_streams
+from gtp_fx.passes.exact.keys_apart import keys_apart
 from gtp_fx.passes.exact.mark_blocks import mark_blocks
 from gtp_fx.passes.exact.mark_frames import mark_frames
 from gtp_fx.passes.exact.mark_outputs import mark_outputs
@@ -59,8 +60,8 @@ class Pass:
     tier: the tier it belongs to.
     summary: what it does, in a line.
     optional: whether `disabled_passes` may name it.
-    reads: its second argument: the strategy's `needs_full_maps`, the option `prefix_tokens`, whether the option
-        `output` is "reduced" (`as_left`), the plan, or none.
+    reads: its second argument: the strategy's `needs_full_maps` or `shortens_queries`, the option `prefix_tokens`,
+        whether the option `output` is "reduced" (`as_left`), the plan, or none.
     needed: whether a plan needs it; None where every plan does.
     """
 
@@ -68,7 +69,7 @@ class Pass:
     tier: Tier
     summary: str
     optional: bool = False
-    reads: Literal["", "needs_full_maps", "prefix_tokens", "as_left", "plan"] = ""
+    reads: Literal["", "needs_full_maps", "shortens_queries", "prefix_tokens", "as_left", "plan"] = ""
     needed: Callable[[Plan], bool] | None = None
 
     @property
@@ -129,6 +130,12 @@ ORDER = (
     Pass(fold_views, "exact", "dimensions that are merged and taken apart again stay apart", optional=True),
     Pass(
         join_streams, "exact", "states of tokens in any layout, [S, B, N, C], become one of S·C features", optional=True
+    ),
+    Pass(
+        keys_apart,
+        "exact",
+        "for a strategy that shortens queries alone, keys and values are computed apart from them",
+        reads="shortens_queries",
     ),
     Pass(
         split_projections,
@@ -207,6 +214,7 @@ def bound(
     given: dict[str, Any] = {
         "": (),
         "needs_full_maps": (strategy.needs_full_maps,),
+        "shortens_queries": (strategy.shortens_queries,),
         "prefix_tokens": (prefix_tokens,),
         "as_left": (as_left,),
         "plan": (plan,),

@@ -18,6 +18,7 @@ STRATEGIES = (
     "random",
     "regeneration",
     "saliency",
+    "semantic",
     "tome",
     "topk",
 )

@@ -12,6 +12,7 @@
     idle          tokens that aren't chosen skip blocks, and may come back        arXiv 2310.05654
     halting       tokens with the largest accumulated halting score are removed   arXiv 2112.07658
     saliency      a saliency map of the image decides before the first block      arXiv 2305.09924
+    semantic      patches of a cell become one token, which attends to all        arXiv 2303.08685
     random        tokens are removed at random
 
 `auto` is a choice among them.
@@ -33,6 +34,7 @@ from gtp_fx.strategies.random import Random
 from gtp_fx.strategies.regeneration import Regeneration
 from gtp_fx.strategies.registry import STRATEGIES, register_strategy, strategy_named
 from gtp_fx.strategies.saliency import Saliency, register_saliency
+from gtp_fx.strategies.semantic import Semantic
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, dropped
 from gtp_fx.strategies.tome import ToMe
 from gtp_fx.strategies.topk import TopK
@@ -51,6 +53,7 @@ __all__ = [
     "Random",
     "Regeneration",
     "Saliency",
+    "Semantic",
     "Strategy",
     "ToMe",
     "Tokens",

@@ -19,8 +19,8 @@ class Auto:
     among: the strategies to choose from, each a name or a value; none means all that are registered. Their variants
         take part, too.
 
-    Raises OptionError for what is no strategy. Strategies that read whole attention maps can only be compared with each
-    other, since the exact passes leave less of the graph where none does.
+    Raises OptionError for what is no strategy. Strategies that read whole attention maps, and those that shorten
+    queries alone, can only be compared with their own kind, since the exact passes make other graphs for them.
     """
 
     among: Sequence[Any] = ()
@@ -35,11 +35,15 @@ class Auto:
             raise OptionError(f"Auto(among={list(given)!r}): 'auto' is the choice itself, and none of what it is among")
         among = tuple(map(strategy_named, given))
         object.__setattr__(self, "among", among)
-        if len({each.needs_full_maps for each in among}) > 1:
-            raise OptionError(
-                f"Auto(among={list(given)!r}): some of these read whole attention maps (attention_sparsity below 1), "
-                f"and some don't: compare them one kind at a time, by report.moved"
-            )
+        for differ, kind in (
+            (_full_maps, "read whole attention maps (attention_sparsity below 1)"),
+            (_queries_alone, "shorten queries alone ('semantic')"),
+        ):
+            if len(set(map(differ, among))) > 1:
+                raise OptionError(
+                    f"Auto(among={list(given)!r}): some of these {kind}, and some don't: compare them one kind at a "
+                    f"time, by report.moved"
+                )
 
     @property
     def first(self) -> Strategy:
@@ -59,7 +63,19 @@ class Auto:
                 except OptionError:
                     continue
         every = [each for base in bases for each in (base, *base.variants())]
-        return [each for each in dict.fromkeys(every) if each.needs_full_maps == self.first.needs_full_maps]
+        return [
+            each
+            for each in dict.fromkeys(every)
+            if _full_maps(each) == _full_maps(self.first) and _queries_alone(each) == _queries_alone(self.first)
+        ]
+
+
+def _full_maps(strategy: Strategy) -> bool:
+    return strategy.needs_full_maps
+
+
+def _queries_alone(strategy: Strategy) -> bool:
+    return strategy.shortens_queries
 
 
 def chosen_by(given: Any, strategy: Strategy) -> str:

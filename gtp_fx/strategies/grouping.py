@@ -50,6 +50,7 @@ class Grouping:
     sized: `group` returns sizes.
     carries: `group` returns numbers for its own next site.
     before_attention: sites are at a block's input.
+    shortens_queries: what is left there attends to all that was: keys and values are computed before the site.
     skips_branches: where a grid has to stay whole, tokens may skip branches by `score`, and get their neighbours'
         results where `recovers_branches`, or nothing.
     returns: removed tokens may be chosen again, and are back in place after the last block.
@@ -64,6 +65,7 @@ class Grouping:
     sized: ClassVar[bool] = False
     carries: ClassVar[bool] = False
     before_attention: ClassVar[bool] = False
+    shortens_queries: ClassVar[bool] = False
     skips_branches: ClassVar[bool] = False
     restores_tokens: ClassVar[bool] = False
     score: str = "none"

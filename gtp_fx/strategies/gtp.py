@@ -62,6 +62,7 @@ class GTP:
     name: ClassVar[str] = "gtp"
     code: ClassVar[str] = ""
     before_attention: ClassVar[bool] = False
+    shortens_queries: ClassVar[bool] = False
     restores_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -41,6 +41,13 @@ class Strategy(Protocol):
         """Return whether tokens are removed at a block's input, instead of after its attention."""
 
     @property
+    def shortens_queries(self) -> bool:
+        """Return whether keys and values of a block are computed before its tokens are removed, and queries after that.
+
+        Sites are then at the inputs of blocks.
+        """
+
+    @property
     def restores_tokens(self) -> bool:
         """Return whether removed tokens may be chosen again, and are back in place after the last block."""
 

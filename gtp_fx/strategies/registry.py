@@ -53,6 +53,10 @@ def register_strategy(cls: C) -> C:
             f"{cls.__name__}.score={cls.score!r}: before_attention = True lets tokens leave before there are scores; "
             f"leave one out"
         )
+    if cls.shortens_queries and not cls.before_attention:
+        raise OptionError(
+            f"{cls.__name__}: shortens_queries = True has sites at the inputs of blocks: before_attention = True, too"
+        )
     cls._key = enter(name, cls, sys._getframe(1))
     STRATEGIES[name] = cls
     return cls

@@ -11,6 +11,10 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.types.axes import TokenAxis
 
+OWN_QUERIES = "gtp_own_queries"
+"""Meta key of a block's input that its queries and its residual add read, and its keys and values don't
+(`passes/exact/keys_apart.py`)."""
+
 
 class Emit(Protocol):
     """Insert a call at the place being rewritten, and return its node."""

@@ -86,6 +86,18 @@ def split_projections(gm: fx.GraphModule, needs_full_maps: bool = False) -> fx.G
     return edit.finish(gm)
 
 
+def keep_rows_read(graph: fx.Graph, linear: fx.Node) -> None:
+    """Compute no rows of a fused projection that nothing reads, in place.
+
+    Raises AssertionError where `match_fused` finds none.
+    """
+    fused = match_fused(linear)
+    assert fused is not None
+    # Rows that are read end at a gap.
+    gaps = [first.stop != second.start for first, second in itertools.pairwise(fused.parts)]
+    _split(graph, fused, list(itertools.accumulate(gaps, initial=0)))
+
+
 def match_fused(linear: fx.Node) -> FusedProjection | None:
     """Return the fused projection that a linear layer begins; None where it begins none."""
     if linear.target is not aten.linear.default:

@@ -82,6 +82,16 @@ CASES: dict[str, Callable[[], Made]] = {
         Told(functools.partial(by_hand.halting, beta=0.0)),
         (20, 60, 0, 10),
     ),
+    "semantic": lambda: (
+        gtp_fx.strategies.Semantic(),
+        Told(functools.partial(by_hand.semantic, sides=(14, 14)), before=True, to_all=True),
+        (20, 0, 105, 30),
+    ),
+    "semantic-told": lambda: (
+        gtp_fx.strategies.Semantic(token_scale=True),
+        Told(functools.partial(by_hand.semantic, sides=(14, 14)), told=True, before=True, to_all=True),
+        (0, 61, 86, 0),
+    ),
 }
 
 
@@ -92,6 +102,7 @@ VARIANTS = (
     "topk-received",
     "ppt-pools",
     "regeneration-not-told",
+    "semantic-told",
 )
 
 

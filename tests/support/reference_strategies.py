@@ -210,13 +210,39 @@ def saliency(seen: Seen, heat: Callable[[], list[float]], fused: int) -> Choice:
     return mean_of(seen, members)
 
 
+def semantic(seen: Seen, sides: tuple[int, int]) -> Choice:
+    """STViT: the mean of each cell, in the place of the token nearest to its middle."""
+    pending = [((0, 0), sides, len(seen.x_nC) - seen.removed)]
+    members: dict[int, list[int]] = {}
+    while pending:
+        (top, left), (height, width), count = pending.pop()
+        if count > 1:  # halve the longer side; each half gets its share, rounded
+            rows = height >= width
+            half = (height if rows else width) // 2
+            first = int(count * half / (height if rows else width) + 0.5)
+            if rows:
+                pending.append(((top, left), (half, width), first))
+                pending.append(((top + half, left), (height - half, width), count - first))
+            else:
+                pending.append(((top, left), (height, half), first))
+                pending.append(((top, left + half), (height, width - half), count - first))
+            continue
+        inside = [i for i, (r, c) in enumerate(seen.places) if top <= r < top + height and left <= c < left + width]
+        middle = (top + (height - 1) / 2, left + (width - 1) / 2)
+        keeper = min(inside, key=lambda i: (math.dist(seen.places[i], middle), i))
+        members[keeper] = [i for i in inside if i != keeper]
+    return mean_of(seen, members)
+
+
 @dataclass
 class Told:
-    """How the walk uses a chooser: whether attention gets sizes, where it chooses, whether tokens are restored."""
+    """How the walk uses a chooser: whether attention gets sizes, where it chooses, whether what is left there attends
+    to all that was, whether tokens are restored."""
 
     choose: Chooser
     told: bool = False
     before: bool = False
+    to_all: bool = False
     idles: Callable[[Seen], list[float]] | None = None
     stream: dict[str, Any] = field(default_factory=dict)
 
@@ -239,6 +265,7 @@ def _one_image(model: VisionTransformer, image: Tensor, schedule: Sequence[int],
     sizes, memory = [1.0] * len(places), None
     waiting_GC, waiting_scores, chosen = None, [0.0] * len(places), list(range(len(places)))
     for block, removed in zip(model.blocks, schedule, strict=True):
+        of_keys_NC, of_keys = x_NC, sizes
         if how.before and removed:
             nothing = torch.zeros(0)
             seen = Seen(x_NC[prefix:], nothing, nothing, nothing, sizes, places, prefix, removed, memory)
@@ -247,10 +274,14 @@ def _one_image(model: VisionTransformer, image: Tensor, schedule: Sequence[int],
         y_NC = block.norm1(x_NC)
         count, heads = len(y_NC), attention.num_heads
         q, k, v = attention.qkv(y_NC).reshape(count, 3, heads, -1).permute(1, 2, 0, 3)
+        if how.to_all:
+            of_all = attention.qkv(block.norm1(of_keys_NC)).reshape(len(of_keys_NC), 3, heads, -1)
+            _, k, v = of_all.permute(1, 2, 0, 3)
         q, k = attention.q_norm(q), attention.k_norm(k)
         logits = q @ k.transpose(-2, -1) * attention.scale
         if how.told:
-            logits[:, :, prefix:] += torch.tensor(sizes, dtype=torch.float64).log()
+            counted = of_keys if how.to_all else sizes
+            logits[:, :, prefix:] += torch.tensor(counted, dtype=torch.float64).log()
         map_HNN = logits.softmax(-1)
         out_NC = attention.proj((map_HNN @ v).transpose(0, 1).reshape(count, -1))
         x_NC = x_NC + block.ls1(out_NC)
