@@ -86,11 +86,11 @@ def _read(gm: fx.GraphModule, block: AttentionBlock) -> Apart | None:
 
 
 def _comes_apart(gm: fx.GraphModule, node: fx.Node, by_keys: set[fx.Node], by_queries: set[fx.Node]) -> bool:
-    """Return whether a product for keys and queries is a projection whose rows are for the one or the other."""
+    """Return whether a product for keys and queries is a projection, no row of which is for both."""
     fused = match_fused(node)
     if fused is None or stays_whole(gm, node):
         return False
-    return all((part.node in by_keys) != (part.node in by_queries) for part in fused.parts)
+    return not any(part.node in by_keys and part.node in by_queries for part in fused.parts)
 
 
 def _take_apart(graph: fx.Graph, apart: Apart, copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
