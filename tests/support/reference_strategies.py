@@ -277,7 +277,6 @@ def _one_image(model: VisionTransformer, image: Tensor, schedule: Sequence[int],
         if how.to_all:
             of_all = attention.qkv(block.norm1(of_keys_NC)).reshape(len(of_keys_NC), 3, heads, -1)
             _, k, v = of_all.permute(1, 2, 0, 3)
-            k = attention.k_norm(k)
         q, k = attention.q_norm(q), attention.k_norm(k)
         logits = q @ k.transpose(-2, -1) * attention.scale
         if how.told:
