@@ -30,7 +30,7 @@ from support.zoo import in_tiers
 COUNTS = (3, 2, 2, 3, 0, 0)
 """Tokens removed at each block. Blocks 1 to 3 have a site and sizes, blocks 4 and 5 have sizes alone."""
 
-OTHER_KINDS = ("gtp", "idle", "halting", "ppt")
+OTHER_KINDS = ("gtp", "idle", "halting", "ppt", "semantic")
 """Strategies that hold something else than "tome" does beside a site's tokens."""
 
 SCORES = torch.ops.gtp_fx.attention_with_scores.default
@@ -71,9 +71,7 @@ def test_blocks_with_other_numbers_of_tokens_share_their_code(compiled: list[fx.
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "strategy", in_tiers(["tome", "gtp", "idle", "halting", "ppt"], "gtp", "idle", "halting", "ppt")
-)
+@pytest.mark.parametrize("strategy", in_tiers(["tome", *OTHER_KINDS], *OTHER_KINDS))
 def test_strategies_of_every_kind_come_in_sections(strategy: str, compiled: list[fx.GraphModule]) -> None:
     places = STRATEGIES[strategy]().positions(len(COUNTS))
     counts = [count if block in places else 0 for block, count in enumerate(COUNTS)]

@@ -18,7 +18,7 @@ from gtp_fx.options.options import Options
 from gtp_fx.plan import contest
 from gtp_fx.plan.damage.divergence import divergence
 from gtp_fx.plan.damage.judge import _split
-from gtp_fx.strategies import GTP, PPT, Auto, Grouping, Random, Regeneration, ToMe, register_strategy
+from gtp_fx.strategies import GTP, PPT, Auto, Grouping, Random, Regeneration, Semantic, ToMe, register_strategy
 
 from support.captured import Built, optimised, shared_model
 from support.plain_vit import PlainViT, built
@@ -123,6 +123,8 @@ def test_what_does_not_go_together() -> None:
         Auto(["tome", "auto"])
     with pytest.raises(gtp_fx.OptionError, match="whole attention maps"):
         Auto([GTP(attention_sparsity=0.5), "tome"])
+    with pytest.raises(gtp_fx.OptionError, match="some of these shorten queries alone"):
+        Auto(["tome", "semantic"])
     with pytest.raises(gtp_fx.OptionError, match="a choice among all strategies"):
 
         @register_strategy
@@ -135,9 +137,10 @@ def test_every_variant_is_a_strategy_of_its_own() -> None:
     everyone = Auto().contenders()
     assert len(set(everyone)) == len(everyone) and everyone[0] == Regeneration()
     assert {ToMe(token_scale=False), GTP(graph="spatial"), GTP(token_scale=True)} <= set(everyone)
-    assert not any(each.needs_full_maps for each in everyone)
+    assert not any(each.needs_full_maps or each.shortens_queries for each in everyone)
     theta = Auto([GTP(attention_sparsity=0.5)]).contenders()
     assert len(theta) > 4 and all(each.needs_full_maps for each in theta)
+    assert Auto(["semantic"]).contenders() == [Semantic(), Semantic(token_scale=True)]
 
 
 def test_images_are_cut_where_their_number_has_doubled() -> None:

@@ -143,7 +143,7 @@ def test_what_a_strategy_cannot_do_is_named() -> None:
     for name in WITHOUT_CLS:
         with pytest.raises(gtp_fx.UnsupportedModelError, match="no prefix token here: score='broadcast-mean'"):
             optimised(pooled, strategy=name, flops_budget=0.8)
-    for name in ("tome", "mergence", "cluster", "halting", "saliency", "random", "ppt"):
+    for name in ("tome", "mergence", "cluster", "halting", "saliency", "random", "ppt", "semantic"):
         with pytest.raises(gtp_fx.UnsupportedModelError, match="'regeneration', 'gtp', 'idle' and 'topk' do that"):
             optimised(SWIN, strategy=name, flops_budget=0.9)
     with pytest.raises(gtp_fx.ScheduleError, match="strategy 'saliency' takes them at blocks 0 alone"):
@@ -175,13 +175,14 @@ def test_a_users_own_strategy_works_like_any_other() -> None:
 
 
 @pytest.mark.nightly
-def test_both_doors_take_any_strategy() -> None:
+@pytest.mark.parametrize("strategy", ["tome", "semantic"])
+def test_both_doors_take_any_strategy(strategy: str) -> None:
     row = BY_NAME["clip"]
     model, x = build(row), images(row)
-    options = {"schedule": [40, 0, 0], "strategy": gtp_fx.ToMe()}
+    options = {"schedule": [40, 0, 0], "strategy": strategy}
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=Door(**options))
-    torch.testing.assert_close(compiled(x), optimized(model, "tome", schedule=[40, 0, 0])(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(compiled(x), optimized(model, **options)(x), rtol=1e-3, atol=1e-3)
 
 
 @gtp_fx.strategies.register_strategy

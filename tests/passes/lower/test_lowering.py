@@ -309,6 +309,7 @@ OTHERS: list[tuple[Strategy, list[int]]] = [
     (gtp_fx.strategies.Idle(), [30, 20, 0]),
     (gtp_fx.strategies.Halting(beta=0.0), [30, 20, 0]),
     (gtp_fx.strategies.Saliency(), [60, 0, 0]),
+    (gtp_fx.strategies.Semantic(), [30, 20, 0]),
     (gtp_fx.strategies.Random(), [30, 20, 0]),
 ]
 
