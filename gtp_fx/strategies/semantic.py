@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +27,7 @@ class Semantic(Grouping):
         s'  =  s + attention(queries of s, keys and values of x)        s'  ->  s' + MLP(s')
 
     by the block's own weights and norms. The semantic tokens are carried on in the patches' place. A site that removes
-    n - m of n patches makes m cells, the same ones in every image: the grid is halved along its longer side, each half
+    n - m of n patches makes m cells, the same ones in every image: the grid is halved along its longest side, each half
     gets its share of the m cells by its size, and so on until a part has one. So 4, 16 or 64 cells of a square grid are
     a square of cells, as in the publication, and any other number can be had. Cells for fewer tokens are unions of
     those for more, so that a later site pools semantic tokens in the same way, each weighted by the patches that it
@@ -69,15 +68,14 @@ class Semantic(Grouping):
     def group(self, tokens: Tokens) -> Groups:
         # One image says what is done with all: nothing here depends on what tokens hold.
         index_1n = tokens.index_Bn[:1]
-        low_R1n, high_R1n = cells(index_1n, list(tokens.grid), tokens.count - tokens.removed)
-        here_R1n = _places(index_1n, list(tokens.grid))
-        # Twice the distance from the middle of a cell, squared; of equally near ones the first is the nearest.
-        sides = zip(here_R1n, low_R1n, high_R1n, strict=True)
-        off_1n = torch.stack([(2 * at + 1 - low - high) ** 2 for at, low, high in sides]).sum(dim=0)
-        order_1n = off_1n * math.prod(map(abs, tokens.grid)) + index_1n
-        cell_1n = low_R1n[0]
-        for low, side in zip(low_R1n[1:], tokens.grid[1:], strict=True):
-            cell_1n = cell_1n * side + low
+        # Twice the distance from the middle of a cell, squared; of equally near ones the first is the nearest. A cell
+        # is known by its first patch.
+        off_1n, cell_1n, step = torch.zeros_like(index_1n), index_1n, 1
+        sides = zip(*cells(index_1n, list(tokens.grid), tokens.count - tokens.removed), tokens.grid, strict=True)
+        for at_1n, length_1n, side in reversed(list(sides)):
+            off_1n = off_1n + (2 * at_1n + 1 - length_1n) ** 2
+            cell_1n, step = cell_1n - step * at_1n, step * abs(side)
+        order_1n = off_1n * step + index_1n
         together_1nn = cell_1n[:, :, None] == cell_1n[:, None, :]
         nearer_1nn = order_1n[:, None, :] < order_1n[:, :, None]
         kept_1K, removed_1P = split((~(together_1nn & nearer_1nn).any(dim=-1)).float(), tokens.removed)
@@ -88,7 +86,7 @@ class Semantic(Grouping):
 
 
 def cells(index_Bn: Tensor, grid: list[int], count: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the cell that each patch is in, of `count` cells of the grid: its first place and the one after its last.
+    """Return where each patch is in its cell, of `count` cells of the grid, and how long the cell is.
 
     Each is [B, n] for each of the grid's sides. Every cell has a patch, and cells for a smaller count are unions of
     these: where a part is halved doesn't depend on the count, and its halves' shares never fall as that rises.
@@ -96,32 +94,29 @@ def cells(index_Bn: Tensor, grid: list[int], count: int) -> tuple[list[Tensor], 
     index_Bn: patches, by their positions on the whole grid.
     grid: its sides; a first one that is negative counts grids that are apart, which are told apart first.
     """
-    sides = [abs(side) for side in grid]
-    here = _places(index_Bn, grid)
-    low = [torch.zeros_like(index_Bn) for _ in sides]
-    high = [torch.full_like(index_Bn, side) for side in sides]
-    mine_Bn = torch.full_like(index_Bn, count)
-    # A side of 2^k places can be halved k times.
-    for _ in range(sum((side - 1).bit_length() for side in sides)):
-        lengths = [after - first - 1 for first, after in zip(low, high, strict=True)]
-        if grid[0] < 0:
-            lengths[0] = lengths[0] * math.prod(sides)
-        most, longest = lengths[0], torch.zeros_like(index_Bn)
-        for side, length in enumerate(lengths[1:], start=1):
-            longest, most = torch.where(length > most, side, longest), torch.maximum(length, most)
-        halved = mine_Bn > 1
-        for side, at in enumerate(here):
-            length = high[side] - low[side]
-            first_half = length // 2
-            middle = low[side] + first_half
-            cut = halved & (longest == side)
-            first = at < middle
-            # The first half's share, rounded; the second half has the others.
-            share = (2 * mine_Bn * first_half + length) // (2 * length)
-            mine_Bn = torch.where(cut, torch.where(first, share, mine_Bn - share), mine_Bn)
-            high[side] = torch.where(cut & first, middle, high[side])
-            low[side] = torch.where(cut & ~first, middle, low[side])
-    return low, high
+    at, length = _places(index_Bn, grid), [torch.full_like(index_Bn, abs(side)) for side in grid]
+    mine_Bn = torch.full_like(index_Bn, count)  # cells in the patch's part
+    for side in _halvings(grid):
+        # A part of one cell, or one place long, stays whole: its first half is empty and has no share.
+        half = (length[side] // 2) * (mine_Bn > 1)
+        first = at[side] < half
+        share = (2 * mine_Bn * half + length[side]) // (2 * length[side])  # rounded; the second half has the others
+        mine_Bn = torch.where(first, share, mine_Bn - share)
+        length[side] = torch.where(first, half, length[side] - half)
+        at[side] = torch.where(first, at[side], at[side] - half)
+    return at, length
+
+
+def _halvings(grid: list[int]) -> list[int]:
+    """Return which side is halved after which, until every part is one patch: the longest, of equal ones the first."""
+    lengths = [abs(side) for side in grid]
+    found = []
+    while max(lengths) > 1:
+        apart = grid[0] < 0 and lengths[0] > 1
+        side = 0 if apart else lengths.index(max(lengths))
+        lengths[side] -= lengths[side] // 2
+        found.append(side)
+    return found
 
 
 def _places(index_Bn: Tensor, grid: list[int]) -> list[Tensor]:

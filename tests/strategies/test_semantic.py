@@ -22,9 +22,12 @@ from support.zoo import BY_NAME
 
 
 def cell_numbers(grid: list[int], count: int) -> list[tuple[int, ...]]:
-    """Each patch's cell, as its bounds."""
-    low, high = cells(torch.arange(math.prod(map(abs, grid)))[None], grid, count)
-    return list(zip(*(bound[0].tolist() for bound in (*low, *high)), strict=True))
+    """Each patch's cell, as its first place and its sides."""
+    sides = [abs(side) for side in grid]
+    at, length = cells(torch.arange(math.prod(sides))[None], grid, count)
+    here = torch.cartesian_prod(*(torch.arange(side) for side in sides)).reshape(-1, len(sides)).T
+    low = [place - offset[0] for place, offset in zip(here, at, strict=True)]
+    return list(zip(*(side.tolist() for side in low), *(side[0].tolist() for side in length), strict=True))
 
 
 @pytest.mark.parametrize("grid", [[6, 5], [7, 7], [1, 9], [11], [3, 4, 2], [-3, 2, 3]], ids=str)
