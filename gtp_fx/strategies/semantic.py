@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.registry import register_strategy
@@ -68,14 +71,9 @@ class Semantic(Grouping):
     def group(self, tokens: Tokens) -> Groups:
         # One image says what is done with all: nothing here depends on what tokens hold.
         index_1n = tokens.index_Bn[:1]
-        # Twice the distance from the middle of a cell, squared; of equally near ones the first is the nearest. A cell
-        # is known by its first patch.
-        off_1n, cell_1n, step = torch.zeros_like(index_1n), index_1n, 1
-        sides = zip(*cells(index_1n, list(tokens.grid), tokens.count - tokens.removed), tokens.grid, strict=True)
-        for at_1n, length_1n, side in reversed(list(sides)):
-            off_1n = off_1n + (2 * at_1n + 1 - length_1n) ** 2
-            cell_1n, step = cell_1n - step * at_1n, step * abs(side)
-        order_1n = off_1n * step + index_1n
+        tables = cells(tokens.grid, tokens.count - tokens.removed)
+        cell_1n, off_1n = (torch.tensor(table, device=index_1n.device)[index_1n] for table in tables)
+        order_1n = off_1n * len(tables[0]) + index_1n  # of equally near ones the first is the nearest
         together_1nn = cell_1n[:, :, None] == cell_1n[:, None, :]
         nearer_1nn = order_1n[:, None, :] < order_1n[:, :, None]
         kept_1K, removed_1P = split((~(together_1nn & nearer_1nn).any(dim=-1)).float(), tokens.removed)
@@ -85,44 +83,32 @@ class Semantic(Grouping):
         return averaged(tokens, *(index.expand(images, -1) for index in (kept_1K, removed_1P, into_1P)))
 
 
-def cells(index_Bn: Tensor, grid: list[int], count: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return where each patch is in its cell, of `count` cells of the grid, and how long the cell is.
+@functools.cache
+def cells(grid: tuple[int, ...], count: int) -> tuple[list[int], list[int]]:
+    """Return for each patch of a grid the number of its cell, of `count` cells, and how far it is from their middles.
 
-    Each is [B, n] for each of the grid's sides. Every cell has a patch, and cells for a smaller count are unions of
-    these: where a part is halved doesn't depend on the count, and its halves' shares never fall as that rises.
+    Every cell has a patch, and cells for a smaller count are unions of these: where a part is halved doesn't depend on
+    the count, and its halves' shares never fall as that rises. Distances are squared, of twice the places.
 
-    index_Bn: patches, by their positions on the whole grid.
     grid: its sides; a first one that is negative counts grids that are apart, which are told apart first.
     """
-    at, length = _places(index_Bn, grid), [torch.full_like(index_Bn, abs(side)) for side in grid]
-    mine_Bn = torch.full_like(index_Bn, count)  # cells in the patch's part
-    for side in _halvings(grid):
-        # A part of one cell, or one place long, stays whole: its first half is empty and has no share.
-        half = (length[side] // 2) * (mine_Bn > 1)
-        first = at[side] < half
-        share = (2 * mine_Bn * half + length[side]) // (2 * length[side])  # rounded; the second half has the others
-        mine_Bn = torch.where(first, share, mine_Bn - share)
-        length[side] = torch.where(first, half, length[side] - half)
-        at[side] = torch.where(first, at[side], at[side] - half)
-    return at, length
-
-
-def _halvings(grid: list[int]) -> list[int]:
-    """Return which side is halved after which, until every part is one patch: the longest, of equal ones the first."""
-    lengths = [abs(side) for side in grid]
-    found = []
-    while max(lengths) > 1:
-        apart = grid[0] < 0 and lengths[0] > 1
-        side = 0 if apart else lengths.index(max(lengths))
-        lengths[side] -= lengths[side] // 2
-        found.append(side)
-    return found
-
-
-def _places(index_Bn: Tensor, grid: list[int]) -> list[Tensor]:
-    """Return the coordinate of each patch along each side of the grid, [B, n] each."""
-    here = []
-    for side in reversed(grid[1:]):
-        here.append(index_Bn % side)
-        index_Bn = index_Bn // side
-    return [index_Bn, *reversed(here)]
+    sides = [abs(side) for side in grid]
+    strides = [math.prod(sides[side + 1 :]) for side in range(len(sides))]
+    number, off = [0] * math.prod(sides), [0] * math.prod(sides)
+    pending, made = [(tuple(map(range, sides)), count)], 0
+    while pending:
+        part, mine = pending.pop()
+        lengths = [len(places) for places in part]
+        if mine == 1:
+            for patch in itertools.product(*part):
+                at = sum(place * stride for place, stride in zip(patch, strides, strict=True))
+                number[at] = made
+                off[at] = sum((2 * x - p[0] - p[-1]) ** 2 for x, p in zip(patch, part, strict=True))
+            made += 1
+            continue
+        side = 0 if grid[0] < 0 and lengths[0] > 1 else lengths.index(max(lengths))
+        half = lengths[side] // 2
+        share = (2 * mine * half + lengths[side]) // (2 * lengths[side])  # rounded; the second half has the others
+        for places, of_them in ((part[side][:half], share), (part[side][half:], mine - share)):
+            pending.append(((*part[:side], places, *part[side + 1 :]), of_them))
+    return number, off

@@ -21,29 +21,21 @@ from support.plain_vit import built
 from support.zoo import BY_NAME
 
 
-def cell_numbers(grid: list[int], count: int) -> list[tuple[int, ...]]:
-    """Each patch's cell, as its first place and its sides."""
-    sides = [abs(side) for side in grid]
-    at, length = cells(torch.arange(math.prod(sides))[None], grid, count)
-    here = torch.cartesian_prod(*(torch.arange(side) for side in sides)).reshape(-1, len(sides)).T
-    low = [place - offset[0] for place, offset in zip(here, at, strict=True)]
-    return list(zip(*(side.tolist() for side in low), *(side[0].tolist() for side in length), strict=True))
-
-
 @pytest.mark.parametrize("grid", [[6, 5], [7, 7], [1, 9], [11], [3, 4, 2], [-3, 2, 3]], ids=str)
 def test_any_number_of_cells_is_had_and_fewer_are_unions_of_more(grid: list[int]) -> None:
     patches = math.prod(map(abs, grid))
-    finer = cell_numbers(grid, patches)
+    finer, _ = cells(tuple(grid), patches)
     assert len(set(finer)) == patches
     for count in range(patches - 1, 0, -1):
-        coarser = cell_numbers(grid, count)
+        coarser, _ = cells(tuple(grid), count)
         assert len(set(coarser)) == count
         assert len(set(zip(finer, coarser, strict=True))) == count + 1, "a cell for more tokens is in one for fewer"
         finer = coarser
 
 
 def test_pictures_are_told_apart_first() -> None:
-    assert [bounds[0] for bounds in cell_numbers([-3, 2, 4], 3)] == [0] * 8 + [1] * 8 + [2] * 8
+    number, _ = cells((-3, 2, 4), 3)
+    assert [len(set(number[first : first + 8])) for first in (0, 8, 16)] == [1, 1, 1] and len(set(number)) == 3
 
 
 def seen(x_BnC: Tensor, removed: int) -> Tokens:

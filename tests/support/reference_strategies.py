@@ -212,28 +212,23 @@ def saliency(seen: Seen, heat: Callable[[], list[float]], fused: int) -> Choice:
 
 def semantic(seen: Seen, sides: tuple[int, int]) -> Choice:
     """STViT: the mean of each cell, in the place of the token nearest to its middle."""
-    # The longest side is halved, then the longest of what is left; for all parts the same one.
-    turns, longest = [], list(sides)
-    while longest != [1, 1]:
-        turns.append(0 if longest[0] >= longest[1] else 1)
-        longest[turns[-1]] = math.ceil(longest[turns[-1]] / 2)
-    parts = [([range(sides[0]), range(sides[1])], len(seen.x_nC) - seen.removed)]
-    for side in turns:
-        halved = []
-        for part, count in parts:
-            half = len(part[side]) // 2
-            if count == 1 or half == 0:
-                halved.append((part, count))
-                continue
-            share = int(count * half / len(part[side]) + 0.5)
-            for places, mine in ((part[side][:half], share), (part[side][half:], count - share)):
-                halved.append(([places if i == side else part[i] for i in range(2)], mine))
-        parts = halved
+    pending = [((0, 0), sides, len(seen.x_nC) - seen.removed)]
     members: dict[int, list[int]] = {}
-    for (rows, columns), count in parts:
-        assert count == 1
-        inside = [i for i, (r, c) in enumerate(seen.places) if r in rows and c in columns]
-        middle = ((rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2)
+    while pending:
+        (top, left), (height, width), count = pending.pop()
+        if count > 1:  # halve the longer side; each half gets its share, rounded
+            rows = height >= width
+            half = (height if rows else width) // 2
+            first = int(count * half / (height if rows else width) + 0.5)
+            if rows:
+                pending.append(((top, left), (half, width), first))
+                pending.append(((top + half, left), (height - half, width), count - first))
+            else:
+                pending.append(((top, left), (height, half), first))
+                pending.append(((top, left + half), (height, width - half), count - first))
+            continue
+        inside = [i for i, (r, c) in enumerate(seen.places) if top <= r < top + height and left <= c < left + width]
+        middle = (top + (height - 1) / 2, left + (width - 1) / 2)
         keeper = min(inside, key=lambda i: (math.dist(seen.places[i], middle), i))
         members[keeper] = [i for i in inside if i != keeper]
     return mean_of(seen, members)
