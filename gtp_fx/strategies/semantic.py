@@ -31,10 +31,10 @@ class Semantic(Grouping):
 
     by the block's own weights and norms. The semantic tokens are carried on in the patches' place. A site that removes
     n - m of n patches makes m cells, the same ones in every image: the grid is halved along its longest side, each half
-    gets its share of the m cells by its size, rounded, and so on until a part has one. So 4 or 16 cells of 8 x 8 patches
-    are those of adaptive pooling, and any other number can be had. Cells for fewer tokens are unions of those for more,
-    so that a later site pools semantic tokens in the same way, each weighted by the patches that it stands for. For
-    positions that are read later, a semantic token has the place of the one nearest to its cell's middle.
+    gets its share of the m cells by its size, rounded, and so on until a part has one. So 4 or 16 cells of 8 x 8
+    patches are those of adaptive pooling, and any other number can be had. Cells for fewer tokens are unions of those
+    for more, so that a later site pools semantic tokens in the same way, each weighted by the patches that it stands
+    for. For positions that are read later, a semantic token has the place of the one nearest to its cell's middle.
 
     docs/method.md says where this departs from the publication.
 
