@@ -63,8 +63,8 @@ class Semantic(Grouping):
             return ""
         return (
             "semantic tokens attend to the patches that they are made of, and in this block queries can't be computed "
-            "apart from keys and values (its attention is spelled out, one layer that has to stay whole makes all "
-            "three, or its bias is computed from the same tokens)"
+            "apart from keys and values (its attention is spelled out, one product makes all three and can't be "
+            "split, as torch.nn.MultiheadAttention's, or its bias is computed from the same tokens)"
         )
 
     def group(self, tokens: Tokens) -> Groups:

@@ -86,7 +86,7 @@ def _read(gm: fx.GraphModule, block: AttentionBlock) -> Apart | None:
 
 
 def _comes_apart(gm: fx.GraphModule, node: fx.Node, by_keys: set[fx.Node], by_queries: set[fx.Node]) -> bool:
-    """Return whether a product for keys and queries is a projection, no row of which is for both."""
+    """Return whether a product for keys and queries is a projection that can be split, no row of which is for both."""
     fused = match_fused(node)
     if fused is None or stays_whole(gm, node):
         return False
