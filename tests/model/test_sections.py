@@ -442,6 +442,7 @@ def test_a_graph_that_writes_in_place_is_compiled_whole(
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("without_kernels")
 def test_static_shapes_are_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(self: InSections, gm: fx.GraphModule, inputs: Any) -> Any:
         raise AssertionError("compiled in sections")
