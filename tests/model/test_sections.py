@@ -441,6 +441,18 @@ def test_a_graph_that_writes_in_place_is_compiled_whole(
     assert whole and not compiled
 
 
+@torch.no_grad()
+def test_what_torch_writes_to_a_file_is_compiled_whole(
+    compiled: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does for aot_compile: code that is shared is compiled as calls need it."""
+    whole: list[fx.GraphModule] = []
+    monkeypatch.setattr(backend, "compile_with_inductor", lambda gm, *_: whole.append(gm) or gm)
+    with torch._functorch.config.patch(bundled_autograd_cache=True):
+        torch.compile(deep(), backend=gtp, options={"schedule": COUNTS})(images())
+    assert whole and not compiled
+
+
 @pytest.mark.nightly
 @pytest.mark.usefixtures("without_kernels")
 def test_static_shapes_are_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
