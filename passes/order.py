@@ -30,6 +30,7 @@ from gtp_fx.passes.exact.mark_tokens import mark_tokens
 from gtp_fx.passes.exact.matmul_to_linear import matmul_to_linear
 from gtp_fx.passes.exact.normalise import normalise
 from gtp_fx.passes.exact.pointwise_convolutions import pointwise_convolutions
+from gtp_fx.passes.exact.project_unpadded import project_unpadded
 from gtp_fx.passes.exact.scatter_to_sum import scatter_to_sum
 from gtp_fx.passes.exact.split_projections import split_projections
 from gtp_fx.passes.exact.turn_streams import turn_streams
@@ -42,6 +43,7 @@ from gtp_fx.passes.reduce.rest_windows import rest_windows
 from gtp_fx.passes.reduce.skip_branches import skip_branches
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies import Strategy
+from gtp_fx.targets.target import Target
 
 Tier = Literal["exact", "reduce", "lower"]
 """Tiers of passes.
@@ -61,7 +63,7 @@ class Pass:
     summary: what it does, in a line.
     optional: whether `disabled_passes` may name it.
     reads: its second argument: the strategy's `needs_full_maps` or `shortens_queries`, the option `prefix_tokens`,
-        whether the option `output` is "reduced" (`as_left`), the plan, or none.
+        whether the option `output` is "reduced" (`as_left`), the target, the plan, or none.
     needed: whether a plan needs it; None where every plan does.
     """
 
@@ -69,7 +71,7 @@ class Pass:
     tier: Tier
     summary: str
     optional: bool = False
-    reads: Literal["", "needs_full_maps", "shortens_queries", "prefix_tokens", "as_left", "plan"] = ""
+    reads: Literal["", "needs_full_maps", "shortens_queries", "prefix_tokens", "as_left", "target", "plan"] = ""
     needed: Callable[[Plan], bool] | None = None
 
     @property
@@ -128,6 +130,13 @@ ORDER = (
         optional=True,
     ),
     Pass(fold_views, "exact", "dimensions that are merged and taken apart again stay apart", optional=True),
+    Pass(
+        project_unpadded,
+        "exact",
+        "padding isn't projected: linear layers run before tokens are padded, and after padding is cropped",
+        optional=True,
+        reads="target",
+    ),
     Pass(
         join_streams, "exact", "states of tokens in any layout, [S, B, N, C], become one of S·C features", optional=True
     ),
@@ -209,6 +218,7 @@ def bound(
     plan: Plan | None = None,
     prefix_tokens: int | None = None,
     as_left: bool = False,
+    target: Target | None = None,
 ) -> Callable[[fx.GraphModule], fx.GraphModule]:
     """Bind a pass's second argument; return a function of the graph alone."""
     given: dict[str, Any] = {
@@ -217,6 +227,7 @@ def bound(
         "shortens_queries": (strategy.shortens_queries,),
         "prefix_tokens": (prefix_tokens,),
         "as_left": (as_left,),
+        "target": (target,),
         "plan": (plan,),
     }
     return lambda gm: step.function(gm, *given[step.reads])

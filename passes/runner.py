@@ -15,6 +15,7 @@ from gtp_fx.passes.order import Pass, bound, of_tier
 from gtp_fx.plan.cost.count import count_flops
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies import Strategy
+from gtp_fx.targets.target import Target
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +44,21 @@ def run_exact_tier(
     disabled: Sequence[str] = (),
     prefix_tokens: int | None = None,
     as_left: bool = False,
+    target: Target | None = None,
 ) -> tuple[fx.GraphModule, tuple[PassStep, ...]]:
     """Run the exact passes, except disabled ones; return the graph and what each did.
 
     original: FLOPs per image of the original, for the ratios in the log.
     prefix_tokens: as the user said; None where nobody did.
     as_left: whether maps of tokens are returned with those that are left.
+    target: the processor that the graph is for; None where passes don't ask what it gains.
     """
     steps: list[PassStep] = []
     for step in of_tier("exact"):
         if step.name in disabled:
             log.info("%s: disabled", step.name)
             continue
-        gm, done = _run(step, gm, bound(step, strategy, None, prefix_tokens, as_left), original, journal, steps)
+        gm, done = _run(step, gm, bound(step, strategy, None, prefix_tokens, as_left, target), original, journal, steps)
         steps.append(done)
     return gm, tuple(steps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 from collections.abc import Generator
@@ -82,12 +83,8 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let autograd's graphs run as they are, instead of being Inductor's: no C++ is compiled, which takes minutes."""
     from torch._dynamo.backends.debugging import aot_eager
 
-    from gtp_fx.model import backend
-    from gtp_fx.model.sections import backend as whole
-    from gtp_fx.model.sections import program
-
-    for where in (backend, whole, program):
-        monkeypatch.setattr(where, "compile_with_inductor", lambda gm, inputs, _: aot_eager(gm, list(inputs)))
+    compile_fx = importlib.import_module("torch._inductor.compile_fx")
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda gm, inputs, **_: aot_eager(gm, list(inputs)))
 
 
 def pytest_collection_finish() -> None:

@@ -13,7 +13,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.analysis.branch_parts import is_token_wise, with_fewer_dimensions
 from gtp_fx.analysis.window_forms import PADDED, Forms, NoRest, Run
 from gtp_fx.analysis.window_steps import CROP, MOVES, PAD, Step
-from gtp_fx.graph.nodes import operator_name
+from gtp_fx.graph.nodes import operator_name, pads_with_zeros
 from gtp_fx.graph.operators import PADDINGS, VIEWS
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.types.axes import whole_size
@@ -38,7 +38,7 @@ def step_of_padded(node: fx.Node, forms: Forms) -> Step:
     own = forms.own(node)
     forms.of[node] = PADDED
     if node.target in PADDINGS:
-        if forms.of[own[0]] is not None or not _pads_with_zeros(node):
+        if forms.of[own[0]] is not None or not pads_with_zeros(node):
             raise NoRest("its windows are padded with something else than zeros, or more than once")
         return Step(node, PAD, (own[0],))
     if node.target in MOVES and len(own) == 1 and node.args[0] is own[0]:
@@ -78,9 +78,3 @@ def _token_wise(node: fx.Node, own: list[fx.Node], forms: Forms) -> Step:
         if n not in own and typing.is_tensor(n) and len(shape_of(n)) > len(forms.rows) + 1
     )
     return Step(node, node.target, with_fewer_dimensions(node), node.kwargs, (), flat)
-
-
-def _pads_with_zeros(node: fx.Node) -> bool:
-    """Return whether a padding adds zeros; aten.pad has a mode before the value."""
-    mode_and_value = (*node.args[2:], *node.kwargs.values())
-    return all(given in ("constant", None, 0) for given in mode_and_value)

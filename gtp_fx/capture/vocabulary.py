@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
+from torch.utils import _pytree as pytree
 
 from gtp_fx.graph.edit import META_KEYS
 from gtp_fx.graph.nodes import tensors_of
-from gtp_fx.graph.torch_internals import decomposes, decomposition_tables, is_operator, trace_functional
+from gtp_fx.graph.torch_internals import decomposes, decomposition_tables, is_fake, is_operator, trace_functional
 from gtp_fx.types import rules as _rules
 from gtp_fx.types.rules.registry import find, has_own_rule
 
@@ -73,11 +74,30 @@ def open_composites(gm: fx.GraphModule) -> None:
     gm: a captured graph whose values have symbolic sizes, so that no size becomes a number. Inserted nodes have the
         layer and the source line of the node that they replace.
     """
+    known: dict[str, fx.GraphModule | None] = {}  # blocks that are alike call the same
     for node in [node for node in gm.graph.nodes if tensors_of(node.meta.get("val")) and decompositions(node.target)]:
-        traced = _traced(node)
-        if traced is not None:
+        call = _described(node)
+        if call not in known:
+            known[call] = _traced(node)
+        if (traced := known[call]) is not None:
             _splice(gm.graph, node, traced)
     gm.recompile()
+
+
+def _described(node: fx.Node) -> str:
+    """Return what the trace of a call depends on: operator, what its inputs are like, and which results are read."""
+    numbers = {x: n for n, x in enumerate(node.all_input_nodes)}
+    call = fx.map_arg((node.args, dict(node.kwargs)), lambda x: f"input {numbers[x]}")
+    likes = [[_like(value) for value in pytree.tree_leaves(x.meta.get("val"))] for x in numbers]
+    return repr((node.target, call, likes, _read(node)))
+
+
+def _like(value: Any) -> Any:
+    """Return all that a trace can know of a value; of a tensor with contents, which one it is."""
+    if not isinstance(value, torch.Tensor):
+        return type(value), value
+    of_it = tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad, value.is_inference()
+    return of_it if is_fake(value) else (*of_it, id(value))
 
 
 def decompositions(target: Any) -> tuple[Callable[..., Any], ...]:
@@ -110,7 +130,7 @@ def _traced(node: fx.Node) -> fx.GraphModule | None:
     if any("val" not in x.meta for x in inputs) or not any(tensors_of(x.meta["val"]) for x in inputs):
         return None
     values = [x.meta["val"] for x in inputs]
-    read = {reader.args[1] for reader in node.users if reader.target is operator.getitem and reader.users}
+    read = _read(node)
     for decompose in decompositions(node.target):
 
         def once(*given: Any, decompose: Callable[..., Any] = decompose) -> Any:
@@ -125,6 +145,11 @@ def _traced(node: fx.Node) -> fx.GraphModule | None:
         if (graph := _down_to_vocabulary(once, values)) is not None:
             return graph
     return None
+
+
+def _read(node: fx.Node) -> set[Any]:
+    """Return which of a call's results are read, where it has several."""
+    return {reader.args[1] for reader in node.users if reader.target is operator.getitem and reader.users}
 
 
 def _down_to_vocabulary(function: Callable[..., Any], values: list[Any]) -> fx.GraphModule | None:

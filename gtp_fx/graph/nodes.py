@@ -106,3 +106,9 @@ def tensors_of(value: object) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [v for v in value if isinstance(v, torch.Tensor)] if isinstance(value, list | tuple) else []
+
+
+def pads_with_zeros(node: fx.Node) -> bool:
+    """Return whether a padding adds zeros; aten.pad has a mode before the value."""
+    mode_and_value = (*node.args[2:], *node.kwargs.values())
+    return all(given in ("constant", None, 0) for given in mode_and_value)

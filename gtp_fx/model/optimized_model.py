@@ -8,11 +8,7 @@ any batch and supports both modes, `.to()` and `state_dict()`. It has the origin
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -21,18 +17,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from gtp_fx.analysis.returned_tokens import ReturnedTokens
-from gtp_fx.capture.signatures import CallSignature, device_of, dtype_of, tensors_in
-from gtp_fx.capture.snapshots import attributes_of
+from gtp_fx.capture.signatures import CallSignature, device_of, dtype_of
 from gtp_fx.errors import InputError, OptionError, warn
 from gtp_fx.model import following, graphs
 from gtp_fx.model.internal_errors import internal_errors_reported
-from gtp_fx.model.methods import method_taking
-from gtp_fx.model.parameters import SHARED, class_like, stand_for
+from gtp_fx.model.parameters import class_like, stand_for
 from gtp_fx.model.pipeline import Optimised
+from gtp_fx.model.replacement import Replacement
 from gtp_fx.model.saving.card import Evaluated
 from gtp_fx.model.saving.write import save
 from gtp_fx.model.sizes import add_form, form_taking, prepare
-from gtp_fx.model.state import Made, Runner, State
+from gtp_fx.model.state import State
 from gtp_fx.model.tapping import fire_hooks
 from gtp_fx.model.warming import checked_batches, warm
 from gtp_fx.options.options import Options
@@ -46,7 +41,7 @@ from gtp_fx.strategies import Strategy
 Told = TypeVar("Told")
 
 
-class OptimizedModel(nn.Module):
+class OptimizedModel(Replacement):
     """An optimised vision transformer.
 
     `graph_module` is the rewritten graph, in `gtp_fx` and ATen operators; `report` says what was done to it. `schedule`
@@ -77,7 +72,6 @@ class OptimizedModel(nn.Module):
         any_size: whether a call of another image size makes a form for it.
         own_calls: paths of layers that no pass may join with others, beside those that aren't plain.
         """
-        self._gtp: State
         super().__init__()
         prepare()
         # Set past nn.Module, which would register the original as a child and double every name.
@@ -155,16 +149,6 @@ class OptimizedModel(nn.Module):
         """
         forms = (self, *self._gtp.forms)
         return MappingProxyType({f._gtp.signature.described: f for f in forms})
-
-    @property
-    def training(self) -> bool:  # type: ignore[override]
-        """The original's mode."""
-        return self._gtp.original.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        if "_gtp" in self.__dict__:  # nn.Module's own __init__ sets a mode, and it is the original's
-            self._gtp.original.training = mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph of the current mode.
@@ -294,38 +278,6 @@ class OptimizedModel(nn.Module):
         with internal_errors_reported():
             self._changing(save, state, self.signature, Path(folder), options, card)
 
-    def __getattr__(self, name: str) -> Any:
-        """Look up what this module lacks on the original; its methods become optimised ones."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "_gtp" or name.startswith("__"):
-                raise
-        value = getattr(self._gtp.original, name)  # raises the usual error where there is none
-        return functools.partial(self._call_method, name, value) if inspect.ismethod(value) else value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; on the original, which its graphs depend on, where that has it (`global_pool`)."""
-        state: State | None = self.__dict__.get("_gtp")
-        if state is None or name == "training" or name not in attributes_of(state.original):
-            super().__setattr__(name, value)
-        else:
-            self._changing(setattr, state.original, name, value)
-
-    def _changing(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `do`, which may change the original, and follow the change."""
-        return following.changing(self._gtp, self._evaluation_runner, do, *args, **kwargs)
-
-    def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the original: optimised where it takes tensors, else on the original itself."""
-        state = self._gtp
-        # A method without tensors (`reset_classifier`) reads the original or changes it.
-        if not tensors_in((args, kwargs)):
-            return self._changing(method, *args, **kwargs)
-        fast = method_taking(state, name, (args, kwargs), self._beside)
-        fast.training = self.training
-        return fast(*args, **kwargs)
-
     def _form_taking(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[OptimizedModel, tuple[Any, ...], dict[str, Any]]:
@@ -342,48 +294,6 @@ class OptimizedModel(nn.Module):
         with internal_errors_reported(), torch.inference_mode(False):
             return OptimizedModel(module, signature, options, state.compile, blocks_needed, state.recapture, taps)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
-        """Copy everything but compiled code; the graphs are the same, over the copy's parameters."""
-        state = self._gtp
-        new = _bare(type(state.original))
-        memo[id(self)] = new
-        own = copy.deepcopy(self._own(), memo)
-        twin = replace(state, original=copy.deepcopy(state.original, memo), graphs={}, runners={}, methods={})
-        twin.forms = copy.deepcopy(state.forms, memo)
-        new.__setstate__((twin, own))
-        graphs.copy_graphs(state, twin, new)
-        return new
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle everything but graphs and code, which are made anew, with the same schedule."""
-        state = replace(self._gtp, graphs={}, runners={}, methods={})
-        return _bare, (type(self._gtp.original),), (state, self._own())
-
-    def __setstate__(self, state: tuple[State, dict[str, Any]]) -> None:
-        """Take a state, and let this module have the parameters and modules of the original in it."""
-        prepare()
-        object.__setattr__(self, "_gtp", state[0])
-        self.__dict__.update(state[1])
-        stand_for(self, state[0].original)
-
-    def _own(self) -> dict[str, Any]:
-        """Return this module's own attributes, beside those that it has from the original."""
-        return {name: value for name, value in self.__dict__.items() if name not in SHARED and name != "_gtp"}
-
     def extra_repr(self) -> str:
         """Return the line that nn.Module's repr shows."""
         return f"optimised by gtp_fx, at {self.report.flops_ratio:.4f} of its FLOPs"
-
-    def _evaluation(self) -> Made:
-        """Return the graphs of the whole model's evaluation mode."""
-        return graphs.made_for(self._gtp, self, graphs.evaluation_mode(self))
-
-    def _evaluation_runner(self) -> Runner:
-        """Return what runs the evaluation graph on the present device."""
-        return graphs.runner_of(self._gtp, self, graphs.evaluation_mode(self))
-
-
-def _bare(original: type[nn.Module]) -> OptimizedModel:
-    """Return an uninitialised model, whose state `__setstate__` fills in when it is copied or unpickled."""
-    cls = class_like(OptimizedModel, original)
-    return cls.__new__(cls)

@@ -160,6 +160,7 @@ def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
         options.disabled_passes,
         options.prefix_tokens,
         options.as_left,
+        options.target,
     )
     return Exact(gm, original, steps, journal)
 

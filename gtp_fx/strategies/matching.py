@@ -12,34 +12,43 @@ from torch import Tensor
 from gtp_fx.strategies.tokens import joins, ranks_among, split
 
 
-def bipartite_matching(metric_BnD: Tensor, size_Bn: Tensor, removed: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def bipartite_matching(
+    metric_BnD: Tensor, size_Bn: Tensor, removed: int, prefix: int, place_Bn: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Match the `removed` tokens of set A that are most similar to one of set B, and remove them.
 
-    Tokens are in set A and set B alternately, counting the prefix tokens; the first of those is in A. Each patch in A
-    has an edge to the patch in B that is most similar to it by cosine, and the `removed` strongest edges are followed.
-    Prefix tokens are never matched. A holds half of the tokens, so removing more takes several rounds; later rounds
-    match means.
+    Tokens of a list are in set A and set B alternately, counting the prefix tokens; the first of those is in A. Each
+    patch in A has an edge to the patch in B that is most similar to it by cosine, and the `removed` strongest edges are
+    followed. Prefix tokens are never matched. A holds half of the tokens, so removing more takes several rounds; later
+    rounds match means.
 
     metric_BnD: what similarity is measured on.
     size_Bn: how many original patches each token stands for.
+    place_Bn: each token's place in the list; None where that is the order in which tokens lie.
 
-    Returns kept_BK, removed_BP (the removed ones), and into_BP: which of the K kept tokens each removed one joins.
+    Returns kept_BK, removed_BP (the removed ones), into_BP: which of the K kept tokens each removed one joins, and
+    place_BK: the kept ones' places in the list that the sets make one behind the other, which the next site goes by.
     """
     count = metric_BnD.shape[1]
+    if place_Bn is None:
+        place_Bn = torch.arange(count, device=metric_BnD.device).expand(metric_BnD.shape[:2])
     most = set_a_size(count, prefix)
-    kept_BK, removed_BP, into_BP = _round(metric_BnD, min(removed, most), prefix)
+    kept_BK, removed_BP, into_BP, place_BK = _round(metric_BnD, place_Bn, min(removed, most), prefix)
     if removed <= most:
-        return kept_BK, removed_BP, into_BP
+        return kept_BK, removed_BP, into_BP, place_BK
     mean_BKD, size_BK = _means(metric_BnD, size_Bn, kept_BK, removed_BP, into_BP)
-    later_kept, later_removed, later_into = bipartite_matching(mean_BKD, size_BK, removed - most, prefix)
+    later_kept, later_removed, later_into, later_place = bipartite_matching(
+        mean_BKD, size_BK, removed - most, prefix, place_BK
+    )
     # Where the tokens kept by the first round are now: each is still kept, or has joined another.
-    places_BK = torch.arange(later_kept.shape[1], device=kept_BK.device).expand_as(later_kept)
-    now_BK = torch.zeros_like(kept_BK).scatter(1, later_kept, places_BK).scatter(1, later_removed, later_into)
+    rank_BK = torch.arange(later_kept.shape[1], device=kept_BK.device).expand_as(later_kept)
+    now_BK = torch.zeros_like(kept_BK).scatter(1, later_kept, rank_BK).scatter(1, later_removed, later_into)
     removed_BP = torch.cat([removed_BP, kept_BK.gather(1, later_removed)], dim=1)
     into_BP = torch.cat([now_BK.gather(1, into_BP), later_into], dim=1)
     # Removed tokens of both rounds in one ascending list, as `Groups` needs it.
     ascending = removed_BP.argsort(dim=1)
-    return kept_BK.gather(1, later_kept), removed_BP.gather(1, ascending), into_BP.gather(1, ascending)
+    kept_BK = kept_BK.gather(1, later_kept)
+    return kept_BK, removed_BP.gather(1, ascending), into_BP.gather(1, ascending), later_place
 
 
 def matching_flops(patches: Any, removed: Any, features: Any, prefix: int) -> Any:
@@ -63,18 +72,28 @@ def set_a_size(count: Any, prefix: int) -> Any:
     return (count + 1 - prefix % 2) // 2
 
 
-def _round(metric_BnD: Tensor, removed: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def _round(metric_BnD: Tensor, place_Bn: Tensor, removed: int, prefix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Match once, removing at most all of A. Results as in `bipartite_matching`."""
     first, count = prefix % 2, metric_BnD.shape[1]
+    tokens_Bn = torch.arange(count, device=place_Bn.device).expand_as(place_Bn)
+    listed_Bn = torch.zeros_like(tokens_Bn).scatter(1, place_Bn, tokens_Bn)
     unit_BnD = F.normalize(metric_BnD.float(), dim=-1)
+    unit_BnD = unit_BnD.gather(1, listed_Bn[..., None].expand_as(unit_BnD))
     a_BaD, b_BbD = unit_BnD[:, first::2], unit_BnD[:, 1 - first :: 2]
     similarity_Ba, partner_Ba = torch.matmul(a_BaD, b_BbD.transpose(-2, -1)).max(dim=-1)
     # Interleave both sets again: the most similar of A get the lowest scores, and B is never removed.
     never_Bb = torch.full_like(b_BbD[..., 0], float("inf"))
     scores = [-similarity_Ba, never_Bb] if first == 0 else [never_Bb, -similarity_Ba]
-    kept_BK, removed_BP = split(_interleaved(*scores)[:, :count], removed)
-    partner_BP = partner_Ba.gather(1, (removed_BP - first) // 2)
-    return kept_BK, removed_BP, ranks_among(kept_BK, 2 * partner_BP + 1 - first)
+    score_Bn = _interleaved(*scores)[:, :count].gather(1, place_Bn)
+    kept_BK, removed_BP = split(score_Bn, removed)
+    partner_BP = partner_Ba.gather(1, (place_Bn.gather(1, removed_BP) - first) // 2)
+    into_BP = ranks_among(kept_BK, listed_Bn.gather(1, 2 * partner_BP + 1 - first))
+    # What is left of A comes before B, as the authors' code has it: in the list's order, which it takes care of for the
+    # sake of a CLS token in front, and without one by similarity.
+    was_BK = place_Bn.gather(1, kept_BK)
+    in_a_BK = score_Bn.gather(1, kept_BK) if prefix == 0 else was_BK - count
+    order_BK = torch.where(was_BK % 2 == first, in_a_BK, was_BK + 2)
+    return kept_BK, removed_BP, into_BP, ranks_among(order_BK, order_BK)
 
 
 def _interleaved(x_Ba: Tensor, y_Bb: Tensor) -> Tensor:

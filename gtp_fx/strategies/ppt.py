@@ -59,7 +59,8 @@ class PPT(Grouping):
         shares_Bn = shares_Bn / shares_Bn.sum(dim=1, keepdim=True)
         prunes_B1 = shares_Bn.var(dim=1, keepdim=True) >= self.threshold
         kept_BK, removed_BP = split(shares_Bn, tokens.removed)
-        pooled = averaged(tokens, *bipartite_matching(tokens.keys_BnD, tokens.sizes_Bn, tokens.removed, tokens.prefix))
+        matched = bipartite_matching(tokens.keys_BnD, tokens.sizes_Bn, tokens.removed, tokens.prefix)
+        pooled = averaged(tokens, *matched[:3])
         assert pooled.weights_BKP is not None and pooled.own_BK is not None and pooled.size_BK is not None
 
         def either(pruned: Any, pooled: Tensor) -> Tensor:

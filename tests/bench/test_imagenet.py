@@ -27,7 +27,7 @@ from gtp_fx.plan.damage.divergence import divergence
 
 pytestmark = pytest.mark.nightly
 
-MODEL = "vit_tiny_patch16_224"
+MODEL = "test_vit"
 CLASSES = ("apple", "bread", "cloud", "dune")
 
 

@@ -58,7 +58,7 @@ class Net(nn.Module):
         self.patches = nn.Conv2d(3, WIDTH, 4, 4)
         self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
         self.places = nn.Parameter(torch.randn(1, TOKENS, WIDTH))
-        self.blocks = nn.Sequential(*(Block(change, masked) for _ in range(3)))
+        self.blocks = nn.Sequential(*(Block(change, masked) for _ in range(2)))
         self.head = nn.Linear(WIDTH, 5)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ def test_flex_attention_is_opened_at_both_doors(change: str, masked: bool) -> No
         exact = gtp_fx.optimize(model, flops_budget=1.0, example_inputs=x, compile=False)
         torch.testing.assert_close(exact(x), wanted, rtol=1e-4, atol=1e-4)
         assert not any(region_operator(node.target) for node in exact.graph_module.graph.nodes)
-        fast = gtp_fx.optimize(model, schedule=[4, 2, 0], example_inputs=x, compile=False)
+        fast = gtp_fx.optimize(model, schedule=[4, 0], example_inputs=x, compile=False)
         assert fast(x).isfinite().all()
         torch._dynamo.reset()
-        door = Door(schedule=[4, 2, 0])
+        door = Door(schedule=[4, 0])
         torch.testing.assert_close(torch.compile(model, backend=door)(x), fast(x), rtol=1e-4, atol=1e-4)
         assert [made.schedule for made in door.made] == [fast.schedule]
 

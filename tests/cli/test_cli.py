@@ -108,6 +108,7 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("without_kernels")
 def test_the_benchmark_writes_what_it_measured_and_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Compiles both models, so also what `gtp-fx optimize` times."""
     path = tmp_path / "results" / "one.json"

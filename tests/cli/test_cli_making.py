@@ -27,6 +27,7 @@ def run(*arguments: str) -> Result:
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("without_kernels")
 def test_bench_times_every_strategy_at_every_budget() -> None:
     budgets = ("--flops-budget", "0.8", "--flops-budget", "0.6")
     done = run(
@@ -64,6 +65,7 @@ def test_bench_has_no_mode_for_what_it_does_not_compile() -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("without_kernels")
 def test_bench_compiles_both_sides() -> None:
     done = run("bench", NAME, "--model-arg", "depth=2", "--schedule", "30,0", "--rounds", "1", "--batch", "2")
     assert done.exit_code == 0, done.output

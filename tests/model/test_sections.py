@@ -17,7 +17,7 @@ from gtp_fx.errors import OptionError
 from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import OpenSizes, mode_of, tracing_lock
 from gtp_fx.model.backend import gtp
-from gtp_fx.model.sections import alike, backend, program
+from gtp_fx.model.sections import alike, backend, code, program
 from gtp_fx.model.sections.alike import kinds
 from gtp_fx.model.sections.backend import InSections
 from gtp_fx.model.sections.cut import cut, value_of
@@ -47,7 +47,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
         found.append(gm)
         return gm
 
-    monkeypatch.setattr(program, "compile_with_inductor", not_compiled)
+    monkeypatch.setattr(code, "compile_with_inductor", not_compiled)
     return found
 
 
@@ -261,10 +261,10 @@ def test_only_attention_that_others_are_told_scales_like_is_told_some() -> None:
 
 def test_of_one_image_strides_without_meaning_are_as_usual() -> None:
     kept = torch.arange(36).view(1, 36)[:, :31]
-    assert program._as_usual(kept).stride() == (31, 1) and kept.stride() == (36, 1)
-    assert torch.equal(program._as_usual(kept), kept)
+    assert code._as_usual(kept).stride() == (31, 1) and kept.stride() == (36, 1)
+    assert torch.equal(code._as_usual(kept), kept)
     turned = torch.empty(1, 4, 5).mT
-    assert program._as_usual(turned) is turned
+    assert code._as_usual(turned) is turned
 
 
 def test_numbers_that_are_no_sizes_may_be_negative_and_tensors_may_begin_anywhere() -> None:
@@ -297,7 +297,7 @@ def test_the_compiler_may_rewrite_what_it_is_given_and_nothing_else_is_traced_th
             assert inputs[1] in (5, 6)  # an assumption of the symbol's value
         return own
 
-    monkeypatch.setattr(program, "compile_with_inductor", rewrites)
+    monkeypatch.setattr(code, "compile_with_inductor", rewrites)
     graph = shortened()
     x = torch.arange(72.0).reshape(2, 9, 4)
     gm = fx.GraphModule({}, graph)
@@ -306,10 +306,10 @@ def test_the_compiler_may_rewrite_what_it_is_given_and_nothing_else_is_traced_th
 
 
 def test_what_another_section_returned_is_as_it_is_and_not_as_its_fake_was(compiled: list[fx.GraphModule]) -> None:
-    code = program._Code(kinds(cut(shortened()))[1], {})
+    served = code.Code(kinds(cut(shortened()))[1], {})
     x = torch.empty(2, 8, 4)
     for strided in (x, x.flip(0), torch.empty(2, 4, 8).mT):
-        code.bound([strided], (6,))
+        served.bound([strided], (6,))
     assert len(compiled) == 2, "strides that the fakes don't tell apart"
 
 
@@ -347,7 +347,7 @@ def test_a_section_of_one_image_has_its_sizes(monkeypatch: pytest.MonkeyPatch) -
 
         return run
 
-    monkeypatch.setattr(program, "compile_with_inductor", not_compiled)
+    monkeypatch.setattr(code, "compile_with_inductor", not_compiled)
     gtp_fx.optimize(deep(), schedule=COUNTS, example_inputs=images(1), shapes="shared")(images(1))
     assert len(asked) > 20 and all(given == real for given, real in asked)
     parts = "patches, attention at a site and elsewhere, what a site does, an MLP"
@@ -439,7 +439,20 @@ def test_a_graph_that_writes_in_place_is_compiled_whole(
     assert whole and not compiled
 
 
+@torch.no_grad()
+def test_what_torch_writes_to_a_file_is_compiled_whole(
+    compiled: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does for aot_compile: code that is shared is compiled as calls need it."""
+    whole: list[fx.GraphModule] = []
+    monkeypatch.setattr(backend, "compile_with_inductor", lambda gm, *_: whole.append(gm) or gm)
+    with torch._functorch.config.patch(bundled_autograd_cache=True):
+        torch.compile(deep(), backend=gtp, options={"schedule": COUNTS})(images())
+    assert whole and not compiled
+
+
 @pytest.mark.nightly
+@pytest.mark.usefixtures("without_kernels")
 def test_static_shapes_are_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(self: InSections, gm: fx.GraphModule, inputs: Any) -> Any:
         raise AssertionError("compiled in sections")

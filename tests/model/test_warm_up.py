@@ -13,7 +13,7 @@ from torch import fx
 
 import gtp_fx
 from gtp_fx.errors import InputError, OptionError
-from gtp_fx.model.sections import program
+from gtp_fx.model.sections import code
 
 from support.batches import Joined
 from support.plain_vit import PlainViT, built, images
@@ -100,7 +100,7 @@ def test_shared_code_is_open_from_the_first(monkeypatch: pytest.MonkeyPatch) -> 
         found.append(gm)
         return gm
 
-    monkeypatch.setattr(program, "compile_with_inductor", not_compiled)
+    monkeypatch.setattr(code, "compile_with_inductor", not_compiled)
     model = built(lambda: PlainViT(depth=4))
     fast = gtp_fx.optimize(model, schedule=(3, 2, 2, 0), example_inputs=images(), shapes="shared")
     with torch.no_grad():

@@ -177,6 +177,7 @@ class Edited(gtp_fx.strategies.Grouping):
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("without_kernels")
 @torch.no_grad()
 def test_code_that_was_edited_is_other_code() -> None:
     """An optimised model keeps the code that it was optimised with; a new one, compiled or not, has the new code."""

@@ -80,38 +80,47 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b / a.norm() / b.norm())
 
 
-def matched(seen: Seen) -> dict[int, list[int]]:
+def matched(seen: Seen, listed: list[int] | None = None) -> tuple[dict[int, list[int]], list[int]]:
     """ToMe, section 3.2: A and B alternate over all tokens (prefix tokens included), the r strongest edges from A to B.
 
-    Rounds where r is more than A holds, each on the means of the one before.
+    Rounds where r is more than A holds, each on the means of the one before. Also returns those that stay as the
+    authors' code lists them: what is left of A (by similarity where there is no prefix token), then B.
     """
-    groups = [[i] for i in range(len(seen.sizes))]
+    listed = list(range(len(seen.sizes))) if listed is None else listed
+    groups = {i: [i] for i in listed}
     metric = seen.k_HnD.mean(0)
     left = seen.removed
     while left:
-        features = [
-            sum(seen.sizes[i] * metric[i] for i in group) / sum(seen.sizes[i] for i in group)  # type: ignore[operator]
-            for group in groups
-        ]
-        side_a = [i for i in range(len(groups)) if (seen.prefix + i) % 2 == 0]
-        side_b = [i for i in range(len(groups)) if (seen.prefix + i) % 2 == 1]
+        features = {
+            keeper: sum(seen.sizes[i] * metric[i] for i in group) / sum(seen.sizes[i] for i in group)  # type: ignore[operator]
+            for keeper, group in groups.items()
+        }
+        side_a = [keeper for at, keeper in enumerate(listed) if (seen.prefix + at) % 2 == 0]
+        side_b = [keeper for at, keeper in enumerate(listed) if (seen.prefix + at) % 2 == 1]
         edges = []
         for a in side_a:
             likeness = [cosine(features[a], features[b]) for b in side_b]
             best = max(range(len(side_b)), key=lambda j: likeness[j])
             edges.append((likeness[best], a, side_b[best]))
         edges.sort(reverse=True)
-        followed = edges[: min(left, len(side_a))]
-        for _, a, b in followed:
-            groups[b] = groups[b] + groups[a]
-        gone = {a for _, a, _ in followed}
-        groups = [group for i, group in enumerate(groups) if i not in gone]
-        left -= len(followed)
-    return {group[0]: group[1:] for group in groups}
+        count = min(left, len(side_a))
+        for _, a, b in edges[:count]:
+            groups[b] = groups[b] + groups.pop(a)
+        stay = [a for _, a, _ in edges[count:]]
+        if seen.prefix:
+            stay = [a for a in side_a if a in stay]
+        listed = stay + side_b
+        left -= count
+    return {group[0]: group[1:] for group in groups.values()}, listed
 
 
 def tome(seen: Seen) -> Choice:
-    return mean_of(seen, matched(seen))
+    before = seen.memory
+    listed = None if before is None else sorted(range(len(before)), key=lambda i: before[i])
+    members, now = matched(seen, listed)
+    choice = mean_of(seen, members)
+    choice.memory = [float(now.index(i)) if i in now else -1.0 for i in range(len(seen.sizes))]
+    return choice
 
 
 def topk(seen: Seen, scores: Callable[[Seen], list[float]] = lambda s: s.cls, normalised: bool = False) -> Choice:
@@ -133,7 +142,7 @@ def ppt(seen: Seen, threshold: float) -> Choice:
     mean = sum(scores) / len(scores)
     variance = sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)
     if variance < threshold:
-        return mean_of(seen, matched(seen))
+        return mean_of(seen, matched(seen)[0])
     choice = drop(seen, scores)
     return Choice(choice.made_of, [seen.sizes[i] for i, _ in choice.made_of])
 

@@ -32,6 +32,14 @@ def folds_weights() -> bool:
     return bool(importlib.import_module("torch._inductor.config").freezing)
 
 
+def compiles_ahead() -> bool:
+    """Return whether what is compiled now is to be written to a file whole, as by `torch.compile(…).aot_compile`.
+
+    Public: none.
+    """
+    return bool(importlib.import_module("torch._functorch.config").bundled_autograd_cache)
+
+
 def inductor_modes() -> Mapping[str, Mapping[str, Any]]:
     """Return `torch.compile`'s modes, with each one's options. Documented, under a private module's name."""
     return cast("Mapping[str, Mapping[str, Any]]", torch._inductor.list_mode_options())
