@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from gtp_fx.graph.edit import LAYER
 from gtp_fx.graph.nodes import tensors_of
 from gtp_fx.graph.torch_internals import is_higher_order
-
-LAYER = "gtp_fx_layer"
-"""Key in a node's `meta`: the `Layer` whose whole call the node is."""
 
 OWN_CALLS = "gtp_fx_own_calls"
 """Key in a graph module's `meta`: paths of layers that no pass may join with others or take apart.

@@ -21,7 +21,7 @@ from gtp_fx.capture.failed_calls import drop_failed_calls
 from gtp_fx.capture.flex_attention import open_flex_attention
 from gtp_fx.capture.fused_layers import without_fused_layers
 from gtp_fx.capture.hooks import without_user_hooks
-from gtp_fx.capture.layers import LAYER, USED, mark_layers, plain_calls, used_paths
+from gtp_fx.capture.layers import USED, mark_layers, plain_calls, used_paths
 from gtp_fx.capture.mutations import changed_by, mutates, refuse_changes, unread_buffers
 from gtp_fx.capture.regions import AUTOCAST, opened, write_out
 from gtp_fx.capture.side_effects import Left, left_by_each_call
@@ -146,7 +146,7 @@ def _captured(model: nn.Module, signature: CallSignature, training: bool, apart:
         mark_layers(captured, model, {module for module, plain in called.items() if plain})
         captured.meta[USED] = used_paths(captured, model, called)
         for node in captured.graph.nodes:  # torch's other notes keep tensors of the tracing alive
-            node.meta = {key: value for key, value in node.meta.items() if key in (*edit.META_KEYS, "val", LAYER)}
+            node.meta = {key: value for key, value in node.meta.items() if key in (*edit.META_KEYS, "val", edit.LAYER)}
         return captured
 
 

@@ -23,6 +23,9 @@ META_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 """The metadata that tells where in the model a node comes from."""
 
 
+LAYER = "gtp_fx_layer"
+"""Meta key of a node that is the whole call of a layer, whose `gtp_fx.capture.layers.Layer` it holds."""
+
 RECORDED = "gtp_recorded"
 """Meta key of a value that nothing in the graph may read, and that a record of the graph names."""
 
@@ -32,11 +35,20 @@ def constant_names(is_taken: Callable[[str], bool]) -> Iterator[str]:
     return (name for name in map(f"{CONSTANT}{{}}".format, itertools.count()) if not is_taken(name))
 
 
+def origin_of(node: fx.Node, target: Any) -> dict[str, Any]:
+    """Return the metadata of a call of `target` that is made in place of `node`: its origin, and its layer.
+
+    The layer goes along where the operator is the same. A `Layer` says itself whether the call is still its own.
+    """
+    keys = (*META_KEYS, LAYER) if target == node.target else META_KEYS
+    return {key: node.meta[key] for key in keys if key in node.meta}
+
+
 def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node) -> fx.Node:
     """Insert a call at the graph's insertion point, with the origin (layer, stack trace) of the node `like`."""
     _name_no_symbol(target, args)
     node = graph.call_function(target, args)
-    node.meta = {key: like.meta[key] for key in META_KEYS if key in like.meta}
+    node.meta = origin_of(like, target)
     return node
 
 

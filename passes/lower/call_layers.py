@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from gtp_fx.capture.layers import LAYER
 from gtp_fx.graph import edit
 
 
@@ -22,7 +21,7 @@ def call_layers(gm: fx.GraphModule, owner: nn.Module) -> fx.GraphModule:
     gm = edit.copy_of(gm)
     edit.share(gm, owner)
     for node in list(gm.graph.nodes):
-        layer = node.meta.get(LAYER)
+        layer = node.meta.get(edit.LAYER)
         if layer is None or not layer.is_called_by(node):
             continue
         with gm.graph.inserting_before(node):

@@ -140,7 +140,7 @@ def _insert(
 def _copy(graph: fx.Graph, node: fx.Node, of: Mapping[fx.Node, fx.Node]) -> fx.Node:
     """Insert a copy of a node that reads other values. of: what to read in the place of which node."""
     copy = graph.node_copy(node, lambda n: of.get(n, n))
-    copy.meta = {key: node.meta[key] for key in edit.META_KEYS if key in node.meta}
+    copy.meta = edit.origin_of(node, node.target)
     return copy
 
 

@@ -8,19 +8,27 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.utils._pytree import tree_leaves
 
 import gtp_fx
+from gtp_fx.capture.layers import layer_paths
 from gtp_fx.passes.lower.call_layers import called_layers
 
 from support.small_models import NAME, apart, noise
+from support.window_families import FAMILIES, SWIN, Family, families
 from support.zoo import enliven
+
+_HOOKED = ("swin", "samvit", "swin rolled, then padded", "transformers SAM", "maxvit")
+HOOKED = tuple(family for family in FAMILIES if family.name in _HOOKED)
+"""Windows in several layouts, with padding and without."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*requires_grad=True to a scalar")
 
@@ -111,6 +119,38 @@ def test_hooks_change_what_a_layer_returns() -> None:
     assert apart(fast(noise()), before) > 1e-3
     handle.remove()
     torch.testing.assert_close(fast(noise()), before, rtol=1e-4, atol=1e-4)
+
+
+_ASIDE = (nn.Dropout, nn.Softmax, nn.Flatten, nn.Identity)
+"""What graphs have no call for; hooks on it are told of."""
+
+
+@families(*HOOKED, by_default=(SWIN,))
+@torch.no_grad()
+@pytest.mark.filterwarnings("error:hooks on")
+def test_hooks_on_every_layer_change_what_it_returns(family: Family) -> None:
+    """Also where a pass has moved the layer's call to other dimensions, or a branch runs for some tokens alone."""
+    model, x = family.model(), family.inputs()
+    exact = gtp_fx.optimize(model, flops_budget=1.0, example_inputs=x, compile=False)
+    fast = gtp_fx.optimize(model, schedule=family.schedule, example_inputs=x, compile=False)
+    paths = {path for path in layer_paths(exact.captured_graph) if not isinstance(model.get_submodule(path), _ASIDE)}
+    fired: set[str] = set()
+
+    def hook(path: str) -> Callable[..., Any]:
+        def fires(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+            fired.add(path)
+            return output * 0.9
+
+        return fires
+
+    for path in paths:
+        model.get_submodule(path).register_forward_hook(hook(path))
+    wanted = tree_leaves(model(x))
+    for found, tensor in zip(tree_leaves(exact(x)), wanted, strict=True):
+        torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-4)
+    fired.clear()
+    fast(x)
+    assert fired == paths
 
 
 @torch.no_grad()
