@@ -93,11 +93,12 @@ def _described(node: fx.Node) -> str:
 
 
 def _like(value: Any) -> Any:
-    """Return all that a trace can know of a value; of a tensor with contents, which one it is."""
+    """Return all that a trace can know of a value; of a tensor with contents, or a sparse one, which one it is."""
     if not isinstance(value, torch.Tensor):
         return type(value), value
-    of_it = tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad, value.is_inference()
-    return of_it if is_fake(value) else (*of_it, id(value))
+    if not is_fake(value) or value.layout != torch.strided:
+        return torch.Tensor, id(value)
+    return tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad, value.is_inference()
 
 
 def decompositions(target: Any) -> tuple[Callable[..., Any], ...]:
