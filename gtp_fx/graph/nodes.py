@@ -112,3 +112,8 @@ def pads_with_zeros(node: fx.Node) -> bool:
     """Return whether a padding adds zeros; aten.pad has a mode before the value."""
     mode_and_value = (*node.args[2:], *node.kwargs.values())
     return all(given in ("constant", None, 0) for given in mode_and_value)
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """Return the one reader of a node; None where there are several or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None

@@ -93,7 +93,8 @@ def _round(metric_BnD: Tensor, place_Bn: Tensor, removed: int, prefix: int) -> t
     was_BK = place_Bn.gather(1, kept_BK)
     in_a_BK = score_Bn.gather(1, kept_BK) if prefix == 0 else was_BK - count
     order_BK = torch.where(was_BK % 2 == first, in_a_BK, was_BK + 2)
-    return kept_BK, removed_BP, into_BP, ranks_among(order_BK, order_BK)
+    # Of equal similarities, as those of equal tokens, the first token's is first: each place is some token's.
+    return kept_BK, removed_BP, into_BP, order_BK.argsort(dim=1, stable=True).argsort(dim=1)
 
 
 def _interleaved(x_Ba: Tensor, y_Bb: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.capture.layers import stays_whole
 from gtp_fx.graph import edit
-from gtp_fx.graph.nodes import pads_with_zeros
+from gtp_fx.graph.nodes import only_user, pads_with_zeros
 from gtp_fx.graph.operators import PADDINGS, PERMUTATIONS, REARRANGED, VIEWS
 from gtp_fx.graph.rearrangements import order_of
 from gtp_fx.graph.symbols import shape_of
@@ -75,10 +75,10 @@ def project_unpadded(gm: fx.GraphModule, target: Target | None = None) -> fx.Gra
 
 def _padded(gm: fx.GraphModule, pad: fx.Node) -> Padded | None:
     """Return what a padding of tokens leads to, where that is projections alone."""
-    if pad.target not in PADDINGS or not pads_with_zeros(pad) or not _keeps_features(pad):
+    if pad.target not in PADDINGS or not _keeps_features(pad):
         return None
     chain = [pad]
-    while (only := _only_user(chain[-1])) is not None and _keeps_features(only):
+    while (only := only_user(chain[-1])) is not None and _keeps_features(only):
         chain.append(only)
     linears = tuple(chain[-1].users)
     if not linears or not all(_is_projection_of(gm, node, chain[-1]) for node in linears):
@@ -87,19 +87,18 @@ def _padded(gm: fx.GraphModule, pad: fx.Node) -> Padded | None:
 
 
 def _cropped(gm: fx.GraphModule, linear: fx.Node) -> Cropped | None:
-    """Return how the result of a projection is cropped, where nothing else reads it."""
+    """Return how the result of a projection is cropped, where nothing else reads it.
+
+    Where it is padded before that it stays: the layer would make its bias of those zeros.
+    """
     if linear.target is not aten.linear.default or stays_whole(gm, linear):
         return None
     chain, crops = [linear], 0
-    while (only := _only_user(chain[-1])) is not None and _keeps_features(only):
+    while (only := only_user(chain[-1])) is not None and only.target not in PADDINGS and _keeps_features(only):
         chain.append(only)
         if only.target is aten.slice.Tensor and _tokens(only) < _tokens(only.args[0]):
             crops = len(chain)
     return Cropped(linear, tuple(chain[1:crops])) if crops else None
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _is_projection_of(gm: fx.GraphModule, node: fx.Node, x: fx.Node) -> bool:

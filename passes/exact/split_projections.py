@@ -22,6 +22,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.layers import stays_whole
 from gtp_fx.graph import edit
+from gtp_fx.graph.nodes import only_user
 from gtp_fx.graph.operators import PERMUTATIONS, REARRANGED, SQUEEZES
 from gtp_fx.graph.rearrangements import order_of
 from gtp_fx.graph.symbols import shape_of
@@ -106,7 +107,7 @@ def match_fused(linear: fx.Node) -> FusedProjection | None:
     unit_dim = dim = len(shape_of(linear)) - 1
     features = units = shape_of(linear)[-1]
     # Go forward through a view that splits the features, and what puts its dimensions into another order.
-    if (only := _only_user(source)) is not None and is_view(only):
+    if (only := only_user(source)) is not None and is_view(only):
         view = source = only
         shape = shape_of(view)
         split = [d for d in range(len(shape)) if math.prod(shape[d:]) == features]
@@ -114,7 +115,7 @@ def match_fused(linear: fx.Node) -> FusedProjection | None:
             return None
         unit_dim = dim = split[0]
         units = shape[unit_dim]
-        if (only := _only_user(source)) is not None and only.target in PERMUTATIONS:
+        if (only := only_user(source)) is not None and only.target in PERMUTATIONS:
             permute = source = only
             dim = order_of(permute).index(unit_dim)
         source = _after_idle(source)
@@ -127,15 +128,10 @@ def match_fused(linear: fx.Node) -> FusedProjection | None:
     return FusedProjection(linear, view, permute, unit_dim, features // units, tuple(found))
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    """Return the one reader of a node; None where there are several or none."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _after_idle(node: fx.Node) -> fx.Node:
     """Go forward through copies, and through a dimension that is put in and taken out again."""
-    while (only := _only_user(node)) is not None:
-        if only.target is aten.unsqueeze.default and (after := _only_user(only)) is not None:
+    while (only := only_user(node)) is not None:
+        if only.target is aten.unsqueeze.default and (after := only_user(only)) is not None:
             only = after if after.target in SQUEEZES else only
         if only.target not in (*REARRANGED, *SQUEEZES) or shape_of(only) != shape_of(node):
             return node

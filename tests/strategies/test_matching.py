@@ -30,3 +30,10 @@ def test_each_site_matches_by_the_list_that_the_one_before_left(prefix: int, sch
         listed = [rank[keeper] for keeper in listed]
         assert place_BK[0].argsort().tolist() == listed
         metric_nD, sizes, place_Bn = torch.randn(len(rank), 6), torch.ones(len(rank)), place_BK
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_equal_tokens_have_places_of_their_own(prefix: int) -> None:
+    """As those of a blank picture: all similarities are equal."""
+    place_BK = bipartite_matching(torch.ones(2, 12, 4), torch.ones(2, 12), 4, prefix)[3]
+    assert place_BK.sort(dim=1).values.tolist() == [list(range(8))] * 2

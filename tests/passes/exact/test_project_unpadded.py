@@ -88,6 +88,7 @@ def test_nothing_is_multiplied_for_padding(function: Callable[..., object], of_t
         lambda x, y, w, b: F.linear(windows(F.pad(x, (0, 0, 0, 1, 0, 1), value=1.0)), w, b),  # padding that isn't zeros
         lambda x, y, w, b: F.linear(windows(padded(x)).sin(), w, b),  # something is computed in between
         lambda x, y, w, b: (lambda z: (F.linear(z, w, b), z))(windows(padded(x))),  # padded tokens are read elsewhere
+        lambda x, y, w, b: F.pad(F.linear(y, w, b), (0, 0, 0, 7))[:, :8],  # zeros that the layer would make its bias of
         lambda x, y, w, b: F.linear(F.pad(x, (0, 2))[..., :WIDTH], w, b),  # features are padded
         lambda x, y, w, b: (lambda z: (back(z), z.sum()))(F.linear(y, w, b)),  # and what is cropped is read whole
         lambda x, y, w, b: F.linear(y, w, b).reshape(-1, SIDE**2 * MADE)[1:],  # features are merged with tokens
