@@ -76,6 +76,14 @@ def own_calls(captured: fx.GraphModule, model: nn.Module) -> frozenset[str]:
     return frozenset(path for path in layer_paths(captured) if path in modules and not _is_plain(modules[path]))
 
 
+def not_called_whole(paths: Sequence[str]) -> str:
+    """Return the message for layers that have hooks or were replaced, and that no graph of the schedule calls."""
+    return (
+        f"{_named(paths)}: there are hooks now, or other layers, and a graph that calls these as they are can't have "
+        f"the schedule that this one was made with: call gtp_fx.optimize again, with them or without"
+    )
+
+
 def tell_of_hooks(paths: Sequence[str]) -> None:
     """Warn that the user's hooks on some modules won't run."""
     warn(

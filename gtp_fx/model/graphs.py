@@ -21,7 +21,7 @@ from gtp_fx.capture.other_forms import said_of_dtypes
 from gtp_fx.capture.signatures import CallSignature, device_of, dtype_of
 from gtp_fx.capture.tapped import with_taps
 from gtp_fx.capture.turns import modules_of, running, tracing
-from gtp_fx.errors import InputError
+from gtp_fx.errors import InputError, ScheduleError
 from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import is_traced, out_of_sight, tracing_lock
 from gtp_fx.model import following
@@ -114,9 +114,15 @@ def made_for(state: State, owner: nn.Module, mode: Mode) -> Made:
                     state.signature = signature
             read_from(captured, owner, names_of(state.original))
             made = state.graphs[mode] = _rewritten(state, owner, captured)
-    elif not state.own_calls <= made.captured.meta[OWN_CALLS]:
+    elif wanted := state.own_calls - (had := made.captured.meta[OWN_CALLS]):
         with internal_errors_reported():
-            made = state.graphs[mode] = _rewritten(state, owner, made.captured)
+            try:
+                made = state.graphs[mode] = _rewritten(state, owner, made.captured)
+            except BaseException as error:
+                made.captured.meta[OWN_CALLS] = had  # so that the next call isn't taken for one that this graph serves
+                if isinstance(error, ScheduleError):
+                    raise InputError(following.not_called_whole(sorted(wanted))) from error
+                raise
     return made
 
 

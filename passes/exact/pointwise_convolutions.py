@@ -12,6 +12,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.typed_graph import typed_graph
+from gtp_fx.capture.layers import stays_whole
 from gtp_fx.graph import edit, nodes
 from gtp_fx.graph.operators import PERMUTATIONS
 from gtp_fx.graph.rearrangements import order_of
@@ -29,7 +30,8 @@ def pointwise_convolutions(gm: fx.GraphModule) -> fx.GraphModule:
     if not nodes.count_nodes(gm.graph, _CONVOLUTIONS):
         return gm
     typing = typed_graph(gm.graph).whole
-    found = [node for node in gm.graph.nodes if node.target in _CONVOLUTIONS and _reads_tokens(node, typing)]
+    convolutions = [node for node in gm.graph.nodes if node.target in _CONVOLUTIONS and not stays_whole(gm, node)]
+    found = [node for node in convolutions if _reads_tokens(node, typing)]
     if not found:
         return gm
     gm, copies = edit.copy_with_nodes(gm)

@@ -22,6 +22,7 @@ from gtp_fx.analysis.marks import MARK, marks_of
 from gtp_fx.analysis.residual_adds import share_in
 from gtp_fx.analysis.token_states import state_before
 from gtp_fx.analysis.typed_graph import typed_graph
+from gtp_fx.capture.layers import stays_whole
 from gtp_fx.graph import edit
 from gtp_fx.graph.nodes import ancestors, descendants
 from gtp_fx.graph.symbols import shape_of
@@ -58,7 +59,8 @@ def _turned(gm: fx.GraphModule, orders: Mapping[fx.Node, Order]) -> fx.GraphModu
     """Return a copy of `gm` with these streams turned. orders: what turns each."""
     typing = typed_graph(gm.graph).whole
     gm, copies = edit.copy_with_nodes(gm)
-    walk = Walk(gm.graph, {node: shape_of(node) for node in gm.graph.nodes if _is_tensor(node)}, rule_of)
+    shapes = {node: shape_of(node) for node in gm.graph.nodes if _is_tensor(node)}
+    walk = Walk(gm.graph, shapes, rule_of, lambda node: stays_whole(gm, node))
     starts = {copies[node]: order for node, order in orders.items()}
     again = {copies[node]: order for node, order in _maps(typing, orders).items()}
     for node in list(gm.graph.nodes):

@@ -25,6 +25,7 @@ class Walk:
     graph: the graph that is rewritten.
     shapes: each tensor's shape before the walk.
     rule_of: how a node's operator works on turned operands; None where it can't.
+    stays_whole: whether a node is a layer's call that no rule may replace by another operator.
     turned: for a node that no longer has its own layout, the node to read instead, and the order that gives from it
         what the node held before.
     back: nodes in their own layout again, for readers that need it.
@@ -33,6 +34,7 @@ class Walk:
     graph: fx.Graph
     shapes: dict[fx.Node, tuple[int, ...]]
     rule_of: Callable[[fx.Node], Rule | None]
+    stays_whole: Callable[[fx.Node], bool]
     turned: dict[fx.Node, tuple[fx.Node, Order]] = field(default_factory=dict)
     back: dict[fx.Node, fx.Node] = field(default_factory=dict)
 

@@ -13,7 +13,7 @@ from gtp_fx.types.rules.spatial import is_pointwise
 def pointwise_convolution(walk: Walk, node: fx.Node, order: Order) -> Order | None:
     """Convolutions with a kernel of one over a map whose channels are last, which are linear layers."""
     x, weight, *bias = arguments(node)
-    if x not in walk.turned or not _has_channels_last(order) or not is_pointwise(node):
+    if x not in walk.turned or not _has_channels_last(order) or not is_pointwise(node) or walk.stays_whole(node):
         return None
     emit = edit.Emitter(walk.graph, like=node, before=node)
     matrix = emit(aten.squeeze.dims, weight, list(range(2, len(order))))
@@ -33,7 +33,7 @@ def fixed_norm(walk: Walk, node: fx.Node, order: Order) -> Order | None:
         _, eps = rest
         if any(item.args[1] != 0 for item in node.users):
             return None
-    if x not in walk.turned or not _has_channels_last(order):
+    if x not in walk.turned or not _has_channels_last(order) or walk.stays_whole(node):
         return None
     emit = edit.Emitter(walk.graph, like=node, before=node)
     scale = emit(aten.rsqrt.default, emit(aten.add.Scalar, variance, eps))

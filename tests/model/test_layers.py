@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import gtp_fx
 from gtp_fx.capture.layers import layer_paths
+from gtp_fx.errors import InputError
 from gtp_fx.passes.lower.call_layers import called_layers
 
 from support.small_models import NAME, apart, noise
@@ -151,6 +152,29 @@ def test_hooks_on_every_layer_change_what_it_returns(family: Family) -> None:
     fired.clear()
     fast(x)
     assert fired == paths
+
+
+@pytest.mark.nightly
+@torch.no_grad()
+def test_hooks_on_convolutions_that_are_linear_layers_change_what_they_return() -> None:
+    """A convolution with a kernel of one is called as it is then, in a layout of its own; all of them can't be."""
+    sizes = {"img_size": 64, "embed_dim": 96, "num_heads": 3, "depth": (1, 1, 1)}
+    model, x = enliven(timm.create_model("visformer_tiny", **sizes)).eval(), torch.randn(2, 3, 64, 64)
+    paths = ("stage2.0.attn.qkv", "stage2.0.mlp.conv1")
+    for path in paths:
+        fast = gtp_fx.optimize(model, flops_budget=1.0, example_inputs=x, compile=False)
+        plain = model(x)
+        hook = model.get_submodule(path).register_forward_hook(lambda layer, args, output: output * 0.5)
+        assert apart(model(x), plain) > 1e-3
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+        hook.remove()
+    fast = gtp_fx.optimize(model, flops_budget=1.0, example_inputs=x, compile=False)
+    for path in layer_paths(fast.captured_graph):
+        if isinstance(model.get_submodule(path), nn.Conv2d):
+            model.get_submodule(path).register_forward_hook(lambda layer, args, output: output * 0.5)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"there are hooks now.*call gtp_fx.optimize again"):
+            fast(x)
 
 
 @torch.no_grad()
