@@ -160,7 +160,13 @@ ORDER = (
         optional=True,
         reads="needs_full_maps",
     ),
-    Pass(fuse_projections, "exact", "linear layers that read the same tokens become one product", optional=True),
+    Pass(
+        fuse_projections,
+        "exact",
+        "on a GPU, linear layers that read the same tokens become one product",
+        optional=True,
+        reads="target",
+    ),
     Pass(
         rest_windows,
         "reduce",

@@ -2,9 +2,11 @@
 
     q, k, v = x·Wqᵀ, x·Wkᵀ, x·Wvᵀ   ->   split(x·[Wq; Wk; Wv]ᵀ)
 
-Separate query, key and value projections are such layers, and so are those of gated MLPs. One large product uses a
-processor better than three. The weights are concatenated at every call, so that they remain the model's own parameters
-(`load_state_dict`, training). That costs a copy of them, which pays for many tokens but not for few.
+Separate query, key and value projections are such layers, and so are those of gated MLPs. A GPU is fuller with one
+product than with three, each of which has to start and to read the tokens anew. A core of a CPU multiplies as fast
+either way and starts in no time, so there they stay. The weights are concatenated at every call, so that they remain
+the model's own parameters (`load_state_dict`, training). That costs a copy of them, which pays for many tokens but not
+for few.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.capture.layers import stays_whole
 from gtp_fx.graph import edit, nodes
 from gtp_fx.graph.symbols import per_image, shape_of
+from gtp_fx.targets.target import Target
 
 _FEWEST = 32
 """Fewest tokens per image for which layers are fused.
@@ -27,9 +30,12 @@ After `drop_dead_tokens` some layers compute a single token; their product is no
 """
 
 
-def fuse_projections(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of `gm` in which linear layers that share an input are one; `gm` itself where none do."""
-    if not _groups(gm):
+def fuse_projections(gm: fx.GraphModule, target: Target | None = None) -> fx.GraphModule:
+    """Return a copy of `gm` in which linear layers that share an input are one; `gm` itself where none do.
+
+    target: the processor that it is for; on a CPU nothing is fused. None where that isn't asked.
+    """
+    if (target is not None and target.device == "cpu") or not _groups(gm):
         return gm
     gm = edit.copy_of(gm)
     for linears in _groups(gm):
