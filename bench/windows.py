@@ -4,7 +4,8 @@
 
 Compiled against compiled on one CPU thread, by its own clock, in interleaved rounds. The share is (1 - time after /
 before) / (1 - FLOPs after / before); in "beyond exact" both are counted from the model with the exact passes alone,
-which may fuse an attention that the original has written out.
+which may fuse an attention that the original has written out. What is predicted are times faster, by this machine's
+rates where `gtp-fx tune` has measured them.
 """
 
 from __future__ import annotations
@@ -46,21 +47,23 @@ def main(
     net, side = _built(model, img_size)
     images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
     runs: dict[str, Any] = {ORIGINAL: torch.compile(net)}
-    ratios, sites, refused = {ORIGINAL: 1.0}, {}, {}
+    ratios, sites, refused, predicted = {ORIGINAL: 1.0}, {}, {}, {}
     asked: dict[str, dict[str, Any]] = {EXACT: {"flops_budget": 1.0}}
     asked |= {name: {"flops_budget": budget, "strategy": strategy} for name, strategy in STRATEGIES.items()}
     for name, options in asked.items():
         try:
-            runs[name] = gtp_fx.optimize(net, example_inputs=images[:1], **options)
+            runs[name] = gtp_fx.optimize(net, example_inputs=images[:1], batch=batch, **options)
         except GtpError as error:
             refused[name] = str(error)
             typer.echo(f"{name}: {error}", err=True)
             continue
         report = runs[name].report
         ratios[name], sites[name] = report.flops_ratio, [asdict(site) for site in report.sites]
+        if report.forecast is not None:
+            predicted[name] = report.forecast.speed_up
     timings = _timed(runs, images, rounds)
-    rows = [_row(name, timings, ratios) for name in runs]
-    headers = ["", "FLOPs", "ms", "times faster (quartiles)", "share", "beyond exact"]
+    rows = [[*_row(name, timings, ratios), f"{predicted[name]:.2f}" if name in predicted else ""] for name in runs]
+    headers = ["", "FLOPs", "ms", "times faster (quartiles)", "share", "beyond exact", "predicted"]
     typer.echo(tabulate(rows, headers, disable_numparse=True), err=True)
     result = {
         "bench": "windows",
@@ -73,6 +76,7 @@ def main(
         "flops_ratios": ratios,
         "sites": sites,
         "refused": refused,
+        "predicted_speed_up": predicted,
         "rounds": rounds,
         "runs": timings.to_dict(),
     }
