@@ -82,7 +82,7 @@ PHOTOGRAPH_NETS = {
     "photographs-cls": NetConfig(),
     "photographs-pooled": NetConfig(class_token=False, start="photographs-cls", epochs=3, rate=7e-4),
     "photographs-144": NetConfig(side=48, start="photographs-cls", epochs=2, rate=7e-4),
-    "photographs-windowed": NetConfig(patch=2, width=48, depth=8, class_token=False, windows=4, epochs=10),
+    "photographs-windowed": NetConfig(patch=2, width=48, depth=8, class_token=False, windows=4),
 }
 """Nets of `bench.accuracy` that need photographs: CLS and pooled, 64 and 144 tokens, and windows."""
 
@@ -92,7 +92,9 @@ class Stem(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.convolutions = ConvStem(depth=2, channels=(width // 2, width), stride=(1, 2), norm_layer=nn.BatchNorm2d)
+        self.convolutions = ConvStem(
+            depth=4, channels=(width // 2, width, width, width), stride=(1, 2, 1, 1), norm_layer=nn.BatchNorm2d
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.convolutions(images)
@@ -119,11 +121,16 @@ def build(config: NetConfig) -> Net:
         mlp_ratio=2,
         embed_layer=lambda **sizes: HybridEmbed(stem, proj=False, **sizes),
     )
-    for name, layer in model.blocks.named_modules():
-        if isinstance(layer, nn.Linear):  # timm's deviation of 0.02 learns slowly at this width
+    _by_width(model.blocks)
+    return model
+
+
+def _by_width(blocks: nn.Module) -> None:
+    """Draw the weights of linear layers anew by their width: timm's deviation of 0.02 learns slowly at these."""
+    for name, layer in blocks.named_modules():
+        if isinstance(layer, nn.Linear):
             ends_branch = name.endswith(("proj", "fc2"))
             nn.init.normal_(layer.weight, std=(0.5 if ends_branch else 1.0) * layer.in_features**-0.5)
-    return model
 
 
 def _windowed(config: NetConfig) -> SwinTransformer:
@@ -140,6 +147,7 @@ def _windowed(config: NetConfig) -> SwinTransformer:
         drop_path_rate=0.0,
     )
     model.patch_embed = Stem(config.width)  # type: ignore[assignment]
+    _by_width(model.layers)
     return model
 
 
