@@ -184,24 +184,48 @@ def put_back(whole_BNC: Tensor, x_BKC: Tensor, index_BK: Tensor, prefix: int, su
     return whole_BNC.scatter(1, rows_BK[..., None].expand(-1, -1, channels), x_BKC)
 
 
-def _idle_shapes(x_BKC, places_WnR, kept_BK, skipped_BP, prefix, suffix):  # type: ignore[no-untyped-def]
+def _idle_shapes(x_BKC, places_WnR, kept_BK, skipped_BP, prefix, suffix, mean=0.0, padded=False):  # type: ignore[no-untyped-def]
     return x_BKC.new_empty(x_BKC.shape[0], x_BKC.shape[1] + skipped_BP.shape[1], x_BKC.shape[2])
 
 
 @operator(_idle_shapes)
-def idle(x_BKC: Tensor, places_WnR: Tensor, kept_BK: Tensor, skipped_BP: Tensor, prefix: int, suffix: int) -> Tensor:
-    """Return a branch's results with every token in its place, and nothing (zeros) for those that skipped it.
+def idle(
+    x_BKC: Tensor,
+    places_WnR: Tensor,
+    kept_BK: Tensor,
+    skipped_BP: Tensor,
+    prefix: int,
+    suffix: int,
+    mean: float = 0.0,
+    padded: bool = False,
+) -> Tensor:
+    """Return a branch's results with every token in its place.
 
-    x_BKC: [B, prefix + K + suffix, C], the results.
-    places_WnR: as in `region_shares`. No number of the result depends on it; pictures of what was skipped read it.
+    Those that skipped it get a share of the mean result of their window's kept patches, or nothing (zeros).
+
+    x_BKC: [B, prefix + K + suffix, C], the results; B = images * W.
+    places_WnR: as in `region_shares`, negative where there is padding. Pictures of what was skipped read it, too.
     kept_BK, skipped_BP: from `select`, indices into the n = K + P patches.
     prefix, suffix: tokens before and after the patches.
+    mean: the share, from 0 (nothing) to 1 (the mean).
+    padded: whether windows contain padding, which counts in no mean.
 
     Returns [B, prefix + n + suffix, C].
     """
     batch, count, channels = x_BKC.shape
-    nothing_BNC = x_BKC.new_zeros(batch, count + skipped_BP.shape[1], channels)
-    return put_back(nothing_BNC, x_BKC, kept_BK, prefix, suffix)  # type: ignore[no-any-return]
+    whole = (batch, count + skipped_BP.shape[1], channels)
+    if not mean:
+        return put_back(x_BKC.new_zeros(whole), x_BKC, kept_BK, prefix, suffix)  # type: ignore[no-any-return]
+    patches_BKC = x_BKC.narrow(1, prefix, kept_BK.shape[1])
+    if padded:
+        inside_Wn = places_WnR[..., 0] >= 0
+        inside_BK = inside_Wn.repeat(batch // inside_Wn.shape[0], 1).gather(1, kept_BK)
+        # A window that lies in the padding as a whole has no mean, and nothing reads what its tokens get.
+        total_B1C = torch.where(inside_BK[..., None], patches_BKC, 0.0).sum(dim=1, keepdim=True)
+        mean_B1C = total_B1C / inside_BK.sum(dim=1).clamp(min=1).to(x_BKC.dtype)[:, None, None]
+    else:
+        mean_B1C = patches_BKC.mean(dim=1, keepdim=True)
+    return put_back((mean_B1C * mean).expand(whole), x_BKC, kept_BK, prefix, suffix)  # type: ignore[no-any-return]
 
 
 def _tokens_first(x: Tensor, images: int, tokens: int) -> Tensor:

@@ -52,7 +52,7 @@ class Grouping:
     before_attention: sites are at a block's input.
     shortens_queries: what is left there attends to all that was: keys and values are computed before the site.
     skips_branches: where a grid has to stay whole, tokens may skip branches by `score`, and get their neighbours'
-        results where `recovers_branches`, or nothing.
+        results where `recovers_branches`, else the share `branch_mean` of their window's mean result.
     returns: removed tokens may be chosen again, and are back in place after the last block.
     score: what attention ranks tokens by, a name in `gtp_fx.ops.attention.SCORES`; "none" where that is the class's
         default, because its `group` reads no scores.
@@ -88,6 +88,11 @@ class Grouping:
     rewrites_every_attention: ClassVar[bool] = False
     weighted_pooling: ClassVar[bool] = False
     recovers_branches: ClassVar[bool] = True
+
+    @property
+    def branch_mean(self) -> float:
+        """Return the share of its window's mean result that a token gets which skips a branch; 0 for nothing."""
+        return 0.0
 
     @property
     def rests_windows(self) -> bool:

@@ -92,6 +92,10 @@ class GTP:
         return self.branch == "recover"
 
     @property
+    def branch_mean(self) -> float:
+        return 0.0
+
+    @property
     def rests_windows(self) -> bool:
         return False
 

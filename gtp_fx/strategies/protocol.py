@@ -78,7 +78,14 @@ class Strategy(Protocol):
 
     @property
     def recovers_branches(self) -> bool:
-        """Return whether a token that skips a branch gets its neighbours' results, instead of nothing."""
+        """Return whether a token that skips a branch gets its neighbours' results."""
+
+    @property
+    def branch_mean(self) -> float:
+        """Return the share of its window's mean result that a token gets which skips a branch, in [0, 1].
+
+        0: it gets nothing. Read where it doesn't get its neighbours' results (`recovers_branches`).
+        """
 
     @property
     def rests_windows(self) -> bool:

@@ -35,12 +35,14 @@ class Regeneration(Grouping):
     has to stay. The lowest scores are removed. Each removed token merges into the kept one of the most similar key,
     which becomes the mean of all its members, weighted by the patches that each one stands for.
 
-    In windows and maps, where tokens can only skip a branch, attention alone ranks them, and one that skips stays what
-    it was.
+    In windows and maps, where tokens can only skip a branch, attention alone ranks them, and one that skips gets
+    `branch_mean` times the mean of what the kept tokens of its window get. What the best guess of a token's own result
+    is from the others' lies between nothing and their mean, by how alike results are; one half is right on average.
 
     score: what attention says of a token; by default what it receives from all tokens, averaged over heads.
     token_scale: adds the log of a token's patch count to attention's logits.
     difficulty: exponent of d_i, 0 or more; at 0 attention alone decides.
+    branch_mean: share of the mean that tokens get which skip a branch, in [0, 1]; at 0 they stay what they were.
     windows: what happens in windows. With "skip" some tokens of each one skip a branch. With "rest" whole windows rest,
         where every node of a block keeps windows apart: those whose tokens differ least stay what they were, and the
         block's norms, attention and branches run for the others. A schedule counts windows there. In other blocks
@@ -56,13 +58,15 @@ class Regeneration(Grouping):
     recovers_updates: ClassVar[bool] = True
     score: str = "broadcast-mean"
     difficulty: float = 1.0
+    branch_mean: float = 0.5
     windows: str = "skip"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.difficulty, int | float) and not isinstance(self.difficulty, bool)
-        if not number or not 0 <= self.difficulty < float("inf"):
+        if not _is_number(self.difficulty) or not 0 <= self.difficulty < float("inf"):
             raise OptionError(f"Regeneration(difficulty={self.difficulty!r}): give a finite number of 0 or more")
+        if not _is_number(self.branch_mean) or not 0 <= self.branch_mean <= 1:
+            raise OptionError(f"Regeneration(branch_mean={self.branch_mean!r}): give a number from 0 to 1")
         if self.windows not in WINDOWS:
             raise OptionError(f"Regeneration(windows={self.windows!r}): give one of {', '.join(map(repr, WINDOWS))}")
 
@@ -96,6 +100,10 @@ class Regeneration(Grouping):
         changes += [{"score": score} for score in ("broadcast-mean", "broadcast-max", "cls-mean")]
         varied = [replace(self, **change) for change in changes]
         return [variant for variant in dict.fromkeys(varied) if variant != self]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _rows(x_BnD: Tensor, index_Bm: Tensor) -> Tensor:

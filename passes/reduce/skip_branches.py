@@ -6,7 +6,8 @@ For each block whose site in the plan is on a branch:
   2. The branch's entries are arranged by window, and the kept tokens are taken from each window, equally many in all.
      Tokens that are no patches are taken along, or go through the branch on their own where no window has them.
   3. The branch's nodes run on these tokens.
-  4. Skipped tokens get their neighbours' results, or none if the strategy says so. All tokens return to their places.
+  4. Skipped tokens get their neighbours' results, a share of their window's mean, or none, as the strategy says. All
+     tokens return to their places.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def _insert(
             at = (_IMAGES, _ROWS, *branch.around)
             filled = call(gtp_fx.recover.default, replacement[result], shares, kept, skipped, *at)
         else:
-            among = (chosen.places, kept, skipped, *branch.around)
+            among = (chosen.places, kept, skipped, *branch.around, strategy.branch_mean, _is_padded(branch))
             filled = call(gtp_fx.idle.default, replacement[result], *among)
         own = typing.type(result)
         kind = patches_of(own) if any(branch.apart) else own

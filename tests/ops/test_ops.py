@@ -259,6 +259,23 @@ def test_a_branch_gives_nothing_to_tokens_that_skipped_it() -> None:
     assert not whole[0, [2, 4, 6]].any() and not whole[1, [1, 5, 6]].any()
 
 
+def test_a_branch_gives_a_share_of_its_patches_mean() -> None:
+    """The tokens around them aren't in it, and where there is padding that isn't either."""
+    x = random(2, 1 + 3 + 1, 4)
+    kept, skipped = torch.tensor([[0, 2, 4], [1, 2, 3]]), torch.tensor([[1, 3, 5], [0, 4, 5]])
+    places = torch.zeros(2, 6, 2, dtype=torch.int64)
+    places[1, 2:4] = -5
+    whole = ops.idle(x, places, kept, skipped, 1, 1, 0.5, False)
+    assert torch.equal(whole[0, [0, 1, 3, 5, 7]], x[0]) and torch.equal(whole[1, [0, 2, 3, 4, 7]], x[1])
+    torch.testing.assert_close(whole[0, [2, 4, 6]], 0.5 * x[0, 1:4].mean(dim=0).expand(3, -1))
+    torch.testing.assert_close(whole[1, [1, 5, 6]], 0.5 * x[1, 1:4].mean(dim=0).expand(3, -1))
+    inside = ops.idle(x, places, kept, skipped, 1, 1, 0.5, True)
+    assert torch.equal(inside[0], whole[0])
+    torch.testing.assert_close(inside[1, [1, 5, 6]], 0.5 * x[1, 1].expand(3, -1), msg="patches 2 and 3 are padding")
+    nowhere = ops.idle(x, torch.full_like(places, -5), kept, skipped, 1, 1, 0.5, True)
+    assert not nowhere[0, [2, 4, 6]].any()
+
+
 def arguments() -> dict[str, tuple[Any, ...]]:
     """One call of each operator, with gradients where they flow."""
     x = random(2, 13, 8).requires_grad_()

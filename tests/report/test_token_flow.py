@@ -40,7 +40,7 @@ def test_journeys_say_which_patches_skip(family: Family, tmp_path: Path) -> None
         model, schedule=family.schedule, strategy="gtp", example_inputs=family.inputs(), compile=False
     )
     views = token_flow(fast.graph_module, fast.sites, fast.report.sites, x)
-    hand = on(family, model, family.blocks, idle=True)
+    hand = on(family, model, family.blocks, mean=0.0)
     hand(x)
     assert len(views) == len(family.blocks)
     for view, (name, count) in zip(views, family.blocks.items(), strict=True):

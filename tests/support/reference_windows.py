@@ -61,19 +61,23 @@ class Parts:
     enters_BNC: Tensor | None = None
 
 
-def by_hand(parts: Parts, propagated: int, idle: bool = False) -> Any:
-    """Return the block's output where `propagated` tokens a window skip the branch. idle: they get nothing."""
+def by_hand(parts: Parts, propagated: int, mean: float | None = None) -> Any:
+    """Return the block's output where `propagated` tokens a window skip the branch.
+
+    mean: the share of their window's mean result that they get; None for their neighbours' results.
+    """
     enters_BNC = parts.stream_BNC if parts.enters_BNC is None else parts.enters_BNC
     added_BNC = skipped(
-        parts.windows, parts.score_BWn, propagated, lambda i, index: parts.branch(enters_BNC[i, index]), idle
+        parts.windows, parts.score_BWn, propagated, lambda i, index: parts.branch(enters_BNC[i, index]), mean
     )
     return parts.whole(parts.stream_BNC + added_BNC)
 
 
 def skipped(
-    windows: Windows, score_BWn: Tensor, propagated: int, made: Callable[[int, Tensor], Tensor], idle: bool
+    windows: Windows, score_BWn: Tensor, propagated: int, made: Callable[[int, Tensor], Tensor], mean: float | None
 ) -> Tensor:
-    """Return [B, N, C]: `made` of an image's kept tokens [K]; for the others, the mean over their neighbours."""
+    """Return [B, N, C]: `made` of an image's kept tokens [K]; for the others, the mean over their neighbours, or the
+    share `mean` of that over their window."""
     places_NR = windows.places_NR
     touch_NN = (places_NR[:, None] - places_NR[None]).abs().amax(dim=-1) == 1
     added_BNC: list[Tensor] = []
@@ -99,7 +103,7 @@ def skipped(
                     square_K = (places_NR[kept_K] - places_NR[token]).square().sum(dim=1)
                     share_K = F.one_hot((square_K == square_K.min()).nonzero()[0, 0], len(kept_K)).float()
                 share_K = share_K / share_K.sum()
-                added_NC[token] = torch.zeros_like(made_KC[0]) if idle else share_K @ made_KC
+                added_NC[token] = share_K @ made_KC if mean is None else mean * made_KC.mean(dim=0)
         added_BNC.append(added_NC)
     return torch.stack(added_BNC)
 
@@ -398,10 +402,10 @@ class ByHand:
         model: nn.Module,
         oracle: Oracle,
         blocks: dict[str, int],
-        idle: bool = False,
+        mean: float | None = None,
     ) -> None:
         """blocks: how many tokens of each window skip the branch there, by the name of the block's module."""
-        self.model, self.oracle, self.blocks, self.idle = model, oracle, blocks, idle
+        self.model, self.oracle, self.blocks, self.mean = model, oracle, blocks, mean
         self.seen: dict[str, Parts] = {}
 
     @torch.no_grad()
@@ -419,7 +423,7 @@ class ByHand:
     def _hook(self, name: str) -> Any:
         def replace(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             self.seen[name] = parts = self.oracle(module, *args, *kwargs.values())
-            made = by_hand(parts, self.blocks[name], self.idle)
+            made = by_hand(parts, self.blocks[name], self.mean)
             if isinstance(output, tuple) and not isinstance(made, tuple):
                 return (made, *output[1:])
             return made

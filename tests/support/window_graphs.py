@@ -37,8 +37,8 @@ def error(found: Any, wanted: Any) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def on(family: Family, model: nn.Module, blocks: dict[str, int], idle: bool = False) -> ByHand:
-    return ByHand(model, family.oracle(model), blocks, idle)
+def on(family: Family, model: nn.Module, blocks: dict[str, int], mean: float | None = None) -> ByHand:
+    return ByHand(model, family.oracle(model), blocks, mean)
 
 
 @cache

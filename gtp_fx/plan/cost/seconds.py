@@ -214,5 +214,7 @@ def _branch_change(
             Work("stream", bytes=edges * size * 3, launches=2),
             Work("gather", 2 * edges * site.branch.recovered, launches=0),
         ]
+    elif strategy.branch_mean:  # what the branch has made is read once more
+        added.append(Work("stream", bytes=values * share))
     changed = spent + sum(seconds(work, target) for work in added)
     return np.where(kept == tokens, 0.0, changed)

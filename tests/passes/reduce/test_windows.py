@@ -83,8 +83,19 @@ def test_padding_is_nobodys_neighbour(family: Family, blocks: dict[str, int]) ->
 def test_idle_tokens_keep_the_residual_alone(family: Family) -> None:
     model, x = shared_model(family), family.inputs()
     idle = optimised(family, schedule=family.schedule, strategy="gtp").graph_module
-    assert error(idle(x), on(family, model, family.blocks, idle=True)(x)) < 1e-5
+    assert error(idle(x), on(family, model, family.blocks, mean=0.0)(x)) < 1e-5
     assert error(idle(x), on(family, model, family.blocks)(x)) > 1e-4
+
+
+@torch.no_grad()
+@families(*FAMILIES, by_default=(SWIN, PADDED))
+def test_tokens_that_skip_get_a_share_of_their_windows_mean(family: Family) -> None:
+    """Of its patches' mean: padding, and tokens that are no patches, aren't in it."""
+    model, x = shared_model(family), family.inputs(batch=3)
+    strategy = gtp_fx.strategies.Regeneration(score="mixed-max", branch_mean=0.75)
+    fast = optimised(family, schedule=family.schedule, strategy=strategy).graph_module
+    assert error(fast(x), on(family, model, family.blocks, mean=0.75)(x)) < 1e-5
+    assert error(fast(x), on(family, model, family.blocks, mean=0.0)(x)) > 1e-4
 
 
 @families(*FAMILIES, by_default=(SWIN,))
