@@ -83,6 +83,7 @@ OPTIONS: dict[str, Callable[[], Any]] = {
     r"ToMe\(score='cls-mean'\): tome doesn't rank by attention": lambda: gtp_fx.ToMe(score="cls-mean"),
     r"ToMe\(token_scale=2\): give True or False": lambda: gtp_fx.ToMe(token_scale=2),  # type: ignore[arg-type]
     r"Regeneration\(difficulty=-1\): give a finite number": lambda: gtp_fx.strategies.Regeneration(difficulty=-1),
+    r"Regeneration\(branch_mean=2\): give a number from 0 to 1": lambda: gtp_fx.strategies.Regeneration(branch_mean=2),
     r"Random\(seed=0\.5\): give an integer": lambda: gtp_fx.strategies.Random(seed=0.5),  # type: ignore[arg-type]
     r"gamma and beta are finite": lambda: gtp_fx.strategies.Halting(gamma=float("nan")),
     r"feature=-1\): give the number of a channel": lambda: gtp_fx.strategies.Halting(feature=-1),
