@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import fx
 
 from gtp_fx.errors import OptionError, did_you_mean
+from gtp_fx.passes.exact.align_masks import align_masks
 from gtp_fx.passes.exact.drop_dead_tokens import drop_dead_tokens
 from gtp_fx.passes.exact.drop_trivial_masks import drop_trivial_masks
 from gtp_fx.passes.exact.einsum_to_matmul import einsum_to_matmul
@@ -122,6 +123,12 @@ ORDER = (
     ),
     Pass(weights_first, "exact", "v·wᵀ, where w is a softmax, becomes (w·vᵀ)ᵀ", optional=True),
     Pass(fuse_attention, "exact", "softmax(q·kᵀ)·v in its many spellings becomes the one operator", optional=True),
+    Pass(
+        align_masks,
+        "exact",
+        "a mask gets as many dimensions as its queries, as fused attention wants it",
+        optional=True,
+    ),
     Pass(mark_blocks, "exact", "marks attention blocks and their residual adds; changes nothing"),
     Pass(
         turn_streams,
