@@ -47,7 +47,7 @@ class Regeneration(Grouping):
         where every node of a block keeps windows apart: those whose tokens differ least stay what they were, and the
         block's norms, attention and branches run for the others. A schedule counts windows there. In other blocks
         tokens skip, by the same measure: those nearest to their window's mean, so that no attention map is made. It is
-        for images with empty parts: photographs lost two to four times as much as with "skip".
+        for images with empty parts: photographs lost some four times as much as with "skip".
     """
 
     name: ClassVar[str] = "regeneration"
