@@ -220,9 +220,10 @@ def idle(
     if padded:
         inside_Wn = places_WnR[..., 0] >= 0
         inside_BK = inside_Wn.repeat(batch // inside_Wn.shape[0], 1).gather(1, kept_BK)
-        # A window that lies in the padding as a whole has no mean, and nothing reads what its tokens get.
-        total_B1C = torch.where(inside_BK[..., None], patches_BKC, 0.0).sum(dim=1, keepdim=True)
-        mean_B1C = total_B1C / inside_BK.sum(dim=1).clamp(min=1).to(x_BKC.dtype)[:, None, None]
+        # A window that lies in the padding as a whole has no mean, and nothing reads what its tokens get. Shares are
+        # summed, since the sum of all may be more than half precision holds.
+        share_B11 = (1.0 / inside_BK.sum(dim=1).clamp(min=1)).to(x_BKC.dtype)[:, None, None]
+        mean_B1C = torch.where(inside_BK[..., None], patches_BKC * share_B11, 0.0).sum(dim=1, keepdim=True)
     else:
         mean_B1C = patches_BKC.mean(dim=1, keepdim=True)
     return put_back((mean_B1C * mean).expand(whole), x_BKC, kept_BK, prefix, suffix)  # type: ignore[no-any-return]
