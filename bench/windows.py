@@ -62,7 +62,7 @@ def main(
         if report.forecast is not None:
             predicted[name] = report.forecast.speed_up
     timings = _timed(runs, images, rounds)
-    rows = [[*_row(name, timings, ratios), f"{predicted[name]:.2f}" if name in predicted else ""] for name in runs]
+    rows = [_row(name, timings, ratios, predicted) for name in runs]
     headers = ["", "FLOPs", "ms", "times faster (quartiles)", "share", "beyond exact", "predicted"]
     typer.echo(tabulate(rows, headers, disable_numparse=True), err=True)
     result = {
@@ -105,12 +105,13 @@ def _timed(runs: dict[str, Any], images: torch.Tensor, rounds: int) -> Timings:
     return interleave(callables, rounds=rounds, clock=process_seconds)
 
 
-def _row(name: str, timings: Timings, ratios: dict[str, float]) -> list[str]:
+def _row(name: str, timings: Timings, ratios: dict[str, float], predicted: dict[str, float]) -> list[str]:
     """Return a contender's line of the table."""
     faster = timings.speed_up(name, ORIGINAL)
     spread = f"{faster.median:.2f} ({faster.lower:.2f} – {faster.upper:.2f})"
     shares = [_share(name, base, timings, ratios) for base in (ORIGINAL, EXACT)]
-    return [name, f"{ratios[name]:.3f}", f"{1e3 * timings.spread(name).median:.1f}", spread, *shares]
+    expected = f"{predicted[name]:.2f}" if name in predicted else ""
+    return [name, f"{ratios[name]:.3f}", f"{1e3 * timings.spread(name).median:.1f}", spread, *shares, expected]
 
 
 def _share(name: str, base: str, timings: Timings, ratios: dict[str, float]) -> str:

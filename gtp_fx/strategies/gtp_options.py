@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
 
 from gtp_fx.errors import OptionError, did_you_mean
 from gtp_fx.ops.attention import SCORES
 from gtp_fx.ops.token_graph import GRAPHS
+from gtp_fx.strategies.plain_numbers import is_number
 from gtp_fx.strategies.token_scale import AUTO
 
 BRANCHES = {
@@ -38,7 +38,7 @@ def check_options(
     _one_of("graph", graph, GRAPHS)
     if isinstance(neighbors, bool) or not isinstance(neighbors, int) or neighbors < 1:
         raise OptionError(f"GTP(neighbors={neighbors!r}): give an integer of at least 1 (the paper uses 8)")
-    if not _is_number(alpha) or not math.isfinite(alpha) or alpha < 0:
+    if not is_number(alpha) or not math.isfinite(alpha) or alpha < 0:
         raise OptionError(f"GTP(alpha={alpha!r}): give a finite number of 0 or more (the paper uses 0.1 to 0.4)")
     if not isinstance(token_scale, bool) and token_scale != AUTO:
         raise OptionError(f"GTP(token_scale={token_scale!r}): give True, False or {AUTO!r}")
@@ -46,7 +46,7 @@ def check_options(
         raise OptionError(f"GTP(weighted_pooling={weighted_pooling!r}): give True or False")
     _one_of("branch", branch, BRANCHES)
     _one_of("recovery", recovery, RECOVERIES)
-    if not _is_number(attention_sparsity) or not 0.0 < attention_sparsity <= 1.0:
+    if not is_number(attention_sparsity) or not 0.0 < attention_sparsity <= 1.0:
         raise OptionError(
             f"GTP(attention_sparsity={attention_sparsity!r}): give theta with 0 < theta <= 1; 1 drops nothing"
         )
@@ -57,7 +57,3 @@ def _one_of(option: str, value: object, known: dict[str, str]) -> None:
         names = "\n".join(f"  {name!r}: {meaning}" for name, meaning in known.items())
         meant = did_you_mean(str(value), known)
         raise OptionError(f"GTP({option}={value!r}) is unknown{meant or ';'} {option} is one of\n{names}")
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

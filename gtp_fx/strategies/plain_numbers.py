@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -21,3 +21,8 @@ def take_plain_numbers(values: Any) -> None:
     """Replace, in place, a frozen dataclass's fields by `plain` ones."""
     for field in fields(values):
         object.__setattr__(values, field.name, plain(getattr(values, field.name)))
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gtp_fx.errors import OptionError
 from gtp_fx.strategies.grouping import Grouping
+from gtp_fx.strategies.plain_numbers import is_number
 from gtp_fx.strategies.registry import register_strategy
 from gtp_fx.strategies.sites import SiteShape
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
@@ -63,9 +64,9 @@ class Regeneration(Grouping):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _is_number(self.difficulty) or not 0 <= self.difficulty < float("inf"):
+        if not is_number(self.difficulty) or not 0 <= self.difficulty < float("inf"):
             raise OptionError(f"Regeneration(difficulty={self.difficulty!r}): give a finite number of 0 or more")
-        if not _is_number(self.branch_mean) or not 0 <= self.branch_mean <= 1:
+        if not is_number(self.branch_mean) or not 0 <= self.branch_mean <= 1:
             raise OptionError(f"Regeneration(branch_mean={self.branch_mean!r}): give a number from 0 to 1")
         if self.windows not in WINDOWS:
             raise OptionError(f"Regeneration(windows={self.windows!r}): give one of {', '.join(map(repr, WINDOWS))}")
@@ -100,10 +101,6 @@ class Regeneration(Grouping):
         changes += [{"score": score} for score in ("broadcast-mean", "broadcast-max", "cls-mean")]
         varied = [replace(self, **change) for change in changes]
         return [variant for variant in dict.fromkeys(varied) if variant != self]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _rows(x_BnD: Tensor, index_Bm: Tensor) -> Tensor:

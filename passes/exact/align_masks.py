@@ -15,6 +15,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of
+from gtp_fx.strategies.sites import Attention
 
 _TAKEN = 2
 """Dimensions of a mask that are as good as all: one for all images and heads."""
@@ -26,9 +27,9 @@ def align_masks(gm: fx.GraphModule) -> fx.GraphModule:
         return gm
     gm = edit.copy_of(gm)
     for node in [node for node in gm.graph.nodes if _is_short(node)]:
-        mask, queries = _mask_of(node), node.all_input_nodes[0]
-        emit = edit.Emitter(gm.graph, like=node, before=node)
-        for _ in range(len(shape_of(queries)) - len(shape_of(mask))):
+        attention, emit = Attention.of(node), edit.Emitter(gm.graph, like=node, before=node)
+        mask: Any = attention.bias
+        for _ in range(len(shape_of(attention.q)) - len(shape_of(mask))):
             mask = emit(aten.unsqueeze.default, mask, 0)
         edit.set_args(node, (*node.args[:3], mask, *node.args[4:]))
         node.kwargs = {name: value for name, value in node.kwargs.items() if name != "attn_mask"}
@@ -36,13 +37,8 @@ def align_masks(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_short(node: fx.Node) -> bool:
-    """Return whether a node is attention with a mask of another number of dimensions than its queries' or two."""
+    """Return whether a node is attention whose mask has more than two dimensions, and fewer than its queries."""
     if node.target is not aten.scaled_dot_product_attention.default:
         return False
-    mask = _mask_of(node)
-    return mask is not None and _TAKEN < len(shape_of(mask)) < len(shape_of(node.all_input_nodes[0]))
-
-
-def _mask_of(node: fx.Node) -> Any:
-    """Return the mask or bias that an attention is given; None where there is none."""
-    return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    attention = Attention.of(node)
+    return attention.bias is not None and _TAKEN < len(shape_of(attention.bias)) < len(shape_of(attention.q))
