@@ -28,7 +28,7 @@ CONTENDERS: Mapping[str, Made] = {
     "semantic": lambda _: gtp_fx.strategies.Semantic(),
     "random": lambda _: gtp_fx.strategies.Random(),
 }
-ASKED_FOR: Mapping[str, Made] = {"windows rest": lambda _: gtp_fx.strategies.Regeneration(windows="rest")}
+ASKED_FOR: Mapping[str, Made] = {"tokens skip": lambda _: gtp_fx.strategies.Regeneration(windows="skip")}
 """Contenders that differ from another one in some nets alone, so that they have to be asked for."""
 _EVERY = {**CONTENDERS, **ASKED_FOR}
 SCHEDULES = ("auto", "even")

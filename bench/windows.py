@@ -31,7 +31,7 @@ from gtp_fx.strategies import Regeneration
 
 ORIGINAL, EXACT = "original", "exact passes"
 VITDET = "vitdet_base"
-STRATEGIES = {"tokens skip": Regeneration(), "windows rest": Regeneration(windows="rest")}
+STRATEGIES = {"tokens skip": Regeneration(windows="skip"), "windows rest": Regeneration(windows="rest")}
 
 
 def main(

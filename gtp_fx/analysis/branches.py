@@ -20,7 +20,6 @@ from gtp_fx.analysis.branch_layouts import check_layouts, fits, layouts_of, patc
 from gtp_fx.analysis.branch_parts import NoBranch, Part, parts_after
 from gtp_fx.analysis.queries_and_keys import keys_beside, lead_and_heads, pooled_to
 from gtp_fx.graph.nodes import attention_dropout
-from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.strategies.sites import Attention
 from gtp_fx.types.axes import TensorType, token_axis, whole_size
 from gtp_fx.types.grids import GridAxis
@@ -125,8 +124,3 @@ def find_branch(attention: fx.Node, site: fx.Node, typing: WholeTyping) -> Branc
     cells = pooled_to(query, typing.type(operands.k))
     stream = None if others or any(apart) or not fits(scores, region, region, typing.type(site)[:-1]) else site
     return Branch(parts, scores, region, rows, whole_size(query[-2]), lead, heads, cells, apart, others, stream)
-
-
-def is_ranked_by_activity(branch: Branch, strategy: Strategy) -> bool:
-    """Return whether tokens skip by how far they are from their window's mean, so that attention needn't score them."""
-    return strategy.rests_windows and branch.stream is not None

@@ -3,8 +3,9 @@
     x ─┬─ norm ─ roll ─ windows ─ attention ─ back ─┬─ add ─┬─ norm ─ MLP ─┬─ add
        └────────────────────────────────────────────┘       └──────────────┘
 
-    x ── windows ─┬─ awake ─ norm ─ attention ─ add ─ norm ─ MLP ─ add ─┬─ back
-                  └─ rest ──────────────────────────────────────────────┘
+    x ── windows ─┬─ awake ───────── norm ─ attention ─ add ─ norm ─ MLP ─ add ───────────────────┬─ back
+                  ├─ rest ── cells ─ norm ─ attention ─ add ─ norm ─ MLP ─ add ─ change of each ──┤
+                  └───────────────────────────────────────────────────────────────────────────────┘
 
 Everything between the stream and the block's last add has to compute each window from that window alone, which types
 show node by node (`window_walk`).
@@ -24,6 +25,8 @@ import numpy as np
 from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.coarse_steps import cells_of, coarse_steps
+from gtp_fx.analysis.window_cells import Cells
 from gtp_fx.analysis.window_forms import Forms, NoRest
 from gtp_fx.analysis.window_steps import Step
 from gtp_fx.analysis.window_walk import last_add, nodes_between, read_outside, steps_of
@@ -43,6 +46,8 @@ class Rest:
     stream: what it begins with.
     result: its last add.
     steps: what its nodes do for fewer windows, in order; the last one is the result's.
+    coarse: what they do for the cells of windows that rest.
+    cells: of a window.
     by_window: those of its nodes that run on windows, with their padding; the others run on patches.
     rows: the layout by window, [images and windows, patches]; features follow.
     windows: of an image.
@@ -54,6 +59,8 @@ class Rest:
     stream: fx.Node
     result: fx.Node
     steps: tuple[Step, ...]
+    coarse: tuple[Step, ...]
+    cells: Cells
     by_window: frozenset[fx.Node]
     rows: TensorType
     windows: int
@@ -71,9 +78,19 @@ class Rest:
         """The number of patches of an image."""
         return math.prod(base_of(grid_of(self.rows)).shape)
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides of an image's grid of patches."""
+        return made_from(grid_of(self.rows))[-1].shape
+
     def share(self, node: fx.Node) -> Fraction:
         """Return the share of a node's work that one window without padding has, of all windows of an image."""
         return Fraction(1, self.windows) if node in self.by_window else Fraction(whole_size(self.rows[1]), self.tokens)
+
+    def coarse_share(self, node: fx.Node) -> Fraction:
+        """Return the share of a node's work that the cells of one window have, of all windows of an image."""
+        fewer = Fraction(self.cells.count, self.cells.places)
+        return self.share(node) * (fewer**2 if node.target in ATTENTION else fewer)
 
     @property
     def padded(self) -> bool:
@@ -82,11 +99,11 @@ class Rest:
 
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> Rest:
         """Return this block in a copy of the graph. at: each node's copy."""
-        steps = tuple(step.copied(at) for step in self.steps)
+        steps, coarse = (tuple(step.copied(at) for step in steps) for steps in (self.steps, self.coarse))
         sizes, made = (tuple(at[node] for node in nodes) for nodes in (self.sizes, self.made))
         by_window = frozenset(at[node] for node in self.by_window)
         ends = replace(self, stream=at[self.stream], result=at[self.result])
-        return replace(ends, steps=steps, by_window=by_window, sizes=sizes, made=made)
+        return replace(ends, steps=steps, coarse=coarse, by_window=by_window, sizes=sizes, made=made)
 
 
 def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
@@ -117,13 +134,14 @@ def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
     if block.attention not in nodes or len([n for n in nodes if n.target in ATTENTION]) > 1:
         raise NoRest("its attention doesn't stand alone between its stream and its end")
     forms = Forms(typing, rows)
-    steps = steps_of(nodes, stream, forms)
+    steps, cells = steps_of(nodes, stream, forms), cells_of(forms)
+    coarse = coarse_steps(steps, forms, cells)
     known = (whole_size(rows[0]), shape_of(stream)[0])
     if any(shape_of(n.args[0])[n.args[1]] not in known for n in sizes):  # type: ignore[arg-type, index]
         raise NoRest("something reads the size of a value inside it")
     count = math.prod(f.whole_size for f in windows)
     by_window = frozenset(node for node in nodes if forms.of[node] is not None)
-    return Rest(stream, result, steps, by_window, rows, count, whole, tuple(sizes), tuple(made))
+    return Rest(stream, result, steps, coarse, cells, by_window, rows, count, whole, tuple(sizes), tuple(made))
 
 
 def whole_windows(rows: TensorType) -> int:

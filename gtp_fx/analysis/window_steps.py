@@ -23,6 +23,18 @@ PAD, CROP = "pad", "crop"
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """An operand that is read at the middles of cells along a dimension, which is counted from the end.
+
+    side: the window's side that the dimension is; None where it is all places of a window.
+    """
+
+    operand: fx.Node
+    dim: int
+    side: int | None = None
+
+
+@dataclass(frozen=True)
 class Step:
     """What one node of the block does for fewer windows.
 
@@ -31,6 +43,7 @@ class Step:
     args, kwargs: its arguments, in which nodes of the block stand for what their steps return.
     taken: of the operands from outside, those with an entry for each window, and in which dimension.
     reshaped: operands that come in another shape first, with that shape.
+    sampled: operands that are read at cells' middles, where the windows rest.
     """
 
     node: fx.Node
@@ -39,6 +52,7 @@ class Step:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     taken: tuple[tuple[fx.Node, int], ...] = ()
     reshaped: tuple[tuple[fx.Node, tuple[int, ...]], ...] = ()
+    sampled: tuple[Sampled, ...] = ()
 
     def copied(self, at: Mapping[fx.Node, fx.Node]) -> Step:
         """Return this step in a copy of the graph. at: each node's copy."""
@@ -49,4 +63,5 @@ class Step:
             kwargs=fx.map_arg(dict(self.kwargs), at.__getitem__),
             taken=tuple((at[node], dim) for node, dim in self.taken),
             reshaped=tuple((at[node], shape) for node, shape in self.reshaped),
+            sampled=tuple(replace(one, operand=at[one.operand]) for one in self.sampled),
         )

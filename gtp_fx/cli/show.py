@@ -30,7 +30,7 @@ def show(
     """Draw what becomes of IMAGE's tokens in MODEL.
 
     At each site: which tokens are kept and removed, and which ones receive the removed ones; at the end, the token
-    scales. In a model with windowed attention: which tokens skip at each site.
+    scales. In a model with windowed attention: which tokens skip at each site, and which windows rest.
     """
     from gtp_fx.cli.photo import as_seen, load_photo, prepared, read_picture
     from gtp_fx.report.draw_token_flow import draw_token_flow
@@ -49,9 +49,11 @@ def show(
         title = f"{loaded.name}, weights: {loaded.weights_origin}; {fast.report.flops_ratio:.3f} of its FLOPs, "
         chosen_name = chosen_by(making.strategy, fast.strategy)
         title += making.strategy + (f": {chosen_name}" if chosen_name else "")
-        if resting := sum(bool(site.window_tokens) for site in fast.report.sites):
-            say_aside(f"{resting} of {len(fast.report.sites)} sites are not drawn: whole windows rest there")
-            title += f"; {resting} sites where windows rest are not drawn"
+        if missing := len(fast.report.sites) - len(views):
+            say_aside(
+                f"{missing} of {len(fast.report.sites)} sites are not drawn: windows rest there without their cells"
+            )
+            title += f"; {missing} sites where windows rest are not drawn"
         draw_token_flow(views, as_seen(loaded.model, pixels), title, out)
     if as_json:
         about = {"model": loaded.name, "weights": loaded.weights_origin, "picture": str(out)}

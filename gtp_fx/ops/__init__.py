@@ -22,6 +22,8 @@
     window_activity             how much the tokens of each window differ, by which windows rest
     token_activity              how far each token is from its window's mean, by which tokens skip beside these
     awake_rows, window_ranks    where the windows that don't rest come from, and where they go back to
+    pool_cells, cell_numbers    the cells of windows that rest, and which one each token is in
+    cell_bias                   how many places each of these stands for, as attention's additive mask
     windows_without_padding     a stream's windows that may rest
     awake_of_padded             the windows that don't rest where some hold padding
     awake_patches               the patches in these
@@ -59,6 +61,9 @@ from gtp_fx.ops import (
     weighted_mean as pool,
 )
 from gtp_fx.ops import (
+    window_cells as resting_cells,
+)
+from gtp_fx.ops import (
     window_rest as rest,
 )
 from gtp_fx.ops import (
@@ -76,6 +81,7 @@ __all__ = [
     "propagate",
     "regions",
     "rest",
+    "resting_cells",
     "select",
     "stock_attention",
 ]

@@ -210,8 +210,9 @@ def _varied(contest: _Contest, problem_of: ProblemOf) -> None:
                 problem = problem_of(variant)
             except (UnsupportedModelError, OptionError):
                 continue
-            same = [site.block for site in problem.found.sites] == [site.block for site in best.problem.found.sites]
-            if same and problem.model.cost(best.counts) <= problem.limit:
+            # At the same block a count may be of tokens for one of them, and of windows for the other.
+            own, its = ([(s.block, s.whole) for s in each.found.sites] for each in (problem, best.problem))
+            if own == its and problem.model.cost(best.counts) <= problem.limit:
                 _tried(contest, problem, best.counts, best.how)
         if contest.ranked()[0][2] >= least:
             break

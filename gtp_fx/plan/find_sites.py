@@ -85,9 +85,9 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
         if isinstance(reason := asked.get(block.index), NoRest)
     }
     sites = [
-        _rest_site(block, rests[block.index], typed.whole, len(blocks))
+        _rest_site(block, rests[block.index], typed.whole, strategy, len(blocks))
         if block.index in rests
-        else _skip_site(block, branch, typed.whole, strategy, len(blocks))
+        else _skip_site(block, branch, typed.whole, strategy, len(blocks), bool(rests))
         for block, branch in branched
     ]
     read = _grids_read(typed)
@@ -156,18 +156,23 @@ def _cuts(blocks: Sequence[AttentionBlock], strategy: Strategy) -> dict[int, fx.
     return {block.index: cut for block in blocks if (cut := cut_of(block, strategy)) is not None}
 
 
-def _skip_site(block: AttentionBlock, branch: Branch, typing: WholeTyping, strategy: Strategy, blocks: int) -> Site:
-    """Make the site where tokens skip `branch`. blocks: number of attention blocks in the model."""
+def _skip_site(
+    block: AttentionBlock, branch: Branch, typing: WholeTyping, strategy: Strategy, blocks: int, beside_rests: bool
+) -> Site:
+    """Make the site where tokens skip `branch`.
+
+    blocks: number of attention blocks in the model. beside_rests: whether windows may rest in others.
+    """
     query = typing.type(block.attention)
     heads = math.prod(whole_size(query[dim]) for dim in branch.heads)
-    cost = branch_cost(branch, typing, heads, strategy)
+    cost = branch_cost(branch, typing, heads, strategy, beside_rests)
     dtype = _dtype(branch.parts[0].result)
     return Site(block.index, block.axis, cost.features, heads, 1, cost, dtype, block.index / blocks)
 
 
-def _rest_site(block: AttentionBlock, rest: Rest, typing: WholeTyping, blocks: int) -> Site:
+def _rest_site(block: AttentionBlock, rest: Rest, typing: WholeTyping, strategy: Strategy, blocks: int) -> Site:
     """Make the site where windows rest. blocks: number of attention blocks in the model."""
-    cost = rest_cost(rest, typing)
+    cost = rest_cost(rest, typing, strategy)
     dtype = _dtype(rest.result)
     return Site(block.index, block.axis, cost.features, 1, 1, cost, dtype, block.index / blocks)
 

@@ -57,6 +57,11 @@ class Plan:
         """Windows of each image that rest, by block number; blocks without any have no entry."""
         return self._counts(RestCost)
 
+    @property
+    def by_activity(self) -> frozenset[int]:
+        """Return the blocks, by number, whose tokens skip a branch by how far they are from their window's mean."""
+        return frozenset(s.block for s in self.sites if isinstance(s.branch, BranchCost) and s.branch.by_activity)
+
     def _counts(self, kind: type) -> dict[int, int]:
         """Return the counts of the sites whose branch is of a kind, by block number."""
         return {s.block: self.schedule.removed[s.block] for s in self.sites if isinstance(s.branch, kind)}

@@ -69,6 +69,7 @@ class BranchCost:
     features: features of the branch's result.
     recovered: features of all its results that skipped tokens get from their neighbours; 0 where they get nothing.
     scoring: FLOPs that ranking the tokens adds to this block's own attention.
+    by_activity: whether tokens skip by how far they are from their window's mean, so that attention needn't score them.
     """
 
     whole: int
@@ -80,6 +81,7 @@ class BranchCost:
     features: int
     recovered: int
     scoring: int
+    by_activity: bool = False
 
     def change(self, skipping: int) -> int:
         """Return the change in FLOPs when `skipping` tokens of each window skip the branch; negative where that saves.
@@ -100,6 +102,7 @@ class RestCost:
     """FLOPs of a block in which whole windows may rest, for one run of the graph.
 
     each: FLOPs of one of an image's windows.
+    cells: FLOPs of the cells of one that rests.
     tokens: windows of one image that can rest: what a schedule counts at such a site.
     images: images in one run; 1 where the batch is symbolic.
     patches: patches of one window.
@@ -107,6 +110,7 @@ class RestCost:
     """
 
     each: int
+    cells: int
     tokens: int
     images: int
     patches: int
@@ -114,4 +118,4 @@ class RestCost:
 
     def change(self, resting: int) -> int:
         """Return the change in FLOPs when `resting` windows of each image rest; choosing them counts nothing."""
-        return -self.images * self.each * resting
+        return -self.images * (self.each - self.cells) * resting

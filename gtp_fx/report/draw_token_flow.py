@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gtp_fx.errors import OptionError
 from gtp_fx.report.plots import matplotlib_pyplot, save
-from gtp_fx.report.token_flow import SiteView, SkipView, View
+from gtp_fx.report.token_flow import RestView, SiteView, SkipView, View
 
 _REMOVED_EARLIER = (1.0, 1.0, 1.0, 0.82)
 """RGBA of patches that an earlier site removed: a white veil."""
@@ -30,8 +32,9 @@ def draw_token_flow(views: Sequence[View], picture: Tensor, title: str, file: Pa
     """Draw each site over the picture, then a summary of each grid, to a file.
 
     Patches that a site removes are red, with lines to the tokens that receive them; patches removed earlier are white.
-    Patches that skip a site's branch are red as well. The summary of a grid shows how many patches each remaining token
-    stands for, or at how many sites each patch skipped, where the grid has several.
+    Patches that skip a site's branch are red as well, and windows that rest are seen as their cells. The summary of a
+    grid shows how many patches each remaining token stands for, or at how many sites each patch skipped, where the grid
+    has several.
 
     picture: [height, width, 3], values in [0, 1].
     columns: panels side by side, at most.
@@ -63,14 +66,17 @@ def draw_token_flow(views: Sequence[View], picture: Tensor, title: str, file: Pa
     )
     legend = ["red: removed here; yellow: to the tokens that receive it; white: removed earlier"] if removing else []
     legend += ["red: skips this branch"] if skipping else []
+    legend += ["coarse: rests as its cells"] if any(isinstance(view, RestView) for view in views) else []
     figure.suptitle("\n".join([title, *legend]), fontsize=10)
     axes = iter(grid.flat)
     _panel(next(axes), picture, "what the model sees")
     for view in views:
         if isinstance(view, SiteView):
             _site(next(axes), view, picture)
-        else:
+        elif isinstance(view, SkipView):
             _skips(next(axes), view, picture)
+        else:
+            _rests(next(axes), view, picture)
     for site in last:
         _scales(figure, next(axes), site, picture)
     for sites in counted:
@@ -118,6 +124,19 @@ def _skips(axes: Any, view: SkipView, picture: Tensor) -> None:
     veil = np.zeros((patches, 4))
     veil[view.skipped.cpu().numpy()] = _REMOVED_HERE
     _over(axes, veil, view, picture)
+
+
+def _rests(axes: Any, view: RestView, picture: Tensor) -> None:
+    """Draw one site where windows rest: each of their cells in its mean colour."""
+    cells = view.cells.cpu()
+    resting = cells >= 0
+    _panel(axes, picture, f"{view.layer}: {int(resting.sum())} of {len(cells)} rest")
+    rows, columns = view.grid
+    colours = F.adaptive_avg_pool2d(picture.permute(2, 0, 1), (rows, columns)).flatten(1).T.clamp(0, 1)
+    veil = torch.zeros(len(cells), 4)
+    for cell in cells[resting].unique():
+        veil[cells == cell] = torch.cat([colours[cells == cell].mean(0), torch.ones(1)])
+    _over(axes, veil.numpy(), view, picture)
 
 
 def _scales(figure: Any, axes: Any, view: SiteView, picture: Tensor) -> None:

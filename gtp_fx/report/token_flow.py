@@ -1,8 +1,8 @@
 """Token flow: what happens to one image's tokens, site by site.
 
 At a site that removes tokens: which patches are kept, which are removed, which tokens receive those, and how many
-patches each kept token then stands for. Where the grid has to stay whole: which patches skip the site's branch.
-`Provenance` has the result after the last site; this has the steps in between, for a picture.
+patches each kept token then stands for. Where the grid has to stay whole: which patches skip the site's branch, or are
+in windows that rest. `Provenance` has the result after the last site; this has the steps in between, for a picture.
 """
 
 from __future__ import annotations
@@ -78,7 +78,25 @@ class SkipView:
         return {"layer": self.layer, "grid": list(self.grid), "skipped": self.skipped.tolist()}
 
 
-View = SiteView | SkipView
+@dataclass(frozen=True, eq=False)
+class RestView:
+    """One image's tokens at a site where windows rest.
+
+    layer: the site's layer.
+    grid: sides of the image's grid; patches are numbered row-major.
+    cells: [G], which cell each patch of a window that rests is in, numbered through all of these; -1 where it is awake.
+    """
+
+    layer: str
+    grid: tuple[int, ...]
+    cells: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return {"layer": self.layer, "grid": list(self.grid), "cells": self.cells.tolist()}
+
+
+View = SiteView | SkipView | RestView
 
 
 @torch.no_grad()
@@ -88,21 +106,22 @@ def token_flow(
     """Run an optimised graph eagerly on one image; return one view per site, in graph order.
 
     records: the graph's sites that remove tokens.
-    rows: all of the report's sites; where whole windows rest, there is no view.
+    rows: all of the report's sites; where windows rest and their cells aren't run (`rest_share=0`), there is no view.
     image: [1, …], as the model takes it.
 
     Raises OptionError where the graph has no site.
     """
     if not rows:
         raise OptionError("no token leaves at this budget, so there is nothing to draw: give a lower one")
-    if all(row.window_tokens for row in rows):
-        raise OptionError("whole windows rest here, and no picture is drawn of that; windows='skip' has pictures")
     nodes = calls_of(gm.graph)
-    skips = _skipping(nodes)
+    skips, rests = _skipping(nodes), _resting(nodes)
+    if not rests and all(row.window_tokens for row in rows):
+        raise OptionError("windows rest here without their cells (rest_share=0), and no picture is drawn of that")
 
     def wanted(copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
         calls = [copies[node] for node in nodes]
-        return [*_values(records, calls), *(value for number in skips for value in _places_and_skipped(calls[number]))]
+        of_skips = (value for number in skips for value in _places_and_skipped(calls[number]))
+        return [*_values(records, calls), *of_skips, *(n for number in rests for n in calls[number].all_input_nodes)]
 
     # One run gives all values; the sites that remove tokens take theirs first, then those with branches.
     found = iter(returning(gm, wanted)(image))
@@ -111,6 +130,9 @@ def token_flow(
     for number, row in zip(skips, skipping, strict=True):
         skipped = _patches(next(found), next(found), shape := _grid_of(nodes[number]))
         views[number] = SkipView(row.layer, shape, skipped)
+    for number, row in zip(rests, (row for row in rows if rests and row.window_tokens), strict=True):
+        rank, window, cell, patch = (next(found) for _ in range(4))
+        views[number] = _rest_view(row.layer, nodes[number], rank[window], cell, patch)
     return tuple(views[place] for place in sorted(views))
 
 
@@ -170,6 +192,22 @@ def _skipping(nodes: Sequence[fx.Node]) -> list[int]:
     for number, node in calls.items():
         first.setdefault(_places_and_skipped(node)[1], number)
     return list(first.values())
+
+
+def _resting(nodes: Sequence[fx.Node]) -> list[int]:
+    """Return the number of each call that says which cell a token of a window that rests is in."""
+    return [n for n, node in enumerate(nodes) if node.target is gtp_fx.cell_numbers.default]
+
+
+def _rest_view(layer: str, call: fx.Node, rank_T: Tensor, cell_T: Tensor, patch_T: Tensor) -> RestView:
+    """Return the view of a site from operands of its `cell_numbers`.
+
+    rank_T: which of the windows that rest each token's is; -1 where it is awake.
+    """
+    numbers: tuple[Any, ...] = call.args
+    *_, cells, sides = numbers
+    number_T = torch.where((rank_T >= 0) & (cell_T >= 0), rank_T * cells + cell_T, -1)
+    return RestView(layer, tuple(sides), torch.empty_like(number_T).scatter(0, patch_T, number_T))
 
 
 def _places_and_skipped(call: fx.Node) -> tuple[fx.Node, fx.Node]:

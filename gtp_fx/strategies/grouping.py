@@ -99,6 +99,11 @@ class Grouping:
         """Return whether whole windows rest where they can, instead of tokens that skip a branch."""
         return False
 
+    @property
+    def rest_share(self) -> float:
+        """Return what a token of a window that rests gets of its cell's change; 0 for nothing."""
+        return 0.0
+
     recovers_updates: ClassVar[bool] = False
 
     @property

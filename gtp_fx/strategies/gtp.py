@@ -100,6 +100,10 @@ class GTP:
         return False
 
     @property
+    def rest_share(self) -> float:
+        return 0.0
+
+    @property
     def recovers_updates(self) -> bool:
         return self.recovery == "update"
 

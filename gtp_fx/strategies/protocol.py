@@ -92,6 +92,10 @@ class Strategy(Protocol):
         """Return whether whole windows rest where they can, instead of tokens that skip a branch."""
 
     @property
+    def rest_share(self) -> float:
+        """Return what a token of a window that rests gets of its cell's change, in [0, 1]; 0 for nothing."""
+
+    @property
     def recovers_updates(self) -> bool:
         """Return whether a removed token is recovered in its residual stream.
 

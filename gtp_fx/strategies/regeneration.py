@@ -45,10 +45,10 @@ class Regeneration(Grouping):
     difficulty: exponent of d_i, 0 or more; at 0 attention alone decides.
     branch_mean: share of the mean that tokens get which skip a branch, in [0, 1]; at 0 they stay what they were.
     windows: what happens in windows. With "skip" some tokens of each one skip a branch. With "rest" whole windows rest,
-        where every node of a block keeps windows apart: those whose tokens differ least stay what they were, and the
-        block's norms, attention and branches run for the others. A schedule counts windows there. In other blocks
-        tokens skip, by the same measure: those nearest to their window's mean, so that no attention map is made. It is
-        for images with empty parts: photographs lost some four times as much as with "skip".
+        where every node of a block keeps windows apart: the block runs for those whose tokens differ most, and for the
+        mean tokens of a few cells of the others (2 x 2 of a window of 7 x 7). A schedule counts windows there. In other
+        blocks tokens skip, by the same measure: those nearest to their window's mean, so that no attention map is made.
+    rest_share: what a token of a window that rests gets of its cell's change, in [0, 1]; at 0 the cells aren't run.
     """
 
     name: ClassVar[str] = "regeneration"
@@ -60,7 +60,8 @@ class Regeneration(Grouping):
     score: str = "broadcast-mean"
     difficulty: float = 1.0
     branch_mean: float = 0.5
-    windows: str = "skip"
+    windows: str = "rest"
+    rest_share: float = 0.85
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +69,8 @@ class Regeneration(Grouping):
             raise OptionError(f"Regeneration(difficulty={self.difficulty!r}): give a finite number of 0 or more")
         if not is_number(self.branch_mean) or not 0 <= self.branch_mean <= 1:
             raise OptionError(f"Regeneration(branch_mean={self.branch_mean!r}): give a number from 0 to 1")
+        if not is_number(self.rest_share) or not 0 <= self.rest_share <= 1:
+            raise OptionError(f"Regeneration(rest_share={self.rest_share!r}): give a number from 0 to 1")
         if self.windows not in WINDOWS:
             raise OptionError(f"Regeneration(windows={self.windows!r}): give one of {', '.join(map(repr, WINDOWS))}")
 
@@ -99,6 +102,7 @@ class Regeneration(Grouping):
         changes: list[dict[str, Any]] = [{"difficulty": value} for value in (0.5, 1.0, 2.0)]
         changes += [{"token_scale": scales} for scales in (True, False)]
         changes += [{"score": score} for score in ("broadcast-mean", "broadcast-max", "cls-mean")]
+        changes += [{"windows": what} for what in WINDOWS]
         varied = [replace(self, **change) for change in changes]
         return [variant for variant in dict.fromkeys(varied) if variant != self]
 

@@ -1,7 +1,8 @@
 """Which windows are awake in a block, how they are taken out of its stream, and how they are put back.
 
-They are put back by reading instead of writing, `where(awake, result[rank], before)`: one pointwise operator, fused
-with what leads out of the windows.
+They are put back by reading instead of writing, `where(awake, result[rank], before + share * change[cell])`: one
+pointwise operator, fused with what leads out of the windows. The last term is what windows that rest get
+(`resting_cells`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from gtp_fx.analysis.resting import Rest, patches_by_window
 from gtp_fx.analysis.window_steps import PAD
 from gtp_fx.graph.constants import Constants
+from gtp_fx.graph.symbols import shape_of
 from gtp_fx.strategies.sites import Emit
 from gtp_fx.types.axes import Plain, TensorType, whole_size
 from gtp_fx.types.layouts import convert, image_layout
@@ -36,41 +38,109 @@ class Awake(Protocol):
     def moved(self, call: Emit, target: str, value: fx.Node) -> fx.Node:
         """Insert what pads windows (`PAD`) or crops them (`CROP`)."""
 
-    def back(self, call: Emit, result: fx.Node, kind: TensorType) -> fx.Node:
-        """Put the block's result back beside the windows that rest; return it in the type `kind`."""
+    def resting(self, call: Emit) -> RestingCells:
+        """Insert what takes the windows that rest, as the means of their cells."""
+
+    def back(self, call: Emit, result: fx.Node, change: fx.Node | None, kind: TensorType) -> fx.Node:
+        """Put the block's result back beside the windows that rest; return it in the type `kind`.
+
+        change: what the cells of those change by, times the share that their tokens get of it; None for nothing.
+        """
+
+
+@dataclass(frozen=True)
+class RestingCells:
+    """The windows that rest: [images and windows, cells, features].
+
+    windows: as in `Awake`.
+    """
+
+    windows: fx.Node | None
+    entries: fx.Node
+
+
+@dataclass(frozen=True)
+class CellTables:
+    """What sizes alone decide of the cells of a block's windows.
+
+    patches: [A, n] the numbers of the tokens in each window that can rest, in the order of an image's tokens.
+    on_grid: the number of each of these tokens on the image's grid, row by row.
+    """
+
+    constants: Constants
+    rest: Rest
+    patches: np.ndarray
+    on_grid: np.ndarray
+
+    def pooled(self, call: Emit, rows: fx.Node) -> fx.Node:
+        """Insert the means of the cells of windows [R, n, features]."""
+        members = self.constants.read(self.rest.cells.members(), self.rest.stream)
+        return call(gtp_fx.pool_cells.default, rows, members)
+
+    def given(self, call: Emit, change: fx.Node, quiet: fx.Node, windows: int) -> fx.Node:
+        """Insert what each token of all images gets of its cell's change, [B * T, features].
+
+        What it is for tokens that are awake doesn't matter. windows: how many of an image can rest.
+        """
+        window, cell = np.zeros(self.rest.tokens, np.int64), np.full(self.rest.tokens, -1)
+        for number, tokens in enumerate(self.patches):
+            window[tokens], cell[tokens] = number, self.rest.cells.of_places()
+        tables = window, cell, self.on_grid
+        read = [self.constants.read(table, self.rest.stream) for table in tables]
+        rank = call(gtp_fx.window_ranks.default, quiet, windows)
+        sizes = windows, self.rest.cells.count, list(self.rest.sides)
+        numbers = call(gtp_fx.cell_numbers.default, rank, *read, *sizes)
+        flat = call(aten.reshape.default, change, [-1, shape_of(self.rest.stream)[-1]])
+        return call(aten.index_select.default, flat, 0, numbers)
 
 
 @dataclass(frozen=True)
 class WholeRows:
     """Windows without padding: [images and windows, patches, features].
 
-    rows: the whole stream by window. chosen: [B, K] the windows of each image that are awake.
+    rows: the whole stream by window. chosen, quiet: [B, K] and [B, P] the windows of each image that are awake, and
+    those that rest.
     """
 
     rest: Rest
+    tables: CellTables
     rows: fx.Node
     chosen: fx.Node
+    quiet: fx.Node
     windows: fx.Node
     entries: fx.Node
 
     @classmethod
-    def take(cls, call: Emit, rest: Rest, resting: int, kind: TensorType) -> WholeRows:
+    def take(cls, call: Emit, constants: Constants, rest: Rest, resting: int, kind: TensorType) -> WholeRows:
         """Insert what chooses the windows that are awake, and takes them.
 
         resting: windows of each image. kind: the stream's type.
         """
         rows = convert(call, rest.stream, kind, (*rest.rows, kind[-1]))
         split = call(gtp_fx.select.default, call(gtp_fx.window_activity.default, rows, rest.windows), resting)
-        chosen = call(operator.getitem, split, 0)
+        chosen, quiet = (call(operator.getitem, split, half) for half in (0, 1))
         windows = call(gtp_fx.awake_rows.default, chosen, rest.windows)
-        return cls(rest, rows, chosen, windows, call(aten.index_select.default, rows, 0, windows))
+        entries = call(aten.index_select.default, rows, 0, windows)
+        home = np.arange(rest.tokens).reshape(rest.windows, -1)
+        cells = CellTables(constants, rest, home, patches_by_window(rest.rows).flatten())
+        return cls(rest, cells, rows, chosen, quiet, windows, entries)
 
     def moved(self, call: Emit, target: str, value: fx.Node) -> fx.Node:
         raise AssertionError(f"windows without padding have nothing to {target}")
 
-    def back(self, call: Emit, result: fx.Node, kind: TensorType) -> fx.Node:
+    def resting(self, call: Emit) -> RestingCells:
+        windows = call(gtp_fx.awake_rows.default, self.quiet, self.rest.windows)
+        rows = call(aten.index_select.default, self.rows, 0, windows)
+        return RestingCells(windows, self.tables.pooled(call, rows))
+
+    def back(self, call: Emit, result: fx.Node, change: fx.Node | None, kind: TensorType) -> fx.Node:
         rank = call(gtp_fx.window_ranks.default, self.chosen, self.rest.windows)
-        whole = _put_back(call, result, rank, self.rows, 3)
+        before = self.rows
+        if change is not None:
+            given = self.tables.given(call, change, self.quiet, self.rest.windows)
+            given = call(aten.reshape.default, given, [-1, self.rest.cells.places, whole_size(kind[-1])])
+            before = call(aten.add.Tensor, before, given)
+        whole = _put_back(call, result, rank, before, 3)
         arranged: fx.Node = convert(call, whole, (*self.rest.rows, kind[-1]), kind)
         return arranged
 
@@ -110,11 +180,16 @@ class PaddedWindows:
     """Windows of which some hold padding: [images, patches of the windows that are awake, features].
 
     patches: the whole stream, [B * N, features]. numbers: [B, T] the patches that the windows hold. places: [T] where
-    in the windows these are. held: [S] which of them each place holds. kept: K.
+    in the windows these are. held: [S] which of them each place holds. kept: K. able: [A] the numbers of the windows
+    without padding. rows: these windows, [B * A, n, features]. quiet: [B, P] which of them rest.
     """
 
     rest: Rest
     kept: int
+    tables: CellTables
+    able: np.ndarray
+    rows: fx.Node
+    quiet: fx.Node
     patches: fx.Node
     numbers: fx.Node
     places: fx.Node
@@ -137,7 +212,7 @@ class PaddedWindows:
         able = read(tables.patches)
         rows = call(gtp_fx.windows_without_padding.default, patches, able)
         split = call(gtp_fx.select.default, call(gtp_fx.window_activity.default, rows, rest.whole), resting)
-        chosen = call(operator.getitem, split, 0)
+        chosen, quiet = (call(operator.getitem, split, half) for half in (0, 1))
         numbers = call(gtp_fx.awake_patches.default, chosen, able, read(tables.edge))
         flat = call(aten.reshape.default, patches, [-1, features])
         taken = call(aten.index_select.default, flat, 0, call(gtp_fx.awake_rows.default, numbers, rest.tokens))
@@ -147,17 +222,32 @@ class PaddedWindows:
             awake = call(gtp_fx.awake_of_padded.default, chosen, read(tables.able), read(tables.padded))
             windows = call(gtp_fx.awake_rows.default, awake, rest.windows)
         kept, places, held = rest.windows - resting, read(tables.places), read(tables.held)
-        return cls(rest, kept, flat, numbers, places, held, windows, entries)
+        cells = CellTables(constants, rest, tables.patches, np.arange(rest.tokens))
+        return cls(rest, kept, cells, tables.able, rows, quiet, flat, numbers, places, held, windows, entries)
 
     def moved(self, call: Emit, target: str, value: fx.Node) -> fx.Node:
         if target == PAD:
             return call(gtp_fx.pad_windows.default, value, self.held, whole_size(self.rest.rows[1]))
         return call(gtp_fx.crop_windows.default, value, self.places, self.kept)
 
-    def back(self, call: Emit, result: fx.Node, kind: TensorType) -> fx.Node:
+    def resting(self, call: Emit) -> RestingCells:
+        quiet = call(gtp_fx.awake_rows.default, self.quiet, self.rest.whole)
+        rows = call(aten.index_select.default, self.rows, 0, quiet)
+        windows = None
+        if any(step.taken for step in self.rest.coarse):
+            read = self.tables.constants.read
+            none = read(np.zeros(0, np.int64), self.rest.stream)
+            all_of = call(gtp_fx.awake_of_padded.default, self.quiet, read(self.able, self.rest.stream), none)
+            windows = call(gtp_fx.awake_rows.default, all_of, self.rest.windows)
+        return RestingCells(windows, self.tables.pooled(call, rows))
+
+    def back(self, call: Emit, result: fx.Node, change: fx.Node | None, kind: TensorType) -> fx.Node:
         features = whole_size(kind[-1])
         rank = call(gtp_fx.window_ranks.default, self.numbers, self.rest.tokens)
-        whole = _put_back(call, call(aten.reshape.default, result, [-1, features]), rank, self.patches, 2)
+        before = self.patches
+        if change is not None:
+            before = call(aten.add.Tensor, before, self.tables.given(call, change, self.quiet, self.rest.whole))
+        whole = _put_back(call, call(aten.reshape.default, result, [-1, features]), rank, before, 2)
         whole = call(aten.reshape.default, whole, [-1, self.rest.tokens, features])
         arranged: fx.Node = convert(call, whole, _flat(self.rest, kind), kind)
         return arranged

@@ -1,10 +1,12 @@
-"""Approximate: whole windows rest. A block runs for the most active windows of each image, and the others stay.
+"""Approximate: whole windows rest. A block runs for the most active windows of each image, and for cells of the others.
 
 For each block whose site in the plan is one where windows rest:
   1. Its stream is arranged by window, [images and windows, tokens, features].
   2. The windows whose tokens differ most from their mean are taken out, equally many of each image.
   3. The block's nodes run on these: what rearranges tokens is gone, masks by window are taken for them.
-  4. They are put back beside those that rest, and all return to the stream's layout.
+  4. Of the windows that rest, the mean token of each cell is taken, and the same nodes run on these few.
+  5. All are put back, and return to the stream's layout. A token of a window that rests gets a share of what its cell
+     has changed by, as the strategy says.
 
 Where windows are padded, 1. and 2. take the patches of the windows that are awake instead; they get their padding again
 for what runs on windows.
@@ -14,20 +16,22 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import dataclass
 from fractions import Fraction
 
 from torch import fx
-from torch.ops import aten  # type: ignore[import-not-found]
+from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
-from gtp_fx.analysis.window_steps import CROP, PAD, Step
+from gtp_fx.analysis.window_steps import CROP, PAD, Sampled, Step
 from gtp_fx.graph import edit
 from gtp_fx.graph.constants import Constants
+from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.graph.symbols import is_symbolic, shape_of
-from gtp_fx.passes.reduce.awake_windows import Awake, PaddedWindows, WholeRows
+from gtp_fx.passes.reduce.awake_windows import Awake, PaddedWindows, RestingCells, WholeRows
 from gtp_fx.plan.plan import Plan
-from gtp_fx.strategies.sites import Emit
+from gtp_fx.strategies.sites import Attention, Emit
 from gtp_fx.types.axes import whole_size
 from gtp_fx.types.infer import WholeTyping, infer_types
 
@@ -41,12 +45,17 @@ def rest_windows(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     rests = {number: rest.copied(copies) for number, rest in found.items() if isinstance(rest, Rest)}
     # From the last to the first: what a later block reads of an earlier one's result is replaced with that result.
     for number, resting in sorted(plan.resting.items(), reverse=True):
-        _let_rest(gm.graph, rests[number], resting, typing, constants)
+        _let_rest(gm.graph, rests[number], resting, plan.strategy.rest_share, typing, constants)
     return edit.finish(gm)
 
 
-def _let_rest(graph: fx.Graph, rest: Rest, resting: int, typing: WholeTyping, constants: Constants) -> None:
-    """Rewrite one block. resting: how many windows of each image rest."""
+def _let_rest(
+    graph: fx.Graph, rest: Rest, resting: int, share: float, typing: WholeTyping, constants: Constants
+) -> None:
+    """Rewrite one block.
+
+    resting: how many windows of each image rest. share: of its cell's change, what a token of these gets.
+    """
     stream, result = typing.type(rest.stream), typing.type(rest.result)
     call = edit.Emitter(graph, like=rest.steps[0].node)
     with graph.inserting_before(rest.stream.next):
@@ -54,16 +63,50 @@ def _let_rest(graph: fx.Graph, rest: Rest, resting: int, typing: WholeTyping, co
     for node in rest.made:
         edit.set_args(node, (rest.stream, *node.args[1:]))
     with graph.inserting_before(rest.result):
-        awake: Awake
-        if rest.padded:
-            awake = PaddedWindows.take(call, constants, rest, resting, stream)
-        else:
-            awake = WholeRows.take(call, rest, resting, stream)
+        taken = PaddedWindows if rest.padded else WholeRows
+        awake: Awake = taken.take(call, constants, rest, resting, stream)
         fewer = {rest.stream: awake.entries}
         for step in rest.steps:
             fewer[step.node] = _run(graph, step, fewer, awake)
-        whole = awake.back(call, fewer[rest.result], result)
+        change = _change(graph, call, rest, awake.resting(call), share, constants) if resting and share else None
+        whole = awake.back(call, fewer[rest.result], change, result)
     edit.replace(rest.result, whole)
+
+
+def _change(
+    graph: fx.Graph, call: Emit, rest: Rest, resting: RestingCells, share: float, constants: Constants
+) -> fx.Node:
+    """Insert what the block does for the cells of windows that rest; return the share of their change, by cell."""
+    fewer = {rest.stream: resting.entries}
+    for step in rest.coarse:
+        fewer[step.node] = _run(graph, step, fewer, resting, _At(rest, constants))
+    change = call(aten.sub.Tensor, fewer[rest.result], resting.entries)
+    return change if share == 1 else call(aten.mul.Tensor, change, share)
+
+
+@dataclass(frozen=True)
+class _At:
+    """Where the cells of a window read what has entries for places."""
+
+    rest: Rest
+    constants: Constants
+
+    def middles(self, call: Emit, value: fx.Node, sampled: Sampled) -> fx.Node:
+        """Insert the entries of a value at the cells' middles."""
+        table = self.constants.read(self.rest.cells.middles(sampled.side), self.rest.stream)
+        return call(aten.index_select.default, value, sampled.dim, table)
+
+    def weighed(self, call: Emit, attention: fx.Node) -> None:
+        """Let keys that are cells of several sizes count as often as they have places."""
+        if self.rest.cells.even:
+            return
+        operands = Attention.of(attention)
+        bias = [] if operands.bias is None else [operands.bias]
+        with attention.graph.inserting_before(attention):
+            members = self.constants.read(self.rest.cells.members(), self.rest.stream)
+            mask = call(gtp_fx.cell_bias.default, members, operands.q, *bias)
+        attention.args = (*attention.args[:3], mask, *attention.args[4:])
+        attention.kwargs = {name: value for name, value in attention.kwargs.items() if name != "attn_mask"}
 
 
 def _reread_sizes(call: Emit, rest: Rest) -> None:
@@ -89,21 +132,29 @@ def _windows(call: Emit, rest: Rest) -> fx.Node:
     return count if each.denominator == 1 else call(operator.floordiv, count, each.denominator)
 
 
-def _run(graph: fx.Graph, step: Step, fewer: dict[fx.Node, fx.Node], awake: Awake) -> fx.Node:
-    """Insert what a node does for the windows that are awake; return it.
+def _run(
+    graph: fx.Graph, step: Step, fewer: dict[fx.Node, fx.Node], taken: Awake | RestingCells, at: _At | None = None
+) -> fx.Node:
+    """Insert what a node does for some of the windows; return it.
 
-    fewer: the block's values for these windows.
+    fewer: the block's values for these windows. taken: the windows. at: for cells, where they read tables.
     """
     if step.target is None:
         return fewer[step.args[0]]
     call: Emit = edit.Emitter(graph, like=step.node)
     if step.target in (PAD, CROP):
-        return awake.moved(call, step.target, fewer[step.args[0]])
+        assert not isinstance(taken, RestingCells), "windows that rest have no padding"
+        return taken.moved(call, step.target, fewer[step.args[0]])
     given = dict(fewer)
     for operand, shape in step.reshaped:
         given[operand] = call(aten.reshape.default, operand, list(shape))
     for operand, dim in step.taken:
-        given[operand] = call(aten.index_select.default, operand, dim, awake.windows)
+        given[operand] = call(aten.index_select.default, operand, dim, taken.windows)
+    for sampled in step.sampled:
+        assert at is not None
+        given[sampled.operand] = at.middles(call, given.get(sampled.operand, sampled.operand), sampled)
     node = call(step.target, *fx.map_arg(step.args, lambda n: given.get(n, n)))
     node.kwargs = fx.map_arg(dict(step.kwargs), lambda n: given.get(n, n))
+    if at is not None and step.target in ATTENTION:
+        at.weighed(call, node)
     return node

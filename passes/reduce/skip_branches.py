@@ -1,7 +1,7 @@
 """Approximate: let tokens skip a branch. The stream keeps its grid, and only some tokens of each window run the branch.
 
 For each block whose site in the plan is on a branch:
-  1. Its attention also scores its tokens, window by window; where the strategy lets windows rest, how far tokens are
+  1. Its attention also scores its tokens, window by window; beside blocks whose windows may rest, how far tokens are
      from their window's mean does, and attention stays as it is.
   2. The branch's entries are arranged by window, and the kept tokens are taken from each window, equally many in all.
      Tokens that are no patches are taken along, or go through the branch on their own where no window has them.
@@ -23,7 +23,7 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.branch_layouts import patches_at, patches_of
 from gtp_fx.analysis.branch_parts import Part, with_fewer_dimensions
-from gtp_fx.analysis.branches import Branch, is_ranked_by_activity
+from gtp_fx.analysis.branches import Branch
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of
@@ -54,7 +54,7 @@ def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         if block.branch is None or skipping is None:
             continue
         scores = None
-        if not is_ranked_by_activity(block.branch, plan.strategy):
+        if block.index not in plan.by_activity:
             scores = _scored(gm.graph, block, block.branch, plan.strategy)
         chosen = _choose(gm.graph, scores, block.branch, skipping, typing)
         for part in block.branch.parts:

@@ -50,3 +50,25 @@ def test_activity_of_tokens_is_their_distance_from_the_mean_of_patches() -> None
     wanted = torch.stack([(row - row[patch[i % 2]].mean(0)).norm(dim=-1) for i, row in enumerate(rows)])
     torch.testing.assert_close(ops.token_activity(rows, patch), wanted)
     torch.testing.assert_close(ops.token_activity(rows)[1::2], wanted[1::2])
+
+
+def test_cells_are_pooled_and_weighed_by_their_places_and_know_their_tokens() -> None:
+    members = torch.tensor([[0, 1], [2, -1]])
+    rows = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0))
+    wanted = torch.stack([rows[:, :2].mean(1), rows[:, 2]], 1)
+    torch.testing.assert_close(ops.pool_cells(rows, members), wanted)
+    assert ops.pool_cells(torch.full((1, 3, 1), 6e4).half(), members).flatten().tolist() == [6e4, 6e4]
+    queries = torch.randn(1, 1, 2, 4)
+    log = torch.tensor([2.0, 1.0]).log()
+    torch.testing.assert_close(ops.cell_bias(members, queries), log.view(1, 1, 1, 2))
+    torch.testing.assert_close(ops.cell_bias(members, queries, torch.ones(2, 2)), 1 + log.expand(2, 2))
+    hidden = torch.tensor([[True, False], [True, True]])
+    assert ops.cell_bias(members, queries, hidden).isinf().tolist() == (~hidden).tolist()
+    # Two images of two windows of three tokens: the second window of the first image rests, and the first of the other.
+    rank, window, cell = (
+        torch.tensor([-1, 0, 1, -1]),
+        torch.tensor([0, 0, 0, 1, 1, 1]),
+        torch.tensor([0, 0, 1, 0, 0, 1]),
+    )
+    numbers = ops.cell_numbers(rank, window, cell, torch.arange(6), 2, 2, [2, 3]).view(2, 6)
+    assert numbers[0, 3:].tolist() == [0, 0, 1] and numbers[1, :3].tolist() == [2, 2, 3]

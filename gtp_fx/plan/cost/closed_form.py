@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from gtp_fx.analysis.branches import Branch, is_ranked_by_activity
+from gtp_fx.analysis.branches import Branch
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.graph.symbols import per_image
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
@@ -50,10 +50,13 @@ def _branch_flops(site: Site) -> Numbers:
     return np.array([site.branch.change(tokens - kept) for kept in range(tokens + 1)], np.int64)
 
 
-def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strategy) -> BranchCost:
+def branch_cost(
+    branch: Branch, typing: WholeTyping, heads: int, strategy: Strategy, beside_rests: bool = False
+) -> BranchCost:
     """Return the FLOPs of a branch, from its nodes' formulas; each is proportional to the number of tokens.
 
-    typing: types with every token in place. heads: of the attention whose scores rank the tokens.
+    typing: types with every token in place. heads: of the attention whose scores rank the tokens. beside_rests: whether
+    windows may rest in other blocks; then tokens are ranked as windows are, and attention stays as it is.
     """
     images = per_image(math.prod(f.whole_size for f in branch.region[0] if isinstance(f, Plain)))
     features = [whole_size(typing.type(part.result)[-1]) for part in branch.parts]
@@ -62,14 +65,15 @@ def branch_cost(branch: Branch, typing: WholeTyping, heads: int, strategy: Strat
     whole, per_token = (sum(column) for column in zip(*parts, strict=True))
     keys = math.prod(branch.cells) if branch.cells else branch.attended
     attentions = images * branch.attentions
+    by_activity = beside_rests and branch.stream is not None
     scoring = 0
-    if not is_ranked_by_activity(branch, strategy):
+    if not by_activity:
         scoring = int(flops_of(strategy.scoring_works(heads, branch.attended, keys, attentions, "float32")))
     sizes = (images, branch.windows, branch.tokens, branch.others)
-    return BranchCost(whole, per_token, *sizes, features[0], recovered, scoring)
+    return BranchCost(whole, per_token, *sizes, features[0], recovered, scoring, by_activity)
 
 
-def rest_cost(rest: Rest, typing: WholeTyping) -> RestCost:
+def rest_cost(rest: Rest, typing: WholeTyping, strategy: Strategy) -> RestCost:
     """Return the FLOPs of a block whose windows may rest, from its nodes' formulas.
 
     typing: types with every token in place.
@@ -77,8 +81,9 @@ def rest_cost(rest: Rest, typing: WholeTyping) -> RestCost:
     images = per_image(math.prod(f.whole_size for f in rest.rows[0] if isinstance(f, Plain)))
     flops = {n: int(node_work(n, typing, whole_count, batch=1).flops) for n in rest.inside if formula_of(n) is not None}
     each = sum(whole * rest.share(node) for node, whole in flops.items()) / images
+    cells = sum(whole * rest.coarse_share(node) for node, whole in flops.items()) / images if strategy.rest_share else 0
     patches, features = whole_size(rest.rows[1]), whole_size(typing.type(rest.stream)[-1])
-    return RestCost(int(each), rest.whole, images, patches, features)
+    return RestCost(int(each), int(cells), rest.whole, images, patches, features)
 
 
 def _token_wise_flops(node: fx.Node, typing: WholeTyping) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from gtp_fx.analysis.branches import Branch, is_ranked_by_activity
+from gtp_fx.analysis.branches import Branch
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
@@ -142,7 +142,7 @@ def branch_seconds(
         if isinstance(site.branch, RestCost):
             rest = typed.rests[site.block]
             assert isinstance(rest, Rest)
-            works = [(work, float(rest.share(node))) for node, work in works_of(rest.inside).items()]
+            works = [(work, *_rest_shares(rest, node, strategy)) for node, work in works_of(rest.inside).items()]
             changes[site.block] = _rest_change(site.branch, works, site.dtype, target, batch)
         elif site.branch is not None:
             branch = branches[site.block]
@@ -151,20 +151,30 @@ def branch_seconds(
     return changes
 
 
-def _rest_change(cost: RestCost, works: list[tuple[Work, float]], dtype: str, target: Target, batch: int) -> Numbers:
+def _rest_shares(rest: Rest, node: fx.Node, strategy: Strategy) -> tuple[float, float]:
+    """Return the share of a node's work that one window has, and that the cells of one have."""
+    return float(rest.share(node)), float(rest.coarse_share(node)) if strategy.rest_share else 0.0
+
+
+def _rest_change(
+    cost: RestCost, works: list[tuple[Work, float, float]], dtype: str, target: Target, batch: int
+) -> Numbers:
     """Return [windows + 1] the change in seconds by the windows that can rest and are awake; 0 where all are.
 
-    works: the block's works with every window, each with the share of it that one such window has.
+    works: the block's works with every window, each with the shares of it that one such window has, and its cells.
     """
     awake = np.arange(cost.tokens + 1)
     spent: Any = 0.0
-    for work, of_each in works:
-        share = 1 - (cost.tokens - awake) * of_each
+    resting = cost.tokens - awake
+    for work, of_each, of_cells in works:
+        share = 1 - resting * of_each
         fewer = replace(work, flops=work.flops * share, bytes=work.bytes * share)
         # Each window attends on its own; other products have a row for each token.
         many = "batch" if work.kind == "attention" else "rows"
         fewer = replace(fewer, **{many: np.maximum(getattr(work, many) * share, 1)})
         spent = spent + seconds(fewer, target) - seconds(work, target)
+        if of_cells:
+            spent = spent + seconds(_for_cells(work, resting, of_each, of_cells), target)
     # What is new: the windows' activity, sorting it, taking out those that are awake, and putting them back.
     size = getattr(torch, dtype).itemsize
     windows = cost.tokens * cost.images * batch
@@ -175,6 +185,17 @@ def _rest_change(cost: RestCost, works: list[tuple[Work, float]], dtype: str, ta
         Work("gather", bytes=values * (3 + 2 * awake / cost.tokens), launches=3),
     ]
     return np.where(awake == cost.tokens, 0.0, spent + sum(seconds(work, target) for work in added))
+
+
+def _for_cells(work: Work, resting: Any, of_each: float, of_cells: float) -> Work:
+    """Return the work that is done for the cells of windows that rest. resting: how many."""
+    share = resting * of_cells
+    cells = replace(work, flops=work.flops * share, bytes=work.bytes * share)
+    if work.kind != "attention":
+        return replace(cells, rows=np.maximum(work.rows * share, 1))
+    fewer = (of_cells / of_each) ** 0.5  # of a window's queries and keys
+    sizes = {"rows": work.rows * fewer, "tokens": work.tokens * fewer}
+    return replace(cells, batch=np.maximum(work.batch * resting * of_each, 1), **sizes)
 
 
 def _branch_change(
@@ -201,7 +222,7 @@ def _branch_change(
     keys = math.prod(branch.cells) if branch.cells else branch.attended
     attentions = branch.attentions * site.branch.images * batch
     ranking = strategy.scoring_works(site.heads, branch.attended, keys, attentions, site.dtype)
-    if is_ranked_by_activity(branch, strategy):  # read for the windows' means, and for how far tokens are from these
+    if site.branch.by_activity:  # read for the windows' means, and for how far tokens are from these
         ranking = [Work("stream", bytes=2 * values, launches=2)]
     added = [
         *ranking,
