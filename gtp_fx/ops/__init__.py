@@ -12,6 +12,7 @@
     attention_with_lse          torch's own attention with its log-sum-exp
     take_tokens                 an older value (a rotary table, a bias, a skip) for the remaining tokens
     recovery_weights            shares of the kept tokens in each recovered one
+    attended_shares             the same by the attention that these pay the kept ones
     recover                     a newer value with its removed tokens back in place
     stand_ins                   which kept token stands for each patch
     put_back                    a stream of all tokens, updated at those that took part
@@ -40,6 +41,7 @@ channels, K kept and P removed patch tokens, M semantic neighbours of a token, G
 """
 
 from gtp_fx.ops import (
+    attended_shares,
     attention,
     propagate,
     select,
@@ -72,6 +74,7 @@ from gtp_fx.ops import (
 from gtp_fx.ops.code_tag import tag_compiled_code
 
 __all__ = [
+    "attended_shares",
     "attention",
     "cells",
     "graph",

@@ -107,6 +107,11 @@ class Grouping:
     recovers_updates: ClassVar[bool] = False
 
     @property
+    def recovers_by_attention(self) -> bool:
+        """Return whether removed tokens are recovered by attention over what their site left."""
+        return False
+
+    @property
     def code_keys(self) -> tuple[str, ...]:
         """Return the keys (`gtp_fx.strategies.keys`) of all the code that this strategy runs."""
         return (key_of(type(self)),)

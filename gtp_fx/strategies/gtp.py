@@ -63,6 +63,7 @@ class GTP:
     code: ClassVar[str] = ""
     before_attention: ClassVar[bool] = False
     shortens_queries: ClassVar[bool] = False
+    recovers_by_attention: ClassVar[bool] = False
     restores_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

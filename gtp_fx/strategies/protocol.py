@@ -102,6 +102,14 @@ class Strategy(Protocol):
         There it is what it was plus the mean change of its neighbours. Otherwise it is its neighbours' mean.
         """
 
+    @property
+    def recovers_by_attention(self) -> bool:
+        """Return whether that mean is by the attention that a removed token pays what its site left.
+
+        It is that of the block where the site stands, at whose input queries have to be apart from keys and values
+        (`shortens_queries`). Otherwise the mean is over those that received the token.
+        """
+
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
         """Return why this strategy can't work on such tokens; empty where it can.
 

@@ -11,12 +11,19 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from gtp_fx.errors import OptionError, did_you_mean
 from gtp_fx.strategies.grouping import Grouping
 from gtp_fx.strategies.registry import register_strategy
-from gtp_fx.strategies.sites import OWN_QUERIES
+from gtp_fx.strategies.sites import NO_MAP, OWN_QUERIES
 from gtp_fx.strategies.tokens import Groups, Tokens, averaged, split
 from gtp_fx.types.axes import TokenAxis
 from gtp_fx.types.places import home_of
+
+RECOVERIES = {
+    "cells": "it changes as the semantic token of its cell",
+    "attention": "it changes as those that it attends to, by the weights of the block where it was pooled",
+}
+"""How a patch that was pooled comes back where every patch is read."""
 
 
 @register_strategy
@@ -48,6 +55,21 @@ class Semantic(Grouping):
     shortens_queries: ClassVar[bool] = True
     recovers_updates: ClassVar[bool] = True
     token_scale: bool = False
+    recovery: str = "cells"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recovery not in RECOVERIES:
+            names = "\n".join(f"  {name!r}: {meaning}" for name, meaning in RECOVERIES.items())
+            meant = did_you_mean(str(self.recovery), RECOVERIES)
+            raise OptionError(
+                f"Semantic(recovery={self.recovery!r}) is unknown{meant or ';'} recovery is one of\n{names}"
+            )
+
+    @property
+    def recovers_by_attention(self) -> bool:
+        """Return whether removed tokens are recovered by attention over what their site left."""
+        return self.recovery == "attention"
 
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
         grid = axis.domain.grid
@@ -60,7 +82,8 @@ class Semantic(Grouping):
 
     def refuse_stream(self, stream: fx.Node, axis: TokenAxis) -> str:
         if OWN_QUERIES in stream.meta:
-            return ""
+            why = stream.meta[NO_MAP] if self.recovers_by_attention else ""
+            return why and f"recovery='attention' takes the block's queries and keys alone, and {why}"
         return (
             "semantic tokens attend to the patches that they are made of, and in this block queries can't be computed "
             "apart from keys and values (its attention is spelled out, one product makes all three and can't be "

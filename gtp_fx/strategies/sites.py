@@ -15,6 +15,10 @@ OWN_QUERIES = "gtp_own_queries"
 """Meta key of a block's input that its queries and its residual add read, and its keys and values don't
 (`passes/exact/keys_apart.py`)."""
 
+NO_MAP = "gtp_no_map"
+"""Meta key of such an input: why no map of all its tokens over those that a site leaves can be made; "" where it can
+(`gtp_fx.analysis.own_queries`)."""
+
 
 class Emit(Protocol):
     """Insert a call at the place being rewritten, and return its node."""

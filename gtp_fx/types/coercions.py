@@ -30,6 +30,7 @@ from gtp_fx.types.axes import (
     token_axis,
     whole_size,
 )
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import SiteTyping, whole
 from gtp_fx.types.rules.registry import RuleResult
 
@@ -89,6 +90,16 @@ class Coercions:
 
     found: tuple[Coercion, ...]
     refused: tuple[Refusal, ...]
+
+    @property
+    def levels_recovered(self) -> frozenset[tuple[Grid, int]]:
+        """Return the sites whose removed tokens are put back: each one's grid, and its level before the site."""
+        return frozenset(
+            (step.axis.domain.grid, level)
+            for coercion in self.found
+            for step in coercion.steps
+            for level in range(step.level, step.axis.domain.level)
+        )
 
     def by_node(self) -> dict[fx.Node, list[Coercion]]:
         """Return the coercions of each reader."""

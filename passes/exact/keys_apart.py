@@ -18,6 +18,7 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.own_queries import why_no_map
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.layers import stays_whole
 from gtp_fx.graph import edit
@@ -25,7 +26,7 @@ from gtp_fx.graph.nodes import ancestors, descendants
 from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.passes.exact.split_projections import keep_rows_read, match_fused
 from gtp_fx.plan.cost.formulas import formula_of
-from gtp_fx.strategies.sites import OWN_QUERIES, Attention
+from gtp_fx.strategies.sites import NO_MAP, OWN_QUERIES, Attention
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _take_apart(graph: fx.Graph, apart: Apart, copies: dict[fx.Node, fx.Node]) -
     stream, attention = copies[apart.stream], copies[apart.attention]
     with graph.inserting_after(stream):
         own = edit.call(graph, aten.alias.default, stream, like=stream)
-    own.meta |= {"val": stream.meta["val"], OWN_QUERIES: True}
+    own.meta |= {"val": stream.meta["val"], OWN_QUERIES: True, NO_MAP: why_no_map(attention, stream)}
     inside = {copies[node] for node in apart.inside}
     stream.replace_all_uses_with(own, delete_user_cb=lambda user: user in inside)
     again = {own: stream}

@@ -15,7 +15,9 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import is_higher_order
 from gtp_fx.passes.reduce.walk import Walk
+from gtp_fx.strategies.sites import Removal
 from gtp_fx.types.coercions import Coercion, Step
+from gtp_fx.types.grids import Grid
 from gtp_fx.types.places import home_of
 
 RECOVERED = "gtp_recovered"
@@ -94,10 +96,19 @@ def _move(walk: Walk, emit: edit.Emitter, value: fx.Node, images: int, step: Ste
     removal = states[level + 1].removal
     assert removal is not None
     if (grid, level) not in walk.shares:
-        places = () if walk.places[grid] is None else (walk.places[grid],)
-        where = (removal.kept_index, removal.removed_index, home_of(grid).sides, *places)
-        walk.shares[grid, level] = emit(gtp_fx.recovery_weights.default, removal.weights, *where)
+        walk.shares[grid, level] = _shares(walk, emit, grid, level, removal)
     return (gtp_fx.recover.default, value, walk.shares[grid, level], removal.kept, removal.removed, *around)
+
+
+def _shares(walk: Walk, emit: edit.Emitter, grid: Grid, level: int, removal: Removal) -> fx.Node:
+    """Return the shares [B, P, K] of the tokens that a site left in each that it removed."""
+    if (grid, level) in walk.maps:
+        of = walk.maps[grid, level]
+        operands = (of.q, of.k, removal.removed, of.axis.prefix, of.axis.suffix, of.scale)
+        return emit(gtp_fx.attended_shares.default, *operands)
+    places = () if walk.places[grid] is None else (walk.places[grid],)
+    where = (removal.kept_index, removal.removed_index, home_of(grid).sides, *places)
+    return emit(gtp_fx.recovery_weights.default, removal.weights, *where)
 
 
 def _levels_between(step: Step) -> list[int]:

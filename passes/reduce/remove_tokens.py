@@ -25,6 +25,7 @@ from gtp_fx.errors import UnsupportedModelError
 from gtp_fx.graph import edit
 from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.passes.reduce.insert_coercions import coerce
+from gtp_fx.passes.reduce.map_tokens import map_tokens
 from gtp_fx.passes.reduce.rewrite_attention import rewrite_attention, rewrite_pooling, score_by_map, tell_scales
 from gtp_fx.passes.reduce.tie_outputs import tie_outputs
 from gtp_fx.passes.reduce.walk import Walk
@@ -58,8 +59,14 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     ends = {copies[node]: grid for node, grid in ends_before.items()}
     edges = frozenset((copies[reader], copies[stream]) for reader, stream in edges_before)
     # Types say at which level each operand comes and is needed; coercions are the differences.
-    typing = infer_with_sites(gm.graph, frozenset(filter(None, sites)), frozenset(ends), edges)
+    cuts = frozenset(filter(None, sites))
+    typing = infer_with_sites(gm.graph, cuts, frozenset(ends), edges)
     found = find_coercions(typing)
+    maps = {}
+    if plan.strategy.recovers_by_attention and found.levels_recovered:
+        maps = map_tokens(gm.graph, sites.values(), found.levels_recovered)
+        typing = infer_with_sites(gm.graph, cuts, frozenset(ends), edges)
+        found = find_coercions(typing)
     if found.refused:  # `find_sites` has checked all sites together, and a plan may use fewer
         raise UnsupportedModelError(
             "tokens can't be removed by this schedule: operators that need all of them, or those that remain, can't "
@@ -69,9 +76,9 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     gm.graph.output_node().meta[RETURNED] = returned_tokens(typing)
     coercions = found.by_node()
     args = {node: node.args for node in gm.graph.nodes}
-    maps = [block.map for block in blocks if block.map is not None]
-    weighing = {attended.product if attended.softmax is None else attended.softmax: attended for attended in maps}
-    walk = Walk(gm.graph, plan, typing, {block.attention: block for block in blocks}, weighing, args)
+    spelled = [block.map for block in blocks if block.map is not None]
+    weighing = {attended.product if attended.softmax is None else attended.softmax: attended for attended in spelled}
+    walk = Walk(gm.graph, plan, typing, {block.attention: block for block in blocks}, weighing, args, maps=maps)
     # The nodes as they are now: the walk inserts others, which need no repair.
     for node in list(gm.graph.nodes):
         answer = typing.results.get(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import fx
 from gtp_fx.analysis.attention_maps import AttentionMap
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.graph import edit
+from gtp_fx.passes.reduce.map_tokens import TokenMap
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.sites import Attention, StreamState
 from gtp_fx.types.axes import TensorType
@@ -35,6 +37,8 @@ class Walk:
     shares: the weights that recover each site's removed tokens, by stream and the level before the site.
     coerced: coerced values, by operand and what was done to it.
     stream_at_site: each stream as it entered a site, by stream and the level before the site.
+    maps: what the map of tokens over those left is made of, by stream and the level before the site; none for a
+        strategy that recovers tokens otherwise.
     """
 
     graph: fx.Graph
@@ -51,6 +55,7 @@ class Walk:
     shares: dict[tuple[Grid, int], fx.Node] = field(default_factory=dict)
     coerced: dict[Any, fx.Node] = field(default_factory=dict)
     stream_at_site: dict[tuple[Grid, int], fx.Node] = field(default_factory=dict)
+    maps: Mapping[tuple[Grid, int], TokenMap] = field(default_factory=dict)
 
     def wanted(self, node: fx.Node, position: int) -> TensorType:
         """Return the type in which `node` needs the operand that it had at `position` before the walk."""

@@ -157,6 +157,15 @@ def token_graph(sizes: Sizes) -> Size:
     return 0 if kind == "spatial" else 2 * batch * patches**2 * channels
 
 
+@formula(gtp_fx.attended_shares.default)
+def attended_shares(sizes: Sizes) -> Size:
+    """Count the product of every removed token's query with every key of the patches that are left, for every head."""
+    arguments: tuple[Any, ...] = sizes.node.args
+    batch, heads, keys, features = sizes(1)
+    removed = sizes(2)[1]
+    return 2 * batch * heads * removed * (keys - arguments[3] - arguments[4]) * features
+
+
 @formula(gtp_fx.recover.default)
 def recover(sizes: Sizes) -> Size:
     """Count the product of every recovered token with every patch that was kept."""

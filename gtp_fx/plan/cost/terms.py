@@ -6,18 +6,21 @@ The same terms serve both currencies, FLOPs and seconds: a term says what is don
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
+from gtp_fx.analysis.own_queries import own_queries
+from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.operators import CONVOLUTIONS, MATRIX_PRODUCTS, TRANSPOSED_CONVOLUTIONS
 from gtp_fx.graph.symbols import at_batch
 from gtp_fx.plan.cost.count import node_flops
 from gtp_fx.plan.cost.formulas import Sizes, formula_of
 from gtp_fx.plan.cost.fusion import Group, fused_groups
+from gtp_fx.plan.cost.maps import Counts, map_works
 from gtp_fx.plan.site import Site
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.strategies.sites import SiteShape
@@ -27,9 +30,6 @@ from gtp_fx.types.coercions import Coercions, find_coercions
 from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import SiteTyping, Typing
 from gtp_fx.types.rules.registry import WEIGHS
-
-Counts = Callable[[TokenDomain], Any]
-"""Return the number of patches in a domain: an int, or an array of candidate counts."""
 
 _ATTENTION = aten.scaled_dot_product_attention.default
 
@@ -62,7 +62,10 @@ def terms_of(
     """
     at = {(site.domain.grid, site.domain.level): place for place, site in enumerate(sites) if site.branch is None}
     terms = [*graph_terms(typing, batch)]
-    terms += _recovery_terms(find_coercions(typing), at, batch)
+    coercions = find_coercions(typing)
+    terms += _recovery_terms(coercions, at, batch)
+    if strategy.recovers_by_attention:
+        terms += _map_terms(typing, sites, [at[level] for level in coercions.levels_recovered if level in at], batch)
     # A site whose token scales nothing reads later doesn't compute them.
     readers = _key_types(typing) if strategy.reads_scales else []
     readers += _pooled_types(typing) if strategy.weighted_pooling else []
@@ -216,6 +219,21 @@ def _recovery_works(
         return [Work("gather", flops, number * each * (kept + 2 * all_) * itemsize, launches=2)]
 
     return works
+
+
+def _map_terms(typing: SiteTyping, sites: tuple[Site, ...], places: list[int], batch: int) -> Iterator[Term]:
+    """Yield the work of the maps by which the tokens of some sites are recovered. places: positions of those."""
+    blocks = {block.index: block for block in typed_graph(typing.graph).blocks}
+
+    def products(nodes: Sequence[fx.Node], count: Counts) -> list[Work]:
+        return [node_work(node, typing, count, batch) for node in nodes if formula_of(node) is not None]
+
+    for place in places:
+        site, parts = sites[place], own_queries(blocks[sites[place].block])
+        assert parts is not None, "the strategy refuses other blocks"
+        works = lambda count, site=site, parts=parts: map_works(site, parts, products, count, batch)  # noqa: E731
+        around = (site.domain, site.domain.at(site.domain.level + 1))
+        yield Term(frozenset(domain for domain in around if domain.level), works, place)
 
 
 def _scale_terms(typing: SiteTyping, batch: int) -> Iterator[Term]:
