@@ -8,12 +8,14 @@ Computed once more, each from the other's input, they make a map of all tokens t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.fused_projections import match_fused
+from gtp_fx.capture.layers import stays_whole
 from gtp_fx.graph.nodes import ancestors, descendants
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.strategies.sites import OWN_QUERIES, Attention
@@ -26,12 +28,14 @@ class OwnQueries:
     own: the input that queries are computed from, after which a site can stand.
     stream: the input that keys are computed from, the same value under another name.
     queries, keys: the nodes between these and the attention's queries and keys, in graph order; the last are those.
+    rows_for_keys: of each projection that makes keys and values at once, how many rows make keys.
     """
 
     own: fx.Node
     stream: fx.Node
     queries: tuple[fx.Node, ...]
     keys: tuple[fx.Node, ...]
+    rows_for_keys: Mapping[fx.Node, int]
 
 
 def own_queries(block: AttentionBlock) -> OwnQueries | None:
@@ -41,7 +45,8 @@ def own_queries(block: AttentionBlock) -> OwnQueries | None:
         return None
     (stream,) = own.all_input_nodes
     operands = Attention.of(block.attention)
-    return OwnQueries(own, stream, _between(own, operands.q), _between(stream, operands.k))
+    queries, keys = _between(own, operands.q), _between(stream, operands.k)
+    return OwnQueries(own, stream, queries, keys, _rows_for(keys))
 
 
 def why_no_map(attention: fx.Node, stream: fx.Node) -> str:
@@ -62,6 +67,17 @@ def why_no_map(attention: fx.Node, stream: fx.Node) -> str:
 
 def _between(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
     """Return the nodes by which `end` is computed from `start`, which isn't one of them."""
-    on_the_way: Sequence[fx.Node] = list(start.graph.nodes)
     found = (ancestors(end) | {end}) & descendants(start)
-    return tuple(node for node in on_the_way if node in found)
+    return tuple(node for node in start.graph.nodes if node in found)
+
+
+def _rows_for(nodes: Collection[fx.Node]) -> dict[fx.Node, int]:
+    """Return the rows that are for `nodes`, of each projection among them that can be split and has others too."""
+    found = {}
+    for node in nodes:
+        fused, gm = match_fused(node), node.graph.owning_module
+        if fused is not None and gm is not None and not stays_whole(gm, node):
+            units = [part.stop - part.start for part in fused.parts if part.node in nodes]
+            if 0 < len(units) < len(fused.parts):
+                found[node] = sum(units) * fused.rows
+    return found

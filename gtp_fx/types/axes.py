@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from gtp_fx.types.grids import Grid, GridAxis
 
@@ -91,6 +92,9 @@ class TokenAxis:
 Factor = Plain | GridAxis | TokenAxis
 Dim = tuple[Factor, ...]
 TensorType = tuple[Dim, ...]
+Counts = Callable[[TokenDomain], Any]
+"""Return the number of patches in a domain: an int, or an array of candidate counts."""
+
 CountOf = Callable[[TokenDomain], int]
 """A function from a domain to its number of patch tokens in the plan; `whole_count` for the original graph."""
 

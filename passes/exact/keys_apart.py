@@ -18,13 +18,14 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.fused_projections import match_fused
 from gtp_fx.analysis.own_queries import why_no_map
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.layers import stays_whole
 from gtp_fx.graph import edit
 from gtp_fx.graph.nodes import ancestors, descendants
 from gtp_fx.graph.operators import ATTENTION
-from gtp_fx.passes.exact.split_projections import keep_rows_read, match_fused
+from gtp_fx.passes.exact.split_projections import keep_rows_read
 from gtp_fx.plan.cost.formulas import formula_of
 from gtp_fx.strategies.sites import NO_MAP, OWN_QUERIES, Attention
 

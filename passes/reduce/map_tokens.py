@@ -5,7 +5,7 @@
                └─ norm ─ k again
 
 What makes a block's queries is computed once more from what enters the site, and what makes its keys from what it
-leaves. The copies are made before the graph is typed, so that types repair them like everything else.
+leaves; values aren't. The copies are made before the graph is typed, so that types repair them like everything else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.own_queries import OwnQueries, own_queries
+from gtp_fx.graph.verify import propagate_shapes
+from gtp_fx.passes.exact.split_projections import keep_rows_read
 from gtp_fx.strategies.sites import Attention
 from gtp_fx.types.axes import TokenAxis
 from gtp_fx.types.grids import Grid
@@ -40,8 +42,8 @@ class TokenMap:
     axis: TokenAxis
 
 
-def map_tokens(graph: fx.Graph, sites: Iterable[AttentionBlock], wanted: Collection[Level]) -> dict[Level, TokenMap]:
-    """Insert what the maps of some sites are made of.
+def map_tokens(gm: fx.GraphModule, sites: Iterable[AttentionBlock], wanted: Collection[Level]) -> dict[Level, TokenMap]:
+    """Insert what the maps of some sites are made of, in place.
 
     sites: the blocks at whose inputs there are sites, in graph order.
     """
@@ -53,20 +55,24 @@ def map_tokens(graph: fx.Graph, sites: Iterable[AttentionBlock], wanted: Collect
         if (grid, level) in wanted:
             parts = own_queries(block)
             assert parts is not None, "the strategy refuses other blocks"
-            found[grid, level] = _mapped(graph, block, parts)
+            found[grid, level] = _mapped(gm.graph, block, parts)
+    propagate_shapes(gm, after=map_tokens.__name__)
     return found
 
 
 def _mapped(graph: fx.Graph, block: AttentionBlock, parts: OwnQueries) -> TokenMap:
-    q = _again(graph, parts.queries, parts.own, parts.stream)
-    k = _again(graph, parts.keys, parts.stream, parts.own)
-    return TokenMap(q, k, Attention.of(block.attention).scale, block.axis)
+    queries = _again(graph, parts.queries, parts.own, parts.stream)
+    keys = _again(graph, parts.keys, parts.stream, parts.own)
+    for linear in parts.rows_for_keys:
+        keep_rows_read(graph, keys[linear])
+    operands = Attention.of(block.attention)
+    return TokenMap(queries[operands.q], keys[operands.k], operands.scale, block.axis)
 
 
-def _again(graph: fx.Graph, nodes: Sequence[fx.Node], start: fx.Node, other: fx.Node) -> fx.Node:
-    """Copy some nodes, for which `other` is what `start` is for them; return the copy of the last."""
+def _again(graph: fx.Graph, nodes: Sequence[fx.Node], start: fx.Node, other: fx.Node) -> dict[fx.Node, fx.Node]:
+    """Copy some nodes, for which `other` is what `start` is for them; return each one's copy."""
     copies = {start: other}
     for node in nodes:
         with graph.inserting_after(node):
             copies[node] = graph.node_copy(node, lambda operand: copies.get(operand, operand))
-    return copies[nodes[-1]]
+    return copies

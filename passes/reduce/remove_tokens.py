@@ -64,7 +64,7 @@ def remove_tokens(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     found = find_coercions(typing)
     maps = {}
     if plan.strategy.recovers_by_attention and found.levels_recovered:
-        maps = map_tokens(gm.graph, sites.values(), found.levels_recovered)
+        maps = map_tokens(gm, sites.values(), found.levels_recovered)
         typing = infer_with_sites(gm.graph, cuts, frozenset(ends), edges)
         found = find_coercions(typing)
     if found.refused:  # `find_sites` has checked all sites together, and a plan may use fewer

@@ -296,6 +296,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "weighted_mean": (x, scores + 1, 0, 1, 1, 0, True),
         "take_tokens": (x[None], kept, 1, 2, 1, 0),
         "recovery_weights": (weights, kept, propagated, GRID),
+        "attended_shares": (q, k[:, :, :9], propagated, 1, 0),
         "idle": (x[:, :9], torch.zeros(1, 12, 2, dtype=torch.int64), kept, propagated, 1, 0),
         "recover": (x[:, :9], ops.recovery_weights(weights, kept, propagated, GRID), kept, propagated, 0, 1, 1, 0),
     }

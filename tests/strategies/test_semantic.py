@@ -1,24 +1,29 @@
 """Cells of semantic tokens: exact in number for any count, nested, square where a square of them is asked for.
 
-What the strategy does with them equals the reference in test_strategies.py.
+What the strategy does with them equals the reference in test_strategies.py; how patches come back is here.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gtp_fx
 from gtp_fx.strategies import Semantic, Tokens
-from gtp_fx.strategies.semantic import cells
+from gtp_fx.strategies.semantic import RECOVERIES, cells
 
+from support import reference_strategies as by_hand
 from support.captured import Built, optimised
 from support.plain_vit import built
-from support.zoo import BY_NAME
+from support.zoo import BY_NAME, enliven, in_tiers
 
 
 @pytest.mark.parametrize("grid", [[6, 5], [7, 7], [1, 9], [11], [3, 4, 2], [-3, 2, 3]], ids=str)
@@ -56,6 +61,59 @@ def test_a_square_of_cells_is_adaptive_pooling(side: int) -> None:
     wanted = F.adaptive_avg_pool2d(x_BnC.mT.reshape(2, 5, 8, 8), side).flatten(2).mT
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
     assert (groups.size_BK == 64 / side**2).all()
+
+
+def dense(**kwargs: Any) -> VisionTransformer:
+    """Returns every token, of 6 x 6 patches and a class token."""
+    small = {"depth": 4, "embed_dim": 32, "num_heads": 2, "img_size": 24, "patch_size": 4}
+    model = timm.create_model("vit_tiny_patch16_224", **small, num_classes=0, global_pool="", **kwargs)
+    return enliven(model).eval()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", in_tiers([[0, 14, 0, 0], [0, 9, 0, 12]], [0, 14, 0, 0]), ids=str)
+def test_removed_patches_are_recovered_as_by_hand(schedule: list[int]) -> None:
+    """To 1e-5 of the largest: the reference is float64. FLOPs are those that were priced, or `optimize` would fail."""
+    model, x = dense(qk_norm=True), torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for recovery in RECOVERIES:
+        strategy = Semantic(recovery=recovery)
+        found[recovery] = gtp_fx.optimize(model, schedule=schedule, strategy=strategy, compile=False)(x)
+        choose = functools.partial(by_hand.semantic, sides=(6, 6))
+        how = by_hand.Told(choose, before=True, to_all=True, attends=recovery == "attention")
+        wanted = by_hand.strategy_reference(model, x, schedule, how)
+        assert wanted.shape == (2, 37, 32)
+        assert (found[recovery] - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert (found["cells"] - found["attention"]).abs().max() > 1e-2 * found["cells"].abs().max()
+
+
+class Biased(nn.Module):
+    """Two blocks whose logits have a bias, as of relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm, self.qkv = nn.Conv2d(3, 32, 4, 4), nn.LayerNorm(32), nn.Linear(32, 96)
+        self.bias = nn.Parameter(torch.randn(1, 4, 36, 36))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patches(image).flatten(2).mT
+        for _ in range(2):
+            q, k, v = self.qkv(self.norm(x)).reshape(-1, 36, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+            x = x + F.scaled_dot_product_attention(q, k, v, self.bias).transpose(1, 2).flatten(2)
+            x = x + x.tanh()
+        return x
+
+
+def test_where_the_map_cannot_be_made_it_is_refused() -> None:
+    source = Built(lambda: built(Biased), (3, 24, 24))
+    assert optimised(source, strategy=Semantic(), schedule=[10, 0]).report.recovered
+    with pytest.raises(gtp_fx.UnsupportedModelError, match="its logits have a bias"):
+        optimised(source, strategy=Semantic(recovery="attention"), schedule=[10, 0])
+
+
+def test_recovery_is_one_of_two() -> None:
+    with pytest.raises(gtp_fx.OptionError, match="did you mean 'attention'"):
+        Semantic(recovery="atention")
 
 
 class SpelledOut(nn.Module):

@@ -15,6 +15,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from support.reference_recovery import Left, everyone_back
+
 
 @dataclass
 class Seen:
@@ -246,13 +248,15 @@ def semantic(seen: Seen, sides: tuple[int, int]) -> Choice:
 @dataclass
 class Told:
     """How the walk uses a chooser: whether attention gets sizes, where it chooses, whether what is left there attends
-    to all that was, whether tokens are restored."""
+    to all that was, whether tokens are restored. attends: everyone is back before the last norm, as in
+    `reference_recovery`; nobody where None."""
 
     choose: Chooser
     told: bool = False
     before: bool = False
     to_all: bool = False
     idles: Callable[[Seen], list[float]] | None = None
+    attends: bool | None = None
     stream: dict[str, Any] = field(default_factory=dict)
 
 
@@ -272,13 +276,16 @@ def _one_image(model: VisionTransformer, image: Tensor, schedule: Sequence[int],
     prefix, (rows, columns) = model.num_prefix_tokens, model.patch_embed.grid_size
     places = [(r, c) for r in range(rows) for c in range(columns)]
     sizes, memory = [1.0] * len(places), None
+    sites: list[Left] = []
     waiting_GC, waiting_scores, chosen = None, [0.0] * len(places), list(range(len(places)))
     for block, removed in zip(model.blocks, schedule, strict=True):
         of_keys_NC, of_keys = x_NC, sizes
         if how.before and removed:
             nothing = torch.zeros(0)
             seen = Seen(x_NC[prefix:], nothing, nothing, nothing, sizes, places, prefix, removed, memory)
-            x_NC, sizes, places, memory = _carried_out(x_NC, how.choose(seen), seen)
+            choice = how.choose(seen)
+            x_NC, sizes, places, memory = _carried_out(x_NC, choice, seen)
+            sites.append(Left(block, of_keys_NC, x_NC, choice.made_of))
         attention = block.attn
         y_NC = block.norm1(x_NC)
         count, heads = len(y_NC), attention.num_heads
@@ -312,6 +319,8 @@ def _one_image(model: VisionTransformer, image: Tensor, schedule: Sequence[int],
     if waiting_GC is not None:
         waiting_GC[chosen] = x_NC[prefix:]
         x_NC = torch.cat([x_NC[:prefix], waiting_GC])
+    if how.attends is not None:
+        x_NC = everyone_back(x_NC, sites, prefix, how.attends)
     return model.forward_head(model.norm(x_NC[None]))
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gtp_fx.plan.cost.terms import Counts, Term
+from gtp_fx.plan.cost.terms import Term
 from gtp_fx.plan.site import Site
-from gtp_fx.types.axes import TokenDomain
+from gtp_fx.types.axes import Counts, TokenDomain
 from gtp_fx.types.grids import Grid
 
 Numbers = NDArray[Any]

@@ -20,12 +20,12 @@ from gtp_fx.graph.symbols import at_batch
 from gtp_fx.plan.cost.count import node_flops
 from gtp_fx.plan.cost.formulas import Sizes, formula_of
 from gtp_fx.plan.cost.fusion import Group, fused_groups
-from gtp_fx.plan.cost.maps import Counts, map_works
+from gtp_fx.plan.cost.maps import map_works
 from gtp_fx.plan.site import Site
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.strategies.sites import SiteShape
 from gtp_fx.targets.work import Work
-from gtp_fx.types.axes import Dim, TensorType, TokenAxis, TokenDomain, token_axes
+from gtp_fx.types.axes import Counts, Dim, TensorType, TokenAxis, TokenDomain, token_axes
 from gtp_fx.types.coercions import Coercions, find_coercions
 from gtp_fx.types.grids import Grid
 from gtp_fx.types.infer import SiteTyping, Typing
@@ -225,8 +225,8 @@ def _map_terms(typing: SiteTyping, sites: tuple[Site, ...], places: list[int], b
     """Yield the work of the maps by which the tokens of some sites are recovered. places: positions of those."""
     blocks = {block.index: block for block in typed_graph(typing.graph).blocks}
 
-    def products(nodes: Sequence[fx.Node], count: Counts) -> list[Work]:
-        return [node_work(node, typing, count, batch) for node in nodes if formula_of(node) is not None]
+    def products(nodes: Sequence[fx.Node], count: Counts) -> dict[fx.Node, Work]:
+        return {node: node_work(node, typing, count, batch) for node in nodes if formula_of(node) is not None}
 
     for place in places:
         site, parts = sites[place], own_queries(blocks[sites[place].block])
