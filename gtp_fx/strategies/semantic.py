@@ -46,6 +46,11 @@ class Semantic(Grouping):
     docs/method.md says where this departs from the publication.
 
     token_scale: adds the log of a token's patch count to attention's logits, which the publication doesn't do.
+    recovery: where every patch is read, a removed one is what it was plus R @ (the change since then of the tokens that
+        its site left, each from what the patch in its place was). "cells": R takes that of the patch's own cell.
+        "attention", STViT-R's: R [removed, cells] is softmax(q·kᵀ/√D), the mean over heads, with queries of the removed
+        patches and keys of the semantic tokens, made by the norm and the projections of the block where the site
+        stands. Attention with a bias is refused then. Nothing is trained for it; "cells" has kept more.
     """
 
     name: ClassVar[str] = "semantic"
