@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
+from gtp_fx.capture.layers import stays_whole
 from gtp_fx.graph.nodes import only_user
 from gtp_fx.graph.operators import PERMUTATIONS, REARRANGED, SQUEEZES
 from gtp_fx.graph.rearrangements import order_of
@@ -77,6 +79,18 @@ def match_fused(linear: fx.Node) -> FusedProjection | None:
     if any(first.stop > second.start for first, second in itertools.pairwise(found)):
         return None
     return FusedProjection(linear, view, permute, unit_dim, features // units, tuple(found))
+
+
+def rows_for(nodes: Collection[fx.Node]) -> dict[fx.Node, int]:
+    """Return the rows that are for `nodes`, of each projection among them that can be split and has others too."""
+    found = {}
+    for node in nodes:
+        fused, gm = match_fused(node), node.graph.owning_module
+        if fused is not None and gm is not None and not stays_whole(gm, node):
+            units = [part.stop - part.start for part in fused.parts if part.node in nodes]
+            if 0 < len(units) < len(fused.parts):
+                found[node] = sum(units) * fused.rows
+    return found
 
 
 def _after_idle(node: fx.Node) -> fx.Node:

@@ -8,14 +8,13 @@ Computed once more, each from the other's input, they make a map of all tokens t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock
-from gtp_fx.analysis.fused_projections import match_fused
-from gtp_fx.capture.layers import stays_whole
+from gtp_fx.analysis.fused_projections import rows_for
 from gtp_fx.graph.nodes import ancestors, descendants
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.strategies.sites import OWN_QUERIES, Attention
@@ -46,7 +45,7 @@ def own_queries(block: AttentionBlock) -> OwnQueries | None:
     (stream,) = own.all_input_nodes
     operands = Attention.of(block.attention)
     queries, keys = _between(own, operands.q), _between(stream, operands.k)
-    return OwnQueries(own, stream, queries, keys, _rows_for(keys))
+    return OwnQueries(own, stream, queries, keys, rows_for(keys))
 
 
 def why_no_map(attention: fx.Node, stream: fx.Node) -> str:
@@ -69,15 +68,3 @@ def _between(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
     """Return the nodes by which `end` is computed from `start`, which isn't one of them."""
     found = (ancestors(end) | {end}) & descendants(start)
     return tuple(node for node in start.graph.nodes if node in found)
-
-
-def _rows_for(nodes: Collection[fx.Node]) -> dict[fx.Node, int]:
-    """Return the rows that are for `nodes`, of each projection among them that can be split and has others too."""
-    found = {}
-    for node in nodes:
-        fused, gm = match_fused(node), node.graph.owning_module
-        if fused is not None and gm is not None and not stays_whole(gm, node):
-            units = [part.stop - part.start for part in fused.parts if part.node in nodes]
-            if 0 < len(units) < len(fused.parts):
-                found[node] = sum(units) * fused.rows
-    return found

@@ -26,6 +26,7 @@ from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.coarse_steps import cells_of, coarse_steps
+from gtp_fx.analysis.patch_keys import PatchKeys, find_patch_keys
 from gtp_fx.analysis.window_cells import Cells
 from gtp_fx.analysis.window_forms import Forms, NoRest
 from gtp_fx.analysis.window_steps import Step
@@ -47,6 +48,7 @@ class Rest:
     result: its last add.
     steps: what its nodes do for fewer windows, in order; the last one is the result's.
     coarse: what they do for the cells of windows that rest.
+    patch_keys: what of them runs on cells where these attend to all of their window's patches, or why they can't.
     cells: of a window.
     by_window: those of its nodes that run on windows, with their padding; the others run on patches.
     rows: the layout by window, [images and windows, patches]; features follow.
@@ -60,6 +62,7 @@ class Rest:
     result: fx.Node
     steps: tuple[Step, ...]
     coarse: tuple[Step, ...]
+    patch_keys: PatchKeys | NoRest
     cells: Cells
     by_window: frozenset[fx.Node]
     rows: TensorType
@@ -87,9 +90,15 @@ class Rest:
         """Return the share of a node's work that one window without padding has, of all windows of an image."""
         return Fraction(1, self.windows) if node in self.by_window else Fraction(whole_size(self.rows[1]), self.tokens)
 
-    def coarse_share(self, node: fx.Node) -> Fraction:
-        """Return the share of a node's work that the cells of one window have, of all windows of an image."""
+    def coarse_share(self, node: fx.Node, keys: str) -> Fraction:
+        """Return the share of a node's work that is done for one window that rests, of all windows of an image.
+
+        keys: what its cells attend to, "cells" or "patches".
+        """
         fewer = Fraction(self.cells.count, self.cells.places)
+        if keys == "patches":
+            assert isinstance(self.patch_keys, PatchKeys), "the plan lets other windows rest"
+            return self.share(node) * self.patch_keys.share(node, fewer)
         return self.share(node) * (fewer**2 if node.target in ATTENTION else fewer)
 
     @property
@@ -102,7 +111,8 @@ class Rest:
         steps, coarse = (tuple(step.copied(at) for step in steps) for steps in (self.steps, self.coarse))
         sizes, made = (tuple(at[node] for node in nodes) for nodes in (self.sizes, self.made))
         by_window = frozenset(at[node] for node in self.by_window)
-        ends = replace(self, stream=at[self.stream], result=at[self.result])
+        keys = self.patch_keys.copied(at) if isinstance(self.patch_keys, PatchKeys) else self.patch_keys
+        ends = replace(self, stream=at[self.stream], result=at[self.result], patch_keys=keys)
         return replace(ends, steps=steps, coarse=coarse, by_window=by_window, sizes=sizes, made=made)
 
 
@@ -141,7 +151,8 @@ def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
         raise NoRest("something reads the size of a value inside it")
     count = math.prod(f.whole_size for f in windows)
     by_window = frozenset(node for node in nodes if forms.of[node] is not None)
-    return Rest(stream, result, steps, coarse, cells, by_window, rows, count, whole, tuple(sizes), tuple(made))
+    keys = find_patch_keys(block.attention, nodes, coarse)
+    return Rest(stream, result, steps, coarse, keys, cells, by_window, rows, count, whole, tuple(sizes), tuple(made))
 
 
 def whole_windows(rows: TensorType) -> int:

@@ -38,7 +38,8 @@ class Candidates:
     placed: the blocks at which the strategy would remove tokens or let them skip a branch, if it could.
     left_out: why it can't, for some of these, by block number.
     rests: the blocks whose windows can rest, where the strategy lets them, by number.
-    restless: why the windows of other blocks can't, so that tokens skip the branch there.
+    restless: why the windows of other blocks can't, so that tokens skip the branch there; with a strategy of which none
+        do, these blocks are left out.
     """
 
     sites: tuple[Site, ...]
@@ -61,6 +62,11 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
     placed = [*placed_blocks(blocks, strategy), *(block for block, _ in branched)]
     left_out = {b.index: Refusal(b.layer, strategy.name, why) for b in placed if (why := why_unfit(b, strategy))}
     branched = [(block, branch) for block, branch in branched if block.index not in left_out]
+    rests, restless = _rests(typed, [block for block, _ in branched], strategy)
+    if not strategy.skips_branches:
+        left_out |= restless
+        branched = [(block, branch) for block, branch in branched if block.index in rests]
+        restless = {}
     removing = removing_blocks(blocks, strategy)
     if not removing and not branched:
         if left_out:
@@ -77,13 +83,6 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
     removing = [block for block in removing if block.index not in needed]
     cuts = _cuts(removing, strategy)
     # Blocks with a branch keep their grid whole, so they are typed without sites.
-    asked = typed.rests if strategy.rests_windows else {}
-    rests = {block.index: rest for block, _ in branched if isinstance(rest := asked.get(block.index), Rest)}
-    restless = {
-        block.index: refusal(block.attention, f"its windows can't rest, so their tokens skip the branch: {reason}")
-        for block, _ in branched
-        if isinstance(reason := asked.get(block.index), NoRest)
-    }
     sites = [
         _rest_site(block, rests[block.index], typed.whole, strategy, len(blocks))
         if block.index in rests
@@ -107,6 +106,26 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
         rests,
         restless,
     )
+
+
+def _rests(
+    typed: TypedGraph, branched: Sequence[AttentionBlock], strategy: Strategy
+) -> tuple[dict[int, Rest], dict[int, Refusal]]:
+    """Return the blocks with a branch whose windows can rest, where the strategy lets them, and why others' can't."""
+    rests: dict[int, Rest] = {}
+    restless: dict[int, Refusal] = {}
+    instead = "so their tokens skip the branch"
+    if not strategy.skips_branches:
+        instead = f"and strategy {strategy.name!r} lets no tokens skip the branch"
+    for block in branched if strategy.rests_windows else ():
+        found = typed.rests[block.index]
+        why = found.patch_keys if isinstance(found, Rest) and strategy.rest_keys == "patches" else found
+        if isinstance(why, NoRest):
+            restless[block.index] = refusal(block.attention, f"its windows can't rest, {instead}: {why}")
+        else:
+            assert isinstance(found, Rest)
+            rests[block.index] = found
+    return rests, restless
 
 
 def no_sites(typed: TypedGraph) -> Candidates:

@@ -104,6 +104,7 @@ class Grouping:
         """Return what a token of a window that rests gets of its cell's change; 0 for nothing."""
         return 0.0
 
+    rest_keys: ClassVar[str] = "cells"
     recovers_updates: ClassVar[bool] = False
 
     @property
@@ -140,7 +141,7 @@ class Grouping:
         return range(blocks)
 
     def refuse(self, axis: TokenAxis, skipping: bool = False) -> str:
-        if skipping and not self.skips_branches:
+        if skipping and not self.skips_branches and not self.rests_windows:
             return (
                 f"{self.name} shortens a stream, and here the grid has to stay whole, so that tokens can only skip "
                 f"branches: strategies 'regeneration', 'gtp', 'idle' and 'topk' do that"

@@ -64,6 +64,8 @@ class GTP:
     before_attention: ClassVar[bool] = False
     shortens_queries: ClassVar[bool] = False
     recovers_by_attention: ClassVar[bool] = False
+    skips_branches: ClassVar[bool] = True
+    rest_keys: ClassVar[str] = "cells"
     restores_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

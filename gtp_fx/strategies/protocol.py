@@ -96,6 +96,14 @@ class Strategy(Protocol):
         """Return what a token of a window that rests gets of its cell's change, in [0, 1]; 0 for nothing."""
 
     @property
+    def rest_keys(self) -> str:
+        """Return what the cells of a window that rests attend to: "cells", or all of the window's "patches"."""
+
+    @property
+    def skips_branches(self) -> bool:
+        """Return whether tokens may skip a branch where a grid has to stay whole."""
+
+    @property
     def recovers_updates(self) -> bool:
         """Return whether a removed token is recovered in its residual stream.
 

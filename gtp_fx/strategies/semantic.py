@@ -43,6 +43,10 @@ class Semantic(Grouping):
     for more, so that a later site pools semantic tokens in the same way, each weighted by the patches that it stands
     for. For positions that are read later, a semantic token has the place of the one nearest to its cell's middle.
 
+    Where a block attends in windows and keeps them apart, whole ones are pooled: those whose tokens differ least, by
+    cells of up to 4 x 4. There too, what is pooled attends to all patches of the window, and each patch gets what its
+    cell changes by. A schedule counts windows.
+
     docs/method.md says where this departs from the publication.
 
     token_scale: adds the log of a token's patch count to attention's logits, which the publication doesn't do.
@@ -59,6 +63,7 @@ class Semantic(Grouping):
     before_attention: ClassVar[bool] = True
     shortens_queries: ClassVar[bool] = True
     recovers_updates: ClassVar[bool] = True
+    rest_keys: ClassVar[str] = "patches"
     token_scale: bool = False
     recovery: str = "cells"
 
@@ -70,6 +75,16 @@ class Semantic(Grouping):
             raise OptionError(
                 f"Semantic(recovery={self.recovery!r}) is unknown{meant or ';'} recovery is one of\n{names}"
             )
+
+    @property
+    def rests_windows(self) -> bool:
+        """Return True: in windows, whole ones are pooled."""
+        return True
+
+    @property
+    def rest_share(self) -> float:
+        """Return 1: a patch gets all that its semantic token has changed by."""
+        return 1.0
 
     @property
     def recovers_by_attention(self) -> bool:

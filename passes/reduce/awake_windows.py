@@ -52,11 +52,12 @@ class Awake(Protocol):
 class RestingCells:
     """The windows that rest: [images and windows, cells, features].
 
-    windows: as in `Awake`.
+    windows: as in `Awake`. rows: [images and windows, patches, features].
     """
 
     windows: fx.Node | None
     entries: fx.Node
+    rows: fx.Node
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class WholeRows:
     def resting(self, call: Emit) -> RestingCells:
         windows = call(gtp_fx.awake_rows.default, self.quiet, self.rest.windows)
         rows = call(aten.index_select.default, self.rows, 0, windows)
-        return RestingCells(windows, self.tables.pooled(call, rows))
+        return RestingCells(windows, self.tables.pooled(call, rows), rows)
 
     def back(self, call: Emit, result: fx.Node, change: fx.Node | None, kind: TensorType) -> fx.Node:
         rank = call(gtp_fx.window_ranks.default, self.chosen, self.rest.windows)
@@ -239,7 +240,7 @@ class PaddedWindows:
             none = read(np.zeros(0, np.int64), self.rest.stream)
             all_of = call(gtp_fx.awake_of_padded.default, self.quiet, read(self.able, self.rest.stream), none)
             windows = call(gtp_fx.awake_rows.default, all_of, self.rest.windows)
-        return RestingCells(windows, self.tables.pooled(call, rows))
+        return RestingCells(windows, self.tables.pooled(call, rows), rows)
 
     def back(self, call: Emit, result: fx.Node, change: fx.Node | None, kind: TensorType) -> fx.Node:
         features = whole_size(kind[-1])

@@ -4,7 +4,8 @@ For each block whose site in the plan is one where windows rest:
   1. Its stream is arranged by window, [images and windows, tokens, features].
   2. The windows whose tokens differ most from their mean are taken out, equally many of each image.
   3. The block's nodes run on these: what rearranges tokens is gone, masks by window are taken for them.
-  4. Of the windows that rest, the mean token of each cell is taken, and the same nodes run on these few.
+  4. Of the windows that rest, the mean token of each cell is taken, and the same nodes run on these few, among which
+     they attend, or to all patches of their window, as the strategy says.
   5. All are put back, and return to the stream's layout. A token of a window that rests gets a share of what its cell
      has changed by, as the strategy says.
 
@@ -22,6 +23,7 @@ from fractions import Fraction
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
+from gtp_fx.analysis.patch_keys import PatchKeys
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.analysis.window_steps import CROP, PAD, Sampled, Step
@@ -29,8 +31,11 @@ from gtp_fx.graph import edit
 from gtp_fx.graph.constants import Constants
 from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.graph.symbols import is_symbolic, shape_of
+from gtp_fx.graph.verify import propagate_shapes
+from gtp_fx.passes.exact.split_projections import keep_rows_read
 from gtp_fx.passes.reduce.awake_windows import Awake, PaddedWindows, RestingCells, WholeRows
 from gtp_fx.plan.plan import Plan
+from gtp_fx.strategies import Strategy
 from gtp_fx.strategies.sites import Attention, Emit
 from gtp_fx.types.axes import whole_size
 from gtp_fx.types.infer import WholeTyping, infer_types
@@ -44,18 +49,25 @@ def rest_windows(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     constants = Constants(gm)
     rests = {number: rest.copied(copies) for number, rest in found.items() if isinstance(rest, Rest)}
     # From the last to the first: what a later block reads of an earlier one's result is replaced with that result.
+    joint: list[fx.Node] = []
     for number, resting in sorted(plan.resting.items(), reverse=True):
-        _let_rest(gm.graph, rests[number], resting, plan.strategy.rest_share, typing, constants)
+        joint += _let_rest(gm.graph, rests[number], resting, plan.strategy, typing, constants)
+    edit.finish(gm)
+    if joint:
+        propagate_shapes(gm, after=rest_windows.__name__)
+        for linear in joint:
+            keep_rows_read(gm.graph, linear)
     return edit.finish(gm)
 
 
 def _let_rest(
-    graph: fx.Graph, rest: Rest, resting: int, share: float, typing: WholeTyping, constants: Constants
-) -> None:
-    """Rewrite one block.
+    graph: fx.Graph, rest: Rest, resting: int, strategy: Strategy, typing: WholeTyping, constants: Constants
+) -> list[fx.Node]:
+    """Rewrite one block. resting: how many windows of each image rest.
 
-    resting: how many windows of each image rest. share: of its cell's change, what a token of these gets.
+    Returns projections of which not all rows are read.
     """
+    share = strategy.rest_share
     stream, result = typing.type(rest.stream), typing.type(rest.result)
     call = edit.Emitter(graph, like=rest.steps[0].node)
     with graph.inserting_before(rest.stream.next):
@@ -68,20 +80,47 @@ def _let_rest(
         fewer = {rest.stream: awake.entries}
         for step in rest.steps:
             fewer[step.node] = _run(graph, step, fewer, awake)
-        change = _change(graph, call, rest, awake.resting(call), share, constants) if resting and share else None
+        change, joint = None, list[fx.Node]()
+        if resting and share:
+            cells, at = awake.resting(call), _At(rest, constants)
+            made, joint = (_on_patches if strategy.rest_keys == "patches" else _on_cells)(graph, rest, cells, at)
+            change = call(aten.sub.Tensor, made, cells.entries)
+            change = change if share == 1 else call(aten.mul.Tensor, change, share)
         whole = awake.back(call, fewer[rest.result], change, result)
     edit.replace(rest.result, whole)
+    return joint
 
 
-def _change(
-    graph: fx.Graph, call: Emit, rest: Rest, resting: RestingCells, share: float, constants: Constants
-) -> fx.Node:
-    """Insert what the block does for the cells of windows that rest; return the share of their change, by cell."""
+def _on_cells(graph: fx.Graph, rest: Rest, resting: RestingCells, at: _At) -> tuple[fx.Node, list[fx.Node]]:
+    """Insert what the block does for the cells of windows that rest; return its result for them, and nothing."""
     fewer = {rest.stream: resting.entries}
     for step in rest.coarse:
-        fewer[step.node] = _run(graph, step, fewer, resting, _At(rest, constants))
-    change = call(aten.sub.Tensor, fewer[rest.result], resting.entries)
-    return change if share == 1 else call(aten.mul.Tensor, change, share)
+        fewer[step.node] = _run(graph, step, fewer, resting, at)
+        if step.target in ATTENTION:
+            at.weighed(edit.Emitter(graph, like=step.node), fewer[step.node])
+    return fewer[rest.result], []
+
+
+def _on_patches(graph: fx.Graph, rest: Rest, resting: RestingCells, at: _At) -> tuple[fx.Node, list[fx.Node]]:
+    """Insert the same where cells attend to all patches of their window.
+
+    Returns its result for the cells, and projections of which only a part is read.
+    """
+    keys = rest.patch_keys
+    assert isinstance(keys, PatchKeys), "the plan lets other windows rest"
+    patches, cells = {rest.stream: resting.rows}, {rest.stream: resting.entries}
+    for step in rest.steps:
+        if step.node in keys.of_patches:
+            patches[step.node] = _run(graph, step, patches, resting)
+    for step in rest.coarse:
+        if step.node is keys.attends.node:
+            operands = Attention.of(step.node)
+            given = {**cells, operands.k: patches[operands.k], operands.v: patches[operands.v]}
+            cells[step.node] = _run(graph, keys.attends, given, resting, at)
+        elif step.node in keys.of_cells:
+            cells[step.node] = _run(graph, step, cells, resting, at)
+    joint = [made[n] for made, rows in ((patches, keys.rows_of_patches), (cells, keys.rows_of_cells)) for n in rows]
+    return cells[rest.result], joint
 
 
 @dataclass(frozen=True)
@@ -139,11 +178,11 @@ def _run(
 
     fewer: the block's values for these windows. taken: the windows. at: for cells, where they read tables.
     """
-    if step.target is None:
-        return fewer[step.args[0]]
+    if step.target is None or (step.target in (PAD, CROP) and isinstance(taken, RestingCells)):
+        return fewer[step.args[0]]  # windows that rest have no padding
     call: Emit = edit.Emitter(graph, like=step.node)
     if step.target in (PAD, CROP):
-        assert not isinstance(taken, RestingCells), "windows that rest have no padding"
+        assert not isinstance(taken, RestingCells)
         return taken.moved(call, step.target, fewer[step.args[0]])
     given = dict(fewer)
     for operand, shape in step.reshaped:
@@ -155,6 +194,4 @@ def _run(
         given[sampled.operand] = at.middles(call, given.get(sampled.operand, sampled.operand), sampled)
     node = call(step.target, *fx.map_arg(step.args, lambda n: given.get(n, n)))
     node.kwargs = fx.map_arg(dict(step.kwargs), lambda n: given.get(n, n))
-    if at is not None and step.target in ATTENTION:
-        at.weighed(call, node)
     return node

@@ -143,7 +143,7 @@ def test_what_a_strategy_cannot_do_is_named() -> None:
     for name in WITHOUT_CLS:
         with pytest.raises(gtp_fx.UnsupportedModelError, match="no prefix token here: score='broadcast-mean'"):
             optimised(pooled, strategy=name, flops_budget=0.8)
-    for name in ("tome", "mergence", "cluster", "halting", "saliency", "random", "ppt", "semantic"):
+    for name in ("tome", "mergence", "cluster", "halting", "saliency", "random", "ppt"):
         with pytest.raises(gtp_fx.UnsupportedModelError, match="'regeneration', 'gtp', 'idle' and 'topk' do that"):
             optimised(SWIN, strategy=name, flops_budget=0.9)
     with pytest.raises(gtp_fx.ScheduleError, match="strategy 'saliency' takes them at blocks 0 alone"):

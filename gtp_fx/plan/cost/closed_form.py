@@ -81,7 +81,8 @@ def rest_cost(rest: Rest, typing: WholeTyping, strategy: Strategy) -> RestCost:
     images = per_image(math.prod(f.whole_size for f in rest.rows[0] if isinstance(f, Plain)))
     flops = {n: int(node_work(n, typing, whole_count, batch=1).flops) for n in rest.inside if formula_of(n) is not None}
     each = sum(whole * rest.share(node) for node, whole in flops.items()) / images
-    cells = sum(whole * rest.coarse_share(node) for node, whole in flops.items()) / images if strategy.rest_share else 0
+    keys = strategy.rest_keys
+    cells = sum(whole * rest.coarse_share(n, keys) for n, whole in flops.items()) / images if strategy.rest_share else 0
     patches, features = whole_size(rest.rows[1]), whole_size(typing.type(rest.stream)[-1])
     return RestCost(int(each), int(cells), rest.whole, images, patches, features)
 

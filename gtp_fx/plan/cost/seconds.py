@@ -143,7 +143,7 @@ def branch_seconds(
             rest = typed.rests[site.block]
             assert isinstance(rest, Rest)
             works = [(work, *_rest_shares(rest, node, strategy)) for node, work in works_of(rest.inside).items()]
-            changes[site.block] = _rest_change(site.branch, works, site.dtype, target, batch)
+            changes[site.block] = _rest_change(site.branch, works, site.dtype, strategy.rest_keys, target, batch)
         elif site.branch is not None:
             branch = branches[site.block]
             through = list(works_of(branch.inside).values())
@@ -152,16 +152,17 @@ def branch_seconds(
 
 
 def _rest_shares(rest: Rest, node: fx.Node, strategy: Strategy) -> tuple[float, float]:
-    """Return the share of a node's work that one window has, and that the cells of one have."""
-    return float(rest.share(node)), float(rest.coarse_share(node)) if strategy.rest_share else 0.0
+    """Return the share of a node's work that one window has, and that is done for one that rests."""
+    return float(rest.share(node)), float(rest.coarse_share(node, strategy.rest_keys)) if strategy.rest_share else 0.0
 
 
 def _rest_change(
-    cost: RestCost, works: list[tuple[Work, float, float]], dtype: str, target: Target, batch: int
+    cost: RestCost, works: list[tuple[Work, float, float]], dtype: str, keys: str, target: Target, batch: int
 ) -> Numbers:
     """Return [windows + 1] the change in seconds by the windows that can rest and are awake; 0 where all are.
 
-    works: the block's works with every window, each with the shares of it that one such window has, and its cells.
+    works: the block's works with every window, each with the shares of it that one such window has, and one that rests.
+    keys: what cells attend to, as in `Rest.coarse_share`.
     """
     awake = np.arange(cost.tokens + 1)
     spent: Any = 0.0
@@ -174,7 +175,7 @@ def _rest_change(
         fewer = replace(fewer, **{many: np.maximum(getattr(work, many) * share, 1)})
         spent = spent + seconds(fewer, target) - seconds(work, target)
         if of_cells:
-            spent = spent + seconds(_for_cells(work, resting, of_each, of_cells), target)
+            spent = spent + seconds(_for_cells(work, resting, of_each, of_cells, keys), target)
     # What is new: the windows' activity, sorting it, taking out those that are awake, and putting them back.
     size = getattr(torch, dtype).itemsize
     windows = cost.tokens * cost.images * batch
@@ -187,14 +188,16 @@ def _rest_change(
     return np.where(awake == cost.tokens, 0.0, spent + sum(seconds(work, target) for work in added))
 
 
-def _for_cells(work: Work, resting: Any, of_each: float, of_cells: float) -> Work:
-    """Return the work that is done for the cells of windows that rest. resting: how many."""
+def _for_cells(work: Work, resting: Any, of_each: float, of_cells: float, keys: str) -> Work:
+    """Return the work that is done for windows that rest. resting: how many. keys: as above."""
     share = resting * of_cells
     cells = replace(work, flops=work.flops * share, bytes=work.bytes * share)
     if work.kind != "attention":
         return replace(cells, rows=np.maximum(work.rows * share, 1))
-    fewer = (of_cells / of_each) ** 0.5  # of a window's queries and keys
-    sizes = {"rows": work.rows * fewer, "tokens": work.tokens * fewer}
+    fewer = of_cells / of_each  # of a window's queries, and of its keys where those are cells, too
+    sizes = {"rows": work.rows * fewer, "tokens": work.tokens}
+    if keys == "cells":
+        sizes = {"rows": work.rows * fewer**0.5, "tokens": work.tokens * fewer**0.5}
     return replace(cells, batch=np.maximum(work.batch * resting * of_each, 1), **sizes)
 
 

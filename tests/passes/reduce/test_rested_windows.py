@@ -26,7 +26,7 @@ from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph.edit import CONSTANT
 from gtp_fx.passes.reduce.rest_windows import rest_windows
 from gtp_fx.report.token_flow import RestView, token_flow
-from gtp_fx.strategies import Regeneration
+from gtp_fx.strategies import Regeneration, Semantic
 
 from support import reference_windows
 from support.captured import optimised, shared_model
@@ -80,19 +80,32 @@ def middle(cell: list[int], width: int) -> int:
 
 
 def attend_by_cells(
-    sides: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, scale: Any, bias: Any = 0.0
+    sides: tuple[int, int],
+    of_patches: tuple[Tensor, Tensor] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Any,
+    bias: Any = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`reference_windows.attend` where all tokens of a cell are the same: [B, W, H, n, D] -> [B, W, n, C].
 
     One query of each cell, at its middle, asks one key of each, which counts as often as the cell has places.
+
+    of_patches: keys and values of the patches, which it asks instead where there are some.
     """
     cells = cells_of(sides)
     at = torch.tensor([middle(cell, sides[1]) for cell in cells])
     if isinstance(bias, Tensor):
-        bias = bias[..., at, :][..., at]
-    logits = q[..., at, :] @ k[..., at, :].transpose(-2, -1) * scale + bias
-    logits = logits + torch.tensor([float(len(cell)) for cell in cells]).log()
-    made_BWHGD = logits.softmax(dim=-1) @ v[..., at, :]
+        bias = bias[..., at, :]
+    if of_patches is None:
+        bias = bias[..., at] if isinstance(bias, Tensor) else bias
+        bias = bias + torch.tensor([float(len(cell)) for cell in cells]).log()
+        k, v = k[..., at, :], v[..., at, :]
+    else:
+        k, v = of_patches
+    logits = q[..., at, :] @ k.transpose(-2, -1) * scale + bias
+    made_BWHGD = logits.softmax(dim=-1) @ v
     cell_n = torch.empty(q.shape[-2], dtype=torch.long)
     for number, cell in enumerate(cells):
         cell_n[cell] = number
@@ -106,17 +119,26 @@ def resting(
     counts: dict[str, int],
     share: float = SHARE,
     seen: dict[str, Tensor] | None = None,
+    to_patches: bool = False,
 ) -> Iterator[nn.Module]:
     """The model, in some of whose blocks windows of each image rest; those with padding never do.
 
-    seen: gets which tokens are awake, [B, N], by the block's name.
+    seen: gets which tokens are awake, [B, N], by the block's name. to_patches: cells ask patches instead of cells.
     A token of these gets a share of what the block changes where each token is the mean of its cell.
     """
 
     def rested(block: nn.Module, inputs: tuple[Tensor], output: Tensor, count: int) -> Tensor:
         (x_BHWC,) = inputs
         x_BNC = x_BHWC.flatten(1, -2)
-        windows = oracle(block, x_BHWC).windows
+        attend, of_patches = reference_windows.attend, []
+
+        def recorded(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+            of_patches.append((k, v))
+            return attend(q, k, v, *others)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference_windows, "attend", recorded)
+            windows = oracle(block, x_BHWC).windows
         padded_W = (windows.index_Wn < 0).any(dim=1)
         rows_BWnC = windows.of(x_BNC)
         activity = (rows_BWnC - rows_BWnC.mean(2, keepdim=True)).norm(dim=-1).mean(2)
@@ -132,11 +154,12 @@ def resting(
             means_BWnC[:, :, cell] = rows_BWnC[:, :, cell].mean(dim=2, keepdim=True)
         means_BHWC = windows.back(means_BWnC).reshape(x_BHWC.shape)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reference_windows, "attend", partial(attend_by_cells, sides))
+            asked = of_patches[0] if to_patches else None
+            patch.setattr(reference_windows, "attend", partial(attend_by_cells, sides, asked))
             parts = oracle(block, means_BHWC)
         added_BNC = torch.stack([parts.branch(x) for x in parts.stream_BNC])
         change = parts.whole(parts.stream_BNC + added_BNC) - means_BHWC
-        return torch.where(awake_BNC > 0, output, x_BHWC + SHARE * change)
+        return torch.where(awake_BNC > 0, output, x_BHWC + share * change)
 
     hooks = [
         model.get_submodule(name).register_forward_hook(lambda m, x, y, count=count: rested(m, x, y, count))
@@ -163,6 +186,29 @@ def test_equals_the_blocks_by_hand(family: Family) -> None:
         wanted = by_hand(x)
     assert error(fast.graph_module(x), wanted) < 1e-5
     assert error(model(x), wanted) > 1e-3, "a schedule that changes nothing proves nothing"
+
+
+TO_PATCHES = tuple(family for family in RESTING if family is not SAM)
+
+
+@families(*TO_PATCHES, by_default=(SWIN,))
+@torch.no_grad()
+def test_semantic_tokens_of_a_window_attend_to_all_of_its_patches(family: Family) -> None:
+    """By hand as above. FLOPs are those that were priced, or `optimised` would fail."""
+    model, x = shared_model(family), family.inputs(batch=3)
+    fast = optimised(family, schedule=schedule(family), strategy=Semantic())
+    with resting(model, family.oracle(model), RESTING[family], 1.0, to_patches=True) as by_hand:
+        wanted = by_hand(x)
+    assert error(fast.graph_module(x), wanted) < 1e-5
+    among_cells = optimised(family, schedule=schedule(family), strategy=replace(REST, rest_share=1.0))
+    assert among_cells.report.flops_ratio < fast.report.flops_ratio < 1
+    assert error(among_cells.graph_module(x), wanted) > 1e-4
+
+
+@pytest.mark.xdist_group(SAM.name)
+def test_a_bias_that_is_computed_from_queries_keeps_semantic_tokens_out() -> None:
+    with pytest.raises(gtp_fx.UnsupportedModelError, match="the bias of its attention is computed from its tokens"):
+        optimised(SAM, flops_budget=0.9, strategy=Semantic())
 
 
 @families(SAM, PADDED, by_default=(SAM,))
