@@ -104,7 +104,6 @@ def resting(
     model: nn.Module,
     oracle: Oracle,
     counts: dict[str, int],
-    share: float = SHARE,
     seen: dict[str, Tensor] | None = None,
 ) -> Iterator[nn.Module]:
     """The model, in some of whose blocks windows of each image rest; those with padding never do.
