@@ -16,22 +16,22 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
 from fractions import Fraction
 
 from torch import fx
-from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
-from gtp_fx.analysis.window_steps import CROP, PAD, Sampled, Step
+from gtp_fx.analysis.window_steps import CROP, PAD, Step
 from gtp_fx.graph import edit
 from gtp_fx.graph.constants import Constants
 from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.graph.symbols import is_symbolic, shape_of
-from gtp_fx.passes.reduce.awake_windows import Awake, PaddedWindows, RestingCells, WholeRows
+from gtp_fx.passes.reduce.awake_windows import Awake, PaddedWindows, WholeRows
+from gtp_fx.passes.reduce.resting_cells import Middles, RestingCells
 from gtp_fx.plan.plan import Plan
-from gtp_fx.strategies.sites import Attention, Emit
+from gtp_fx.strategies.sites import Emit
 from gtp_fx.types.axes import whole_size
 from gtp_fx.types.infer import WholeTyping, infer_types
 
@@ -79,34 +79,9 @@ def _change(
     """Insert what the block does for the cells of windows that rest; return the share of their change, by cell."""
     fewer = {rest.stream: resting.entries}
     for step in rest.coarse:
-        fewer[step.node] = _run(graph, step, fewer, resting, _At(rest, constants))
+        fewer[step.node] = _run(graph, step, fewer, resting, Middles(rest, constants))
     change = call(aten.sub.Tensor, fewer[rest.result], resting.entries)
     return change if share == 1 else call(aten.mul.Tensor, change, share)
-
-
-@dataclass(frozen=True)
-class _At:
-    """Where the cells of a window read what has entries for places."""
-
-    rest: Rest
-    constants: Constants
-
-    def middles(self, call: Emit, value: fx.Node, sampled: Sampled) -> fx.Node:
-        """Insert the entries of a value at the cells' middles."""
-        table = self.constants.read(self.rest.cells.middles(sampled.side), self.rest.stream)
-        return call(aten.index_select.default, value, sampled.dim, table)
-
-    def weighed(self, call: Emit, attention: fx.Node) -> None:
-        """Let keys that are cells of several sizes count as often as they have places."""
-        if self.rest.cells.even:
-            return
-        operands = Attention.of(attention)
-        bias = [] if operands.bias is None else [operands.bias]
-        with attention.graph.inserting_before(attention):
-            members = self.constants.read(self.rest.cells.members(), self.rest.stream)
-            mask = call(gtp_fx.cell_bias.default, members, operands.q, *bias)
-        attention.args = (*attention.args[:3], mask, *attention.args[4:])
-        attention.kwargs = {name: value for name, value in attention.kwargs.items() if name != "attn_mask"}
 
 
 def _reread_sizes(call: Emit, rest: Rest) -> None:
@@ -133,7 +108,7 @@ def _windows(call: Emit, rest: Rest) -> fx.Node:
 
 
 def _run(
-    graph: fx.Graph, step: Step, fewer: dict[fx.Node, fx.Node], taken: Awake | RestingCells, at: _At | None = None
+    graph: fx.Graph, step: Step, fewer: dict[fx.Node, fx.Node], taken: Awake | RestingCells, at: Middles | None = None
 ) -> fx.Node:
     """Insert what a node does for some of the windows; return it.
 
@@ -152,7 +127,7 @@ def _run(
         given[operand] = call(aten.index_select.default, operand, dim, taken.windows)
     for sampled in step.sampled:
         assert at is not None
-        given[sampled.operand] = at.middles(call, given.get(sampled.operand, sampled.operand), sampled)
+        given[sampled.operand] = at.read(call, given.get(sampled.operand, sampled.operand), sampled)
     node = call(step.target, *fx.map_arg(step.args, lambda n: given.get(n, n)))
     node.kwargs = fx.map_arg(dict(step.kwargs), lambda n: given.get(n, n))
     if at is not None and step.target in ATTENTION:
