@@ -18,7 +18,7 @@ from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 from gtp_fx.analysis.resting import Rest, patches_by_window
 from gtp_fx.analysis.window_steps import PAD
 from gtp_fx.graph.constants import Constants
-from gtp_fx.graph.symbols import shape_of
+from gtp_fx.passes.reduce.resting_cells import CellTables, RestingCells
 from gtp_fx.strategies.sites import Emit
 from gtp_fx.types.axes import Plain, TensorType, whole_size
 from gtp_fx.types.layouts import convert, image_layout
@@ -46,53 +46,6 @@ class Awake(Protocol):
 
         change: what the cells of those change by, times the share that their tokens get of it; None for nothing.
         """
-
-
-@dataclass(frozen=True)
-class RestingCells:
-    """The windows that rest: [images and windows, cells, features].
-
-    windows: as in `Awake`. rows: [images and windows, patches, features].
-    """
-
-    windows: fx.Node | None
-    entries: fx.Node
-    rows: fx.Node
-
-
-@dataclass(frozen=True)
-class CellTables:
-    """What sizes alone decide of the cells of a block's windows.
-
-    patches: [A, n] the numbers of the tokens in each window that can rest, in the order of an image's tokens.
-    on_grid: the number of each of these tokens on the image's grid, row by row.
-    """
-
-    constants: Constants
-    rest: Rest
-    patches: np.ndarray
-    on_grid: np.ndarray
-
-    def pooled(self, call: Emit, rows: fx.Node) -> fx.Node:
-        """Insert the means of the cells of windows [R, n, features]."""
-        members = self.constants.read(self.rest.cells.members(), self.rest.stream)
-        return call(gtp_fx.pool_cells.default, rows, members)
-
-    def given(self, call: Emit, change: fx.Node, quiet: fx.Node, windows: int) -> fx.Node:
-        """Insert what each token of all images gets of its cell's change, [B * T, features].
-
-        What it is for tokens that are awake doesn't matter. windows: how many of an image can rest.
-        """
-        window, cell = np.zeros(self.rest.tokens, np.int64), np.full(self.rest.tokens, -1)
-        for number, tokens in enumerate(self.patches):
-            window[tokens], cell[tokens] = number, self.rest.cells.of_places()
-        tables = window, cell, self.on_grid
-        read = [self.constants.read(table, self.rest.stream) for table in tables]
-        rank = call(gtp_fx.window_ranks.default, quiet, windows)
-        sizes = windows, self.rest.cells.count, list(self.rest.sides)
-        numbers = call(gtp_fx.cell_numbers.default, rank, *read, *sizes)
-        flat = call(aten.reshape.default, change, [-1, shape_of(self.rest.stream)[-1]])
-        return call(aten.index_select.default, flat, 0, numbers)
 
 
 @dataclass(frozen=True)

@@ -17,23 +17,23 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
 from fractions import Fraction
 
 from torch import fx
-from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
+from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.patch_keys import PatchKeys
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
-from gtp_fx.analysis.window_steps import CROP, PAD, Sampled, Step
+from gtp_fx.analysis.window_steps import CROP, PAD, Step
 from gtp_fx.graph import edit
 from gtp_fx.graph.constants import Constants
 from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.graph.symbols import is_symbolic, shape_of
 from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.split_projections import keep_rows_read
-from gtp_fx.passes.reduce.awake_windows import Awake, PaddedWindows, RestingCells, WholeRows
+from gtp_fx.passes.reduce.awake_windows import Awake, PaddedWindows, WholeRows
+from gtp_fx.passes.reduce.resting_cells import Middles, RestingCells
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies import Strategy
 from gtp_fx.strategies.sites import Attention, Emit
@@ -82,7 +82,7 @@ def _let_rest(
             fewer[step.node] = _run(graph, step, fewer, awake)
         change, joint = None, list[fx.Node]()
         if resting and share:
-            cells, at = awake.resting(call), _At(rest, constants)
+            cells, at = awake.resting(call), Middles(rest, constants)
             made, joint = (_on_patches if strategy.rest_keys == "patches" else _on_cells)(graph, rest, cells, at)
             change = call(aten.sub.Tensor, made, cells.entries)
             change = change if share == 1 else call(aten.mul.Tensor, change, share)
@@ -91,7 +91,7 @@ def _let_rest(
     return joint
 
 
-def _on_cells(graph: fx.Graph, rest: Rest, resting: RestingCells, at: _At) -> tuple[fx.Node, list[fx.Node]]:
+def _on_cells(graph: fx.Graph, rest: Rest, resting: RestingCells, at: Middles) -> tuple[fx.Node, list[fx.Node]]:
     """Insert what the block does for the cells of windows that rest; return its result for them, and nothing."""
     fewer = {rest.stream: resting.entries}
     for step in rest.coarse:
@@ -101,7 +101,7 @@ def _on_cells(graph: fx.Graph, rest: Rest, resting: RestingCells, at: _At) -> tu
     return fewer[rest.result], []
 
 
-def _on_patches(graph: fx.Graph, rest: Rest, resting: RestingCells, at: _At) -> tuple[fx.Node, list[fx.Node]]:
+def _on_patches(graph: fx.Graph, rest: Rest, resting: RestingCells, at: Middles) -> tuple[fx.Node, list[fx.Node]]:
     """Insert the same where cells attend to all patches of their window.
 
     Returns its result for the cells, and projections of which only a part is read.
@@ -121,31 +121,6 @@ def _on_patches(graph: fx.Graph, rest: Rest, resting: RestingCells, at: _At) -> 
             cells[step.node] = _run(graph, step, cells, resting, at)
     joint = [made[n] for made, rows in ((patches, keys.rows_of_patches), (cells, keys.rows_of_cells)) for n in rows]
     return cells[rest.result], joint
-
-
-@dataclass(frozen=True)
-class _At:
-    """Where the cells of a window read what has entries for places."""
-
-    rest: Rest
-    constants: Constants
-
-    def middles(self, call: Emit, value: fx.Node, sampled: Sampled) -> fx.Node:
-        """Insert the entries of a value at the cells' middles."""
-        table = self.constants.read(self.rest.cells.middles(sampled.side), self.rest.stream)
-        return call(aten.index_select.default, value, sampled.dim, table)
-
-    def weighed(self, call: Emit, attention: fx.Node) -> None:
-        """Let keys that are cells of several sizes count as often as they have places."""
-        if self.rest.cells.even:
-            return
-        operands = Attention.of(attention)
-        bias = [] if operands.bias is None else [operands.bias]
-        with attention.graph.inserting_before(attention):
-            members = self.constants.read(self.rest.cells.members(), self.rest.stream)
-            mask = call(gtp_fx.cell_bias.default, members, operands.q, *bias)
-        attention.args = (*attention.args[:3], mask, *attention.args[4:])
-        attention.kwargs = {name: value for name, value in attention.kwargs.items() if name != "attn_mask"}
 
 
 def _reread_sizes(call: Emit, rest: Rest) -> None:
@@ -172,7 +147,7 @@ def _windows(call: Emit, rest: Rest) -> fx.Node:
 
 
 def _run(
-    graph: fx.Graph, step: Step, fewer: dict[fx.Node, fx.Node], taken: Awake | RestingCells, at: _At | None = None
+    graph: fx.Graph, step: Step, fewer: dict[fx.Node, fx.Node], taken: Awake | RestingCells, at: Middles | None = None
 ) -> fx.Node:
     """Insert what a node does for some of the windows; return it.
 
@@ -191,7 +166,7 @@ def _run(
         given[operand] = call(aten.index_select.default, operand, dim, taken.windows)
     for sampled in step.sampled:
         assert at is not None
-        given[sampled.operand] = at.middles(call, given.get(sampled.operand, sampled.operand), sampled)
+        given[sampled.operand] = at.read(call, given.get(sampled.operand, sampled.operand), sampled)
     node = call(step.target, *fx.map_arg(step.args, lambda n: given.get(n, n)))
     node.kwargs = fx.map_arg(dict(step.kwargs), lambda n: given.get(n, n))
     return node

@@ -19,7 +19,7 @@ from support.zoo import BY_NAME
     [
         ("tome", gtp_fx.ToMe()),
         ("tome()", gtp_fx.ToMe()),
-        ("regeneration(windows=rest)", Regeneration(windows="rest")),
+        ("regeneration(windows=skip)", Regeneration(windows="skip")),
         ("gtp(alpha=0.2, graph='spatial', token_scale=True)", gtp_fx.GTP(alpha=0.2, graph="spatial", token_scale=True)),
     ],
 )
@@ -51,10 +51,10 @@ def test_a_strategy_is_written_as_it_is_read() -> None:
     every = [
         *Auto().contenders(),
         gtp_fx.GTP(alpha=0.2, score="cls-mean", token_scale=True),
-        Regeneration(windows="rest"),
+        Regeneration(windows="skip"),
     ]
     assert all(strategy_named(as_written(strategy)) == strategy for strategy in every)
-    assert as_written(gtp_fx.ToMe()) == "tome" and as_written(every[-1]) == "regeneration(windows=rest)"
+    assert as_written(gtp_fx.ToMe()) == "tome" and as_written(every[-1]) == "regeneration(windows=skip)"
 
 
 def test_a_schedule_is_for_its_strategy() -> None:

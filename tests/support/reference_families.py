@@ -11,6 +11,7 @@ Letters in tensor names are those of `reference`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,6 +132,49 @@ def pit(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
         patch_BChw = stream.recovered(stream.x_BNC)[:, prefix:].transpose(1, 2).unflatten(-1, grid)
     assert next(counts, None) is None
     return {"logits": model.forward_head(model.norm(class_BNC))}
+
+
+def hiera(model: Any, images_BCHW: Tensor, schedule: Sequence[int]) -> Outputs:
+    """Hiera: of the blocks that attend over a whole stage, between those that pool their queries.
+
+    Tokens come unrolled, so that pooling takes the maximum of equal parts, one after the other. It needs every token's
+    query and projection, while keys are those of the tokens that are left.
+    """
+    counts = iter(schedule)
+    x_BNC = model.unroll(model._pos_embed(model.patch_embed(images_BCHW)))
+    sides = torch.tensor(model.unroll.size)
+    number_1N1 = torch.arange(int(sides.prod()))[None, :, None]
+    where_NR = torch.cartesian_prod(*map(torch.arange, sides.tolist()))[model.unroll(number_1N1)[0, :, 0]]
+    stream = None
+    for block in model.blocks:
+        attn = block.attn
+        if attn.q_stride > 1 or attn.use_mask_unit_attn:
+            x_BNC, stream = block(x_BNC) if stream is None else pooling_block(stream, block), None
+            assert attn.q_stride > 1 or next(counts) == 0, "its tokens can only skip the MLP"
+            continue
+        if stream is None:
+            shrunk = math.isqrt(len(where_NR) // x_BNC.shape[1])
+            places_GR = where_NR[: x_BNC.shape[1]] // shrunk
+            stream = Stream(x_BNC, tuple((sides // shrunk).tolist()), 0, places_GR)
+        heads = split(attn.qkv(block.norm1(stream.x_BNC)).chunk(3, dim=-1), attn.heads)
+        stream.x_BNC = stream.x_BNC + block.ls1(attn.proj(stream.attend(*heads)))
+        stream.leave(next(counts))
+        stream.x_BNC = stream.x_BNC + block.ls2(block.mlp(block.norm2(stream.x_BNC)))
+    assert stream is None and next(counts, None) is None
+    return {"logits": model.forward_head(x_BNC)}
+
+
+def pooling_block(stream: Stream, block: Any) -> Tensor:
+    """Hiera's block that begins a stage, after one that tokens have left: [B, G / strides, C]."""
+    attn, normed_BNC = block.attn, block.norm1(stream.x_BNC)
+
+    def pooled(x_BNC: Tensor) -> Tensor:
+        return stream.recovered(x_BNC).unflatten(1, (attn.q_stride, -1)).amax(dim=1)
+
+    q_BNC, k_BNC, v_BNC = attn.qkv(normed_BNC).chunk(3, dim=-1)
+    heads = split((pooled(q_BNC), k_BNC, v_BNC), attn.heads)
+    x_BNC: Tensor = pooled(block.proj(normed_BNC)) + block.ls1(attn.proj(stream.attend(*heads)))
+    return x_BNC + block.ls2(block.mlp(block.norm2(x_BNC)))
 
 
 def plain_block(stream: Stream, block: Any, removed: int) -> None:

@@ -41,11 +41,14 @@ class Removal:
 class Stream:
     """x_BNC is the stream as it is now; a walk computes with it and puts the result back."""
 
-    def __init__(self, x_BNC: Tensor, grid: tuple[int, ...], prefix: int) -> None:
-        """x_BNC: what enters the first block, prefix + G tokens and a suffix, G = product of `grid`, row-major."""
+    def __init__(self, x_BNC: Tensor, grid: tuple[int, ...], prefix: int, places_GR: Tensor | None = None) -> None:
+        """x_BNC: what enters the first block, prefix + G tokens and a suffix, G = product of `grid`.
+
+        places_GR: where the G patches are; None where they are row-major.
+        """
         patches_BGC = x_BNC[:, prefix : prefix + math.prod(grid)]
         self.x_BNC, self.prefix = x_BNC, prefix
-        self.places_GR = torch.cartesian_prod(*map(torch.arange, grid))
+        self.places_GR = torch.cartesian_prod(*map(torch.arange, grid)) if places_GR is None else places_GR
         self.weights_BGG = normalise(touching(self.places_GR) | semantic(patches_BGC, NEIGHBORS), x_BNC.dtype)
         self.scale_BN = torch.ones_like(x_BNC[..., 0])
         self.present_BL = torch.arange(math.prod(grid)).expand(len(x_BNC), -1)

@@ -144,7 +144,7 @@ HIERA = Family(
     "hiera",
     from_timm("hiera_tiny_224", img_size=(64, 96), stages=(2, 2, 2, 1), embed_dim=32, num_heads=1),
     oracles.hiera,
-    {"blocks.0": 30, "blocks.1": 20, "blocks.3": 7, "blocks.5": 9},
+    {"blocks.0": 30, "blocks.1": 20, "blocks.3": 7, "blocks.5": 0},
     (3, 64, 96),
 )
 

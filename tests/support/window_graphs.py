@@ -61,3 +61,4 @@ class Skips:
 
     skipping: dict[int, int]
     strategy: gtp_fx.GTP
+    by_activity: frozenset[int] = frozenset()

@@ -192,6 +192,9 @@ def _for_cells(work: Work, resting: Any, of_each: float, of_cells: float, keys: 
     """Return the work that is done for windows that rest. resting: how many. keys: as above."""
     share = resting * of_cells
     cells = replace(work, flops=work.flops * share, bytes=work.bytes * share)
+    if work.kind == "product":  # few rows read as many weights as many do
+        weights = work.flops / (2 * work.rows) * getattr(torch, work.dtype).itemsize
+        return replace(cells, rows=np.maximum(work.rows * share, 1), bytes=np.maximum(cells.bytes, weights))
     if work.kind != "attention":
         return replace(cells, rows=np.maximum(work.rows * share, 1))
     fewer = of_cells / of_each  # of a window's queries, and of its keys where those are cells, too

@@ -1,12 +1,13 @@
 """Rules for operators on a whole grid's sides: rolling, flipping, padding, sampling, folding neighbours into channels.
 
 Windowed transformers roll and pad a grid before they divide it, and undo both afterwards. Pyramids sample every second
-patch, or fold 2 x 2 patches into the channels of one, which makes a new, smaller grid.
+patch, fold 2 x 2 patches into the channels of one, or take their maximum, which makes a new, smaller grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from torch.ops import aten  # type: ignore[import-not-found]
 
@@ -23,6 +24,7 @@ from gtp_fx.types.axes import (
     whole_size,
 )
 from gtp_fx.types.grids import Grid, GridAxis
+from gtp_fx.types.merging import merge_grids, split_tokens
 from gtp_fx.types.rules.registry import NEEDS_ALL, Call, NoRule, RuleResult, rule
 
 
@@ -132,6 +134,46 @@ def folded(output: TensorType, birth: str) -> TensorType:
         if dim is mixed[0]:
             return (Plain(whole_size(dim)),)
         return tuple(GridAxis(cells, f.side) if isinstance(f, GridAxis) else f for f in dim)
+
+    return tuple(map(smaller, output))
+
+
+def pooled(reduced: Sequence[Dim], output: TensorType, birth: str) -> TensorType:
+    """Replace a grid by the smaller one of its cells, where a reduction leaves one value for each cell.
+
+    In [B, h/2, w/2, C], the maximum of [B, h/2, 2, w/2, 2, C], a token is a cell of 2 x 2 patches from then on, in
+    whatever order cells and patches come. Any other `output` is returned as it is.
+
+    reduced: the dimensions that are gone. birth: the reduction's name, which names the new grid.
+    """
+    inner = [f for dim in reduced for f in split_tokens(dim)]
+    outer = [f for dim in output for f in split_tokens(dim) if isinstance(f, GridAxis)]
+    if not all(isinstance(f, GridAxis) for f in inner) or len({f.grid for f in (*inner, *outer)}) != 1 or not outer:  # type: ignore[union-attr]
+        return output
+    grid = outer[0].grid
+    if grid.shift or grid.flipped or grid.picked or grid.parts or grid.inside is not None:
+        return output
+    strides = []
+    for side in range(len(grid.shape)):
+        parts = sorted((f for f in outer if f.side == side), key=lambda f: -f.stride)
+        # What is left has to be every place that is so far from the next.
+        whole: GridAxis | None = parts[0] if parts else None
+        for part in parts[1:]:
+            whole = None if whole is None else whole.joined(part)
+        if whole is None or whole.stride * whole.whole_size != grid.shape[side]:
+            return output
+        strides.append(whole.stride)
+    sizes = [size // stride for size, stride in zip(grid.shape, strides, strict=True)]
+    cells = Grid(birth, tuple(sizes), placed=grid.placed, guarded=grid.guarded, apart=grid.apart)
+
+    def smaller(dim: Dim) -> Dim:
+        factors = [
+            replace(f, grid=cells, count=f.whole_size, stride=f.stride // strides[f.side]).canonical()
+            if isinstance(f, GridAxis)
+            else f
+            for f in split_tokens(dim)
+        ]
+        return merge_grids(tuple(factors)) if any(isinstance(f, GridAxis) for f in factors) else dim
 
     return tuple(map(smaller, output))
 

@@ -7,6 +7,7 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.graph.operators import FEATURE_NORMS, SOFTMAXES
 from gtp_fx.types.axes import Plain, TensorType, is_plain, token_axes
 from gtp_fx.types.merging import in_rows
+from gtp_fx.types.rules.grids import pooled
 from gtp_fx.types.rules.registry import (
     NEEDS_ALL,
     WEIGHS,
@@ -86,4 +87,6 @@ def _reduce(call: Call, over_tokens: bool) -> RuleResult:
     if shortened and not over_tokens and WEIGHS not in call.node.meta:
         raise NoRule("it adds up tokens, so its value depends on how many are left")
     output: TensorType = tuple((Plain(1),) if i in dims else dim for i, dim in enumerate(x) if keepdim or i not in dims)
+    if mixes_tokens:
+        output = pooled([x[d] for d in sorted(dims)], output, call.node.name)
     return RuleResult(in_rows(output), operands={node: x}, prefix_operands=NEEDS_ALL if mixes_tokens else None)

@@ -17,6 +17,7 @@ from bench.live_weights import enliven
 
 from support.captured import Built, optimised, shared_model
 
+SKIP = gtp_fx.strategies.Regeneration(windows="skip")
 SWIN = {"img_size": 112, "depths": (2, 1), "num_heads": (2, 4), "embed_dim": 32}
 
 
@@ -60,7 +61,7 @@ def test_heads_see_maps_of_the_same_shape(make: Callable[[], nn.Module]) -> None
     x = source.inputs()
     wanted = maps(shared_model(source)(x))
     exact = maps(optimised(source, flops_budget=1.0).graph_module(x))
-    fast = optimised(source, schedule=[20, 20, 20])
+    fast = optimised(source, schedule=[20, 20, 20], strategy=SKIP)
     found = maps(fast.graph_module(x))
     assert all(row.windows for row in fast.report.sites) and len(fast.report.sites) == 3
     assert [m.shape for m in found] == [m.shape for m in exact] == [m.shape for m in wanted]
@@ -77,6 +78,6 @@ def test_attention_dropout_in_windows_is_refused_by_name(fused: bool) -> None:
     for block in (m for m in swin.modules() if hasattr(m, "fused_attn")):
         block.fused_attn = fused
     x = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
-    fast = gtp_fx.optimize(enliven(swin).eval(), schedule=[20, 20, 20], example_inputs=x, compile=False)
+    fast = gtp_fx.optimize(enliven(swin).eval(), schedule=[20, 20, 20], strategy=SKIP, example_inputs=x, compile=False)
     with pytest.raises(gtp_fx.GtpError, match="attention dropout is active"):
         fast.train()(x)

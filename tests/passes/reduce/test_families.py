@@ -93,6 +93,7 @@ def hf_family(
 
 CROSS = {"embed_dim": [48, 96], "num_heads": [3, 3], "depth": [[1, 1, 0], [1, 1, 0]], "schedule": (12, 6, 9, 5)}
 POOLED = {"depth": [2, 1, 1], "base_dims": [16, 16, 16], "schedule": (60, 40, 12, 2)}
+UNROLLED: dict[str, Any] = {"stages": (1, 1, 3, 1), "embed_dim": 32, "num_heads": 1, "schedule": (0, 6, 4)}
 RELATIVE: dict[str, Any] = {"use_relative_position_bias": True}
 SHARED: dict[str, Any] = {"use_shared_relative_position_bias": True}
 SPECTROGRAM = {"num_mel_bins": 32, "max_length": 64, "frequency_stride": 6, "time_stride": 6}
@@ -113,6 +114,7 @@ FAMILIES = (
     timm_family("srelpos", "relative", of_timm.relpos, "vit_srelpos_small_patch16_224", (128, 96)),
     timm_family("crossvit", "added", of_timm.crossvit, "crossvit_tiny_240", (120, 120), **CROSS),
     timm_family("pit", "added", of_timm.pit, "pit_ti_224", (136, 104), **POOLED),
+    timm_family("hiera", "added", of_timm.hiera, "hiera_tiny_224", (64, 96), **UNROLLED),
     hf_family("hf-vit", "added", of_hf.vit, "ViTForImageClassification"),
     hf_family("hf-deit", "added", of_hf.vit, "DeiTForImageClassification"),
     hf_family("hf-msn", "added", of_hf.vit, "ViTMSNForImageClassification"),

@@ -117,7 +117,6 @@ def resting(
     model: nn.Module,
     oracle: Oracle,
     counts: dict[str, int],
-    share: float = SHARE,
     seen: dict[str, Tensor] | None = None,
     to_patches: bool = False,
 ) -> Iterator[nn.Module]:
