@@ -118,6 +118,7 @@ def resting(
     oracle: Oracle,
     counts: dict[str, int],
     seen: dict[str, Tensor] | None = None,
+    share: float = SHARE,
     to_patches: bool = False,
 ) -> Iterator[nn.Module]:
     """The model, in some of whose blocks windows of each image rest; those with padding never do.
@@ -196,7 +197,7 @@ def test_semantic_tokens_of_a_window_attend_to_all_of_its_patches(family: Family
     """By hand as above. FLOPs are those that were priced, or `optimised` would fail."""
     model, x = shared_model(family), family.inputs(batch=3)
     fast = optimised(family, schedule=schedule(family), strategy=Semantic())
-    with resting(model, family.oracle(model), RESTING[family], 1.0, to_patches=True) as by_hand:
+    with resting(model, family.oracle(model), RESTING[family], share=1.0, to_patches=True) as by_hand:
         wanted = by_hand(x)
     assert error(fast.graph_module(x), wanted) < 1e-5
     among_cells = optimised(family, schedule=schedule(family), strategy=replace(REST, rest_share=1.0))
