@@ -9,9 +9,11 @@ from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.analysis.blocks import AttentionBlock
+from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import TypedGraph
-from gtp_fx.errors import OptionError
-from gtp_fx.graph.nodes import descendants
+from gtp_fx.analysis.window_forms import NoRest
+from gtp_fx.errors import OptionError, Refusal
+from gtp_fx.graph.nodes import descendants, refusal
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.types.axes import is_plain
 from gtp_fx.types.coercions import Coercion, find_coercions
@@ -42,6 +44,26 @@ def why_unfit(block: AttentionBlock, strategy: Strategy) -> str:
     reason = strategy.refuse(block.axis, block.branch is not None)
     cut = cut_of(block, strategy)
     return reason if reason or block.branch is not None or cut is None else strategy.refuse_stream(cut, block.axis)
+
+
+def resting_blocks(
+    typed: TypedGraph, branched: Sequence[AttentionBlock], strategy: Strategy
+) -> tuple[dict[int, Rest], dict[int, Refusal]]:
+    """Return the blocks with a branch whose windows can rest, where the strategy lets them, and why others' can't."""
+    rests: dict[int, Rest] = {}
+    restless: dict[int, Refusal] = {}
+    instead = "so their tokens skip the branch"
+    if not strategy.skips_branches:
+        instead = f"and strategy {strategy.name!r} lets no tokens skip the branch"
+    for block in branched if strategy.rests_windows else ():
+        found = typed.rests[block.index]
+        why = found.patch_keys if isinstance(found, Rest) and strategy.rest_keys == "patches" else found
+        if isinstance(why, NoRest):
+            restless[block.index] = refusal(block.attention, f"its windows can't rest, {instead}: {why}")
+        else:
+            assert isinstance(found, Rest)
+            rests[block.index] = found
+    return rests, restless
 
 
 def placed_blocks(blocks: Sequence[AttentionBlock], strategy: Strategy) -> list[AttentionBlock]:

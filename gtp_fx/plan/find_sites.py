@@ -11,12 +11,19 @@ from torch import fx
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.branches import Branch
 from gtp_fx.analysis.liveness import ALL
-from gtp_fx.analysis.placement import cut_of, ends_of, placed_blocks, removing_blocks, updated_edges, why_unfit
+from gtp_fx.analysis.placement import (
+    cut_of,
+    ends_of,
+    placed_blocks,
+    removing_blocks,
+    resting_blocks,
+    updated_edges,
+    why_unfit,
+)
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import TypedGraph
-from gtp_fx.analysis.window_forms import NoRest
 from gtp_fx.errors import Refusal, UnsupportedModelError
-from gtp_fx.graph.nodes import layer_name, operator_name, refusal
+from gtp_fx.graph.nodes import layer_name, operator_name
 from gtp_fx.graph.symbols import shape_of
 from gtp_fx.options.schedule import BlockShape
 from gtp_fx.plan.cost.closed_form import branch_cost, rest_cost
@@ -62,7 +69,7 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
     placed = [*placed_blocks(blocks, strategy), *(block for block, _ in branched)]
     left_out = {b.index: Refusal(b.layer, strategy.name, why) for b in placed if (why := why_unfit(b, strategy))}
     branched = [(block, branch) for block, branch in branched if block.index not in left_out]
-    rests, restless = _rests(typed, [block for block, _ in branched], strategy)
+    rests, restless = resting_blocks(typed, [block for block, _ in branched], strategy)
     if not strategy.skips_branches:
         left_out |= restless
         branched = [(block, branch) for block, branch in branched if block.index in rests]
@@ -106,26 +113,6 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
         rests,
         restless,
     )
-
-
-def _rests(
-    typed: TypedGraph, branched: Sequence[AttentionBlock], strategy: Strategy
-) -> tuple[dict[int, Rest], dict[int, Refusal]]:
-    """Return the blocks with a branch whose windows can rest, where the strategy lets them, and why others' can't."""
-    rests: dict[int, Rest] = {}
-    restless: dict[int, Refusal] = {}
-    instead = "so their tokens skip the branch"
-    if not strategy.skips_branches:
-        instead = f"and strategy {strategy.name!r} lets no tokens skip the branch"
-    for block in branched if strategy.rests_windows else ():
-        found = typed.rests[block.index]
-        why = found.patch_keys if isinstance(found, Rest) and strategy.rest_keys == "patches" else found
-        if isinstance(why, NoRest):
-            restless[block.index] = refusal(block.attention, f"its windows can't rest, {instead}: {why}")
-        else:
-            assert isinstance(found, Rest)
-            rests[block.index] = found
-    return rests, restless
 
 
 def no_sites(typed: TypedGraph) -> Candidates:
