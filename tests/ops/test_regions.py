@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gtp_fx
 from bench.live_weights import enliven
 from bench.scratch_vit import Layer
+from gtp_fx.strategies import Regeneration
 
 from support.zoo import in_tiers
 
@@ -91,21 +94,34 @@ class Map(nn.Module):
         return x
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("schedule", in_tiers([[10, 0], [0, 10], [20, 5]], [10, 0], [0, 10]))
 def test_flops_of_branches_are_the_counters(schedule: list[int]) -> None:
-    model = timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), num_heads=(2, 4), embed_dim=32, num_classes=10
-    )
-    x = noise(1, 3, 56, 56)
-    fast = gtp_fx.optimize(enliven(model).eval(), schedule=schedule, example_inputs=x, compile=False)
-    with FlopCounterMode(display=False) as counter:  # on meta: some releases count a CPU's fused attention as nothing
-        fast.graph_module.to("meta")(x.to("meta"))
-    assert counter.get_total_flops() == fast.report.flops_after
+    fast = counted(schedule, Regeneration(windows="skip"))
     rows = {row.block: row for row in fast.report.sites}
     assert {block: row.removed for block, row in rows.items()} == {i: n for i, n in enumerate(schedule) if n}
     assert all(row.windows and row.tokens_in == 49 for row in rows.values())
     assert "branch, 4 windows" in str(fast.report) or 0 not in rows
+
+
+@pytest.mark.parametrize("share", in_tiers([0.85, 0.0], 0.0))
+def test_flops_of_windows_that_rest_are_the_counters(share: float) -> None:
+    fast = counted([3, 5], Regeneration(rest_share=share))
+    assert [(row.window_tokens, row.windows) for row in fast.report.sites] == [(49, 0), (0, 1)]
+
+
+@torch.no_grad()
+def counted(schedule: list[int], strategy: Regeneration) -> gtp_fx.OptimizedModel:
+    """A net with windows on this schedule, whose FLOPs by torch's counter are those that its report has."""
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), num_heads=(2, 4), embed_dim=32, num_classes=10
+    )
+    x = noise(1, 3, 56, 56)
+    asked: dict[str, Any] = {"schedule": schedule, "strategy": strategy}
+    fast = gtp_fx.optimize(enliven(model).eval(), **asked, example_inputs=x, compile=False)
+    with FlopCounterMode(display=False) as counter:  # on meta: some releases count a CPU's fused attention as nothing
+        fast.graph_module.to("meta")(x.to("meta"))
+    assert counter.get_total_flops() == fast.report.flops_after
+    return fast
 
 
 @torch.no_grad()
