@@ -112,7 +112,8 @@ class Forms:
         kind = self.typing.type(node)
         for at in range(len(kind)):
             for end in range(at + 1, len(kind) + 1):
-                factors = tuple(f for dim in kind[at:end] for f in dim)
+                # One image is a dimension of size one, or none; it is part of the run.
+                factors = tuple(f for dim in kind[at:end] for f in dim if f.whole_size != 1)
                 if factors == self.rows[0]:
                     return Run(at, end - at)
                 heads = factors[len(self.rows[0]) :]
@@ -141,7 +142,7 @@ def _is_of_tokens(kind: TensorType) -> bool:
     """Return whether every dimension is images or tokens, but for features, the last one."""
     if len(kind) < 2 or not is_plain(kind[-1]):
         return False
-    return not any(isinstance(f, Plain) and not f.images for dim in kind[:-1] for f in dim)
+    return not any(isinstance(f, Plain) and not f.images and f.size != 1 for dim in kind[:-1] for f in dim)
 
 
 def _holds_padding(kind: TensorType) -> bool:

@@ -23,6 +23,7 @@
     window_activity             how much the tokens of each window differ, by which windows rest
     token_activity              how far each token is from its window's mean, by which tokens skip beside these
     awake_rows, window_ranks    where the windows that don't rest come from, and where they go back to
+    rows_at                     the rows of these that go back
     pool_cells, cell_numbers    the cells of windows that rest, and which one each token is in
     cell_bias                   how many places each of these stands for, as attention's additive mask
     windows_without_padding     a stream's windows that may rest

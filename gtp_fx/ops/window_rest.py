@@ -76,6 +76,17 @@ def window_ranks(awake_BK: Tensor, windows: int) -> Tensor:
     return resting_BW.scatter(1, awake_BK, rank_BK).flatten()
 
 
+@operator(lambda rows, rank_R: rows.new_empty(rank_R.shape[0], *rows.shape[1:]))
+def rows_at(rows: Tensor, rank_R: Tensor) -> Tensor:
+    """Return the rows of these numbers, [R, …], any one for -1.
+
+    An operator of its own: types take it for new values, where rows that are picked by numbers would be other tokens.
+
+    rank_R: from `window_ranks`.
+    """
+    return rows.index_select(0, rank_R.clamp_min(0))
+
+
 def _first(awake_BK: Tensor, each: int) -> Tensor:
     """Return the number of each image's first row, [B, 1]. each: how many rows an image has."""
     return torch.arange(awake_BK.shape[0], device=awake_BK.device)[:, None] * each

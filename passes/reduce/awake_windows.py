@@ -209,7 +209,7 @@ class PaddedWindows:
 
 def _put_back(call: Emit, result: fx.Node, rank: fx.Node, before: fx.Node, dimensions: int) -> fx.Node:
     """Insert the rows of `result` where their rank says so, and those of `before` where it is -1."""
-    spread = call(aten.index_select.default, result, 0, call(aten.clamp_min.default, rank, 0))
+    spread = call(gtp_fx.rows_at.default, result, rank)
     is_awake = call(aten.reshape.default, call(aten.ge.Scalar, rank, 0), [-1] + [1] * (dimensions - 1))
     return call(aten.where.self, is_awake, spread, before)
 
