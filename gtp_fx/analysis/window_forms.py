@@ -109,15 +109,15 @@ class Forms:
 
     def run(self, node: fx.Node) -> Run:
         """Return which dimensions of a value by window are images and windows. Raises NoRest."""
-        kind = self.typing.type(node)
+        kind, windows = self.typing.type(node), split_tokens(self.rows[0])
         for at in range(len(kind)):
             for end in range(at + 1, len(kind) + 1):
                 # One image is a dimension of size one, or none; it is part of the run.
-                factors = tuple(f for dim in kind[at:end] for f in dim if f.whole_size != 1)
-                if factors == self.rows[0]:
+                factors = tuple(f for dim in kind[at:end] for f in split_tokens(dim) if f.whole_size != 1)
+                if factors == windows:
                     return Run(at, end - at)
-                heads = factors[len(self.rows[0]) :]
-                if end == at + 1 and factors[: len(self.rows[0])] == self.rows[0] and is_plain(heads):
+                heads = factors[len(windows) :]
+                if end == at + 1 and factors[: len(windows)] == windows and is_plain(heads):
                     return Run(at, 1, whole_size(heads))
         raise NoRest(f"{operator_name(node)} inside it doesn't keep windows apart")
 

@@ -235,6 +235,22 @@ def test_tables_have_numbers_where_the_model_gets_its_own_later() -> None:
     assert error(fast(x), wanted) < 1e-5
 
 
+@families(*RESTING, by_default=(SAM,))
+@torch.no_grad()
+def test_one_image_captured_by_dynamo_rests_as_any_batch_does(family: Family) -> None:
+    """Its batch is a number there, a dimension of size one or none. What skips after windows that rest still does."""
+    counts = schedule(family)
+    if family is SWIN:
+        counts[-1] = 23
+    door = Door(schedule=counts, strategy=REST)
+    torch._dynamo.reset()
+    x = family.inputs(batch=1)
+    found = torch.compile(shared_model(family), backend=door, fullgraph=True)(x)
+    fast = optimised(family, schedule=counts, strategy=REST)
+    assert door.made[0].report.sites == fast.report.sites
+    assert error(found, fast.graph_module(x)) < 1e-6
+
+
 def by_distance(oracle: Oracle) -> Oracle:
     """The parts of a block whose tokens are ranked by how far they are from the mean of their window's patches."""
 
