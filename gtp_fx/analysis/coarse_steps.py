@@ -37,14 +37,17 @@ def coarse_steps(steps: Sequence[Step], forms: Forms, cells: Cells) -> tuple[Ste
 
     Raises NoRest where one can't do without a value for every place.
     """
-    walk = _Walk(forms, cells)
+    walk = _Walk(forms, cells, tuple(split_tokens(forms.rows[1])))
     return tuple(walk.step(step) for step in steps)
 
 
 @dataclass(frozen=True)
 class _Walk:
+    """The walk through a block's steps. inner: the factors that are a window's sides."""
+
     forms: Forms
     cells: Cells
+    inner: tuple[Any, ...]
 
     def step(self, step: Step) -> Step:
         """Return one node's step."""
@@ -59,7 +62,7 @@ class _Walk:
             return step
         if node.target in VIEWS or node.target is aten.expand.default:
             return replace(step, args=(step.args[0], self._sizes(step, run)))
-        if node.target in (*PERMUTATIONS, *REARRANGED, aten.unsqueeze.default):
+        if node.target in (*PERMUTATIONS, *REARRANGED, aten.unsqueeze.default, aten.linear.default):
             return step
         if node.target in NAMED_DIMENSIONS or node.target in FEATURE_NORMS:
             return self._of_features(step)
@@ -81,8 +84,7 @@ class _Walk:
     def _of_features(self, step: Step) -> Step:
         """Return the step of what names dimensions of its operand, which have to be features."""
         node = step.node
-        (operand,) = [n for n in node.all_input_nodes if n in self.forms.of][:1]
-        kind = self.forms.typing.type(operand)
+        kind = self.forms.typing.type(self.forms.own(node)[0])
         named: Any = node.args[NAMED_DIMENSIONS[node.target]] if node.target in NAMED_DIMENSIONS else None
         if named is None:  # a norm, over the last dimensions
             named = list(range(-len(node.args[1]), 0))  # type: ignore[arg-type]
@@ -130,11 +132,11 @@ class _Walk:
         return replace(step, sampled=tuple(sampled))
 
     def _pointwise(self, step: Step, run: Run) -> Step:
-        """Return the step of what is pointwise or works on features, and may read tables."""
+        """Return the step of what is pointwise, and may read tables."""
         node = step.node
         kind, sampled = self.forms.typing.type(node), []
         for table in node.all_input_nodes:
-            if table in self.forms.of or not self.forms.typing.is_tensor(table) or node.target is aten.linear.default:
+            if table in self.forms.of or not self.forms.typing.is_tensor(table):
                 continue
             shape = shape_of(table)
             for dim in range(-min(len(shape), len(kind)), 0):
@@ -155,23 +157,16 @@ class _Walk:
         return Sampled(table, dim, sides[0])
 
     @property
-    def _inner(self) -> list[Any]:
-        """Return the factors that are a window's sides."""
-        return list(split_tokens(self.forms.rows[1]))
-
-    @property
     def _every(self) -> tuple[int, ...]:
         return tuple(range(len(self.cells.sides)))
 
     def _sides(self, dim: Dim) -> tuple[int, ...]:
         """Return which of a window's sides a dimension holds, in order; empty for features and other sizes."""
-        inner = self._inner
-        return tuple(inner.index(factor) for factor in split_tokens(dim) if factor in inner)
+        return tuple(self.inner.index(factor) for factor in split_tokens(dim) if factor in self.inner)
 
     def _coarse_size(self, dim: Dim) -> int:
         """Return the size of a dimension where each side has its cells in place of its places."""
         size = 1
-        inner = self._inner
         for factor in split_tokens(dim):
-            size *= len(self.cells.sides[inner.index(factor)]) if factor in inner else factor.whole_size
+            size *= len(self.cells.sides[self.inner.index(factor)]) if factor in self.inner else factor.whole_size
         return size

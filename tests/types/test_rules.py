@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.ops import aten
@@ -421,3 +421,28 @@ def test_arguments_that_are_no_tensors() -> None:
         getitem(call)
     with pytest.raises(NoRule, match="x is not a single tensor"):
         registry.Call(call.node, {x: TypeList((plain(2),))}).type(0)
+
+
+class LessItsCells(nn.Module):
+    """A ViT of three layers from whose map of patches the mean of each cell of 2 x 2 is taken away first."""
+
+    def __init__(self, kept: bool) -> None:
+        super().__init__()
+        self.kept, self.patches = kept, nn.Conv2d(3, 16, 4, 4)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(3))
+
+    def forward(self, image: Tensor) -> Tensor:
+        cells = self.patches(image).permute(0, 2, 3, 1).unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
+        mean = cells.mean((2, 4), keepdim=True) if self.kept else cells.mean((2, 4))[:, :, None, :, None]
+        x_BNC = (cells - mean).flatten(3, 4).flatten(1, 3)
+        for layer in self.layers:
+            x_BNC = layer(x_BNC)
+        return x_BNC.mean(1)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@torch.no_grad()
+def test_a_mean_of_cells_that_meets_their_patches_again_is_of_the_same_grid(kept: bool) -> None:
+    image = torch.randn(2, 3, 32, 32)
+    fast = gtp_fx.optimize(LessItsCells(kept).eval(), flops_budget=0.8, example_inputs=image, compile=False)
+    assert fast.report.sites and all(not row.windows for row in fast.report.sites)

@@ -87,6 +87,8 @@ def _reduce(call: Call, over_tokens: bool) -> RuleResult:
     if shortened and not over_tokens and WEIGHS not in call.node.meta:
         raise NoRule("it adds up tokens, so its value depends on how many are left")
     output: TensorType = tuple((Plain(1),) if i in dims else dim for i, dim in enumerate(x) if keepdim or i not in dims)
-    if mixes_tokens:
+    # What keeps its dimensions, or gets them back at once, is about to meet the grid that it is of again.
+    returns = keepdim or any(user.target is aten.unsqueeze.default for user in call.node.users)
+    if mixes_tokens and not returns:
         output = pooled([x[d] for d in sorted(dims)], output, call.node.name)
     return RuleResult(in_rows(output), operands={node: x}, prefix_operands=NEEDS_ALL if mixes_tokens else None)
