@@ -32,6 +32,10 @@ class Awake(Protocol):
         """Return the block's stream for them."""
 
     @property
+    def tokens(self) -> int:
+        """Return how many tokens each entry of its first dimension has."""
+
+    @property
     def windows(self) -> fx.Node | None:
         """Return their rows among those of all images' windows; None where no step takes a table's entries by them."""
 
@@ -78,6 +82,10 @@ class WholeRows:
         home = np.arange(rest.tokens).reshape(rest.windows, -1)
         cells = CellTables(constants, rest, home, patches_by_window(rest.rows).flatten())
         return cls(rest, cells, rows, chosen, quiet, windows, entries)
+
+    @property
+    def tokens(self) -> int:
+        return self.rest.cells.places
 
     def moved(self, call: Emit, target: str, value: fx.Node) -> fx.Node:
         raise AssertionError(f"windows without padding have nothing to {target}")
@@ -133,13 +141,14 @@ class PaddedTables:
 class PaddedWindows:
     """Windows of which some hold padding: [images, patches of the windows that are awake, features].
 
-    patches: the whole stream, [B * N, features]. numbers: [B, T] the patches that the windows hold. places: [T] where
-    in the windows these are. held: [S] which of them each place holds. kept: K. able: [A] the numbers of the windows
-    without padding. rows: these windows, [B * A, n, features]. quiet: [B, P] which of them rest.
+    patches: the whole stream, [B * N, features]. numbers: [B, T] the patches that the windows hold. tokens: T. places:
+    [T] where in the windows these are. held: [S] which of them each place holds. kept: K. able: [A] the numbers of the
+    windows without padding. rows: these windows, [B * A, n, features]. quiet: [B, P] which of them rest.
     """
 
     rest: Rest
     kept: int
+    tokens: int
     tables: CellTables
     able: np.ndarray
     rows: fx.Node
@@ -177,7 +186,21 @@ class PaddedWindows:
             windows = call(gtp_fx.awake_rows.default, awake, rest.windows)
         kept, places, held = rest.windows - resting, read(tables.places), read(tables.held)
         cells = CellTables(constants, rest, tables.patches, np.arange(rest.tokens))
-        return cls(rest, kept, cells, tables.able, rows, quiet, flat, numbers, places, held, windows, entries)
+        return cls(
+            rest,
+            kept,
+            len(tables.places),
+            cells,
+            tables.able,
+            rows,
+            quiet,
+            flat,
+            numbers,
+            places,
+            held,
+            windows,
+            entries,
+        )
 
     def moved(self, call: Emit, target: str, value: fx.Node) -> fx.Node:
         if target == PAD:

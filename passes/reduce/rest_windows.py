@@ -5,7 +5,8 @@ For each block whose site in the plan is one where windows rest:
   2. The windows whose tokens differ most from their mean are taken out, equally many of each image.
   3. The block's nodes run on these: what rearranges tokens is gone, masks by window are taken for them.
   4. Of the windows that rest, the mean token of each cell is taken, and the same nodes run on these few, among which
-     they attend, or to all patches of their window, as the strategy says.
+     they attend, or to all patches of their window, as the strategy says. Where they attend among themselves, what
+     works on each token alone runs once, for the tokens of 3. and for cells.
   5. All are put back, and return to the stream's layout. A token of a window that rests gets a share of what its cell
      has changed by, as the strategy says.
 
@@ -25,15 +26,15 @@ from torch.ops import aten  # type: ignore[import-not-found]
 from gtp_fx.analysis.patch_keys import PatchKeys
 from gtp_fx.analysis.resting import Rest
 from gtp_fx.analysis.typed_graph import typed_graph
-from gtp_fx.analysis.window_steps import CROP, PAD, Step
 from gtp_fx.graph import edit
 from gtp_fx.graph.constants import Constants
-from gtp_fx.graph.operators import ATTENTION
 from gtp_fx.graph.symbols import is_symbolic, shape_of
 from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.split_projections import keep_rows_read
 from gtp_fx.passes.reduce.awake_windows import Awake, PaddedWindows, WholeRows
+from gtp_fx.passes.reduce.joint_rows import JointRun
 from gtp_fx.passes.reduce.resting_cells import Middles, RestingCells
+from gtp_fx.passes.reduce.run_step import run_step
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies import Strategy
 from gtp_fx.strategies.sites import Attention, Emit
@@ -77,32 +78,33 @@ def _let_rest(
     with graph.inserting_before(rest.result):
         taken = PaddedWindows if rest.padded else WholeRows
         awake: Awake = taken.take(call, constants, rest, resting, stream)
-        fewer = {rest.stream: awake.entries}
-        for step in rest.steps:
-            fewer[step.node] = _run(graph, step, fewer, awake)
         change, joint = None, list[fx.Node]()
-        if resting and share:
+        if not (resting and share):
+            made = _awake(graph, rest, awake)
+        else:
             cells, at = awake.resting(call), Middles(rest, constants)
-            made, joint = (_on_patches if strategy.rest_keys == "patches" else _on_cells)(graph, rest, cells, at)
-            change = call(aten.sub.Tensor, made, cells.entries)
+            if strategy.rest_keys == "patches":
+                made = _awake(graph, rest, awake)
+                of_cells, joint = _on_patches(graph, rest, cells, at)
+            else:
+                made, of_cells = JointRun(graph, rest, awake, cells, at).run()
+            change = call(aten.sub.Tensor, of_cells, cells.entries)
             change = change if share == 1 else call(aten.mul.Tensor, change, share)
-        whole = awake.back(call, fewer[rest.result], change, result)
+        whole = awake.back(call, made, change, result)
     edit.replace(rest.result, whole)
     return joint
 
 
-def _on_cells(graph: fx.Graph, rest: Rest, resting: RestingCells, at: Middles) -> tuple[fx.Node, list[fx.Node]]:
-    """Insert what the block does for the cells of windows that rest; return its result for them, and nothing."""
-    fewer = {rest.stream: resting.entries}
-    for step in rest.coarse:
-        fewer[step.node] = _run(graph, step, fewer, resting, at)
-        if step.target in ATTENTION:
-            at.weighed(edit.Emitter(graph, like=step.node), fewer[step.node])
-    return fewer[rest.result], []
+def _awake(graph: fx.Graph, rest: Rest, awake: Awake) -> fx.Node:
+    """Insert what the block does for windows that are awake; return its result for them."""
+    fewer = {rest.stream: awake.entries}
+    for step in rest.steps:
+        fewer[step.node] = run_step(graph, step, fewer, awake)
+    return fewer[rest.result]
 
 
 def _on_patches(graph: fx.Graph, rest: Rest, resting: RestingCells, at: Middles) -> tuple[fx.Node, list[fx.Node]]:
-    """Insert the same where cells attend to all patches of their window.
+    """Insert what the block does for the cells of windows that rest, where these attend to all patches of their window.
 
     Returns its result for the cells, and projections of which only a part is read.
     """
@@ -111,14 +113,14 @@ def _on_patches(graph: fx.Graph, rest: Rest, resting: RestingCells, at: Middles)
     patches, cells = {rest.stream: resting.rows}, {rest.stream: resting.entries}
     for step in rest.steps:
         if step.node in keys.of_patches:
-            patches[step.node] = _run(graph, step, patches, resting)
+            patches[step.node] = run_step(graph, step, patches, resting)
     for step in rest.coarse:
         if step.node is keys.attends.node:
             operands = Attention.of(step.node)
             given = {**cells, operands.k: patches[operands.k], operands.v: patches[operands.v]}
-            cells[step.node] = _run(graph, keys.attends, given, resting, at)
+            cells[step.node] = run_step(graph, keys.attends, given, resting, at)
         elif step.node in keys.of_cells:
-            cells[step.node] = _run(graph, step, cells, resting, at)
+            cells[step.node] = run_step(graph, step, cells, resting, at)
     joint = [made[n] for made, rows in ((patches, keys.rows_of_patches), (cells, keys.rows_of_cells)) for n in rows]
     return cells[rest.result], joint
 
@@ -144,29 +146,3 @@ def _windows(call: Emit, rest: Rest) -> fx.Node:
     each = Fraction(whole_size(rest.rows[0]), math.prod(shape[dim] for dim in (first, *others)))
     count = call(operator.mul, count, each.numerator)
     return count if each.denominator == 1 else call(operator.floordiv, count, each.denominator)
-
-
-def _run(
-    graph: fx.Graph, step: Step, fewer: dict[fx.Node, fx.Node], taken: Awake | RestingCells, at: Middles | None = None
-) -> fx.Node:
-    """Insert what a node does for some of the windows; return it.
-
-    fewer: the block's values for these windows. taken: the windows. at: for cells, where they read tables.
-    """
-    if step.target is None or (step.target in (PAD, CROP) and isinstance(taken, RestingCells)):
-        return fewer[step.args[0]]  # windows that rest have no padding
-    call: Emit = edit.Emitter(graph, like=step.node)
-    if step.target in (PAD, CROP):
-        assert not isinstance(taken, RestingCells)
-        return taken.moved(call, step.target, fewer[step.args[0]])
-    given = dict(fewer)
-    for operand, shape in step.reshaped:
-        given[operand] = call(aten.reshape.default, operand, list(shape))
-    for operand, dim in step.taken:
-        given[operand] = call(aten.index_select.default, operand, dim, taken.windows)
-    for sampled in step.sampled:
-        assert at is not None
-        given[sampled.operand] = at.read(call, given.get(sampled.operand, sampled.operand), sampled)
-    node = call(step.target, *fx.map_arg(step.args, lambda n: given.get(n, n)))
-    node.kwargs = fx.map_arg(dict(step.kwargs), lambda n: given.get(n, n))
-    return node

@@ -25,6 +25,7 @@ from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
 from gtp_fx.plan.cost.formulas import formula_of
 from gtp_fx.plan.cost.fusion import fused_groups
+from gtp_fx.plan.cost.rest_seconds import RestWork, rest_change
 from gtp_fx.plan.cost.terms import graph_terms, group_work, node_work, terms_of
 from gtp_fx.plan.site import BranchCost, RestCost, Site
 from gtp_fx.strategies.protocol import Strategy
@@ -137,71 +138,21 @@ def branch_seconds(
         within = [group for group in groups if set(inside).issuperset(group.nodes)]
         return works | {group.nodes[0]: group_work(group, whole, whole_count, batch) for group in within}
 
+    def weigh(work: Work) -> Any:
+        return seconds(work, target)
+
     changes = {}
     for site in sites:
         if isinstance(site.branch, RestCost):
             rest = typed.rests[site.block]
             assert isinstance(rest, Rest)
-            works = [(work, *_rest_shares(rest, node, strategy)) for node, work in works_of(rest.inside).items()]
-            changes[site.block] = _rest_change(site.branch, works, site.dtype, strategy.rest_keys, target, batch)
+            works = [RestWork.of(rest, node, work, strategy) for node, work in works_of(rest.inside).items()]
+            changes[site.block] = rest_change(site.branch, works, site.dtype, strategy.rest_keys, batch, weigh)
         elif site.branch is not None:
             branch = branches[site.block]
             through = list(works_of(branch.inside).values())
             changes[site.block] = _branch_change(site, branch, through, strategy, target, batch)
     return changes
-
-
-def _rest_shares(rest: Rest, node: fx.Node, strategy: Strategy) -> tuple[float, float]:
-    """Return the share of a node's work that one window has, and that is done for one that rests."""
-    return float(rest.share(node)), float(rest.coarse_share(node, strategy.rest_keys)) if strategy.rest_share else 0.0
-
-
-def _rest_change(
-    cost: RestCost, works: list[tuple[Work, float, float]], dtype: str, keys: str, target: Target, batch: int
-) -> Numbers:
-    """Return [windows + 1] the change in seconds by the windows that can rest and are awake; 0 where all are.
-
-    works: the block's works with every window, each with the shares of it that one such window has, and one that rests.
-    keys: what cells attend to, as in `Rest.coarse_share`.
-    """
-    awake = np.arange(cost.tokens + 1)
-    spent: Any = 0.0
-    resting = cost.tokens - awake
-    for work, of_each, of_cells in works:
-        share = 1 - resting * of_each
-        fewer = replace(work, flops=work.flops * share, bytes=work.bytes * share)
-        # Each window attends on its own; other products have a row for each token.
-        many = "batch" if work.kind == "attention" else "rows"
-        fewer = replace(fewer, **{many: np.maximum(getattr(work, many) * share, 1)})
-        spent = spent + seconds(fewer, target) - seconds(work, target)
-        if of_cells:
-            spent = spent + seconds(_for_cells(work, resting, of_each, of_cells, keys), target)
-    # What is new: the windows' activity, sorting it, taking out those that are awake, and putting them back.
-    size = getattr(torch, dtype).itemsize
-    windows = cost.tokens * cost.images * batch
-    values = windows * cost.patches * cost.features * size
-    added = [
-        Work("stream", bytes=2 * values),  # for their mean, and for how far they are from it
-        Work("sort", bytes=windows * size),
-        Work("gather", bytes=values * (3 + 2 * awake / cost.tokens), launches=3),
-    ]
-    return np.where(awake == cost.tokens, 0.0, spent + sum(seconds(work, target) for work in added))
-
-
-def _for_cells(work: Work, resting: Any, of_each: float, of_cells: float, keys: str) -> Work:
-    """Return the work that is done for windows that rest. resting: how many. keys: as above."""
-    share = resting * of_cells
-    cells = replace(work, flops=work.flops * share, bytes=work.bytes * share)
-    if work.kind == "product":  # few rows read as many weights as many do
-        weights = work.flops / (2 * work.rows) * getattr(torch, work.dtype).itemsize
-        return replace(cells, rows=np.maximum(work.rows * share, 1), bytes=np.maximum(cells.bytes, weights))
-    if work.kind != "attention":
-        return replace(cells, rows=np.maximum(work.rows * share, 1))
-    fewer = of_cells / of_each  # of a window's queries, and of its keys where those are cells, too
-    sizes = {"rows": work.rows * fewer, "tokens": work.tokens}
-    if keys == "cells":
-        sizes = {"rows": work.rows * fewer**0.5, "tokens": work.tokens * fewer**0.5}
-    return replace(cells, batch=np.maximum(work.batch * resting * of_each, 1), **sizes)
 
 
 def _branch_change(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -186,6 +187,14 @@ def test_equals_the_blocks_by_hand(family: Family) -> None:
         wanted = by_hand(x)
     assert error(fast.graph_module(x), wanted) < 1e-5
     assert error(model(x), wanted) > 1e-3, "a schedule that changes nothing proves nothing"
+
+
+@families(*RESTING, by_default=(SWIN, SAM))
+def test_windows_that_are_awake_and_cells_share_their_products(family: Family) -> None:
+    """So a block that rests has no more products than it had: each layer runs once, for all rows."""
+    fast = optimised(family, schedule=schedule(family), strategy=REST)
+    read = Counter(n.args[1] for n in fast.graph_module.graph.nodes if n.target is torch.ops.aten.linear.default)
+    assert set(read.values()) == {1}
 
 
 TO_PATCHES = tuple(family for family in RESTING if family is not SAM)
