@@ -55,8 +55,9 @@ def resting_blocks(
     instead = "so their tokens skip the branch"
     if not strategy.skips_branches:
         instead = f"and strategy {strategy.name!r} lets no tokens skip the branch"
-    for block in branched if strategy.rests_windows else ():
-        found = typed.rests[block.index]
+    every = typed.rests if branched and strategy.rests_windows else {}
+    for block in branched if every else ():
+        found = every[block.index]
         why = found.patch_keys if isinstance(found, Rest) and strategy.rest_keys == "patches" else found
         if isinstance(why, NoRest):
             restless[block.index] = refusal(block.attention, f"its windows can't rest, {instead}: {why}")

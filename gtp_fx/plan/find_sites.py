@@ -90,10 +90,11 @@ def find_sites(typed: TypedGraph, strategy: Strategy) -> Candidates:
     removing = [block for block in removing if block.index not in needed]
     cuts = _cuts(removing, strategy)
     # Blocks with a branch keep their grid whole, so they are typed without sites.
+    whole = typed.whole
     sites = [
-        _rest_site(block, rests[block.index], typed.whole, strategy, len(blocks))
+        _rest_site(block, rests[block.index], whole, strategy, len(blocks))
         if block.index in rests
-        else _skip_site(block, branch, typed.whole, strategy, len(blocks), bool(rests))
+        else _skip_site(block, branch, whole, strategy, len(blocks), bool(rests))
         for block, branch in branched
     ]
     read = _grids_read(typed)

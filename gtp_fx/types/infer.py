@@ -8,7 +8,7 @@ rewritten here; the result says what a rewrite has to do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,6 +69,16 @@ class Typing:
     def is_tensor(self, node: fx.Node) -> bool:
         """Return whether a node is a single tensor."""
         return isinstance(self.types.get(node), tuple)
+
+
+TypeOf = Callable[[fx.Node], TensorType]
+"""Returns the type of a node that is a single tensor."""
+
+
+def type_of_copies(typing: Typing, at: Mapping[fx.Node, fx.Node]) -> TypeOf:
+    """Return what tells the type of a node's copy. at: each node's copy."""
+    origin = {copy: node for node, copy in at.items()}
+    return lambda copy: typing.type(origin[copy])
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ _RANK = 3
 def join_streams(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of `gm`, whose blocks are marked, with such streams joined; `gm` itself where there are none."""
     typed = typed_graph(gm.graph)
+    whole, blocks = typed.whole, typed.blocks
     kinds: dict[fx.Node, TensorType] = {}
     orders: dict[fx.Node, list[int]] = {}
-    for block in typed.blocks:
-        attending = typed.whole.type(block.attention)[0]
+    for block in blocks:
+        attending = whole.type(block.attention)[0]
         for node in filter(None, (block.stream, block.site)):
-            kinds[node] = kind = typed.whole.type(node)
+            kinds[node] = kind = whole.type(node)
             # What is merged with images, and stays so in attention, is as many images; else it is streams of each.
             each_attends = holds_others(attending) and kind[0] == attending
             if not each_attends and (order := _order(kind, block.axis)) is not None:

@@ -39,20 +39,21 @@ from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies import Strategy
 from gtp_fx.strategies.sites import Attention, Emit
 from gtp_fx.types.axes import whole_size
-from gtp_fx.types.infer import WholeTyping, infer_types
+from gtp_fx.types.infer import TypeOf, type_of_copies
 
 
 def rest_windows(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Return a copy of `gm`, whose blocks are marked, in which the plan's windows rest."""
-    found = typed_graph(gm.graph).rests
+    typed = typed_graph(gm.graph)
+    found, typing = typed.rests, typed.whole
     gm, copies = edit.copy_with_nodes(gm)
-    typing = infer_types(gm.graph)
+    type_of = type_of_copies(typing, copies)
     constants = Constants(gm)
     rests = {number: rest.copied(copies) for number, rest in found.items() if isinstance(rest, Rest)}
     # From the last to the first: what a later block reads of an earlier one's result is replaced with that result.
     joint: list[fx.Node] = []
     for number, resting in sorted(plan.resting.items(), reverse=True):
-        joint += _let_rest(gm.graph, rests[number], resting, plan.strategy, typing, constants)
+        joint += _let_rest(gm.graph, rests[number], resting, plan.strategy, type_of, constants)
     edit.finish(gm)
     if joint:
         propagate_shapes(gm, after=rest_windows.__name__)
@@ -62,14 +63,14 @@ def rest_windows(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 
 def _let_rest(
-    graph: fx.Graph, rest: Rest, resting: int, strategy: Strategy, typing: WholeTyping, constants: Constants
+    graph: fx.Graph, rest: Rest, resting: int, strategy: Strategy, type_of: TypeOf, constants: Constants
 ) -> list[fx.Node]:
     """Rewrite one block. resting: how many windows of each image rest.
 
     Returns projections of which not all rows are read.
     """
     share = strategy.rest_share
-    stream, result = typing.type(rest.stream), typing.type(rest.result)
+    stream, result = type_of(rest.stream), type_of(rest.result)
     call = edit.Emitter(graph, like=rest.steps[0].node)
     with graph.inserting_before(rest.stream.next):
         _reread_sizes(call, rest)

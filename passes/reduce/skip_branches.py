@@ -33,7 +33,7 @@ from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.strategies.sites import Attention, Emit
 from gtp_fx.types.axes import Plain, TensorType, whole_size
-from gtp_fx.types.infer import WholeTyping, infer_types
+from gtp_fx.types.infer import TypeOf, type_of_copies
 from gtp_fx.types.layouts import by_window, convert, grid_of, image_layout, made_from
 
 _ROWS, _IMAGES = 1, 0
@@ -46,9 +46,10 @@ _FAR = 1 << 16
 
 def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Return a copy of `gm`, whose blocks are marked, in which the plan's tokens skip the plan's branches."""
-    blocks = typed_graph(gm.graph).blocks
+    typed = typed_graph(gm.graph)
+    blocks, typing = typed.blocks, typed.whole
     gm, copies = edit.copy_with_nodes(gm)
-    typing = infer_types(gm.graph)
+    type_of = type_of_copies(typing, copies)
     for block in [block.copied(copies) for block in blocks]:
         skipping = plan.skipping.get(block.index)
         if block.branch is None or skipping is None:
@@ -56,9 +57,9 @@ def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         scores = None
         if block.index not in plan.by_activity:
             scores = _scored(gm.graph, block, block.branch, plan.strategy)
-        chosen = _choose(gm.graph, scores, block.branch, skipping, typing)
+        chosen = _choose(gm.graph, scores, block.branch, skipping, type_of)
         for part in block.branch.parts:
-            _insert(gm.graph, part, block.branch, chosen, plan.strategy, typing)
+            _insert(gm.graph, part, block.branch, chosen, plan.strategy, type_of)
     return edit.finish(gm)
 
 
@@ -75,7 +76,7 @@ class Chosen:
     places: fx.Node
 
 
-def _choose(graph: fx.Graph, scores: fx.Node | None, branch: Branch, skipping: int, typing: WholeTyping) -> Chosen:
+def _choose(graph: fx.Graph, scores: fx.Node | None, branch: Branch, skipping: int, type_of: TypeOf) -> Chosen:
     """Choose the tokens that skip the branch, by lowest score. The nodes are inserted after the branch's first part.
 
     scores: scores of type `branch.scores`; None where tokens are ranked by how far they are from their window's mean.
@@ -88,7 +89,7 @@ def _choose(graph: fx.Graph, scores: fx.Node | None, branch: Branch, skipping: i
         if scores is None:
             assert branch.stream is not None
             places = _places(call, branch, branch.stream)
-            scores = _activity(call, branch, branch.stream, places, typing)
+            scores = _activity(call, branch, branch.stream, places, type_of)
         else:
             scores = _by_window(call, scores, branch)
             places = _places(call, branch, scores)
@@ -98,9 +99,7 @@ def _choose(graph: fx.Graph, scores: fx.Node | None, branch: Branch, skipping: i
         return Chosen(call(operator.getitem, split, 0), call(operator.getitem, split, 1), places)
 
 
-def _insert(
-    graph: fx.Graph, part: Part, branch: Branch, chosen: Chosen, strategy: Strategy, typing: WholeTyping
-) -> None:
+def _insert(graph: fx.Graph, part: Part, branch: Branch, chosen: Chosen, strategy: Strategy, type_of: TypeOf) -> None:
     """Replace a part of the branch by one that runs on the kept tokens alone, inserted after it."""
     kept, skipped = chosen.kept, chosen.skipped
     result = part.result
@@ -108,11 +107,11 @@ def _insert(
     call = edit.Emitter(graph, like=part.inside[0])
 
     with graph.inserting_before(skipped.next if part is branch.parts[0] else result.next):
-        before, after = (_apart(graph, call, part, branch, typing, last) for last in (False, True))
+        before, after = (_apart(graph, call, part, branch, type_of, last) for last in (False, True))
         # Arrange what enters the branch by window, and take the kept tokens.
         replacement: dict[fx.Node, fx.Node] = {}
         for entry in part.entries:
-            patches, kind = _patches(call, entry, branch, typing)
+            patches, kind = _patches(call, entry, branch, type_of)
             rows = convert(call, patches, kind, (*branch.rows, kind[-1]))
             replacement[entry] = call(gtp_fx.take_tokens.default, rows, kept, _IMAGES, _ROWS, *branch.around)
         # The branch is token-wise, so its nodes run on these as they are.
@@ -131,7 +130,7 @@ def _insert(
         else:
             among = (chosen.places, kept, skipped, *branch.around, strategy.branch_mean, _is_padded(branch))
             filled = call(gtp_fx.idle.default, replacement[result], *among)
-        own = typing.type(result)
+        own = type_of(result)
         kind = patches_of(own) if any(branch.apart) else own
         joined = [*before, convert(call, filled, (*branch.rows, kind[-1]), kind), *after]
         arranged = call(aten.cat.default, joined, patches_at(own)) if len(joined) > 1 else joined[0]
@@ -145,9 +144,9 @@ def _copy(graph: fx.Graph, node: fx.Node, of: Mapping[fx.Node, fx.Node]) -> fx.N
     return copy
 
 
-def _patches(call: Emit, entry: fx.Node, branch: Branch, typing: WholeTyping) -> tuple[fx.Node, TensorType]:
+def _patches(call: Emit, entry: fx.Node, branch: Branch, type_of: TypeOf) -> tuple[fx.Node, TensorType]:
     """Return an entry without the tokens that go through the branch on their own, and its type."""
-    kind = typing.type(entry)
+    kind = type_of(entry)
     if not any(branch.apart):
         return entry, kind
     at, (prefix, _) = patches_at(kind), branch.apart
@@ -155,7 +154,7 @@ def _patches(call: Emit, entry: fx.Node, branch: Branch, typing: WholeTyping) ->
     return call(aten.slice.Tensor, entry, at, prefix, prefix + whole_size(patches[at])), patches
 
 
-def _apart(graph: fx.Graph, call: Emit, part: Part, branch: Branch, typing: WholeTyping, last: bool) -> list[fx.Node]:
+def _apart(graph: fx.Graph, call: Emit, part: Part, branch: Branch, type_of: TypeOf, last: bool) -> list[fx.Node]:
     """Return what a part makes of the tokens apart before the patches, or after (`last`): one node, or none.
 
     The branch is token-wise, so its nodes run on these few as they are.
@@ -165,7 +164,7 @@ def _apart(graph: fx.Graph, call: Emit, part: Part, branch: Branch, typing: Whol
         return []
     copies: dict[fx.Node, fx.Node] = {}
     for entry in part.entries:
-        at = patches_at(typing.type(entry))
+        at = patches_at(type_of(entry))
         whole = shape_of(entry)[at]
         copies[entry] = call(aten.slice.Tensor, entry, at, *((whole - count, whole) if last else (0, count)))
     for node in part.inside:
@@ -218,9 +217,9 @@ def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
     return call(aten.squeeze.dim, column, 2)
 
 
-def _activity(call: Emit, branch: Branch, stream: fx.Node, places: fx.Node, typing: WholeTyping) -> fx.Node:
+def _activity(call: Emit, branch: Branch, stream: fx.Node, places: fx.Node, type_of: TypeOf) -> fx.Node:
     """Return how far each token is from its window's mean, in the region's layout."""
-    kind = typing.type(stream)
+    kind = type_of(stream)
     rows = convert(call, stream, kind, (*branch.region, kind[-1]))
     patch = [call(aten.ge.Scalar, call(aten.select.int, places, 2, 0), 0)] if _is_padded(branch) else []
     return call(gtp_fx.token_activity.default, rows, *patch)

@@ -142,9 +142,10 @@ def branch_seconds(
         return seconds(work, target)
 
     changes = {}
+    rests = typed.rests if any(isinstance(site.branch, RestCost) for site in sites) else {}
     for site in sites:
         if isinstance(site.branch, RestCost):
-            rest = typed.rests[site.block]
+            rest = rests[site.block]
             assert isinstance(rest, Rest)
             works = [RestWork.of(rest, node, work, strategy) for node, work in works_of(rest.inside).items()]
             changes[site.block] = rest_change(site.branch, works, site.dtype, strategy.rest_keys, batch, weigh)
