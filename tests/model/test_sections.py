@@ -205,6 +205,26 @@ def test_what_the_compiler_assumed_of_sizes_is_held_against_other_sections() -> 
     assert not assumed.hold_for([torch.empty(4, 150).T, 150])
 
 
+def test_what_was_assumed_besides_an_alternative_counts() -> None:
+    """A guard may say one thing or another: 3 columns are part of the code in either case.
+
+    So in what the compiler's caches compare, which torch puts together.
+    """
+    assumed = OpenSizes()
+    rows = assumed.fake(torch.empty(8, 3), ["rows", None, None, None]).shape[0]
+    number = assumed.integer(7, "number")
+    with assumed.tracing():
+        assert (rows % 4 == 1) | (rows % 4 == 0)
+        assert number > 5
+    assert assumed.hold_for([torch.empty(12, 3), 6])
+    for tensor, other in ((torch.empty(6, 3), 6), (torch.empty(12, 2), 6), (torch.empty(12, 3), 5)):
+        assert not assumed.hold_for([tensor, other])
+    shapes = rows.node.shape_env
+    kept = shapes.produce_guards_expression([rows, number])
+    held = [shapes.evaluate_guards_expression(kept, numbers) for numbers in ([12, 6], [6, 6], [12, 5])]
+    assert held == [True, False, False]
+
+
 def test_numbers_that_differ_by_the_same_everywhere_are_one_symbol() -> None:
     assumed = OpenSizes()
     tokens, patches, other = (9, 8, 6), (8, 7, 5), (5, 4, 3)

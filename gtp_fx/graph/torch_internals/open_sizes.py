@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,6 +12,22 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
+@functools.cache
+def _shapes_with_guards_apart() -> Any:
+    """Return a ShapeEnv whose guards can be joined by "and" as they are.
+
+    Torch's don't put one of two in parentheses, neither for us nor for the compiler's caches, which join them, too: of
+    `a and b or c and d` the second half would do, and code would run on sizes that it wasn't made for. Public: none.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    class GuardsApart(ShapeEnv):
+        def produce_guards(self, *args: Any, **kwargs: Any) -> list[str]:
+            return [f"({guard})" for guard in super().produce_guards(*args, **kwargs)]
+
+    return GuardsApart
+
+
 class OpenSizes:
     """Sizes that a compiled function takes as symbols, and what its compilation came to assume of them.
 
@@ -18,10 +35,8 @@ class OpenSizes:
     """
 
     def __init__(self) -> None:
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
         # Sizes that happen to be equal aren't the same: another section has others.
-        self._shapes = ShapeEnv(duck_shape=False)
+        self._shapes = _shapes_with_guards_apart()(duck_shape=False)
         self._mode = FakeTensorMode(shape_env=self._shapes)
         self._symbols: dict[Any, Any] = {}
         self._values: dict[Any, int] = {}
