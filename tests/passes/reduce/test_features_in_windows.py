@@ -30,14 +30,14 @@ class Block(nn.Module):
         self.change, self.dropped = change, dropped
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-        self.gain = nn.Parameter(torch.randn(1, 1, 1, WIDTH))
+        self.gain, self.path = nn.Parameter(torch.randn(1, 1, 1, WIDTH)), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         batch, rows = x.shape[0], x.shape[1] // SIDE
         y = self.change(F.layer_norm(x, (WIDTH,))).view(batch, rows, SIDE, rows, SIDE, WIDTH).transpose(2, 3)
         heads = self.qkv(y.reshape(-1, SIDE * SIDE, WIDTH)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         y = self.out(F.scaled_dot_product_attention(*heads.unbind(0)).transpose(1, 2).flatten(2))
-        x = x + y.view(batch, rows, rows, SIDE, SIDE, WIDTH).transpose(2, 3).reshape(x.shape)
+        x = x + self.path(y.view(batch, rows, rows, SIDE, SIDE, WIDTH).transpose(2, 3).reshape(x.shape))
         gate, value = self.up(self.change(F.layer_norm(x, (WIDTH,)))).chunk(2, -1)
         y = F.dropout(F.silu(gate) * value, self.dropped, self.training)
         return x + self.gain * self.change(self.down(y))
@@ -115,3 +115,18 @@ def test_dropout_in_training(windows: str) -> None:
     assert not torch.equal(fast(x), fast(x))
     fast(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+class Path(nn.Module):
+    """Drops a branch of some images in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(0.5) if self.training else x
+
+
+def test_counts_of_windows_are_not_taken_for_tokens_in_training() -> None:
+    model = built(lambda x: x)
+    model.block.path = Path()
+    with pytest.raises(gtp_fx.GtpError, match=r"(?s)windows of block rest in the model's first mode.*can't rest"):
+        rested(model).train()(image(3))
+    assert rested(model, strategy=Regeneration(windows="skip")).train()(image(3)).shape == (3, WIDTH)
