@@ -20,6 +20,13 @@ from gtp_fx.types.axes import TensorType, is_plain, token_axis, whole_size
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.rules.views import is_view
 
+_NAMED = {
+    **NAMED_DIMENSIONS,
+    **dict.fromkeys((aten.logsumexp.default, aten.log_softmax.int, aten.flip.default, aten.index_select.default), 1),
+    **dict.fromkeys((aten.roll.default, aten.repeat_interleave.self_int), 2),
+}
+"""`NAMED_DIMENSIONS`, and of operators that are token-wise where the dimension is features."""
+
 
 class NoBranch(NotApplicable):
     """Raised where a block has no branch that tokens can skip; the message is the reason that a user reads."""
@@ -51,7 +58,7 @@ def with_fewer_dimensions(node: fx.Node) -> tuple[Any, ...]:
 
     Dimensions that it names are counted from the end.
     """
-    at = NAMED_DIMENSIONS.get(node.target, len(node.args))
+    at = _NAMED.get(node.target, len(node.args))
     if at >= len(node.args) or node.args[at] is None:
         return node.args
     rank = node.all_input_nodes[0].meta["val"].dim()
@@ -191,6 +198,8 @@ def is_token_wise(node: fx.Node, lead: TensorType, typing: WholeTyping) -> bool:
     ):
         return False
     if is_view(node) or node.target in (*PERMUTATIONS, *REARRANGED) or not runs_over(node, lead, typing):
+        return False
+    if node.target is aten.index.Tensor:  # it counts its dimensions from the first one
         return False
     others = [n for n in node.all_input_nodes if typing.is_tensor(n) and not runs_over(n, lead, typing)]
     if node.target is aten.linear.default:

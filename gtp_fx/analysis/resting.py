@@ -26,7 +26,7 @@ from torch import fx
 
 from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.coarse_steps import cells_of, coarse_steps
-from gtp_fx.analysis.joint_steps import JointSteps, joint_steps
+from gtp_fx.analysis.joint_steps import joint_steps
 from gtp_fx.analysis.patch_keys import PatchKeys, find_patch_keys
 from gtp_fx.analysis.window_cells import Cells
 from gtp_fx.analysis.window_forms import Forms, NoRest
@@ -49,7 +49,7 @@ class Rest:
     result: its last add.
     steps: what its nodes do for fewer windows, in order; the last one is the result's.
     coarse: what they do for the cells of windows that rest.
-    joint: which of them run once for both.
+    joint: the nodes that run once for both, on rows.
     patch_keys: what of them runs on cells where these attend to all of their window's patches, or why they can't.
     cells: of a window.
     by_window: those of its nodes that run on windows, with their padding; the others run on patches.
@@ -64,7 +64,7 @@ class Rest:
     result: fx.Node
     steps: tuple[Step, ...]
     coarse: tuple[Step, ...]
-    joint: JointSteps
+    joint: frozenset[fx.Node]
     patch_keys: PatchKeys | NoRest
     cells: Cells
     by_window: frozenset[fx.Node]
@@ -113,11 +113,9 @@ class Rest:
         """Return this block in a copy of the graph. at: each node's copy."""
         steps, coarse = (tuple(step.copied(at) for step in steps) for steps in (self.steps, self.coarse))
         sizes, made = (tuple(at[node] for node in nodes) for nodes in (self.sizes, self.made))
-        by_window = frozenset(at[node] for node in self.by_window)
+        by_window, joint = (frozenset(at[node] for node in nodes) for nodes in (self.by_window, self.joint))
         keys = self.patch_keys.copied(at) if isinstance(self.patch_keys, PatchKeys) else self.patch_keys
-        ends = replace(
-            self, stream=at[self.stream], result=at[self.result], joint=self.joint.copied(at), patch_keys=keys
-        )
+        ends = replace(self, stream=at[self.stream], result=at[self.result], joint=joint, patch_keys=keys)
         return replace(ends, steps=steps, coarse=coarse, by_window=by_window, sizes=sizes, made=made)
 
 
@@ -157,7 +155,7 @@ def find_rest(block: AttentionBlock, typing: WholeTyping) -> Rest:
     count = math.prod(f.whole_size for f in windows)
     by_window = frozenset(node for node in nodes if forms.of[node] is not None)
     keys = find_patch_keys(block.attention, nodes, coarse)
-    joint, tables = joint_steps(stream, steps, coarse, forms), (tuple(sizes), tuple(made))
+    joint, tables = joint_steps(steps, forms), (tuple(sizes), tuple(made))
     return Rest(stream, result, steps, coarse, joint, keys, cells, by_window, rows, count, whole, *tables)
 
 

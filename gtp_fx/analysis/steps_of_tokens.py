@@ -7,6 +7,8 @@ features].
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 from torch.ops import aten  # type: ignore[import-not-found]
 
@@ -16,14 +18,14 @@ from gtp_fx.analysis.window_steps import CROP, MOVES, PAD, Step
 from gtp_fx.graph.nodes import operator_name, pads_with_zeros
 from gtp_fx.graph.operators import PADDINGS, VIEWS
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.types.axes import whole_size
+from gtp_fx.types.axes import TensorType, is_plain, whole_size
 
 
 def step_of_tokens(node: fx.Node, forms: Forms) -> Step:
     """Return what a node does whose result is tokens, and note its form. Raises NoRest."""
     own = forms.own(node)
     forms.of[node] = None
-    if node.target in MOVES and len(own) == 1 and node.args[0] is own[0]:
+    if _moves(node, own, forms):
         form = forms.of[own[0]]
         if form is None:
             return _moved(node, own[0], forms)
@@ -41,11 +43,23 @@ def step_of_padded(node: fx.Node, forms: Forms) -> Step:
         if forms.of[own[0]] is not None or not pads_with_zeros(node):
             raise NoRest("its windows are padded with something else than zeros, or more than once")
         return Step(node, PAD, (own[0],))
-    if node.target in MOVES and len(own) == 1 and node.args[0] is own[0]:
+    if _moves(node, own, forms):
         if forms.of[own[0]] == PADDED:
             return _moved(node, own[0], forms)
         return _out_of_windows(node, own[0], forms)
     return _token_wise(node, own, forms)
+
+
+def _moves(node: fx.Node, own: list[fx.Node], forms: Forms) -> bool:
+    """Return whether a node only rearranges the tokens of its one operand, or takes some of their features."""
+    return node.target in MOVES and own == [node.args[0]] and not _shifts_features(node, forms.typing.type(own[0]))
+
+
+def _shifts_features(node: fx.Node, kind: TensorType) -> bool:
+    """Return whether features, the last dimension, are rolled or padded, alone or with tokens. kind: the operand's."""
+    named: Any = node.args[2] if node.target is aten.roll.default else ()
+    amounts: Any = node.args[1] if node.target in PADDINGS else ()
+    return any(is_plain(kind[dim]) for dim in named) or any(amounts[:2])
 
 
 def _moved(node: fx.Node, operand: fx.Node, forms: Forms) -> Step:
@@ -72,9 +86,6 @@ def _token_wise(node: fx.Node, own: list[fx.Node], forms: Forms) -> Step:
     if not alike or not is_token_wise(node, kind[:-1], typing):
         raise NoRest(f"{operator_name(node)} inside it isn't token-wise")
     # A parameter of more dimensions, [1, 1, 1, C], would give them to the tokens.
-    flat = tuple(
-        (n, (shape_of(n)[-1],))
-        for n in node.all_input_nodes
-        if n not in own and typing.is_tensor(n) and len(shape_of(n)) > len(forms.rows) + 1
-    )
+    tables = [n for n in node.all_input_nodes if n not in own and typing.is_tensor(n) and len(shape_of(n)) > 1]
+    flat = () if node.target is aten.linear.default else tuple((n, (shape_of(n)[-1],)) for n in tables)
     return Step(node, node.target, with_fewer_dimensions(node), node.kwargs, (), flat)

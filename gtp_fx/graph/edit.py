@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from gtp_fx.graph.nodes import attention_dropout
 from gtp_fx.graph.symbols import names_a_symbol
 from gtp_fx.graph.torch_internals import graph_module, return_flat, take_signature
 
@@ -167,11 +166,10 @@ def finish(gm: fx.GraphModule) -> fx.GraphModule:
 def _is_impure(node: fx.Node) -> bool:
     """Return whether a node has an effect beside its value.
 
-    Torch keeps attention because it may draw random numbers; without dropout it draws none. What a record names stays.
+    Drawing random numbers that nobody reads isn't one: where a pass runs a block anew for fewer tokens, the dropout of
+    the old one would keep all of it. What a record names stays.
     """
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        return bool(attention_dropout(node))
-    return bool(node.is_impure()) or RECORDED in node.meta
+    return bool(node.is_impure(impure_random=False)) or RECORDED in node.meta
 
 
 def share(gm: fx.GraphModule, owner: nn.Module) -> None:

@@ -33,6 +33,7 @@ from gtp_fx.model.pipeline import run_passes
 from gtp_fx.model.runner import make_runner, runner_with_kept
 from gtp_fx.model.state import Chosen, Made, Mode, Runner, State, settled
 from gtp_fx.options.calibration import bound_where
+from gtp_fx.report.report import Report
 
 
 def present_mode(state: State, owner: nn.Module) -> Mode:
@@ -138,7 +139,25 @@ def _rewritten(state: State, owner: nn.Module, captured: fx.GraphModule) -> Made
     read_from(made.graph_module, owner, names_read(captured))
     if state.chosen is None:
         state.chosen = Chosen(made.schedule, made.strategy, made.report)
+    else:
+        _must_rest_alike(state.chosen.report, made.report)
     return Made(captured, made)
+
+
+def _must_rest_alike(first: Report, report: Report) -> None:
+    """Check that windows rest at the same blocks in a graph as in the model's first, for which they were counted.
+
+    Raises ScheduleError where they don't in one of the two: its counts would be taken for tokens.
+    """
+    before, now = ({row.layer for row in of.sites if row.window_tokens} for of in (first, report))
+    for layer in sorted(before ^ now):
+        resting, other = ("first", "present") if layer in before else ("present", "first")
+        refusals = report.refusals if layer in before else first.refusals
+        raise ScheduleError(
+            f"windows of {layer} rest in the model's {resting} mode and dtype, and can't in its {other} one, so one "
+            "schedule isn't for both: with strategy='regeneration(windows=skip)' both skip tokens"
+            + "".join(f"\n  - {refusal}" for refusal in refusals)
+        )
 
 
 def copy_graphs(state: State, twin: State, owner: nn.Module) -> None:

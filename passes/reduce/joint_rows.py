@@ -52,7 +52,7 @@ class JointRun:
         self.of_awake[self.rest.stream], self.of_cells[self.rest.stream] = self.awake.entries, self.resting.entries
         for step, coarse in zip(self.rest.steps, self.rest.coarse, strict=True):
             own = [n for n in step.node.all_input_nodes if n in self.joint or n in self.of_awake]
-            if step.node in self.rest.joint.nodes:
+            if step.node in self.rest.joint:
                 self._on_rows(step, own)
             else:
                 self._apart(step, coarse, own)
@@ -63,7 +63,7 @@ class JointRun:
         """Insert a step once, for all rows."""
         given = {operand: self._join(operand, step.node) for operand in own}
         first = given[own[0]]
-        if step.target is None or step.target is aten.reshape.default:  # rows are in order
+        if step.target is None:  # rows are in order
             self.joint[step.node] = first
             return
         rows = {operand: given[operand].value for operand in own}
@@ -94,14 +94,9 @@ class JointRun:
             return
         call: Emit = edit.Emitter(self.graph, like=value)
         rows, features = self.joint[value], shape_of(value)[-1]
-        places = self.rest.joint.places[value]
         awake = call(aten.slice.Tensor, rows.value, 0, 0, rows.awake)
         cells = call(aten.slice.Tensor, rows.value, 0, rows.awake, _LAST)
-        tokens = (self.awake.tokens,) if places is None else places
-        self.of_awake[value] = call(aten.reshape.default, awake, [-1, *tokens, features])
-        self.of_cells[value] = call(aten.reshape.default, cells, [-1, *self._cells(places), features])
-
-    def _cells(self, places: tuple[int, ...] | None) -> tuple[int, ...]:
-        """Return the sizes that a window's cells have where its places have `places`."""
-        cells = self.rest.cells
-        return tuple(map(len, cells.sides)) if places is not None and len(places) > 1 else (cells.count,)
+        # What runs on windows has their padding.
+        tokens = self.rest.cells.places if value in self.rest.by_window else self.awake.tokens
+        self.of_awake[value] = call(aten.reshape.default, awake, [-1, tokens, features])
+        self.of_cells[value] = call(aten.reshape.default, cells, [-1, self.rest.cells.count, features])

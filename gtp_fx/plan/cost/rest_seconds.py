@@ -35,7 +35,7 @@ class RestWork:
         """Return that of a block's node, or of a fused group of which it is one."""
         keys = strategy.rest_keys
         cells = float(rest.coarse_share(node, keys)) if strategy.rest_share else 0.0
-        return cls(work, float(rest.share(node)), cells, keys == "cells" and node in rest.joint.nodes)
+        return cls(work, float(rest.share(node)), cells, keys == "cells" and node in rest.joint)
 
 
 def rest_change(
