@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from gtp_fx.graph.nodes import attention_dropout
 from gtp_fx.graph.symbols import names_a_symbol
 from gtp_fx.graph.torch_internals import graph_module, return_flat, take_signature
 
@@ -155,9 +156,13 @@ def returning(gm: fx.GraphModule, results: Callable[[dict[fx.Node, fx.Node]], li
     return fx.GraphModule(gm, graph)
 
 
-def finish(gm: fx.GraphModule) -> fx.GraphModule:
-    """Remove what nothing uses, check the graph, regenerate its code."""
-    gm.graph.eliminate_dead_code(is_impure_node=_is_impure)
+def finish(gm: fx.GraphModule, draws: bool = True) -> fx.GraphModule:
+    """Remove what nothing uses, check the graph, regenerate its code.
+
+    draws: whether what draws random numbers stays in any case, since those after it depend on it. Where a pass has run
+        a block anew for fewer tokens, the dropout of the old one would keep all of it.
+    """
+    gm.graph.eliminate_dead_code(is_impure_node=_is_impure if draws else _has_effect)
     gm.graph.lint()
     gm.recompile()
     return gm
@@ -166,9 +171,15 @@ def finish(gm: fx.GraphModule) -> fx.GraphModule:
 def _is_impure(node: fx.Node) -> bool:
     """Return whether a node has an effect beside its value.
 
-    Drawing random numbers that nobody reads isn't one: where a pass runs a block anew for fewer tokens, the dropout of
-    the old one would keep all of it. What a record names stays.
+    Torch keeps attention because it may draw random numbers; without dropout it draws none. What a record names stays.
     """
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return bool(attention_dropout(node))
+    return bool(node.is_impure()) or RECORDED in node.meta
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Return the same, where random numbers that nobody reads are none."""
     return bool(node.is_impure(impure_random=False)) or RECORDED in node.meta
 
 

@@ -54,12 +54,12 @@ def rest_windows(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     joint: list[fx.Node] = []
     for number, resting in sorted(plan.resting.items(), reverse=True):
         joint += _let_rest(gm.graph, rests[number], resting, plan.strategy, type_of, constants)
-    edit.finish(gm)
+    edit.finish(gm, draws=False)
     if joint:
         propagate_shapes(gm, after=rest_windows.__name__)
         for linear in joint:
             keep_rows_read(gm.graph, linear)
-    return edit.finish(gm)
+    return edit.finish(gm, draws=False)
 
 
 def _let_rest(

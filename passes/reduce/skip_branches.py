@@ -60,7 +60,7 @@ def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         chosen = _choose(gm.graph, scores, block.branch, skipping, type_of)
         for part in block.branch.parts:
             _insert(gm.graph, part, block.branch, chosen, plan.strategy, type_of)
-    return edit.finish(gm)
+    return edit.finish(gm, draws=False)
 
 
 @dataclass(frozen=True)
