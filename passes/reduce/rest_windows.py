@@ -51,13 +51,13 @@ def rest_windows(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     constants = Constants(gm)
     rests = {number: rest.copied(copies) for number, rest in found.items() if isinstance(rest, Rest)}
     # From the last to the first: what a later block reads of an earlier one's result is replaced with that result.
-    joint: list[fx.Node] = []
+    partly_read: list[fx.Node] = []
     for number, resting in sorted(plan.resting.items(), reverse=True):
-        joint += _let_rest(gm.graph, rests[number], resting, plan.strategy, type_of, constants)
+        partly_read += _let_rest(gm.graph, rests[number], resting, plan.strategy, type_of, constants)
     edit.finish(gm, draws=False)
-    if joint:
+    if partly_read:
         propagate_shapes(gm, after=rest_windows.__name__)
-        for linear in joint:
+        for linear in partly_read:
             keep_rows_read(gm.graph, linear)
     return edit.finish(gm, draws=False)
 
@@ -79,21 +79,21 @@ def _let_rest(
     with graph.inserting_before(rest.result):
         taken = PaddedWindows if rest.padded else WholeRows
         awake: Awake = taken.take(call, constants, rest, resting, stream)
-        change, joint = None, list[fx.Node]()
+        change, partly_read = None, list[fx.Node]()
         if not (resting and share):
             made = _awake(graph, rest, awake)
         else:
             cells, at = awake.resting(call), Middles(rest, constants)
             if strategy.rest_keys == "patches":
                 made = _awake(graph, rest, awake)
-                of_cells, joint = _on_patches(graph, rest, cells, at)
+                of_cells, partly_read = _on_patches(graph, rest, cells, at)
             else:
                 made, of_cells = JointRun(graph, rest, awake, cells, at).run()
             change = call(aten.sub.Tensor, of_cells, cells.entries)
             change = change if share == 1 else call(aten.mul.Tensor, change, share)
         whole = awake.back(call, made, change, result)
     edit.replace(rest.result, whole)
-    return joint
+    return partly_read
 
 
 def _awake(graph: fx.Graph, rest: Rest, awake: Awake) -> fx.Node:
@@ -122,8 +122,8 @@ def _on_patches(graph: fx.Graph, rest: Rest, resting: RestingCells, at: Middles)
             cells[step.node] = run_step(graph, keys.attends, given, resting, at)
         elif step.node in keys.of_cells:
             cells[step.node] = run_step(graph, step, cells, resting, at)
-    joint = [made[n] for made, rows in ((patches, keys.rows_of_patches), (cells, keys.rows_of_cells)) for n in rows]
-    return cells[rest.result], joint
+    of_both = (patches, keys.rows_of_patches), (cells, keys.rows_of_cells)
+    return cells[rest.result], [made[node] for made, rows in of_both for node in rows]
 
 
 def _reread_sizes(call: Emit, rest: Rest) -> None:
