@@ -15,17 +15,17 @@ from torch.ops import aten  # type: ignore[import-not-found]
 
 from gtp_fx.errors import NotApplicable
 from gtp_fx.graph.nodes import ancestors, descendants, operator_name, source_line
-from gtp_fx.graph.operators import ATTENTION, CONVOLUTIONS, NAMED_DIMENSIONS, PERMUTATIONS, REARRANGED, SOFTMAXES
+from gtp_fx.graph.operators import (
+    ATTENTION,
+    CONVOLUTIONS,
+    PERMUTATIONS,
+    REARRANGED,
+    SOFTMAXES,
+    TOKEN_WISE_DIMENSIONS,
+)
 from gtp_fx.types.axes import TensorType, is_plain, token_axis, whole_size
 from gtp_fx.types.infer import WholeTyping
 from gtp_fx.types.rules.views import is_view
-
-_NAMED = {
-    **NAMED_DIMENSIONS,
-    **dict.fromkeys((aten.logsumexp.default, aten.log_softmax.int, aten.flip.default, aten.index_select.default), 1),
-    **dict.fromkeys((aten.roll.default, aten.repeat_interleave.self_int), 2),
-}
-"""`NAMED_DIMENSIONS`, and of operators that are token-wise where the dimension is features."""
 
 
 class NoBranch(NotApplicable):
@@ -58,7 +58,7 @@ def with_fewer_dimensions(node: fx.Node) -> tuple[Any, ...]:
 
     Dimensions that it names are counted from the end.
     """
-    at = _NAMED.get(node.target, len(node.args))
+    at = TOKEN_WISE_DIMENSIONS.get(node.target, len(node.args))
     if at >= len(node.args) or node.args[at] is None:
         return node.args
     rank = node.all_input_nodes[0].meta["val"].dim()

@@ -97,6 +97,12 @@ NAMED_DIMENSIONS: dict[Any, int] = {
     **dict.fromkeys((*SPLITS, aten.linalg_vector_norm.default), 2),
 }
 """The position of the argument that names dimensions, one or several, of its first operand."""
+TOKEN_WISE_DIMENSIONS: dict[Any, int] = {
+    **NAMED_DIMENSIONS,
+    **dict.fromkeys((aten.logsumexp.default, aten.log_softmax.int, aten.flip.default, aten.index_select.default), 1),
+    **dict.fromkeys((aten.roll.default, aten.repeat_interleave.self_int), 2),
+}
+"""The same, and of operators that are only followed on rows of tokens, where the dimension is features."""
 PADDINGS: Family = (aten.pad.default, aten.constant_pad_nd.default)
 RESIZINGS: Family = (
     aten.upsample_bilinear2d.vec,
