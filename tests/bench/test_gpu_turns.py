@@ -43,8 +43,11 @@ def test_turns_are_had_one_at_a_time_in_order(tmp_path: Path) -> None:
 
 
 def test_what_gets_ready_is_halted_in_anothers_turn(tmp_path: Path) -> None:
-    """The slow one counts, twenty times a second, and is not ready when turns begin."""
-    counting = "i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo $i > count; sleep 0.05; done; "
+    """The slow one counts, twenty times a second, and is not ready when turns begin.
+
+    It puts each number in place as a whole: it may be halted at any time, also while it writes.
+    """
+    counting = "i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo $i > new; mv new count; sleep 0.05; done; "
     measure = READY + "sleep 0.2; cp count before; sleep 0.6; cp count after; "
     found = run(
         tmp_path, stage(tmp_path, "slow", counting + READY), stage(tmp_path, "quick", measure), settle=0.5, seconds=30
