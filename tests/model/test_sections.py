@@ -20,8 +20,9 @@ from gtp_fx.model.backend import gtp
 from gtp_fx.model.sections import alike, backend, code, program
 from gtp_fx.model.sections.alike import kinds
 from gtp_fx.model.sections.backend import InSections
-from gtp_fx.model.sections.cut import cut, value_of
+from gtp_fx.model.sections.cut import cut
 from gtp_fx.model.sections.first_site import like_the_others
+from gtp_fx.model.sections.values import value_of
 from gtp_fx.strategies import STRATEGIES
 
 from support.plain_vit import PlainViT, built, images

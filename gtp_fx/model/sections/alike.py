@@ -11,19 +11,17 @@ takes it as a symbol, the same one for equal columns, so that it knows which siz
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.graph.torch_internals import hint
-from gtp_fx.model.sections.cut import OUTSIDE, leaves, sites, value_of
+from gtp_fx.model.sections.cut import OUTSIDE, is_free_view, sites
+from gtp_fx.model.sections.values import Number, leaves, number, value_of
 
-Number = Hashable
-"""An int, or the expression of a symbolic one."""
 Column = tuple[Number, ...]
 
 _SMALL = 0.1
@@ -74,7 +72,8 @@ class Kind:
     sizes: for each input, the columns of its sizes and strides; for an integer, its own column alone.
     given: the columns of the open numbers that the graph module takes.
     decides: whether it is a site's decision, which tokens leave.
-    as_it_is: whether compiling would cost more than it saves: decisions in a long run, and what is small and single.
+    as_it_is: whether compiling would cost more than it saves: decisions in a long run, views, and what is small and
+        single.
     """
 
     sections: tuple[Section, ...]
@@ -143,11 +142,6 @@ def _form(node: fx.Node) -> Any:
     return str(value.dtype), str(value.device), value.requires_grad, own
 
 
-def number(value: Any) -> Number:
-    """Return an integer, or the expression of a symbolic one."""
-    return value.node.expr if isinstance(value, torch.SymInt) else int(value)
-
-
 def _small(found: Sequence[Sequence[Section]], left: float) -> list[Section]:
     """Return the sections, the smallest that occur once, which together make no more than `left` bytes.
 
@@ -184,7 +178,7 @@ def _kind(alike: Sequence[Section], small: bool, long: bool) -> Kind:
     columns: list[Column] = list(zip(*(part.numbers for part in alike), strict=True))
     given = tuple(dict.fromkeys(column for column in columns if is_open(column)))
     decides = bool(sites(first.nodes))
-    as_it_is = small or (decides and long)
+    as_it_is = small or (decides and long) or all(map(is_free_view, first.nodes))
     return Kind(tuple(alike), _graph_module(first, columns, given), sizes, given, decides, as_it_is)
 
 

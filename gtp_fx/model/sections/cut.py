@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
-from torch.utils import _pytree as pytree
 
-from gtp_fx.graph.torch_internals import has_hint, is_higher_order
+from gtp_fx.graph.operators import VIEWS
+from gtp_fx.graph.torch_internals import has_hint, is_higher_order, is_operator
+from gtp_fx.model.sections.values import leaves, lies_in_order, value_of
 from gtp_fx.strategies import group_operator as _registers_group  # noqa: F401
 
 OUTSIDE = ("placeholder", "get_attr", "output")
@@ -24,11 +25,6 @@ OUTSIDE = ("placeholder", "get_attr", "output")
 _OF_A_SITE = (operator.getitem, gtp_fx.group.default)
 """A decision which tokens leave, and its results. What is done with the stream then is compiled: unfused, it would take
 as long as the decision."""
-
-
-def value_of(node: fx.Node) -> Any:
-    """Return what is known of a node's value: a fake tensor, a symbolic integer, or a structure of those."""
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def can_be_cut(graph: fx.Graph) -> bool:
@@ -54,6 +50,7 @@ def cut(graph: fx.Graph) -> list[list[fx.Node]]:
     """Return the graph's calls, in order, in sections.
 
     A cut lies where fewer values are alive than at the places before and after. A site's own operators are a section.
+    So are views before a cut: they differ with what reads them, and what stands before them doesn't.
     """
     nodes = _decisions_first([node for node in graph.nodes if node.op not in OUTSIDE])
     alive = _alive_after(nodes)
@@ -71,11 +68,29 @@ def cut(graph: fx.Graph) -> list[list[fx.Node]]:
         for (_, more), (i, count), (_, again) in zip(runs, runs[1:], runs[2:], strict=False)
         if more > count < again
     }
+    cuts |= {_before_views(nodes, place) for place in cuts}
     for start, end in sites(nodes):
         cuts = {place for place in cuts if not start < place < end} | {start, end}
     cuts -= {i + 1 for i, count in enumerate(alive) if count is None}
     ends = [*sorted(cuts - {0, len(nodes)}), len(nodes)]
     return [nodes[start:end] for start, end in zip([0, *ends], ends, strict=False) if start < end]
+
+
+def _before_views(nodes: Sequence[fx.Node], place: int) -> int:
+    """Return the place before the views that end at `place`; they take no time of their own."""
+    while place and is_free_view(nodes[place - 1]):
+        place -= 1
+    return place
+
+
+def is_free_view(node: fx.Node) -> bool:
+    """Return whether a node's value is its only operand's memory, differently arranged."""
+    sources = node.all_input_nodes
+    if len(sources) != 1 or not isinstance(value_of(sources[0]), Tensor):
+        return False
+    if node.target in VIEWS:
+        return lies_in_order(value_of(sources[0]))
+    return is_operator(node.target) and node.target.is_view
 
 
 def sites(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
@@ -153,8 +168,3 @@ def _sizes(values: Sequence[Any]) -> list[Any]:
     return [value for value in values if isinstance(value, torch.SymInt)] + [
         size for tensor in tensors for size in (*tensor.shape, *tensor.stride())
     ]
-
-
-def leaves(values: Any) -> list[Any]:
-    """Return the leaves of a node's arguments."""
-    return list(pytree.tree_leaves(values))

@@ -14,7 +14,8 @@ from torch import fx
 from torch.ops import gtp_fx  # type: ignore[import-not-found]
 
 from gtp_fx.graph.torch_internals import mode_of
-from gtp_fx.model.sections.cut import OUTSIDE, value_of
+from gtp_fx.model.sections.cut import OUTSIDE
+from gtp_fx.model.sections.values import value_of
 
 _SCORES = gtp_fx.attention_with_scores.default
 

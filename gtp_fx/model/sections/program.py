@@ -15,8 +15,10 @@ from gtp_fx.graph import edit
 from gtp_fx.graph.torch_internals import fill_values, folds_weights
 from gtp_fx.model.sections.alike import Kind, kinds, numbers_of
 from gtp_fx.model.sections.code import Bound, Code, number_at
-from gtp_fx.model.sections.cut import can_be_cut, cut, leaves
+from gtp_fx.model.sections.cut import can_be_cut, cut
 from gtp_fx.model.sections.first_site import like_the_others
+from gtp_fx.model.sections.memory_order import in_order
+from gtp_fx.model.sections.values import leaves
 from gtp_fx.model.sections.writes import writes_in_place
 
 
@@ -41,6 +43,7 @@ def compile_in_sections(
     fill_values(gm, inputs)
     if not can_be_cut(gm.graph) or writes_in_place(gm.graph):
         return None
+    in_order(gm, inputs)
     like_the_others(gm.graph)
     found = kinds(cut(gm.graph))
     if all(len(kind.sections) == 1 for kind in found if not kind.as_it_is):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from gtp_fx.graph.torch_internals import is_fake, mode_of, times_written
-from gtp_fx.model.sections.cut import OUTSIDE, leaves, value_of
+from gtp_fx.model.sections.cut import OUTSIDE
+from gtp_fx.model.sections.values import leaves, value_of
 
 
 def writes_in_place(graph: fx.Graph) -> bool:
