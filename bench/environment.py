@@ -15,6 +15,7 @@ import torch
 from gtp_fx.targets.tuned import cpu_name
 
 _ROOT = Path(__file__).resolve().parent.parent
+_OF_ALLOCATORS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 _PACKAGES = ("torch", "timm", "transformers", "triton")
 
 
@@ -27,6 +28,7 @@ class Environment:
     system: operating system and number of logical cores.
     versions: versions of Python and of the packages that affect the code that ran.
     commit: this repository's commit; outside git, $GTP_FX_COMMIT or "unknown".
+    allocator: what the environment says of how the host's memory is allocated, which may be a tenth of a run's time.
     dirty: whether tracked files differed from the commit.
     utc: time of the measurement.
     """
@@ -36,6 +38,7 @@ class Environment:
     system: str
     versions: dict[str, str]
     commit: str
+    allocator: dict[str, str]
     dirty: bool
     utc: str
 
@@ -48,6 +51,7 @@ class Environment:
             system=f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical cores",
             versions={"python": platform.python_version(), **_versions()},
             commit=_git("rev-parse", "HEAD") or os.environ.get("GTP_FX_COMMIT") or "unknown",
+            allocator={name: value for name, value in os.environ.items() if name.startswith(_OF_ALLOCATORS)},
             dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
             utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )

@@ -52,11 +52,16 @@ def _copied(graph: fx.Graph, value: fx.Node) -> None:
 def _out_of_order(node: fx.Node) -> list[fx.Node]:
     """Return the operands of an element-wise operator that keep its result from being in order as another one is."""
     value = value_of(node)
-    if not isinstance(value, Tensor) or value.dim() < 3 or lies_in_order(value):
+    if not _has_rows(value) or lies_in_order(value):
         return []
     if not is_operator(node.target) or torch.Tag.pointwise not in node.target.tags:
         return []
-    sums = [n for n in node.all_input_nodes if isinstance(value_of(n), Tensor) and value_of(n).dim() == value.dim()]
-    sums = [n for n in sums if value_of(n).shape[1:] == value.shape[1:]]  # the batch's may be 1, as of positions
-    apart = [n for n in sums if not lies_in_order(value_of(n))]
-    return apart if len(apart) < len(sums) else []
+    # The batch's size may be 1, as that of positions is.
+    summed = [n for n in node.all_input_nodes if _has_rows(value_of(n)) and value_of(n).shape[1:] == value.shape[1:]]
+    apart = [n for n in summed if not lies_in_order(value_of(n))]
+    return apart if len(apart) < len(summed) else []
+
+
+def _has_rows(value: Any) -> bool:
+    """Return whether a value may be a stream, [B, N, C] or [B, H, W, C]."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.dim() > 2

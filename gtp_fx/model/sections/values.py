@@ -29,7 +29,9 @@ def number(value: Any) -> Number:
 
 
 def lies_in_order(tensor: Tensor) -> bool:
-    """Return whether a tensor is contiguous. Unlike torch's own answer this one holds for any size of a symbol."""
+    """Return whether a tensor is strided and contiguous. Unlike torch's answer this holds for any size of a symbol."""
+    if tensor.layout is not torch.strided:
+        return False
     wanted: Any = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if type(size) is int and size == 1:
