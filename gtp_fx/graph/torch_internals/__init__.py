@@ -52,6 +52,9 @@ from gtp_fx.graph.torch_internals.graphs import (
 from gtp_fx.graph.torch_internals.open_sizes import (
     OpenSizes,
 )
+from gtp_fx.graph.torch_internals.stacks import (
+    frames_remembered,
+)
 from gtp_fx.graph.torch_internals.tracing import (
     OUT_OF_MEMORY,
     aot_export,
@@ -105,6 +108,7 @@ __all__ = [
     "fill_values",
     "floor_divided",
     "folds_weights",
+    "frames_remembered",
     "fresh_compiler_cache",
     "given_to_compile",
     "graph_module",
