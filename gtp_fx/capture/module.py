@@ -35,6 +35,7 @@ from gtp_fx.graph import edit
 from gtp_fx.graph.primes import fix_symbols
 from gtp_fx.graph.torch_internals import (
     OUT_OF_MEMORY,
+    code_when_called,
     frames_remembered,
     is_fake,
     is_functorch,
@@ -93,6 +94,7 @@ def capture_call(
             raise CaptureError(f"{error}\nNor can it be for the values of its integers alone: {why}") from error
 
 
+@code_when_called()
 def _captured(model: nn.Module, signature: CallSignature, training: bool, apart: Sequence[str]) -> fx.GraphModule:
     """Do what `capture_module` does, alone with the model."""
     # Fused layers are only for calls without gradients: with gradients on, and torch's switch off, they stay open.

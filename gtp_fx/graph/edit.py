@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from gtp_fx.graph.nodes import attention_dropout
 from gtp_fx.graph.symbols import names_a_symbol
-from gtp_fx.graph.torch_internals import graph_module, return_flat, take_signature
+from gtp_fx.graph.torch_internals import return_flat, take_signature
 
 _ATTRIBUTES = ("get_attr", "call_module")
 CONSTANT = "gtp_fx_constant_"
@@ -115,7 +115,7 @@ def copy_with_nodes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
     take_signature(graph, gm.graph)
     # What a graph reads may be gone for now: a layer was replaced, which is called. So attributes are given one by one.
     held = {str(node.target): _attribute(gm, str(node.target)) for node in graph.nodes if node.op in _ATTRIBUTES}
-    new = graph_module(held, graph, type(gm).__name__)
+    new = fx.GraphModule(held, graph, class_name=type(gm).__name__)
     new.training = gm.training
     new.meta.update(gm.meta)
     return new, dict(zip(gm.graph.nodes, graph.nodes, strict=True))

@@ -7,6 +7,10 @@ Modules that take a second or more to import are imported inside the functions t
 
 from __future__ import annotations
 
+from gtp_fx.graph.torch_internals.code import (
+    code_when_called,
+    with_code,
+)
 from gtp_fx.graph.torch_internals.compiling import (
     attention_order,
     cache_misses,
@@ -34,12 +38,10 @@ from gtp_fx.graph.torch_internals.graphs import (
     FUSED_ATTENTION,
     FUSED_LAYER,
     SET_GRAD,
-    code_when_called,
     computes,
     copy_parameter_sources,
     decomposes,
     given_to_compile,
-    graph_module,
     indexing_by_tensors,
     is_functorch,
     is_higher_order,
@@ -47,7 +49,6 @@ from gtp_fx.graph.torch_internals.graphs import (
     region_operator,
     return_flat,
     take_signature,
-    with_code,
 )
 from gtp_fx.graph.torch_internals.open_sizes import (
     OpenSizes,
@@ -111,7 +112,6 @@ __all__ = [
     "frames_remembered",
     "fresh_compiler_cache",
     "given_to_compile",
-    "graph_module",
     "has_hint",
     "hint",
     "indexing_by_tensors",
