@@ -35,8 +35,8 @@ from gtp_fx.graph import edit
 from gtp_fx.graph.primes import fix_symbols
 from gtp_fx.graph.torch_internals import (
     OUT_OF_MEMORY,
+    brief_notes,
     code_when_called,
-    frames_remembered,
     is_fake,
     is_functorch,
     tracing_lock,
@@ -101,7 +101,7 @@ def _captured(model: nn.Module, signature: CallSignature, training: bool, apart:
     with (
         tracing_lock(),
         without_failure_logs(),
-        frames_remembered(),
+        brief_notes(),
         _mode(model, training, apart),
         torch.enable_grad(),
         without_fused_layers(),

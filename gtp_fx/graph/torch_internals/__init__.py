@@ -50,11 +50,11 @@ from gtp_fx.graph.torch_internals.graphs import (
     return_flat,
     take_signature,
 )
+from gtp_fx.graph.torch_internals.notes import (
+    brief_notes,
+)
 from gtp_fx.graph.torch_internals.open_sizes import (
     OpenSizes,
-)
-from gtp_fx.graph.torch_internals.stacks import (
-    frames_remembered,
 )
 from gtp_fx.graph.torch_internals.tracing import (
     OUT_OF_MEMORY,
@@ -95,6 +95,7 @@ __all__ = [
     "OpenSizes",
     "aot_export",
     "attention_order",
+    "brief_notes",
     "cache_misses",
     "code_when_called",
     "compile_with_inductor",
@@ -109,7 +110,6 @@ __all__ = [
     "fill_values",
     "floor_divided",
     "folds_weights",
-    "frames_remembered",
     "fresh_compiler_cache",
     "given_to_compile",
     "has_hint",

@@ -1,10 +1,12 @@
-"""Places in a model's source are those that torch writes, however they were found."""
+"""Traced nodes have the places in a model's source that torch writes, however they were found."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from gtp_fx.graph.torch_internals import frames_remembered
+from gtp_fx.graph.torch_internals import brief_notes
 
 
 class Nested(nn.Module):
@@ -28,17 +30,26 @@ def _exported() -> fx.Graph:
     return torch.export.export(Nested(5), (torch.zeros(2, 4),)).graph
 
 
-def test_frames_that_are_remembered_are_those_that_torch_finds() -> None:
+def test_stacks_are_those_that_torch_finds() -> None:
     plain = [node.meta.get("stack_trace") for node in _exported().nodes]
-    with frames_remembered():
-        remembered = [node.meta.get("stack_trace") for node in _exported().nodes]
-    assert remembered == plain
+    with brief_notes():
+        brief = [node.meta.get("stack_trace") for node in _exported().nodes]
+    assert brief == plain
     assert len(set(plain)) > 10
     assert any(text and "Previous line repeated" in text for text in plain)
 
 
-def test_torch_reads_stacks_itself_again_afterwards() -> None:
+def test_this_thread_alone_describes_no_values() -> None:
+    with brief_notes(), ThreadPoolExecutor(1) as other:
+        own, others = _exported(), other.submit(_exported).result()
+    described = [[node.meta.get("tensor_meta") is not None for node in graph.nodes] for graph in (own, others)]
+    assert not any(described[0]) and any(described[1])
+    assert str(own) == str(others)
+
+
+def test_torch_makes_all_notes_again_afterwards() -> None:
     before = fx.proxy.CapturedTraceback
-    with pytest.raises(KeyError, match="True"), frames_remembered():
+    with pytest.raises(KeyError, match="True"), brief_notes():
         raise KeyError(fx.proxy.CapturedTraceback is not before)
     assert fx.proxy.CapturedTraceback is before
+    assert any(node.meta.get("tensor_meta") for node in _exported().nodes)
