@@ -79,6 +79,7 @@ from gtp_fx.graph.torch_internals.values import (
     hint,
     is_fake,
     mode_of,
+    new_fake,
     open_sizes,
     times_written,
 )
@@ -126,6 +127,7 @@ __all__ = [
     "log_artifact",
     "mode_of",
     "name_memory_formats",
+    "new_fake",
     "open_sizes",
     "out_of_sight",
     "package_aoti",
