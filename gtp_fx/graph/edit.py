@@ -162,25 +162,26 @@ def finish(gm: fx.GraphModule, draws: bool = True) -> fx.GraphModule:
     draws: whether what draws random numbers stays in any case, since those after it depend on it. Where a pass has run
         a block anew for fewer tokens, the dropout of the old one would keep all of it.
     """
-    gm.graph.eliminate_dead_code(is_impure_node=_is_impure if draws else _has_effect)
-    gm.graph.lint()
+    gm.graph.eliminate_dead_code(is_impure_node=_stays if draws else _stays_but_for_draws)  # checks the graph first
     gm.recompile()
     return gm
 
 
-def _is_impure(node: fx.Node) -> bool:
-    """Return whether a node has an effect beside its value.
+def _stays(node: fx.Node) -> bool:
+    """Return whether a node is read, or has an effect beside its value.
 
     Torch keeps attention because it may draw random numbers; without dropout it draws none. What a record names stays.
     """
+    if node.users:  # which torch asks last
+        return True
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return bool(attention_dropout(node))
     return bool(node.is_impure()) or RECORDED in node.meta
 
 
-def _has_effect(node: fx.Node) -> bool:
-    """Return the same, where random numbers that nobody reads are none."""
-    return bool(node.is_impure(impure_random=False)) or RECORDED in node.meta
+def _stays_but_for_draws(node: fx.Node) -> bool:
+    """Return the same, where random numbers that nobody reads are no effect."""
+    return bool(node.users) or bool(node.is_impure(impure_random=False)) or RECORDED in node.meta
 
 
 def share(gm: fx.GraphModule, owner: nn.Module) -> None:

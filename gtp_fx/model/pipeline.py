@@ -155,6 +155,7 @@ def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
     journal = Journal.beginning(captured, options.dump_graphs)
     gm, steps = run_exact_tier(
         captured,
+        spelled,
         options.first_strategy,
         original.flops,
         journal,
