@@ -10,6 +10,7 @@ from torch import fx
 
 from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.mark_outputs import mark_outputs
+from gtp_fx.passes.exact.normalise import normalise
 from gtp_fx.passes.journal import Journal
 from gtp_fx.passes.order import Pass, bound, of_tier
 from gtp_fx.plan.cost.count import count_flops
@@ -38,6 +39,7 @@ class PassStep:
 
 def run_exact_tier(
     gm: fx.GraphModule,
+    spelled: fx.GraphModule,
     strategy: Strategy,
     original: int,
     journal: Journal,
@@ -48,6 +50,7 @@ def run_exact_tier(
 ) -> tuple[fx.GraphModule, tuple[PassStep, ...]]:
     """Run the exact passes, except disabled ones; return the graph and what each did.
 
+    spelled: what `normalise`, the first pass, makes of it.
     original: FLOPs per image of the original, for the ratios in the log.
     prefix_tokens: as the user said; None where nobody did.
     as_left: whether maps of tokens are returned with those that are left.
@@ -58,7 +61,8 @@ def run_exact_tier(
         if step.name in disabled:
             log.info("%s: disabled", step.name)
             continue
-        gm, done = _run(step, gm, bound(step, strategy, None, prefix_tokens, as_left, target), original, journal, steps)
+        run = bound(step, strategy, None, prefix_tokens, as_left, target)
+        gm, done = _run(step, gm, (lambda _: spelled) if step.function is normalise else run, original, journal, steps)
         steps.append(done)
     return gm, tuple(steps)
 

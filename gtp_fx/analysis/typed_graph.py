@@ -50,6 +50,7 @@ class TypedGraph:
         self.graph = graph
         self._made_from = _state(graph)
         self._found: dict[Hashable, Any] = {}
+        self._making = 0
 
     def is_current(self) -> bool:
         """Return whether the graph is unchanged since it was typed.
@@ -102,10 +103,14 @@ class TypedGraph:
 
     def _once(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the analysis kept under `key`, made now if there is none. Raises AssertionError after an edit."""
-        if not self.is_current():
+        if not self._making and not self.is_current():  # an analysis that reads others edits nothing
             raise AssertionError("this graph was edited after it was typed: call `typed_graph` again for its analyses")
         if key not in self._found:
-            self._found[key] = make()
+            self._making += 1
+            try:
+                self._found[key] = make()
+            finally:
+                self._making -= 1
         found: T = self._found[key]
         return found
 

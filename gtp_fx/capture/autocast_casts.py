@@ -51,9 +51,9 @@ class Caster:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
-        self._primes = Primes(graph)
-        self._made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self._mode = fake_mode()
+        self._primes = Primes(graph, self._mode)
+        self._made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self.touched: set[tuple[str, Autocast]] = set()
 
     def cast_operands(self, node: fx.Node, autocast: Mapping[str, Autocast]) -> None:

@@ -130,12 +130,14 @@ def stays_whole(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Return whether a module holds no others, and has a forward of one argument that has to be given."""
+    if module._modules:
+        return False
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # a forward that isn't written in Python
         return False
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return len(module._modules) == 0 and len(needed) <= 1
+    return len(needed) <= 1
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ from gtp_fx.graph import edit
 from gtp_fx.graph.primes import fix_symbols
 from gtp_fx.graph.torch_internals import (
     OUT_OF_MEMORY,
+    brief_notes,
+    code_when_called,
     is_fake,
     is_functorch,
     tracing_lock,
@@ -92,12 +94,14 @@ def capture_call(
             raise CaptureError(f"{error}\nNor can it be for the values of its integers alone: {why}") from error
 
 
+@code_when_called()
 def _captured(model: nn.Module, signature: CallSignature, training: bool, apart: Sequence[str]) -> fx.GraphModule:
     """Do what `capture_module` does, alone with the model."""
     # Fused layers are only for calls without gradients: with gradients on, and torch's switch off, they stay open.
     with (
         tracing_lock(),
         without_failure_logs(),
+        brief_notes(),
         _mode(model, training, apart),
         torch.enable_grad(),
         without_fused_layers(),

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from gtp_fx.graph.nodes import attention_dropout
 from gtp_fx.graph.symbols import names_a_symbol
-from gtp_fx.graph.torch_internals import graph_module, return_flat, take_signature
+from gtp_fx.graph.torch_internals import return_flat, take_signature
 
 _ATTRIBUTES = ("get_attr", "call_module")
 CONSTANT = "gtp_fx_constant_"
@@ -115,7 +115,7 @@ def copy_with_nodes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
     take_signature(graph, gm.graph)
     # What a graph reads may be gone for now: a layer was replaced, which is called. So attributes are given one by one.
     held = {str(node.target): _attribute(gm, str(node.target)) for node in graph.nodes if node.op in _ATTRIBUTES}
-    new = graph_module(held, graph, type(gm).__name__)
+    new = fx.GraphModule(held, graph, class_name=type(gm).__name__)
     new.training = gm.training
     new.meta.update(gm.meta)
     return new, dict(zip(gm.graph.nodes, graph.nodes, strict=True))
@@ -162,25 +162,26 @@ def finish(gm: fx.GraphModule, draws: bool = True) -> fx.GraphModule:
     draws: whether what draws random numbers stays in any case, since those after it depend on it. Where a pass has run
         a block anew for fewer tokens, the dropout of the old one would keep all of it.
     """
-    gm.graph.eliminate_dead_code(is_impure_node=_is_impure if draws else _has_effect)
-    gm.graph.lint()
+    gm.graph.eliminate_dead_code(is_impure_node=_stays if draws else _stays_but_for_draws)  # checks the graph first
     gm.recompile()
     return gm
 
 
-def _is_impure(node: fx.Node) -> bool:
-    """Return whether a node has an effect beside its value.
+def _stays(node: fx.Node) -> bool:
+    """Return whether a node is read, or has an effect beside its value.
 
     Torch keeps attention because it may draw random numbers; without dropout it draws none. What a record names stays.
     """
+    if node.users:  # which torch asks last
+        return True
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return bool(attention_dropout(node))
     return bool(node.is_impure()) or RECORDED in node.meta
 
 
-def _has_effect(node: fx.Node) -> bool:
-    """Return the same, where random numbers that nobody reads are none."""
-    return bool(node.is_impure(impure_random=False)) or RECORDED in node.meta
+def _stays_but_for_draws(node: fx.Node) -> bool:
+    """Return the same, where random numbers that nobody reads are no effect."""
+    return bool(node.users) or bool(node.is_impure(impure_random=False)) or RECORDED in node.meta
 
 
 def share(gm: fx.GraphModule, owner: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 from gtp_fx.errors import CaptureError
 from gtp_fx.graph.operators import VIEWS
 from gtp_fx.graph.symbols import ATOMS, NUMBERS, SMALLEST, Atom
-from gtp_fx.graph.torch_internals import fake_mode, floor_divided
+from gtp_fx.graph.torch_internals import fake_mode, floor_divided, new_fake
 
 _FIRST = 4 * SMALLEST
 """Less than any symbol's prime, so that a quarter of a batch is still a symbolic size."""
@@ -31,16 +32,15 @@ _prime_of: dict[str, int] = {}
 
 def fix_symbols(gm: fx.GraphModule) -> None:
     """Replace every `meta["val"]` of `gm` by a fake value whose symbols are primes, all under one fake mode."""
-    mode, primes = fake_mode(), Primes(gm.graph)
+    primes = Primes(gm.graph, fake_mode())
     values = [node.meta["val"] for node in gm.graph.nodes if "val" in node.meta]
     arguments = (leaf for node in gm.graph.nodes for leaf in pytree.tree_leaves((node.args, node.kwargs)))
     for size in (*_sizes_in(values), *arguments):
         if isinstance(size, int) and size >= SMALLEST:
             NUMBERS.add(size)
-    with mode:
-        for node in gm.graph.nodes:
-            if "val" in node.meta:
-                node.meta["val"] = primes.in_place_of_symbols(node.meta["val"])
+    for node in gm.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = primes.in_place_of_symbols(node.meta["val"])
 
 
 def contradiction(graph: fx.Graph) -> fx.Node | None:
@@ -63,7 +63,8 @@ class Primes:
     Where the graph halves a batch, the batch is two of a symbol for the half, so that the halves make up the whole.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, mode: AbstractContextManager[Any]) -> None:
+        self._mode = mode
         self._known: dict[Any, int] = {}
         divisors: dict[Any, int] = {}
         sizes = _sizes_in([node.meta["val"] for node in graph.nodes if "val" in node.meta])
@@ -73,7 +74,7 @@ class Primes:
         self._divisors = divisors
 
     def in_place_of_symbols(self, value: Any) -> Any:
-        """Return a node's value with primes for symbols; its tensors are fakes of the mode that is entered.
+        """Return a node's value with primes for symbols; its tensors are fakes of this one's mode.
 
         Raises CaptureError where a tensor has more elements, by its primes, than torch counts.
         """
@@ -90,7 +91,7 @@ class Primes:
                     f"(a batch, and what depends on what tensors hold) than gtp_fx can tell apart; where they come "
                     f"from image sizes, mark_dynamic on the batch alone keeps those fixed"
                 )
-            return torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)
+            return new_fake(self._mode, shape, stride, leaf)
 
         return pytree.tree_map(fixed, value)
 

@@ -62,6 +62,8 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 
 def at_batch(size: int, batch: int) -> int:
     """Return `size` in a run of `batch` images: every symbol set to that."""
+    if size < SMALLEST:
+        return size
     number, atoms = _parts(size)
     return number * math.prod(_atom_at(value, batch) for value in atoms.elements())
 
@@ -99,6 +101,8 @@ def divided(size: int, by: int) -> int | None:
     """
     if by == 0 or size % by:
         return None
+    if size < SMALLEST and by < SMALLEST:
+        return size // by
     (number, atoms), (divisor, others) = _parts(size), _parts(by)
     if number % divisor == 0 and others <= atoms:
         return size // by

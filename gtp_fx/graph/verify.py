@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from gtp_fx.graph.nodes import is_input, layer_name, operator_name, tensors_of
 from gtp_fx.graph.symbols import fixed_symbols
-from gtp_fx.graph.torch_internals import is_higher_order, mode_of
+from gtp_fx.graph.torch_internals import is_fake, is_higher_order, mode_of, new_fake
 from gtp_fx.ops.register import shapes_of
 
 aten = torch.ops.aten
@@ -29,7 +29,8 @@ def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
     """Bring `meta["val"]` of every node up to date. Raises InconsistentGraph where a node can't run.
 
     A node is run where its value is missing (it is new, or `edit.set_args` changed it) or the shape of one of its
-    operands has changed. The others keep their values, so a pass that changes one block costs one block.
+    operands has changed. The others keep their values, so a pass that changes one block costs one block. What the same
+    call of operands of the same forms has made is made again without running it: blocks are mostly alike.
 
     after: name of the pass that made the graph, for the error.
     """
@@ -37,6 +38,7 @@ def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
     # The graph's own mode, not `detect_fake_mode`'s answer: inside a backend that is Dynamo's, whose sizes are symbols.
     mode = mode_of(fakes[0]) if fakes else contextlib.nullcontext()  # a piece between graph breaks may read no tensor
     changed: set[fx.Node] = set()
+    known: dict[Any, Any] = {}
     with mode, torch.no_grad():
         for node in gm.graph.nodes:
             stale = "val" not in node.meta or not changed.isdisjoint(node.all_input_nodes)
@@ -44,10 +46,48 @@ def propagate_shapes(gm: fx.GraphModule, after: str) -> None:
                 continue
             if is_higher_order(node.target) and "val" in node.meta:
                 continue  # it is a barrier: its operands always come whole, so that its value keeps its form
-            value = _run(node, after)
+            call = _call(node)
+            value = _another(known[call]) if call in known else _run(node, after)
+            if call is not None and all(map(_is_known_by_form, value if type(value) in (list, tuple) else [value])):
+                known[call] = value
             if "val" not in node.meta or _form(node.meta["val"]) != _form(value):
                 changed.add(node)
             node.meta["val"] = value
+
+
+def _call(node: fx.Node) -> Any:
+    """Return what the form of a call's value depends on, to be compared; None where that can't be."""
+    call = node.target, _described(node.args), _described(node.kwargs)
+    try:
+        hash(call)
+    except TypeError:
+        return None
+    return call
+
+
+def _described(argument: Any) -> Any:
+    """Return an argument with forms for its nodes; numbers with their types, for 1, 1.0 and True are equal."""
+    if isinstance(argument, fx.Node):
+        return _described(argument.meta["val"]) if "val" in argument.meta else argument
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    if isinstance(argument, list | tuple):
+        return type(argument), tuple(map(_described, argument))
+    if isinstance(argument, dict):
+        return tuple((key, _described(value)) for key, value in argument.items())
+    return type(argument), argument
+
+
+def _is_known_by_form(value: Any) -> bool:
+    """Return whether a value is a tensor of which shape, strides, dtype and device say all."""
+    return is_fake(value) and value.layout == torch.strided and not value.is_complex() and not value.is_quantized
+
+
+def _another(value: Any) -> Any:
+    """Return a value of the same form: a tensor, or several."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_another, value))
+    return new_fake(mode_of(value), value.shape, value.stride(), value)
 
 
 def _run(node: fx.Node, after: str) -> Any:

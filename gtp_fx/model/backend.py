@@ -26,7 +26,7 @@ from gtp_fx.errors import (
     UnsupportedModelError,
     warn,
 )
-from gtp_fx.graph.torch_internals import compile_with_inductor
+from gtp_fx.graph.torch_internals import code_when_called, compile_with_inductor
 from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.pipeline import run_exact_passes, run_passes
 from gtp_fx.model.sections.backend import InSections
@@ -71,6 +71,7 @@ def gtp(
     return InSections(patches, checked.shapes)(graph, example_inputs)
 
 
+@code_when_called()
 def _rewritten(gm: fx.GraphModule, device: torch.device, options: Options) -> fx.GraphModule:
     """Return the graph to compile. Raises PieceError where a piece between graph breaks can't be reduced."""
     captured = capture_dynamo(gm)

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from gtp_fx.analysis.returned_tokens import ReturnedTokens
 from gtp_fx.capture.signatures import CallSignature, device_of, dtype_of
 from gtp_fx.errors import InputError, OptionError, warn
+from gtp_fx.graph.torch_internals import with_code
 from gtp_fx.model import following, graphs
 from gtp_fx.model.internal_errors import internal_errors_reported
 from gtp_fx.model.parameters import class_like, stand_for
@@ -99,12 +100,12 @@ class OptimizedModel(Replacement):
     @property
     def graph_module(self) -> fx.GraphModule:
         """The rewritten evaluation graph, in `gtp_fx` and ATen operators."""
-        return self._evaluation().optimised.graph_module
+        return with_code(self._evaluation().optimised.graph_module)
 
     @property
     def captured_graph(self) -> fx.GraphModule:
         """The evaluation graph as it was captured, before it was rewritten."""
-        return self._evaluation().captured
+        return with_code(self._evaluation().captured)
 
     @property
     def report(self) -> Report:

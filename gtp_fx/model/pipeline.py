@@ -12,7 +12,7 @@ from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.capture.module import MADE_FOR, NOT_KEPT
 from gtp_fx.errors import OptionError
 from gtp_fx.graph.nodes import layer_name, operator_name
-from gtp_fx.graph.torch_internals import code_when_called, with_code
+from gtp_fx.graph.torch_internals import code_when_called
 from gtp_fx.graph.verify import check_outputs
 from gtp_fx.model.shorter_outputs import must_be_shorter
 from gtp_fx.options.options import Options
@@ -139,7 +139,7 @@ def run_passes(captured: fx.GraphModule, options: Options, blocks_needed: bool =
     exact.journal.note("schedule", plan.schedule.to_json())
     exact.journal.note("report", str(report))
     sites, attention = record_sites(result), record_attention(result)
-    return Optimised(with_code(result), plan.schedule, plan.strategy, report, sites, attention, returned)
+    return Optimised(result, plan.schedule, plan.strategy, report, sites, attention, returned)
 
 
 @code_when_called()
@@ -155,6 +155,7 @@ def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
     journal = Journal.beginning(captured, options.dump_graphs)
     gm, steps = run_exact_tier(
         captured,
+        spelled,
         options.first_strategy,
         original.flops,
         journal,

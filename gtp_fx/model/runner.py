@@ -20,7 +20,7 @@ from gtp_fx.model.sections.backend import InSections
 from gtp_fx.model.state import Made, Runner, State
 from gtp_fx.model.watch import Watch
 from gtp_fx.passes.lower.call_layers import call_layers, called_layers, joined_layers
-from gtp_fx.passes.lower.functional_linear import functional_linear
+from gtp_fx.passes.lower.functional_linear import call_functional_linear
 from gtp_fx.passes.lower.triton_kernels import lowered
 from gtp_fx.report.kept_tokens import also_returning_kept
 
@@ -37,7 +37,7 @@ def make_runner(
     lend(graph_module, owner, top_names(graph_module))
     if state.compiles:
         graph_module = lowered(graph_module, device, options.disabled_passes, options.target.scale_form)
-    graph_module = with_code(functional_linear(call_layers(graph_module, owner)))
+    graph_module = with_code(call_functional_linear(call_layers(graph_module, owner)))
     share(graph_module, owner)
     _move_constants(graph_module, device)
     # The graph depends on all that it neither calls nor reads. A method's depends on what the method belongs to.

@@ -127,9 +127,13 @@ def _to_go(chain: Steps, damage_weight: float, price: float) -> Numbers:
     sites, levels = len(chain.cost), len(chain.levels)
     upward = np.tril(np.full((levels, levels), np.inf), -1)
     to_go = np.zeros((sites + 1, levels))
+    step, cost = np.empty_like(upward), np.empty_like(upward)  # memory for each step takes longer than its sums
     for site in reversed(range(sites)):
-        step = damage_weight * chain.damage[site] + price * chain.cost[site] + upward
-        to_go[site] = (step + to_go[site + 1]).min(axis=1)
+        np.multiply(chain.damage[site], damage_weight, out=step)
+        step += np.multiply(chain.cost[site], price, out=cost)
+        step += upward
+        step += to_go[site + 1]
+        step.min(axis=1, out=to_go[site])
     return to_go
 
 
@@ -149,13 +153,12 @@ def _by_labels(chains: Sequence[Steps], budget: float, price: float, under: floa
         at = np.zeros_like(at)  # every chain begins at its whole count
         for site in range(len(chain.cost)):
             # Every label is extended to every level; those kept descend, fit the budget and can still beat `under`.
-            to = np.arange(len(chain.levels))
-            damages = damage[:, None] + chain.damage[site][at]
-            sums = cost[:, None] + chain.cost[site][at]
-            bound = damages + price * (sums - budget) + prices[number][site + 1] + later
-            alive = (to >= at[:, None]) & (bound < under) & (sums + costs[number][site + 1] + later_cost <= budget)
-            origin, at = np.nonzero(alive)
-            damage, cost = damages[origin, at], sums[origin, at]
+            origin, to = _in_reach(chain, site, at, damage, cost, price, prices[number][site + 1], under, budget, later)
+            damages = damage[origin] + chain.damage[site][at[origin], to]
+            sums = cost[origin] + chain.cost[site][at[origin], to]
+            bound = damages + price * (sums - budget) + prices[number][site + 1][to] + later
+            alive = (bound < under) & (sums + costs[number][site + 1][to] + later_cost <= budget)
+            origin, at, damage, cost = origin[alive], to[alive], damages[alive], sums[alive]
             kept = _undominated(at, damage, cost)
             origin, at, damage, cost = origin[kept], at[kept], damage[kept], cost[kept]
             trail.append((origin, at))
@@ -172,11 +175,38 @@ def _by_labels(chains: Sequence[Steps], budget: float, price: float, under: floa
     return [flat[end - len(chain.cost) : end] for end, chain in zip(ends, chains, strict=True)]
 
 
+def _in_reach(
+    chain: Steps,
+    site: int,
+    at: NDArray[np.int64],
+    damage: Numbers,
+    cost: Numbers,
+    price: float,
+    to_go: Numbers,
+    under: float,
+    budget: float,
+    later: float,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return labels and the levels below theirs that each may go to with a bound under `under`, and few others.
+
+    The bound is a sum of what the label has so far and of what the step adds, so that a table of steps answers for all
+    labels. It is rounded otherwise than a bound that is summed step by step; so it is taken a little too low.
+    """
+    step = chain.damage[site] + price * chain.cost[site] + to_go
+    so_far = damage + price * cost
+    limit = under + price * budget - later
+    rounding = 1e-9 * (abs(under) + abs(price * budget) + abs(later) + float(np.abs(so_far).max()))
+    step[np.tril_indices(len(step), -1)] = np.inf
+    return np.nonzero(step[at] < (limit + rounding - so_far)[:, None])  # type: ignore[return-value]
+
+
 def _undominated(at: NDArray[np.int64], damage: Numbers, cost: Numbers) -> NDArray[np.int64]:
     """Return the labels that none at the same level beats in both; of too many, the best in each interval of cost."""
+    if len(at) and at.max() < np.iinfo(np.int16).max:
+        at = at.astype(np.int16)  # numpy sorts these by their bits
     if len(at) > _MOST_LABELS:
         width = max(float(np.ptp(cost)) / _STRETCHES, 1e-300)
-        stretch = ((cost - cost.min()) / width).astype(np.int64)
+        stretch = ((cost - cost.min()) / width).astype(np.int16)
         order = np.lexsort((cost, damage, stretch, at))
         new = np.diff(at[order], prepend=-1).astype(bool) | np.diff(stretch[order], prepend=-1).astype(bool)
         order = order[new]
@@ -184,7 +214,7 @@ def _undominated(at: NDArray[np.int64], damage: Numbers, cost: Numbers) -> NDArr
         order = np.lexsort((damage, cost, at))
     # Costs ascend within a level, so a label is beaten unless it lowers the least damage so far. An offset per level
     # keeps the running minimum of one level from carrying over into the next.
-    offset = at[order] * -(float(np.ptp(damage)) + 1.0) * 2
+    offset = at[order].astype(np.int64) * -(float(np.ptp(damage)) + 1.0) * 2
     lowered = damage[order] + offset
     least = np.minimum.accumulate(np.concatenate(([np.inf], lowered[:-1])))
     kept: NDArray[np.int64] = order[lowered < least]

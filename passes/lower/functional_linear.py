@@ -20,7 +20,11 @@ from gtp_fx.graph import edit
 
 def functional_linear(gm: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of `gm` with functional linear layers, which is to be run and not rewritten further."""
-    gm = edit.copy_of(gm)
+    return call_functional_linear(edit.copy_of(gm))
+
+
+def call_functional_linear(gm: fx.GraphModule) -> fx.GraphModule:
+    """Do the same in place, where another pass has just made the graph."""
     for node in gm.graph.nodes:
         if node.target is aten.linear.default:
             weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None

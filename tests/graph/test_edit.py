@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -73,3 +74,55 @@ def test_the_last_copy_is_an_ordinary_graph_module() -> None:
         torch.testing.assert_close(again(x), torch.tensor([2.0, 3.0]))
         assert "self.weight" in again.code
     assert with_code(traced) is traced
+
+
+def test_what_others_make_has_its_code_when_it_is_read(generated: list[fx.Graph]) -> None:
+    x = torch.ones(2)
+    with code_when_called():
+        program = torch.export.export(Doubled(), (x,))
+        outside = traced_net()
+        copied = copy.deepcopy(outside)
+    assert not generated, "neither by torch.export's own passes"
+    assert "torch.ops.aten.mul.Tensor" in program.graph_module.code and generated == [program.graph_module.graph]
+    for again in (outside, copied, pickle.loads(pickle.dumps(outside))):
+        torch.testing.assert_close(again(x), torch.tensor([2.0, 3.0]))
+
+
+def test_what_has_code_gets_new_code_at_once(generated: list[fx.Graph]) -> None:
+    gm = traced_net()
+    with code_when_called():
+        generated.clear()
+        gm.recompile()
+        assert generated == [gm.graph] and type(gm).__mro__[1] is fx.GraphModule
+        again = pickle.loads(pickle.dumps(gm))
+    torch.testing.assert_close(again(torch.ones(2)), torch.tensor([2.0, 3.0]))
+
+
+def test_code_of_other_threads_is_generated_at_once(generated: list[fx.Graph]) -> None:
+    own = fx.GraphModule.recompile
+    inside, leave = threading.Event(), threading.Event()
+
+    @code_when_called()
+    def stay() -> None:
+        inside.set()
+        leave.wait()
+
+    other = threading.Thread(target=stay)
+    other.start()
+    inside.wait()
+    gm = traced_net()
+    assert gm.graph in generated
+    with code_when_called():
+        leave.set()
+        other.join()
+        generated.clear()
+        traced_net()
+        assert not generated, "whoever leaves first"
+    assert fx.GraphModule.recompile is own
+
+
+def test_an_error_ends_the_putting_off(generated: list[fx.Graph]) -> None:
+    own = fx.GraphModule.recompile
+    with pytest.raises(KeyError, match="False"), code_when_called():
+        raise KeyError(fx.GraphModule.recompile is own)
+    assert fx.GraphModule.recompile is own and traced_net().graph in generated

@@ -7,6 +7,10 @@ Modules that take a second or more to import are imported inside the functions t
 
 from __future__ import annotations
 
+from gtp_fx.graph.torch_internals.code import (
+    code_when_called,
+    with_code,
+)
 from gtp_fx.graph.torch_internals.compiling import (
     attention_order,
     cache_misses,
@@ -34,12 +38,10 @@ from gtp_fx.graph.torch_internals.graphs import (
     FUSED_ATTENTION,
     FUSED_LAYER,
     SET_GRAD,
-    code_when_called,
     computes,
     copy_parameter_sources,
     decomposes,
     given_to_compile,
-    graph_module,
     indexing_by_tensors,
     is_functorch,
     is_higher_order,
@@ -47,7 +49,9 @@ from gtp_fx.graph.torch_internals.graphs import (
     region_operator,
     return_flat,
     take_signature,
-    with_code,
+)
+from gtp_fx.graph.torch_internals.notes import (
+    brief_notes,
 )
 from gtp_fx.graph.torch_internals.open_sizes import (
     OpenSizes,
@@ -75,6 +79,7 @@ from gtp_fx.graph.torch_internals.values import (
     hint,
     is_fake,
     mode_of,
+    new_fake,
     open_sizes,
     times_written,
 )
@@ -91,6 +96,7 @@ __all__ = [
     "OpenSizes",
     "aot_export",
     "attention_order",
+    "brief_notes",
     "cache_misses",
     "code_when_called",
     "compile_with_inductor",
@@ -107,7 +113,6 @@ __all__ = [
     "folds_weights",
     "fresh_compiler_cache",
     "given_to_compile",
-    "graph_module",
     "has_hint",
     "hint",
     "indexing_by_tensors",
@@ -122,6 +127,7 @@ __all__ = [
     "log_artifact",
     "mode_of",
     "name_memory_formats",
+    "new_fake",
     "open_sizes",
     "out_of_sight",
     "package_aoti",

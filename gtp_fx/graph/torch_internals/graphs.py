@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ContextDecorator
+from contextlib import AbstractContextManager
 from typing import Any, TypeGuard, cast
 
 import torch
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
-from torch.fx._lazy_graph_module import _LazyGraphModule, _make_graph_module, _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 
@@ -21,30 +19,6 @@ def take_signature(graph: fx.Graph, of: fx.Graph) -> None:
     Public: nothing; `fx.GraphModule.__copy__` copies the whole module.
     """
     graph._codegen = of._codegen
-
-
-def code_when_called() -> ContextDecorator:
-    """Return a decorator for functions in which `graph_module` puts off generating code until it is called or read.
-
-    A pass copies a graph and rewrites it, so most code would never run. Public: none.
-    """
-    return cast("ContextDecorator", _use_lazy_graph_module(True))
-
-
-def graph_module(root: nn.Module | Mapping[str, Any], graph: fx.Graph, name: str) -> fx.GraphModule:
-    """Return a graph module of a class of this name. Public: `fx.GraphModule`, which generates its code at once."""
-    return _make_graph_module(root, graph, class_name=name)
-
-
-def with_code(gm: fx.GraphModule) -> fx.GraphModule:
-    """Make a graph module that puts off its code an ordinary one, in place, and return it. Public: none."""
-    if isinstance(gm, _LazyGraphModule):
-        # Each graph module has a class of its own, which holds its `forward`; `copy.deepcopy` knows it by torch's name.
-        own: Any = type(fx.GraphModule.__new__(fx.GraphModule))
-        own.__name__ = type(gm).__name__
-        gm.__class__ = own
-        gm.recompile()
-    return gm
 
 
 def return_flat(graph: fx.Graph, returned: list[fx.Node]) -> None:
