@@ -13,7 +13,8 @@ from gtp_fx.options.options import Options
 from gtp_fx.plan.cost.chains import counts_after
 from gtp_fx.plan.cost.closed_form import flops_of
 from gtp_fx.plan.cost.seconds import branch_seconds, graph_seconds, total_seconds
-from gtp_fx.plan.cost.terms import Term, terms_of
+from gtp_fx.plan.cost.site_terms import terms_of
+from gtp_fx.plan.cost.terms import Term
 from gtp_fx.plan.find_sites import Candidates, no_sites
 from gtp_fx.plan.make_plan import Planned
 from gtp_fx.plan.problem import Original

@@ -18,7 +18,8 @@ from gtp_fx.analysis.resting import Rest
 from gtp_fx.graph.symbols import per_image
 from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
 from gtp_fx.plan.cost.formulas import formula_of
-from gtp_fx.plan.cost.terms import node_work, terms_of
+from gtp_fx.plan.cost.site_terms import terms_of
+from gtp_fx.plan.cost.terms import node_work
 from gtp_fx.plan.site import BranchCost, RestCost, Site
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.targets.work import Work

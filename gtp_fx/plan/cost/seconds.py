@@ -26,7 +26,8 @@ from gtp_fx.plan.cost.chains import CostModel, Numbers, cost_model
 from gtp_fx.plan.cost.formulas import formula_of
 from gtp_fx.plan.cost.fusion import fused_groups
 from gtp_fx.plan.cost.rest_seconds import RestWork, rest_change
-from gtp_fx.plan.cost.terms import graph_terms, group_work, node_work, terms_of
+from gtp_fx.plan.cost.site_terms import terms_of
+from gtp_fx.plan.cost.terms import graph_terms, group_work, node_work
 from gtp_fx.plan.site import BranchCost, RestCost, Site
 from gtp_fx.strategies.protocol import Strategy
 from gtp_fx.targets.target import Target, Tile
