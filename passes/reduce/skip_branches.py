@@ -12,29 +12,26 @@ For each block whose site in the plan is on a branch:
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import fx
 from torch.ops import aten, gtp_fx  # type: ignore[import-not-found]
 
-from gtp_fx.analysis.blocks import AttentionBlock
 from gtp_fx.analysis.branch_layouts import patches_at, patches_of
 from gtp_fx.analysis.branch_parts import Part, with_fewer_dimensions
 from gtp_fx.analysis.branches import Branch
 from gtp_fx.analysis.typed_graph import typed_graph
 from gtp_fx.graph import edit
 from gtp_fx.graph.symbols import shape_of
-from gtp_fx.passes.exact.attention_layout import Layout
-from gtp_fx.passes.exact.build_attention import Sized
+from gtp_fx.passes.reduce.skip_scores import arranged_by_window, by_activity, by_attention, is_padded, padding_first
 from gtp_fx.plan.plan import Plan
 from gtp_fx.strategies.protocol import Strategy
-from gtp_fx.strategies.sites import Attention, Emit
+from gtp_fx.strategies.sites import Emit
 from gtp_fx.types.axes import Plain, TensorType, whole_size
 from gtp_fx.types.infer import TypeOf, type_of_copies
-from gtp_fx.types.layouts import by_window, convert, grid_of, image_layout, made_from
+from gtp_fx.types.layouts import by_window, convert, image_layout
 
 _ROWS, _IMAGES = 1, 0
 """Dimensions of the layout by window, [images and windows, tokens, features]."""
@@ -56,7 +53,7 @@ def skip_branches(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             continue
         scores = None
         if block.index not in plan.by_activity:
-            scores = _scored(gm.graph, block, block.branch, plan.strategy)
+            scores = by_attention(gm.graph, block, block.branch, plan.strategy)
         chosen = _choose(gm.graph, scores, block.branch, skipping, type_of)
         for part in block.branch.parts:
             _insert(gm.graph, part, block.branch, chosen, plan.strategy, type_of)
@@ -89,12 +86,12 @@ def _choose(graph: fx.Graph, scores: fx.Node | None, branch: Branch, skipping: i
         if scores is None:
             assert branch.stream is not None
             places = _places(call, branch, branch.stream)
-            scores = _activity(call, branch, branch.stream, places, type_of)
+            scores = by_activity(call, branch, branch.stream, places, type_of)
         else:
-            scores = _by_window(call, scores, branch)
+            scores = arranged_by_window(call, scores, branch)
             places = _places(call, branch, scores)
-        if _is_padded(branch):
-            scores = _padding_first(call, scores, places, branch)
+        if is_padded(branch):
+            scores = padding_first(call, scores, places, branch)
         split = call(gtp_fx.select.default, scores, skipping)
         return Chosen(call(operator.getitem, split, 0), call(operator.getitem, split, 1), places)
 
@@ -128,7 +125,7 @@ def _insert(graph: fx.Graph, part: Part, branch: Branch, chosen: Chosen, strateg
             at = (_IMAGES, _ROWS, *branch.around)
             filled = call(gtp_fx.recover.default, replacement[result], shares, kept, skipped, *at)
         else:
-            among = (chosen.places, kept, skipped, *branch.around, strategy.branch_mean, _is_padded(branch))
+            among = (chosen.places, kept, skipped, *branch.around, strategy.branch_mean, is_padded(branch))
             filled = call(gtp_fx.idle.default, replacement[result], *among)
         own = type_of(result)
         kind = patches_of(own) if any(branch.apart) else own
@@ -172,82 +169,15 @@ def _apart(graph: fx.Graph, call: Emit, part: Part, branch: Branch, type_of: Typ
     return [copies[part.result]]
 
 
-def _scored(graph: fx.Graph, block: AttentionBlock, branch: Branch, strategy: Strategy) -> fx.Node:
-    """Replace the block's attention by one that scores its tokens; return the scores.
-
-    The scores are [images and windows, tokens], in the attention's own order.
-    """
-    attention = block.attention
-    original = Attention.of(attention)
-
-    call = edit.Emitter(graph, like=attention)
-
-    layout = _layout(original.q, branch)
-    with graph.inserting_before(attention):
-
-        def arranged(x: fx.Node) -> fx.Node:
-            return layout.arranged(call, Sized(x, shape_of(x)), original.q)
-
-        q, k, v = map(arranged, (original.q, original.k, original.v))
-        bias = None if original.bias is None else arranged(original.bias)
-        operands = replace(original, q=q, k=k, v=v, bias=bias)
-        if branch.cells:
-            output, scores = strategy.attend_cells(call, operands, block.axis.domain.grid.shape, branch.cells)
-        else:
-            output, scores = strategy.attend(call, operands, block.axis, True)
-        output = layout.restored(call, output, shape_of(attention)[-2:])
-    edit.replace(attention, output)
-    return scores
-
-
-def _layout(query: fx.Node, branch: Branch) -> Layout:
-    """Return how an attention's operands come to be [images * windows, heads, tokens, features]."""
-    shape = shape_of(query)
-    first, heads = (math.prod(shape[dim] for dim in dims) for dims in (branch.lead, branch.heads))
-    return Layout(shape[:-2], (*branch.lead, *branch.heads), (first, heads))
-
-
-def _by_window(call: Emit, scores: fx.Node, branch: Branch) -> fx.Node:
-    """Bring scores of type `branch.scores` to the region's layout, in which each window's tokens go row by row."""
-    feature = (Plain(1),)
-    if branch.scores == branch.region:
-        return scores
-    column = call(aten.unsqueeze.default, scores, 2)
-    column = convert(call, column, (*branch.scores, feature), (*branch.region, feature))
-    return call(aten.squeeze.dim, column, 2)
-
-
-def _activity(call: Emit, branch: Branch, stream: fx.Node, places: fx.Node, type_of: TypeOf) -> fx.Node:
-    """Return how far each token is from its window's mean, in the region's layout."""
-    kind = type_of(stream)
-    rows = convert(call, stream, kind, (*branch.region, kind[-1]))
-    patch = [call(aten.ge.Scalar, call(aten.select.int, places, 2, 0), 0)] if _is_padded(branch) else []
-    return call(gtp_fx.token_activity.default, rows, *patch)
-
-
-def _padding_first(call: Emit, scores: fx.Node, places: fx.Node, branch: Branch) -> fx.Node:
-    """Give padding the score -1, so that it skips before any patch does; scores of patches are 0 or more."""
-    inside = call(aten.ge.Scalar, call(aten.select.int, places, 2, 0), 0)
-    by_image = call(aten.reshape.default, scores, [-1, branch.windows, branch.tokens])
-    least = call(aten.sub.Scalar, call(aten.zeros_like.default, by_image), 1.0)
-    ranked = call(aten.where.self, inside, by_image, least)
-    return call(aten.reshape.default, ranked, [-1, branch.tokens])
-
-
 def _places(call: Emit, branch: Branch, like: fx.Node) -> fx.Node:
     """Return coordinates of an image's tokens by window, [windows, tokens, R]; padding has far-off, negative ones."""
     image = image_layout(branch.region)
     features = (Plain(len(image) - 1),)
     places = call(gtp_fx.grid_places.default, [whole_size(dim) for dim in image[1:]], like)
-    padded = _is_padded(branch)
+    padded = is_padded(branch)
     if padded:
         places = call(
             aten.add.Scalar, places, _FAR
         )  # so that padding, which is filled with 0, differs from every patch
     places = convert(call, places, (*image, features), by_window(branch.region, features))
     return call(aten.sub.Scalar, places, _FAR) if padded else places
-
-
-def _is_padded(branch: Branch) -> bool:
-    """Tell whether the branch's windows contain padding."""
-    return any(grid.inside is not None for grid in made_from(grid_of(branch.region)))
