@@ -10,7 +10,6 @@ from torch import fx
 
 from gtp_fx.graph.verify import propagate_shapes
 from gtp_fx.passes.exact.mark_outputs import mark_outputs
-from gtp_fx.passes.exact.normalise import normalise
 from gtp_fx.passes.journal import Journal
 from gtp_fx.passes.order import Pass, bound, of_tier
 from gtp_fx.plan.cost.count import count_flops
@@ -39,32 +38,32 @@ class PassStep:
 
 def run_exact_tier(
     gm: fx.GraphModule,
-    spelled: fx.GraphModule,
     strategy: Strategy,
-    original: int,
     journal: Journal,
     disabled: Sequence[str] = (),
     prefix_tokens: int | None = None,
     as_left: bool = False,
     target: Target | None = None,
-) -> tuple[fx.GraphModule, tuple[PassStep, ...]]:
-    """Run the exact passes, except disabled ones; return the graph and what each did.
+) -> tuple[fx.GraphModule, fx.GraphModule, tuple[PassStep, ...]]:
+    """Run the exact passes, except disabled ones. Return the original as ratios refer to it, the graph, and the steps.
 
-    spelled: what `normalise`, the first pass, makes of it.
-    original: FLOPs per image of the original, for the ratios in the log.
+    The original is what the first pass, `normalise`, makes: Dynamo's graphs have dead code until then.
+
     prefix_tokens: as the user said; None where nobody did.
     as_left: whether maps of tokens are returned with those that are left.
     target: the processor that the graph is for; None where passes don't ask what it gains.
     """
-    steps: list[PassStep] = []
+    spelled, steps = gm, list[PassStep]()
     for step in of_tier("exact"):
         if step.name in disabled:
             log.info("%s: disabled", step.name)
             continue
         run = bound(step, strategy, None, prefix_tokens, as_left, target)
-        gm, done = _run(step, gm, (lambda _: spelled) if step.function is normalise else run, original, journal, steps)
+        original = steps[0].flops if steps else None
+        gm, done = _run(step, gm, run, original, journal, steps)
+        spelled = spelled if steps else gm
         steps.append(done)
-    return gm, tuple(steps)
+    return spelled, gm, tuple(steps)
 
 
 def apply_plan(
@@ -101,12 +100,13 @@ def _run(
     step: Pass,
     gm: fx.GraphModule,
     run: Callable[[fx.GraphModule], fx.GraphModule],
-    original: int,
+    original: int | None,
     journal: Journal,
     before: Sequence[PassStep],
 ) -> tuple[fx.GraphModule, PassStep]:
     """Run one pass, `run` with its arguments bound, verify its result, and record it.
 
+    original: FLOPs per image of the original; None where this pass makes the graph that ratios refer to.
     before: what the passes before it did, of which the last made `gm`.
     """
     result = run(gm)
@@ -117,7 +117,7 @@ def _run(
     else:
         done = PassStep(step.name, step.kind, count_flops(result.graph), _operators(result.graph))
     journal.page(step.name, result)
-    ratio = done.flops / max(original, 1)
+    ratio = done.flops / max(done.flops if original is None else original, 1)
     log.info("%s (%s): %d operators, %.4f of the FLOPs", step.name, step.kind, done.operators, ratio)
     return result, done
 

@@ -18,7 +18,6 @@ from gtp_fx.model.shorter_outputs import must_be_shorter
 from gtp_fx.options.options import Options
 from gtp_fx.options.schedule import Schedule
 from gtp_fx.passes.exact.mark_tokens import mark_tokens
-from gtp_fx.passes.exact.normalise import normalise
 from gtp_fx.passes.journal import Journal
 from gtp_fx.passes.order import must_be_optional
 from gtp_fx.passes.reduce.insert_coercions import RECOVERED
@@ -149,22 +148,17 @@ def run_exact_passes(captured: fx.GraphModule, options: Options) -> Exact:
     Raises OptionError where `disabled_passes` names a pass that can't be left out.
     """
     must_be_optional(options.disabled_passes)
-    # Count the original's FLOPs without dead code: torch.export's capture drops it, and Dynamo's doesn't.
-    spelled = normalise(captured)
-    original = Original(spelled.graph, count_flops(spelled.graph))
     journal = Journal.beginning(captured, options.dump_graphs)
-    gm, steps = run_exact_tier(
+    spelled, gm, steps = run_exact_tier(
         captured,
-        spelled,
         options.first_strategy,
-        original.flops,
         journal,
         options.disabled_passes,
         options.prefix_tokens,
         options.as_left,
         options.target,
     )
-    return Exact(gm, original, steps, journal)
+    return Exact(gm, Original(spelled.graph, steps[0].flops), steps, journal)
 
 
 def _returned(exact: fx.GraphModule, result: fx.GraphModule) -> tuple[ReturnedTokens, ...]:

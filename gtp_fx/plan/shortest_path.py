@@ -202,7 +202,7 @@ def _in_reach(
 
 def _undominated(at: NDArray[np.int64], damage: Numbers, cost: Numbers) -> NDArray[np.int64]:
     """Return the labels that none at the same level beats in both; of too many, the best in each interval of cost."""
-    if len(at) and at.max() < np.iinfo(np.int16).max:
+    if at.max() < np.iinfo(np.int16).max:
         at = at.astype(np.int16)  # numpy sorts these by their bits
     if len(at) > _MOST_LABELS:
         width = max(float(np.ptp(cost)) / _STRETCHES, 1e-300)
